@@ -1,0 +1,177 @@
+"""The contract in `execution_metadata.extra`: what a rollout leaves on a row for a trainer.
+
+Invariant: plain JSON, and every per-completion list has the same length and order. A record that
+breaks this cannot be built or read: `RecordError` names the field and the completion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import msgspec
+
+from eval_protocol_rft.sampling.types import FailureKind, FinishReason, token_data_problem
+
+SCHEMA_VERSION = 1
+ARRAY_KEYS = (
+    "prompt_ids",
+    "completion_ids",
+    "inference_logprobs",
+    "raw_logprobs",
+    "token_turn_traces",
+)
+"""The keys of `extra` that grow with the number of tokens."""
+
+
+class RecordError(ValueError):
+    """`extra` holds no rollout record, or one that contradicts itself."""
+
+
+class FailureRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """A completion that could not be had; `index` is its place among the n asked for."""
+
+    index: int
+    kind: FailureKind
+    message: str
+    attempts: int
+    seconds: float
+    seed: int | None = None
+    status: int | None = None
+
+
+class SamplingRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """How the completions were sampled. Lists are per surviving completion."""
+
+    model: str
+    tokenizer: str | None = None
+    chat_template_hash: str | None = None
+    """First 16 hex digits of the SHA-256 of the chat template."""
+    temperature: float
+    top_p: float
+    top_k: int
+    max_tokens: int | None = None
+    stop: list[str] = []
+    n: int
+    """Completions asked for: survivors plus failures."""
+    seed: int | None = None
+    """What the per-completion seeds were derived from."""
+    indices: list[int]
+    """Place of each survivor among the n asked for."""
+    seeds: list[int | None]
+    policy_versions: list[str | None]
+    request_ids: list[str | None]
+    attempts: list[int]
+    seconds: list[float]
+    logprobs: Literal["sampling"] = "sampling"
+    """What `inference_logprobs` holds: the values the sampler drew with."""
+    support_truncated: bool = False
+    """True where top_p, top_k or another setting kept part of the vocabulary from being drawn."""
+    other: dict[str, Any] = {}
+    """Further request fields that were sent."""
+
+
+class TokenTurnTrace(msgspec.Struct, frozen=True, kw_only=True):
+    """One turn as the public fw-ai/cookbook adapter reads it."""
+
+    prompt_ids: list[int]
+    completion_ids: list[int]
+    completion_logprobs: list[float]
+    finish_reason: str
+
+
+class CompletionResult(msgspec.Struct, frozen=True, kw_only=True):
+    """What the evaluator said of one completion. `score` is None where it said nothing valid."""
+
+    score: float | None
+    reason: str | None = None
+    metrics: dict[str, Any] = {}
+    error: str | None = None
+
+
+class RolloutRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=False):
+    """All completions of one row, exact to the token. G completions, T_i tokens each."""
+
+    prompt_ids: list[int]
+    """[P] ids that went to the sampler."""
+    completion_ids: list[list[int]]
+    """[G][T_i] sampled ids, the sampled end-of-turn token included."""
+    inference_logprobs: list[list[float]]
+    """[G][T_i] sampling logprobs, nats."""
+    completions_text: list[str]
+    """[G] decoded from the ids, without the end-of-turn token and without a stop string."""
+    truncated: list[bool]
+    finish_reasons: list[FinishReason]
+    sampling: SamplingRecord
+    failures: list[FailureRecord] = []
+    raw_logprobs: list[list[float] | None] | None = None
+    token_turn_traces: list[TokenTurnTrace] = []
+    rewards: list[float | None] | None = None
+    """[G] after scoring; None where a completion has no valid score, which is not 0.0."""
+    completion_results: list[CompletionResult] | None = None
+    rft_schema: int = SCHEMA_VERSION
+
+    def __post_init__(self) -> None:
+        problem = self._problem()
+        if problem:
+            raise RecordError(problem)
+
+    def __len__(self) -> int:
+        return len(self.completion_ids)
+
+    def _problem(self) -> str | None:
+        if self.rft_schema != SCHEMA_VERSION:
+            return f"rft_schema is {self.rft_schema}, this version reads {SCHEMA_VERSION}"
+        if not self.prompt_ids:
+            return "prompt_ids is empty"
+        size = len(self.completion_ids)
+        for name in (*_PER_COMPLETION, "raw_logprobs", "rewards", "completion_results"):
+            values = getattr(self, name)
+            if values is not None and len(values) != size:
+                return f"{name} has {len(values)} entries for {size} completions"
+        for name in _PER_COMPLETION_SAMPLING:
+            values = getattr(self.sampling, name)
+            if len(values) != size:
+                return f"sampling.{name} has {len(values)} entries for {size} completions"
+        for i, (ids, logprobs) in enumerate(
+            zip(self.completion_ids, self.inference_logprobs, strict=True)
+        ):
+            raw = self.raw_logprobs[i] if self.raw_logprobs is not None else None
+            problem = token_data_problem(ids, logprobs, raw)
+            if problem:
+                return f"completion {i}: {problem}"
+        return None
+
+    def to_extra(self) -> dict[str, Any]:
+        """The record as plain JSON values, to be merged into `execution_metadata.extra`. Keys that
+        do not apply (no scores yet, no raw logprobs) are left out."""
+        values: dict[str, Any] = msgspec.to_builtins(self)
+        return {key: value for key, value in values.items() if value is not None}
+
+    @classmethod
+    def from_extra(cls, extra: Mapping[str, Any] | None) -> RolloutRecord:
+        """Read the record out of `extra`, which may hold foreign keys beside it.
+
+        Raises:
+            RecordError: there is no record, or a field is missing, mistyped or contradictory.
+        """
+        if not extra or "rft_schema" not in extra:
+            raise RecordError(
+                "no rollout record in execution_metadata.extra: was the row produced by "
+                "FireworksTrainingRolloutProcessor, and did its rollout succeed?"
+            )
+        try:
+            return msgspec.convert(extra, cls)
+        except msgspec.ValidationError as error:
+            raise RecordError(f"invalid rollout record: {error}") from error
+
+
+_PER_COMPLETION = ("inference_logprobs", "completions_text", "truncated", "finish_reasons")
+_PER_COMPLETION_SAMPLING = (
+    "indices",
+    "seeds",
+    "policy_versions",
+    "request_ids",
+    "attempts",
+    "seconds",
+)
