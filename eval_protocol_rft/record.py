@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from eval_protocol_rft.sampling.types import FailureKind, FinishReason, token_data_problem
+from eval_protocol_rft.sampling.types import Failure, FinishReason, token_data_problem
 
 SCHEMA_VERSION = 1
 ARRAY_KEYS = (
@@ -26,18 +26,6 @@ ARRAY_KEYS = (
 
 class RecordError(ValueError):
     """`extra` holds no rollout record, or one that contradicts itself."""
-
-
-class FailureRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """A completion that could not be had; `index` is its place among the n asked for."""
-
-    index: int
-    kind: FailureKind
-    message: str
-    attempts: int
-    seconds: float
-    seed: int | None = None
-    status: int | None = None
 
 
 class SamplingRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -67,6 +55,8 @@ class SamplingRecord(msgspec.Struct, frozen=True, kw_only=True):
     """What `inference_logprobs` holds: the values the sampler drew with."""
     support_truncated: bool = False
     """True where top_p, top_k or another setting kept part of the vocabulary from being drawn."""
+    split_reasoning: bool = True
+    """True where a closed `<think>` block of the text goes to `Message.reasoning_content`."""
     other: dict[str, Any] = {}
     """Further request fields that were sent."""
 
@@ -103,7 +93,8 @@ class RolloutRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Fal
     truncated: list[bool]
     finish_reasons: list[FinishReason]
     sampling: SamplingRecord
-    failures: list[FailureRecord] = []
+    failures: list[Failure] = []
+    """Completions that could not be had, each with its place among the n asked for."""
     raw_logprobs: list[list[float] | None] | None = None
     token_turn_traces: list[TokenTurnTrace] = []
     rewards: list[float | None] | None = None
@@ -144,7 +135,8 @@ class RolloutRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Fal
 
     def to_extra(self) -> dict[str, Any]:
         """The record as plain JSON values, to be merged into `execution_metadata.extra`. Keys that
-        do not apply (no scores yet, no raw logprobs) are left out."""
+        do not apply (no scores yet, no raw logprobs) are left out.
+        """
         values: dict[str, Any] = msgspec.to_builtins(self)
         return {key: value for key, value in values.items() if value is not None}
 

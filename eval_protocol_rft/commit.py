@@ -1,0 +1,120 @@
+"""From a sampled group to what is on the row: message, usage and record, in one step.
+
+Invariant: everything is built before the first assignment, so a row never holds half of it; keys of
+`extra` that are not ours stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from openai.types import CompletionUsage
+
+from eval_protocol_rft.params import RolloutRequest
+from eval_protocol_rft.prompts import assistant_message
+from eval_protocol_rft.record import (
+    RolloutRecord,
+    SamplingRecord,
+    TokenTurnTrace,
+)
+from eval_protocol_rft.redaction import redact_params
+from eval_protocol_rft.sampling.distribution import support_truncated
+from eval_protocol_rft.sampling.fanout import Group
+from eval_protocol_rft.sampling.types import TokenIds
+from eval_protocol_rft.tokenizer import LoadedTokenizer
+
+if TYPE_CHECKING:
+    from eval_protocol.models import EvaluationRow, Message
+
+_OWN_KEYS = frozenset(RolloutRecord.__struct_fields__)
+
+
+def commit_group(
+    row: EvaluationRow,
+    group: Group,
+    *,
+    messages: Sequence[Message],
+    prompt: TokenIds,
+    request: RolloutRequest,
+    tokenizer: LoadedTokenizer,
+    split_reasoning: bool,
+    seconds: float,
+) -> None:
+    """Put the group on its row. `messages` are the ones that were rendered; the first survivor
+    follows them as the assistant's."""
+    record = build_record(group, prompt, request, tokenizer, split_reasoning=split_reasoning)
+    answer = assistant_message(record.completions_text[0], split_reasoning=split_reasoning)
+    prompt_tokens = len(prompt) * len(record)
+    completion_tokens = sum(map(len, record.completion_ids))
+    usage = CompletionUsage(
+        prompt_tokens=prompt_tokens,
+        completion_tokens=completion_tokens,
+        total_tokens=prompt_tokens + completion_tokens,
+    )
+    metadata = row.execution_metadata
+    # A row that was rolled out before may carry an older record, scores included: not of these.
+    foreign = {k: v for k, v in (metadata.extra or {}).items() if k not in _OWN_KEYS}
+    extra = {**foreign, **record.to_extra()}
+
+    row.messages = [*messages, answer]
+    metadata.extra = extra
+    metadata.usage = usage
+    metadata.finish_reason = record.finish_reasons[0]
+    metadata.tool_call_count = len(answer.tool_calls or [])
+    metadata.rollout_duration_seconds = seconds
+
+
+def build_record(
+    group: Group,
+    prompt: TokenIds,
+    request: RolloutRequest,
+    tokenizer: LoadedTokenizer,
+    *,
+    split_reasoning: bool,
+) -> RolloutRecord:
+    """The record of a group with at least one survivor."""
+    params, survivors = request.params, group.survivors
+    completions = [survivor.completion for survivor in survivors]
+    prompt_ids = list(prompt)
+    raw = [completion.raw_logprobs for completion in completions]
+    first = completions[0]
+    return RolloutRecord(
+        prompt_ids=prompt_ids,
+        completion_ids=[completion.token_ids for completion in completions],
+        inference_logprobs=[completion.logprobs for completion in completions],
+        completions_text=[tokenizer.decode_completion(c, params) for c in completions],
+        truncated=[completion.truncated for completion in completions],
+        finish_reasons=[completion.finish_reason for completion in completions],
+        raw_logprobs=raw if any(values is not None for values in raw) else None,
+        failures=group.failures,
+        token_turn_traces=[
+            TokenTurnTrace(
+                prompt_ids=prompt_ids,
+                completion_ids=first.token_ids,
+                completion_logprobs=first.logprobs,
+                finish_reason=first.finish_reason,
+            )
+        ],
+        sampling=SamplingRecord(
+            model=params.model,
+            tokenizer=tokenizer.name,
+            chat_template_hash=tokenizer.chat_template_hash,
+            temperature=params.temperature,
+            top_p=params.top_p,
+            top_k=params.top_k,
+            max_tokens=params.max_tokens,
+            stop=list(params.stop),
+            n=request.n,
+            seed=request.seed,
+            indices=[survivor.index for survivor in survivors],
+            seeds=[survivor.seed for survivor in survivors],
+            policy_versions=[completion.policy_version for completion in completions],
+            request_ids=[completion.request_id for completion in completions],
+            attempts=[survivor.attempts for survivor in survivors],
+            seconds=[survivor.seconds for survivor in survivors],
+            support_truncated=support_truncated(params),
+            split_reasoning=split_reasoning,
+            other=redact_params(params.extra),
+        ),
+    )

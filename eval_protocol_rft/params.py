@@ -1,0 +1,253 @@
+"""completion_params in, `RolloutRequest` out. Every check of what a user asks for lives here.
+
+Invariant: the user's dict is read and never changed, and each key is used, sent on, or refused by
+name. Only keys that belong to other clients (litellm, recipes) are dropped, and they are listed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import msgspec
+
+from eval_protocol_rft.endpoint import Endpoint, resolve_endpoint
+from eval_protocol_rft.sampling.types import SamplingParams
+
+_T = TypeVar("_T")
+
+LOCAL_PREFIX = "local/"
+DEFAULT_TIMEOUT = 600.0
+"""Seconds for one attempt. Long on purpose: a timeout drops the long answers first."""
+
+DEFAULT_MAX_TOKENS = 2048
+"""Sent where the user gives none: servers differ (vLLM stops after 16), training data must not."""
+
+DROPPED_KEYS = frozenset(
+    {
+        # litellm's own
+        "cache", "caching", "custom_llm_provider", "drop_params", "additional_drop_params",
+        "num_retries", "max_retries", "fallbacks", "mock_response", "input_cost_per_token",
+        "output_cost_per_token", "api_version", "api_type", "provider", "allowed_openai_params",
+        # recipes' own
+        "max_seq_len", "timeout_diagnostic_context", "sampling_context", "r3_ttl_seconds",
+        # how the reply travels is ours to choose
+        "stream", "stream_options",
+        # they steer a chat endpoint's parser; here the row's tools are in the prompt
+        "tool_choice", "parallel_tool_calls",
+    }
+)  # fmt: skip
+
+_ROW_KEYS = {
+    "prompt": "the row's messages are the prompt",
+    "messages": "the row's messages are the prompt",
+    "tools": "put tools on the row",
+    "system_prompt": "put a system message first in the row",
+}
+_MUST_BE_TRUE = ("logprobs", "return_token_ids", "raw_output")
+"""Asked for in every request: without them there is nothing to train on."""
+
+
+class ParamsError(ValueError):
+    """completion_params hold a wrong or contradictory value; the message names the key."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutRequest:
+    """What one row asks for."""
+
+    params: SamplingParams
+    n: int
+    seed: int | None
+    endpoint: Endpoint | None
+    """Where to sample; None: in this process, model `params.model` without its `local/`."""
+    tokenizer: str | None = None
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+
+def parse_completion_params(
+    completion_params: Mapping[str, Any] | None, *, env: Mapping[str, str] = os.environ
+) -> RolloutRequest:
+    """Check completion_params and sort them into what samples, what travels and what is dropped.
+
+    Raises:
+        ParamsError: a missing, wrong or contradictory value; the message names the key.
+    """
+    keys = _Keys(_flatten(completion_params or {}))
+    model = keys.take("model")
+    if not isinstance(model, str) or not model.strip():
+        raise ParamsError(f"completion_params['model'] must name a model, got {model!r}")
+    n = keys.integer("n", at_least=1) or 1
+    temperature = keys.number("temperature", low=0.0)
+    temperature = 1.0 if temperature is None else temperature
+    if temperature == 0 and n > 1:
+        raise ParamsError(
+            f"completion_params['temperature'] is 0 with n={n}: greedy completions are all the "
+            "same; use n=1 or a temperature above 0"
+        )
+    for key, why in _ROW_KEYS.items():
+        if keys.take(key) is not None:
+            raise ParamsError(f"completion_params[{key!r}] is not accepted: {why}")
+    for key in _MUST_BE_TRUE:
+        if keys.take(key) is False:
+            raise ParamsError(f"completion_params[{key!r}] is False: training data needs it")
+    if keys.take("echo"):
+        raise ParamsError("completion_params['echo'] would put the prompt into the completion")
+    endpoint_keys = {
+        key: keys.take(key)
+        for key in ("api_base", "base_url", "api_key", "extra_headers", "headers")
+    }
+    timeout = keys.number("http_timeout", above=0.0) or keys.number("timeout", above=0.0)
+    keys.take("timeout")
+    tokenizer = keys.take("tokenizer")
+    if tokenizer is not None and not isinstance(tokenizer, str):
+        raise ParamsError(
+            "completion_params['tokenizer'] must be a folder or hub id; pass a tokenizer object "
+            "to FireworksTrainingRolloutProcessor(tokenizer=...)"
+        )
+    template_kwargs = keys.take("chat_template_kwargs") or {}
+    if not isinstance(template_kwargs, Mapping):
+        raise ParamsError(
+            f"completion_params['chat_template_kwargs'] must be a dict, got {template_kwargs!r}"
+        )
+    seed = keys.integer("seed")
+    local = model.startswith(LOCAL_PREFIX)
+    params = SamplingParams(
+        model=model.removeprefix("fireworks_ai/"),
+        max_tokens=_max_tokens(keys) or (None if local else DEFAULT_MAX_TOKENS),
+        temperature=temperature,
+        top_p=_default(keys.number("top_p", above=0.0, high=1.0), 1.0),
+        top_k=_default(keys.integer("top_k", at_least=-1), 0),
+        stop=_stop(keys.take("stop")),
+        logprobs_mode=_logprobs_mode(keys.take("logprobs_mode")),
+        timeout=timeout or DEFAULT_TIMEOUT,
+        extra=keys.rest(),
+    )
+    return RolloutRequest(
+        params=params,
+        n=n,
+        seed=seed,
+        endpoint=None if local else resolve_endpoint(model, endpoint_keys, env=env),
+        tokenizer=tokenizer,
+        chat_template_kwargs=dict(template_kwargs),
+    )
+
+
+class _Keys:
+    """The keys not looked at yet."""
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        self._values = values
+
+    def take(self, key: str) -> Any:
+        return self._values.pop(key, None)
+
+    def integer(self, key: str, *, at_least: int | None = None) -> int | None:
+        value = self.take(key)
+        if value is None:
+            return None
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)  # JSON and YAML turn 8 into 8.0
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ParamsError(f"completion_params[{key!r}] must be an integer, got {value!r}")
+        if at_least is not None and value < at_least:
+            raise ParamsError(
+                f"completion_params[{key!r}] must be at least {at_least}, got {value}"
+            )
+        return value
+
+    def number(
+        self,
+        key: str,
+        *,
+        low: float = -math.inf,
+        above: float = -math.inf,
+        high: float = math.inf,
+    ) -> float | None:
+        value = self.take(key)
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ParamsError(f"completion_params[{key!r}] must be a number, got {value!r}")
+        if not (math.isfinite(value) and low <= value <= high and value > above):
+            floor = f"above {above:g}" if math.isfinite(above) else f"at least {low:g}"
+            ceiling = f" and at most {high:g}" if math.isfinite(high) else ""
+            raise ParamsError(f"completion_params[{key!r}] must be {floor}{ceiling}, got {value}")
+        return float(value)
+
+    def rest(self) -> dict[str, Any]:
+        """What travels in the body for the server to judge."""
+        rest = {
+            key: value
+            for key, value in self._values.items()
+            if value is not None and key not in DROPPED_KEYS and not key.startswith("litellm_")
+        }
+        for key, value in rest.items():
+            try:
+                msgspec.json.encode(value)
+            except (TypeError, ValueError) as error:
+                raise ParamsError(f"completion_params[{key!r}] is not JSON: {error}") from error
+        return rest
+
+
+def _flatten(params: Mapping[str, Any]) -> dict[str, Any]:
+    """completion_params with `extra_body` (a dict, or a JSON string in managed jobs) folded in."""
+    flat = {key: value for key, value in params.items() if key != "extra_body"}
+    body = params.get("extra_body")
+    if isinstance(body, str):
+        try:
+            body = json.loads(body) if body.strip() else {}
+        except ValueError as error:
+            raise ParamsError(f"completion_params['extra_body'] is not JSON: {error}") from error
+    if body is None:
+        return flat
+    if not isinstance(body, Mapping):
+        raise ParamsError(f"completion_params['extra_body'] must be a dict, got {body!r}")
+    for key, value in body.items():
+        if flat.get(key) is not None and flat[key] != value:
+            raise ParamsError(
+                f"completion_params[{key!r}] is {flat[key]!r} and in extra_body {value!r}: "
+                "give it once"
+            )
+        flat[key] = value
+    return flat
+
+
+def _max_tokens(keys: _Keys) -> int | None:
+    first = keys.integer("max_tokens", at_least=1)
+    second = keys.integer("max_completion_tokens", at_least=1)
+    if first is not None and second is not None and first != second:
+        raise ParamsError(
+            f"completion_params['max_tokens'] is {first} and 'max_completion_tokens' {second}: "
+            "they mean the same, give one"
+        )
+    return first if first is not None else second
+
+
+def _stop(value: Any) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    stops = (value,) if isinstance(value, str) else tuple(value)
+    if not all(isinstance(stop, str) and stop for stop in stops):
+        raise ParamsError(
+            f"completion_params['stop'] must be a string or a list of strings, got {value!r} "
+            "(for token ids use stop_token_ids where the server has it)"
+        )
+    return stops
+
+
+def _logprobs_mode(value: Any) -> Any:
+    if value not in (None, "processed_logprobs", "raw_logprobs"):
+        raise ParamsError(
+            "completion_params['logprobs_mode'] must be 'processed_logprobs' or 'raw_logprobs' "
+            f"(what the vLLM server's --logprobs-mode says), got {value!r}"
+        )
+    return value
+
+
+def _default(value: _T | None, default: _T) -> _T:
+    return default if value is None else value

@@ -1,0 +1,156 @@
+"""Messages and tools in, exact prompt token ids out; completion text in, assistant message out.
+
+Invariant: a prompt is what the model's own chat template renders, or it is an error that names the
+cause. There is no second way to write it down.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import TemplateError
+
+from eval_protocol_rft.sampling.types import TokenIds
+from eval_protocol_rft.tokenizer import LoadedTokenizer
+
+if TYPE_CHECKING:
+    from eval_protocol.models import Message
+
+_OWN_ARGUMENTS = frozenset(
+    {"conversation", "tools", "add_generation_prompt", "tokenize", "return_dict", "return_tensors"}
+)
+"""Arguments of `apply_chat_template` that are ours to set."""
+
+
+class PromptError(ValueError):
+    """The prompt of a row cannot be rendered exactly."""
+
+
+def render_prompt(
+    messages: Sequence[Message],
+    tools: Sequence[Mapping[str, Any]] | None,
+    tokenizer: LoadedTokenizer,
+    chat_template_kwargs: Mapping[str, Any],
+) -> TokenIds:
+    """Token ids of the conversation up to where the assistant starts to speak.
+
+    Raises:
+        PromptError: no messages, content the template cannot take (images, several text parts),
+            no chat template, an error inside it, or tools that it does not render.
+    """
+    if not messages:
+        raise PromptError("the row has no messages to answer")
+    if tokenizer.chat_template_hash is None:
+        raise PromptError(
+            f"tokenizer {tokenizer.name!r} has no chat template: set tokenizer.chat_template, or "
+            "name a tokenizer that has one"
+        )
+    taken = _OWN_ARGUMENTS.intersection(chat_template_kwargs)
+    if taken:
+        raise PromptError(f"chat_template_kwargs must not set {', '.join(sorted(taken))}")
+    chat = [_chat_message(i, message) for i, message in enumerate(messages)]
+    ids = _apply(tokenizer, chat, tools, chat_template_kwargs)
+    if not ids:
+        raise PromptError(f"the chat template of {tokenizer.name!r} rendered nothing")
+    if tools and ids == _apply(tokenizer, chat, None, chat_template_kwargs):
+        raise PromptError(
+            f"the chat template of {tokenizer.name!r} does not render tools: the model would never "
+            f"see the {len(tools)} that this row has"
+        )
+    return TokenIds(ids)
+
+
+def assistant_message(text: str, *, split_reasoning: bool) -> Message:
+    """An assistant message of the completion's text. With `split_reasoning` a closed
+    `<think>...</think>` block at its start (opened in the text, or by the prompt as some templates
+    do) goes to `reasoning_content`; a block that was never closed stays in the content.
+    """
+    from eval_protocol.models import Message
+
+    if split_reasoning:
+        before, closed, after = text.partition("</think>")
+        opened, thought = _opened(before)
+        if closed and opened:
+            return Message(
+                role="assistant",
+                content=after.lstrip("\n"),
+                reasoning_content=thought.strip("\n"),
+            )
+    return Message(role="assistant", content=text)
+
+
+def _opened(before: str) -> tuple[bool, str]:
+    """Whether `before` is the inside of a think block that is then closed, and that inside."""
+    stripped = before.lstrip()
+    if stripped.startswith("<think>"):
+        return True, stripped.removeprefix("<think>")
+    return "<think>" not in before, before
+
+
+def _apply(
+    tokenizer: LoadedTokenizer,
+    chat: list[dict[str, Any]],
+    tools: Sequence[Mapping[str, Any]] | None,
+    kwargs: Mapping[str, Any],
+) -> list[int]:
+    try:
+        ids: Any = tokenizer.tokenizer.apply_chat_template(
+            chat,
+            tools=[dict(tool) for tool in tools] if tools else None,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=False,
+            **kwargs,
+        )
+    # A template is a program: besides its own errors it raises what its expressions raise.
+    except (TemplateError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+        raise PromptError(f"the chat template of {tokenizer.name!r} failed: {error}") from error
+    return [int(token) for token in ids]
+
+
+def _chat_message(index: int, message: Message) -> dict[str, Any]:
+    """One message in the form that chat templates read."""
+    chat: dict[str, Any] = {"role": message.role, "content": _text(index, message.content)}
+    if message.reasoning_content is not None:
+        chat["reasoning_content"] = message.reasoning_content
+    if message.name is not None:
+        chat["name"] = message.name
+    if message.tool_call_id is not None:
+        chat["tool_call_id"] = message.tool_call_id
+    if message.tool_calls:
+        chat["tool_calls"] = [_tool_call(index, call.model_dump()) for call in message.tool_calls]
+    elif message.content is None:
+        raise PromptError(f"messages[{index}] ({message.role}) has neither content nor tool calls")
+    return chat
+
+
+def _text(index: int, content: Any) -> str:
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    kinds = [str(getattr(part, "type", type(part).__name__)) for part in content]
+    if kinds == ["text"]:
+        return str(content[0].text)
+    raise PromptError(
+        f"messages[{index}].content has the parts {kinds}: only a string or a single text part "
+        "has one exact rendering; join text parts in the dataset adapter"
+    )
+
+
+def _tool_call(index: int, call: dict[str, Any]) -> dict[str, Any]:
+    """Chat templates take arguments as an object; the chat API carries them as a JSON string."""
+    function = call["function"]
+    try:
+        arguments = json.loads(function["arguments"] or "{}")
+    except ValueError as error:
+        raise PromptError(
+            f"messages[{index}]: arguments of tool call {function['name']!r} are not JSON: {error}"
+        ) from error
+    return {
+        "id": call.get("id"),
+        "type": "function",
+        "function": {"name": function["name"], "arguments": arguments},
+    }

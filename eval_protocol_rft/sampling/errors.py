@@ -1,0 +1,87 @@
+"""From HTTP statuses and error bodies to typed errors. Pure.
+
+Sources: Fireworks' error codes (docs.fireworks.ai, guides/inference-error-codes), vLLM 0.32 as
+recorded. Bodies seen: `{"error": {"message", "type", "code"}}`, `{"error": "text"}`,
+`{"detail": ...}`, `{"message": ...}`, plain text and HTML.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import Any
+
+import msgspec
+
+from eval_protocol_rft.sampling.types import RefusedError, SamplingError, UnavailableError
+
+TRANSIENT_STATUSES = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
+_HINTS = {
+    401: "check the API key (FIREWORKS_API_KEY or completion_params['api_key'])",
+    403: "the API key has no access to this model",
+    404: "check the model's name and the base URL",
+}
+_LONGEST_MESSAGE = 500
+
+
+def status_error(
+    status: int, body: bytes, headers: Mapping[str, str], *, now: datetime
+) -> SamplingError:
+    """The error that an HTTP status other than 200 stands for. `now` dates `Retry-After`."""
+    message = f"HTTP {status}: {_message(body) or 'no message'}"
+    if status in TRANSIENT_STATUSES:
+        wait = retry_after(headers, now=now)
+        return UnavailableError(message, status=status, retry_after=wait)
+    hint = _HINTS.get(status)
+    return RefusedError(f"{message} ({hint})" if hint else message, status=status)
+
+
+def error_in_body(body: bytes) -> SamplingError | None:
+    """The error that a 200 reply or a stream event carries inside, or None if it carries none."""
+    try:
+        value = msgspec.json.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return None
+    error = value.get("error") if isinstance(value, dict) else None
+    if not error:
+        return None
+    code = error.get("code") if isinstance(error, dict) else None
+    status = int(str(code)) if str(code).isdigit() else None
+    text = f"error in the reply: {_message(body)}"
+    # Without a code that says otherwise it is the server's trouble: it had accepted the request.
+    if status is None or status in TRANSIENT_STATUSES or status >= 500:
+        return UnavailableError(text, status=status)
+    return RefusedError(text, status=status)
+
+
+def retry_after(headers: Mapping[str, str], *, now: datetime) -> float | None:
+    """Seconds that `Retry-After` (RFC 9110, 10.2.3: seconds or a date) asks for, None without."""
+    value = headers.get("Retry-After", "").strip()
+    if not value:
+        return None
+    try:
+        return max(0.0, float(value)) if float(value) < float("inf") else None
+    except ValueError:
+        pass
+    try:
+        date = parsedate_to_datetime(value)
+    except ValueError:
+        return None
+    if date.tzinfo is None:
+        date = date.replace(tzinfo=UTC)
+    return max(0.0, (date - now).total_seconds())
+
+
+def _message(body: bytes) -> str:
+    """The most telling text of an error body, on one line."""
+    try:
+        value: Any = msgspec.json.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        value = body.decode("utf-8", errors="replace")
+    for key in ("error", "message", "detail"):
+        if isinstance(value, dict) and value.get(key):
+            value = value[key]
+    text = value if isinstance(value, str) else msgspec.json.encode(value).decode()
+    text = " ".join(text.split())
+    return text if len(text) <= _LONGEST_MESSAGE else f"{text[:_LONGEST_MESSAGE]}..."

@@ -1,0 +1,127 @@
+"""`HttpSampler`: one request, one reply. Transport only.
+
+Invariant: one call of `sample` is one HTTP request. It retries nothing, follows no redirect, and
+whatever goes wrong leaves as a `SamplingError` in which no secret appears.
+"""
+
+from __future__ import annotations
+
+import urllib.request
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from urllib.parse import urlsplit
+
+import aiohttp
+
+from eval_protocol_rft.endpoint import Endpoint
+from eval_protocol_rft.sampling.errors import status_error
+from eval_protocol_rft.sampling.types import (
+    AttemptTimeoutError,
+    Completion,
+    ConnectionFailedError,
+    RefusedError,
+    SamplingError,
+    SamplingParams,
+    TokenIds,
+)
+from eval_protocol_rft.sampling.wire import decode_reply, request_body
+
+KEEPALIVE_SECONDS = 4.0
+"""uvicorn, and so vLLM and SGLang, closes an idle connection after 5 s, under the next request."""
+CONNECT_SECONDS = 30.0
+_REQUEST_ID_HEADERS = ("x-request-id", "x-fireworks-request-id", "cf-ray")
+
+
+class HttpSampler:
+    """Samples from one endpoint's `/completions`. Belongs to the event loop that first uses it."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self._endpoint = endpoint
+        self._url = f"{endpoint.base_url}/completions"
+        self._session: aiohttp.ClientSession | None = None
+        self._proxy: str | None = None
+
+    async def sample(
+        self, prompt_ids: Sequence[int], params: SamplingParams, *, seed: int | None = None
+    ) -> Completion:
+        """Make one request; see `Sampler.sample`.
+
+        Raises:
+            RefusedError, UnavailableError: the server answered with an error.
+            ConnectionFailedError, AttemptTimeoutError: no whole answer arrived.
+            ContractError: the answer is not exact token data.
+        """
+        prompt = prompt_ids if isinstance(prompt_ids, TokenIds) else TokenIds(prompt_ids)
+        try:
+            return await self._attempt(prompt, params, seed)
+        except SamplingError as error:
+            for secret in self._endpoint.secrets:
+                error.args = tuple(str(arg).replace(secret, "***") for arg in error.args)
+            raise
+
+    async def aclose(self) -> None:
+        if self._session is not None:
+            session, self._session = self._session, None
+            await session.close()
+
+    async def _attempt(
+        self, prompt: TokenIds, params: SamplingParams, seed: int | None
+    ) -> Completion:
+        if self._session is None:
+            self._open()
+        assert self._session is not None  # noqa: S101 - narrows the type
+        try:
+            async with self._session.post(
+                self._url,
+                data=request_body(prompt, params, seed),
+                timeout=aiohttp.ClientTimeout(total=params.timeout, sock_connect=CONNECT_SECONDS),
+                allow_redirects=False,
+                proxy=self._proxy,
+            ) as response:
+                body = await response.read()
+        except aiohttp.ConnectionTimeoutError as error:
+            raise ConnectionFailedError(f"{self._url}: {_text(error)}") from None
+        except TimeoutError:
+            raise AttemptTimeoutError(
+                f"{self._url}: no whole reply within {params.timeout:g} s"
+            ) from None
+        except aiohttp.InvalidURL:
+            raise RefusedError(f"{self._url} is not a URL") from None
+        # OSError: a reset socket can surface unwrapped. `from None`: aiohttp's errors carry the
+        # request with its headers, and so the key.
+        except (aiohttp.ClientError, OSError) as error:
+            raise ConnectionFailedError(f"{self._url}: {_text(error)}") from None
+        if response.status != 200:
+            raise status_error(response.status, body, response.headers, now=datetime.now(UTC))
+        [completion] = decode_reply(body, prompt, params, request_id=_request_id(response))
+        return completion
+
+    def _open(self) -> None:
+        headers = {"Content-Type": "application/json", **dict(self._endpoint.headers)}
+        if self._endpoint.api_key:
+            headers["Authorization"] = f"Bearer {self._endpoint.api_key}"
+        # The caller bounds requests in flight; a second bound here would only hide the first.
+        connector = aiohttp.TCPConnector(
+            limit=0, keepalive_timeout=KEEPALIVE_SECONDS, enable_cleanup_closed=False
+        )
+        self._session = aiohttp.ClientSession(
+            connector=connector, headers=headers, cookie_jar=aiohttp.DummyCookieJar()
+        )
+        self._proxy = _proxy_for(self._url)
+
+
+def _proxy_for(url: str) -> str | None:
+    """The proxy of the environment, looked up once and not for every request."""
+    parts = urlsplit(url)
+    if urllib.request.proxy_bypass(parts.hostname or ""):
+        return None
+    return urllib.request.getproxies().get(parts.scheme)
+
+
+def _text(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+def _request_id(response: aiohttp.ClientResponse) -> str | None:
+    names = (name for name in _REQUEST_ID_HEADERS if name in response.headers)
+    return next((response.headers[name] for name in names), None)

@@ -1,0 +1,176 @@
+"""The shape of a completions reply: whole JSON bodies and event streams to `Reply`. Pure.
+
+Invariant: only the shape is judged here (types, what must be there); a stream is put together to
+what the same server would have sent whole, or it is an error.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from eval_protocol_rft.sampling.errors import error_in_body
+from eval_protocol_rft.sampling.types import ConnectionFailedError, ContractError
+
+
+ABSENT = msgspec.Raw(b"null")
+"""`null` and not there are the same to us."""
+
+
+class Entry(msgspec.Struct, gc=False):
+    """One sampled token in Fireworks' `logprobs.content[]`."""
+
+    token_id: int
+    logprob: float | None = None
+    sampling_logprob: float | None = None
+    text_offset: int | None = None
+
+
+class Logprobs(msgspec.Struct):
+    content: list[Entry] | None = None
+    token_logprobs: list[float | None] | None = None
+    token_ids: list[int] | None = None
+    tokens: list[str] | None = None
+    top_logprobs: list[dict[str, float] | None] | None = None
+
+
+class RawOutput(msgspec.Struct):
+    prompt_token_ids: msgspec.Raw = ABSENT
+    completion_token_ids: list[int] | None = None
+
+
+class Choice(msgspec.Struct):
+    index: int
+    finish_reason: str | None = None
+    text: str | None = None
+    stop_reason: str | int | None = None
+    token_ids: list[int] | None = None
+    prompt_token_ids: msgspec.Raw = ABSENT
+    logprobs: Logprobs | None = None
+    raw_output: RawOutput | None = None
+
+
+class Usage(msgspec.Struct):
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+
+
+class Reply(msgspec.Struct):
+    choices: list[Choice]
+    id: str | None = None
+    object: str | None = None
+    model: str | None = None
+    usage: Usage | None = None
+
+
+_DECODER = msgspec.json.Decoder(Reply)
+
+
+def parse_reply(body: bytes) -> Reply:
+    """Parse a whole JSON body.
+
+    Raises:
+        ConnectionFailedError: the JSON is cut off.
+        ContractError: it is no JSON, or not of a reply's shape.
+        UnavailableError, RefusedError: it is an error object.
+    """
+    try:
+        return _DECODER.decode(body)
+    except msgspec.ValidationError as problem:
+        error = error_in_body(body)
+        if error is not None:
+            raise error from problem
+        raise ContractError(f"not a completions reply: {problem}") from problem
+    except (msgspec.DecodeError, UnicodeDecodeError) as problem:
+        if not body.strip() or "truncated" in str(problem):
+            raise ConnectionFailedError(
+                f"the reply is cut off after {len(body)} bytes"
+            ) from problem
+        raise ContractError(
+            f"the reply is not JSON ({problem}); it begins {body[:80]!r}"
+        ) from problem
+
+
+def parse_stream(body: bytes) -> Reply:
+    """Parse a whole event stream and put its chunks together.
+
+    Raises: as `parse_reply`; a stream without `[DONE]` is a ConnectionFailedError.
+    """
+    events = _events(body)
+    if not events or events[-1] != b"[DONE]":
+        if not events and body.lstrip().startswith(b"{"):
+            return parse_reply(body)  # some servers answer errors and even replies unstreamed
+        raise ConnectionFailedError(
+            f"the event stream ends after {len(events)} events without [DONE]"
+        )
+    merged: Reply | None = None
+    for event in events[:-1]:
+        chunk = parse_reply(event)
+        if merged is None:
+            merged = chunk
+        else:
+            _merge(merged, chunk)
+    if merged is None:
+        raise ContractError("the event stream holds nothing but [DONE]")
+    return merged
+
+
+def _events(body: bytes) -> list[bytes]:
+    """The data of each event; several `data:` lines are one payload (HTML standard, 9.2.6). An
+    event that no blank line ends did not arrive whole."""
+    normal = body.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+    *whole, _rest = normal.split(b"\n\n")
+    events = []
+    for block in whole:
+        data = [
+            line[5:].removeprefix(b" ") for line in block.split(b"\n") if line.startswith(b"data:")
+        ]
+        if data:
+            events.append(b"\n".join(data))
+    return events
+
+
+def _merge(reply: Reply, chunk: Reply) -> None:
+    reply.id = reply.id or chunk.id
+    reply.object = reply.object or chunk.object
+    reply.model = chunk.model or reply.model
+    reply.usage = chunk.usage or reply.usage
+    known = {choice.index: choice for choice in reply.choices}
+    for choice in chunk.choices:
+        if choice.index in known:
+            _merge_choice(known[choice.index], choice)
+        else:
+            reply.choices.append(choice)
+
+
+def _merge_choice(into: Choice, chunk: Choice) -> None:
+    if into.finish_reason is not None and (chunk.token_ids or _content(chunk)):
+        raise ContractError(f"choices[{into.index}]: tokens after finish_reason in the stream")
+    into.finish_reason = chunk.finish_reason or into.finish_reason
+    into.stop_reason = chunk.stop_reason if chunk.stop_reason is not None else into.stop_reason
+    into.text = (into.text or "") + (chunk.text or "")
+    into.token_ids = _joined(into.token_ids, chunk.token_ids)
+    if into.prompt_token_ids == ABSENT:
+        into.prompt_token_ids = chunk.prompt_token_ids
+    into.raw_output = chunk.raw_output or into.raw_output
+    if chunk.logprobs is None:
+        return
+    if into.logprobs is None:
+        into.logprobs = chunk.logprobs
+        return
+    for name in ("content", "token_logprobs", "token_ids", "tokens", "top_logprobs"):
+        joined = _joined(getattr(into.logprobs, name), getattr(chunk.logprobs, name))
+        setattr(into.logprobs, name, joined)
+
+
+def _content(choice: Choice) -> list[Entry] | None:
+    return choice.logprobs.content if choice.logprobs is not None else None
+
+
+def _joined(into: list[Any] | None, more: list[Any] | None) -> list[Any] | None:
+    if into is None:
+        return more
+    if more is not None:
+        into.extend(more)
+    return into

@@ -1,0 +1,110 @@
+"""One tokenizer per process and name, and text from sampled ids.
+
+Invariant: ids become text, never the reverse. `decode_completion` reads sampled ids; it leaves out
+only the token that ended the turn and a stop string, which are in the ids and not in the answer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from eval_protocol_rft.sampling.types import Completion, SamplingParams
+
+
+class TokenizerError(ValueError):
+    """The tokenizer cannot be loaded, or lacks what training needs."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedTokenizer:
+    """A tokenizer with what is worth computing once."""
+
+    tokenizer: PreTrainedTokenizerBase = field(repr=False)
+    name: str
+    special_ids: frozenset[int] = field(repr=False)
+    """Ids of control tokens (end of turn, end of text, ...); never of `<think>` and the like, which
+    tokenizers list as ordinary added tokens."""
+    chat_template_hash: str | None
+
+    @classmethod
+    def wrap(cls, tokenizer: PreTrainedTokenizerBase, name: str | None = None) -> LoadedTokenizer:
+        """Take a tokenizer object as it is. `name` goes into the record."""
+        added: Mapping[int, Any] = getattr(tokenizer, "added_tokens_decoder", {})
+        special = {token for token, entry in added.items() if getattr(entry, "special", False)}
+        special.update(tokenizer.all_special_ids)
+        template = getattr(tokenizer, "chat_template", None)
+        return cls(
+            tokenizer=tokenizer,
+            name=name or str(getattr(tokenizer, "name_or_path", "")) or type(tokenizer).__name__,
+            special_ids=frozenset(special),
+            chat_template_hash=_hash(template) if template else None,
+        )
+
+    def decode_completion(self, completion: Completion, params: SamplingParams) -> str:
+        """The completion's text: without the token that ended the turn, cut before a stop string
+        (as servers cut it), all other tokens as they are.
+        """
+        ids = completion.token_ids
+        ended_by_token = completion.finish_reason == "stop" and (
+            ids[-1] in self.special_ids or completion.stop_reason == ids[-1]
+        )
+        text = self.decode(ids[:-1] if ended_by_token else ids)
+        if ended_by_token or completion.finish_reason != "stop" or not params.stop:
+            return text
+        if params.extra.get("include_stop_str_in_output"):
+            return text
+        cuts = [at for at in map(text.find, params.stop) if at >= 0]
+        return text[: min(cuts)] if cuts else text
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of `ids`, control tokens included, no clean-up of spaces."""
+        text = self.tokenizer.decode(
+            ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        return text if isinstance(text, str) else "".join(text)
+
+
+_LOADED: dict[tuple[str, bool], LoadedTokenizer] = {}
+_LOADING = threading.Lock()
+
+
+def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> LoadedTokenizer:
+    """Load a tokenizer by folder or hub id, once per process. Blocks: call it in a thread.
+
+    Raises:
+        TokenizerError: there is no such tokenizer, or its files cannot be read.
+    """
+    key = (name, trust_remote_code)
+    with _LOADING:
+        if key not in _LOADED:
+            _LOADED[key] = LoadedTokenizer.wrap(_from_pretrained(name, trust_remote_code), name)
+        return _LOADED[key]
+
+
+def _from_pretrained(name: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            name, trust_remote_code=trust_remote_code
+        )
+    # An OSError would make Eval Protocol run the whole row four times over.
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise TokenizerError(
+            f"cannot load tokenizer {name!r}: {error}. Name a folder or a hub id with tokenizer "
+            "files, as FireworksTrainingRolloutProcessor(tokenizer=...) or as "
+            'completion_params["tokenizer"].'
+        ) from error
+    return tokenizer
+
+
+def _hash(template: Any) -> str:
+    text = template if isinstance(template, str) else repr(sorted(template.items()))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
