@@ -39,10 +39,7 @@ def status_error(
 
 def error_in_body(body: bytes) -> SamplingError | None:
     """The error that a 200 reply or a stream event carries inside, or None if it carries none."""
-    try:
-        value = msgspec.json.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        return None
+    value = loads(body)
     error = value.get("error") if isinstance(value, dict) else None
     if not error:
         return None
@@ -73,11 +70,18 @@ def retry_after(headers: Mapping[str, str], *, now: datetime) -> float | None:
     return max(0.0, (date - now).total_seconds())
 
 
+def loads(body: bytes) -> Any:
+    """The JSON value of a body, None where it is not JSON."""
+    try:
+        return msgspec.json.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return None
+
+
 def _message(body: bytes) -> str:
     """The most telling text of an error body, on one line."""
-    try:
-        value: Any = msgspec.json.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    value = loads(body)
+    if value is None:
         value = body.decode("utf-8", errors="replace")
     for key in ("error", "message", "detail"):
         if isinstance(value, dict) and value.get(key):

@@ -10,9 +10,8 @@ from typing import Any
 
 import msgspec
 
-from eval_protocol_rft.sampling.errors import error_in_body
+from eval_protocol_rft.sampling.errors import error_in_body, loads
 from eval_protocol_rft.sampling.types import ConnectionFailedError, ContractError
-
 
 ABSENT = msgspec.Raw(b"null")
 """`null` and not there are the same to us."""
@@ -32,6 +31,7 @@ class Logprobs(msgspec.Struct):
     token_logprobs: list[float | None] | None = None
     token_ids: list[int] | None = None
     tokens: list[str] | None = None
+    text_offset: list[int | None] | None = None
     top_logprobs: list[dict[str, float] | None] | None = None
 
 
@@ -81,7 +81,7 @@ def parse_reply(body: bytes) -> Reply:
         error = error_in_body(body)
         if error is not None:
             raise error from problem
-        raise ContractError(f"not a completions reply: {problem}") from problem
+        raise ContractError(f"not a completions reply: {problem}{_kind(body)}") from problem
     except (msgspec.DecodeError, UnicodeDecodeError) as problem:
         if not body.strip() or "truncated" in str(problem):
             raise ConnectionFailedError(
@@ -90,6 +90,12 @@ def parse_reply(body: bytes) -> Reply:
         raise ContractError(
             f"the reply is not JSON ({problem}); it begins {body[:80]!r}"
         ) from problem
+
+
+def _kind(body: bytes) -> str:
+    value = loads(body)
+    named = value.get("object") if isinstance(value, dict) else None
+    return f" (its object is {named!r})" if named else ""
 
 
 def parse_stream(body: bytes) -> Reply:
@@ -159,7 +165,7 @@ def _merge_choice(into: Choice, chunk: Choice) -> None:
     if into.logprobs is None:
         into.logprobs = chunk.logprobs
         return
-    for name in ("content", "token_logprobs", "token_ids", "tokens", "top_logprobs"):
+    for name in ("content", "token_logprobs", "token_ids", "tokens", "top_logprobs", "text_offset"):
         joined = _joined(getattr(into.logprobs, name), getattr(chunk.logprobs, name))
         setattr(into.logprobs, name, joined)
 

@@ -12,7 +12,6 @@ sampling and the raw logprob of each token; vLLM and SGLang send `token_ids` bes
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from operator import attrgetter
 from typing import Any
 
@@ -204,16 +203,17 @@ def _logprobs(
     if logprobs is None:
         raise ContractError("no logprobs")
     if logprobs.content is not None:
-        offsets = list(map(_text_offset, logprobs.content))
-        if None not in offsets and any(a > b for a, b in _unsorted(offsets)):
-            raise ContractError("logprobs.content[].text_offset goes back: entries out of order")
+        _check_order("logprobs.content[].text_offset", list(map(_text_offset, logprobs.content)))
         raw = _complete("logprobs.content[].logprob", list(map(_logprob, logprobs.content)))
         sampling: list[float | None] = list(map(_sampling_logprob, logprobs.content))
         if sampling and sampling.count(None) == len(sampling):
+            if params.logprobs_mode == "processed_logprobs":
+                return raw, None
             return _raw_as_sampling(raw, params, "sampling_logprob is null"), raw
         return _complete("logprobs.content[].sampling_logprob", sampling), raw
     if logprobs.token_logprobs is None:
         raise ContractError("no logprobs.content and no logprobs.token_logprobs")
+    _check_order("logprobs.text_offset", logprobs.text_offset or [])
     values = _complete("logprobs.token_logprobs", logprobs.token_logprobs)
     _check_tokens_as_ids(logprobs, token_ids, values)
     if params.logprobs_mode == "processed_logprobs":
@@ -288,5 +288,7 @@ def _check_same(name: str, got: Sequence[Any], other: str, expected: Sequence[An
     )
 
 
-def _unsorted(values: list[Any]) -> Any:
-    return () if values == sorted(values) else pairwise(values)
+def _check_order(name: str, offsets: list[int | None]) -> None:
+    """Offsets into the text never go back: entries or events that changed places show."""
+    if None not in offsets and offsets != sorted(offsets):  # type: ignore[type-var]
+        raise ContractError(f"{name} goes back: entries are out of order")

@@ -1,0 +1,427 @@
+"""Every recorded reply decodes to the completion that is in it, or to the right error.
+
+The expectation is read straight from the recorded JSON, by code that knows nothing of ours.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from eval_protocol_rft.sampling.errors import status_error
+from eval_protocol_rft.sampling.types import (
+    Completion,
+    ConnectionFailedError,
+    ContractError,
+    RefusedError,
+    SamplingError,
+    SamplingParams,
+    TokenIds,
+    UnavailableError,
+)
+from eval_protocol_rft.sampling.wire import decode_reply, decode_stream, request_body
+
+FIXTURES = Path(__file__).parent / "fixtures"
+RAW, PROCESSED = "vllm", "vllm_processed"
+
+COMPLETIONS = {
+    RAW: "01_n1_t1 02_n4_t1 06_logprobs0 07_seed42_a 07_seed42_b 08_seed42_n4 09_tokens_as_ids "
+    "10_stream_n1 11_stream_n4 15_max_tokens_1 16_prompt_logprobs 19_text_prompt "
+    "21_no_model_field 50_generate 51_generate_n2 52_generate_stream 61_pause_keep "
+    "81_llama3_completion e02b_prompt_plus_max_tokens e12_unknown_field "
+    "53_generate_weight_version",
+    PROCESSED: "01_n1_t1 02_n4_t1 03_n1_t07 04_n4_t07 10_stream_n1 11_stream_n4 12_eos_forced "
+    "13_stop_string 20_top_p_top_k",
+}
+MAY_BE_RAW = "--logprobs-mode processed_logprobs"
+ERRORS: dict[str, tuple[type[SamplingError], str]] = {
+    **dict.fromkeys(("03_n1_t07", "04_n4_t07"), (ContractError, "temperature=0.7.*" + MAY_BE_RAW)),
+    "05_n1_greedy": (ContractError, "temperature=0 .*" + MAY_BE_RAW),
+    **dict.fromkeys(
+        (
+            "12_eos_forced",
+            "12b_eos_forced_include_stop",
+            "12c_eos_forced_no_skip_special",
+            "12d_ignore_eos",
+            "12e_eos_stream",
+            "12f_eos_min_tokens",
+            "13_stop_string",
+            "13b_stop_string_included",
+            "13c_stop_string_two_tokens",
+            "14_stop_token_ids",
+        ),
+        (ContractError, "logit_bias=.*" + MAY_BE_RAW),
+    ),
+    "20_top_p_top_k": (ContractError, "top_p=0.5, top_k=20.*" + MAY_BE_RAW),
+    **dict.fromkeys(
+        ("17_echo_logprobs", "17b_echo_max0"), (ContractError, "token_logprobs is null at index 0")
+    ),
+    "18_two_prompts": (ContractError, r"indices \[0, 1, 2, 3\], expected \[0, 1\]"),
+    **dict.fromkeys(
+        (
+            "30_chat_n1",
+            "31_chat_n4",
+            "32_chat_logprobs_only",
+            "35_chat_eos",
+            "34_chat_tokens_as_ids",
+            "37_chat_template_kwargs",
+            "38_chat_continue_final",
+            "70_smollm2_chat_n4",
+            "71_char_chat_n2",
+            "80_qwen3_chat_tools",
+        ),
+        (ContractError, "its object is 'chat.completion'"),
+    ),
+    "33_chat_stream": (ContractError, "its object is 'chat.completion.chunk'"),
+    "36_chat_tools": (RefusedError, "400.*enable-auto-tool-choice"),
+    **dict.fromkeys(
+        ("00_models", "00_version", "40_tokenize_chat", "41_tokenize_text", "42_detokenize"),
+        (ContractError, "missing required field `choices`"),
+    ),
+    "43_render_chat": (ContractError, "missing required field `choices`"),
+    "60_pause_abort": (UnavailableError, "finish_reason 'abort'"),
+    "62_engine_killed": (UnavailableError, "500.*EngineCore"),
+    "e01_unknown_model": (RefusedError, "404.*`nope` does not exist"),
+    "e02_prompt_too_long": (RefusedError, "400.*2048 tokens"),
+    "e02c_prompt_exact_limit": (RefusedError, "400.*max_tokens"),
+    "e03_bad_temperature": (RefusedError, "400.*temperature"),
+    "e03b_temperature_string": (RefusedError, "400.*temperature"),
+    "e03c_temp_3": (RefusedError, "400.*temperature"),
+    "e04_token_out_of_vocab": (RefusedError, "400.*out of vocabulary"),
+    "e04b_token_negative": (RefusedError, "400.*greater than or equal to 0"),
+    "e05_empty_prompt": (RefusedError, "400.*at least one prompt"),
+    "e05b_empty_text": (RefusedError, "400.*non-empty"),
+    "e06_logprobs_too_many": (RefusedError, "400.*logprobs of 50"),
+    "e07_max_tokens_0": (RefusedError, "400.*max_tokens"),
+    "e07b_max_tokens_neg": (RefusedError, "400.*max_tokens"),
+    "e08_n0": (RefusedError, "400.*n must be at least 1"),
+    "e09_bad_json": (RefusedError, "400.*JSON decode error"),
+    "e10_missing_prompt": (RefusedError, "400.*prompt"),
+    "e11_wrong_path": (RefusedError, "404.*Not Found.*base URL"),
+    "e13_n_greedy": (RefusedError, "400.*greedy"),
+    "e14_get_method": (RefusedError, "405.*Method Not Allowed"),
+    "e20_overload_503": (UnavailableError, "503.*currently busy"),
+    "e21_overload_stream": (UnavailableError, "currently busy"),
+}
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """One recorded exchange."""
+
+    name: str
+    folder: str
+    body: bytes
+    status: int
+    stream: bool
+    request: dict[str, Any]
+
+    @property
+    def prompt(self) -> TokenIds:
+        prompt = self.request.get("prompt") or self.request.get("token_ids")
+        if isinstance(prompt, list) and prompt and isinstance(prompt[0], int):
+            return TokenIds(prompt)
+        # Text prompts, and exchanges whose request was not kept: what the server says it read, and
+        # for the one that does not say, as many ids as it counted.
+        reply = _json_events(self)[0]
+        counted = reply.get("usage", {}).get("prompt_tokens", 1)
+        echoed = reply.get("choices", [{}])[0].get("prompt_token_ids")
+        return TokenIds(echoed or [0] * counted)
+
+    @property
+    def params(self) -> SamplingParams:
+        known = {"model", "prompt", "n", "stream", "temperature", "top_p", "top_k", "max_tokens"}
+        known |= {"stop", "logprobs", "return_token_ids"}
+        temperature = self.request.get("temperature", 1.0)
+        return SamplingParams(
+            model="tiny",
+            temperature=1.0 if isinstance(temperature, str) else temperature,
+            top_p=self.request.get("top_p", 1.0),
+            top_k=self.request.get("top_k", 0),
+            max_tokens=self.request.get("max_tokens"),
+            stop=tuple(self.request.get("stop", ())),
+            extra={key: value for key, value in self.request.items() if key not in known},
+            logprobs_mode="processed_logprobs" if self.folder == PROCESSED else None,
+        )
+
+    def decode(self) -> list[Completion]:
+        if self.status != 200:
+            raise status_error(self.status, self.body, {}, now=datetime.now(UTC))
+        decode = decode_stream if self.stream else decode_reply
+        return decode(self.body, self.prompt, self.params, n=self.request.get("n", 1))
+
+
+def _recorded(path: Path) -> Recorded:
+    stem = path.name.rsplit(".", 1)[0]
+    body, status, request = path.read_bytes(), 200, {}
+    if path.suffix == ".txt":  # body, blank, status
+        text, _, code = body.decode().strip().rpartition(" ")
+        body, status = text.encode(), int(code)
+    if (meta := path.with_name(stem + ".meta")).exists():
+        status = json.loads(meta.read_text())["status"]
+    if (sent := path.with_name(stem + ".req.json")).exists():
+        request = json.loads(sent.read_text())["body"]
+    return Recorded(
+        name=stem,
+        folder=path.parent.name,
+        body=body,
+        status=status,
+        stream=path.suffix == ".sse",
+        request=_flat(request),
+    )
+
+
+def _flat(body: Any) -> dict[str, Any]:
+    """The request's body, sampling parameters beside the rest as `/v1/completions` has them."""
+    if not isinstance(body, dict):
+        return {}
+    inner = body.get("sampling_params", {})
+    return {**{k: v for k, v in body.items() if k != "sampling_params"}, **inner}
+
+
+def _json_events(recorded: Recorded) -> list[dict[str, Any]]:
+    if not recorded.stream:
+        return [json.loads(recorded.body)]
+    lines = recorded.body.decode().splitlines()
+    return [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+
+
+def _all_recorded() -> list[Recorded]:
+    paths = [p for folder in (RAW, PROCESSED) for p in sorted((FIXTURES / folder).iterdir())]
+    return [_recorded(p) for p in paths if p.suffix != ".meta" and ".req" not in p.name]
+
+
+ALL = _all_recorded()
+
+
+@pytest.mark.parametrize("recorded", ALL, ids=lambda r: f"{r.folder}/{r.name}")
+def test_every_recorded_reply_is_its_completion_or_the_right_error(recorded: Recorded) -> None:
+    if recorded.name in COMPLETIONS[recorded.folder].split():
+        _assert_decodes_to_what_it_holds(recorded)
+    else:
+        kind, words = ERRORS[recorded.name]
+        with pytest.raises(kind, match=words) as caught:
+            recorded.decode()
+        assert type(caught.value) is kind
+
+
+def test_no_recorded_reply_is_left_out() -> None:
+    assert len(ALL) == 88
+    unknown = {r.name for r in ALL} - set(ERRORS) - set(" ".join(COMPLETIONS.values()).split())
+    assert not unknown
+
+
+def _assert_decodes_to_what_it_holds(recorded: Recorded) -> None:
+    ids: dict[int, list[int]] = {}
+    logprobs: dict[int, list[float]] = {}
+    reasons: dict[int, str] = {}
+    for event in _json_events(recorded):
+        for choice in event["choices"]:
+            at = choice["index"]
+            ids.setdefault(at, []).extend(choice["token_ids"])
+            logprobs.setdefault(at, []).extend(_plain_logprobs(choice["logprobs"]))
+            reasons[at] = choice["finish_reason"] or reasons.get(at, "")
+    completions = recorded.decode()
+    assert len(completions) == len(ids) == recorded.request.get("n", 1)
+    for at, completion in enumerate(completions):
+        assert completion.token_ids == ids[at]
+        assert completion.logprobs == logprobs[at]
+        assert completion.finish_reason == reasons[at]
+        assert completion.truncated == (reasons[at] == "length")
+        assert len(completion.token_ids) == len(completion.logprobs) > 0
+
+
+def _plain_logprobs(logprobs: dict[str, Any]) -> list[float]:
+    if "content" in logprobs:
+        return [entry["logprob"] for entry in logprobs["content"]]
+    return list(logprobs["token_logprobs"])
+
+
+def fireworks_reply() -> dict[str, Any]:
+    """A whole reply in the shape of Fireworks' published schema."""
+    ids, raw, sampling = (
+        [19, 20, 19, 151645],
+        [-0.5, -1.5, -0.25, -0.02],
+        [-0.4, -1.75, -0.2, -0.01],
+    )
+    content = [
+        {"token": f"<{i}>", "token_id": i, "logprob": r, "sampling_logprob": s, "bytes": [52],
+         "text_offset": 4 * at, "top_logprobs": []}
+        for at, (i, r, s) in enumerate(zip(ids, raw, sampling, strict=True))
+    ]  # fmt: skip
+    choice = {
+        "index": 0, "text": "<19><20><19>", "finish_reason": "stop",
+        "prompt_token_ids": [1, 2, 3], "token_ids": ids, "logprobs": {"content": content},
+        "raw_output": {"completion": "x", "prompt_fragments": ["."], "completion_logprobs": None,
+                       "prompt_token_ids": [1, 2, 3], "completion_token_ids": ids},
+    }  # fmt: skip
+    return {
+        "id": "cmpl-1", "object": "text_completion", "created": 1760000000,
+        "model": "accounts/a/models/m@snap-7", "choices": [choice], "perf_metrics": None,
+        "usage": {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7},
+    }  # fmt: skip
+
+
+PROMPT = TokenIds([1, 2, 3])
+TEMPERED = SamplingParams(model="m", temperature=0.8)
+
+
+def _decode(reply: dict[str, Any], params: SamplingParams = TEMPERED) -> Completion:
+    return decode_reply(json.dumps(reply).encode(), PROMPT, params)[0]
+
+
+def test_fireworks_gives_sampling_and_raw_logprobs_and_the_policy_version() -> None:
+    completion = _decode(fireworks_reply())
+    assert completion.token_ids == [19, 20, 19, 151645]
+    assert completion.logprobs == [-0.4, -1.75, -0.2, -0.01]
+    assert completion.raw_logprobs == [-0.5, -1.5, -0.25, -0.02]
+    assert completion.policy_version == "snap-7"
+    assert completion.request_id == "cmpl-1"
+
+
+def test_null_sampling_logprobs_are_the_raw_ones_only_where_they_must_be_equal() -> None:
+    reply = fireworks_reply()
+    for entry in reply["choices"][0]["logprobs"]["content"]:
+        entry["sampling_logprob"] = None
+    with pytest.raises(ContractError, match=r"sampling_logprob is null and temperature=0\.8"):
+        _decode(reply)
+    untempered = SamplingParams(model="m")
+    assert _decode(reply, untempered).logprobs == [-0.5, -1.5, -0.25, -0.02]
+    reply["choices"][0]["logprobs"]["content"][2]["sampling_logprob"] = -0.2
+    with pytest.raises(ContractError, match="sampling_logprob is null at index 0"):
+        _decode(reply, untempered)
+
+
+def _content(reply: dict[str, Any]) -> list[dict[str, Any]]:
+    content: list[dict[str, Any]] = reply["choices"][0]["logprobs"]["content"]
+    return content
+
+
+def _swap_same_ids(reply: dict[str, Any]) -> None:
+    content = _content(reply)
+    content[0], content[2] = content[2], content[0]
+
+
+BREAKS = {
+    "an id that differs from token_ids": (
+        lambda r: r["choices"][0]["token_ids"].__setitem__(2, 7),
+        r"choices\[0\]: .*token_ids.*differs.*at index 2: 7 against 19",
+    ),
+    "a dropped entry": (lambda r: _content(r).pop(), "differs.*at index 3: 151645 against nothing"),
+    "two entries with the same id swapped": (
+        _swap_same_ids,
+        "text_offset goes back",
+    ),
+    "a prompt that is not ours": (
+        lambda r: r["choices"][0].update(prompt_token_ids=[0, 1, 2, 3]),
+        "prompt_token_ids.*at index 0: 0 against 1",
+    ),
+    "a raw_output prompt that is not ours": (
+        lambda r: r["choices"][0]["raw_output"].update(prompt_token_ids=[1, 2]),
+        "raw_output.prompt_token_ids.*at index 2: nothing against 3",
+    ),
+    "a positive logprob": (
+        lambda r: _content(r)[1].update(sampling_logprob=0.5),
+        r"logprobs\[1\] is 0\.5",
+    ),
+    "a missing raw logprob": (
+        lambda r: _content(r)[3].pop("logprob"),
+        "logprob is null at index 3",
+    ),
+    "no finish reason": (
+        lambda r: r["choices"][0].update(finish_reason=None),
+        "finish_reason is None",
+    ),
+    "an unknown finish reason": (
+        lambda r: r["choices"][0].update(finish_reason="tired"),
+        "finish_reason is 'tired'",
+    ),
+    "usage that counts otherwise": (
+        lambda r: r["usage"].update(completion_tokens=5),
+        "usage.completion_tokens is 5, but 4 ids",
+    ),
+    "a prompt of another length in usage": (
+        lambda r: r["usage"].update(prompt_tokens=4),
+        "usage.prompt_tokens is 4, but 3",
+    ),
+    "an id that is text": (
+        lambda r: _content(r)[1].update(token_id="20"),
+        r"Expected `int`, got `str` - at `\$\.choices\[0\]\.logprobs\.content\[1\]\.token_id`",
+    ),
+    "no choices": (lambda r: r.update(choices=[]), r"indices \[\], expected \[0\]"),
+    "two choices": (lambda r: r["choices"].append(dict(r["choices"][0])), r"indices \[0, 0\]"),
+    "no logprobs": (lambda r: r["choices"][0].update(logprobs=None), "no logprobs"),
+    "another object": (lambda r: r.update(object="chat.completion"), "object is 'chat.completion'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BREAKS)
+def test_a_reply_that_contradicts_itself_is_refused_by_place(name: str) -> None:
+    breaks, words = BREAKS[name]
+    reply = fireworks_reply()
+    breaks(reply)
+    with pytest.raises(ContractError, match=words):
+        _decode(reply)
+
+
+def test_more_tokens_than_asked_for_is_a_contract_error() -> None:
+    with pytest.raises(ContractError, match="4 tokens, more than max_tokens=3"):
+        _decode(fireworks_reply(), SamplingParams(model="m", temperature=0.8, max_tokens=3))
+
+
+def test_no_ids_at_all_names_what_the_server_must_do() -> None:
+    reply = fireworks_reply()
+    choice = reply["choices"][0]
+    choice.update(token_ids=None, raw_output=None, logprobs={"token_logprobs": [-0.1] * 4})
+    with pytest.raises(ContractError, match=r"no token ids.*return_token_ids"):
+        _decode(reply)
+
+
+@pytest.mark.parametrize("cut", [0, 1, 40, 300])
+def test_a_body_that_is_cut_off_is_a_connection_failure(cut: int) -> None:
+    body = json.dumps(fireworks_reply()).encode()
+    with pytest.raises(ConnectionFailedError, match=f"cut off after {cut} bytes"):
+        decode_reply(body[:cut], PROMPT, TEMPERED)
+
+
+def test_html_is_told_from_json() -> None:
+    with pytest.raises(ContractError, match=r"not JSON.*begins b'<html>"):
+        decode_reply(b"<html>Bad gateway</html>", PROMPT, TEMPERED)
+
+
+def test_a_stream_cut_anywhere_is_never_a_completion() -> None:
+    recorded = next(r for r in ALL if r.name == "10_stream_n1" and r.folder == RAW)
+    whole = len(recorded.body.rstrip())
+    for cut in range(0, whole, 97):
+        with pytest.raises(ConnectionFailedError, match=r"without \[DONE\]"):
+            decode_stream(recorded.body[:cut], recorded.prompt, recorded.params)
+
+
+def test_the_request_asks_for_exact_data_and_full_support() -> None:
+    body = json.loads(request_body(PROMPT, SamplingParams(model="m", max_tokens=9), seed=5))
+    assert body == {
+        "model": "m", "prompt": [1, 2, 3], "temperature": 1.0, "top_p": 1.0, "top_k": 0,
+        "max_tokens": 9, "seed": 5, "logprobs": True, "return_token_ids": True,
+        "raw_output": True, "context_length_exceeded_behavior": "error",
+    }  # fmt: skip
+
+
+def test_what_the_user_adds_travels_and_wins() -> None:
+    params = SamplingParams(
+        model="m",
+        top_p=0.5,
+        top_k=3,
+        stop=("a", "b"),
+        extra={"min_p": 0.1, "context_length_exceeded_behavior": "truncate"},
+        logprobs_mode="processed_logprobs",
+    )
+    body = json.loads(request_body(PROMPT, params, seed=None))
+    assert (body["top_p"], body["top_k"], body["stop"], body["min_p"]) == (0.5, 3, ["a", "b"], 0.1)
+    assert body["context_length_exceeded_behavior"] == "truncate"
+    assert body["return_tokens_as_token_ids"] is True
+    assert "seed" not in body
