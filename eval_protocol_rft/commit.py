@@ -39,11 +39,14 @@ def commit_group(
     request: RolloutRequest,
     tokenizer: LoadedTokenizer,
     split_reasoning: bool,
+    began_at: float,
     seconds: float,
 ) -> None:
     """Put the group on its row. `messages` are the ones that were rendered; the first survivor
     follows them as the assistant's."""
-    record = build_record(group, prompt, request, tokenizer, split_reasoning=split_reasoning)
+    record = build_record(
+        group, prompt, request, tokenizer, split_reasoning=split_reasoning, began_at=began_at
+    )
     answer = assistant_message(record.completions_text[0], split_reasoning=split_reasoning)
     prompt_tokens = len(prompt) * len(record)
     completion_tokens = sum(map(len, record.completion_ids))
@@ -72,6 +75,7 @@ def build_record(
     tokenizer: LoadedTokenizer,
     *,
     split_reasoning: bool,
+    began_at: float,
 ) -> RolloutRecord:
     """The record of a group with at least one survivor."""
     params, survivors = request.params, group.survivors
@@ -107,6 +111,7 @@ def build_record(
             stop=list(params.stop),
             n=request.n,
             seed=request.seed,
+            began_at=began_at,
             indices=[survivor.index for survivor in survivors],
             seeds=[survivor.seed for survivor in survivors],
             policy_versions=[completion.policy_version for completion in completions],

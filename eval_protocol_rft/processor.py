@@ -157,7 +157,7 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
                     break
                 messages.pop()
             prompt = self._render(row, messages, tokenizer, request)
-            began = time.perf_counter()
+            began_at, began = time.time(), time.perf_counter()
             base_seed = secrets.randbits(31) if request.seed is None else request.seed
             row_key = row.input_metadata.row_id or prompt.json.decode()
             ticket.good_for(request.n)
@@ -179,6 +179,7 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
             request=replace(request, seed=base_seed),
             tokenizer=tokenizer,
             split_reasoning=self.split_reasoning,
+            began_at=began_at,
             seconds=time.perf_counter() - began,
         )
         return row

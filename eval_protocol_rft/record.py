@@ -44,6 +44,8 @@ class SamplingRecord(msgspec.Struct, frozen=True, kw_only=True):
     """Completions asked for: survivors plus failures."""
     seed: int | None = None
     """What the per-completion seeds were derived from."""
+    began_at: float = 0.0
+    """Unix time (seconds) at which the first completion was asked for."""
     indices: list[int]
     """Place of each survivor among the n asked for."""
     seeds: list[int | None]

@@ -1,0 +1,1 @@
+"""What rollouts look like to a person: terminal tables."""

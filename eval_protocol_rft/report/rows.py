@@ -1,0 +1,118 @@
+"""Scored rows from the JSONL files that Eval Protocol writes (`EP_OUTPUT_DIR`).
+
+Invariant: a line that cannot be read is an error with its file and line number; a row without a
+record (a failed rollout) is kept and says why. Reads without importing Eval Protocol.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from eval_protocol_rft.record import RecordError, RolloutRecord
+
+
+class RowsFileError(ValueError):
+    """A rows file is missing, empty or broken; the message names file and line."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredRow:
+    """One row as a report needs it."""
+
+    row_id: str
+    prompt: str
+    """Content of the last message before the answer."""
+    record: RolloutRecord | None
+    """None where the rollout failed."""
+    error: str | None
+    """Why there is no record."""
+    seconds: float | None
+    """How long the rollout took."""
+
+
+def newest_rows_file(path: Path) -> Path:
+    """`path` itself, or the newest JSONL file below it where it is a folder.
+
+    Raises:
+        RowsFileError: nothing is there.
+    """
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise RowsFileError(f"{path}: no such file or folder")
+    files = sorted(path.rglob("*.jsonl"), key=lambda file: file.stat().st_mtime)
+    if not files:
+        raise RowsFileError(
+            f"{path}: no .jsonl file inside. Eval Protocol writes one per test case when "
+            "EP_OUTPUT_DIR names a folder"
+        )
+    return files[-1]
+
+
+def read_rows(file: Path) -> Iterator[StoredRow]:
+    """Read a file row by row.
+
+    Raises:
+        RowsFileError: a line is not UTF-8 JSON, not a row, or holds a record that contradicts
+            itself.
+    """
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                try:
+                    yield _row(msgspec.json.decode(line))
+                except (msgspec.DecodeError, UnicodeDecodeError, RecordError) as error:
+                    raise RowsFileError(f"{file}:{number}: {error}") from error
+
+
+def _row(value: Any) -> StoredRow:
+    row = msgspec.convert(value, _Row)
+    extra = row.execution_metadata.extra
+    if extra is None or "rft_schema" not in extra:
+        record, error = None, row.rollout_status.message or "no rollout record"
+    else:
+        record, error = RolloutRecord.from_extra(extra), None
+    asked = row.messages[:-1] if record is not None else row.messages
+    return StoredRow(
+        row_id=row.input_metadata.row_id or "",
+        prompt=_text(asked[-1].content) if asked else "",
+        record=record,
+        error=error,
+        seconds=row.execution_metadata.rollout_duration_seconds,
+    )
+
+
+def _text(content: Any) -> str:
+    if isinstance(content, list):
+        return " ".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
+    return content or ""
+
+
+class _Message(msgspec.Struct):
+    role: str
+    content: str | list[Any] | None = None
+
+
+class _Input(msgspec.Struct):
+    row_id: str | None = None
+
+
+class _Status(msgspec.Struct):
+    message: str | None = None
+
+
+class _Execution(msgspec.Struct):
+    extra: dict[str, Any] | None = None
+    rollout_duration_seconds: float | None = None
+
+
+class _Row(msgspec.Struct):
+    messages: list[_Message]
+    input_metadata: _Input = msgspec.field(default_factory=_Input)
+    rollout_status: _Status = msgspec.field(default_factory=_Status)
+    execution_metadata: _Execution = msgspec.field(default_factory=_Execution)

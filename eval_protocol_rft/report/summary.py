@@ -1,0 +1,86 @@
+"""Numbers of a set of rollouts. Pure.
+
+Invariant: an unscored completion counts as unscored, never as 0; a failed one as failed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from eval_protocol_rft.pass_at_k import pass_at_k
+from eval_protocol_rft.report.rows import StoredRow
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutSummary:
+    """Totals over rows. `None`: nothing to compute it from."""
+
+    rows: int
+    failed_rows: int
+    completions: int
+    failed_completions: int
+    unscored: int
+    truncated: int
+    tokens: int
+    """Sampled tokens."""
+    mean_reward: float | None
+    """Over scored completions."""
+    pass_at_k: dict[int, float]
+    """k -> mean over the rows that have k scored completions; a pass is a reward at or above the
+    threshold."""
+    tokens_per_second: float | None
+    """From the first completion asked for to the last one back."""
+    models: tuple[str, ...]
+    temperatures: tuple[float, ...]
+
+
+def summarize_rows(rows: Iterable[StoredRow], *, pass_threshold: float = 1.0) -> RolloutSummary:
+    """Sum up rows; those without a record count as failed."""
+    rows = list(rows)
+    records = [row.record for row in rows if row.record is not None]
+    scored = [[r for r in record.rewards or [] if r is not None] for record in records]
+    rewards = [reward for group in scored for reward in group]
+    completions = sum(len(record) for record in records)
+    tokens = sum(len(ids) for record in records for ids in record.completion_ids)
+    return RolloutSummary(
+        rows=len(rows),
+        failed_rows=len(rows) - len(records),
+        completions=completions,
+        failed_completions=sum(len(record.failures) for record in records),
+        unscored=completions - len(rewards),
+        truncated=sum(sum(record.truncated) for record in records),
+        tokens=tokens,
+        mean_reward=float(np.mean(rewards)) if rewards else None,
+        pass_at_k=_pass_at_k(scored, pass_threshold),
+        tokens_per_second=_rate(rows, tokens),
+        models=tuple(sorted({record.sampling.model for record in records})),
+        temperatures=tuple(sorted({record.sampling.temperature for record in records})),
+    )
+
+
+def _pass_at_k(scored: list[list[float]], threshold: float) -> dict[int, float]:
+    sizes = [len(group) for group in scored if group]
+    if not sizes:
+        return {}
+    estimates = {}
+    for k in sorted({1, max(sizes)}):
+        groups = [group for group in scored if len(group) >= k]
+        n = np.array([len(group) for group in groups])
+        c = np.array([sum(reward >= threshold for reward in group) for group in groups])
+        estimates[k] = float(np.mean(pass_at_k(n, c, k)))
+    return estimates
+
+
+def _rate(rows: list[StoredRow], tokens: int) -> float | None:
+    spans = [
+        (row.record.sampling.began_at, row.record.sampling.began_at + row.seconds)
+        for row in rows
+        if row.record is not None and row.seconds is not None and row.record.sampling.began_at
+    ]
+    if not spans:
+        return None
+    seconds = max(end for _, end in spans) - min(begin for begin, _ in spans)
+    return tokens / seconds if seconds > 0 else None

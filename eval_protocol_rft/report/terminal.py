@@ -1,0 +1,119 @@
+"""Rollouts as a terminal table: each prompt, its completions with their rewards, and the sums.
+
+Invariant: model output is text. It is never read as markup, and control characters are shown as
+escapes, so no completion can draw on the terminal.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from rich.console import Group, RenderableType
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from eval_protocol_rft.record import RolloutRecord
+from eval_protocol_rft.report.rows import StoredRow
+from eval_protocol_rft.report.summary import RolloutSummary, summarize_rows
+
+_SHOWN_COMPLETIONS = 5
+_LONGEST_TEXT = 40
+_UNSCORED = Text("?", style="yellow")
+
+
+def rollout_table(
+    rows: Sequence[StoredRow], *, limit: int = 10, pass_threshold: float = 1.0
+) -> RenderableType:
+    """The first `limit` rows and the sums of all of them."""
+    table = Table(expand=False, header_style="bold", row_styles=["", "dim"])
+    table.add_column("prompt", max_width=_LONGEST_TEXT)
+    table.add_column("completions: how often, text, reward")
+    table.add_column("mean", justify="right")
+    table.add_column("pass", justify="center")
+    table.add_column("tokens", justify="right")
+    for row in rows[:limit]:
+        table.add_row(_short(row.prompt), *_cells(row, pass_threshold))
+    parts: list[RenderableType] = [table]
+    if len(rows) > limit:
+        parts.append(Text(f"... and {len(rows) - limit} more rows", style="dim"))
+    parts.append(_summary_panel(summarize_rows(rows, pass_threshold=pass_threshold)))
+    return Group(*parts)
+
+
+def _cells(row: StoredRow, threshold: float) -> list[RenderableType]:
+    record = row.record
+    if record is None:
+        return [Text(_visible(row.error or ""), style="red"), "", "", ""]
+    scored = [reward for reward in record.rewards or [] if reward is not None]
+    passed = any(reward >= threshold for reward in scored)
+    return [
+        _completions(record, threshold),
+        f"{sum(scored) / len(scored):.2f}" if scored else _UNSCORED,
+        (Text("yes", style="green") if passed else Text("no", style="red"))
+        if scored
+        else _UNSCORED,
+        str(sum(map(len, record.completion_ids))),
+    ]
+
+
+def _completions(record: RolloutRecord, threshold: float) -> Text:
+    """Equal texts of equal reward once, with their number; best rewards first."""
+    rewards = record.rewards or [None] * len(record)
+    texts = [
+        _short(text) + ("..." if cut else "")
+        for text, cut in zip(record.completions_text, record.truncated, strict=True)
+    ]
+    counted = Counter(zip(texts, rewards, strict=True)).most_common()
+    counted.sort(key=lambda item: float("-inf") if item[0][1] is None else -item[0][1])
+    line = Text()
+    for (text, reward), times in counted[:_SHOWN_COMPLETIONS]:
+        style = "yellow" if reward is None else "green" if reward >= threshold else "red"
+        line.append(f"{times}x ", style="dim")
+        line.append(text or "(empty)", style=style)
+        line.append(f" {'?' if reward is None else format(reward, 'g')}   ", style="dim")
+    if len(counted) > _SHOWN_COMPLETIONS:
+        line.append(f"and {len(counted) - _SHOWN_COMPLETIONS} others", style="dim")
+    if record.failures:
+        line.append(f" {len(record.failures)} failed", style="red")
+    line.rstrip()
+    return line
+
+
+def _summary_panel(summary: RolloutSummary) -> Panel:
+    parts = [
+        f"{summary.rows} prompts, {summary.completions} completions, {summary.tokens} tokens",
+        f"mean reward {_number(summary.mean_reward)}",
+        *(f"pass@{k} {value:.3f}" for k, value in summary.pass_at_k.items()),
+        f"{_number(summary.tokens_per_second, '.0f')} tokens/s",
+    ]
+    problems = [
+        f"{count} {what}"
+        for count, what in (
+            (summary.truncated, "truncated"),
+            (summary.unscored, "unscored"),
+            (summary.failed_completions, "completions failed"),
+            (summary.failed_rows, "rows failed"),
+        )
+        if count
+    ]
+    text = Text("   ".join(parts), style="bold")
+    if problems:
+        text.append("\n" + ", ".join(problems), style="yellow")
+    models = ", ".join(summary.models) or "no model"
+    temperatures = ", ".join(format(t, "g") for t in summary.temperatures)
+    return Panel(text, title=f"{models}, temperature {temperatures}", expand=False)
+
+
+def _number(value: float | None, form: str = ".3f") -> str:
+    return "unknown" if value is None else format(value, form)
+
+
+def _short(text: str) -> str:
+    line = _visible(" ".join(text.split()))
+    return line if len(line) <= _LONGEST_TEXT else line[: _LONGEST_TEXT - 3] + "..."
+
+
+def _visible(text: str) -> str:
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
