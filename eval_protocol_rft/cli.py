@@ -81,7 +81,7 @@ def serve(
         _fail(str(error))
 
 
-_SHOW_HELP = """Show rollouts that Eval Protocol wrote: prompts, completions, rewards and their sums.
+_SHOW_HELP = """Show rollouts that Eval Protocol wrote: prompts, completions, rewards, sums.
 
 \b
 Examples:

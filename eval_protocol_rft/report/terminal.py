@@ -20,6 +20,7 @@ from eval_protocol_rft.report.summary import RolloutSummary, summarize_rows
 
 _SHOWN_COMPLETIONS = 5
 _LONGEST_TEXT = 40
+_NBSP = "\u00a0"
 _UNSCORED = Text("?", style="yellow")
 
 
@@ -70,9 +71,10 @@ def _completions(record: RolloutRecord, threshold: float) -> Text:
     line = Text()
     for (text, reward), times in counted[:_SHOWN_COMPLETIONS]:
         style = "yellow" if reward is None else "green" if reward >= threshold else "red"
-        line.append(f"{times}x ", style="dim")
-        line.append(text or "(empty)", style=style)
-        line.append(f" {'?' if reward is None else format(reward, 'g')}   ", style="dim")
+        # Spaces that do not break keep an answer, its number and its reward on one line.
+        line.append(f"{times}x{_NBSP}", style="dim")
+        line.append((text or "(empty)").replace(" ", _NBSP), style=style)
+        line.append(f"{_NBSP}{'?' if reward is None else format(reward, 'g')}   ", style="dim")
     if len(counted) > _SHOWN_COMPLETIONS:
         line.append(f"and {len(counted) - _SHOWN_COMPLETIONS} others", style="dim")
     if record.failures:

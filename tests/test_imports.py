@@ -1,0 +1,36 @@
+"""What does not need Eval Protocol or torch does not pay for importing them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+LIGHT = [
+    "import eval_protocol_rft",
+    "import eval_protocol_rft.record",
+    "import eval_protocol_rft.sampling.http",
+    "import eval_protocol_rft.sampling.fanout",
+    "import eval_protocol_rft.report.terminal",
+    "import eval_protocol_rft.cli",
+    "import eval_protocol_rft.training",
+    "from eval_protocol_rft import SamplingParams, RetryPolicy, RolloutRecord",
+]
+HEAVY = ("eval_protocol", "litellm", "torch", "transformers")
+
+
+@pytest.mark.parametrize("statement", LIGHT)
+def test_light_modules_stay_light(statement: str) -> None:
+    code = f"{statement}; import sys; print([m for m in {HEAVY!r} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_every_public_name_is_there() -> None:
+    import eval_protocol_rft
+
+    for name in eval_protocol_rft.__all__:
+        assert getattr(eval_protocol_rft, name).__name__ == name
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = eval_protocol_rft.no_such_name

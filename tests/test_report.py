@@ -1,0 +1,153 @@
+"""The table shows every completion with its reward and counts what is missing as missing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from eval_protocol_rft.record import RolloutRecord, SamplingRecord
+from eval_protocol_rft.report.rows import RowsFileError, newest_rows_file, read_rows
+from eval_protocol_rft.report.summary import summarize_rows
+from eval_protocol_rft.report.terminal import rollout_table
+from eval_protocol_rft.sampling.types import Failure
+
+
+def _row(
+    texts: list[str],
+    rewards: list[float | None] | None,
+    *,
+    failures: list[Failure] | None = None,
+    began_at: float = 100.0,
+    seconds: float = 2.0,
+) -> dict[str, Any]:
+    size = len(texts)
+    record = RolloutRecord(
+        prompt_ids=[1, 2],
+        completion_ids=[[5] * (len(text) + 1) for text in texts],
+        inference_logprobs=[[-0.5] * (len(text) + 1) for text in texts],
+        completions_text=texts,
+        truncated=[False] * size,
+        finish_reasons=["stop"] * size,
+        failures=failures or [],
+        rewards=rewards,
+        sampling=SamplingRecord(
+            model="m",
+            temperature=1.0,
+            top_p=1.0,
+            top_k=0,
+            n=size + len(failures or []),
+            began_at=began_at,
+            indices=list(range(size)),
+            seeds=[None] * size,
+            policy_versions=[None] * size,
+            request_ids=[None] * size,
+            attempts=[1] * size,
+            seconds=[0.1] * size,
+        ),
+    )
+    return {
+        "messages": [
+            {"role": "user", "content": "1+1="},
+            {"role": "assistant", "content": texts[0]},
+        ],
+        "input_metadata": {"row_id": "r"},
+        "execution_metadata": {
+            "extra": {"run_index": 0, **record.to_extra()},
+            "rollout_duration_seconds": seconds,
+        },
+    }
+
+
+FAILED = {
+    "messages": [{"role": "user", "content": "1+1="}],
+    "rollout_status": {"message": "HTTP 401: no key"},
+}
+
+
+def _write(folder: Path, rows: list[dict[str, Any]], name: str = "rows.jsonl") -> Path:
+    file = folder / name
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def _shown(file: Path) -> str:
+    console = Console(record=True, width=160, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(rollout_table(list(read_rows(file))))
+    return console.export_text().replace("\u00a0", " ")
+
+
+def test_sums_count_unscored_and_failed_apart(tmp_path: Path) -> None:
+    failure = Failure(index=3, kind="refused", message="no", attempts=1, seconds=0.1)
+    rows = [
+        _row(["2", "3", "22"], [1.0, 0.0, None], failures=[failure]),
+        _row(["2", "2"], [1.0, 1.0], began_at=101.0, seconds=4.0),
+        FAILED,
+    ]
+    summary = summarize_rows(read_rows(_write(tmp_path, rows)))
+    assert (summary.rows, summary.failed_rows) == (3, 1)
+    assert (summary.completions, summary.failed_completions, summary.unscored) == (5, 1, 1)
+    assert summary.mean_reward == pytest.approx(3 / 4)
+    # Row 1 has one right answer of two scored: pass@1 1/2, pass@2 1. Row 2: 1 and 1.
+    assert summary.pass_at_k == pytest.approx({1: 0.75, 2: 1.0})
+    # 2 + 2 + 3 and 2 + 2 tokens, from second 100 to second 105.
+    assert summary.tokens == 11
+    assert summary.tokens_per_second == pytest.approx(11 / 5)
+
+
+def test_rows_without_scores_have_no_mean(tmp_path: Path) -> None:
+    summary = summarize_rows(read_rows(_write(tmp_path, [_row(["2"], None)])))
+    assert summary.mean_reward is None
+    assert summary.pass_at_k == {}
+    assert summary.unscored == 1
+
+
+def test_the_table_groups_equal_answers_and_names_what_failed(tmp_path: Path) -> None:
+    shown = _shown(_write(tmp_path, [_row(["2", "2", "7"], [1.0, 1.0, 0.0]), FAILED]))
+    assert "2x 2 1" in shown
+    assert "1x 7 0" in shown
+    assert "HTTP 401: no key" in shown
+    assert "1 rows failed" in shown
+
+
+def test_completions_cannot_draw_on_the_terminal(tmp_path: Path) -> None:
+    shown = _shown(_write(tmp_path, [_row(["[red]a[/red] \x1b[2Jb"], [0.0])]))
+    assert "[red]a[/red]" in shown
+    assert "\x1b" not in shown
+    assert "\\x1b[2Jb" in shown
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (b'{"messages": [', "truncated"),
+        (b'{"messages": 5}', "Expected `array`"),
+        (b'\xff{"messages": []}', "malformed"),
+        (
+            json.dumps({**_row(["2"], [1.0, 0.0][:1])}).replace("-0.5", "0.5", 1).encode(),
+            "not a finite logprob",
+        ),
+    ],
+)
+def test_a_broken_line_is_named_by_file_and_number(tmp_path: Path, line: bytes, words: str) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(json.dumps(FAILED).encode() + b"\n\n" + line + b"\n")
+    with pytest.raises(RowsFileError, match=rf"rows\.jsonl:3: .*{words}"):
+        list(read_rows(file))
+
+
+def test_a_folder_stands_for_its_newest_file(tmp_path: Path) -> None:
+    import os
+
+    older = _write(tmp_path, [FAILED], "older.jsonl")
+    newer = _write(tmp_path, [FAILED], "newer.jsonl")
+    os.utime(older, (1, 1))
+    assert newest_rows_file(tmp_path) == newer
+    with pytest.raises(RowsFileError, match="no such file"):
+        newest_rows_file(tmp_path / "nothing")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(RowsFileError, match="EP_OUTPUT_DIR"):
+        newest_rows_file(tmp_path / "empty")
