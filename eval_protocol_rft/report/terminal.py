@@ -20,7 +20,6 @@ from eval_protocol_rft.report.summary import RolloutSummary, summarize_rows
 
 _SHOWN_COMPLETIONS = 5
 _LONGEST_TEXT = 40
-_NBSP = "\u00a0"
 _UNSCORED = Text("?", style="yellow")
 
 
@@ -30,7 +29,7 @@ def rollout_table(
     """The first `limit` rows and the sums of all of them."""
     table = Table(expand=False, header_style="bold", row_styles=["", "dim"])
     table.add_column("prompt", max_width=_LONGEST_TEXT)
-    table.add_column("completions: how often, text, reward")
+    table.add_column("completions (times × text → reward)")
     table.add_column("mean", justify="right")
     table.add_column("pass", justify="center")
     table.add_column("tokens", justify="right")
@@ -71,12 +70,11 @@ def _completions(record: RolloutRecord, threshold: float) -> Text:
     line = Text()
     for (text, reward), times in counted[:_SHOWN_COMPLETIONS]:
         style = "yellow" if reward is None else "green" if reward >= threshold else "red"
-        # Spaces that do not break keep an answer, its number and its reward on one line.
-        line.append(f"{times}x{_NBSP}", style="dim")
-        line.append((text or "(empty)").replace(" ", _NBSP), style=style)
-        line.append(f"{_NBSP}{'?' if reward is None else format(reward, 'g')}   ", style="dim")
+        line.append(f"{times}×", style="dim")
+        line.append(text or "(empty)", style=style)
+        line.append(f"→{'?' if reward is None else format(reward, 'g')}  ", style="dim")
     if len(counted) > _SHOWN_COMPLETIONS:
-        line.append(f"and {len(counted) - _SHOWN_COMPLETIONS} others", style="dim")
+        line.append(f"and {len(counted) - _SHOWN_COMPLETIONS} more", style="dim")
     if record.failures:
         line.append(f" {len(record.failures)} failed", style="red")
     line.rstrip()
