@@ -1,0 +1,216 @@
+"""`LocalSampler`: a transformers model in this process, as a `Sampler`. No server, no key.
+
+Invariant: logprobs are those of the distribution that was drawn from, in float32; a seed draws the
+same tokens whatever else is sampled beside it; and what cannot be honoured exactly is refused.
+Importing this module imports neither torch nor transformers; making a sampler does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import threading
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from eval_protocol_rft.models import bundled_model_path
+from eval_protocol_rft.sampling.local_refusals import check_params, check_prompt, completion_limit
+from eval_protocol_rft.sampling.types import (
+    AttemptTimeoutError,
+    Completion,
+    RefusedError,
+    SamplingParams,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DEFAULT_MAX_BATCH_TOKENS = 32768
+"""Some 80 MB of caches for the bundled model, 1.5 GB for one of 135M parameters (SmolLM2)."""
+
+_SEED_MASK = 2**64 - 1
+_LOADED: dict[tuple[str, bool], LocalSampler] = {}
+_LOADING = threading.Lock()
+
+
+class LocalSampler:
+    """Samples from a causal language model on one worker thread, many requests at a time.
+
+    Requests may come from any event loop. They join and leave the running batch between steps
+    (continuous batching); completions of one prompt that wait together share its prefill. The
+    thread exists only while there is work, and holds the model, not this object.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_batch_tokens: int = DEFAULT_MAX_BATCH_TOKENS,
+        policy_version: str | None = None,
+    ) -> None:
+        """Wrap a loaded model. It is used where it lies (device, dtype), in evaluation mode.
+
+        Args:
+            max_batch_tokens: bounds the caches: completions that run together, times the tokens
+                (prompt and max_tokens) of the longest. The rest waits, first in first out.
+            policy_version: names the weights; every completion carries it.
+
+        Raises:
+            UnsupportedModelError: the model's state is more than keys and values.
+        """
+        from eval_protocol_rft.sampling.local_model import LocalModel
+        from eval_protocol_rft.sampling.local_worker import Worker
+
+        if max_batch_tokens < 1:
+            raise ValueError(f"max_batch_tokens is {max_batch_tokens}, must be at least 1")
+        self._model = LocalModel.wrap(model)
+        self._tokenizer = tokenizer
+        self._policy_version = policy_version
+        self._eos_token_ids = _eos_token_ids(model, tokenizer)
+        self._worker = Worker(self._model, _Decoder(tokenizer), max_batch_tokens=max_batch_tokens)
+        # Runs when this object goes away and at interpreter exit, before torch is torn down.
+        weakref.finalize(self, self._worker.stop)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        *,
+        trust_remote_code: bool = False,
+        max_batch_tokens: int = DEFAULT_MAX_BATCH_TOKENS,
+        policy_version: str | None = None,
+    ) -> LocalSampler:
+        """Load a model and its tokenizer in float32 on the CPU, from a folder or by hub id.
+
+        Raises:
+            RefusedError: torch is not installed, or there is no such model.
+            UnsupportedModelError: the model's state is more than keys and values.
+        """
+        try:
+            import torch
+        except ImportError as error:
+            raise RefusedError(
+                f"sampling from {str(name)!r} in this process needs torch: "
+                "pip install 'eval-protocol-rft[local]'"
+            ) from error
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+            model = AutoModelForCausalLM.from_pretrained(
+                name, trust_remote_code=trust_remote_code, dtype=torch.float32
+            )
+        except (OSError, ValueError) as error:
+            raise RefusedError(f"cannot load the local model {str(name)!r}: {error}") from error
+        return cls(
+            model, tokenizer, max_batch_tokens=max_batch_tokens, policy_version=policy_version
+        )
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self._tokenizer
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """Ids that end a completion: of generation config, config and tokenizer together."""
+        return self._eos_token_ids
+
+    @property
+    def context_length(self) -> int:
+        """Most tokens that prompt and completion may have together."""
+        return self._model.context_length
+
+    @property
+    def policy_version(self) -> str | None:
+        return self._policy_version
+
+    async def sample(
+        self, prompt_ids: Sequence[int], params: SamplingParams, *, seed: int | None = None
+    ) -> Completion:
+        """Sample one continuation of `prompt_ids`.
+
+        `logprobs` are after temperature, top_k and top_p, in that order; `raw_logprobs` are the
+        model's own. At temperature 0 the best token is taken, no distribution is drawn from, and
+        both are the raw one. The same seed (modulo 2**64) draws the same tokens, up to float
+        noise of the batched forward (about 1e-6 in a probability); without one, a fresh one is
+        drawn. Cancelling the caller takes the request out of the batch.
+
+        Raises:
+            RefusedError: a value that is wrong or does not fit, or a field in `params.extra` that
+                is not implemented here.
+            AttemptTimeoutError: no completion within `params.timeout`, waiting included.
+            SamplingError: the model failed, or the sampler was closed meanwhile.
+        """
+        from eval_protocol_rft.sampling.local_draw import Settings
+        from eval_protocol_rft.sampling.local_request import Request
+
+        check_params(params)
+        check_prompt(prompt_ids, self._model.vocab_size)
+        request = Request(
+            prompt_ids=tuple(prompt_ids),
+            settings=Settings(params.temperature, params.top_p, params.top_k),
+            seed=(secrets.randbits(64) if seed is None else seed) & _SEED_MASK,
+            limit=completion_limit(len(prompt_ids), params.max_tokens, self.context_length),
+            ends=frozenset() if params.extra.get("ignore_eos") else self._eos_token_ids,
+            stops=params.stop,
+            future=asyncio.get_running_loop().create_future(),
+            policy_version=self._policy_version,
+        )
+        self._worker.submit(request)
+        try:
+            async with asyncio.timeout(params.timeout):
+                return await request.future
+        except TimeoutError as error:
+            raise AttemptTimeoutError(
+                f"no completion within {params.timeout:g} s: {len(request.token_ids)} of at most "
+                f"{request.limit} tokens were drawn"
+            ) from error
+        finally:
+            request.abandoned = True
+
+    async def aclose(self) -> None:
+        """Answer what is pending with a SamplingError and end the worker thread. Idempotent. The
+        model stays: sampling again starts a new thread. A sampler that `load_local_sampler` gave
+        out is everybody's in this process: leave it open."""
+        await asyncio.to_thread(self._worker.stop)
+
+
+def load_local_sampler(name: str, *, trust_remote_code: bool = False) -> LocalSampler:
+    """The sampler of a bundled model ("arithmetic"), a folder or a hub id: one per process and
+    name, safe to call from any thread. Blocks while it loads: call it in `asyncio.to_thread`.
+
+    Raises:
+        RefusedError: torch is not installed, or there is no such model.
+        UnsupportedModelError: the model's state is more than keys and values.
+    """
+    with _LOADING:
+        key = (name, trust_remote_code)
+        if key not in _LOADED:
+            _LOADED[key] = LocalSampler.from_pretrained(
+                bundled_model_path(name) or name, trust_remote_code=trust_remote_code
+            )
+        return _LOADED[key]
+
+
+class _Decoder:
+    """Ids to text, control tokens included, without clean-up of spaces."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+
+    def __call__(self, token_ids: Sequence[int]) -> str:
+        text = self._tokenizer.decode(
+            list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        return str(text)
+
+
+def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    found: set[int] = set()
+    for source in (getattr(model, "generation_config", None), model.config, tokenizer):
+        ids = getattr(source, "eos_token_id", None)
+        found.update([ids] if isinstance(ids, int) else ids or ())
+    return frozenset(found)

@@ -1,0 +1,159 @@
+"""The running batch: the key/value caches of everything that is being sampled right now.
+
+Invariant: rows are right-aligned. Every row ends in the last cache column, a shorter row has
+padding on its left that no query attends to, and positions count a row's own tokens from 0. So
+rows of any length share one step, join between steps, and get the logits they would get alone.
+Shapes: B rows, W cache columns, V vocabulary entries; a layer's keys are [B, heads, W, head_dim].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+from eval_protocol_rft.sampling.local_model import LocalModel
+
+SPARE_COLUMNS = 16
+"""Columns that a buffer has in reserve: the caches are copied at most once in so many steps, and
+the reserve stays small beside a prompt."""
+
+
+class Batch:
+    """B rows in the middle of sampling: their caches and how long each one is."""
+
+    def __init__(self, model: LocalModel, layers: Sequence[_Layer], lengths_B: Tensor) -> None:
+        self._model = model
+        self._layers = layers
+        self._cache = Cache(layers=list(layers))
+        self._lengths_B = lengths_B
+        """[B] tokens of each row that are in the caches, on the model's device."""
+
+    def __len__(self) -> int:
+        return len(self._lengths_B)
+
+    @property
+    def device(self) -> torch.device:
+        return self._lengths_B.device
+
+    @classmethod
+    def prefill(cls, model: LocalModel, prompts: Sequence[Sequence[int]]) -> tuple[Batch, Tensor]:
+        """Run prompts of any lengths; return their batch and the [B, V] logits that follow them."""
+        width = max(map(len, prompts))
+        ids_BW = torch.tensor([[0] * (width - len(prompt)) + [*prompt] for prompt in prompts])
+        lengths_B = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
+        batch = cls(model, [_layer() for _ in range(model.layers)], lengths_B)
+        return batch, model.last_logits(ids_BW.to(model.device), lengths_B, batch._cache)
+
+    def step(self, tokens_B: Tensor) -> Tensor:
+        """Append one token to every row; return the [B, V] logits that follow it."""
+        self._lengths_B = self._lengths_B + 1
+        return self._model.last_logits(tokens_B.unsqueeze(1), self._lengths_B, self._cache)
+
+    def shrink(self, rows: Sequence[int]) -> list[int]:
+        """Keep only `rows`, in place: rows from the end move into the gaps, and padding that all
+        share goes. Returns, for each new place, the row that is there now."""
+        count = len(rows)
+        gaps = sorted(set(range(count)).difference(rows))
+        movers = [row for row in rows if row >= count]
+        order = list(range(count))
+        for gap, mover in zip(gaps, movers, strict=True):
+            order[gap] = mover
+        self._lengths_B = self._lengths_B[torch.tensor(order, device=self.device)]
+        width = int(self._lengths_B.max())
+        to, source = (torch.tensor(places, device=self.device) for places in (gaps, movers))
+        for layer in self._layers:
+            layer.shrink(count, width, to, source)
+        return order
+
+    @classmethod
+    def gather(cls, parts: Sequence[tuple[Batch, Sequence[int]]]) -> Batch:
+        """A new batch of picked rows, in order; a row may be picked several times. Padding that
+        all picked rows share is left behind."""
+        model = parts[0][0]._model
+        rows = [torch.tensor(picked, device=model.device) for _, picked in parts]
+        lengths = [
+            part._lengths_B.index_select(0, picked)
+            for (part, _), picked in zip(parts, rows, strict=True)
+        ]
+        widths = [int(lengths_P.max()) for lengths_P in lengths]
+        layers = []
+        for sources in zip(*(part._layers for part, _ in parts), strict=True):
+            buffers = [
+                _stack([layer.used[kind] for layer in sources], rows, widths) for kind in (0, 1)
+            ]
+            layers.append(_layer(buffers, width=max(widths)))
+        return cls(model, layers, torch.cat(lengths))
+
+
+class _Layer(DynamicLayer):  # type: ignore[no-untyped-call]  # its base class hooks subclassing
+    """One layer's keys and values: views into buffers with room on the right, so that a step
+    writes one column where the base class would copy the whole cache."""
+
+    used: list[Tensor]
+    """Keys and values, padding included."""
+    _buffers: list[Tensor]
+
+    def hold(self, buffers: list[Tensor], width: int) -> tuple[Tensor, Tensor]:
+        """Use the first `width` columns of `buffers`; return keys and values."""
+        self._buffers = buffers
+        self.used = [buffer[:, :, :width] for buffer in buffers]
+        self.keys, self.values = keys, values = self.used
+        return keys, values
+
+    def shrink(self, count: int, width: int, to: Tensor, source: Tensor) -> None:
+        """Copy rows `source` over rows `to`; keep the first `count` rows, the last `width` columns
+        in use, and the room behind them."""
+        first = self.used[0].shape[2] - width
+        for buffer in self._buffers:
+            buffer.index_copy_(0, to, buffer.index_select(0, source))
+        self.hold([buffer[:count, :, first:] for buffer in self._buffers], width)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append columns; return all keys and all values."""
+        states = [key_states, value_states]
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            return self.hold(states, key_states.shape[2])
+        width = self.used[0].shape[2]
+        end = width + key_states.shape[2]
+        if end > self._buffers[0].shape[2]:
+            self._buffers = [_buffer(new, len(new), end) for new in states]
+            for buffer, used in zip(self._buffers, self.used, strict=True):
+                buffer[:, :, :width] = used
+        for buffer, new in zip(self._buffers, states, strict=True):
+            buffer[:, :, width:end] = new
+        return self.hold(self._buffers, end)
+
+
+def _layer(buffers: list[Tensor] | None = None, *, width: int = 0) -> _Layer:
+    layer = _Layer()  # type: ignore[no-untyped-call]
+    if buffers is not None:
+        layer.lazy_initialization(*buffers)
+        layer.hold(buffers, width)
+    return layer
+
+
+def _stack(sources: Sequence[Tensor], rows: Sequence[Tensor], widths: Sequence[int]) -> Tensor:
+    """A buffer of the picked rows of all sources, right-aligned."""
+    width = max(widths)
+    target = _buffer(sources[0], sum(map(len, rows)), width)
+    first = 0
+    for source, picked, own_width in zip(sources, rows, widths, strict=True):
+        block = target[first : first + len(picked)]
+        # Zeros and not whatever lay in memory: a weight of 0 times NaN is NaN.
+        block[:, :, : width - own_width] = 0
+        own = source[:, :, source.shape[2] - own_width :]
+        torch.index_select(own, 0, picked, out=block[:, :, width - own_width : width])
+        first += len(picked)
+    return target
+
+
+def _buffer(like: Tensor, rows: int, width: int) -> Tensor:
+    _, heads, _, head_dim = like.shape
+    return like.new_empty(rows, heads, width + SPARE_COLUMNS, head_dim)

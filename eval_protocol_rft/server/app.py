@@ -1,0 +1,237 @@
+"""The ASGI application: any `Sampler` behind Fireworks' completion endpoints.
+
+Invariant: nothing is sent before every completion of a request is there, so a reply has all its
+choices, and an error its own status, for streams too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import time
+import uuid
+from collections.abc import AsyncIterator, Iterable
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import Route
+
+from eval_protocol_rft.sampling.types import Completion, Sampler, SamplingError
+from eval_protocol_rft.server import replies
+from eval_protocol_rft.server.errors import ApiError
+from eval_protocol_rft.server.protocol import CompletionRequest, choice_seed, parse_request
+from eval_protocol_rft.server.spelling import spell
+from eval_protocol_rft.server.wanted import while_wanted
+from eval_protocol_rft.tokenizer import LoadedTokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_CLIENT_CLOSED_REQUEST = 499
+"""nginx's status for a reply that nobody will read."""
+
+logger = logging.getLogger(__name__)
+
+
+def create_app(
+    sampler: Sampler,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    model_name: str,
+    context_length: int | None = None,
+) -> Starlette:
+    """Serve `sampler` in Fireworks' shape.
+
+    The application owns the sampler: it closes it when the server shuts down. Setting the event
+    `app.state.stopping` answers 503 to every request in flight, and to every later one.
+
+    Args:
+        sampler: makes the completions; concurrent requests reach it concurrently.
+        tokenizer: encodes text prompts and spells sampled ids.
+        model_name: the one model that requests may name.
+        context_length: most tokens of prompt and completion together, None where unknown.
+    """
+    service = _Service(sampler, LoadedTokenizer.wrap(tokenizer), model_name, context_length)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        yield
+        await sampler.aclose()
+
+    app = Starlette(
+        routes=[
+            Route("/v1/completions", service.completions, methods=["POST"]),
+            Route("/inference/v1/completions", service.completions, methods=["POST"]),
+            Route("/v1/models", service.models),
+            Route("/inference/v1/models", service.models),
+            Route("/health", service.health),
+        ],
+        exception_handlers={
+            ApiError: _answer_error,
+            SamplingError: _answer_error,
+            HTTPException: _answer_error,
+            ClientDisconnect: _answer_nobody,
+            Exception: _answer_error,
+        },
+        lifespan=lifespan,
+    )
+    app.state.stopping = service.stopping
+    return app
+
+
+class _Service:
+    """The endpoints. State: requests in flight, and whether the server is stopping."""
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        tokenizer: LoadedTokenizer,
+        model_name: str,
+        context_length: int | None,
+    ) -> None:
+        self._sampler = sampler
+        self._tokenizer = tokenizer
+        self._model_name = model_name
+        self._context_length = context_length
+        self._created = int(time.time())
+        self._in_flight = 0
+        self.stopping = asyncio.Event()
+
+    async def health(self, http: Request) -> Response:
+        return _json({"status": "ok", "model": self._model_name})
+
+    async def models(self, http: Request) -> Response:
+        model = {
+            "id": self._model_name,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "eval-protocol-rft",
+            "supports_chat": False,
+            "context_length": self._context_length,
+        }
+        return _json({"object": "list", "data": [model]})
+
+    async def completions(self, http: Request) -> Response:
+        started = time.perf_counter()
+        request = parse_request(await http.body())
+        if request.model != self._model_name:
+            raise ApiError.unknown_model(request.model, served=self._model_name)
+        prompts = [self._prompt(request, given) for given in request.prompts()]
+        self._in_flight += 1
+        try:
+            in_flight = self._in_flight
+            samples = await while_wanted(
+                self._sample(request, prompts), http=http, stopping=self.stopping
+            )
+        finally:
+            self._in_flight -= 1
+        seconds = time.perf_counter() - started
+        metrics = replies.perf_metrics(samples, request, seconds=seconds, in_flight=in_flight)
+        return self._answer(http, request, samples, metrics)
+
+    def _prompt(self, request: CompletionRequest, given: str | list[int]) -> replies.Prompt:
+        if isinstance(given, str):
+            ids, text = list(self._tokenizer.tokenizer.encode(given)), given
+        else:
+            ids, text = given, self._tokenizer.decode(given)
+        params = request.sampling_params(
+            prompt_tokens=len(ids), context_length=self._context_length
+        )
+        return replies.Prompt(token_ids=ids, text=text, params=params)
+
+    async def _sample(
+        self, request: CompletionRequest, prompts: Iterable[replies.Prompt]
+    ) -> list[replies.Sampled]:
+        """Sample n completions of each prompt at once, ordered prompt by prompt. The first failure
+        cancels the others: a reply has all its choices or none."""
+        jobs = [
+            (prompt, choice_seed(request.seed, index))
+            for prompt in prompts
+            for index in range(request.n or 1)
+        ]
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(self._complete(prompt, seed)) for prompt, seed in jobs]
+        except ExceptionGroup as failures:
+            raise failures.exceptions[0] from None
+        return [
+            replies.Sampled(
+                prompt=prompt,
+                completion=task.result(),
+                spelling=spell(self._tokenizer, task.result(), prompt.params),
+            )
+            for (prompt, _), task in zip(jobs, tasks, strict=True)
+        ]
+
+    async def _complete(self, prompt: replies.Prompt, seed: int | None) -> Completion:
+        return await self._sampler.sample(prompt.token_ids, prompt.params, seed=seed)
+
+    def _answer(
+        self,
+        http: Request,
+        request: CompletionRequest,
+        samples: list[replies.Sampled],
+        metrics: dict[str, str],
+    ) -> Response:
+        head = replies.Head(
+            id=f"cmpl-{uuid.uuid4().hex}", created=int(time.time()), model=self._model_name
+        )
+        headers = _request_id(http)
+        if request.stream:
+            events = [
+                b"data: %b\n\n" % msgspec.json.encode(chunk)
+                for chunk in replies.chunks(head, request, samples, metrics)
+            ]
+            return StreamingResponse(
+                _each([*events, b"data: [DONE]\n\n"]),
+                media_type="text/event-stream",
+                headers=headers | {"cache-control": "no-cache"},
+            )
+        headers |= {f"fireworks-{name}": value for name, value in metrics.items()}
+        return _json(replies.whole_reply(head, request, samples, metrics), headers=headers)
+
+
+async def _each(events: Iterable[bytes]) -> AsyncIterator[bytes]:
+    for event in events:
+        yield event
+
+
+def _request_id(http: Request) -> dict[str, str]:
+    return {"x-request-id": http.headers.get("x-request-id") or uuid.uuid4().hex}
+
+
+def _json(value: Any, *, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    body = value if isinstance(value, bytes) else msgspec.json.encode(value)
+    return Response(body, status_code=status, media_type="application/json", headers=headers)
+
+
+async def _answer_error(http: Request, error: Exception) -> Response:
+    """Any failure as an error body of Fireworks' form."""
+    headers = _request_id(http)
+    if isinstance(error, SamplingError):
+        error = ApiError.from_sampling(error)
+        if error.status == 500:
+            logger.error("%s: %s", headers["x-request-id"], error)
+    elif isinstance(error, HTTPException):
+        where = f"{http.method} {http.url.path}"
+        headers |= error.headers or {}
+        error = ApiError(f"{error.detail}: {where}", status=error.status_code, code="NO_ROUTE")
+    elif not isinstance(error, ApiError):
+        error = ApiError(
+            f"{type(error).__name__} in the server; its log has the traceback",
+            status=500,
+            code="INTERNAL_SERVER_ERROR",
+        )
+    if error.retry_after is not None:
+        headers["retry-after"] = str(math.ceil(error.retry_after))
+    return _json(error.body(), status=error.status, headers=headers)
+
+
+async def _answer_nobody(http: Request, error: Exception) -> Response:
+    return Response(status_code=_CLIENT_CLOSED_REQUEST)

@@ -1,0 +1,144 @@
+"""What `ep-rft serve` does around the application: the port, the model, the start, the stop.
+
+Invariant: what can go wrong before the first request (the port is taken, the model does not load)
+is one `ServeError` that says what to do, and the port is claimed before the model is loaded.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shlex
+import socket
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import msgspec
+import uvicorn
+from jinja2 import TemplateError
+from starlette.applications import Starlette
+
+from eval_protocol_rft.params import LOCAL_PREFIX
+from eval_protocol_rft.sampling.local import LocalSampler, load_local_sampler
+from eval_protocol_rft.sampling.types import SamplingError
+from eval_protocol_rft.server.app import create_app
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_SECONDS_TO_FINISH = 5
+"""For replies that are being written when the server stops; sampling stops at once."""
+
+_WAITING_CONNECTIONS = 2048
+"""Clients that may wait to be accepted: a training run opens hundreds at once."""
+
+
+class ServeError(RuntimeError):
+    """The server cannot start; the message says why and what to do."""
+
+
+def serve_local(
+    model: str,
+    *,
+    host: str,
+    port: int,
+    served_model_name: str | None = None,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Load a local model and serve it until Ctrl-C or SIGTERM. `say` prints a line.
+
+    Args:
+        model: as for `load_local_sampler`, with or without `local/` in front.
+        port: 0 takes a free one; the line that is printed tells which.
+        served_model_name: what requests call the model; `model` unless given.
+
+    Raises:
+        ServeError: the address cannot be used, or the model cannot be loaded.
+    """
+    name = served_model_name or model
+    with _claim(host, port) as listener:
+        sampler = _load(model)
+        app = create_app(
+            sampler,
+            sampler.tokenizer,
+            model_name=name,
+            context_length=sampler.context_length,
+        )
+        url = _url(host, listener.getsockname()[1])
+        example = _curl(url, name, sampler.tokenizer)
+        greeting = f"Serving {name} on {url} (Ctrl-C stops it). Try:\n  {example}"
+        try:
+            Server(app, greeting=greeting, say=say).run(sockets=[listener])
+        except KeyboardInterrupt:
+            return  # uvicorn raises the signal again once everything is closed
+
+
+class Server(uvicorn.Server):
+    """uvicorn, quiet but for two lines, and not waiting for completions that nobody will want."""
+
+    def __init__(self, app: Starlette, *, greeting: str, say: Callable[[str], None]) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                lifespan="on",
+                log_level="warning",
+                access_log=False,
+                timeout_graceful_shutdown=_SECONDS_TO_FINISH,
+            )
+        )
+        self._stopping = app.state.stopping
+        self._greeting = greeting
+        self._say = say
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self._say(self._greeting)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._stopping.set()
+        await super().shutdown(sockets)
+        self._say("Stopped.")
+
+
+def _claim(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=_WAITING_CONNECTIONS)
+    except OSError as error:
+        taken = error.errno == errno.EADDRINUSE
+        reason = "it is taken" if taken else os.strerror(error.errno or 0)
+        hint = "take another with --port (0 finds a free one)" if taken else "check --host, --port"
+        raise ServeError(f"cannot listen on {host} port {port}: {reason}; {hint}") from error
+
+
+def _load(model: str) -> LocalSampler:
+    try:
+        return load_local_sampler(model.removeprefix(LOCAL_PREFIX))
+    except (SamplingError, ValueError) as error:
+        raise ServeError(str(error)) from error
+
+
+def _url(host: str, port: int) -> str:
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _curl(url: str, name: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A request to paste, with a chat prompt where the tokenizer can make one."""
+    body = {"model": name, "prompt": _chat_prompt(tokenizer), "max_tokens": 16, "logprobs": True}
+    return f"curl -s {url}/v1/completions -d {shlex.quote(msgspec.json.encode(body).decode())}"
+
+
+def _chat_prompt(tokenizer: PreTrainedTokenizerBase) -> str | list[int]:
+    """As text if the server would make the same ids of it, else as ids."""
+    if not tokenizer.chat_template:
+        return "Hello"
+    messages = [{"role": "user", "content": "12+34="}]
+    try:
+        text = str(
+            tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        )
+    except TemplateError:
+        return "Hello"
+    ids = list(tokenizer.encode(text, add_special_tokens=False))
+    return text if tokenizer.encode(text) == ids else ids
