@@ -1,0 +1,175 @@
+"""One training example in target-token coordinates, and how per-token losses are weighed.
+
+Invariant: all arrays of a datum have length T = N-1 for a sequence of N tokens; position t is about
+predicting token t+1 from tokens 0..t. Positions that the policy did not sample (prompt, tool
+output) hold 0.0 in `logprobs`, `advantages` and `weights`; every sampled token, the end-of-turn
+token included, is a target.
+
+How a consumer reads a datum. The loss of a batch is
+
+    sum over datums, sum over t of   weights[t] * loss_t(advantages[t], logprobs[t], ...)
+
+and nothing divides it again. `advantages` is the bare estimate, the same at every sampled token of
+a sequence. `weights` is the loss mask times the normalisation factor, so `weights != 0` is the
+mask. With `normalization="none"`, the default, `weights` is exactly the 0/1 mask and the trainer
+divides, once; with any other choice the division is already in `weights` and the trainer must not
+divide again.
+
+A built-in loss that takes no weights (ppo, cispo, importance_sampling, gspo, reinforce on the
+wire) is given `folded_advantages()`, that is advantages * weights: these losses scale with a
+positive factor on the advantage, so this is the same loss. It is not for a loss with a term
+beside the advantage (dro): send that one unweighted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+FloatArray = NDArray[np.float32]
+IntArray = NDArray[np.int64]
+
+if TYPE_CHECKING:
+    from eval_protocol_rft.training.trajectory import Trajectory
+
+Normalization = Literal["none", "token", "sequence", "constant"]
+"""Factor of the weights of a sequence with T_i sampled tokens, in a batch of S sequences:
+
+- none: 1. The loss is a sum over tokens; the trainer divides.
+- token: 1 / sum_i T_i. The mean over all sampled tokens (DAPO).
+- sequence: 1 / (S T_i). The mean over sequences of the mean over their tokens (GRPO).
+- constant: 1 / (S L), with one L for the whole run (Dr.GRPO): no length bias.
+"""
+
+
+class TrainingDatum(msgspec.Struct, frozen=True, kw_only=True, eq=False, gc=False):
+    """One sequence, ready for a loss. T = N-1 targets.
+
+    The arrays are views into buffers shared with other datums, and `input_tokens` and
+    `target_tokens` overlap: read them, copy before you write.
+    """
+
+    input_tokens: IntArray
+    """[T] int64, tokens[:-1]."""
+    target_tokens: IntArray
+    """[T] int64, tokens[1:]."""
+    logprobs: FloatArray
+    """[T] float32, sampling logprobs (nats) of the targets; 0.0 where not sampled."""
+    advantages: FloatArray
+    """[T] float32, the advantage at sampled targets; 0.0 elsewhere. Holds no normalisation."""
+    weights: FloatArray
+    """[T] float32, loss mask times normalisation factor: 0.0 where not sampled, and a positive
+    constant of this sequence at sampled targets (1.0 with `normalization="none"`)."""
+    prompt_length: int
+    """Tokens before the first sampled one: `target_tokens[prompt_length - 1]` is the first sampled
+    token."""
+    reward: float
+    """The reward that the advantage came from, after shaping."""
+    truncated: bool
+    """The completion was cut off at max_tokens."""
+    group: int
+    """Index of the prompt group within its batch."""
+    row_id: str | None
+    """The dataset row it came from."""
+    completion: int
+    """Place among the completions asked for in that row's rollout."""
+
+    def __len__(self) -> int:
+        """T, the number of targets."""
+        return len(self.target_tokens)
+
+    @property
+    def mask(self) -> NDArray[np.bool_]:
+        """[T] True at sampled targets: where the loss acts."""
+        mask: NDArray[np.bool_] = self.weights != 0
+        return mask
+
+    def folded_advantages(self) -> FloatArray:
+        """[T] advantages * weights, for a consumer without a weights input. A new array."""
+        return self.advantages * self.weights
+
+
+class Example(NamedTuple):
+    """One sequence to pack."""
+
+    trajectory: Trajectory
+    advantage: float
+    reward: float
+    group: int
+
+
+def pack(
+    examples: Sequence[Example], *, normalization: Normalization, constant_length: int | None = None
+) -> list[TrainingDatum]:
+    """Bring S sequences into target coordinates.
+
+    Tokens and logprobs are views of the trajectories' own arrays, and so are the weights where
+    they are the bare loss mask. What is new lies in one buffer for the whole batch.
+
+    Args:
+        examples: the sequences with their advantages, in order.
+        normalization: how the loss is divided.
+        constant_length: L of the constant normalisation, in tokens.
+    """
+    sizes = [len(example.trajectory.tokens) - 1 for example in examples]
+    sampled = np.array([example.trajectory.num_sampled for example in examples], np.int64)
+    factors = weight_factors(sampled, normalization, constant_length)
+    advantages = np.zeros(sum(sizes), np.float32)
+    weights = np.zeros(0 if normalization == "none" else sum(sizes), np.float32)
+    datums: list[TrainingDatum] = []
+    stop = 0
+    for (trajectory, advantage, reward, group), size, factor in zip(
+        examples, sizes, factors, strict=True
+    ):
+        start, stop = stop, stop + size
+        if normalization != "none":
+            spread(factor, trajectory, weights[start:stop])
+        spread(advantage, trajectory, advantages[start:stop])
+        datums.append(
+            TrainingDatum(
+                input_tokens=trajectory.tokens[:-1],
+                target_tokens=trajectory.tokens[1:],
+                logprobs=trajectory.logprobs[1:],
+                advantages=advantages[start:stop],
+                weights=(
+                    trajectory.loss_mask[1:] if normalization == "none" else weights[start:stop]
+                ),
+                prompt_length=trajectory.prompt_length,
+                reward=reward,
+                truncated=trajectory.truncated,
+                group=group,
+                row_id=trajectory.row_id,
+                completion=trajectory.completion,
+            )
+        )
+    return datums
+
+
+def spread(value: float, trajectory: Trajectory, zeros: FloatArray) -> None:
+    """Write `value` at the sampled targets of a sequence, into [T] zeros."""
+    prompt = trajectory.prompt_length
+    if prompt + trajectory.num_sampled == len(trajectory.tokens):
+        zeros[prompt - 1 :] = value  # one run of sampled tokens, up to the end
+    else:
+        np.multiply(trajectory.loss_mask[1:], np.float32(value), out=zeros)
+
+
+def weight_factors(
+    sampled: IntArray, normalization: Normalization, constant_length: int | None
+) -> FloatArray:
+    """[S] float32 factor of each sequence, from its number of sampled tokens."""
+    if normalization == "none":
+        factors = np.ones(len(sampled))
+    elif normalization == "token":
+        factors = np.full(len(sampled), 1.0 / max(int(sampled.sum()), 1))
+    elif normalization == "sequence":
+        factors = 1.0 / (len(sampled) * sampled)
+    elif constant_length is None:
+        raise ValueError('normalization="constant" needs constant_length')
+    else:
+        factors = np.full(len(sampled), 1.0 / (len(sampled) * constant_length))
+    return factors.astype(np.float32)

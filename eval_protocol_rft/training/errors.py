@@ -1,0 +1,33 @@
+"""What can be wrong on the way from scored rows to datums.
+
+Invariant: every message says what is wrong, in which row, completion and token, and what to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+
+class TrainingDataError(ValueError):
+    """Rows, trajectories or options from which no correct training batch can be built."""
+
+
+class EmptyBatchError(TrainingDataError):
+    """Nothing was left to train on. `dropped` says what became of every completion."""
+
+    def __init__(self, dropped: Mapping[str, int]) -> None:
+        counts = ", ".join(f"{reason}: {count}" for reason, count in sorted(dropped.items()))
+        super().__init__(
+            f"no completion is left to train on ({counts or 'there were no rows'}). Sample more "
+            "prompts or more completions each, or relax `filters`"
+        )
+        self.dropped: Mapping[str, int] = dict(dropped)
+
+
+class BiasedSamplingWarning(UserWarning):
+    """Completions whose logprobs are no full-vocabulary sampling logprobs: importance ratios over
+    them are biased."""
+
+
+class BiasedSamplingError(TrainingDataError):
+    """As `BiasedSamplingWarning`, where the caller chose to refuse them."""

@@ -1,0 +1,228 @@
+"""One evaluated row into trajectories: what the rollout record holds, checked, as arrays.
+
+Invariant: a row is read exactly or refused with its name; a rollout that failed, and a completion
+without a score, stay visible as such. Rows are `EvaluationRow` objects or the plain dicts of the
+JSONL that Eval Protocol writes; both are read by shape, so Eval Protocol is not imported. The
+token data in `extra` may be lists or arrays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence, Sized
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from eval_protocol_rft.record import (
+    ARRAY_KEYS,
+    CompletionResult,
+    RecordError,
+    RolloutRecord,
+    SamplingRecord,
+)
+from eval_protocol_rft.sampling.types import Failure
+from eval_protocol_rft.training.buffers import (
+    Slab,
+    TokenBuffer,
+    TokenDataError,
+    store_completions,
+)
+from eval_protocol_rft.training.errors import TrainingDataError
+from eval_protocol_rft.training.trajectory import Trajectory, reward_problem
+
+_INTERNAL = 13
+"""The one status code that Eval Protocol counts as a failed rollout."""
+
+
+class InputMetadata(Protocol):
+    @property
+    def row_id(self) -> str | None: ...
+    @property
+    def completion_params(self) -> Mapping[str, Any]: ...
+
+
+class ExecutionMetadata(Protocol):
+    @property
+    def experiment_id(self) -> str | None: ...
+    @property
+    def extra(self) -> dict[str, Any] | None: ...
+
+
+class EvaluatedRow(Protocol):
+    """What is read of an `EvaluationRow`."""
+
+    @property
+    def input_metadata(self) -> InputMetadata: ...
+    @property
+    def execution_metadata(self) -> ExecutionMetadata: ...
+    @property
+    def rollout_status(self) -> Any: ...
+    @property
+    def evaluation_result(self) -> Any: ...
+
+
+Row = EvaluatedRow | Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class RowRollout:
+    """What one row's rollout left."""
+
+    name: str
+    """How messages call the row."""
+    trajectories: tuple[Trajectory, ...]
+    failures: tuple[Failure, ...]
+    failed: str | None
+    """What ended the whole rollout; then there are no trajectories."""
+    tokenizer: str | None
+    asked: int
+    """Completions asked for."""
+
+
+def field_of(value: Any, name: str) -> Any:
+    """Attribute or key `name`, None where there is neither."""
+    return value.get(name) if isinstance(value, Mapping) else getattr(value, name, None)
+
+
+def row_key(row: Row) -> tuple[str | None, str]:
+    """(experiment id, row id): the same for every run of a row, and for no other row.
+
+    Raises:
+        TrainingDataError: the row has no id.
+    """
+    row_id = field_of(field_of(row, "input_metadata"), "row_id")
+    if row_id is None:
+        raise TrainingDataError(
+            "a row has no input_metadata.row_id, so its prompt group is unknown: pass key= with a "
+            "function that names the group of a row"
+        )
+    return field_of(field_of(row, "execution_metadata"), "experiment_id"), row_id
+
+
+def read_row(row: Row, buffer: TokenBuffer) -> RowRollout:
+    """Read the rollout record and the scores of one row.
+
+    Raises:
+        TrainingDataError: no record, an invalid one, no scores at all, or a score that is no
+            number; the message names row and completion.
+    """
+    name = _name(row)
+    status = field_of(row, "rollout_status")
+    if field_of(status, "code") == _INTERNAL:
+        return RowRollout(name, (), (), str(field_of(status, "message")), None, _asked(row))
+    extra = field_of(field_of(row, "execution_metadata"), "extra")
+    try:
+        record = _without_tokens(extra)
+    except RecordError as error:
+        raise TrainingDataError(f"{name}: {error}") from error
+    sampling = record.sampling
+    slabs = _slabs(extra, sampling.indices, buffer, name)
+    results: Sequence[CompletionResult | None] = record.completion_results or [None] * len(record)
+    row_id = field_of(field_of(row, "input_metadata"), "row_id")
+    bias = _bias(sampling)
+    prompt_length = len(extra["prompt_ids"])
+    trajectories = tuple(
+        Trajectory(
+            tokens=slab.tokens,
+            logprobs=slab.logprobs,
+            loss_mask=slab.loss_mask,
+            reward=reward,
+            components=_components(results[i]),
+            finish_reason=record.finish_reasons[i],
+            policy_version=sampling.policy_versions[i],
+            row_id=row_id,
+            completion=sampling.indices[i],
+            bias=bias,
+            prompt_length=prompt_length,
+            num_sampled=len(slab.tokens) - prompt_length,
+        )
+        for i, (slab, reward) in enumerate(zip(slabs, _rewards(row, record, name), strict=True))
+    )
+    return RowRollout(
+        name, trajectories, tuple(record.failures), None, sampling.tokenizer, sampling.n
+    )
+
+
+def _slabs(
+    extra: Mapping[str, Any], indices: Sequence[int], buffer: TokenBuffer, name: str
+) -> list[Slab]:
+    """The token data of a row, in `buffer`."""
+    try:
+        return store_completions(
+            buffer, extra["prompt_ids"], extra["completion_ids"], extra["inference_logprobs"]
+        )
+    except TokenDataError as error:
+        at = error.completion
+        where = name if at is None else f"{name}, completion {indices[at]}"
+        raise TrainingDataError(f"{where}: {error}") from error
+
+
+def _name(row: Row) -> str:
+    row_id = field_of(field_of(row, "input_metadata"), "row_id")
+    extra = field_of(field_of(row, "execution_metadata"), "extra") or {}
+    run = extra.get("run_index")
+    return f"row {row_id!r}" + (f", run {run}" if run is not None else "")
+
+
+def _asked(row: Row) -> int:
+    """What a row without a record asked for, as its completion params say."""
+    params = field_of(field_of(row, "input_metadata"), "completion_params")
+    n = field_of(params, "n")
+    return n if isinstance(n, int) else 1
+
+
+def _without_tokens(extra: Mapping[str, Any] | None) -> RolloutRecord:
+    """The record with stand-ins for the token data: everything else in it is validated as always,
+    and the tokens, which `store_completions` checks, are not copied on the way."""
+    stand_ins: dict[str, Any] = {}
+    if extra:
+        for key in ("prompt_ids", "completion_ids", "inference_logprobs"):
+            if not isinstance(extra.get(key), Sized):
+                return RolloutRecord.from_extra(extra)  # which says what is missing
+        stand_ins = {
+            "prompt_ids": [0],
+            "completion_ids": [[0]] * len(extra["completion_ids"]),
+            "inference_logprobs": [[0.0]] * len(extra["inference_logprobs"]),
+        }
+    rest = {key: value for key, value in (extra or {}).items() if key not in ARRAY_KEYS}
+    return RolloutRecord.from_extra({**rest, **stand_ins})
+
+
+def _rewards(row: Row, record: RolloutRecord, name: str) -> list[float | None]:
+    """[G] one per completion; a row of one completion may carry it as its evaluation result."""
+    rewards = record.rewards
+    if rewards is None:
+        result = field_of(row, "evaluation_result")
+        if result is None or len(record) != 1:
+            raise TrainingDataError(
+                f"{name}: {len(record)} completions without rewards. Put @score_each_completion "
+                "under @evaluation_test, or score the rows with score_rows()"
+            )
+        valid = field_of(result, "is_score_valid") is not False
+        rewards = [field_of(result, "score") if valid else None]
+    for index, reward in zip(record.sampling.indices, rewards, strict=True):
+        problem = reward_problem(reward)
+        if problem:
+            raise TrainingDataError(f"{name}, completion {index}: {problem}")
+    return rewards
+
+
+def _components(result: CompletionResult | None) -> dict[str, float | None]:
+    """The metrics that are scores: a number, or an object with `score` and `is_score_valid`."""
+    if result is None or not result.metrics:
+        return {}
+    found: dict[str, float | None] = {}
+    for name, metric in result.metrics.items():
+        score = field_of(metric, "score") if isinstance(metric, Mapping) else metric
+        if isinstance(metric, Mapping) and metric.get("is_score_valid") is False:
+            score = None
+        if reward_problem(score) is None:
+            found[name] = score
+    return found
+
+
+def _bias(sampling: SamplingRecord) -> str | None:
+    if sampling.temperature == 0:
+        return "temperature=0: greedy completions are no samples"
+    if sampling.support_truncated:
+        return f"truncated support (top_p={sampling.top_p}, top_k={sampling.top_k})"
+    return None

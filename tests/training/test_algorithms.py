@@ -1,0 +1,47 @@
+"""The table in the docs is the table in the code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from eval_protocol_rft.training.algorithms import ALGORITHMS
+from eval_protocol_rft.training.filters import DROP_REASONS
+
+PAGE = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+
+
+def table(heading: str) -> list[list[str]]:
+    """The body of the first table after `heading`."""
+    section = PAGE.split(f"## {heading}\n", 1)[1].split("\n## ", 1)[0]
+    lines = [line for line in section.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def test_the_page_lists_each_algorithm_as_it_is():
+    rows = table("Algorithms")
+    assert [row[0] for row in rows] == list(ALGORITHMS)
+    for name, advantage, loss_fn, config, normalization, source in rows:
+        algorithm = ALGORITHMS[name]
+        assert advantage == algorithm.estimator.__name__
+        assert (loss_fn, normalization, source) == (
+            algorithm.loss_fn,
+            algorithm.paper_normalization,
+            algorithm.source,
+        )
+        written = dict(entry.split("=") for entry in config.split())
+        assert {key: float(value) for key, value in written.items()} == pytest.approx(
+            dict(algorithm.loss_fn_config)
+        )
+
+
+def test_the_page_lists_each_reason_for_dropping():
+    listed = [reason.strip(" `") for row in table("Filters") for reason in row[0].split(",")]
+    assert listed == list(DROP_REASONS)
+
+
+def test_the_losses_are_names_that_the_training_sdk_knows():
+    loss_fn_type = pytest.importorskip("fireworks.training.sdk.types.loss_fn_type")
+    known = loss_fn_type.LossFnType.__args__
+    assert {algorithm.loss_fn for algorithm in ALGORITHMS.values()} <= set(known)
