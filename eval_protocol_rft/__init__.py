@@ -21,7 +21,7 @@ if TYPE_CHECKING:
         SamplingError,
         SamplingParams,
     )
-    from eval_protocol_rft.scoring import score_each_completion, score_rows
+    from eval_protocol_rft.scoring import ascore_rows, score_each_completion, score_rows
     from eval_protocol_rft.slim_logger import SlimLogger
 
 _HOMES = {
@@ -35,6 +35,7 @@ _HOMES = {
     "Sampler": "sampling.types",
     "SamplingError": "sampling.types",
     "SamplingParams": "sampling.types",
+    "ascore_rows": "scoring",
     "score_each_completion": "scoring",
     "score_rows": "scoring",
     "SlimLogger": "slim_logger",
@@ -52,6 +53,7 @@ __all__ = [
     "SamplingError",
     "SamplingParams",
     "SlimLogger",
+    "ascore_rows",
     "score_each_completion",
     "score_rows",
 ]

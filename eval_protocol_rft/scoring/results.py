@@ -1,0 +1,85 @@
+"""What an evaluator said of each completion, read strictly.
+
+Invariant: a completion has a score only where the evaluator gave exactly one valid, finite one.
+Otherwise its score is None, with the reason why in `error`; it is never 0.0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from numbers import Real
+from typing import Any
+
+import numpy as np
+from eval_protocol.models import EvaluateResult, EvaluationRow
+from pydantic_core import to_jsonable_python
+
+from eval_protocol_rft.record import CompletionResult
+from eval_protocol_rft.scoring.evaluator import CallFailed
+
+
+def unscored(error: str) -> CompletionResult:
+    """The result of a completion about which nothing valid was said."""
+    return CompletionResult(score=None, error=error)
+
+
+def read_result(returned: Any) -> CompletionResult:
+    """The result of one completion, from what the evaluator returned for its view.
+
+    Score, reason and metrics are kept, metrics as plain JSON: numpy values become Python ones,
+    NaN and infinities null, and a metric that is no JSON at all is left out and named in `error`.
+    `step_outputs`, `trajectory_info`, `final_control_plane_info` and other changes to the view
+    are dropped: they belong to whole trajectories.
+    """
+    if isinstance(returned, CallFailed):
+        return unscored(returned.text)
+    if not isinstance(returned, EvaluationRow):
+        return unscored(f"the evaluator returned {type(returned).__name__}, not an EvaluationRow")
+    # Pydantic does not check assignments, so these fields can hold anything.
+    result: Any = returned.evaluation_result
+    if result is None:
+        return unscored("the evaluator returned no evaluation_result")
+    if not isinstance(result, EvaluateResult):
+        return unscored(f"evaluation_result is {type(result).__name__}, not an EvaluateResult")
+    problem = _score_problem(result.score, result.is_score_valid)
+    metrics, dropped = _plain_metrics(result.metrics)
+    said = None if result.error is None else f"the evaluator reported: {result.error}"
+    errors = [text for text in (problem, said, *dropped) if text]
+    return CompletionResult(
+        score=float(result.score) if problem is None else None,
+        reason=None if result.reason is None else str(result.reason),
+        metrics=metrics,
+        error="; ".join(errors) or None,
+    )
+
+
+def _score_problem(score: Any, is_valid: Any) -> str | None:
+    if not is_valid:
+        return "the evaluator marked the score as invalid"
+    if not isinstance(score, Real):
+        return f"the score is {score!r}, not a number"
+    if not math.isfinite(score):
+        return f"the score is {score}, not a finite number"
+    return None
+
+
+def _plain_metrics(metrics: Mapping[str, Any] | None) -> tuple[dict[str, Any], list[str]]:
+    """Metrics as plain JSON, and what had to be left out."""
+    plain: dict[str, Any] = {}
+    dropped: list[str] = []
+    for name, metric in (metrics or {}).items():
+        try:
+            builtin = to_jsonable_python(metric, fallback=_from_numpy)
+        except (TypeError, ValueError) as error:
+            dropped.append(f"metric {name!r} is left out, it is not JSON: {error}")
+        else:
+            # A second pass: in the first a model's own fields keep NaN whatever is asked for.
+            plain[str(name)] = to_jsonable_python(builtin, inf_nan_mode="null")
+    return plain, dropped
+
+
+def _from_numpy(value: Any) -> Any:
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} has no JSON form")

@@ -1,0 +1,124 @@
+"""Runs an evaluator once per completion and writes the outcome to the rows.
+
+Invariant: a row without a rollout record reaches the evaluator as it is, once, and what the
+evaluator then does is Eval Protocol's to handle. A row with one is changed when all its
+completions have been judged, or not at all.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from eval_protocol.models import EvaluationRow
+
+from eval_protocol_rft.scoring.batch import Place, lay_out, sort_answers
+from eval_protocol_rft.scoring.evaluator import BoundCall, CallFailed, Evaluator
+from eval_protocol_rft.scoring.results import read_result
+from eval_protocol_rft.scoring.summary import ScoringOptions, commit_scores
+from eval_protocol_rft.scoring.views import completion_views
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    values: list[Any]
+    """What the evaluator is to be called with, one call each."""
+    finish: Callable[[list[Any]], Any]
+    """Takes the outcomes in the order of `values`, writes to the rows, and returns what the
+    caller of the evaluator gets."""
+
+
+class Scorer:
+    """An evaluator with options; called as the evaluator itself would be."""
+
+    def __init__(self, evaluator: Evaluator, options: ScoringOptions) -> None:
+        self.evaluator = evaluator
+        self.options = options
+        self._slots: dict[asyncio.AbstractEventLoop, asyncio.Semaphore] = {}
+
+    def score(self, *args: Any, **kwargs: Any) -> Any:
+        """Score with a sync evaluator: completions in order, on the calling thread, as Eval
+        Protocol itself runs sync evaluators on its event loop.
+
+        Returns:
+            The row or list of rows given, changed in place. A row without a record is replaced by
+            what the evaluator returned for it.
+        """
+        call = self.evaluator.bind(*args, **kwargs)
+        plan = self._plan(call)
+        if plan is None:
+            return call(call.given)
+        return plan.finish([call.attempt(value) for value in plan.values])
+
+    async def score_async(self, *args: Any, **kwargs: Any) -> Any:
+        """Score with an async evaluator: the completions of a row concurrently; else as `score`."""
+        call = self.evaluator.bind(*args, **kwargs)
+        plan = self._plan(call)
+        if plan is None:
+            return await call(call.given)
+        slots = self._slots_of_this_loop()
+        return plan.finish(await run_all([_attempt(call, v, slots) for v in plan.values]))
+
+    def _plan(self, call: BoundCall) -> _Plan | None:
+        """What to call and what to do with the outcomes; None where no row has a record."""
+        if self.evaluator.parameter == "row":
+            row: EvaluationRow = call.given
+            own = completion_views(row)
+            return None if own is None else _Plan(own, lambda got: self._commit(row, got))
+        rows: list[EvaluationRow] = call.given
+        views = [completion_views(row) for row in rows]
+        if all(own is None for own in views):
+            return None
+        layout = lay_out(rows, views)
+        return _Plan([list(layout.values())], lambda got: self._settle(rows, layout, got[0]))
+
+    def _commit(self, row: EvaluationRow, outcomes: Sequence[Any]) -> EvaluationRow:
+        commit_scores(row, [read_result(outcome) for outcome in outcomes], self.options)
+        return row
+
+    def _settle(
+        self, rows: Sequence[EvaluationRow], layout: Mapping[Place, EvaluationRow], returned: Any
+    ) -> list[EvaluationRow]:
+        """Write the outcome of one call to all its rows. If the call raised and had a row without
+        a record in it, the error goes on to Eval Protocol once the other rows have been marked as
+        unscored: nobody else can say what becomes of that row."""
+        answers = sort_answers(layout, returned)
+        settled: list[EvaluationRow] = []
+        for i, row in enumerate(rows):
+            if (i, None) in layout:
+                settled.extend(answers.passed[i])
+            else:
+                commit_scores(row, answers.results.get(i, []), self.options)
+                settled.append(row)
+        if isinstance(returned, CallFailed) and answers.passed:
+            raise returned.error
+        return settled
+
+    def _slots_of_this_loop(self) -> asyncio.Semaphore:
+        """One semaphore per event loop: Eval Protocol runs each test case in a loop of its own."""
+        loop = asyncio.get_running_loop()
+        if loop not in self._slots:
+            self._slots = {known: s for known, s in self._slots.items() if not known.is_closed()}
+            self._slots[loop] = asyncio.Semaphore(self.options.max_concurrency)
+        return self._slots[loop]
+
+
+async def _attempt(call: BoundCall, value: Any, slots: asyncio.Semaphore) -> Any:
+    async with slots:
+        return await call.attempt_async(value)
+
+
+async def run_all(coroutines: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """Results in order. When one raises or we are cancelled, the others are cancelled and awaited
+    first, so that nothing runs on behind the caller's back."""
+    tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

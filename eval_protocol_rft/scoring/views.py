@@ -1,0 +1,127 @@
+"""One row per completion: what the user's evaluator gets to see.
+
+Invariant: a view shares nothing mutable with its row or with another view, so an evaluator may
+change what it is given. It looks like the row would if that completion were its answer, and holds
+no rollout record, so nothing can score it once per completion again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from eval_protocol.models import EvaluationRow, Message
+
+from eval_protocol_rft.prompts import assistant_message
+from eval_protocol_rft.record import ARRAY_KEYS, SCHEMA_VERSION, RecordError
+
+HIDDEN_KEYS = frozenset({*ARRAY_KEYS, "rft_schema", "rewards", "completion_results"})
+"""Keys of `extra` that a view has not: token arrays, the record's mark, and earlier scores."""
+
+
+class _Sampling(msgspec.Struct, frozen=True):
+    split_reasoning: bool = True
+
+
+class _ScoredPart(msgspec.Struct, frozen=True):
+    """The part of a rollout record that scoring needs. Reading no more than this leaves the
+    token arrays untouched, and rows that were logged without them can be scored."""
+
+    rft_schema: int
+    completions_text: list[str]
+    finish_reasons: list[str]
+    sampling: _Sampling
+
+
+def completion_views(row: EvaluationRow) -> list[EvaluationRow] | None:
+    """A view of `row` per completion, in order; None where the row has no rollout record, or has
+    one that an earlier rollout left and failed to replace.
+
+    A view is the row with the completion as its last message, no evaluation_result, that
+    completion's finish reason, and an `extra` that has `completion_index` and `finish_reason` but
+    none of `HIDDEN_KEYS`. The other fields are deep copies of the row's.
+
+    Raises:
+        RecordError: the record is unreadable, or the row's last message is not its first
+            completion.
+    """
+    extra = row.execution_metadata.extra
+    if not extra or "rft_schema" not in extra or row.rollout_status.is_error():
+        return None
+    record = _read(row, extra)
+    split = record.sampling.split_reasoning
+    messages = [assistant_message(t, split_reasoning=split) for t in record.completions_text]
+    if messages:
+        _check_last_message(row, messages[0])
+    template = _template(row, extra)
+    return [
+        _view(template, index, message, finish_reason)
+        for index, (message, finish_reason) in enumerate(
+            zip(messages, record.finish_reasons, strict=True)
+        )
+    ]
+
+
+def _read(row: EvaluationRow, extra: dict[str, Any]) -> _ScoredPart:
+    where = f"row {row.input_metadata.row_id}"
+    try:
+        record = msgspec.convert(extra, _ScoredPart)
+    except msgspec.ValidationError as error:
+        raise RecordError(f"{where}: invalid rollout record: {error}") from error
+    if record.rft_schema != SCHEMA_VERSION:
+        raise RecordError(
+            f"{where}: rft_schema is {record.rft_schema}, this version reads {SCHEMA_VERSION}"
+        )
+    if len(record.completions_text) != len(record.finish_reasons):
+        raise RecordError(
+            f"{where}: {len(record.completions_text)} completions_text but "
+            f"{len(record.finish_reasons)} finish_reasons"
+        )
+    return record
+
+
+def _check_last_message(row: EvaluationRow, first: Message) -> None:
+    """The prompt is everything before the last message, so that one must be the completion."""
+    last = row.messages[-1] if row.messages else None
+    if last is None or _said(last) != _said(first):
+        raise RecordError(
+            f"row {row.input_metadata.row_id}: its last message is not its completion 0, so the "
+            f"prompt cannot be told from the answer: {_shown(last)} against {_shown(first)}; "
+            "restore row.messages as the rollout left them"
+        )
+
+
+def _said(message: Message) -> tuple[Any, ...]:
+    return message.role, message.content, message.reasoning_content
+
+
+def _shown(message: Message | None) -> str:
+    return "no message" if message is None else f"{message.role} {str(message.content)[:60]!r}"
+
+
+def _template(row: EvaluationRow, extra: dict[str, Any]) -> EvaluationRow:
+    """What the views of a row have in common; it shares everything with the row."""
+    visible = {key: value for key, value in extra.items() if key not in HIDDEN_KEYS}
+    metadata = row.execution_metadata.model_copy(update={"extra": visible})
+    return row.model_copy(
+        update={
+            "messages": row.messages[:-1],
+            "evaluation_result": None,
+            "execution_metadata": metadata,
+        }
+    )
+
+
+def _view(
+    template: EvaluationRow, index: int, message: Message, finish_reason: str
+) -> EvaluationRow:
+    view = template.model_copy(deep=True)
+    view.messages.append(message)
+    metadata = view.execution_metadata
+    metadata.finish_reason = finish_reason
+    metadata.extra = {
+        **(metadata.extra or {}),
+        "completion_index": index,
+        "finish_reason": finish_reason,
+    }
+    return view
