@@ -1,7 +1,7 @@
 """From a sampled group to what is on the row: message, usage and record, in one step.
 
 Invariant: everything is built before the first assignment, so a row never holds half of it; keys of
-`extra` that are not ours stay.
+`extra` that are not ours stay, and a row that is rolled out again has one answer.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from openai.types import CompletionUsage
 from eval_protocol_rft.params import RolloutRequest
 from eval_protocol_rft.prompts import assistant_message
 from eval_protocol_rft.record import (
+    RecordError,
     RolloutRecord,
     SamplingRecord,
     TokenTurnTrace,
@@ -66,6 +67,35 @@ def commit_group(
     metadata.finish_reason = record.finish_reasons[0]
     metadata.tool_call_count = len(answer.tool_calls or [])
     metadata.rollout_duration_seconds = seconds
+
+
+def messages_to_answer(row: EvaluationRow, *, drop_trailing_assistant: bool) -> list[Message]:
+    """The row's messages up to where the assistant is to speak: never with the answer that an
+    earlier rollout of this very row left (Eval Protocol rolls out a row again as it finds it), and
+    without the trailing assistant messages of the data set if they are to be dropped."""
+    messages = list(row.messages)
+    if not drop_trailing_assistant:
+        return messages[:-1] if _is_answered(row) else messages
+    while messages and messages[-1].role == "assistant":
+        messages.pop()
+    return messages
+
+
+def _is_answered(row: EvaluationRow) -> bool:
+    """Whether the last message is the answer that the record on the row tells of."""
+    try:
+        record = RolloutRecord.from_extra(row.execution_metadata.extra)
+    except RecordError:
+        return False
+    last = row.messages[-1] if row.messages else None
+    answer = assistant_message(
+        record.completions_text[0], split_reasoning=record.sampling.split_reasoning
+    )
+    return last is not None and (last.role, last.content, last.reasoning_content) == (
+        answer.role,
+        answer.content,
+        answer.reasoning_content,
+    )
 
 
 def build_record(

@@ -6,12 +6,16 @@ goes to Fireworks alone: to its hosts, to the base URL named for it, or with a F
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
 FIREWORKS_URL = "https://api.fireworks.ai/inference/v1"
+_SHORTEST_SECRET = 8
+_SEPARATOR = re.compile(r"[\s;,=]+")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _BASE_URL_VARIABLES = ("EP_LLM_API_BASE", "EP_LLM_BASE_URL", "FIREWORKS_BASE_URL")
 
 
@@ -26,9 +30,15 @@ class Endpoint:
 
     @property
     def secrets(self) -> tuple[str, ...]:
-        """Strings that must appear in no message: the key and all header values that carry one."""
-        carried = [value for _, value in self.headers if len(value) >= 8]
-        return (*([self.api_key] if self.api_key else []), *carried)
+        """Strings that must appear in no message, longest first: the key, and whatever in a header
+        is long enough to be one (`Bearer <key>` is cited without its `Bearer`)."""
+        parts = {
+            part
+            for _, value in self.headers
+            for part in (value, *value.split(), *_SEPARATOR.split(value))
+        }
+        carried = {part for part in parts if len(part) >= _SHORTEST_SECRET}
+        return tuple(sorted(carried | ({self.api_key} if self.api_key else set()), key=_longest))
 
 
 def resolve_endpoint(model: str, params: Mapping[str, Any], *, env: Mapping[str, str]) -> Endpoint:
@@ -38,30 +48,48 @@ def resolve_endpoint(model: str, params: Mapping[str, Any], *, env: Mapping[str,
     Raises:
         ValueError: two different base URLs, something that is no http(s) URL, malformed headers.
     """
-    given = {key: params[key] for key in ("api_base", "base_url") if params.get(key)}
-    if len({str(url).rstrip("/") for url in given.values()}) > 1:
-        raise ValueError(
-            f"completion_params['api_base'] is {given['api_base']!r} and 'base_url' "
-            f"{given['base_url']!r}: give one"
-        )
-    source, url = next(
-        iter(given.items()),
-        next(
-            ((name, env[name]) for name in _BASE_URL_VARIABLES if env.get(name)),
-            ("default", FIREWORKS_URL),
-        ),
-    )
-    base_url = _normalise(source, url)
+    source, base_url = _base_url(params, env)
+    headers = _headers(params)
     key = params.get("api_key")
     if key is not None and not isinstance(key, str):
         raise ValueError("completion_params['api_key'] must be a string")
-    if key is None and (
-        source in ("FIREWORKS_BASE_URL", "default")
-        or model.startswith(("accounts/", "fireworks_ai/"))
-        or _is_fireworks(base_url)
+    has_own = any(name.lower() in ("authorization", "x-api-key") for name, _ in headers)
+    if (
+        key is None
+        and not has_own
+        and (
+            source in ("FIREWORKS_BASE_URL", "default")
+            or model.startswith(("accounts/", "fireworks_ai/"))
+            or _is_fireworks(base_url)
+        )
     ):
-        key = env.get("FIREWORKS_API_KEY") or None
-    return Endpoint(base_url, key or None, _headers(params))
+        key = env.get("FIREWORKS_API_KEY")
+    if key and (key != key.strip() or not _fits_header(key)):
+        raise ValueError(
+            "the API key has a blank, a line break or another control character at its end or "
+            "inside: was it read from a file with its last line's end?"
+        )
+    return Endpoint(base_url, key or None, headers)
+
+
+def _base_url(params: Mapping[str, Any], env: Mapping[str, str]) -> tuple[str, str]:
+    """Where the URL comes from, and the URL."""
+    given = {
+        key: _normalise(f"completion_params[{key!r}]", params[key])
+        for key in ("api_base", "base_url")
+        if params.get(key)
+    }
+    if len(set(given.values())) > 1:
+        raise ValueError(
+            f"completion_params['api_base'] leads to {given['api_base']} and 'base_url' to "
+            f"{given['base_url']}: give one"
+        )
+    if given:
+        return next(iter(given.items()))
+    for name in _BASE_URL_VARIABLES:
+        if env.get(name):
+            return name, _normalise(name, env[name])
+    return "default", FIREWORKS_URL
 
 
 def _is_fireworks(url: str) -> bool:
@@ -71,18 +99,23 @@ def _is_fireworks(url: str) -> bool:
 
 def _normalise(source: str, url: Any) -> str:
     """`http://h`, `http://h/v1`, `http://h/inference` and `http://h/inference/v1` all work."""
-    parts = urlsplit(url) if isinstance(url, str) else None
-    if parts is None or parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError(f"{source} must be an http(s) URL, got {url!r}")
+    try:
+        parts = urlsplit(url if isinstance(url, str) else "")
+        is_url = parts.scheme in ("http", "https") and bool(parts.hostname)
+        _ = parts.port  # raises where it is no number
+    except ValueError:
+        is_url = False
+    # Never with the value: what stands in the wrong place may be a key.
+    if not is_url:
+        raise ValueError(f"{source} must be an http(s) URL")
     if parts.username or parts.password or parts.query or parts.fragment:
         raise ValueError(f"{source} must be a plain URL; credentials go into api_key")
-    base = f"{parts.scheme}://{parts.netloc}{parts.path}".rstrip("/")
-    base = base.removesuffix("/completions").removesuffix("/chat")
-    if base.endswith("/v1"):
-        return base
-    if parts.hostname == "api.fireworks.ai" and parts.path.strip("/") == "":
-        return f"{base}/inference/v1"
-    return f"{base}/v1"
+    path = parts.path.rstrip("/")
+    path = path.removesuffix("/chat/completions").removesuffix("/completions")
+    path = path.removesuffix("/v1").rstrip("/")
+    if parts.hostname == "api.fireworks.ai" and not path:
+        path = "/inference"
+    return f"{parts.scheme}://{parts.netloc}{path}/v1"
 
 
 def _headers(params: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
@@ -90,8 +123,17 @@ def _headers(params: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
     for key in ("headers", "extra_headers"):
         headers = params.get(key) or {}
         if not isinstance(headers, Mapping) or not all(
-            isinstance(k, str) and isinstance(v, str) for k, v in headers.items()
+            isinstance(k, str) and isinstance(v, str) and _fits_header(k + v)
+            for k, v in headers.items()
         ):
-            raise ValueError(f"completion_params[{key!r}] must be a dict of strings")
+            raise ValueError(f"completion_params[{key!r}] must be a dict of strings without breaks")
         merged.update(headers)
     return tuple(sorted(merged.items()))
+
+
+def _fits_header(text: str) -> bool:
+    return not _CONTROL.search(text)
+
+
+def _longest(text: str) -> tuple[int, str]:
+    return -len(text), text

@@ -9,11 +9,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
-
-import msgspec
 
 from eval_protocol_rft.endpoint import Endpoint, resolve_endpoint
 from eval_protocol_rft.sampling.types import SamplingParams
@@ -48,6 +47,8 @@ _ROW_KEYS = {
     "tools": "put tools on the row",
     "system_prompt": "put a system message first in the row",
 }
+_TIMEOUT_KEYS = ("http_timeout", "timeout", "request_timeout")
+"""Spellings of the seconds that one attempt may take, the first that is given wins."""
 _MUST_BE_TRUE = ("logprobs", "return_token_ids", "raw_output")
 """Asked for in every request: without them there is nothing to train on."""
 
@@ -95,14 +96,16 @@ def parse_completion_params(
     for key in _MUST_BE_TRUE:
         if keys.take(key) is False:
             raise ParamsError(f"completion_params[{key!r}] is False: training data needs it")
-    if keys.take("echo"):
-        raise ParamsError("completion_params['echo'] would put the prompt into the completion")
+    for key in ("echo", "echo_last"):
+        if keys.take(key):
+            raise ParamsError(
+                f"completion_params[{key!r}] would put the prompt into the completion"
+            )
     endpoint_keys = {
         key: keys.take(key)
         for key in ("api_base", "base_url", "api_key", "extra_headers", "headers")
     }
-    timeout = keys.number("http_timeout", above=0.0) or keys.number("timeout", above=0.0)
-    keys.take("timeout")
+    timeouts = [keys.number(key, above=0.0) for key in _TIMEOUT_KEYS]
     tokenizer = keys.take("tokenizer")
     if tokenizer is not None and not isinstance(tokenizer, str):
         raise ParamsError(
@@ -124,7 +127,7 @@ def parse_completion_params(
         top_k=_default(keys.integer("top_k", at_least=-1), 0),
         stop=_stop(keys.take("stop")),
         logprobs_mode=_logprobs_mode(keys.take("logprobs_mode")),
-        timeout=timeout or DEFAULT_TIMEOUT,
+        timeout=next((value for value in timeouts if value is not None), DEFAULT_TIMEOUT),
         extra=keys.rest(),
     )
     return RolloutRequest(
@@ -173,6 +176,8 @@ class _Keys:
             return None
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ParamsError(f"completion_params[{key!r}] must be a number, got {value!r}")
+        if isinstance(value, int) and abs(value) > sys.float_info.max:
+            raise ParamsError(f"completion_params[{key!r}] is too large for a number")
         if not (math.isfinite(value) and low <= value <= high and value > above):
             floor = f"above {above:g}" if math.isfinite(above) else f"at least {low:g}"
             ceiling = f" and at most {high:g}" if math.isfinite(high) else ""
@@ -180,23 +185,20 @@ class _Keys:
         return float(value)
 
     def rest(self) -> dict[str, Any]:
-        """What travels in the body for the server to judge."""
-        rest = {
-            key: value
+        """What travels in the body for the server to judge, as plain JSON values."""
+        return {
+            key: _plain_json(key, value)
             for key, value in self._values.items()
             if value is not None and key not in DROPPED_KEYS and not key.startswith("litellm_")
         }
-        for key, value in rest.items():
-            try:
-                msgspec.json.encode(value)
-            except (TypeError, ValueError) as error:
-                raise ParamsError(f"completion_params[{key!r}] is not JSON: {error}") from error
-        return rest
 
 
 def _flatten(params: Mapping[str, Any]) -> dict[str, Any]:
     """completion_params with `extra_body` (a dict, or a JSON string in managed jobs) folded in."""
     flat = {key: value for key, value in params.items() if key != "extra_body"}
+    for key in flat:
+        if not isinstance(key, str):
+            raise ParamsError(f"completion_params has the key {key!r}: keys are strings")
     body = params.get("extra_body")
     if isinstance(body, str):
         try:
@@ -205,12 +207,13 @@ def _flatten(params: Mapping[str, Any]) -> dict[str, Any]:
             raise ParamsError(f"completion_params['extra_body'] is not JSON: {error}") from error
     if body is None:
         return flat
-    if not isinstance(body, Mapping):
-        raise ParamsError(f"completion_params['extra_body'] must be a dict, got {body!r}")
+    if not isinstance(body, Mapping) or not all(isinstance(key, str) for key in body):
+        raise ParamsError("completion_params['extra_body'] must be a dict with strings as keys")
     for key, value in body.items():
         if flat.get(key) is not None and flat[key] != value:
+            # Without the values: one of them may be a key.
             raise ParamsError(
-                f"completion_params[{key!r}] is {flat[key]!r} and in extra_body {value!r}: "
+                f"completion_params[{key!r}] has one value and extra_body[{key!r}] another: "
                 "give it once"
             )
         flat[key] = value
@@ -231,13 +234,15 @@ def _max_tokens(keys: _Keys) -> int | None:
 def _stop(value: Any) -> tuple[str, ...]:
     if value is None:
         return ()
-    stops = (value,) if isinstance(value, str) else tuple(value)
-    if not all(isinstance(stop, str) and stop for stop in stops):
+    stops = [value] if isinstance(value, str) else value
+    if not isinstance(stops, list | tuple) or not all(
+        isinstance(stop, str) and stop for stop in stops
+    ):
         raise ParamsError(
             f"completion_params['stop'] must be a string or a list of strings, got {value!r} "
             "(for token ids use stop_token_ids where the server has it)"
         )
-    return stops
+    return tuple(stops)
 
 
 def _logprobs_mode(value: Any) -> Any:
@@ -247,6 +252,14 @@ def _logprobs_mode(value: Any) -> Any:
             f"(what the vLLM server's --logprobs-mode says), got {value!r}"
         )
     return value
+
+
+def _plain_json(key: str, value: Any) -> Any:
+    """`value` as its JSON reads back, which is what the server gets and the record keeps."""
+    try:
+        return json.loads(json.dumps(value, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise ParamsError(f"completion_params[{key!r}] is not JSON: {error}") from error
 
 
 def _default(value: _T | None, default: _T) -> _T:

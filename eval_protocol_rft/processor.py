@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,32 +18,30 @@ from eval_protocol.models import EvaluationRow
 from eval_protocol.pytest.rollout_processor import RolloutProcessor
 from eval_protocol.pytest.types import RolloutProcessorConfig
 
-from eval_protocol_rft.commit import commit_group
+from eval_protocol_rft.admission import ROWS_AHEAD, Ticket
+from eval_protocol_rft.backends import Backends
+from eval_protocol_rft.commit import commit_group, messages_to_answer
 from eval_protocol_rft.endpoint import Endpoint
-from eval_protocol_rft.params import LOCAL_PREFIX, RolloutRequest, parse_completion_params
+from eval_protocol_rft.params import RolloutRequest, parse_completion_params
 from eval_protocol_rft.prompts import PromptError, render_prompt
 from eval_protocol_rft.redaction import redact_params
-from eval_protocol_rft.sampling.fanout import Group, derive_seed, sample_group
+from eval_protocol_rft.sampling.fanout import Group, derive_seeds, sample_group
 from eval_protocol_rft.sampling.http import HttpSampler
 from eval_protocol_rft.sampling.retry import RetryPolicy
 from eval_protocol_rft.sampling.types import LogprobsMode, Sampler, TokenIds
-from eval_protocol_rft.tokenizer import LoadedTokenizer, TokenizerError, load_tokenizer
-
-ROWS_AHEAD = 8
-"""Rows whose prompt is rendered while their completions still wait for a slot: enough to keep every
-slot busy, few enough that the first request does not wait for the whole data set's rendering."""
+from eval_protocol_rft.tokenizer import LoadedTokenizer
 
 
 class RolloutError(RuntimeError):
-    """A row got fewer completions than `min_completions`. A RuntimeError on purpose: Eval Protocol
-    does not resample the whole row on those."""
+    """A row got fewer completions than `min_completions`, or something of the caller's failed. A
+    RuntimeError on purpose: Eval Protocol does not resample the whole row on those."""
 
 
 @dataclass(slots=True)
 class _LoopState:
     """What belongs to one event loop; each test case of Eval Protocol runs in a loop of its own."""
 
-    samplers: dict[Endpoint, HttpSampler] = field(default_factory=dict)
+    clients: dict[Endpoint, HttpSampler] = field(default_factory=dict)
     tasks: set[asyncio.Task[EvaluationRow]] = field(default_factory=set)
     runs: dict[tuple[str | None, str | None], list[str | None]] = field(default_factory=dict)
     """(experiment, row) -> rollout ids in order of appearance: the place is the run's number."""
@@ -92,32 +89,28 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
     ) -> None:
         if min_completions < 1:
             raise ValueError(f"min_completions must be at least 1, got {min_completions}")
-        self.tokenizer = tokenizer
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
         self.drop_trailing_assistant_messages = drop_trailing_assistant_messages
         self.split_reasoning = split_reasoning
         self.min_completions = min_completions
         self.logprobs_mode: LogprobsMode | None = logprobs_mode
         self.retry = retry or RetryPolicy()
-        self.trust_remote_code = trust_remote_code
-        self.sampler = sampler
-        self._wrapped: LoadedTokenizer | None = None
-        # Weak keys: a loop that died without acleanup() takes its state with it.
-        self._loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _LoopState] = (
-            weakref.WeakKeyDictionary()
+        self._backends = Backends(
+            tokenizer=tokenizer, sampler=sampler, trust_remote_code=trust_remote_code
         )
+        self._loops: dict[asyncio.AbstractEventLoop, _LoopState] = {}
 
     def __call__(
         self, rows: list[EvaluationRow], config: RolloutProcessorConfig
     ) -> list[asyncio.Task[EvaluationRow]]:
         """Start one task per row, in row order."""
-        state = self._loops.setdefault(asyncio.get_running_loop(), _LoopState())
+        state = self._state()
         admission = asyncio.Semaphore(ROWS_AHEAD)
         tasks = []
         for row in rows:
             # Eval Protocol puts the user's own dict on the row; a key in it must not stay there.
             row.input_metadata.completion_params = redact_params(
-                row.input_metadata.completion_params
+                row.input_metadata.completion_params or {}
             )
             run = _run_number(state, row)
             task = asyncio.create_task(self._rollout(row, config, state, admission, run))
@@ -136,9 +129,19 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
         tasks = list(state.tasks)
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        for sampler in state.samplers.values():
-            await sampler.aclose()
+        try:
+            await asyncio.gather(*tasks, return_exceptions=True)
+        finally:
+            for client in state.clients.values():
+                await client.aclose()
+
+    def _state(self) -> _LoopState:
+        """The state of the running loop. States of loops that closed without acleanup() go here:
+        their clients hold their loop, so a weak reference to it would never die."""
+        for loop in list(self._loops):
+            if loop.is_closed():
+                self._loops.pop(loop, None)
+        return self._loops.setdefault(asyncio.get_running_loop(), _LoopState())
 
     async def _rollout(
         self,
@@ -148,24 +151,43 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
         admission: asyncio.Semaphore,
         run: int,
     ) -> EvaluationRow:
-        async with _Ticket(admission) as ticket:
+        """Roll out one row; what is raised is a ValueError or a RuntimeError."""
+        try:
+            return await self._roll_out(row, config, state, admission, run)
+        except Exception as error:
+            if isinstance(error, ValueError | RuntimeError) and not isinstance(error, OSError):
+                raise
+            # From a sampler or tokenizer of the caller's. As it is, it could be one of those for
+            # which Eval Protocol runs the whole row up to four times.
+            raise RolloutError(
+                f"row {row.input_metadata.row_id}: {type(error).__name__}: {error}"
+            ) from error
+
+    async def _roll_out(
+        self,
+        row: EvaluationRow,
+        config: RolloutProcessorConfig,
+        state: _LoopState,
+        admission: asyncio.Semaphore,
+        run: int,
+    ) -> EvaluationRow:
+        async with Ticket(admission) as ticket:
             request = self._request(config)
-            sampler, tokenizer = await self._backend(request, state)
-            messages = list(row.messages)
-            while self.drop_trailing_assistant_messages and messages:
-                if messages[-1].role != "assistant":
-                    break
-                messages.pop()
+            sampler, tokenizer = await self._backends.resolve(request, state.clients)
+            messages = messages_to_answer(
+                row, drop_trailing_assistant=self.drop_trailing_assistant_messages
+            )
             prompt = self._render(row, messages, tokenizer, request)
             began_at, began = time.time(), time.perf_counter()
-            base_seed = secrets.randbits(31) if request.seed is None else request.seed
+            if request.seed is None and self._backends.seeds_are_free(request):
+                request = replace(request, seed=secrets.randbits(31))
             row_key = row.input_metadata.row_id or prompt.json.decode()
             ticket.good_for(request.n)
             group = await sample_group(
                 sampler,
                 prompt,
                 request.params,
-                seeds=[derive_seed(base_seed, row_key, i, run=run) for i in range(request.n)],
+                seeds=derive_seeds(request.seed, row_key, request.n, run=run),
                 slots=config.semaphore,
                 retry=self.retry,
                 on_start=ticket.used,
@@ -176,7 +198,7 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
             group,
             messages=messages,
             prompt=prompt,
-            request=replace(request, seed=base_seed),
+            request=request,
             tokenizer=tokenizer,
             split_reasoning=self.split_reasoning,
             began_at=began_at,
@@ -196,47 +218,6 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
                 f"{self.min_completions}"
             )
         return replace(request, chat_template_kwargs=kwargs)
-
-    async def _backend(
-        self, request: RolloutRequest, state: _LoopState
-    ) -> tuple[Sampler, LoadedTokenizer]:
-        """Sampler and tokenizer for a request. Weights and tokenizers load in a thread."""
-        sampler: Sampler
-        own_tokenizer: Any = None
-        if self.sampler is not None:
-            sampler, own_tokenizer = self.sampler, getattr(self.sampler, "tokenizer", None)
-        elif request.endpoint is None:
-            from eval_protocol_rft.sampling.local import load_local_sampler
-
-            local = await asyncio.to_thread(
-                load_local_sampler,
-                request.params.model.removeprefix(LOCAL_PREFIX),
-                trust_remote_code=self.trust_remote_code,
-            )
-            sampler, own_tokenizer = local, local.tokenizer
-        else:
-            if request.endpoint not in state.samplers:
-                state.samplers[request.endpoint] = HttpSampler(request.endpoint)
-            sampler = state.samplers[request.endpoint]
-        return sampler, await self._tokenizer_for(request, own_tokenizer)
-
-    async def _tokenizer_for(self, request: RolloutRequest, own: Any) -> LoadedTokenizer:
-        chosen = request.tokenizer or self.tokenizer or own
-        if chosen is None:
-            if request.params.model.startswith("accounts/"):
-                raise TokenizerError(
-                    f"model {request.params.model!r} names no tokenizer: give the base model's, "
-                    'as completion_params["tokenizer"] = "Qwen/Qwen3-8B" or '
-                    "FireworksTrainingRolloutProcessor(tokenizer=...)"
-                )
-            chosen = request.params.model
-        if isinstance(chosen, str):
-            return await asyncio.to_thread(
-                load_tokenizer, chosen, trust_remote_code=self.trust_remote_code
-            )
-        if self._wrapped is None or self._wrapped.tokenizer is not chosen:
-            self._wrapped = LoadedTokenizer.wrap(chosen)
-        return self._wrapped
 
     def _render(
         self,
@@ -259,37 +240,6 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
             f"survived, {self.min_completions} are needed; completion {first.index} failed "
             f"({first.kind}, {first.attempts} attempts): {first.message}"
         )
-
-
-class _Ticket:
-    """A row's place among those that are rendered and wait for slots. It is handed back once all of
-    the row's completions have started, so that the next row is ready when a slot comes free."""
-
-    def __init__(self, admission: asyncio.Semaphore) -> None:
-        self._admission = admission
-        self._unused = 1
-        self._held = False
-
-    async def __aenter__(self) -> _Ticket:
-        await self._admission.acquire()
-        self._held = True
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self._give_back()
-
-    def good_for(self, n: int) -> None:
-        self._unused = n
-
-    def used(self) -> None:
-        self._unused -= 1
-        if self._unused == 0:
-            self._give_back()
-
-    def _give_back(self) -> None:
-        if self._held:
-            self._held = False
-            self._admission.release()
 
 
 def _run_number(state: _LoopState, row: EvaluationRow) -> int:

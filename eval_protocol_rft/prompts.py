@@ -10,8 +10,6 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import TemplateError
-
 from eval_protocol_rft.sampling.types import TokenIds
 from eval_protocol_rft.tokenizer import LoadedTokenizer
 
@@ -19,8 +17,15 @@ if TYPE_CHECKING:
     from eval_protocol.models import Message
 
 _OWN_ARGUMENTS = frozenset(
-    {"conversation", "tools", "add_generation_prompt", "tokenize", "return_dict", "return_tensors"}
-)
+    {
+        "conversation", "tools", "add_generation_prompt", "continue_final_message",
+        "tokenize", "return_dict", "return_tensors", "return_assistant_tokens_mask",
+        # the record names the template by its hash, so it is the tokenizer's
+        "chat_template",
+        # a prompt is whole and nothing but the conversation
+        "truncation", "max_length", "padding", "tokenizer_kwargs",
+    }
+)  # fmt: skip
 """Arguments of `apply_chat_template` that are ours to set."""
 
 
@@ -38,7 +43,7 @@ def render_prompt(
 
     Raises:
         PromptError: no messages, content the template cannot take (images, several text parts),
-            no chat template, an error inside it, or tools that it does not render.
+            no chat template, an error inside it, or tools and tool calls that it does not render.
     """
     if not messages:
         raise PromptError("the row has no messages to answer")
@@ -54,11 +59,19 @@ def render_prompt(
     ids = _apply(tokenizer, chat, tools, chat_template_kwargs)
     if not ids:
         raise PromptError(f"the chat template of {tokenizer.name!r} rendered nothing")
+    # Templates without tool support drop them in silence.
     if tools and ids == _apply(tokenizer, chat, None, chat_template_kwargs):
         raise PromptError(
             f"the chat template of {tokenizer.name!r} does not render tools: the model would never "
             f"see the {len(tools)} that this row has"
         )
+    if any("tool_calls" in message for message in chat):
+        silent = [{k: v for k, v in message.items() if k != "tool_calls"} for message in chat]
+        if ids == _apply(tokenizer, silent, tools, chat_template_kwargs):
+            raise PromptError(
+                f"the chat template of {tokenizer.name!r} does not render tool calls: the model "
+                "would never see those of the earlier turns"
+            )
     return TokenIds(ids)
 
 
@@ -104,14 +117,21 @@ def _apply(
             return_dict=False,
             **kwargs,
         )
+        return [int(token) for token in ids]
     # A template is a program: besides its own errors it raises what its expressions raise.
-    except (TemplateError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
-        raise PromptError(f"the chat template of {tokenizer.name!r} failed: {error}") from error
-    return [int(token) for token in ids]
+    except Exception as error:
+        raise PromptError(
+            f"the chat template of {tokenizer.name!r} failed: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _chat_message(index: int, message: Message) -> dict[str, Any]:
     """One message in the form that chat templates read."""
+    if message.function_call is not None:
+        raise PromptError(
+            f"messages[{index}] has a function_call, which chat templates do not render: "
+            "use tool_calls"
+        )
     chat: dict[str, Any] = {"role": message.role, "content": _text(index, message.content)}
     if message.reasoning_content is not None:
         chat["reasoning_content"] = message.reasoning_content

@@ -7,7 +7,9 @@ only the token that ended the turn and a stop string, which are in the ids and n
 from __future__ import annotations
 
 import hashlib
+import math
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -35,7 +37,16 @@ class LoadedTokenizer:
 
     @classmethod
     def wrap(cls, tokenizer: PreTrainedTokenizerBase, name: str | None = None) -> LoadedTokenizer:
-        """Take a tokenizer object as it is. `name` goes into the record."""
+        """Take a tokenizer object as it is. `name` goes into the record.
+
+        Raises:
+            TokenizerError: it is not a transformers tokenizer.
+        """
+        if not hasattr(tokenizer, "apply_chat_template") or not hasattr(tokenizer, "decode"):
+            raise TokenizerError(
+                f"a {type(tokenizer).__name__} is no tokenizer: give a folder, a hub id or a "
+                "transformers tokenizer"
+            )
         added: Mapping[int, Any] = getattr(tokenizer, "added_tokens_decoder", {})
         special = {token for token, entry in added.items() if getattr(entry, "special", False)}
         special.update(tokenizer.all_special_ids)
@@ -71,7 +82,13 @@ class LoadedTokenizer:
         return text if isinstance(text, str) else "".join(text)
 
 
+FAILURE_SECONDS = 10.0
+"""For so long a name that could not be loaded is not tried again: a hub that cannot be reached
+takes most of a minute to say so, and every row of a data set would ask."""
+
 _LOADED: dict[tuple[str, bool], LoadedTokenizer] = {}
+_FAILED: dict[tuple[str, bool], tuple[float, str]] = {}
+"""When it failed, and how."""
 _LOADING = threading.Lock()
 
 
@@ -83,8 +100,16 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> LoadedToken
     """
     key = (name, trust_remote_code)
     with _LOADING:
-        if key not in _LOADED:
+        if key in _LOADED:
+            return _LOADED[key]
+        failed_at, message = _FAILED.get(key, (-math.inf, ""))
+        if time.monotonic() - failed_at < FAILURE_SECONDS:
+            raise TokenizerError(message)
+        try:
             _LOADED[key] = LoadedTokenizer.wrap(_from_pretrained(name, trust_remote_code), name)
+        except TokenizerError as error:
+            _FAILED[key] = (time.monotonic(), str(error))
+            raise
         return _LOADED[key]
 
 
@@ -95,8 +120,9 @@ def _from_pretrained(name: str, trust_remote_code: bool) -> PreTrainedTokenizerB
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             name, trust_remote_code=trust_remote_code
         )
-    # An OSError would make Eval Protocol run the whole row four times over.
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    # Broken files raise what the parser happens to stumble on, the tokenizers library a bare
+    # Exception; as an OSError it would make Eval Protocol run the whole row four times over.
+    except Exception as error:
         raise TokenizerError(
             f"cannot load tokenizer {name!r}: {error}. Name a folder or a hub id with tokenizer "
             "files, as FireworksTrainingRolloutProcessor(tokenizer=...) or as "

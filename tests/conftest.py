@@ -3,6 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from eval_protocol_rft import FireworksTrainingRolloutProcessor
+    from tests.stub_server import StubServer
 
 # No network, no uploads, no database of runs in the home folder.
 os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
@@ -12,3 +21,34 @@ os.environ["DISABLE_EP_SQLITE_LOG"] = "1"
 os.environ["EP_DISABLE_AUTO_BROWSER"] = "1"
 for _name in ("EP_LLM_API_BASE", "EP_LLM_BASE_URL", "FIREWORKS_BASE_URL", "FIREWORKS_API_KEY"):
     os.environ.pop(_name, None)
+
+
+# What follows imports where it is used: not every test pays for Eval Protocol and transformers.
+
+
+@pytest.fixture
+def server() -> Iterator[StubServer]:
+    """A server in Fireworks' shape on loopback, with no script: it answers well."""
+    from tests.stub_server import StubServer
+
+    with StubServer() as running:
+        yield running
+
+
+@pytest.fixture
+def processor() -> FireworksTrainingRolloutProcessor:
+    """A processor as users make it, with a tokenizer of one token per byte."""
+    from eval_protocol_rft import FireworksTrainingRolloutProcessor
+    from tests.rollouts import chat_tokenizer
+
+    return FireworksTrainingRolloutProcessor(tokenizer=chat_tokenizer())
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same tokenizer as files."""
+    from tests.rollouts import chat_tokenizer
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    chat_tokenizer().save_pretrained(folder)
+    return folder

@@ -7,6 +7,7 @@ recorded. Bodies seen: `{"error": {"message", "type", "code"}}`, `{"error": "tex
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -16,13 +17,16 @@ import msgspec
 
 from eval_protocol_rft.sampling.types import RefusedError, SamplingError, UnavailableError
 
-TRANSIENT_STATUSES = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
+TRANSIENT_STATUSES = frozenset({408, 409, 425, 429})
+PERMANENT_SERVER_ERRORS = frozenset({501, 505})
+"""Every other status from 500 on is worth another attempt: gateways have their own (520, 529)."""
 _HINTS = {
     401: "check the API key (FIREWORKS_API_KEY or completion_params['api_key'])",
     403: "the API key has no access to this model",
     404: "check the model's name and the base URL",
 }
 _LONGEST_MESSAGE = 500
+_HTTP_STATUS = re.compile("[1-9][0-9]{2}")
 
 
 def status_error(
@@ -30,7 +34,7 @@ def status_error(
 ) -> SamplingError:
     """The error that an HTTP status other than 200 stands for. `now` dates `Retry-After`."""
     message = f"HTTP {status}: {_message(body) or 'no message'}"
-    if status in TRANSIENT_STATUSES:
+    if _is_transient(status):
         wait = retry_after(headers, now=now)
         return UnavailableError(message, status=status, retry_after=wait)
     hint = _HINTS.get(status)
@@ -44,10 +48,10 @@ def error_in_body(body: bytes) -> SamplingError | None:
     if not error:
         return None
     code = error.get("code") if isinstance(error, dict) else None
-    status = int(str(code)) if str(code).isdigit() else None
+    status = int(str(code)) if _HTTP_STATUS.fullmatch(str(code)) else None
     text = f"error in the reply: {_message(body)}"
     # Without a code that says otherwise it is the server's trouble: it had accepted the request.
-    if status is None or status in TRANSIENT_STATUSES or status >= 500:
+    if status is None or _is_transient(status):
         return UnavailableError(text, status=status)
     return RefusedError(text, status=status)
 
@@ -76,6 +80,10 @@ def loads(body: bytes) -> Any:
         return msgspec.json.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError):
         return None
+
+
+def _is_transient(status: int) -> bool:
+    return status in TRANSIENT_STATUSES or (status >= 500 and status not in PERMANENT_SERVER_ERRORS)
 
 
 def _message(body: bytes) -> str:

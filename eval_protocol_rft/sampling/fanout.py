@@ -31,7 +31,7 @@ class Survivor:
     index: int
     """Position among the n asked for."""
     completion: Completion
-    seed: int
+    seed: int | None
     attempts: int
     """Requests made, the successful one included."""
     seconds: float
@@ -46,11 +46,17 @@ class Group:
     failures: list[Failure]
 
 
-def derive_seed(seed: int, row_id: str, index: int, *, run: int = 0) -> int:
-    """Seed of one completion: the same for the same (seed, row, index), and unrelated between
-    them. In [0, 2^31), which every backend takes. `run` tells repeated runs of a row apart."""
-    key = f"{seed}/{row_id}/{index}" + (f"/{run}" if run else "")
-    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") >> 1
+def derive_seeds(seed: int | None, row_id: str, n: int, *, run: int = 0) -> list[int | None]:
+    """Seeds of n completions: the same for the same (seed, row, index), and unrelated between them.
+
+    In [0, 2^31), which every backend takes. `run` tells repeated runs of a row apart. Without a
+    seed to derive them from there are none.
+    """
+    if seed is None:
+        return [None] * n
+    # The row id last: it may hold slashes and digits, which must not read as another row's run.
+    keys = (f"{seed}/{run}/{index}/{row_id}" for index in range(n))
+    return [int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") >> 1 for key in keys]
 
 
 async def sample_group(
@@ -58,7 +64,7 @@ async def sample_group(
     prompt_ids: Sequence[int],
     params: SamplingParams,
     *,
-    seeds: Sequence[int],
+    seeds: Sequence[int | None],
     slots: AbstractAsyncContextManager[object],
     retry: RetryPolicy,
     on_start: Callable[[], None] = lambda: None,
@@ -93,7 +99,7 @@ async def _sample_one(
     prompt_ids: Sequence[int],
     params: SamplingParams,
     index: int,
-    seed: int,
+    seed: int | None,
     slots: AbstractAsyncContextManager[object],
     retry: RetryPolicy,
     on_start: Callable[[], None],

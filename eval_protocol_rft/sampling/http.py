@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from urllib.parse import urlsplit
 
 import aiohttp
+from multidict import CIMultiDict
 
 from eval_protocol_rft.endpoint import Endpoint
 from eval_protocol_rft.sampling.errors import status_error
@@ -19,6 +20,7 @@ from eval_protocol_rft.sampling.types import (
     AttemptTimeoutError,
     Completion,
     ConnectionFailedError,
+    ContractError,
     RefusedError,
     SamplingError,
     SamplingParams,
@@ -55,9 +57,12 @@ class HttpSampler:
         try:
             return await self._attempt(prompt, params, seed)
         except SamplingError as error:
-            for secret in self._endpoint.secrets:
-                error.args = tuple(str(arg).replace(secret, "***") for arg in error.args)
+            error.args = tuple(self._without_secrets(str(arg)) for arg in error.args)
+            # What it came from may hold the request with its headers, and so the key.
+            error.__cause__ = error.__context__ = None
             raise
+        except RecursionError:
+            raise ContractError(f"{self._url}: the reply is nested too deeply to read") from None
 
     async def aclose(self) -> None:
         if self._session is not None:
@@ -87,19 +92,29 @@ class HttpSampler:
             ) from None
         except aiohttp.InvalidURL:
             raise RefusedError(f"{self._url} is not a URL") from None
-        # OSError: a reset socket can surface unwrapped. `from None`: aiohttp's errors carry the
-        # request with its headers, and so the key.
+        # OSError: a reset socket can surface unwrapped.
         except (aiohttp.ClientError, OSError) as error:
             raise ConnectionFailedError(f"{self._url}: {_text(error)}") from None
         if response.status != 200:
-            raise status_error(response.status, body, response.headers, now=datetime.now(UTC))
+            # Before the message is shortened, which could leave the first half of a secret.
+            text = self._without_secrets(body.decode("utf-8", errors="replace"))
+            raise status_error(
+                response.status, text.encode(), response.headers, now=datetime.now(UTC)
+            )
         [completion] = decode_reply(body, prompt, params, request_id=_request_id(response))
         return completion
 
+    def _without_secrets(self, text: str) -> str:
+        for secret in self._endpoint.secrets:
+            text = text.replace(secret, "***")
+        return text
+
     def _open(self) -> None:
-        headers = {"Content-Type": "application/json", **dict(self._endpoint.headers)}
+        # The user's header goes before ours, whatever its case: a name sent twice is refused.
+        headers = CIMultiDict(self._endpoint.headers)
+        headers.setdefault("Content-Type", "application/json")
         if self._endpoint.api_key:
-            headers["Authorization"] = f"Bearer {self._endpoint.api_key}"
+            headers.setdefault("Authorization", f"Bearer {self._endpoint.api_key}")
         # The caller bounds requests in flight; a second bound here would only hide the first.
         connector = aiohttp.TCPConnector(
             limit=0, keepalive_timeout=KEEPALIVE_SECONDS, enable_cleanup_closed=False

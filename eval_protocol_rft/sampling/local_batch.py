@@ -64,7 +64,9 @@ class Batch:
             order[gap] = mover
         self._lengths_B = self._lengths_B[torch.tensor(order, device=self.device)]
         width = int(self._lengths_B.max())
-        to, source = (torch.tensor(places, device=self.device) for places in (gaps, movers))
+        to, source = (
+            torch.tensor(places, dtype=torch.long, device=self.device) for places in (gaps, movers)
+        )
         for layer in self._layers:
             layer.shrink(count, width, to, source)
         return order

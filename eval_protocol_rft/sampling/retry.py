@@ -23,7 +23,8 @@ class RetryPolicy:
     max_attempts: int = 8
     """Requests per completion, the first included."""
     max_seconds: float = 1800.0
-    """No attempt starts later than this after the first one did."""
+    """No attempt is made that would have to wait beyond this, counted from the first one's start.
+    Waiting for a slot comes on top."""
     base_seconds: float = 0.5
     cap_seconds: float = 30.0
     """Longest backoff of our own; a longer `Retry-After` is still honoured."""

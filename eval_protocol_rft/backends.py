@@ -1,0 +1,85 @@
+"""What a request samples from: the sampler of its endpoint or model, and its tokenizer.
+
+Invariant: HTTP clients belong to one event loop and are cached by endpoint alone; weights and
+tokenizers are loaded once per process, off the loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from typing import Any
+
+from eval_protocol_rft.endpoint import Endpoint
+from eval_protocol_rft.params import LOCAL_PREFIX, RolloutRequest
+from eval_protocol_rft.sampling.http import HttpSampler
+from eval_protocol_rft.sampling.types import Sampler
+from eval_protocol_rft.tokenizer import LoadedTokenizer, TokenizerError, load_tokenizer
+
+
+class Backends:
+    """Finds sampler and tokenizer for requests.
+
+    Args:
+        tokenizer: folder or hub id, or a tokenizer object, for requests that name none.
+        sampler: used for every request in place of what it names.
+        trust_remote_code: let tokenizer and model folders run their own code.
+    """
+
+    def __init__(self, *, tokenizer: Any, sampler: Sampler | None, trust_remote_code: bool) -> None:
+        self._tokenizer = tokenizer
+        self._sampler = sampler
+        self._trust_remote_code = trust_remote_code
+        self._wrapped: LoadedTokenizer | None = None
+
+    def seeds_are_free(self, request: RolloutRequest) -> bool:
+        """Whether to seed completions although the user gave no seed. Not over HTTP: vLLM draws
+        seeded requests one by one, and its CPU engine (0.32) dies of a seed when it splits a
+        prefill."""
+        return self._sampler is not None or request.endpoint is None
+
+    async def resolve(
+        self, request: RolloutRequest, clients: dict[Endpoint, HttpSampler]
+    ) -> tuple[Sampler, LoadedTokenizer]:
+        """Sampler and tokenizer for `request`. `clients` are those of the running event loop.
+
+        Raises:
+            TokenizerError: there is no tokenizer, or it cannot be loaded.
+            RefusedError, UnsupportedModelError: the local model cannot be loaded or sampled.
+        """
+        if self._sampler is not None:
+            own = getattr(self._sampler, "tokenizer", None)
+            return self._sampler, await self._tokenizer_for(request, own)
+        if request.endpoint is not None:
+            if request.endpoint not in clients:
+                clients[request.endpoint] = HttpSampler(request.endpoint)
+            return clients[request.endpoint], await self._tokenizer_for(request, None)
+
+        from eval_protocol_rft.sampling.local import load_local_sampler
+
+        local = await asyncio.to_thread(
+            load_local_sampler,
+            request.params.model.removeprefix(LOCAL_PREFIX),
+            trust_remote_code=self._trust_remote_code,
+        )
+        return local, await self._tokenizer_for(request, local.tokenizer)
+
+    async def _tokenizer_for(self, request: RolloutRequest, own: Any) -> LoadedTokenizer:
+        chosen = request.tokenizer or self._tokenizer or own
+        if chosen is None:
+            if request.params.model.startswith("accounts/"):
+                raise TokenizerError(
+                    f"model {request.params.model!r} names no tokenizer: give the base model's, "
+                    'as completion_params["tokenizer"] = "Qwen/Qwen3-8B" or '
+                    "FireworksTrainingRolloutProcessor(tokenizer=...)"
+                )
+            chosen = request.params.model
+        if isinstance(chosen, os.PathLike):
+            chosen = os.fspath(chosen)
+        if isinstance(chosen, str):
+            return await asyncio.to_thread(
+                load_tokenizer, chosen, trust_remote_code=self._trust_remote_code
+            )
+        if self._wrapped is None or self._wrapped.tokenizer is not chosen:
+            self._wrapped = LoadedTokenizer.wrap(chosen)
+        return self._wrapped

@@ -1,0 +1,115 @@
+"""Which completions are drawn alike and which are not."""
+
+from __future__ import annotations
+
+import asyncio
+
+from eval_protocol_rft import FireworksTrainingRolloutProcessor, RolloutRecord
+from tests.rollouts import (
+    chat_tokenizer,
+    config_of,
+    params_for,
+    record_of_row,
+    roll_out,
+    row_of,
+    scripted,
+)
+from tests.stub_server import sampled
+
+
+def timeless(record: RolloutRecord) -> dict:
+    """The record without what no two rollouts share."""
+    extra = record.to_extra()
+    for key in ("seconds", "request_ids", "began_at"):
+        extra["sampling"].pop(key, None)
+    return extra
+
+
+async def test_the_same_seed_gives_the_same_record(server, tokenizer_folder):
+    params = params_for(server, n=4, seed=17)
+    records = []
+    for _ in range(2):
+        processor = FireworksTrainingRolloutProcessor(tokenizer=str(tokenizer_folder))
+        [row] = await roll_out(processor, row_of(), params)
+        records.append(timeless(record_of_row(row)))
+    assert records[0] == records[1]
+    assert records[0]["sampling"]["seed"] == 17
+
+
+async def test_another_seed_another_row_and_another_completion_draw_with_other_seeds(
+    server, processor
+):
+    rows = [row_of(row_id="a"), row_of(row_id="b")]
+    one = await roll_out(processor, rows, params_for(server, n=4, seed=1))
+    two = await roll_out(processor, row_of(row_id="a"), params_for(server, n=4, seed=2))
+    seeds = [seed for row in [*one, *two] for seed in record_of_row(row).sampling.seeds]
+    assert len(set(seeds)) == len(seeds) == 12
+    assert all(0 <= seed < 2**31 for seed in seeds)
+
+
+async def test_without_a_seed_none_is_sent_over_http_and_the_server_draws(server, processor):
+    [row] = await roll_out(processor, row_of(), params_for(server, n=4, seed=None))
+    record = record_of_row(row)
+    assert all("seed" not in seen.body for seen in server.requests)
+    assert (record.sampling.seed, record.sampling.seeds) == (None, [None] * 4)
+    drawn = [sampled(record.prompt_ids, seen.seed, 32)[0] for seen in server.requests]
+    assert sorted(record.completion_ids) == sorted(drawn)
+
+
+async def test_without_a_seed_a_sampler_in_the_process_gets_one_that_is_recorded():
+    sampler = scripted("ok")
+    processor = FireworksTrainingRolloutProcessor(tokenizer=chat_tokenizer(), sampler=sampler)
+    one, two = await roll_out(processor, [row_of(), row_of()], {"model": "any", "n": 2})
+    first, second = record_of_row(one).sampling, record_of_row(two).sampling
+    assert first.seed != second.seed
+    assert {seed for _, _, seed in sampler.asked} == {*first.seeds, *second.seeds}
+    [row] = await roll_out(processor, row_of(), {"model": "any", "n": 2, "seed": first.seed})
+    assert record_of_row(row).sampling.seeds == first.seeds
+
+
+async def test_repeated_runs_of_a_row_differ_and_repeat_themselves(server, tokenizer_folder):
+    async def runs() -> list[list[int | None]]:
+        processor = FireworksTrainingRolloutProcessor(tokenizer=str(tokenizer_folder))
+        params = params_for(server, n=2, seed=3)
+        rows = [row_of() for _ in range(3)]
+        for i, row in enumerate(rows):
+            row.execution_metadata.experiment_id = "experiment"
+            row.execution_metadata.rollout_id = f"rollout-{i}"
+        tasks = [task for row in rows for task in processor([row], config_of(params))]
+        done = await asyncio.gather(*tasks)
+        await processor.acleanup()
+        return [record_of_row(row).sampling.seeds for row in done]
+
+    first = await runs()
+    assert len({seed for seeds in first for seed in seeds}) == 6
+    assert await runs() == first
+
+
+async def test_the_priority_schedulers_run_index_tells_runs_apart(server, processor):
+    rows = [row_of(), row_of(), row_of()]
+    for row, run in zip(rows, (0, 1, 1), strict=True):
+        row.execution_metadata.extra = {"run_index": run}
+    done = await roll_out(processor, rows, params_for(server, n=1, seed=3))
+    seeds = [record_of_row(row).sampling.seeds[0] for row in done]
+    assert seeds[0] != seeds[1]
+    assert seeds[1] == seeds[2]
+
+
+async def test_the_retry_of_a_row_repeats_its_run(server, processor):
+    row = row_of()
+    params = params_for(server, n=2, seed=3)
+    seeds = []
+    for _ in range(2):
+        [row] = await asyncio.gather(*processor([row], config_of(params)))
+        seeds.append(record_of_row(row).sampling.seeds)
+    await processor.acleanup()
+    assert seeds[0] == seeds[1]
+
+
+async def test_a_row_without_an_id_is_told_apart_by_its_prompt(server, processor):
+    rows = [row_of("a", row_id=None), row_of("b", row_id=None), row_of("a", row_id=None)]
+    done = await roll_out(processor, rows, params_for(server, n=1, seed=3))
+    seeds = [record_of_row(row).sampling.seeds[0] for row in done]
+    assert seeds[0] != seeds[1]
+    assert seeds[0] == seeds[2]
+    assert [row.input_metadata.row_id for row in done] == [None] * 3

@@ -1,0 +1,125 @@
+"""What an HTTP status and the body that comes with it mean."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from eval_protocol_rft.sampling.errors import error_in_body, retry_after, status_error
+from eval_protocol_rft.sampling.types import RefusedError, UnavailableError
+
+NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+
+
+def error_of(status: int, body: bytes = b"", **headers: str):
+    return status_error(status, body, {k.replace("_", "-"): v for k, v in headers.items()}, now=NOW)
+
+
+@pytest.mark.parametrize("status", [408, 409, 425, 429, 500, 502, 503, 504, 520, 524, 529, 583])
+def test_these_may_pass(status):
+    error = error_of(status)
+    assert type(error) is UnavailableError
+    assert error.status == status
+
+
+@pytest.mark.parametrize(
+    "status", [201, 204, 301, 302, 307, 400, 401, 402, 403, 404, 405, 412, 413, 422, 501, 505]
+)
+def test_these_will_be_said_again(status):
+    error = error_of(status, Retry_After="5")
+    assert type(error) is RefusedError
+    assert (error.status, error.retry_after) == (status, None)
+
+
+@pytest.mark.parametrize(
+    ("status", "hint"), [(401, "FIREWORKS_API_KEY"), (403, "access"), (404, "base URL")]
+)
+def test_a_common_mistake_comes_with_a_hint(status, hint):
+    assert hint in str(error_of(status))
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b'{"error": {"message": "too long", "type": "x", "code": "y"}}', "too long"),
+        (b'{"error": "too long"}', "too long"),
+        (b'{"detail": "Not Found"}', "Not Found"),
+        (b'{"detail": [{"loc": ["n"], "msg": "bad"}]}', '[{"loc":["n"],"msg":"bad"}]'),
+        (b'{"code": 9, "message": "quota", "details": []}', "quota"),
+        (b'"just text"', "just text"),
+        (b"Internal\n  Server Error", "Internal Server Error"),
+        (b"\xff\xfe", "\ufffd\ufffd"),
+        (b"", "no message"),
+        (b"{}", "{}"),
+    ],
+)
+def test_the_most_telling_text_of_a_body_is_the_message(body, message):
+    assert str(error_of(400, body)) == f"HTTP 400: {message}"
+
+
+def test_a_long_body_is_cut():
+    assert len(str(error_of(400, b"x" * 100_000))) < 600
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [
+        ("0", 0.0),
+        ("7", 7.0),
+        ("1.5", 1.5),
+        (" 3 ", 3.0),
+        ("-5", 0.0),
+        ("Fri, 02 Jan 2026 03:04:15 GMT", 10.0),
+        ("Fri, 02 Jan 2026 03:04:15 -0000", 10.0),
+        ("Fri, 02 Jan 2026 03:00:00 GMT", 0.0),
+        ("soon", None),
+        ("", None),
+        ("inf", None),
+        ("nan", None),
+        ("Fri, 99 Jan 2026", None),
+    ],
+)
+def test_retry_after_is_seconds_or_a_date(value, seconds):
+    assert retry_after({"Retry-After": value}, now=NOW) == seconds
+    assert error_of(503, Retry_After=value).retry_after == seconds
+
+
+def test_without_retry_after_there_is_no_floor():
+    assert error_of(503).retry_after is None
+
+
+@given(st.text(max_size=40))
+def test_any_retry_after_is_read_or_ignored(value):
+    seconds = retry_after({"Retry-After": value}, now=NOW)
+    assert seconds is None or 0 <= seconds < float("inf")
+
+
+@pytest.mark.parametrize(
+    ("body", "kind"),
+    [
+        (b'{"error": {"message": "gone", "code": 404}}', RefusedError),
+        (b'{"error": {"message": "full", "code": 503}}', UnavailableError),
+        (b'{"error": {"message": "full", "code": "429"}}', UnavailableError),
+        (b'{"error": {"message": "died"}}', UnavailableError),
+        ('{"error": {"message": "died", "code": "\u00b2"}}'.encode(), UnavailableError),
+        (b'{"error": {"message": "died", "code": 77777777777}}', UnavailableError),
+        (b'{"error": "died"}', UnavailableError),
+        (b'{"error": null}', None),
+        (b'{"choices": []}', None),
+        (b"[]", None),
+        (b"not json", None),
+        (b"\xff", None),
+    ],
+)
+def test_an_error_inside_a_reply(body, kind):
+    error = error_in_body(body)
+    assert (type(error) if error else None) is kind
+
+
+@given(st.binary(max_size=60))
+def test_any_body_is_a_message(body):
+    assert str(error_of(400, body)).startswith("HTTP 400: ")
+    error_in_body(body)
