@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from eval_protocol_rft.processor import FireworksTrainingRolloutProcessor
     from eval_protocol_rft.record import RecordError, RolloutRecord
+    from eval_protocol_rft.rollout_fn import make_group_rollout_fn, make_rollout_fn
     from eval_protocol_rft.sampling.local import LocalSampler
     from eval_protocol_rft.sampling.retry import RetryPolicy
     from eval_protocol_rft.sampling.types import (
@@ -35,6 +36,8 @@ _HOMES = {
     "Sampler": "sampling.types",
     "SamplingError": "sampling.types",
     "SamplingParams": "sampling.types",
+    "make_rollout_fn": "rollout_fn",
+    "make_group_rollout_fn": "rollout_fn",
     "ascore_rows": "scoring",
     "score_each_completion": "scoring",
     "score_rows": "scoring",
@@ -54,6 +57,8 @@ __all__ = [
     "SamplingParams",
     "SlimLogger",
     "ascore_rows",
+    "make_group_rollout_fn",
+    "make_rollout_fn",
     "score_each_completion",
     "score_rows",
 ]

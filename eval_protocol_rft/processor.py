@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -28,13 +28,23 @@ from eval_protocol_rft.redaction import redact_params
 from eval_protocol_rft.sampling.fanout import Group, derive_seeds, sample_group
 from eval_protocol_rft.sampling.http import HttpSampler
 from eval_protocol_rft.sampling.retry import RetryPolicy
-from eval_protocol_rft.sampling.types import LogprobsMode, Sampler, TokenIds
+from eval_protocol_rft.sampling.types import Failure, LogprobsMode, Sampler, TokenIds
 from eval_protocol_rft.tokenizer import LoadedTokenizer
 
 
 class RolloutError(RuntimeError):
     """A row got fewer completions than `min_completions`, or something of the caller's failed. A
     RuntimeError on purpose: Eval Protocol does not resample the whole row on those."""
+
+    def __init__(self, message: str, *, failures: Sequence[Failure] = ()) -> None:
+        super().__init__(message)
+        self.failures = tuple(failures)
+        """What became of the completions that failed."""
+
+    @property
+    def status(self) -> int | None:
+        """HTTP status of the first failure; what recipes tell a passing trouble by."""
+        return self.failures[0].status if self.failures else None
 
 
 @dataclass(slots=True)
@@ -238,7 +248,8 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
         raise RolloutError(
             f"row {row.input_metadata.row_id}: {len(group.survivors)} of {request.n} completions "
             f"survived, {self.min_completions} are needed; completion {first.index} failed "
-            f"({first.kind}, {first.attempts} attempts): {first.message}"
+            f"({first.kind}, {first.attempts} attempts): {first.message}",
+            failures=group.failures,
         )
 
 

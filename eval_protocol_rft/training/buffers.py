@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eval_protocol_rft.sampling.types import LOGPROB_NOISE
-from eval_protocol_rft.training.datums import FloatArray, IntArray
+from eval_protocol_rft.training.arrays import FloatArray, IntArray
 
 BLOCK_TOKENS = 1 << 22
 """Tokens per block: three arrays of 16 to 32 MiB, so that they lie in huge pages (with a

@@ -30,11 +30,9 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-FloatArray = NDArray[np.float32]
-IntArray = NDArray[np.int64]
-
 if TYPE_CHECKING:
-    from eval_protocol_rft.training.trajectory import Trajectory
+    from eval_protocol_rft.training.arrays import FloatArray, IntArray
+from eval_protocol_rft.training.trajectory import Trajectory
 
 Normalization = Literal["none", "token", "sequence", "constant"]
 """Factor of the weights of a sequence with T_i sampled tokens, in a batch of S sequences:

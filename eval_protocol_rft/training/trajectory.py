@@ -20,7 +20,7 @@ from msgspec.structs import force_setattr
 from numpy.typing import NDArray
 
 from eval_protocol_rft.sampling.types import LOGPROB_NOISE, Failure, FinishReason
-from eval_protocol_rft.training.datums import FloatArray, IntArray
+from eval_protocol_rft.training.arrays import FloatArray, IntArray
 from eval_protocol_rft.training.errors import TrainingDataError
 
 _NO_COMPONENTS: Mapping[str, float | None] = MappingProxyType({})

@@ -1,0 +1,166 @@
+"""Rollouts as the fw-ai/cookbook's recipes take them: samples, runs, and a rollout per prompt.
+
+    from training.utils.rl.rollout.types import Rollout, RolloutRun, RolloutSample
+
+    types = cookbook.CookbookTypes(sample=RolloutSample, run=RolloutRun, rollout=Rollout)
+    rollout = cookbook.to_rollout(group, types=types)
+
+Invariant: the rules that the recipes check hold: `tokens`, `logprobs` and `loss_mask` of equal
+length, at least 2, something sampled, one finite reward per run. The cookbook is on no package
+index, so its classes are passed in; without them the fields come as plain dicts.
+
+The recipes compute advantages, packing and division by themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from eval_protocol_rft.training.export.errors import ExportError
+from eval_protocol_rft.training.trajectory import PromptGroup, Trajectory
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CookbookTypes:
+    """What to build, each called with its fields as keyword arguments."""
+
+    sample: Callable[..., Any] = dict
+    run: Callable[..., Any] = dict
+    rollout: Callable[..., Any] = dict
+
+
+DICTS = CookbookTypes()
+
+
+def to_sample(
+    trajectory: Trajectory,
+    *,
+    types: CookbookTypes = DICTS,
+    text: str = "",
+    raw_logprobs: Sequence[float] | None = None,
+) -> Any:
+    """A `RolloutSample`: one trainable segment, N tokens.
+
+    Args:
+        trajectory: scored.
+        types: the classes to build.
+        text: what the assistant said, for logs.
+        raw_logprobs: [num_sampled] the model's own logprobs of the sampled tokens, where known.
+
+    Raises:
+        ExportError: not scored, or other than one raw logprob per sampled token.
+    """
+    if trajectory.reward is None:
+        raise ExportError(
+            f"{_name(trajectory)}: it has no score, and a run without a reward cannot be trained "
+            "on; nor is its reward 0"
+        )
+    return types.sample(
+        tokens=trajectory.tokens.tolist(),
+        logprobs=trajectory.logprobs.tolist(),
+        loss_mask=trajectory.loss_mask.astype(int).tolist(),
+        reward=float(trajectory.reward),
+        finish_reason=trajectory.finish_reason,
+        text=text,
+        raw_logprobs=_aligned(trajectory, raw_logprobs),
+    )
+
+
+def to_run(
+    segments: Sequence[Trajectory],
+    *,
+    types: CookbookTypes = DICTS,
+    texts: Sequence[str] | None = None,
+    raw_logprobs: Sequence[Sequence[float] | None] | None = None,
+    run_id: str | None = None,
+    metadata: Mapping[str, Any] | None = None,
+) -> Any:
+    """A `RolloutRun`: the segments of one rollout, which share its reward.
+
+    Args:
+        segments: one, or several turns as trajectories of their own.
+        types: the classes to build.
+        texts, raw_logprobs: per segment, as for `to_sample`.
+        run_id, metadata: passed on.
+
+    Raises:
+        ExportError: no segments, one is not scored, or their rewards differ.
+    """
+    if not segments:
+        raise ExportError("a run needs at least one segment")
+    for segment in segments[1:]:
+        if segment.reward != segments[0].reward:
+            raise ExportError(
+                f"{_name(segment)}: a segment with reward {segment.reward} in a run with reward "
+                f"{segments[0].reward}; a run has one, on every segment"
+            )
+    parts = zip(
+        segments,
+        texts or [""] * len(segments),
+        raw_logprobs or [None] * len(segments),
+        strict=True,
+    )
+    return types.run(
+        segments=[
+            to_sample(segment, types=types, text=text, raw_logprobs=raw)
+            for segment, text, raw in parts
+        ],
+        run_id=run_id,
+        metadata=None if metadata is None else dict(metadata),
+    )
+
+
+def to_rollout(
+    group: PromptGroup,
+    *,
+    types: CookbookTypes = DICTS,
+    unscored: Literal["error", "drop"] = "error",
+) -> Any:
+    """A `Rollout`: a prompt group, one run per completion.
+
+    Args:
+        group: what was sampled for one prompt.
+        types: the classes to build.
+        unscored: what a completion without a valid score is: an error, or left out. What is left
+            out or failed is counted in `row_meta["dropped"]`.
+
+    Raises:
+        ExportError: an unscored completion, if asked for; or no run is left.
+    """
+    scored = [t for t in group.trajectories if unscored == "error" or t.reward is not None]
+    dropped = {
+        "unscored": len(group) - len(scored),
+        "failed": len(group.failures),
+        "failed_row": len(group.failed_rows),
+    }
+    if not scored:
+        raise ExportError(f"group {group.key!r}: no completion is left for a run ({dropped})")
+    return types.rollout(
+        runs=[to_run([trajectory], types=types) for trajectory in scored],
+        row_meta={
+            "row_id": scored[0].row_id,
+            "dropped": {reason: count for reason, count in dropped.items() if count},
+        },
+    )
+
+
+def _aligned(trajectory: Trajectory, values: Sequence[float] | None) -> list[float] | None:
+    """[N] `values` at the sampled tokens, 0.0 elsewhere."""
+    if values is None:
+        return None
+    if len(values) != trajectory.num_sampled:
+        raise ExportError(
+            f"{_name(trajectory)}: {len(values)} raw logprobs for {trajectory.num_sampled} "
+            "sampled tokens"
+        )
+    aligned = np.zeros(len(trajectory))
+    aligned[trajectory.loss_mask != 0] = values
+    return aligned.tolist()
+
+
+def _name(trajectory: Trajectory) -> str:
+    return f"row {trajectory.row_id!r}, completion {trajectory.completion}"

@@ -1,0 +1,155 @@
+"""The data set of a Fireworks reinforcement fine-tuning step: JSONL, one prompt group a line.
+
+    {"samples": [{"messages": [...], "evals": {"score": 1.0}}, ...]}
+
+`rewardWeights: ["score=1.0"]` of the step names the key of `evals`.
+
+Invariant: every completion of a group is a sample of its line, with its own text and its own score,
+or it is counted in `dropped`; a completion without a score is never a sample with score 0.
+
+This format carries text, and the trainer tokenizes it anew: use it where token ids cannot travel.
+An assistant message holds the completion's whole text, reasoning included, as it was sampled.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Hashable, Iterable, Mapping
+from typing import Any, Literal, NamedTuple
+
+import msgspec
+
+from eval_protocol_rft.training.buffers import TokenBuffer
+from eval_protocol_rft.training.errors import EmptyBatchError, TrainingDataError
+from eval_protocol_rft.training.export.atomic import replacing
+from eval_protocol_rft.training.groups import GroupKey
+from eval_protocol_rft.training.rows import Row, RowRollout, field_of, read_row, row_key
+
+Unscored = Literal["error", "drop"]
+
+_MESSAGE_KEYS = (
+    "role",
+    "content",
+    "reasoning_content",
+    "name",
+    "tool_calls",
+    "tool_call_id",
+    "function_call",
+)
+
+
+class RLStepData(NamedTuple):
+    """What goes into the file, and what does not."""
+
+    lines: list[dict[str, Any]]
+    """One prompt group each, in order of appearance."""
+    dropped: Mapping[str, int]
+    """Reason (see `filters.DROP_REASONS`) -> completions that are no sample."""
+
+
+def to_lines(
+    rows: Iterable[Row], *, unscored: Unscored = "error", key: GroupKey | None = None
+) -> RLStepData:
+    """Bring scored rows into the format. Holds the text of all rows, and no tokens.
+
+    Args:
+        rows: as for `group_rows`.
+        unscored: what a completion without a valid score is: an error, or dropped and counted.
+            Completions and rows that failed are always dropped and counted.
+        key: names the group of a row; default experiment id and row id.
+
+    Raises:
+        TrainingDataError: a row is wrong, as for `group_rows`; an unscored completion, if asked
+            for; rows of one group that differ in their prompt (with the default key).
+        EmptyBatchError: no completion is left.
+    """
+    groups: dict[Hashable, list[dict[str, Any]]] = {}
+    prompts: dict[Hashable, list[dict[str, Any]]] = {}
+    dropped: Counter[str] = Counter()
+    for row in rows:
+        rollout = read_row(row, TokenBuffer(0))
+        dropped.update(
+            failed=len(rollout.failures),
+            failed_row=int(rollout.failed is not None),
+            unscored=sum(t.reward is None for t in rollout.trajectories),
+        )
+        if not rollout.trajectories:
+            continue
+        group_key = (key or row_key)(row)
+        prompt = _prompt(row, rollout)
+        if prompts.setdefault(group_key, prompt) != prompt and key is None:
+            raise TrainingDataError(
+                f"{rollout.name}: its messages differ from those of another row with the key "
+                f"{group_key!r}: pass key= to tell them apart"
+            )
+        groups.setdefault(group_key, []).extend(_samples(row, rollout, prompt, unscored))
+    lines = [{"samples": samples} for samples in groups.values() if samples]
+    if not lines:
+        raise EmptyBatchError(+dropped)
+    return RLStepData(lines, dict(+dropped))
+
+
+def write_jsonl(
+    rows: Iterable[Row],
+    path: str | os.PathLike[str],
+    *,
+    unscored: Unscored = "error",
+    key: GroupKey | None = None,
+) -> RLStepData:
+    """Write `to_lines(rows)` as a JSONL file, in place of one that is there, and return it."""
+    data = to_lines(rows, unscored=unscored, key=key)
+    with replacing(path) as unfinished:
+        unfinished.write_bytes(b"".join(msgspec.json.encode(line) + b"\n" for line in data.lines))
+    return data
+
+
+def _samples(
+    row: Row, rollout: RowRollout, prompt: list[dict[str, Any]], unscored: Unscored
+) -> list[dict[str, Any]]:
+    texts = field_of(field_of(row, "execution_metadata"), "extra")["completions_text"]
+    tools = field_of(row, "tools")
+    samples: list[dict[str, Any]] = []
+    for trajectory, text in zip(rollout.trajectories, texts, strict=True):
+        if trajectory.reward is None:
+            if unscored == "error":
+                raise TrainingDataError(
+                    f"{rollout.name}, completion {trajectory.completion}: it has no score. Score "
+                    'it, or pass unscored="drop"'
+                )
+            continue
+        sample: dict[str, Any] = {
+            "messages": [*prompt, {"role": "assistant", "content": text}],
+            "evals": {"score": float(trajectory.reward)},
+        }
+        if tools:
+            sample["tools"] = _plain(tools)
+        samples.append(sample)
+    return samples
+
+
+def _prompt(row: Row, rollout: RowRollout) -> list[dict[str, Any]]:
+    """The messages that were answered: those of the row without the answer at their end."""
+    messages = field_of(row, "messages") or []
+    if len(messages) < 2 or field_of(messages[-1], "role") != "assistant":
+        raise TrainingDataError(
+            f"{rollout.name}: its messages do not end in the rollout's answer after a prompt; "
+            "leave row.messages as the rollout left them"
+        )
+    return [_message(message) for message in messages[:-1]]
+
+
+def _message(message: Any) -> dict[str, Any]:
+    fields = {name: field_of(message, name) for name in _MESSAGE_KEYS}
+    return {name: _plain(value) for name, value in fields.items() if value is not None}
+
+
+def _plain(value: Any) -> Any:
+    """Plain JSON of what Eval Protocol's models hold, without their empty fields."""
+    if hasattr(value, "model_dump"):
+        return value.model_dump(mode="json", exclude_none=True)
+    if isinstance(value, Mapping):
+        return {name: _plain(item) for name, item in value.items() if item is not None}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value

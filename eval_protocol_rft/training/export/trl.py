@@ -1,0 +1,92 @@
+"""What TRL's `GRPOTrainer(rollout_func=...)` wants back.
+
+    def rollout_func(prompts, trainer):
+        groups = ...  # one for each distinct prompt, in order
+        return trl.rollout_result(groups, prompts=prompts)
+
+    GRPOTrainer(..., rollout_func=rollout_func, reward_funcs=trl.recorded_reward)
+
+Invariant: one completion for each prompt that TRL gave, in its order, as it matches them by
+position; a completion that is not scored keeps its place and has the reward None, which TRL leaves
+out of the baseline.
+
+TRL repeats each prompt `num_generations` times and computes advantages, masks and division by
+itself. It uses the sampling logprobs where it corrects for them
+(`vllm_importance_sampling_correction`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from eval_protocol_rft.training.export.errors import ExportError
+from eval_protocol_rft.training.trajectory import PromptGroup
+
+
+def rollout_result(
+    groups: Sequence[PromptGroup], *, prompts: Sequence[Any] | None = None
+) -> dict[str, list[Any]]:
+    """The dict that a `rollout_func` returns, for B completions.
+
+    Args:
+        groups: in the order of the prompts, each with as many completions as its prompt stands
+            there.
+        prompts: [B] what TRL passed to `rollout_func`, to check that against; None: no check.
+
+    Returns:
+        `prompt_ids` [B][P_i], `completion_ids` [B][T_i], `logprobs` [B][T_i] (sampling), and for
+        reward functions `reward` [B] (None: not scored), `truncated` [B] and `row_id` [B]. After
+        rollouts of several turns also `env_mask` [B][T_i], 1 where the policy sampled.
+
+    Raises:
+        ExportError: a completion is missing, so that others would stand beside the wrong prompt.
+    """
+    for group in groups:
+        _check_complete(group)
+    if prompts is not None:
+        _check_places(groups, prompts)
+    trajectories = [trajectory for group in groups for trajectory in group.trajectories]
+    result: dict[str, list[Any]] = {
+        "prompt_ids": [t.tokens[: t.prompt_length].tolist() for t in trajectories],
+        "completion_ids": [t.tokens[t.prompt_length :].tolist() for t in trajectories],
+        "logprobs": [t.logprobs[t.prompt_length :].tolist() for t in trajectories],
+        "reward": [t.reward for t in trajectories],
+        "truncated": [t.truncated for t in trajectories],
+        "row_id": [t.row_id for t in trajectories],
+    }
+    if any(t.prompt_length + t.num_sampled < len(t) for t in trajectories):
+        result["env_mask"] = [
+            t.loss_mask[t.prompt_length :].astype(int).tolist() for t in trajectories
+        ]
+    return result
+
+
+def recorded_reward(*, reward: Sequence[float | None], **_columns: Any) -> list[float | None]:
+    """A TRL reward function: the reward that came with each completion of `rollout_result`."""
+    return list(reward)
+
+
+def _check_complete(group: PromptGroup) -> None:
+    messages = [*(failure.message for failure in group.failures), *group.failed_rows]
+    if messages:
+        raise ExportError(
+            f"group {group.key!r}: {len(messages)} of its completions or rows failed, and TRL has "
+            f"no place for a missing completion; the first: {messages[0]}"
+        )
+
+
+def _check_places(groups: Sequence[PromptGroup], prompts: Sequence[Any]) -> None:
+    """Each group stands at as many repetitions of one prompt as it has completions."""
+    stop = 0
+    for group in groups:
+        start, stop = stop, stop + len(group)
+        own = prompts[start:stop]
+        if len(own) < len(group) or any(prompt != own[0] for prompt in own):
+            raise ExportError(
+                f"group {group.key!r} has {len(group)} completions and would stand at the prompts "
+                f"{start} to {stop - 1} of {len(prompts)}, which are not that many of one: sample "
+                "as many completions as TRL repeats the prompt (num_generations)"
+            )
+    if stop != len(prompts):
+        raise ExportError(f"TRL gave {len(prompts)} prompts, there are {stop} completions")
