@@ -4,7 +4,6 @@ EP_OUTPUT_DIR=results pytest examples/arithmetic
 python examples/arithmetic/build_batches.py results
 """
 
-import json
 import sys
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from rich.table import Table
 
 from eval_protocol_rft.report.rows import newest_rows_file
 from eval_protocol_rft.training import TrainingBatch, build_batch
+from eval_protocol_rft.training.importing import read_rows
 
 console = Console()
 
@@ -43,8 +43,8 @@ def show(batch: TrainingBatch) -> None:
 
 
 def main() -> None:
-    lines = newest_rows_file(Path(sys.argv[1])).read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
+    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "results")
+    rows = list(read_rows(newest_rows_file(folder)))
     for algorithm in ("grpo", "cispo"):
         show(build_batch(rows, algorithm=algorithm))
 
