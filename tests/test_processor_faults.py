@@ -191,13 +191,13 @@ async def test_a_retry_after_beyond_the_budget_is_not_waited_for(server):
 async def test_a_hang_ends_with_the_timeout_and_the_connection(server, processor):
     server.script = lambda seen: Hang() if seen.place == 0 else None
     began = asyncio.get_running_loop().time()
-    params = params_for(server, n=4, http_timeout=0.3)
+    params = params_for(server, n=4, http_timeout=0.5)
     [row] = await roll_out(processor, row_of(), params)
-    assert 0.9 <= asyncio.get_running_loop().time() - began < 5
+    assert 1.5 <= asyncio.get_running_loop().time() - began < 10
     failure = only_failure(row)
     assert (failure.kind, failure.attempts) == ("timeout", 3)
-    assert "no whole reply within 0.3 s" in failure.message
-    assert failure.seconds >= 0.9
+    assert "no whole reply within 0.5 s" in failure.message
+    assert failure.seconds >= 1.5
     await server.until(lambda: server.outcomes().count("disconnected") == 3)
 
 

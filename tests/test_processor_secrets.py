@@ -71,7 +71,8 @@ def processor() -> FireworksTrainingRolloutProcessor:
 @pytest.mark.parametrize("echo", ECHOES)
 async def test_a_key_given(server, processor, caplog, capfd, given, echo):
     caplog.set_level(logging.DEBUG)
-    params = params_for(server, n=2, http_timeout=0.3, **GIVEN[given])
+    timeout = 0.5 if echo == "no answer" else 30
+    params = params_for(server, n=2, http_timeout=timeout, **GIVEN[given])
     row = row_of()
     row.input_metadata.completion_params = params
 
