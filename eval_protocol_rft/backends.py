@@ -31,6 +31,7 @@ class Backends:
         self._sampler = sampler
         self._trust_remote_code = trust_remote_code
         self._wrapped: LoadedTokenizer | None = None
+        self._local: dict[str, LoadedTokenizer] = {}
 
     def seeds_are_free(self, request: RolloutRequest) -> bool:
         """Whether to seed completions although the user gave no seed. Not over HTTP: vLLM draws
@@ -62,7 +63,11 @@ class Backends:
             request.params.model.removeprefix(LOCAL_PREFIX),
             trust_remote_code=self._trust_remote_code,
         )
-        return local, await self._tokenizer_for(request, local.tokenizer)
+        # Named as the user named it: a folder of this machine would tell nobody else anything.
+        if request.params.model not in self._local:
+            wrapped = LoadedTokenizer.wrap(local.tokenizer, request.params.model)
+            self._local[request.params.model] = wrapped
+        return local, await self._tokenizer_for(request, self._local[request.params.model])
 
     async def _tokenizer_for(self, request: RolloutRequest, own: Any) -> LoadedTokenizer:
         chosen = request.tokenizer or self._tokenizer or own
@@ -74,6 +79,8 @@ class Backends:
                     "FireworksTrainingRolloutProcessor(tokenizer=...)"
                 )
             chosen = request.params.model
+        if isinstance(chosen, LoadedTokenizer):
+            return chosen
         if isinstance(chosen, os.PathLike):
             chosen = os.fspath(chosen)
         if isinstance(chosen, str):

@@ -7,7 +7,7 @@ cause. There is no second way to write it down.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from eval_protocol_rft.sampling.types import TokenIds
@@ -29,6 +29,9 @@ _OWN_ARGUMENTS = frozenset(
 """Arguments of `apply_chat_template` that are ours to set."""
 
 
+_COMMON_ROLES = frozenset({"system", "user", "assistant", "tool"})
+
+
 class PromptError(ValueError):
     """The prompt of a row cannot be rendered exactly."""
 
@@ -43,7 +46,7 @@ def render_prompt(
 
     Raises:
         PromptError: no messages, content the template cannot take (images, several text parts),
-            no chat template, an error inside it, or tools and tool calls that it does not render.
+            no chat template, an error inside it, or tools, tool calls and roles that it drops.
     """
     if not messages:
         raise PromptError("the row has no messages to answer")
@@ -59,20 +62,28 @@ def render_prompt(
     ids = _apply(tokenizer, chat, tools, chat_template_kwargs)
     if not ids:
         raise PromptError(f"the chat template of {tokenizer.name!r} rendered nothing")
-    # Templates without tool support drop them in silence.
-    if tools and ids == _apply(tokenizer, chat, None, chat_template_kwargs):
-        raise PromptError(
-            f"the chat template of {tokenizer.name!r} does not render tools: the model would never "
-            f"see the {len(tools)} that this row has"
-        )
-    if any("tool_calls" in message for message in chat):
-        silent = [{k: v for k, v in message.items() if k != "tool_calls"} for message in chat]
-        if ids == _apply(tokenizer, silent, tools, chat_template_kwargs):
+    # What a template does not know it drops in silence: it renders the same without.
+    for what, less_chat, less_tools in _without(chat, tools):
+        if less_chat and ids == _apply(tokenizer, less_chat, less_tools, chat_template_kwargs):
             raise PromptError(
-                f"the chat template of {tokenizer.name!r} does not render tool calls: the model "
-                "would never see those of the earlier turns"
+                f"the chat template of {tokenizer.name!r} does not render {what}: the model would "
+                "never see what this row holds"
             )
     return TokenIds(ids)
+
+
+def _without(
+    chat: list[dict[str, Any]], tools: Sequence[Mapping[str, Any]] | None
+) -> Iterator[tuple[str, list[dict[str, Any]], Sequence[Mapping[str, Any]] | None]]:
+    """What a template may not know, and the conversation without it."""
+    if tools:
+        yield "tools", chat, None
+    if any("tool_calls" in message for message in chat):
+        silent = [{k: v for k, v in message.items() if k != "tool_calls"} for message in chat]
+        yield "tool calls", silent, tools
+    for index, message in enumerate(chat):
+        if message["role"] not in _COMMON_ROLES:
+            yield f"the role {message['role']!r}", chat[:index] + chat[index + 1 :], tools
 
 
 def assistant_message(text: str, *, split_reasoning: bool) -> Message:

@@ -24,6 +24,7 @@ SECRET_KEYS = frozenset(
         "cookies",
         "credential",
         "credentials",
+        "headers",
         "jwt",
         "passphrase",
         "passwd",
@@ -34,7 +35,8 @@ SECRET_KEYS = frozenset(
         "subscription_key",
     }
 )
-"""Words that make a key a credential wherever they stand in it: `X-Api-Key`, `awsAccessKeyId`."""
+"""Words that make a key a credential wherever they stand in it: `X-Api-Key`, `awsAccessKeyId`.
+Headers go as a whole: a gateway's secret may stand under any name."""
 
 VOCABULARY_TOKENS = frozenset(
     {"bos", "cls", "end", "eos", "image", "mask", "pad", "sep", "start", "stop", "unk"}

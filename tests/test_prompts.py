@@ -146,7 +146,7 @@ BROKEN = {
     "a template without tools": (
         [USER],
         {"template": "{{ messages[0].content }}", "tools": TOOLS},
-        "does not render tools: the model would never see the 1",
+        "does not render tools: the model would never see",
     ),
     "a template without tool calls": (
         [USER, Message(role="assistant", content="", tool_calls=[call("{}")]), USER],
@@ -215,3 +215,11 @@ def said(text: str, *, split: bool = True) -> tuple[str | None, str | None]:
 def test_a_closed_think_block_at_the_start_is_the_reasoning(text, content, reasoning):
     assert said(text) == (content, reasoning)
     assert said(text, split=False) == (text, None)
+
+
+def test_a_role_that_the_template_drops_is_refused():
+    template = "{% for m in messages if m.role != 'developer' %}{{ m.content }}{% endfor %}"
+    developer = Message(role="developer", content="be brief")
+    with pytest.raises(PromptError, match="does not render the role 'developer'"):
+        render(developer, USER, template=template)
+    assert "be brief" in render(developer, USER)

@@ -25,6 +25,7 @@ CREDENTIALS = [
     "password",
     "Set-Cookie",
     "auth",
+    "extra_headers",
 ]
 SETTINGS = [
     "model",
@@ -69,8 +70,7 @@ def test_credentials_are_left_out_at_every_depth_and_the_rest_stays():
     clean = redact_params(params)
     assert clean == {
         "model": "m",
-        "extra_headers": {"X-Trace": "7"},
-        "extra_body": {"tools": [{"name": "f", "headers": {}}], "n": 4},
+        "extra_body": {"tools": [{"name": "f"}], "n": 4},
         "stop": ["a", "{"],
     }
     assert params == before

@@ -64,10 +64,7 @@ def test_credentials_in_completion_params_and_record_are_not_logged(kept):
     row.execution_metadata.extra["sampling"]["other"] = {"auth": "hush", "seed": 1}
     copy = logged(kept, row)
     assert "hush" not in copy.model_dump_json()
-    assert copy.input_metadata.completion_params == {
-        "model": "m",
-        "extra_headers": {"X-Trace": "7"},
-    }
+    assert copy.input_metadata.completion_params == {"model": "m"}
     assert copy.execution_metadata.extra["sampling"]["other"] == {"seed": 1}
 
 

@@ -35,6 +35,14 @@ def test_these_will_be_said_again(status):
 
 
 @pytest.mark.parametrize(
+    "message", ["model_not_ready", "deployment is hot loading", "DEPLOYMENT_SCALING_UP"]
+)
+def test_a_404_of_a_deployment_that_comes_up_may_pass(message):
+    assert type(error_of(404, message.encode())) is UnavailableError
+    assert type(error_of(400, message.encode())) is RefusedError
+
+
+@pytest.mark.parametrize(
     ("status", "hint"), [(401, "FIREWORKS_API_KEY"), (403, "access"), (404, "base URL")]
 )
 def test_a_common_mistake_comes_with_a_hint(status, hint):

@@ -302,6 +302,14 @@ def _content(reply: dict[str, Any]) -> list[dict[str, Any]]:
     return content
 
 
+def _everywhere(reply: dict[str, Any], token: int) -> None:
+    """Every place that tells the second id tells this one."""
+    choice = reply["choices"][0]
+    _content(reply)[1]["token_id"] = token
+    choice["token_ids"] = [*choice["token_ids"][:1], token, *choice["token_ids"][2:]]
+    choice["raw_output"]["completion_token_ids"] = choice["token_ids"]
+
+
 def _swap_same_ids(reply: dict[str, Any]) -> None:
     content = _content(reply)
     content[0], content[2] = content[2], content[0]
@@ -353,6 +361,10 @@ BREAKS = {
         lambda r: _content(r)[1].update(token_id="20"),
         r"Expected `int`, got `str` - at `\$\.choices\[0\]\.logprobs\.content\[1\]\.token_id`",
     ),
+    "an id beyond 32 bits": (
+        lambda r: _everywhere(r, 2**31),
+        r"token_ids\[1\] is 2147483648: not a token id",
+    ),
     "no choices": (lambda r: r.update(choices=[]), r"indices \[\], expected \[0\]"),
     "two choices": (lambda r: r["choices"].append(dict(r["choices"][0])), r"indices \[0, 0\]"),
     "no logprobs": (lambda r: r["choices"][0].update(logprobs=None), "no logprobs"),
@@ -387,6 +399,11 @@ def test_a_body_that_is_cut_off_is_a_connection_failure(cut: int) -> None:
     body = json.dumps(fireworks_reply()).encode()
     with pytest.raises(ConnectionFailedError, match=f"cut off after {cut} bytes"):
         decode_reply(body[:cut], PROMPT, TEMPERED)
+
+
+def test_json_nested_without_end_is_a_contract_error() -> None:
+    with pytest.raises(ContractError, match="nested too deeply"):
+        decode_reply(b'{"perf_metrics": ' + b"[" * 100_000, PROMPT, TEMPERED)
 
 
 def test_html_is_told_from_json() -> None:

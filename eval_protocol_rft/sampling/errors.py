@@ -26,6 +26,8 @@ _HINTS = {
     404: "check the model's name and the base URL",
 }
 _LONGEST_MESSAGE = 500
+_LOADING = re.compile(r"not[ _]ready|hot[ _-]?load|scaling[ _]up|being loaded", re.IGNORECASE)
+"""What a 404 says of a deployment that comes up or swaps its weights; others are misspelt names."""
 _HTTP_STATUS = re.compile("[1-9][0-9]{2}")
 
 
@@ -34,7 +36,7 @@ def status_error(
 ) -> SamplingError:
     """The error that an HTTP status other than 200 stands for. `now` dates `Retry-After`."""
     message = f"HTTP {status}: {_message(body) or 'no message'}"
-    if _is_transient(status):
+    if _is_transient(status) or (status == 404 and _LOADING.search(message)):
         wait = retry_after(headers, now=now)
         return UnavailableError(message, status=status, retry_after=wait)
     hint = _HINTS.get(status)
@@ -78,7 +80,7 @@ def loads(body: bytes) -> Any:
     """The JSON value of a body, None where it is not JSON."""
     try:
         return msgspec.json.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
 
 

@@ -20,7 +20,6 @@ from eval_protocol_rft.sampling.types import (
     AttemptTimeoutError,
     Completion,
     ConnectionFailedError,
-    ContractError,
     RefusedError,
     SamplingError,
     SamplingParams,
@@ -61,8 +60,6 @@ class HttpSampler:
             # What it came from may hold the request with its headers, and so the key.
             error.__cause__ = error.__context__ = None
             raise
-        except RecursionError:
-            raise ContractError(f"{self._url}: the reply is nested too deeply to read") from None
 
     async def aclose(self) -> None:
         if self._session is not None:

@@ -82,6 +82,8 @@ def parse_reply(body: bytes) -> Reply:
         if error is not None:
             raise error from problem
         raise ContractError(f"not a completions reply: {problem}{_kind(body)}") from problem
+    except RecursionError as problem:
+        raise ContractError("the reply is nested too deeply to read") from problem
     except (msgspec.DecodeError, UnicodeDecodeError) as problem:
         if not body.strip() or "truncated" in str(problem):
             raise ConnectionFailedError(

@@ -28,6 +28,9 @@ FAILURE_KINDS = (
 )
 FailureKind = Literal["refused", "unavailable", "connection", "timeout", "contract", "internal"]
 
+TOKEN_ID_LIMIT = 2**31
+"""Token ids are 32-bit integers to every consumer; vocabularies end far below."""
+
 LOGPROB_NOISE = 1e-4
 """How far above zero a logprob may lie and still be float noise (half-precision log-softmax)."""
 
@@ -184,7 +187,7 @@ def token_data_problem(
                 i for i, v in enumerate(values) if not math.isfinite(v) or v > LOGPROB_NOISE
             )
             return f"{name}[{index}] is {values[index]!r}: not a finite logprob <= 0"
-    if min(token_ids) < 0:
-        index = next(i for i, token in enumerate(token_ids) if token < 0)
+    if min(token_ids) < 0 or max(token_ids) >= TOKEN_ID_LIMIT:
+        index = next(i for i, t in enumerate(token_ids) if not 0 <= t < TOKEN_ID_LIMIT)
         return f"token_ids[{index}] is {token_ids[index]}: not a token id"
     return None
