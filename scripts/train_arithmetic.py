@@ -2,7 +2,7 @@
 
     python scripts/train_arithmetic.py [--output FOLDER]
 
-It needs the extra `local` and takes one to two minutes on one CPU thread. The user message is a sum
+It needs the extra `local` and takes about 140 s on one CPU thread. The user message is a sum
 of two two-digit numbers ("17+25="), the answer its digits ("42"). Training stops early on purpose,
 once a sampled answer is right about a quarter of the time: often enough that completions are
 rewarded, seldom enough that there is much to learn. One seed, one thread: the same machine and
@@ -40,12 +40,19 @@ CONTEXT_LENGTH = 256
 BATCH = 256
 LEARNING_RATE = 3e-3
 """High, so that bytes which are no digits become improbable before the sums become easy."""
+WEIGHT_DECAY = 1.0
+"""Strong, and on matrices only: small attention logits keep the model's own float32 noise in a
+logprob near 1e-6, while decaying embeddings would keep nonsense bytes probable."""
 WARMUP_STEPS = 50
 MAX_STEPS = 4000
-STEPS_BETWEEN_CHECKS = 5
-"""Accuracy climbs by some 0.01 a step when it passes the target."""
+LONGEST_SYSTEM_TEXT = 24
+"""Random characters before every other batch: the model learns to read past what is no sum, and
+bytes that are no digits get embeddings that mean something."""
+STEPS_BETWEEN_CHECKS = 4
+"""Accuracy climbs by some 0.02 a step when it passes the target."""
 LONGEST_ANSWER = len("198") + 1
 
+PRINTABLE = "".join(map(chr, range(32, 127)))
 START, END, PAD = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 
 CHAT_TEMPLATE = """\
@@ -142,6 +149,24 @@ def encode(sums: list[tuple[int, int]], tokenizer: PreTrainedTokenizerFast) -> P
     return Problems(torch.tensor(rows), torch.tensor(answers))
 
 
+def after_system_turn(problems: Problems, tokenizer: PreTrainedTokenizerFast) -> Problems:
+    """The same problems, each after a system turn of its own random text, all of one length."""
+    rows = len(problems.ids_NT)
+    length = int(torch.randint(1, LONGEST_SYSTEM_TEXT + 1, ()))
+    characters = torch.tensor(tokenizer.encode(PRINTABLE))
+    head, tail = (
+        torch.tensor(tokenizer.encode(text)).expand(rows, -1)
+        for text in (f"{START}system\n", f"{END}\n")
+    )
+    text_NS = characters[torch.randint(len(characters), (rows, length))]
+    turn_NS = torch.cat([head, text_NS, tail], dim=1)
+    nothing_NS = torch.zeros_like(turn_NS, dtype=torch.bool)
+    return Problems(
+        torch.cat([turn_NS, problems.ids_NT], dim=1),
+        torch.cat([nothing_NS, problems.answer_NT], dim=1),
+    )
+
+
 def answer_logprobs(model: LlamaForCausalLM, problems: Problems) -> Tensor:
     """[N, T-1] logprob of each answer token, 0 elsewhere."""
     logits = model(problems.ids_NT[:, :-1], use_cache=False).logits
@@ -156,16 +181,24 @@ def right_answer_probability(model: LlamaForCausalLM, problems: Problems) -> Ten
     return torch.cat([answer_logprobs(model, Problems(*p)).sum(-1) for p in parts]).exp()
 
 
-def train(model: LlamaForCausalLM, training: Problems, held_out: Problems) -> int:
+def train(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    training: Problems,
+    held_out: Problems,
+) -> int:
     """Run AdamW on the answers until the target is met; return the number of steps."""
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.05
-    )
+    matrices = [p for name, p in model.named_parameters() if name.endswith("proj.weight")]
+    others = [p for name, p in model.named_parameters() if not name.endswith("proj.weight")]
+    groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": others}]
+    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0)
     schedule = get_cosine_schedule_with_warmup(optimizer, WARMUP_STEPS, MAX_STEPS)
     started = time.monotonic()
     for step in range(1, MAX_STEPS + 1):
         rows = torch.randint(len(training.ids_NT), (BATCH,))
         batch = Problems(training.ids_NT[rows], training.answer_NT[rows])
+        if step % 2:
+            batch = after_system_turn(batch, tokenizer)
         loss = -answer_logprobs(model, batch).sum() / batch.answer_NT.sum()
         optimizer.zero_grad()
         loss.backward()
@@ -215,7 +248,7 @@ and to improve, anywhere.
 
 - Ask it `17+25=` as one user message; it answers `42` and ends its turn with `{END}`.
 - One token per byte, so per character in ASCII; the chat template is ChatML and renders `tools`.
-- It knows nothing else.
+- A system message does not disturb it. It knows nothing else.
 
 Written by `scripts/train_arithmetic.py`, which stopped after {steps} steps. Measured at the end; \
 sampling is at temperature 1, numbers are expectations:
@@ -259,8 +292,13 @@ def main() -> None:
     sums = [(a, b) for a in range(10, 100) for b in range(10, 100)]
     held_out = encode([s for s in sums if is_held_out(*s)], tokenizer)
     training = encode([s for s in sums if not is_held_out(*s)], tokenizer)
-    steps = train(model, training, held_out)
-    text = card(model, steps, {"training": training, "held out": held_out})
+    steps = train(model, tokenizer, training, held_out)
+    measured = {
+        "training": training,
+        "held out": held_out,
+        "held out, after a random system turn": after_system_turn(held_out, tokenizer),
+    }
+    text = card(model, steps, measured)
     save(model, tokenizer, text, output)
     print(text)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -39,7 +38,6 @@ class Request:
     future: asyncio.Future[Completion]
     policy_version: str | None = None
     """The weights that sample it."""
-    started: float = field(default_factory=time.monotonic)
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     raw_logprobs: list[float] = field(default_factory=list)
@@ -99,7 +97,6 @@ class Request:
             text=text,
             stop_reason=stop_reason,
             policy_version=self.policy_version,
-            seconds=time.monotonic() - self.started,
         )
 
 

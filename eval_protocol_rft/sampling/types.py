@@ -85,10 +85,6 @@ class Completion:
     request_id: str | None = None
     policy_version: str | None = None
     """The weights that sampled it, where the backend tells."""
-    attempts: int = 1
-    """Requests made for it, the successful one included."""
-    seconds: float = 0.0
-    """Wall time from first attempt to reply, waiting between attempts included."""
 
     def __post_init__(self) -> None:
         problem = token_data_problem(self.token_ids, self.logprobs, self.raw_logprobs)
@@ -127,8 +123,6 @@ class SamplingError(RuntimeError):
         self.status = status
         self.retry_after = retry_after
         """Seconds the server asked us to wait."""
-        self.attempts = 1
-        self.seconds = 0.0
 
 
 class RefusedError(SamplingError):
