@@ -37,6 +37,8 @@ NONSENSE = 3e-4
 some 5e-5 from a float64 one."""
 PLAIN = SamplingParams(model="arithmetic", max_tokens=24)
 ENDLESS = replace(PLAIN, extra={"ignore_eos": True})
+HOT = 4.0
+"""At this temperature hardly two completions are the same."""
 SUMS = ("17+25=", "88+99=", "99+10=", "40+12=", "63+58=")
 QUESTIONS = ("17+25=", "8+9=", "99+10=", "Say something about the number 1234567.", "3")
 """Of several lengths; to some of them the model has nothing sensible to say."""
@@ -188,7 +190,7 @@ async def test_requests_that_join_midway_are_as_exact_as_those_they_join(sampler
 
 
 async def test_a_seed_draws_the_same_tokens_alone_and_in_a_crowd(sampler, prompts):
-    params = replace(ENDLESS, temperature=1.2)
+    params = replace(ENDLESS, temperature=HOT)
     alone = [await sampler.sample(prompt, params, seed=7) for prompt in prompts]
     crowd = await asyncio.gather(
         *(sampler.sample(p, params, seed=s) for s in range(20) for p in prompts)
@@ -198,7 +200,7 @@ async def test_a_seed_draws_the_same_tokens_alone_and_in_a_crowd(sampler, prompt
 
 
 async def test_seeds_of_any_sign_and_size_work_and_without_one_each_draw_is_fresh(sampler, prompts):
-    params = replace(ENDLESS, temperature=1.5)
+    params = replace(ENDLESS, temperature=HOT)
     for seed in (0, -1, 2**31, 2**63, 2**64 - 1):
         first, second = await asyncio.gather(
             *(sampler.sample(prompts[0], params, seed=seed) for _ in range(2))
@@ -209,7 +211,7 @@ async def test_seeds_of_any_sign_and_size_work_and_without_one_each_draw_is_fres
 
 
 async def test_tokens_come_as_often_as_their_logprobs_say(sampler, prompts):
-    params = replace(PLAIN, max_tokens=1, temperature=0.8, top_k=20)
+    params = replace(PLAIN, max_tokens=1, temperature=2.0, top_k=20)
     completions = await asyncio.gather(
         *(sampler.sample(prompts[0], params, seed=seed) for seed in range(4000))
     )
@@ -283,7 +285,7 @@ async def test_ignore_eos_goes_on_past_the_end_of_turn(sampler, prompts):
 
 
 async def test_a_stop_string_cuts_the_text_and_keeps_the_tokens(sampler, prompts):
-    params = replace(ENDLESS, max_tokens=60, temperature=1.5)
+    params = replace(ENDLESS, max_tokens=60, temperature=HOT)
     whole = await sampler.sample(prompts[3], params, seed=5)
     stop = whole.text[20:23]
     assert whole.text.find(stop) == 20
