@@ -12,7 +12,6 @@ from datetime import UTC, datetime
 from urllib.parse import urlsplit
 
 import aiohttp
-from multidict import CIMultiDict
 
 from eval_protocol_rft.endpoint import Endpoint
 from eval_protocol_rft.sampling.errors import status_error
@@ -107,11 +106,11 @@ class HttpSampler:
         return text
 
     def _open(self) -> None:
-        # The user's header goes before ours, whatever its case: a name sent twice is refused.
-        headers = CIMultiDict(self._endpoint.headers)
-        headers.setdefault("Content-Type", "application/json")
+        headers = {"content-type": "application/json"}
         if self._endpoint.api_key:
-            headers.setdefault("Authorization", f"Bearer {self._endpoint.api_key}")
+            headers["authorization"] = f"Bearer {self._endpoint.api_key}"
+        # The user's header goes before ours, whatever its case: a name sent twice is refused.
+        headers.update((name.lower(), value) for name, value in self._endpoint.headers)
         # The caller bounds requests in flight; a second bound here would only hide the first.
         connector = aiohttp.TCPConnector(
             limit=0, keepalive_timeout=KEEPALIVE_SECONDS, enable_cleanup_closed=False
