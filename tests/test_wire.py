@@ -349,14 +349,6 @@ BREAKS = {
         lambda r: r["choices"][0].update(finish_reason="tired"),
         "finish_reason is 'tired'",
     ),
-    "usage that counts otherwise": (
-        lambda r: r["usage"].update(completion_tokens=5),
-        "usage.completion_tokens is 5, but 4 ids",
-    ),
-    "a prompt of another length in usage": (
-        lambda r: r["usage"].update(prompt_tokens=4),
-        "usage.prompt_tokens is 4, but 3",
-    ),
     "an id that is text": (
         lambda r: _content(r)[1].update(token_id="20"),
         r"Expected `int`, got `str` - at `\$\.choices\[0\]\.logprobs\.content\[1\]\.token_id`",
@@ -378,6 +370,41 @@ def test_a_reply_that_contradicts_itself_is_refused_by_place(name: str) -> None:
     reply = fireworks_reply()
     breaks(reply)
     with pytest.raises(ContractError, match=words):
+        _decode(reply)
+
+
+def _content_only() -> dict[str, Any]:
+    """The least that Fireworks' clients read: each thing once, and usage."""
+    reply = fireworks_reply()
+    for key in ("token_ids", "raw_output", "prompt_token_ids"):
+        del reply["choices"][0][key]
+    return reply
+
+
+@pytest.mark.parametrize(
+    ("usage", "words"),
+    [
+        ({"completion_tokens": 5}, "usage.completion_tokens is 5, but 4 ids"),
+        ({"prompt_tokens": 4}, "usage.prompt_tokens is 4, but 3"),
+    ],
+)
+def test_usage_bears_witness_where_nothing_else_does(usage: dict[str, int], words: str) -> None:
+    reply = _content_only()
+    assert _decode(reply).token_ids == [19, 20, 19, 151645]
+    reply["usage"].update(usage)
+    with pytest.raises(ContractError, match=words):
+        _decode(reply)
+
+
+def test_raw_logprobs_may_be_left_out_but_not_in_part() -> None:
+    reply = fireworks_reply()
+    for entry in _content(reply):
+        del entry["logprob"]
+    assert _decode(reply).logprobs == [-0.4, -1.75, -0.2, -0.01]
+    assert _decode(reply).raw_logprobs is None
+    for entry in _content(reply):
+        entry["sampling_logprob"] = None
+    with pytest.raises(ContractError, match="sampling_logprob is null at index 0"):
         _decode(reply)
 
 

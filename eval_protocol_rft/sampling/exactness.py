@@ -28,12 +28,9 @@ _text_offset = attrgetter("text_offset")
 
 def check_prompt(choice: Choice, prompt: TokenIds) -> None:
     """Prompt ids that come back are those that were sent."""
-    echoed = [("prompt_token_ids", choice.prompt_token_ids)]
-    if choice.raw_output is not None:
-        echoed.append(("raw_output.prompt_token_ids", choice.raw_output.prompt_token_ids))
-    for name, raw in echoed:
+    for name, raw in _echoed_prompts(choice):
         # Same bytes, same ids: no Python integer is made for the prompt of every completion.
-        if raw == ABSENT or bytes(raw) == prompt.json:
+        if bytes(raw) == prompt.json:
             continue
         try:
             ids = msgspec.json.decode(raw, type=list[int])
@@ -44,16 +41,7 @@ def check_prompt(choice: Choice, prompt: TokenIds) -> None:
 
 def sampled_ids(choice: Choice) -> list[int]:
     """The sampled ids from the first place that has them, equal to every other place."""
-    logprobs = choice.logprobs
-    sources: list[tuple[str, list[int]]] = []
-    if logprobs is not None and logprobs.content is not None:
-        sources.append(("logprobs.content[].token_id", list(map(_token_id, logprobs.content))))
-    if choice.token_ids is not None:
-        sources.append(("token_ids", choice.token_ids))
-    if choice.raw_output is not None and choice.raw_output.completion_token_ids is not None:
-        sources.append(("raw_output.completion_token_ids", choice.raw_output.completion_token_ids))
-    if logprobs is not None and logprobs.token_ids is not None:
-        sources.append(("logprobs.token_ids", logprobs.token_ids))
+    sources = _id_sources(choice)
     if not sources:
         raise ContractError(
             "no token ids: the server must answer return_token_ids (vLLM, SGLang) or send "
@@ -63,6 +51,28 @@ def sampled_ids(choice: Choice) -> list[int]:
     for name, ids in others:
         _check_same(name, ids, first_name, first)
     return first
+
+
+def _echoed_prompts(choice: Choice) -> list[tuple[str, msgspec.Raw]]:
+    echoed = [("prompt_token_ids", choice.prompt_token_ids)]
+    if choice.raw_output is not None:
+        echoed.append(("raw_output.prompt_token_ids", choice.raw_output.prompt_token_ids))
+    return [(name, raw) for name, raw in echoed if raw != ABSENT]
+
+
+def _id_sources(choice: Choice) -> list[tuple[str, list[int]]]:
+    logprobs, raw_output = choice.logprobs, choice.raw_output
+    content = logprobs.content if logprobs is not None else None
+    sources = [
+        ("logprobs.content[].token_id", None if content is None else list(map(_token_id, content))),
+        ("token_ids", choice.token_ids),
+        (
+            "raw_output.completion_token_ids",
+            raw_output.completion_token_ids if raw_output is not None else None,
+        ),
+        ("logprobs.token_ids", logprobs.token_ids if logprobs is not None else None),
+    ]
+    return [(name, ids) for name, ids in sources if ids is not None]
 
 
 def sampled_logprobs(
@@ -75,9 +85,10 @@ def sampled_logprobs(
         raise ContractError("no logprobs")
     if logprobs.content is not None:
         _check_order("logprobs.content[].text_offset", list(map(_text_offset, logprobs.content)))
-        raw = _complete("logprobs.content[].logprob", list(map(_logprob, logprobs.content)))
+        told = list(map(_logprob, logprobs.content))
+        raw = None if _all_null(told) else _complete("logprobs.content[].logprob", told)
         sampling: list[float | None] = list(map(_sampling_logprob, logprobs.content))
-        if sampling and sampling.count(None) == len(sampling):
+        if _all_null(sampling) and raw is not None:
             if params.logprobs_mode == "processed_logprobs":
                 return raw, None
             return _raw_as_sampling(raw, params, "sampling_logprob is null"), raw
@@ -124,19 +135,31 @@ def _check_tokens_as_ids(logprobs: Logprobs, token_ids: list[int], values: list[
 def check_usage(
     reply: Reply, prompt: TokenIds, params: SamplingParams, completions: list[Completion]
 ) -> None:
-    """The server counted what came back."""
+    """The server counted what came back. Its counts are asked where nothing else bears witness:
+    prompt ids that were not echoed, sampled ids that were told once."""
     usage = reply.usage
     if usage is None:
         return
-    if usage.prompt_tokens is not None and usage.prompt_tokens != len(prompt):
+    sampled = sum(len(completion.token_ids) for completion in completions)
+    if usage.prompt_tokens not in (None, len(prompt)) and not all(
+        map(_echoed_prompts, reply.choices)
+    ):
         raise ContractError(
             f"usage.prompt_tokens is {usage.prompt_tokens}, but {len(prompt)} prompt ids were sent"
         )
     # Whether the tokens of a stop string count is the server's secret.
-    sampled = sum(len(completion.token_ids) for completion in completions)
-    counted = usage.completion_tokens
-    if counted is not None and counted != sampled and not params.stop:
-        raise ContractError(f"usage.completion_tokens is {counted}, but {sampled} ids came back")
+    if (
+        usage.completion_tokens not in (None, sampled)
+        and not params.stop
+        and not all(len(_id_sources(choice)) > 1 for choice in reply.choices)
+    ):
+        raise ContractError(
+            f"usage.completion_tokens is {usage.completion_tokens}, but {sampled} ids came back"
+        )
+
+
+def _all_null(values: Sequence[float | None]) -> bool:
+    return values.count(None) == len(values)
 
 
 def _complete(name: str, values: Sequence[float | None]) -> list[float]:
