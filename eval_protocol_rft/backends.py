@@ -34,10 +34,11 @@ class Backends:
         self._local: dict[str, LoadedTokenizer] = {}
 
     def seeds_are_free(self, request: RolloutRequest) -> bool:
-        """Whether to seed completions although the user gave no seed. Not over HTTP: vLLM draws
-        seeded requests one by one, and its CPU engine (0.32) dies of a seed when it splits a
-        prefill."""
-        return self._sampler is not None or request.endpoint is None
+        """Whether to seed completions although the user gave no seed. Not on servers that are not
+        known to be Fireworks: vLLM draws seeded requests one by one, and its CPU engine (0.32) dies
+        of a seed when it splits a prefill."""
+        endpoint = request.endpoint
+        return self._sampler is not None or endpoint is None or endpoint.is_fireworks
 
     async def resolve(
         self, request: RolloutRequest, clients: dict[Endpoint, HttpSampler]

@@ -27,6 +27,8 @@ class Endpoint:
     """Up to and including `/v1`."""
     api_key: str | None = field(default=None, repr=False)
     headers: tuple[tuple[str, str], ...] = field(default=(), repr=False)
+    is_fireworks: bool = False
+    """By its host, by the variable that names it, or by the model asked for there."""
 
     @property
     def secrets(self) -> tuple[str, ...]:
@@ -54,22 +56,19 @@ def resolve_endpoint(model: str, params: Mapping[str, Any], *, env: Mapping[str,
     if key is not None and not isinstance(key, str):
         raise ValueError("completion_params['api_key'] must be a string")
     has_own = any(name.lower() in ("authorization", "x-api-key") for name, _ in headers)
-    if (
-        key is None
-        and not has_own
-        and (
-            source in ("FIREWORKS_BASE_URL", "default")
-            or model.startswith(("accounts/", "fireworks_ai/"))
-            or _is_fireworks(base_url)
-        )
-    ):
+    is_fireworks = (
+        source in ("FIREWORKS_BASE_URL", "default")
+        or model.startswith(("accounts/", "fireworks_ai/"))
+        or _is_fireworks(base_url)
+    )
+    if key is None and not has_own and is_fireworks:
         key = env.get("FIREWORKS_API_KEY")
     if key and (key != key.strip() or not _fits_header(key)):
         raise ValueError(
             "the API key has a blank, a line break or another control character at its end or "
             "inside: was it read from a file with its last line's end?"
         )
-    return Endpoint(base_url, key or None, headers)
+    return Endpoint(base_url, key or None, headers, is_fireworks)
 
 
 def _base_url(params: Mapping[str, Any], env: Mapping[str, str]) -> tuple[str, str]:

@@ -6,6 +6,7 @@ import asyncio
 
 from eval_protocol_rft import FireworksTrainingRolloutProcessor, RolloutRecord
 from tests.rollouts import (
+    assert_is_what_the_server_sampled,
     chat_tokenizer,
     config_of,
     params_for,
@@ -47,7 +48,21 @@ async def test_another_seed_another_row_and_another_completion_draw_with_other_s
     assert all(0 <= seed < 2**31 for seed in seeds)
 
 
-async def test_without_a_seed_none_is_sent_over_http_and_the_server_draws(server, processor):
+async def test_without_a_seed_fireworks_gets_one_for_each_completion_and_it_is_recorded(
+    server, processor
+):
+    params = params_for(server, n=4, seed=None, model="accounts/a/models/m")
+    [row] = await roll_out(processor, row_of(), params)
+    record = record_of_row(row)
+    assert sorted(record.sampling.seeds) == sorted(seen.seed for seen in server.requests)
+    assert len(set(record.sampling.seeds)) == 4
+    assert_is_what_the_server_sampled(record)
+    again = params_for(server, n=4, seed=record.sampling.seed, model="accounts/a/models/m")
+    [second] = await roll_out(processor, row_of(), again)
+    assert record_of_row(second).completion_ids == record.completion_ids
+
+
+async def test_without_a_seed_another_server_gets_none_and_draws_itself(server, processor):
     [row] = await roll_out(processor, row_of(), params_for(server, n=4, seed=None))
     record = record_of_row(row)
     assert all("seed" not in seen.body for seen in server.requests)
