@@ -2,7 +2,7 @@
 
     python scripts/train_arithmetic.py [--output FOLDER]
 
-It needs the extra `local` and takes about two minutes on one CPU thread. The user message is a sum
+It needs the extra `local` and takes about 140 s on one CPU thread. The user message is a sum
 of two two-digit numbers ("17+25="), the answer its digits ("42"). Training stops early on purpose,
 once a sampled answer is right about a quarter of the time: often enough that completions are
 rewarded, seldom enough that there is much to learn. One seed, one thread: the same machine and
@@ -34,21 +34,20 @@ from transformers import (
 
 OUTPUT = Path(__file__).parents[1] / "eval_protocol_rft" / "models" / "arithmetic"
 SEED = 20
-TARGET_ACCURACY = 0.22
+TARGET_ACCURACY = 0.24
 """Mean probability of the right answer to held-out sums at which training stops."""
 CONTEXT_LENGTH = 256
 BATCH = 256
 LEARNING_RATE = 3e-3
 """High, so that bytes which are no digits become improbable before the sums become easy."""
-WEIGHT_DECAY = 0.5
+WEIGHT_DECAY = 1.0
 """Strong, and on matrices only: small attention logits keep the model's own float32 noise in a
 logprob near 1e-6, while decaying embeddings would keep nonsense bytes probable."""
 WARMUP_STEPS = 50
 MAX_STEPS = 4000
-STEPS_BETWEEN_SYSTEM_TURNS = 4
 LONGEST_SYSTEM_TEXT = 24
-"""Random characters before the sums of some batches: the model learns to read past them. In every
-other batch they would now and then keep it from finding the sums at all."""
+"""Random characters before every other batch: the model learns to read past what is no sum, and
+bytes that are no digits get embeddings that mean something."""
 STEPS_BETWEEN_CHECKS = 4
 """Accuracy climbs by some 0.02 a step when it passes the target."""
 LONGEST_ANSWER = len("198") + 1
@@ -198,7 +197,7 @@ def train(
     for step in range(1, MAX_STEPS + 1):
         rows = torch.randint(len(training.ids_NT), (BATCH,))
         batch = Problems(training.ids_NT[rows], training.answer_NT[rows])
-        if step % STEPS_BETWEEN_SYSTEM_TURNS == 0:
+        if step % 2:
             batch = after_system_turn(batch, tokenizer)
         loss = -answer_logprobs(model, batch).sum() / batch.answer_NT.sum()
         optimizer.zero_grad()
