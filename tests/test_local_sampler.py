@@ -17,11 +17,13 @@ from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
 
+import transformers  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
 from eval_protocol_rft.models import bundled_model_path  # noqa: E402
 from eval_protocol_rft.sampling import local_worker  # noqa: E402
 from eval_protocol_rft.sampling.local import LocalSampler, load_local_sampler  # noqa: E402
+from eval_protocol_rft.sampling.local_model import UnsupportedModelError  # noqa: E402
 from eval_protocol_rft.sampling.local_request import stop_hit  # noqa: E402
 from eval_protocol_rft.sampling.types import (  # noqa: E402
     AttemptTimeoutError,
@@ -136,18 +138,17 @@ def ids(completions):
 # Exactness
 
 
-@pytest.mark.parametrize(
-    "how",
-    [
-        {},
-        {"temperature": 0.7},
-        {"temperature": 1.5},
-        {"top_p": 0.9},
-        {"top_k": 5},
-        {"temperature": 0.7, "top_p": 0.9, "top_k": 5},
-    ],
-    ids=str,
-)
+HOWS = [
+    {},
+    {"temperature": 0.7},
+    {"temperature": 1.5},
+    {"top_p": 0.9},
+    {"top_k": 5},
+    {"temperature": 0.7, "top_p": 0.9, "top_k": 5},
+]
+
+
+@pytest.mark.parametrize("how", HOWS, ids=str)
 @pytest.mark.parametrize(
     ("questions", "base", "bar"), [(SUMS, PLAIN, EXACT), (QUESTIONS, ENDLESS, NONSENSE)]
 )
@@ -164,29 +165,67 @@ async def test_logprobs_equal_a_plain_forward_for_any_mix_of_prompt_lengths(
         assert completion.raw_logprobs == pytest.approx(raw, abs=bar)
 
 
-async def test_requests_that_join_midway_are_as_exact_as_those_they_join(sampler, model, prompts):
-    settings_of = [ENDLESS, replace(ENDLESS, temperature=0.7, top_p=0.9), replace(PLAIN, top_k=5)]
+SMALL = {
+    "vocab_size": 259,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.2,
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": 258,
+}
+ARCHITECTURES = {
+    "grouped queries": transformers.LlamaConfig(**SMALL),
+    "normalised queries": transformers.Qwen3Config(**SMALL),
+    "sliding window": transformers.MistralConfig(**SMALL, sliding_window=8),
+    "sliding and full layers": transformers.Gemma2Config(**SMALL, sliding_window=8),
+    "learned positions": transformers.GPT2Config(
+        vocab_size=259, n_embd=32, n_layer=2, n_head=4, n_positions=128, initializer_range=0.2
+    ),
+    "experts": transformers.Qwen3MoeConfig(
+        **SMALL, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+async def test_requests_that_join_midway_are_as_exact_as_those_they_join(sampler, name):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(ARCHITECTURES[name]).eval()
+    own = LocalSampler(model, sampler.tokenizer)
+    hows = [replace(ENDLESS, max_tokens=40 + 3 * i, **how) for i, how in enumerate(HOWS)]
+    early, late = ([7] * 5, [9, 8, 7]), ([11, 12] * 20, [13], [7] * 5)
     with watch(model, hold_at=6) as seen:
-        early = await submit(
-            *(sampler.sample(prompts[1], p, seed=i) for i, p in enumerate(settings_of))
-        )
+        first = await submit(*(own.sample(p, how, seed=1) for p in early for how in hows))
         await seen.held()
-        late = await submit(
-            *(sampler.sample(prompts[3], p, seed=i) for i, p in enumerate(settings_of)),
-            *(sampler.sample(prompts[4], p, seed=i) for i, p in enumerate(settings_of)),
-        )
+        then = await submit(*(own.sample(p, how, seed=2) for p in late for how in hows))
         seen.release.set()
-        completions = await asyncio.gather(*early, *late)
-    assert any(rows > 5 and columns == 1 for rows, columns in seen.forwards), "they never met"
-    for prompt, trio in zip(
-        (prompts[1], prompts[3], prompts[4]),
-        (completions[:3], completions[3:6], completions[6:]),
-        strict=True,
-    ):
-        for params, completion in zip(settings_of, trio, strict=True):
-            sampling, raw = forward_logprobs(model, prompt, completion, params)
-            assert completion.logprobs == pytest.approx(sampling, abs=NONSENSE)
-            assert completion.raw_logprobs == pytest.approx(raw, abs=NONSENSE)
+        completions = await asyncio.gather(*first, *then)
+    together = (len(early) + len(late)) * len(hows)
+    assert max(rows for rows, columns in seen.forwards if columns == 1) == together
+    jobs = [(prompt, how) for prompt in (*early, *late) for how in hows]
+    for (prompt, how), completion in zip(jobs, completions, strict=True):
+        sampling, raw = forward_logprobs(model, prompt, completion, how)
+        assert completion.logprobs == pytest.approx(sampling, abs=EXACT)
+        assert completion.raw_logprobs == pytest.approx(raw, abs=EXACT)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (transformers.MambaConfig(vocab_size=259, hidden_size=32, num_hidden_layers=1), "Linear"),
+        (transformers.BloomConfig(vocab_size=259, hidden_size=32, n_layer=1, n_head=4), "context"),
+    ],
+    ids=["recurrent", "no context length"],
+)
+def test_a_model_that_cannot_be_batched_exactly_is_refused(sampler, config, words):
+    with pytest.raises(UnsupportedModelError, match=words):
+        LocalSampler(AutoModelForCausalLM.from_config(config), sampler.tokenizer)
 
 
 async def test_a_seed_draws_the_same_tokens_alone_and_in_a_crowd(sampler, prompts):
@@ -435,7 +474,7 @@ async def test_the_timeout_counts_from_the_request_and_says_how_far_it_came(
     sampler, model, prompts
 ):
     with watch(model, hold_at=3) as seen:
-        with pytest.raises(AttemptTimeoutError, match=r"within 0.3 s: 2 of at most 24 tokens"):
+        with pytest.raises(AttemptTimeoutError, match=r"within 0.3 s: [0-2] of at most 24 tokens"):
             await sampler.sample(prompts[0], replace(ENDLESS, timeout=0.3))
         seen.release.set()
         assert await sampler.sample(prompts[0], PLAIN)
@@ -481,6 +520,22 @@ async def test_an_event_loop_that_dies_takes_only_its_own_requests(sampler, mode
 
 
 # When things go wrong
+
+
+async def test_a_native_panic_fails_its_requests_and_leaves_the_sampler_working(
+    sampler, model, prompts
+):
+    class Panic(BaseException):
+        """As native code raises it: no Exception."""
+
+    def panic(module, args):
+        raise Panic("index out of bounds")
+
+    hook = model.register_forward_pre_hook(panic)
+    with pytest.raises(SamplingError, match="Panic: index out of bounds"):
+        await sampler.sample(prompts[0], PLAIN)
+    hook.remove()
+    assert await sampler.sample(prompts[0], PLAIN)
 
 
 async def test_a_model_error_fails_what_was_running_and_nothing_later(sampler, model, prompts):
@@ -598,7 +653,9 @@ async def test_closing_answers_what_is_pending_ends_the_thread_and_can_be_repeat
     own = LocalSampler(model, sampler.tokenizer)
     before = threads()
     with watch(model, hold_at=2) as seen:
-        tasks = await submit(*(own.sample(prompt, ENDLESS) for prompt in prompts))
+        tasks = await submit(
+            *(own.sample(prompt, replace(ENDLESS, max_tokens=190)) for prompt in prompts)
+        )
         await seen.held()
         closing = asyncio.create_task(own.aclose())
         await asyncio.sleep(0.05)

@@ -14,9 +14,11 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
+from eval_protocol_rft.sampling.types import RefusedError
 
-class UnsupportedModelError(ValueError):
-    """The model keeps a state that this sampler cannot batch exactly."""
+
+class UnsupportedModelError(RefusedError):
+    """This sampler cannot batch the model exactly."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,7 +32,8 @@ MAX_PREFILL_TOKENS = 8192
 bounds its activations and how long running completions wait for it."""
 
 SMALL_MODEL_PARAMETERS = 20_000_000
-"""Below this a step is shorter than waking a second torch thread, which then only adds jitter."""
+"""Below this a step takes less time than waking a second torch thread saves: sample on one. Torch
+applies the setting to this thread and to those that start later."""
 
 
 class Worker:
@@ -139,7 +140,8 @@ def _failing(requests: Sequence[Request], outcomes: list[Outcome]) -> Iterator[N
     """Answer `requests` with whatever goes wrong inside: there is no caller to raise it to."""
     try:
         yield
-    except Exception as error:  # noqa: BLE001 - the failure goes to those it struck
+    # A panic in a tokenizer's native code is no Exception, and must not end the thread either.
+    except BaseException as error:  # noqa: BLE001
         _log.exception("local sampling failed for %d requests", len(requests))
         message = f"the local model failed: {type(error).__name__}: {error}"
         outcomes.extend(Outcome(request, SamplingError(message)) for request in requests)
