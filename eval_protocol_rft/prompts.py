@@ -87,22 +87,27 @@ def _without(
 
 
 def assistant_message(text: str, *, split_reasoning: bool) -> Message:
+    """`answer_fields` as an Eval Protocol message."""
+    from eval_protocol.models import Message
+
+    return Message.model_validate(answer_fields(text, split_reasoning=split_reasoning))
+
+
+def answer_fields(text: str, *, split_reasoning: bool) -> dict[str, str]:
     """An assistant message of the completion's text. With `split_reasoning` a closed
     `<think>...</think>` block at its start (opened in the text, or by the prompt as some templates
     do) goes to `reasoning_content`; a block that was never closed stays in the content.
     """
-    from eval_protocol.models import Message
-
     if split_reasoning:
         before, closed, after = text.partition("</think>")
         opened, thought = _opened(before)
         if closed and opened:
-            return Message(
-                role="assistant",
-                content=after.lstrip("\n"),
-                reasoning_content=thought.strip("\n"),
-            )
-    return Message(role="assistant", content=text)
+            return {
+                "role": "assistant",
+                "content": after.lstrip("\n"),
+                "reasoning_content": thought.strip("\n"),
+            }
+    return {"role": "assistant", "content": text}
 
 
 def _opened(before: str) -> tuple[bool, str]:

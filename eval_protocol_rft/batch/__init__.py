@@ -1,0 +1,1 @@
+"""Rollouts in bulk: generate once, score many times, filter, and look at them."""

@@ -1,0 +1,135 @@
+"""`RolloutDataset`: a rollout file, read lazily.
+
+Invariant: rows come in file order and the completions of a data row stand together, whatever the
+file's format and whether its job was finished. Only what is being looked at is in memory.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from eval_protocol_rft.batch import jsonl
+from eval_protocol_rft.batch.evaluation_rows import to_row
+from eval_protocol_rft.batch.format import FileMetadata, FormatError, metadata_of
+from eval_protocol_rft.batch.merge import SortedInput, merge_sorted, row_keys
+from eval_protocol_rft.batch.parquet import open_parquet, read_row_groups
+from eval_protocol_rft.batch.parts import KEY_COLUMNS, part_paths, parts_folder, read_schema
+from eval_protocol_rft.batch.rows import CompletionRow, from_record_batch
+
+if TYPE_CHECKING:
+    from eval_protocol.models import EvaluationRow
+
+
+class RolloutDataset:
+    """The rollouts of a file: Parquet, JSON lines, or what an unfinished job has put aside.
+
+    Args:
+        path: the file. Where it is not there yet, the parts of the job that is to write it. Rows
+            that such a job holds in its journal are not seen.
+
+    Raises:
+        FormatError: there is no such file, or it is no rollout file.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.finished = self.path.is_file()
+        """False where these are the parts of an unfinished job."""
+        folder = self.path if self.path.is_dir() else parts_folder(self.path)
+        if self.finished:
+            self.schema: pa.Schema = _file_schema(self.path)
+        else:
+            found = read_schema(folder)
+            if found is None:
+                raise FormatError(f"{path}: no such rollout file, and no unfinished job for it")
+            self.schema = found
+        self._folder = folder
+        self.metadata: FileMetadata = metadata_of(self.schema, where=str(path))
+
+    def __repr__(self) -> str:
+        return f"RolloutDataset({str(self.path)!r})"
+
+    def tables(self, columns: list[str] | None = None) -> Iterator[pa.Table]:
+        """Arrow tables of the rows, none of them empty.
+
+        Args:
+            columns: read these alone; default all.
+        """
+        if not self.finished:
+            return self._parts(columns)
+        if is_jsonl(self.path):
+            return jsonl.read_tables(self.path, self.schema, columns)
+        return read_row_groups(self.path, columns)
+
+    def rows(self) -> Iterator[CompletionRow]:
+        """All completions, failed ones included."""
+        for table in self.tables():
+            yield from from_record_batch(table, self.metadata)
+
+    def __iter__(self) -> Iterator[CompletionRow]:
+        return self.rows()
+
+    def groups(self) -> Iterator[list[CompletionRow]]:
+        """The completions of one data row after the other, by `sample_idx`."""
+        for _, rows in itertools.groupby(self.rows(), key=lambda row: row.data_idx):
+            yield list(rows)
+
+    def training_rows(self) -> Iterator[dict[str, Any]]:
+        """One dict per data row, for `training.build_batch` and `training.iter_batches`; token data
+        are arrays."""
+        for group in self.groups():
+            yield to_row(group, self.metadata, arrays=True)
+
+    def evaluation_rows(self) -> Iterator[EvaluationRow]:
+        """One `EvaluationRow` per data row, as the rollout processor leaves it."""
+        from eval_protocol.models import EvaluationRow
+
+        for group in self.groups():
+            yield EvaluationRow.model_validate(to_row(group, self.metadata))
+
+    @functools.cached_property
+    def num_rows(self) -> int:
+        """Completions, failed ones included."""
+        if self.finished and not is_jsonl(self.path):
+            with open_parquet(self.path) as file:
+                return int(file.metadata.num_rows)
+        return sum(len(table) for table in self.tables(KEY_COLUMNS))
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    def _parts(self, columns: list[str] | None) -> Iterator[pa.Table]:
+        wanted = None if columns is None else list(dict.fromkeys([*KEY_COLUMNS, *columns]))
+        inputs = [_part(path, wanted) for path in part_paths(self._folder)]
+        for table in merge_sorted(inputs, lambda table: row_keys(table, None)):
+            yield table if columns is None else table.select(columns)
+
+
+def is_jsonl(path: Path) -> bool:
+    """Whether a rollout file of that name holds JSON lines."""
+    return path.suffix in (".jsonl", ".ndjson")
+
+
+def _file_schema(path: Path) -> pa.Schema:
+    if is_jsonl(path):
+        return jsonl.read_schema(path)
+    with open_parquet(path) as file:
+        return file.schema_arrow
+
+
+def _part(path: Path, columns: list[str] | None) -> SortedInput:
+    """A part by data row; parts of a shuffled run are not sorted so on disk."""
+
+    def tables() -> Iterator[pa.Table]:
+        table = pa.concat_tables(read_row_groups(path, columns))
+        yield table.sort_by([(name, "ascending") for name in KEY_COLUMNS])
+
+    keys = pa.concat_tables(read_row_groups(path, KEY_COLUMNS))
+    return SortedInput(int(row_keys(keys, None).min()), tables)

@@ -1,0 +1,252 @@
+"""The rollout file: its columns and what its metadata says. docs/format.md is the specification.
+
+Invariant: one row per completion that was asked for, failed ones included, and no two rows with the
+same (`data_idx`, `sample_idx`). What a column holds follows from the file alone: its Arrow type,
+and for columns of JSON text the list in the metadata.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from importlib import metadata as distribution
+from typing import Any, Literal
+
+import msgspec
+import pyarrow as pa
+
+SCHEMA_VERSION = 1
+METADATA_KEY = b"eval_protocol_rft"
+"""Key of the JSON text in the Parquet file's key-value metadata."""
+ORIGINAL_PREFIX = "original_"
+REWARD_PREFIX = "reward_"
+
+_TOOL_CALL = pa.struct(
+    [
+        ("id", pa.string()),
+        ("type", pa.string()),
+        ("function", pa.struct([("name", pa.string()), ("arguments", pa.string())])),
+    ]
+)
+MESSAGES = pa.list_(
+    pa.struct(
+        [
+            ("role", pa.string()),
+            ("content", pa.string()),
+            ("reasoning_content", pa.string()),
+            ("name", pa.string()),
+            ("tool_calls", pa.list_(_TOOL_CALL)),
+            ("tool_call_id", pa.string()),
+        ]
+    )
+)
+"""Chat messages. A null field is an absent one."""
+
+PromptKind = Literal["text", "messages"]
+
+_IDS = pa.list_(pa.int32())
+_LOGPROBS = pa.list_(pa.float32())
+
+FIXED_COLUMNS: dict[str, pa.DataType] = {
+    "row_id": pa.string(),
+    "data_idx": pa.int64(),
+    "sample_idx": pa.int32(),
+    "prompt": pa.string(),  # or MESSAGES, see `schema`
+    "tools": pa.string(),
+    "ground_truth": pa.string(),
+    "response": pa.string(),
+    "prompt_ids": _IDS,
+    "completion_ids": _IDS,
+    "logprobs": _LOGPROBS,
+    "raw_logprobs": _LOGPROBS,
+    "finish_reason": pa.string(),
+    "truncated": pa.bool_(),
+    "temperature": pa.float64(),
+    "top_p": pa.float64(),
+    "top_k": pa.int32(),
+    "max_tokens": pa.int32(),
+    "seed": pa.int64(),
+    "policy_version": pa.string(),
+    "reward": pa.float64(),
+    "reward_reason": pa.string(),
+    "metrics": pa.string(),
+    "reward_error": pa.string(),
+    "attempts": pa.int32(),
+    "seconds": pa.float64(),
+    "began_at": pa.float64(),
+    "request_id": pa.string(),
+    "error": pa.string(),
+    "error_kind": pa.string(),
+    "error_status": pa.int32(),
+    "evaluation_row": pa.string(),
+}
+"""Column -> Arrow type, in file order. Every column but the first three can be null. `tools`,
+`metrics` and `evaluation_row` are JSON text."""
+
+ARRAY_COLUMNS = ("prompt_ids", "completion_ids", "logprobs", "raw_logprobs")
+
+
+class FormatError(ValueError):
+    """A file is no rollout file, or breaks the format; the message names file and place."""
+
+
+class SamplingSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """What all completions of a file have in common."""
+
+    model: str
+    tokenizer: str | None = None
+    chat_template_hash: str | None = None
+    """First 16 hex digits of the SHA-256 of the chat template."""
+    chat_template_kwargs: dict[str, Any] = {}
+    system: str | None = None
+    """System message put before prompts that have none."""
+    temperature: float
+    top_p: float
+    top_k: int
+    max_tokens: int | None = None
+    stop: list[str] = []
+    n: int
+    """Completions per prompt."""
+    seed: int | None = None
+    """What the completions' own seeds were derived from."""
+    seed_given: bool = False
+    """False where it was drawn at random."""
+    support_truncated: bool = False
+    """True where top_p, top_k or another setting kept part of the vocabulary from being drawn."""
+    split_reasoning: bool = True
+    other: dict[str, Any] = {}
+    """Further request fields that were sent."""
+
+
+class DataSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """The data set that the prompts came from, and which of its rows."""
+
+    name: str
+    fingerprint: str
+    """SHA-256 of its content, hex."""
+    num_rows: int
+    prompt_key: str
+    tools_key: str | None = None
+    ground_truth_key: str | None = None
+    limit: int | None = None
+    shuffle_seed: int | None = None
+    where: str | None = None
+
+
+class RewardSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """Who gave a column of rewards."""
+
+    evaluator: str
+    fingerprint: str
+    """SHA-256 of the evaluator's source file, hex."""
+
+
+class FileMetadata(msgspec.Struct, frozen=True, kw_only=True):
+    """What a file says of itself."""
+
+    schema_version: int = SCHEMA_VERSION
+    package_version: str = msgspec.field(
+        default_factory=lambda: distribution.version("eval-protocol-rft")
+    )
+    prompt_kind: PromptKind = "text"
+    sampling: SamplingSettings | None = None
+    """None where rows were sampled in different ways; each then says so in `evaluation_row`."""
+    data: DataSettings | None = None
+    """None where the rows did not come from a data set."""
+    json_columns: list[str] = []
+    """Those among `ground_truth` and `original_*` that hold JSON text."""
+    rewards: dict[str, RewardSettings] = {}
+    """Reward column -> who filled it."""
+
+    def encode(self) -> bytes:
+        return msgspec.json.encode(self)
+
+
+def decode_metadata(data: bytes | None, *, where: str) -> FileMetadata:
+    """Read the JSON text under `METADATA_KEY`.
+
+    Raises:
+        FormatError: there is none, it is not that, or of a version this package cannot read.
+    """
+    if data is None:
+        raise FormatError(
+            f"{where}: no rollout file, its metadata has no {METADATA_KEY.decode()!r}. "
+            "`ep-rft generate` writes such files, `ep-rft convert` makes them of others"
+        )
+    try:
+        version = msgspec.json.decode(data, type=_Version).schema_version
+        if version != SCHEMA_VERSION:
+            raise FormatError(
+                f"{where}: schema version {version}, this package reads {SCHEMA_VERSION}"
+            )
+        return msgspec.json.decode(data, type=FileMetadata)
+    except msgspec.DecodeError as error:
+        raise FormatError(f"{where}: broken metadata: {error}") from error
+
+
+def schema(
+    metadata: FileMetadata,
+    original: Mapping[str, pa.DataType],
+    *,
+    ground_truth: pa.DataType | None = None,
+) -> pa.Schema:
+    """The Arrow schema of a file.
+
+    Args:
+        metadata: goes into the schema; says whether prompts are text or messages, and which
+            further rewards there are.
+        original: column of the data set -> Arrow type, without the prefix.
+        ground_truth: type of that column, default text.
+    """
+    types = dict(FIXED_COLUMNS)
+    if metadata.prompt_kind == "messages":
+        types["prompt"] = MESSAGES
+    types["ground_truth"] = ground_truth or pa.string()
+    for column in metadata.rewards:
+        types |= dict(zip(reward_columns(column), _REWARD_TYPES, strict=True))
+    types |= {ORIGINAL_PREFIX + name: kind for name, kind in original.items()}
+    return pa.schema(list(types.items())).with_metadata({METADATA_KEY: metadata.encode()})
+
+
+def metadata_of(schema: pa.Schema, *, where: str = "the schema") -> FileMetadata:
+    """What a file says of itself, by its schema; see `decode_metadata`."""
+    return decode_metadata((schema.metadata or {}).get(METADATA_KEY), where=where)
+
+
+_REWARD_TYPES = (pa.float64(), pa.string(), pa.string(), pa.string())
+
+
+def reward_columns(column: str) -> tuple[str, str, str, str]:
+    """The columns of one reward function: the number, why, further scores (JSON text), and what
+    kept a completion from having one. `column` is `reward` or `reward_<name>`."""
+    if column == "reward":
+        return "reward", "reward_reason", "metrics", "reward_error"
+    return column, f"{column}_reason", f"{column}_metrics", f"{column}_error"
+
+
+def reward_column(name: str | None) -> str:
+    """The column of the reward called `name`; None is the main one.
+
+    Raises:
+        FormatError: the name would not make a column of its own.
+    """
+    if name is None or name == "reward":
+        return "reward"
+    if not _REWARD_NAME.fullmatch(name) or name.rpartition("_")[2] in (
+        "reason",
+        "metrics",
+        "error",
+    ):
+        raise FormatError(
+            f"{name!r} cannot name a reward: use letters, digits and underscores, and none of "
+            "reason, metrics and error as the last word"
+        )
+    return REWARD_PREFIX + name
+
+
+_REWARD_NAME = re.compile("[A-Za-z0-9_]+")
+_TAKEN_WORDS = ("reason", "metrics", "error")
+
+
+class _Version(msgspec.Struct):
+    schema_version: int

@@ -1,0 +1,40 @@
+"""`ep-rft`: the command line. Thin: one module per command, which imports its work when it runs, so
+that `--help` costs nothing, and turns that work's errors into one line and exit code 1.
+"""
+
+from __future__ import annotations
+
+from importlib import metadata
+from typing import Annotated
+
+import typer
+
+from eval_protocol_rft.cli.serve import serve
+from eval_protocol_rft.cli.show import show
+
+app = typer.Typer(
+    name="ep-rft",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for command in (serve, show):
+    app.command(help=command.__doc__)(command)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"ep-rft {metadata.version('eval-protocol-rft')}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Token-exact reinforcement learning data from Eval Protocol evaluators."""

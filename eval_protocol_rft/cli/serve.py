@@ -1,0 +1,51 @@
+"""`ep-rft serve`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from eval_protocol_rft.cli.failing import fail
+
+
+def serve(
+    model: Annotated[
+        str,
+        typer.Option(
+            help="local/arithmetic (bundled), or a model folder or hub id, as local/NAME or NAME."
+        ),
+    ] = "local/arithmetic",
+    host: Annotated[
+        str, typer.Option(help="Address to listen on. There is no authentication: keep it local.")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")
+    ] = 8000,
+    served_model_name: Annotated[
+        str | None,
+        typer.Option(help="What requests call the model.", show_default="the value of --model"),
+    ] = None,
+) -> None:
+    """Serve a local model over HTTP, in the shape of Fireworks' completions API.
+
+    \b
+    Examples:
+      ep-rft serve
+      ep-rft serve --model local/Qwen/Qwen3-0.6B --port 9000
+      ep-rft serve --model ./checkpoint --served-model-name policy
+    """
+    try:
+        from eval_protocol_rft.server.run import ServeError, serve_local
+    except ModuleNotFoundError as error:
+        package = str(error.name).partition(".")[0]
+        fail(
+            f"serve needs {package}, which is not installed: "
+            "pip install 'eval-protocol-rft[local,serve]'"
+        )
+    try:
+        serve_local(
+            model, host=host, port=port, served_model_name=served_model_name, say=typer.echo
+        )
+    except ServeError as error:
+        fail(str(error))
