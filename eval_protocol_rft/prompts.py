@@ -42,14 +42,45 @@ def render_prompt(
     tokenizer: LoadedTokenizer,
     chat_template_kwargs: Mapping[str, Any],
 ) -> TokenIds:
-    """Token ids of the conversation up to where the assistant starts to speak.
+    """Token ids of Eval Protocol's messages; see `render_chat`.
 
     Raises:
-        PromptError: no messages, content the template cannot take (images, several text parts),
-            no chat template, an error inside it, or tools, tool calls and roles that it drops.
+        PromptError: as `chat_messages` and `render_chat`.
+    """
+    return render_chat(chat_messages(messages), tools, tokenizer, chat_template_kwargs)
+
+
+def chat_messages(messages: Sequence[Message | Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Messages as the chat API has them, without empty fields and those that no template reads.
+    Arguments of tool calls are JSON text, content is text.
+
+    Raises:
+        PromptError: content that has no one text (images, several text parts), a tool call without
+            a name, or a message without anything.
+    """
+    return [_chat_message(i, message) for i, message in enumerate(messages)]
+
+
+def render_chat(
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]] | None,
+    tokenizer: LoadedTokenizer,
+    chat_template_kwargs: Mapping[str, Any],
+) -> TokenIds:
+    """Token ids of the conversation up to where the assistant starts to speak.
+
+    Args:
+        messages: as `chat_messages` gives them.
+        tools: in the chat API's form.
+        tokenizer: its chat template is what renders.
+        chat_template_kwargs: passed to the template.
+
+    Raises:
+        PromptError: no messages, no chat template, an error inside it, or tools, tool calls and
+            roles that it drops.
     """
     if not messages:
-        raise PromptError("the row has no messages to answer")
+        raise PromptError("there are no messages to answer")
     if tokenizer.chat_template_hash is None:
         raise PromptError(
             f"tokenizer {tokenizer.name!r} has no chat template: set tokenizer.chat_template, or "
@@ -58,7 +89,7 @@ def render_prompt(
     taken = _OWN_ARGUMENTS.intersection(chat_template_kwargs)
     if taken:
         raise PromptError(f"chat_template_kwargs must not set {', '.join(sorted(taken))}")
-    chat = [_chat_message(i, message) for i, message in enumerate(messages)]
+    chat = [_with_parsed_arguments(i, message) for i, message in enumerate(messages)]
     ids = _apply(tokenizer, chat, tools, chat_template_kwargs)
     if not ids:
         raise PromptError(f"the chat template of {tokenizer.name!r} rendered nothing")
@@ -90,7 +121,12 @@ def assistant_message(text: str, *, split_reasoning: bool) -> Message:
     """`answer_fields` as an Eval Protocol message."""
     from eval_protocol.models import Message
 
-    return Message.model_validate(answer_fields(text, split_reasoning=split_reasoning))
+    fields = answer_fields(text, split_reasoning=split_reasoning)
+    return Message(
+        role="assistant",
+        content=fields["content"],
+        reasoning_content=fields.get("reasoning_content"),
+    )
 
 
 def answer_fields(text: str, *, split_reasoning: bool) -> dict[str, str]:
@@ -141,25 +177,37 @@ def _apply(
         ) from error
 
 
-def _chat_message(index: int, message: Message) -> dict[str, Any]:
-    """One message in the form that chat templates read."""
-    if message.function_call is not None:
+def _chat_message(index: int, message: Message | Mapping[str, Any]) -> dict[str, Any]:
+    """One message with the fields that templates read."""
+    fields = {name: _field(message, name) for name in _MESSAGE_FIELDS}
+    role, content, calls = fields["role"], fields["content"], fields["tool_calls"]
+    if fields["function_call"] is not None:
         raise PromptError(
             f"messages[{index}] has a function_call, which chat templates do not render: "
             "use tool_calls"
         )
-    chat: dict[str, Any] = {"role": message.role, "content": _text(index, message.content)}
-    if message.reasoning_content is not None:
-        chat["reasoning_content"] = message.reasoning_content
-    if message.name is not None:
-        chat["name"] = message.name
-    if message.tool_call_id is not None:
-        chat["tool_call_id"] = message.tool_call_id
-    if message.tool_calls:
-        chat["tool_calls"] = [_tool_call(index, call.model_dump()) for call in message.tool_calls]
-    elif message.content is None:
-        raise PromptError(f"messages[{index}] ({message.role}) has neither content nor tool calls")
+    chat: dict[str, Any] = {"role": role, "content": _text(index, content)}
+    for name in ("reasoning_content", "name", "tool_call_id"):
+        if fields[name] is not None:
+            chat[name] = fields[name]
+    if calls:
+        chat["tool_calls"] = [_tool_call(index, _plain(call)) for call in calls]
+    elif content is None:
+        raise PromptError(f"messages[{index}] ({role}) has neither content nor tool calls")
     return chat
+
+
+_MESSAGE_FIELDS = (
+    "role", "content", "reasoning_content", "name", "tool_call_id", "tool_calls", "function_call",
+)  # fmt: skip
+
+
+def _field(value: Any, name: str) -> Any:
+    return value.get(name) if isinstance(value, Mapping) else getattr(value, name, None)
+
+
+def _plain(value: Any) -> Any:
+    return value.model_dump() if hasattr(value, "model_dump") else value
 
 
 def _text(index: int, content: Any) -> str:
@@ -167,17 +215,40 @@ def _text(index: int, content: Any) -> str:
         return ""
     if isinstance(content, str):
         return content
-    kinds = [str(getattr(part, "type", type(part).__name__)) for part in content]
+    kinds = [str(_field(part, "type") or type(part).__name__) for part in content]
     if kinds == ["text"]:
-        return str(content[0].text)
+        return str(_field(content[0], "text"))
     raise PromptError(
         f"messages[{index}].content has the parts {kinds}: only a string or a single text part "
         "has one exact rendering; join text parts in the dataset adapter"
     )
 
 
-def _tool_call(index: int, call: dict[str, Any]) -> dict[str, Any]:
-    """Chat templates take arguments as an object; the chat API carries them as a JSON string."""
+def _tool_call(index: int, call: Mapping[str, Any]) -> dict[str, Any]:
+    """A tool call with its arguments as JSON text, as the chat API carries them; data sets often
+    hold them as an object."""
+    function = call.get("function") or {}
+    if not isinstance(function.get("name"), str):
+        raise PromptError(f"messages[{index}] has a tool call without a function's name")
+    arguments = function.get("arguments")
+    if not isinstance(arguments, str):
+        arguments = json.dumps(arguments or {}, ensure_ascii=False)
+    return {
+        "id": call.get("id"),
+        "type": "function",
+        "function": {"name": function["name"], "arguments": arguments},
+    }
+
+
+def _with_parsed_arguments(index: int, message: Mapping[str, Any]) -> dict[str, Any]:
+    """The message as chat templates read it: they take arguments as an object."""
+    chat = dict(message)
+    if "tool_calls" in chat:
+        chat["tool_calls"] = [_parsed(index, call) for call in chat["tool_calls"]]
+    return chat
+
+
+def _parsed(index: int, call: Mapping[str, Any]) -> dict[str, Any]:
     function = call["function"]
     try:
         arguments = json.loads(function["arguments"] or "{}")
@@ -185,8 +256,4 @@ def _tool_call(index: int, call: dict[str, Any]) -> dict[str, Any]:
         raise PromptError(
             f"messages[{index}]: arguments of tool call {function['name']!r} are not JSON: {error}"
         ) from error
-    return {
-        "id": call.get("id"),
-        "type": "function",
-        "function": {"name": function["name"], "arguments": arguments},
-    }
+    return {**call, "function": {**function, "arguments": arguments}}

@@ -17,6 +17,27 @@ from eval_protocol_rft.batch.durable import replacing
 from eval_protocol_rft.batch.rows import CompletionRow, to_record_batch
 
 
+class OutputError(ValueError):
+    """A file cannot be written as asked."""
+
+
+def check_output(path: Path) -> None:
+    """Look whether `path` can become a rollout file, before work is put into it.
+
+    Raises:
+        OutputError: its name says no format, or its folder cannot be written.
+    """
+    if path.suffix not in (".parquet", ".jsonl", ".ndjson"):
+        raise OutputError(f"{path}: name the output .parquet or .jsonl")
+    if path.is_dir():
+        raise OutputError(f"{path}: there is a folder of that name")
+    folder = path.resolve().parent
+    if not folder.is_dir():
+        raise OutputError(f"{path}: there is no folder {folder}")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise OutputError(f"{path}: cannot write to {folder}")
+
+
 def write_file(path: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> int:
     """Write `tables`, which have `schema`, in the place of `path`; returns the number of rows.
 

@@ -94,6 +94,8 @@ class SamplingSettings(msgspec.Struct, frozen=True, kw_only=True):
     """What all completions of a file have in common."""
 
     model: str
+    model_fingerprint: str | None = None
+    """Tells the weights of a local folder apart, hex."""
     tokenizer: str | None = None
     chat_template_hash: str | None = None
     """First 16 hex digits of the SHA-256 of the chat template."""
@@ -245,7 +247,6 @@ def reward_column(name: str | None) -> str:
 
 
 _REWARD_NAME = re.compile("[A-Za-z0-9_]+")
-_TAKEN_WORDS = ("reason", "metrics", "error")
 
 
 class _Version(msgspec.Struct):

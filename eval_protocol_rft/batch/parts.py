@@ -9,14 +9,16 @@ file. A row that was appended twice counts once, the later one. One process at a
       part-000000.parquet   sorted rows, complete
       _journal-000001       rows of the part that is being filled
 
-A part is complete before its journal goes; where both are there the journal is superfluous. When
-the job is finished, `_schema` goes before the parts do, so that no half of them is taken for a job.
+A part is complete before the next journal is begun, and that is there before the part's own journal
+goes. Where a part and its journal are both there, rows of the journal count: it may have gone on
+after a part that could not be finished. When the job is finished, `_schema` goes before the parts
+do, so that no half of them is taken for a job.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -27,7 +29,7 @@ import pyarrow as pa
 from eval_protocol_rft.batch.durable import replacing, sync_folder, write_whole
 from eval_protocol_rft.batch.format import FormatError
 from eval_protocol_rft.batch.journal import Journal
-from eval_protocol_rft.batch.merge import Keys, SortedInput, merge_sorted
+from eval_protocol_rft.batch.merge import KEY_COLUMNS, Keys, SortedInput, latest, merge_sorted
 from eval_protocol_rft.batch.parquet import (
     ROW_GROUP_ROWS,
     ROW_GROUP_TOKENS,
@@ -35,8 +37,6 @@ from eval_protocol_rft.batch.parquet import (
     read_row_groups,
     write_tables,
 )
-
-KEY_COLUMNS = ["data_idx", "sample_idx"]
 
 
 class BusyError(RuntimeError):
@@ -69,6 +69,12 @@ def part_paths(folder: Path) -> list[Path]:
     return sorted(folder.glob("part-*.parquet"))
 
 
+def stored_keys(table: pa.Table) -> tuple[Keys, Keys, Keys]:
+    """(data_idx, sample_idx, 1 where it failed) of rows, from these columns and `error`."""
+    data_idx, sample_idx = (np.asarray(table.column(name), np.int64) for name in KEY_COLUMNS)
+    return data_idx, sample_idx, np.asarray(table.column("error").is_valid()).astype(np.int64)
+
+
 class PartStore:
     """Rows on their way to a file.
 
@@ -76,6 +82,7 @@ class PartStore:
         folder: made where it is not.
         schema: of the rows; a job that is there must have the same.
         keys_of: sort keys of a table.
+        anew: clear away a job that is there.
 
     Raises:
         BusyError: another process holds the folder.
@@ -84,13 +91,18 @@ class PartStore:
     """
 
     def __init__(
-        self, folder: Path, schema: pa.Schema, keys_of: Callable[[pa.Table], Keys]
+        self,
+        folder: Path,
+        schema: pa.Schema,
+        keys_of: Callable[[pa.Table], Keys],
+        *,
+        anew: bool = False,
     ) -> None:
         self.folder = folder
         self.schema = schema
         self._keys_of = keys_of
         folder.mkdir(parents=True, exist_ok=True)
-        self._lock = filelock.FileLock(folder / "_lock", timeout=0)
+        self._lock = filelock.FileLock(folder / "_lock", timeout=0, thread_local=False)
         try:
             self._lock.acquire()
         except filelock.Timeout:
@@ -98,7 +110,7 @@ class PartStore:
                 f"{folder}: another process is writing here; wait for it, or stop it"
             ) from None
         try:
-            self._begin()
+            self._begin(anew)
         except BaseException:
             self._lock.release()
             raise
@@ -107,7 +119,8 @@ class PartStore:
         """Store a batch of rows; it is on disk when this returns.
 
         Raises:
-            OSError: the disk is full or failed. What was stored before is safe.
+            OSError: the disk is full or failed. What was stored before is safe. This batch may be
+                stored or not; to append it again does no harm.
         """
         if not batch.num_rows:
             return
@@ -120,18 +133,23 @@ class PartStore:
     def seal(self) -> None:
         """Make a part of what the journal holds."""
         if self._rows:
-            self._write_part(self._journal)
-            self._open_journal()
+            sealed = self._journal
+            self._write_part(self._number, sealed)
+            self._open_journal(self._number + 1)
+            sealed.remove()
 
-    def keys(self) -> Iterator[tuple[Keys, Keys, Keys]]:
+    def stored(self) -> Iterator[tuple[Keys, Keys, Keys]]:
         """(data_idx, sample_idx, 1 where it failed) of all rows, part by part, in order."""
         self.seal()
         for path in part_paths(self.folder):
             for table in read_row_groups(path, columns=[*KEY_COLUMNS, "error"]):
-                failed = table.column("error").is_valid()
-                arrays = (*(table.column(name) for name in KEY_COLUMNS), failed)
-                data_idx, sample_idx, failures = (np.asarray(a).astype(np.int64) for a in arrays)
-                yield data_idx, sample_idx, failures
+                yield stored_keys(table)
+
+    @property
+    def has_parts(self) -> bool:
+        """Whether anything was stored."""
+        self.seal()
+        return bool(part_paths(self.folder))
 
     def merged(self, base: Sequence[SortedInput] = ()) -> Iterator[pa.Table]:
         """All rows, sorted; those of the parts take the place of rows of `base`."""
@@ -157,11 +175,15 @@ class PartStore:
         (self.folder / "_schema").unlink()
         sync_folder(self.folder)
         self._journal.close()
-        shutil.rmtree(self.folder)
+        self._sweep()
+        (self.folder / "_lock").unlink()
+        # Whoever came for the next job just now has a lock of its own there.
+        with contextlib.suppress(OSError):
+            self.folder.rmdir()
         self._lock.release()
 
-    def _begin(self) -> None:
-        known = read_schema(self.folder)
+    def _begin(self, anew: bool) -> None:
+        known = None if anew else read_schema(self.folder)
         if known is None:
             self._sweep()
             write_whole(self.folder / "_schema", self.schema.serialize())
@@ -170,34 +192,31 @@ class PartStore:
             raise FormatError(f"{self.folder}: its rows have other columns than this job's")
         for stray in self.folder.glob(".*.tmp"):
             os.unlink(stray)
-        self._number = max(map(_number, part_paths(self.folder)), default=-1) + 1
         for path in sorted(self.folder.glob("_journal-*")):
-            self._recover(path)
-        self._open_journal()
+            with contextlib.closing(Journal(path, self.schema)) as journal:
+                if journal.batches:
+                    self._write_part(_number(path), journal)
+                journal.remove()
+        self._open_journal(max(map(_number, part_paths(self.folder)), default=-1) + 1)
 
-    def _recover(self, path: Path) -> None:
-        """Make a part of a journal that a crash left, or drop it where its part was complete."""
-        journal = Journal(path, self.schema)
-        if journal.batches and not self._part(_number(path)).exists():
-            self._number = _number(path)
-            self._write_part(journal)
-        else:
+    def _write_part(self, number: int, journal: Journal) -> None:
+        path = self._part(number)
+        tables = [pa.Table.from_batches(journal.batches, self.schema)]
+        if path.exists():
+            tables = [*read_row_groups(path), *tables]
+        table = pa.concat_tables(tables)
+        with replacing(path) as file:
+            write_tables(file, self.schema, [table.take(latest(self._keys_of(table)))])
+
+    def _open_journal(self, number: int) -> None:
+        journal = Journal(self.folder / f"_journal-{number:06d}", self.schema)
+        try:
+            sync_folder(self.folder)
+        except OSError:
             journal.close()
-            os.unlink(path)
-
-    def _write_part(self, journal: Journal) -> None:
-        table = pa.Table.from_batches(journal.batches, self.schema)
-        order = np.argsort(self._keys_of(table), kind="stable")
-        with replacing(self._part(self._number)) as file:
-            write_tables(file, self.schema, [table.take(order)])
-        journal.close()
-        os.unlink(journal.path)
-        self._number += 1
-
-    def _open_journal(self) -> None:
+            raise
+        self._journal, self._number = journal, number
         self._rows = self._tokens = 0
-        self._journal = Journal(self.folder / f"_journal-{self._number:06d}", self.schema)
-        sync_folder(self.folder)
 
     def _part(self, number: int) -> Path:
         return self.folder / f"part-{number:06d}.parquet"
@@ -214,9 +233,10 @@ class PartStore:
                 os.unlink(path)
 
     def _let_go(self) -> None:
-        self._journal.close()
-        if not self._journal.batches:
-            os.unlink(self._journal.path)
+        if self._journal.batches:
+            self._journal.close()
+        else:
+            self._journal.remove()
         self._lock.release()
 
 

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from eval_protocol_rft.cli.generate import generate
 from eval_protocol_rft.cli.serve import serve
 from eval_protocol_rft.cli.show import show
 
@@ -18,7 +19,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (serve, show):
+for command in (generate, serve, show):
     app.command(help=command.__doc__)(command)
 
 

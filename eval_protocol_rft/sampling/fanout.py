@@ -77,8 +77,15 @@ async def sample_group(
     """
 
     async def one(index: int) -> Survivor | Failure:
-        return await _sample_one(
-            sampler, prompt_ids, params, index, seeds[index], slots, retry, on_start
+        return await sample_one(
+            sampler,
+            prompt_ids,
+            params,
+            index=index,
+            seed=seeds[index],
+            slots=slots,
+            retry=retry,
+            on_start=on_start,
         )
 
     tasks = [asyncio.ensure_future(one(index)) for index in range(len(seeds))]
@@ -94,16 +101,18 @@ async def sample_group(
     )
 
 
-async def _sample_one(
+async def sample_one(
     sampler: Sampler,
     prompt_ids: Sequence[int],
     params: SamplingParams,
+    *,
     index: int,
     seed: int | None,
     slots: AbstractAsyncContextManager[object],
     retry: RetryPolicy,
-    on_start: Callable[[], None],
+    on_start: Callable[[], None] = lambda: None,
 ) -> Survivor | Failure:
+    """Sample the completion at `index`; as `sample_group` otherwise."""
     attempt = 0
     began = 0.0
     while True:

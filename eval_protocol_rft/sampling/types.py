@@ -25,8 +25,11 @@ FAILURE_KINDS = (
     "timeout",  # no whole reply within the time allowed
     "contract",  # a reply arrived and is not exact token data
     "internal",  # the in-process sampler failed
+    "prompt",  # the prompt could not be rendered exactly, so nothing was asked
 )
-FailureKind = Literal["refused", "unavailable", "connection", "timeout", "contract", "internal"]
+FailureKind = Literal[
+    "refused", "unavailable", "connection", "timeout", "contract", "internal", "prompt"
+]
 
 TOKEN_ID_LIMIT = 2**31
 """Token ids are 32-bit integers to every consumer; vocabularies end far below."""

@@ -1,0 +1,257 @@
+"""A data set of prompts: the same rows in every format, stable numbers, shuffle, filter, limit."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from eval_protocol_rft.batch.source import Source, SourceError, open_source
+
+ROWS: list[dict[str, Any]] = [
+    {"prompt": f"What is {i} plus {i}?", "answer": str(2 * i), "level": i % 5} for i in range(1300)
+]
+
+
+def write_jsonl(folder: Path, rows: list[dict[str, Any]]) -> Path:
+    path = folder / "problems.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def write_json(folder: Path, rows: list[dict[str, Any]]) -> Path:
+    path = folder / "problems.json"
+    path.write_text(json.dumps(rows, indent=2), encoding="utf-8")
+    return path
+
+
+def write_csv(folder: Path, rows: list[dict[str, Any]]) -> Path:
+    path = folder / "problems.csv"
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def write_parquet(folder: Path, rows: list[dict[str, Any]]) -> Path:
+    path = folder / "problems.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=400)
+    return path
+
+
+def write_parquet_folder(folder: Path, rows: list[dict[str, Any]]) -> Path:
+    path = folder / "problems"
+    path.mkdir()
+    for part, first in enumerate(range(0, len(rows), 600)):
+        table = pa.Table.from_pylist(rows[first : first + 600])
+        pq.write_table(table, path / f"part-{part}.parquet")
+    return path
+
+
+def write_saved(folder: Path, rows: list[dict[str, Any]]) -> Path:
+    datasets = pytest.importorskip("datasets")
+    path = folder / "problems"
+    datasets.disable_progress_bars()
+    datasets.Dataset.from_list(rows).save_to_disk(path, num_shards=min(2, len(rows)))
+    return path
+
+
+Write = Callable[[Path, list[dict[str, Any]]], Path]
+TYPED = [write_jsonl, write_json, write_parquet, write_parquet_folder, write_saved]
+ALL = [*TYPED, write_csv]
+
+
+def texts(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
+    return [{name: str(value) for name, value in row.items()} for row in rows]
+
+
+def numbers(source: Source, **options: Any) -> list[int]:
+    return [row.data_idx for row in source.rows(**options)]
+
+
+@pytest.mark.parametrize("write", ALL)
+def test_every_format_gives_the_same_rows_each_time(write: Write, tmp_path: Path):
+    source = open_source(write(tmp_path, ROWS))
+    expected = texts(ROWS) if write is write_csv else ROWS
+    assert (source.name, source.num_rows) == ("problems", 1300)
+    assert [column.name for column in source.columns] == ["prompt", "answer", "level"]
+    for _ in range(2):
+        rows = list(source.rows())
+        assert [row.data_idx for row in rows] == list(range(1300))
+        assert [row.values for row in rows] == expected
+
+
+@pytest.mark.parametrize("write", ALL)
+def test_a_shuffle_has_numpys_order_and_rows_keep_their_numbers(write: Write, tmp_path: Path):
+    source = open_source(write(tmp_path, ROWS))
+    expected = texts(ROWS) if write is write_csv else ROWS
+    rows = list(source.rows(shuffle_seed=7))
+    assert [row.data_idx for row in rows] == list(np.random.default_rng(7).permutation(1300))
+    assert all(row.values == expected[row.data_idx] for row in rows)
+
+
+@pytest.mark.parametrize("write", TYPED)
+def test_values_have_the_types_that_are_announced(write: Write, tmp_path: Path):
+    source = open_source(write(tmp_path, ROWS))
+    assert [column.type for column in source.columns] == [pa.string(), pa.string(), pa.int64()]
+    assert not any(column.is_json for column in source.columns)
+
+
+@pytest.mark.parametrize(
+    ("write", "first", "last"),
+    [
+        (write_jsonl, "problems.jsonl:1", "problems.jsonl:1300"),
+        (write_json, "problems.json, row 0", "problems.json, row 1299"),
+        (write_csv, "problems.csv:2", "problems.csv:1301"),
+        (write_parquet, "problems.parquet, row 0", "problems.parquet, row 1299"),
+        (
+            write_parquet_folder,
+            "problems/part-0.parquet, row 0",
+            "problems/part-2.parquet, row 99",
+        ),
+        (
+            write_saved,
+            "problems/data-00000-of-00002.arrow, row 0",
+            "problems/data-00001-of-00002.arrow, row 649",
+        ),
+    ],
+)
+def test_a_row_knows_its_place_in_order_and_shuffled(
+    write: Write, first: str, last: str, tmp_path: Path
+):
+    source = open_source(write(tmp_path, ROWS))
+    in_order = {row.data_idx: row.where for row in source.rows()}
+    assert (in_order[0], in_order[1299]) == (first, last)
+    assert {row.data_idx: row.where for row in source.rows(shuffle_seed=1)} == in_order
+
+
+@pytest.mark.parametrize("write", [write_jsonl, write_parquet])
+def test_filter_then_shuffle_then_limit(write: Write, tmp_path: Path):
+    source = open_source(write(tmp_path, ROWS))
+    where = "level >= 3 and answer.endswith('6')"
+    wanted = {i for i, row in enumerate(ROWS) if row["level"] >= 3 and row["answer"][-1] == "6"}
+    assert numbers(source, where=where) == sorted(wanted)
+    assert numbers(source, where=where, limit=5) == sorted(wanted)[:5]
+    shuffled = [i for i in numbers(source, shuffle_seed=3) if i in wanted]
+    assert numbers(source, where=where, shuffle_seed=3) == shuffled
+    assert numbers(source, where=where, shuffle_seed=3, limit=5) == shuffled[:5]
+
+
+def test_a_limit_beyond_the_rows_gives_all_and_a_limit_of_0_none(tmp_path: Path):
+    source = open_source(write_jsonl(tmp_path, ROWS[:3]))
+    assert numbers(source, limit=10) == [0, 1, 2]
+    assert numbers(source, limit=0) == []
+
+
+@pytest.mark.parametrize("option", ["limit", "shuffle_seed"])
+def test_negative_options_are_refused_at_once(option: str, tmp_path: Path):
+    source = open_source(write_jsonl(tmp_path, ROWS[:3]))
+    with pytest.raises(SourceError, match="-1: it must be 0 or more"):
+        source.rows(**{option: -1})
+
+
+@given(size=st.integers(1, 60), seed=st.integers(0, 2**64), limit=st.integers(0, 70))
+def test_a_limited_shuffle_is_the_start_of_a_whole_one(
+    size: int, seed: int, limit: int, tmp_path_factory: pytest.TempPathFactory
+):
+    source = open_source(write_jsonl(tmp_path_factory.mktemp("rows"), ROWS[:size]))
+    whole = numbers(source, shuffle_seed=seed)
+    assert sorted(whole) == list(range(size))
+    assert numbers(source, shuffle_seed=seed, limit=limit) == whole[:limit]
+
+
+def test_a_wrong_filter_is_refused_before_a_row_is_read(tmp_path: Path):
+    source = open_source(write_jsonl(tmp_path, ROWS[:3]))
+    with pytest.raises(SourceError, match="no column levle; the columns are 'prompt', 'answer'"):
+        source.rows(where="levle > 3")
+
+
+def test_a_filter_that_fails_on_a_row_names_the_row(tmp_path: Path):
+    source = open_source(write_jsonl(tmp_path, [{"level": 1}, {"level": None}]))
+    with pytest.raises(SourceError, match=r"^problems.jsonl:2: where 'level > 0' fails: .* null"):
+        list(source.rows(where="level > 0"))
+
+
+@pytest.mark.parametrize("write", [write_jsonl, write_json, write_csv, write_parquet])
+def test_the_fingerprint_is_of_the_content_not_of_the_name(write: Write, tmp_path: Path):
+    path = write(tmp_path, ROWS[:5])
+    before = open_source(path).fingerprint
+    assert before == hashlib.sha256(path.read_bytes()).hexdigest()
+    renamed = path.rename(path.with_stem("other"))
+    assert open_source(renamed).fingerprint == before
+    write(tmp_path, ROWS[:4])
+    assert open_source(path).fingerprint != before
+
+
+@pytest.mark.parametrize("write", [write_parquet_folder, write_saved])
+def test_a_folders_fingerprint_follows_from_its_files_in_order(write: Write, tmp_path: Path):
+    path = write(tmp_path, ROWS)
+    digests = [
+        hashlib.sha256(file.read_bytes()).digest()
+        for file in sorted(path.iterdir())
+        if file.suffix != ".json"
+    ]
+    assert len(digests) > 1
+    assert open_source(path).fingerprint == hashlib.sha256(b"".join(digests)).hexdigest()
+
+
+def test_a_folder_of_one_file_has_the_fingerprint_of_the_file(tmp_path: Path):
+    path = write_parquet(tmp_path, ROWS)
+    assert open_source(tmp_path).fingerprint == open_source(path).fingerprint
+
+
+@pytest.mark.parametrize("write", ALL)
+def test_a_data_set_that_was_written_to_after_it_was_opened_is_refused(
+    write: Write, tmp_path: Path
+):
+    path = write(tmp_path, ROWS[:10])
+    source = open_source(path)
+    file = max(path.iterdir(), key=lambda file: file.suffix != ".json") if path.is_dir() else path
+    os.utime(file, ns=(0, 0))
+    with pytest.raises(SourceError, match="has changed since it was opened"):
+        source.rows()
+
+
+def test_the_current_folder_has_its_own_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(write_parquet_folder(tmp_path, ROWS))
+    assert open_source(".").name == "problems"
+
+
+@pytest.mark.parametrize("name", ["problems.txt", "problems", "problems.jsonl.gz"])
+def test_an_unknown_format_is_answered_with_those_that_are_known(name: str, tmp_path: Path):
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(SourceError, match=r"\.parquet, \.jsonl, \.ndjson, \.json, \.csv, a folder"):
+        open_source(tmp_path / name)
+
+
+def test_a_missing_file_is_named(tmp_path: Path):
+    with pytest.raises(SourceError, match=r"nothing\.jsonl: no such file"):
+        open_source(tmp_path / "nothing.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("a.jsonl", ""), ("a.jsonl", "\n \n"), ("a.json", "[]"), ("a.csv", "prompt\n")],
+)
+def test_a_data_set_without_rows_is_refused(name: str, content: str, tmp_path: Path):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(SourceError, match=r"a\.\w+: no rows"):
+        open_source(tmp_path / name)
+
+
+def test_a_parquet_file_without_rows_is_refused(tmp_path: Path):
+    pq.write_table(pa.table({"prompt": pa.array([], pa.string())}), tmp_path / "a.parquet")
+    with pytest.raises(SourceError, match=r"a\.parquet: no rows"):
+        open_source(tmp_path / "a.parquet")
