@@ -3,10 +3,11 @@
 import asyncio
 import copy
 import json
+from fractions import Fraction
 
 import numpy as np
 import pytest
-from eval_protocol.models import EvaluationRow, MetricResult
+from eval_protocol.models import EvaluateResult, EvaluationRow, MetricResult
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -164,8 +165,17 @@ ANSWERS_WITHOUT_A_SCORE = {
     "no number": (lambda row: give(row, None), "the score is None"),
     "marked invalid": (lambda row: give(row, 1.0, is_score_valid=False), "marked the score"),
     "its error": (lambda row: give(row, 1.0, is_score_valid=False, error="gone"), "gone"),
+    "too large": (lambda row: give(row, 10**400), "an integer too large for a float"),
     "nothing": (lambda row: None, "returned NoneType, not an EvaluationRow"),
-    "a number": (lambda row: 1.0, "returned float, not an EvaluationRow"),
+    "bare text": (lambda row: "1.0", "returned str, not an EvaluationRow"),
+    "a list": (lambda row: [row], "returned list, not an EvaluationRow"),
+    "a complex number": (lambda row: 1j, "returned complex, not an EvaluationRow"),
+    "bare NaN": (lambda row: float("nan"), "the score is nan, not a finite number"),
+    "bare and too large": (lambda row: 10**400, "an integer too large for a float"),
+    "an invalid result": (
+        lambda row: EvaluateResult(score=1.0, is_score_valid=False),
+        "marked the score",
+    ),
     "raises": (raises, "ZeroDivisionError: no luck"),
     "asserts": (lambda row: pytest.fail("wrong"), "Failed: wrong"),
     "skips": (lambda row: pytest.skip("no judge"), "Skipped: no judge"),
@@ -202,6 +212,44 @@ def test_a_numpy_score_is_a_score():
     row = evaluator(answered("x"))
     assert rewards(row) == [0.5]
     assert type(rewards(row)[0]) is float
+
+
+@pytest.mark.parametrize(
+    ("answer", "score"),
+    [
+        (0.25, 0.25),
+        (1, 1.0),
+        (True, 1.0),
+        (False, 0.0),
+        (np.float32(0.25), 0.25),
+        (np.int64(3), 3.0),
+        (np.bool_(True), 1.0),
+        (Fraction(1, 4), 0.25),
+    ],
+)
+def test_a_number_is_a_score_without_reason_or_metrics(answer, score):
+    @score_each_completion
+    def evaluator(row: EvaluationRow) -> float:
+        return answer
+
+    row = evaluator(answered("x"))
+    assert rewards(row) == [score]
+    assert type(rewards(row)[0]) is float
+    assert results(row) == [{"score": score, "reason": None, "metrics": {}, "error": None}]
+
+
+def test_a_bare_evaluate_result_says_as_much_as_one_on_the_row():
+    fields = {"reason": "close", "metrics": {"m": MetricResult(score=1, reason="r")}}
+
+    @score_each_completion
+    def bare(row: EvaluationRow) -> EvaluateResult:
+        return EvaluateResult(score=0.5, **fields)
+
+    @score_each_completion
+    def on_row(row: EvaluationRow) -> EvaluationRow:
+        return give(row, 0.5, **fields)
+
+    assert results(bare(answered("x"))) == results(on_row(answered("x")))
 
 
 def test_a_row_whose_completions_all_lack_a_score_is_invalid_and_not_a_zero_for_a_trainer():

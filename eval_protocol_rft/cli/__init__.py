@@ -4,12 +4,15 @@ that `--help` costs nothing, and turns that work's errors into one line and exit
 
 from __future__ import annotations
 
+import os
+import warnings
 from importlib import metadata
 from typing import Annotated
 
 import typer
 
 from eval_protocol_rft.cli.generate import generate
+from eval_protocol_rft.cli.score import score
 from eval_protocol_rft.cli.serve import serve
 from eval_protocol_rft.cli.show import show
 
@@ -19,7 +22,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (generate, serve, show):
+for command in (generate, score, serve, show):
     app.command(help=command.__doc__)(command)
 
 
@@ -39,3 +42,8 @@ def main(
     ] = False,
 ) -> None:
     """Token-exact reinforcement learning data from Eval Protocol evaluators."""
+    # Eval Protocol imports litellm, which would look for a newer price list on the network.
+    os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
+    # Of libraries, and nothing that who runs a command could do about.
+    warnings.simplefilter("ignore", DeprecationWarning)
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::DeprecationWarning")

@@ -131,7 +131,28 @@ def _job(
     kwargs: Mapping[str, Any] | None,
     options: Mapping[str, Any],
 ) -> _Job:
-    function = Evaluator.of(getattr(evaluator, "_origin_func", evaluator))
+    function = inner_evaluator(evaluator)
+    mode = mode_of(evaluator, function, mode)
+    base = getattr(function.function, OPTIONS_ATTRIBUTE, ScoringOptions())
+    chosen = {name: value for name, value in options.items() if value is not None}
+    return _Job(
+        scorer=Scorer(function, replace(base, **chosen)),
+        mode=mode,
+        kwargs=own_kwargs(evaluator) if kwargs is None else kwargs,
+    )
+
+
+def inner_evaluator(evaluator: Callable[..., Any]) -> Evaluator:
+    """The function that judges: what `@evaluation_test` was put on, or `evaluator` itself."""
+    return Evaluator.of(getattr(evaluator, "_origin_func", evaluator))
+
+
+def mode_of(evaluator: Callable[..., Any], function: Evaluator, mode: Mode | None = None) -> Mode:
+    """`mode`, or the one `@evaluation_test` brings, or what the parameter alone can mean.
+
+    Raises:
+        EvaluatorError: none of them says, or the mode does not fit the parameter.
+    """
     if mode is None:
         mode = getattr(evaluator, "_metainfo", {}).get("mode")
     if mode is None:
@@ -140,17 +161,15 @@ def _job(
         mode = "pointwise"
     if (mode == "pointwise") != (function.parameter == "row"):
         raise EvaluatorError(f"mode {mode!r} does not fit an evaluator of `{function.parameter}`")
-    base = getattr(function.function, OPTIONS_ATTRIBUTE, ScoringOptions())
-    chosen = {name: value for name, value in options.items() if value is not None}
-    return _Job(
-        scorer=Scorer(function, replace(base, **chosen)),
-        mode=mode,
-        kwargs=_own_kwargs(evaluator) if kwargs is None else kwargs,
-    )
+    return mode
 
 
-def _own_kwargs(evaluator: Callable[..., Any]) -> Mapping[str, Any]:
-    """The keyword arguments that `@evaluation_test` gives the evaluator, where there is one set."""
+def own_kwargs(evaluator: Callable[..., Any]) -> Mapping[str, Any]:
+    """The keyword arguments that `@evaluation_test` gives the evaluator.
+
+    Raises:
+        EvaluatorError: it gives several sets of them.
+    """
     sets = getattr(getattr(evaluator, "__ep_params__", None), "evaluation_test_kwargs", None) or []
     if len(sets) > 1:
         raise EvaluatorError(

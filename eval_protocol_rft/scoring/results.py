@@ -27,6 +27,9 @@ def unscored(error: str) -> CompletionResult:
 def read_result(returned: Any) -> CompletionResult:
     """The result of one completion, from what the evaluator returned for its view.
 
+    That is the view with an `evaluation_result`, a bare `EvaluateResult`, or a number, which is
+    the score (True is 1.0; numpy's numbers too). Nothing else is read as a score.
+
     Score, reason and metrics are kept, metrics as plain JSON: numpy values become Python ones,
     NaN and infinities null, and a metric that is no JSON at all is left out and named in `error`.
     `step_outputs`, `trajectory_info`, `final_control_plane_info` and other changes to the view
@@ -34,14 +37,22 @@ def read_result(returned: Any) -> CompletionResult:
     """
     if isinstance(returned, CallFailed):
         return unscored(returned.text)
-    if not isinstance(returned, EvaluationRow):
-        return unscored(f"the evaluator returned {type(returned).__name__}, not an EvaluationRow")
+    if isinstance(returned, Real | np.bool_):
+        problem = _score_problem(returned, True)
+        return unscored(problem) if problem else CompletionResult(score=float(returned))
     # Pydantic does not check assignments, so these fields can hold anything.
-    result: Any = returned.evaluation_result
-    if result is None:
-        return unscored("the evaluator returned no evaluation_result")
-    if not isinstance(result, EvaluateResult):
-        return unscored(f"evaluation_result is {type(result).__name__}, not an EvaluateResult")
+    result: Any = returned
+    if isinstance(returned, EvaluationRow):
+        result = returned.evaluation_result
+        if result is None:
+            return unscored("the evaluator returned no evaluation_result")
+        if not isinstance(result, EvaluateResult):
+            return unscored(f"evaluation_result is {type(result).__name__}, not an EvaluateResult")
+    elif not isinstance(result, EvaluateResult):
+        return unscored(
+            f"the evaluator returned {type(returned).__name__}, not an EvaluationRow, an "
+            "EvaluateResult or a number"
+        )
     problem = _score_problem(result.score, result.is_score_valid)
     metrics, dropped = _plain_metrics(result.metrics)
     said = None if result.error is None else f"the evaluator reported: {result.error}"
@@ -57,11 +68,14 @@ def read_result(returned: Any) -> CompletionResult:
 def _score_problem(score: Any, is_valid: Any) -> str | None:
     if not is_valid:
         return "the evaluator marked the score as invalid"
-    if not isinstance(score, Real):
+    if not isinstance(score, Real | np.bool_):
         return f"the score is {score!r}, not a number"
-    if not math.isfinite(score):
-        return f"the score is {score}, not a finite number"
-    return None
+    try:
+        finite = math.isfinite(score)
+    except OverflowError:
+        # An integer beyond the largest float; str() refuses the longest of them.
+        return "the score is an integer too large for a float"
+    return None if finite else f"the score is {score}, not a finite number"
 
 
 def _plain_metrics(metrics: Mapping[str, Any] | None) -> tuple[dict[str, Any], list[str]]:

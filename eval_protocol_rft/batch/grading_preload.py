@@ -1,0 +1,14 @@
+"""Imported in the fork server, and so at once in every worker forked from it: what all need.
+
+The environment is set first, because importing Eval Protocol reads it. The user's module is not
+here: one that starts threads or opens a device when imported must do so after the fork.
+"""
+
+import os
+
+os.environ.setdefault("EP_NO_UPLOAD", "1")
+os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
+
+import eval_protocol.pytest  # noqa: F401
+
+import eval_protocol_rft.batch.grading_call  # noqa: F401

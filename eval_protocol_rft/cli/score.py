@@ -1,0 +1,112 @@
+"""`ep-rft score`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from eval_protocol_rft.cli.failing import fail
+
+if TYPE_CHECKING:
+    from eval_protocol_rft.batch.score import ScoreSummary
+
+_SHOWN_REASONS = 5
+
+
+def score(
+    rollouts: Annotated[Path, typer.Argument(help="A file that `ep-rft generate` wrote.")],
+    evaluator: Annotated[
+        str,
+        typer.Option(
+            "-e",
+            "--evaluator",
+            help="tests/test_x.py::test_x (an evaluation test or a plain function of `row`), or "
+            "package.module:function.",
+        ),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", help="A new file.", show_default="ROLLOUTS is replaced"),
+    ] = None,
+    name: Annotated[
+        str | None,
+        typer.Option(help="Column reward_NAME, beside other rewards.", show_default="reward"),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes, for a sync evaluator.", show_default="processors"),
+    ] = None,
+    timeout: Annotated[
+        float,
+        typer.Option(min=0.0, help="Seconds for one completion; 0: any time."),
+    ] = 60.0,
+    concurrency: Annotated[
+        int, typer.Option(min=1, help="Calls in flight, for an async evaluator.")
+    ] = 96,
+    retry_unscored: Annotated[
+        bool, typer.Option("--retry-unscored", help="Grade again what got no reward.")
+    ] = False,
+    overwrite: Annotated[
+        bool,
+        typer.Option("--overwrite", help="Replace another evaluator's rewards, or the output."),
+    ] = False,
+    no_adapter: Annotated[
+        bool,
+        typer.Option(
+            "--no-adapter", help="Do not use the evaluation test's dataset_adapter on the columns."
+        ),
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+) -> None:
+    """Grade every completion of a file with your own evaluator.
+
+    A grader that hangs, raises or dies costs its completion, which is then unscored, not 0. Stop it
+    in any way: the same command goes on with what is not graded yet.
+
+    \b
+    Examples:
+      ep-rft score rollouts.parquet -e tests/test_math.py::test_math
+      ep-rft score rollouts.parquet -e my_package.rewards:short_answer --name short
+      ep-rft score rollouts.parquet -e judge.py::judge --concurrency 16 -o judged.parquet
+    """
+    from eval_protocol_rft.batch.grading import GradingError
+    from eval_protocol_rft.batch.parts import BusyError
+    from eval_protocol_rft.batch.score import score as run
+    from eval_protocol_rft.scoring.evaluator import EvaluatorError
+
+    try:
+        summary = run(
+            rollouts,
+            evaluator,
+            output=output,
+            name=name,
+            workers=workers,
+            timeout=timeout or None,
+            max_concurrency=concurrency,
+            retry_unscored=retry_unscored,
+            overwrite=overwrite,
+            adapt=not no_adapter,
+            progress=not quiet,
+        )
+    except (ValueError, EvaluatorError, GradingError, BusyError, OSError) as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        typer.echo("ep-rft: stopped. The same command goes on with what is not graded", err=True)
+        raise typer.Exit(130) from None
+    _show(summary)
+
+
+def _show(summary: ScoreSummary) -> None:
+    mean = "" if summary.mean is None else f", mean {summary.mean:.4f}"
+    typer.echo(
+        f"{summary.output}: {summary.scored} completions have {summary.column}{mean} "
+        f"({summary.graded} graded by this run)"
+    )
+    if summary.failed:
+        typer.echo(f"{summary.failed} could not be sampled, so there is nothing to grade")
+    if summary.unscored:
+        typer.echo(f"{summary.unscored.total()} unscored:", err=True)
+        for reason, count in summary.unscored.most_common(_SHOWN_REASONS):
+            typer.echo(f"  {count} x {reason}", err=True)

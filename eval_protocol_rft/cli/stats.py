@@ -1,0 +1,51 @@
+"""`ep-rft stats`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from eval_protocol_rft.cli.failing import fail
+
+
+def stats(
+    file: Annotated[Path, typer.Argument(help="Rollout file, or that of an unfinished job.")],
+    reward: Annotated[
+        str | None, typer.Option(help="Name of a further reward.", show_default="the main one")
+    ] = None,
+    pass_threshold: Annotated[
+        float, typer.Option(help="Reward from which on a completion counts as passed.")
+    ] = 1.0,
+    limit_groups: Annotated[
+        int, typer.Option(min=0, help="Prompts to list, the hardest ones.")
+    ] = 20,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print JSON instead, with all prompts.")
+    ] = False,
+) -> None:
+    """Sum up a rollout file: rewards, pass@k, lengths, failures, the hardest prompts.
+
+    \b
+    Examples:
+      ep-rft stats rollouts.parquet
+      ep-rft stats rollouts.parquet --reward style --pass-threshold 0.5
+      ep-rft stats rollouts.parquet --json | jq '.pass_at_k'
+    """
+    import msgspec
+
+    from eval_protocol_rft.batch.stats import rollout_stats
+
+    try:
+        found = rollout_stats(file, reward=reward, pass_threshold=pass_threshold)
+    except (ValueError, OSError) as error:
+        fail(str(error))
+    if json:
+        typer.echo(msgspec.json.format(msgspec.json.encode(found), indent=2))
+        return
+    from rich.console import Console
+
+    from eval_protocol_rft.report.stats_table import stats_table
+
+    Console().print(stats_table(found, limit_groups=limit_groups))

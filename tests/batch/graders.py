@@ -1,0 +1,155 @@
+"""Evaluators for the grading tests: what they do is told by the completion they are given."""
+
+import asyncio
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from eval_protocol.models import EvaluateResult, EvaluationRow
+from eval_protocol.pytest import evaluation_test
+
+from eval_protocol_rft.scoring import score_each_completion
+from tests.scored_rows import Canned, asked, give, said
+
+calls = 0
+waiting = 0
+most_waiting = 0
+cancelled: list[str] = []
+
+
+def loop_forever() -> None:
+    while True:
+        pass
+
+
+def leave_a_child_and_hang(file: str) -> None:
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    Path(file).write_text(str(child.pid))
+    child.wait()
+
+
+MISDEEDS = {
+    "loop": loop_forever,
+    "sleep": lambda: time.sleep(600),
+    "hang in C": lambda: ctypes.PyDLL(None).sleep(600),  # holds the interpreter lock
+    "ignore signals": lambda: (signal.signal(signal.SIGTERM, signal.SIG_IGN), time.sleep(600)),
+    "exit 0": lambda: os._exit(0),
+    "exit 3": lambda: os._exit(3),
+    "crash": lambda: ctypes.string_at(0),
+    "be killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "sys.exit": lambda: sys.exit(7),
+    "interrupt": lambda: (_ for _ in ()).throw(KeyboardInterrupt),
+    "raise": lambda: {}["nothing"],
+    "pytest.exit": lambda: pytest.exit("no judge, no use"),
+}
+
+
+def length(row: EvaluationRow) -> float:
+    """The number of characters, unless the completion is a misdeed."""
+    MISDEEDS.get(said(row), lambda: None)()
+    return float(len(said(row)))
+
+
+def as_row(row: EvaluationRow) -> EvaluationRow:
+    return give(row, float(len(said(row))), reason="counted")
+
+
+def as_result(row: EvaluationRow) -> EvaluateResult:
+    return EvaluateResult(score=float(len(said(row))), reason="counted")
+
+
+def as_nothing(row: EvaluationRow) -> None:
+    return None
+
+
+def process_id(row: EvaluationRow) -> int:
+    if said(row) == "hang":
+        Path("hanging").write_text(str(os.getpid()))
+        time.sleep(600)
+    return os.getpid()
+
+
+def count_calls(row: EvaluationRow) -> int:
+    global calls
+    calls += 1
+    return calls
+
+
+def child_and_hang(row: EvaluationRow) -> float:
+    leave_a_child_and_hang(said(row))
+    return 1.0
+
+
+def surroundings(row: EvaluationRow) -> float:
+    return float(Path("answer.txt").read_text() == os.environ["GRADING_TEST_ANSWER"] == said(row))
+
+
+def rank(rows: list[EvaluationRow]) -> list[EvaluationRow]:
+    """Places by length, the longest first; returned in the order of the places."""
+    by_length = sorted(rows, key=lambda row: -len(said(row)))
+    return [give(row, float(place)) for place, row in enumerate(by_length)]
+
+
+def rank_badly(rows: list[EvaluationRow]) -> list[EvaluationRow]:
+    """Forgets the first, doubles the second."""
+    return [give(row, 1.0) for row in (rows[1], *rows[1:])]
+
+
+def under_test(mode: str, **options):
+    return evaluation_test(
+        input_rows=[[asked()]],
+        completion_params=[{"model": "m"}],
+        rollout_processor=Canned({}),
+        mode=mode,
+        **options,
+    )
+
+
+test_rank = under_test("groupwise")(rank)
+test_rank_badly = under_test("groupwise")(rank_badly)
+test_all = under_test("all")(rank)
+test_decorated = under_test("pointwise")(score_each_completion(as_row))
+
+
+@under_test("pointwise", evaluation_test_kwargs=[{"factor": 10}])
+def test_scaled(row: EvaluationRow, factor: int) -> EvaluationRow:
+    return give(row, float(factor * len(said(row))))
+
+
+async def length_async(row: EvaluationRow) -> float:
+    text = said(row)
+    if text == "hang":
+        try:
+            await asyncio.sleep(600)
+        except asyncio.CancelledError:
+            cancelled.append(row.messages[0].content)
+            raise
+    if text == "time out by itself":
+        raise TimeoutError("the judge is slow")
+    if text == "be cancelled":
+        raise asyncio.CancelledError
+    MISDEEDS.get(text, lambda: None)()
+    return float(len(text))
+
+
+async def most_at_once(row: EvaluationRow) -> int:
+    """How many calls have been in flight together, at most, so far."""
+    global waiting, most_waiting
+    waiting += 1
+    most_waiting = max(most_waiting, waiting)
+    await asyncio.sleep(0.02)
+    waiting -= 1
+    return most_waiting
+
+
+async def rank_async(rows: list[EvaluationRow]) -> list[EvaluationRow]:
+    await asyncio.sleep(0)
+    return rank(rows)
+
+
+test_rank_async = under_test("groupwise")(rank_async)

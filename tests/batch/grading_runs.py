@@ -1,0 +1,79 @@
+"""Items as the grading tests give them, and their outcomes by key."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from eval_protocol.models import EvaluationRow, Message
+
+from eval_protocol_rft.batch.evaluators import LoadedEvaluator, load_evaluator
+from eval_protocol_rft.batch.grading import Graded, GradingItem, grade
+
+GRADERS = Path(__file__).with_name("graders.py")
+
+
+def grader(name: str) -> LoadedEvaluator:
+    return load_evaluator(f"{GRADERS}::{name}")
+
+
+def view(text: str, *, question: str = "?", index: int = 0) -> bytes:
+    row = EvaluationRow(
+        messages=[
+            Message(role="user", content=question),
+            Message(role="assistant", content=text),
+        ]
+    )
+    row.execution_metadata.rollout_id = "r1"
+    row.execution_metadata.extra = {"completion_index": index}
+    return row.model_dump_json().encode()
+
+
+def one_each(texts: Iterable[str]) -> list[GradingItem]:
+    """An item per text, the text as its key."""
+    return [GradingItem(text, (view(text),)) for text in texts]
+
+
+def group(key: Any, texts: Sequence[str]) -> GradingItem:
+    return GradingItem(key, tuple(view(text, index=i) for i, text in enumerate(texts)))
+
+
+def outcomes(name: str, items: Iterable[GradingItem], **options: Any) -> dict[Any, Graded]:
+    """What became of each item; none may come twice."""
+    done = list(grade(items, grader(name), **options))
+    by_key = {graded.key: graded for graded in done}
+    assert len(by_key) == len(done)
+    return by_key
+
+
+def scores(graded: Graded) -> list[float | None]:
+    return [result.score for result in graded.results]
+
+
+def errors(graded: Graded) -> list[str | None]:
+    return [result.error for result in graded.results]
+
+
+def is_gone(pid: int, *, within: float = 5.0) -> bool:
+    """Whether a process ends in this many seconds."""
+    deadline = time.monotonic() + within
+    while time.monotonic() < deadline:
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return True
+        if _is_zombie(pid):
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def _is_zombie(pid: int) -> bool:
+    """An orphan that nobody has waited for yet, which is over all the same."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return False
