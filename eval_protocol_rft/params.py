@@ -34,8 +34,8 @@ DROPPED_KEYS = frozenset(
         "output_cost_per_token", "api_version", "api_type", "provider", "allowed_openai_params",
         # recipes' own
         "max_seq_len", "timeout_diagnostic_context", "sampling_context", "r3_ttl_seconds",
-        # how the reply travels is ours to choose
-        "stream", "stream_options",
+        # we read streams our own way
+        "stream_options",
         # they steer a chat endpoint's parser; here the row's tools are in the prompt
         "tool_choice", "parallel_tool_calls",
     }
@@ -118,6 +118,9 @@ def parse_completion_params(
             f"completion_params['chat_template_kwargs'] must be a dict, got {template_kwargs!r}"
         )
     seed = keys.integer("seed")
+    stream = keys.take("stream")
+    if stream is not None and not isinstance(stream, bool):
+        raise ParamsError(f"completion_params['stream'] must be true or false, got {stream!r}")
     local = model.startswith(LOCAL_PREFIX)
     params = SamplingParams(
         model=model.removeprefix("fireworks_ai/"),
@@ -127,6 +130,7 @@ def parse_completion_params(
         top_k=_default(keys.integer("top_k", at_least=-1), 0),
         stop=_stop(keys.take("stop")),
         logprobs_mode=_logprobs_mode(keys.take("logprobs_mode")),
+        stream=stream,
         timeout=next((value for value in timeouts if value is not None), DEFAULT_TIMEOUT),
         extra=keys.rest(),
     )

@@ -134,7 +134,7 @@ async def test_unknown_keys_travel_and_those_of_other_clients_do_not(server, pro
         "max_seq_len": 4096,
         "num_retries": 3,
         "litellm_call_id": "x",
-        "stream": True,
+        "stream_options": {"include_usage": True},
         "drop_params": True,
         "system_prompt": None,
     }

@@ -288,9 +288,11 @@ async def test_the_processors_logprobs_equal_a_teacher_forced_forward(
         np.testing.assert_allclose(raw, forced, atol=1e-5, rtol=0)
 
 
-async def test_one_seed_gives_one_record_over_http_and_in_this_process(url):
+@pytest.mark.parametrize("stream", [False, True])
+async def test_one_seed_gives_one_record_over_http_and_in_this_process(url, stream):
     settings = {"n": 4, "seed": 9, "max_tokens": MAX_TOKENS}
-    served = await rolled_out({"model": MODEL, "base_url": url, **settings}, QUESTIONS[1])
+    target = {"model": MODEL, "base_url": url, "stream": stream}
+    served = await rolled_out({**target, **settings}, QUESTIONS[1])
     local = await rolled_out({**LOCAL, **settings}, QUESTIONS[1])
     assert served.completion_ids == local.completion_ids
     assert served.completions_text == local.completions_text

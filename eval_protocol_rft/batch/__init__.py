@@ -1,1 +1,65 @@
-"""Rollouts in bulk: generate once, score many times, filter, and look at them."""
+"""Rollouts in bulk: generate once, score many times, filter, and look at them.
+
+    from eval_protocol_rft import batch
+
+    batch.generate("problems.jsonl", "rollouts.parquet", {"model": "local/arithmetic", "n": 8})
+    batch.score("rollouts.parquet", "tests/test_math.py::test_math")
+
+Names load on first use. In a notebook, where an event loop is running, `await batch.agenerate(...)`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from eval_protocol_rft.batch.convert import convert
+    from eval_protocol_rft.batch.dataset import RolloutDataset
+    from eval_protocol_rft.batch.datums import write_datums
+    from eval_protocol_rft.batch.files import write_rows
+    from eval_protocol_rft.batch.filters import filter_rollouts
+    from eval_protocol_rft.batch.generate import agenerate, generate
+    from eval_protocol_rft.batch.rows import CompletionRow, Score
+    from eval_protocol_rft.batch.score import score
+    from eval_protocol_rft.batch.stats import rollout_stats
+
+_HOMES = {
+    "CompletionRow": "rows",
+    "RolloutDataset": "dataset",
+    "Score": "rows",
+    "agenerate": "generate",
+    "convert": "convert",
+    "filter_rollouts": "filters",
+    "generate": "generate",
+    "rollout_stats": "stats",
+    "score": "score",
+    "write_datums": "datums",
+    "write_rows": "files",
+}
+
+__all__ = [
+    "CompletionRow",
+    "RolloutDataset",
+    "Score",
+    "agenerate",
+    "convert",
+    "filter_rollouts",
+    "generate",
+    "rollout_stats",
+    "score",
+    "write_datums",
+    "write_rows",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -5,10 +5,13 @@ here: one that starts threads or opens a device when imported must do so after t
 """
 
 import os
+import warnings
 
 os.environ.setdefault("EP_NO_UPLOAD", "1")
 os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
 
-import eval_protocol.pytest  # noqa: F401
+# Recorded, not shown: deprecations inside libraries, which would be printed for every run.
+with warnings.catch_warnings(record=True):
+    import eval_protocol.pytest  # noqa: F401
 
-import eval_protocol_rft.batch.grading_call  # noqa: F401
+    import eval_protocol_rft.batch.grading_call  # noqa: F401

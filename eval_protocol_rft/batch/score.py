@@ -8,34 +8,33 @@ file is replaced in one step, when all of it is graded.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
-import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import filelock
 import msgspec
-import pyarrow as pa
 import pyarrow.compute as pc
 
 from eval_protocol_rft.batch.dataset import RolloutDataset
-from eval_protocol_rft.batch.evaluators import LoadedEvaluator, load_evaluator
+from eval_protocol_rft.batch.evaluators import load_evaluator
 from eval_protocol_rft.batch.file_index import FileIndex
 from eval_protocol_rft.batch.files import OutputError, check_output, write_file
 from eval_protocol_rft.batch.format import RewardSettings, reward_column, reward_columns
-from eval_protocol_rft.batch.grading import Graded, GradingItem, grade
-from eval_protocol_rft.batch.parts import PartStore, read_schema
+from eval_protocol_rft.batch.graded_store import GradedStore
+from eval_protocol_rft.batch.grading import Graded, grade
+from eval_protocol_rft.batch.parts import BusyError, PartStore, parts_folder, read_schema
 from eval_protocol_rft.batch.progress import reporter
+from eval_protocol_rft.batch.ray_grading import grade_on_ray
+from eval_protocol_rft.batch.ray_nodes import Engine, check_engine
 from eval_protocol_rft.batch.reward_files import SCORES, schema_with_reward, with_scores
-from eval_protocol_rft.batch.views import Place, ScoreError, grading_items
-from eval_protocol_rft.record import CompletionResult
+from eval_protocol_rft.batch.views import ScoreError, grading_items
 
-_STORED_AT_ONCE = 256
-_HELD_SECONDS = 1.0
 _END_BYTES = 1 << 20
-Result = tuple[Place, CompletionResult]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +67,8 @@ def score(
     retry_unscored: bool = False,
     overwrite: bool = False,
     adapt: bool = True,
+    engine: Engine = "local",
+    ray_address: str | None = None,
     progress: bool | None = None,
 ) -> ScoreSummary:
     """Grade every completion of a file.
@@ -79,20 +80,25 @@ def score(
             `EvaluateResult` or a number.
         output: a new file; default: `path` is replaced.
         name: keeps the rewards in columns of their own, `reward_<name>`; default the main ones.
-        workers, timeout, max_concurrency: see `grade`.
+        workers, timeout, max_concurrency: see `grade`, and `grade_on_ray` for the ray engine.
         retry_unscored: grade again what got no reward from this evaluator.
-        overwrite: let the rewards take the place of another evaluator's, or the output of a file.
+        overwrite: grade everything anew, in place of rewards that are there, and replace the output
+            where it is there.
         adapt: pass the data set's columns through the `dataset_adapter` of the evaluation test, for
             what the evaluator finds on its row besides the messages.
+        engine: where the evaluator runs: on this machine, or on the nodes of a Ray cluster.
+        ray_address: of the cluster; None: that of RAY_ADDRESS, else one on this machine.
         progress: show a bar; None: where stderr is a terminal.
 
     Raises:
         FormatError, ScoreError, OutputError: the file cannot be read, scored so, or written.
         EvaluatorNotFoundError, EvaluatorError: the evaluator cannot be had or used.
         GradingError: a worker process cannot load it.
+        RayEngineError: there is no Ray, no cluster, or a node of it cannot do its work.
         BusyError: another process scores into the same column.
         OSError: the disk is full or failed. What was graded is safe.
     """
+    check_engine(engine)
     dataset = RolloutDataset(path)
     if not dataset.finished:
         raise ScoreError(f"{path}: the job that writes it is not finished: run it to its end first")
@@ -102,89 +108,89 @@ def score(
     check_output(target)
     if target.exists() and not target.samefile(dataset.path) and not overwrite:
         raise OutputError(f"{target}: exists; choose another output, or overwrite it")
-    settings = RewardSettings(evaluator=loaded.name, fingerprint=loaded.fingerprint)
-    keep = _keeps_old(dataset, column, settings, overwrite=overwrite)
-    index = FileIndex.of(dataset, column, keep=keep, retry_unscored=retry_unscored)
-    schema = SCORES.with_metadata({"job": _job_id(dataset.path, column, settings)})
-    folder = target.with_name(f"{target.name}.{column}.parts")
-    known = read_schema(folder)
-    stale = known is not None and known.metadata != schema.metadata
-    with contextlib.closing(PartStore(folder, schema, index.places, anew=stale)) as store:
-        for data_idx, sample_idx, _ in store.stored():
-            index.stored(data_idx, sample_idx)
-        items = grading_items(dataset, loaded, index.wanted, adapt=adapt)
-        graded = _grade_missing(
-            items,
-            loaded,
-            int(index.wanted.sum()),
-            store,
-            workers=workers,
-            timeout=timeout,
-            max_concurrency=max_concurrency,
-            progress=progress,
-        )
-        if store.has_parts or target != dataset.path or column not in dataset.metadata.rewards:
-            wanted = schema_with_reward(dataset.schema, column, settings)
-            tables = with_scores(
-                dataset.tables(), store.merged(), wanted, column, places=index.places, keep=keep
+    with _alone(target):
+        # Again: whoever had it until now may have changed it.
+        dataset = RolloutDataset(path)
+        settings = RewardSettings(evaluator=loaded.name, fingerprint=loaded.fingerprint)
+        keep = _keeps_old(dataset, column, settings, overwrite=overwrite)
+        index = FileIndex.of(dataset, column, keep=keep, retry_unscored=retry_unscored)
+        job_id = _job_id(dataset.path, column, settings, adapt=adapt)
+        schema = SCORES.with_metadata({"job": job_id})
+        folder = target.with_name(f"{target.name}.{column}.parts")
+        known = read_schema(folder)
+        stale = known is not None and known.metadata != schema.metadata
+        with contextlib.closing(PartStore(folder, schema, index.places, anew=stale)) as store:
+            for data_idx, sample_idx, _ in store.stored():
+                index.stored(data_idx, sample_idx)
+            items = grading_items(dataset, loaded, index.wanted, adapt=adapt)
+            grader = grade
+            if engine == "ray":
+                grader = functools.partial(grade_on_ray, address=ray_address)
+            graded = _grade_missing(
+                grader(
+                    items, loaded, workers=workers, timeout=timeout, max_concurrency=max_concurrency
+                ),
+                int(index.wanted.sum()),
+                store,
+                progress=progress,
             )
-            write_file(target, wanted, tables)
-        store.remove()
+            if _job_id(dataset.path, column, settings, adapt=adapt) != job_id:
+                raise ScoreError(f"{dataset.path} was changed while it was scored: score it again")
+            if store.has_parts or target != dataset.path or column not in dataset.metadata.rewards:
+                wanted = schema_with_reward(dataset.schema, column, settings)
+                tables = with_scores(
+                    dataset.tables(), store.merged(), wanted, column, places=index.places, keep=keep
+                )
+                write_file(target, wanted, tables)
+            store.remove()
     return _summary(target, column, graded)
 
 
 def _grade_missing(
-    items: Iterable[GradingItem],
-    loaded: LoadedEvaluator,
+    grading: Generator[Graded, None, None],
     total: int,
     store: PartStore,
     *,
-    workers: int | None,
-    timeout: float | None,
-    max_concurrency: int,
     progress: bool | None,
 ) -> int:
     """Grade what is wanted, and store it as it comes."""
-    done = 0
     with (
         reporter("score", total, show=progress) as bar,
-        contextlib.closing(
-            grade(items, loaded, workers=workers, timeout=timeout, max_concurrency=max_concurrency)
-        ) as results,
+        GradedStore(store, on_stored=lambda count: bar.update(count, detail="")) as graded_store,
+        contextlib.closing(grading) as results,
     ):
-        for batch in _batches(results):
-            store.append(batch)
-            done += batch.num_rows
-            bar.update(done, detail="")
-    return done
+        for graded in results:
+            graded_store.add(graded)
+    return graded_store.count
 
 
-def _batches(results: Iterable[Graded]) -> Iterator[pa.RecordBatch]:
-    """Results as rows of `SCORES`, not held back for long: a judge may take seconds for each."""
-    held: list[Result] = []
-    began = time.monotonic()
-    for graded in results:
-        held += zip(graded.key, graded.results, strict=True)
-        if len(held) >= _STORED_AT_ONCE or time.monotonic() - began > _HELD_SECONDS:
-            yield _batch(held)
-            held, began = [], time.monotonic()
-    if held:
-        yield _batch(held)
+@contextlib.contextmanager
+def _alone(target: Path) -> Iterator[None]:
+    """Keep others off `target` while it is scored: a second scoring, or the job that samples it,
+    would write the file without what the first one put there.
 
-
-def _batch(results: Sequence[Result]) -> pa.RecordBatch:
-    said = [result for _, result in results]
-    metrics = [msgspec.json.encode(r.metrics).decode() if r.metrics else None for r in said]
-    columns = [
-        [place[0] for place, _ in results],
-        [place[1] for place, _ in results],
-        [result.score for result in said],
-        [result.reason for result in said],
-        metrics,
-        [result.error for result in said],
-    ]
-    arrays = [pa.array(c, f.type) for c, f in zip(columns, SCORES, strict=True)]
-    return pa.RecordBatch.from_arrays(arrays, schema=SCORES)
+    Raises:
+        BusyError: another process has it.
+        ScoreError: a job that samples it is not finished.
+    """
+    folder = parts_folder(target)
+    if read_schema(folder) is not None:
+        raise ScoreError(f"{target}: the job that writes it is not finished: run it to its end")
+    folder.mkdir(exist_ok=True)
+    lock = filelock.FileLock(folder / "_lock", timeout=0, thread_local=False)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise BusyError(
+            f"{target}: another process samples or scores it; wait for it, or stop it"
+        ) from None
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            (folder / "_lock").unlink()
+            folder.rmdir()
+        lock.release()
 
 
 def _keeps_old(
@@ -192,9 +198,11 @@ def _keeps_old(
 ) -> bool:
     """Whether rewards that are in the column stay: they are of the same evaluator."""
     known = dataset.metadata.rewards.get(column)
+    if overwrite:
+        return False
     if known == settings:
         return True
-    if known is not None and not overwrite:
+    if known is not None:
         changed = known.evaluator == settings.evaluator
         why = "an earlier version of its file" if changed else known.evaluator
         raise ScoreError(
@@ -204,10 +212,11 @@ def _keeps_old(
     return False
 
 
-def _job_id(path: Path, column: str, settings: RewardSettings) -> bytes:
+def _job_id(path: Path, column: str, settings: RewardSettings, *, adapt: bool) -> bytes:
     """Tells whether rewards that an interrupted call left are of the same file and evaluator."""
     size = path.stat().st_size
-    digest = hashlib.sha256(f"{size}\0{column}\0".encode() + msgspec.json.encode(settings))
+    asked = f"{size}\0{column}\0{adapt}\0".encode() + msgspec.json.encode(settings)
+    digest = hashlib.sha256(asked)
     with path.open("rb") as file:
         digest.update(file.read(_END_BYTES))
         file.seek(max(0, size - _END_BYTES))

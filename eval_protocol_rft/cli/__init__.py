@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 import warnings
 from importlib import metadata
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -44,6 +44,12 @@ def main(
     """Token-exact reinforcement learning data from Eval Protocol evaluators."""
     # Eval Protocol imports litellm, which would look for a newer price list on the network.
     os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
-    # Of libraries, and nothing that who runs a command could do about.
-    warnings.simplefilter("ignore", DeprecationWarning)
-    os.environ.setdefault("PYTHONWARNINGS", "ignore::DeprecationWarning")
+    show = warnings.showwarning
+
+    def show_if_useful(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
+        # Deprecations are of libraries, and nothing that who runs a command could mend. A filter
+        # would not do: Eval Protocol puts its own before it.
+        if not issubclass(category, DeprecationWarning):
+            show(message, category, *where, **more)
+
+    warnings.showwarning = show_if_useful

@@ -47,6 +47,7 @@ def convert(
     from eval_protocol_rft.batch.convert import ConvertError
     from eval_protocol_rft.batch.convert import convert as run
     from eval_protocol_rft.batch.format import FormatError
+    from eval_protocol_rft.batch.target import TargetError
     from eval_protocol_rft.record import RecordError
     from eval_protocol_rft.training.errors import TrainingDataError
 
@@ -60,6 +61,13 @@ def convert(
             data_source=data_source,
             overwrite=overwrite,
         )
-    except (ConvertError, FormatError, RecordError, TrainingDataError, OSError) as error:
+    except (
+        ConvertError,
+        TargetError,
+        FormatError,
+        RecordError,
+        TrainingDataError,
+        OSError,
+    ) as error:
         fail(str(error))
     typer.echo(str(summary))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from eval_protocol_rft.cli.failing import fail
+from eval_protocol_rft.cli.stopping import sigterm_interrupts
 
 if TYPE_CHECKING:
     from eval_protocol_rft.batch.generate import GenerateSummary
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 _DATA = "Data set"
 _SAMPLING = "Sampling"
 _RUN = "Run"
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def generate(
@@ -152,6 +154,22 @@ def generate(
             rich_help_panel=_RUN,
         ),
     ] = False,
+    engine: Annotated[
+        str,
+        typer.Option(
+            metavar="local|ray",
+            help="ray: sample on every node of a Ray cluster.",
+            rich_help_panel=_RUN,
+        ),
+    ] = "local",
+    ray_address: Annotated[
+        str | None,
+        typer.Option(
+            help="HOST:PORT of the cluster, or auto.",
+            show_default="RAY_ADDRESS, else this machine",
+            rich_help_panel=_RUN,
+        ),
+    ] = None,
     output_format: Annotated[
         str | None,
         typer.Option(
@@ -199,40 +217,42 @@ def generate(
 
     from eval_protocol_rft.batch.generate import generate as run
     from eval_protocol_rft.batch.parts import BusyError, parts_folder
+    from eval_protocol_rft.batch.ray_nodes import RayEngineError
     from eval_protocol_rft.batch.sampling_run import HopelessError
     from eval_protocol_rft.sampling.retry import RetryPolicy
     from eval_protocol_rft.sampling.types import SamplingError
 
-    try:
-        summary = run(
-            data,
-            output,
-            {key: value for key, value in params.items() if value is not None},
-            prompt_key=prompt_key,
-            system=system,
-            limit=limit,
-            shuffle_seed=shuffle_seed,
-            where=where,
-            concurrency=concurrency,
-            retry=RetryPolicy(max_attempts=max_attempts),
-            retry_failed=retry_failed,
-            overwrite=overwrite,
-            trust_remote_code=trust_remote_code,
-            progress=not quiet,
-        )
-    except (ValueError, BusyError, HopelessError, SamplingError) as error:
-        fail(str(error))
-    except OSError as error:
-        full = error.errno == errno.ENOSPC
-        safe = ". What was stored is safe: make room, and run the same command" if full else ""
-        fail(f"{output}: {error}{safe}")
-    except KeyboardInterrupt:
-        typer.echo(
-            f"ep-rft: stopped. What was finished is in {parts_folder(output)}; the same command "
-            "goes on from there",
-            err=True,
-        )
-        raise typer.Exit(130) from None
+    with sigterm_interrupts() as stopped:
+        try:
+            summary = run(
+                data,
+                output,
+                {key: value for key, value in params.items() if value is not None},
+                prompt_key=prompt_key,
+                system=system,
+                limit=limit,
+                shuffle_seed=shuffle_seed,
+                where=where,
+                concurrency=concurrency,
+                retry=RetryPolicy(max_attempts=max_attempts),
+                retry_failed=retry_failed,
+                overwrite=overwrite,
+                trust_remote_code=trust_remote_code,
+                engine=engine,
+                ray_address=ray_address,
+                progress=not quiet,
+            )
+        except (ValueError, BusyError, HopelessError, RayEngineError, SamplingError) as error:
+            fail(str(error))
+        except OSError as error:
+            full = error.errno in _NO_ROOM
+            safe = ". What was stored is safe: make room, and run the same command" if full else ""
+            fail(f"{output}: {error}{safe}")
+        except KeyboardInterrupt:
+            folder = parts_folder(output)
+            where_it_is = f" What was finished is in {folder}." if folder.exists() else ""
+            typer.echo(f"ep-rft: stopped.{where_it_is} The same command goes on", err=True)
+            raise typer.Exit(stopped.exit_code) from None
     _show(summary)
 
 

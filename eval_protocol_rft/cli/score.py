@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from eval_protocol_rft.cli.failing import fail
+from eval_protocol_rft.cli.stopping import sigterm_interrupts
 
 if TYPE_CHECKING:
     from eval_protocol_rft.batch.score import ScoreSummary
@@ -50,7 +51,7 @@ def score(
     ] = False,
     overwrite: Annotated[
         bool,
-        typer.Option("--overwrite", help="Replace another evaluator's rewards, or the output."),
+        typer.Option("--overwrite", help="Grade all anew, replacing rewards or the output."),
     ] = False,
     no_adapter: Annotated[
         bool,
@@ -58,6 +59,16 @@ def score(
             "--no-adapter", help="Do not use the evaluation test's dataset_adapter on the columns."
         ),
     ] = False,
+    engine: Annotated[
+        str, typer.Option(metavar="local|ray", help="ray: grade on every node of a Ray cluster.")
+    ] = "local",
+    ray_address: Annotated[
+        str | None,
+        typer.Option(
+            help="HOST:PORT of the cluster, or auto.",
+            show_default="RAY_ADDRESS, else this machine",
+        ),
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
 ) -> None:
     """Grade every completion of a file with your own evaluator.
@@ -73,28 +84,40 @@ def score(
     """
     from eval_protocol_rft.batch.grading import GradingError
     from eval_protocol_rft.batch.parts import BusyError
+    from eval_protocol_rft.batch.ray_nodes import RayEngineError
     from eval_protocol_rft.batch.score import score as run
     from eval_protocol_rft.scoring.evaluator import EvaluatorError
 
-    try:
-        summary = run(
-            rollouts,
-            evaluator,
-            output=output,
-            name=name,
-            workers=workers,
-            timeout=timeout or None,
-            max_concurrency=concurrency,
-            retry_unscored=retry_unscored,
-            overwrite=overwrite,
-            adapt=not no_adapter,
-            progress=not quiet,
-        )
-    except (ValueError, EvaluatorError, GradingError, BusyError, OSError) as error:
-        fail(str(error))
-    except KeyboardInterrupt:
-        typer.echo("ep-rft: stopped. The same command goes on with what is not graded", err=True)
-        raise typer.Exit(130) from None
+    with sigterm_interrupts() as stopped:
+        try:
+            summary = run(
+                rollouts,
+                evaluator,
+                output=output,
+                name=name,
+                workers=workers,
+                timeout=timeout or None,
+                max_concurrency=concurrency,
+                retry_unscored=retry_unscored,
+                overwrite=overwrite,
+                adapt=not no_adapter,
+                engine=engine,  # type: ignore[arg-type]
+                ray_address=ray_address,
+                progress=not quiet,
+            )
+        except (
+            ValueError,
+            EvaluatorError,
+            GradingError,
+            RayEngineError,
+            BusyError,
+            OSError,
+        ) as error:
+            fail(str(error))
+        except KeyboardInterrupt:
+            what = "The same command goes on with what is not graded"
+            typer.echo(f"ep-rft: stopped. {what}", err=True)
+            raise typer.Exit(stopped.exit_code) from None
     _show(summary)
 
 

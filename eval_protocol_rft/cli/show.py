@@ -13,19 +13,21 @@ from eval_protocol_rft.cli.failing import fail
 def show(
     paths: Annotated[
         list[Path],
-        typer.Argument(help="JSONL files; a folder stands for the newest one below it."),
+        typer.Argument(
+            help="Rows of Eval Protocol (.jsonl, or a folder of them), or rollouts (.parquet)."
+        ),
     ],
     limit: Annotated[int, typer.Option(min=0, help="Rows to show of each file.")] = 10,
     pass_threshold: Annotated[
         float, typer.Option(help="Reward from which on a completion counts as passed.")
     ] = 1.0,
 ) -> None:
-    """Show rollouts that Eval Protocol wrote: prompts, completions, rewards, sums.
+    """Show rollouts: prompts, completions, rewards, sums.
 
     \b
     Examples:
       EP_OUTPUT_DIR=results pytest examples/arithmetic && ep-rft show results
-      ep-rft show results/2026-run.jsonl --limit 50
+      ep-rft show rollouts.parquet --limit 50
     """
     from rich.console import Console
 

@@ -1,4 +1,5 @@
-"""Scored rows from the JSONL files that Eval Protocol writes (`EP_OUTPUT_DIR`).
+"""Scored rows from the JSONL files that Eval Protocol writes (`EP_OUTPUT_DIR`), and from rollout
+files.
 
 Invariant: a line that cannot be read is an error with its file and line number; a row without a
 record (a failed rollout) is kept and says why. Reads without importing Eval Protocol.
@@ -55,12 +56,15 @@ def newest_rows_file(path: Path) -> Path:
 
 
 def read_rows(file: Path) -> Iterator[StoredRow]:
-    """Read a file row by row.
+    """Read a file row by row: JSON lines of Eval Protocol's rows, or rollouts in Parquet.
 
     Raises:
         RowsFileError: a line is not UTF-8 JSON, not a row, or holds a record that contradicts
-            itself.
+            itself; or it is Parquet, and not rollouts.
     """
+    if file.suffix == ".parquet":
+        yield from _rollouts(file)
+        return
     with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
@@ -68,6 +72,19 @@ def read_rows(file: Path) -> Iterator[StoredRow]:
                     yield _row(msgspec.json.decode(line))
                 except (msgspec.DecodeError, UnicodeDecodeError, RecordError) as error:
                     raise RowsFileError(f"{file}:{number}: {error}") from error
+
+
+def _rollouts(file: Path) -> Iterator[StoredRow]:
+    from eval_protocol_rft.batch.dataset import RolloutDataset
+    from eval_protocol_rft.batch.evaluation_rows import to_row
+    from eval_protocol_rft.batch.format import FormatError
+
+    try:
+        dataset = RolloutDataset(file)
+        for group in dataset.groups():
+            yield _row(to_row(group, dataset.metadata))
+    except (FormatError, RecordError) as error:
+        raise RowsFileError(f"{file}: {error}") from error
 
 
 def _row(value: Any) -> StoredRow:

@@ -14,6 +14,13 @@ from urllib.parse import urlsplit
 import aiohttp
 
 from eval_protocol_rft.endpoint import Endpoint
+from eval_protocol_rft.sampling.bodies import (
+    ERROR_BYTES,
+    read_body,
+    read_stream,
+    reply_limit,
+    streams,
+)
 from eval_protocol_rft.sampling.errors import status_error
 from eval_protocol_rft.sampling.types import (
     AttemptTimeoutError,
@@ -24,7 +31,7 @@ from eval_protocol_rft.sampling.types import (
     SamplingParams,
     TokenIds,
 )
-from eval_protocol_rft.sampling.wire import decode_reply, request_body
+from eval_protocol_rft.sampling.wire import decode_reply, decode_stream, request_body
 
 KEEPALIVE_SECONDS = 4.0
 """uvicorn, and so vLLM and SGLang, closes an idle connection after 5 s, under the next request."""
@@ -71,15 +78,21 @@ class HttpSampler:
         if self._session is None:
             self._open()
         assert self._session is not None  # noqa: S101 - narrows the type
+        streamed = streams(params)
         try:
             async with self._session.post(
                 self._url,
-                data=request_body(prompt, params, seed),
+                data=request_body(prompt, params, seed, stream=streamed),
                 timeout=aiohttp.ClientTimeout(total=params.timeout, sock_connect=CONNECT_SECONDS),
                 allow_redirects=False,
                 proxy=self._proxy,
             ) as response:
-                body = await response.read()
+                if response.status != 200:
+                    body = await read_body(response, limit=ERROR_BYTES)
+                elif streamed:
+                    body = await read_stream(response, limit=reply_limit(prompt, params))
+                else:
+                    body = await read_body(response, limit=reply_limit(prompt, params))
         except aiohttp.ConnectionTimeoutError as error:
             raise ConnectionFailedError(f"{self._url}: {_text(error)}") from None
         except TimeoutError:
@@ -97,7 +110,8 @@ class HttpSampler:
             raise status_error(
                 response.status, text.encode(), response.headers, now=datetime.now(UTC)
             )
-        [completion] = decode_reply(body, prompt, params, request_id=_request_id(response))
+        decode = decode_stream if streamed else decode_reply
+        [completion] = decode(body, prompt, params, request_id=_request_id(response))
         return completion
 
     def _without_secrets(self, text: str) -> str:

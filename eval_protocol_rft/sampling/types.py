@@ -66,6 +66,8 @@ class SamplingParams:
     logprobs_mode: LogprobsMode | None = None
     """What the user knows of a server that sends one unnamed logprob per token (vLLM's flag
     `--logprobs-mode`); None: unknown."""
+    stream: bool | None = None
+    """Whether the reply travels as a stream of events; None: where the generation may be long."""
     timeout: float = 600.0
     """Seconds that one attempt may take."""
 

@@ -37,7 +37,9 @@ from eval_protocol_rft.sampling.types import (
 )
 
 
-def request_body(prompt: TokenIds, params: SamplingParams, seed: int | None) -> bytes:
+def request_body(
+    prompt: TokenIds, params: SamplingParams, seed: int | None, *, stream: bool = False
+) -> bytes:
     """The JSON of one request for one completion. Costs nothing per prompt token after the first
     call for a prompt."""
     body: dict[str, Any] = {
@@ -58,6 +60,8 @@ def request_body(prompt: TokenIds, params: SamplingParams, seed: int | None) -> 
         body["stop"] = list(params.stop)
     if seed is not None:
         body["seed"] = seed
+    if stream:
+        body["stream"] = True
     if params.logprobs_mode is not None:
         # Only vLLM's users set the mode; there this makes every id and logprob checkable.
         body["return_tokens_as_token_ids"] = True
@@ -87,11 +91,18 @@ def decode_reply(
 
 
 def decode_stream(
-    body: bytes, prompt: TokenIds, params: SamplingParams, *, n: int = 1
+    body: bytes,
+    prompt: TokenIds,
+    params: SamplingParams,
+    *,
+    n: int = 1,
+    request_id: str | None = None,
 ) -> list[Completion]:
     """The same for a whole server-sent event stream. A stream that ends without `[DONE]` is cut
     off, never a completion."""
-    return _decode(parse_stream(body), prompt, params, n)
+    reply = parse_stream(body)
+    reply.id = request_id or reply.id
+    return _decode(reply, prompt, params, n)
 
 
 def _decode(reply: Reply, prompt: TokenIds, params: SamplingParams, n: int) -> list[Completion]:

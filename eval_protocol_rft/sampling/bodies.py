@@ -1,0 +1,111 @@
+"""Reading a reply's body: bounded, and without waiting for a connection that has died.
+
+Invariant: no reply, whatever a server sends, takes more memory than its request could explain. A
+body that was not read to its end is never returned.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+import aiohttp
+
+from eval_protocol_rft.sampling.types import (
+    AttemptTimeoutError,
+    ContractError,
+    SamplingParams,
+    TokenIds,
+)
+
+STREAM_FROM_TOKENS = 4096
+"""From this max_tokens on replies are streamed: such a generation takes minutes, in which a
+connection that died would otherwise look like one that is busy."""
+STALL_SECONDS = 30.0
+"""A stream that has begun and is silent for so long is dead. Servers pause for seconds at most."""
+ERROR_BYTES = 1 << 16
+_DONE = b"data: [DONE]"
+_AFTER_DONE_SECONDS = 0.5
+"""How long to wait for the end of a finished stream, so that its connection can be used again."""
+_BASE_BYTES = 1 << 20
+_BYTES_PER_TOKEN = 4096
+"""An event per token, with text, both logprobs and some alternatives, takes some 500."""
+_BYTES_PER_PROMPT_TOKEN = 64
+_UNBOUNDED_TOKENS = 1 << 17
+"""Where max_tokens is left to the server."""
+
+
+def streams(params: SamplingParams) -> bool:
+    """Whether to ask for a stream: as the user said, or where the generation may be long."""
+    if params.stream is not None:
+        return params.stream
+    return params.max_tokens is None or params.max_tokens >= STREAM_FROM_TOKENS
+
+
+def reply_limit(prompt: TokenIds, params: SamplingParams) -> int:
+    """Most bytes that a reply can have that was asked for."""
+    tokens = params.max_tokens or _UNBOUNDED_TOKENS
+    return _BASE_BYTES + _BYTES_PER_TOKEN * tokens + _BYTES_PER_PROMPT_TOKEN * len(prompt)
+
+
+async def read_body(response: aiohttp.ClientResponse, *, limit: int) -> bytes:
+    """A whole body; an error's is cut at `limit`, it is only shown.
+
+    Raises:
+        ContractError: a reply of status 200 is longer than `limit` bytes, decompressed.
+        aiohttp.ClientError, OSError, TimeoutError: it did not arrive whole.
+    """
+    parts: list[bytes] = []
+    size = 0
+    while chunk := await response.content.readany():
+        parts.append(chunk)
+        size += len(chunk)
+        if size > limit:
+            if response.status != 200:
+                break
+            raise _too_long(limit)
+    return b"".join(parts)
+
+
+async def read_stream(response: aiohttp.ClientResponse, *, limit: int) -> bytes:
+    """A whole event stream, up to its `[DONE]`, or what arrived before it ended otherwise.
+
+    Raises:
+        AttemptTimeoutError: it had begun, and then nothing came for `STALL_SECONDS`.
+        ContractError: it is longer than `limit` bytes.
+        aiohttp.ClientError, OSError, TimeoutError: it broke off.
+    """
+    body = bytearray()
+    while True:
+        # Before the first event the request may be waiting in the server's queue.
+        patience = asyncio.timeout(STALL_SECONDS if body else None)
+        try:
+            async with patience:
+                chunk = await response.content.readany()
+        except TimeoutError:
+            if not patience.expired():
+                raise
+            raise AttemptTimeoutError(
+                f"the stream stalled for {STALL_SECONDS:g} s after {len(body)} bytes"
+            ) from None
+        body += chunk
+        if len(body) > limit:
+            raise _too_long(limit)
+        if not chunk:
+            return bytes(body)
+        if _DONE in body[-len(chunk) - len(_DONE) :]:
+            await _to_the_end(response)
+            return bytes(body)
+
+
+async def _to_the_end(response: aiohttp.ClientResponse) -> None:
+    """Take what follows `[DONE]`, which is nothing but the end of the body."""
+    try:
+        async with asyncio.timeout(_AFTER_DONE_SECONDS):
+            while await response.content.readany():
+                pass
+    except (TimeoutError, aiohttp.ClientError, OSError):
+        response.close()
+
+
+def _too_long(limit: int) -> ContractError:
+    return ContractError(f"the reply is longer than {limit} bytes, more than was asked for")
