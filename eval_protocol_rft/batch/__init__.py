@@ -5,7 +5,7 @@
     batch.generate("problems.jsonl", "rollouts.parquet", {"model": "local/arithmetic", "n": 8})
     batch.score("rollouts.parquet", "tests/test_math.py::test_math")
 
-Names load on first use. In a notebook, where an event loop is running, `await batch.agenerate(...)`.
+Names load on first use. In a notebook, where an event loop runs, `await batch.agenerate(...)`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from eval_protocol_rft.batch.dataset import RolloutDataset
     from eval_protocol_rft.batch.datums import write_datums
     from eval_protocol_rft.batch.files import write_rows
+    from eval_protocol_rft.batch.filter_rules import FilterRules
     from eval_protocol_rft.batch.filters import filter_rollouts
     from eval_protocol_rft.batch.generate import agenerate, generate
     from eval_protocol_rft.batch.rows import CompletionRow, Score
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "CompletionRow": "rows",
+    "FilterRules": "filter_rules",
     "RolloutDataset": "dataset",
     "Score": "rows",
     "agenerate": "generate",
@@ -40,6 +42,7 @@ _HOMES = {
 
 __all__ = [
     "CompletionRow",
+    "FilterRules",
     "RolloutDataset",
     "Score",
     "agenerate",

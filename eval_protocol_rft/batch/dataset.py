@@ -18,9 +18,9 @@ import pyarrow as pa
 from eval_protocol_rft.batch import jsonl
 from eval_protocol_rft.batch.evaluation_rows import to_row
 from eval_protocol_rft.batch.format import FileMetadata, FormatError, metadata_of
-from eval_protocol_rft.batch.merge import SortedInput, merge_sorted, row_keys
+from eval_protocol_rft.batch.merge import KEY_COLUMNS, SortedInput, merge_sorted, row_keys
 from eval_protocol_rft.batch.parquet import open_parquet, read_row_groups
-from eval_protocol_rft.batch.parts import KEY_COLUMNS, part_paths, parts_folder, read_schema
+from eval_protocol_rft.batch.parts import part_paths, parts_folder, read_schema
 from eval_protocol_rft.batch.rows import CompletionRow, from_record_batch
 
 if TYPE_CHECKING:
@@ -68,17 +68,22 @@ class RolloutDataset:
             return jsonl.read_tables(self.path, self.schema, columns)
         return read_row_groups(self.path, columns)
 
-    def rows(self) -> Iterator[CompletionRow]:
-        """All completions, failed ones included."""
-        for table in self.tables():
+    def rows(self, columns: list[str] | None = None) -> Iterator[CompletionRow]:
+        """All completions, failed ones included.
+
+        Args:
+            columns: read these alone, those without a default among them; default all.
+        """
+        for table in self.tables(columns):
             yield from from_record_batch(table, self.metadata)
 
     def __iter__(self) -> Iterator[CompletionRow]:
         return self.rows()
 
-    def groups(self) -> Iterator[list[CompletionRow]]:
-        """The completions of one data row after the other, by `sample_idx`."""
-        for _, rows in itertools.groupby(self.rows(), key=lambda row: row.data_idx):
+    def groups(self, columns: list[str] | None = None) -> Iterator[list[CompletionRow]]:
+        """The completions of one data row after the other, by `sample_idx`; `columns` as in
+        `rows`."""
+        for _, rows in itertools.groupby(self.rows(columns), key=lambda row: row.data_idx):
             yield list(rows)
 
     def training_rows(self) -> Iterator[dict[str, Any]]:

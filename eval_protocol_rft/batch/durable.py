@@ -7,6 +7,7 @@ crash in between leaves the old file under its name, or none.
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +22,6 @@ class DurableFile:
         self.path = path
         self._descriptor = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o644)
         os.ftruncate(self._descriptor, keep)
-        os.lseek(self._descriptor, keep, os.SEEK_SET)
         self._end = keep
 
     def write(self, data: bytes | memoryview) -> int:
@@ -30,14 +30,19 @@ class DurableFile:
         done = 0
         try:
             while done < len(view):
-                done += os.write(self._descriptor, view[done:])
+                done += os.pwrite(self._descriptor, view[done:], self._end + done)
         except OSError:
-            with contextlib.suppress(OSError):
-                os.ftruncate(self._descriptor, self._end)
-                os.lseek(self._descriptor, self._end, os.SEEK_SET)
+            self.cut(self._end)
             raise
         self._end += done
         return done
+
+    def cut(self, end: int) -> None:
+        """Go on from byte `end`; what lay behind it is gone, or will be written over."""
+        self._end = end
+        # The next write goes to `end` even where the disk refuses this.
+        with contextlib.suppress(OSError):
+            os.ftruncate(self._descriptor, end)
 
     def tell(self) -> int:
         return self._end
@@ -74,6 +79,7 @@ class DurableFile:
 def replacing(path: Path) -> Iterator[DurableFile]:
     """A new file that takes the place of `path` once it is whole and on disk, or never does."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    _clear_leftovers(path)
     try:
         with DurableFile(unfinished) as file:
             yield file
@@ -99,3 +105,22 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _clear_leftovers(path: Path) -> None:
+    """Delete what processes that are gone left of `path`: each may be as large as the file."""
+    for stray in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        process = stray.name.split(".")[-2]
+        if process.isdecimal() and not _is_running(int(process)):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(stray)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -13,24 +13,15 @@ from typing import Any
 
 import msgspec
 
-from eval_protocol_rft.batch.evaluation_rows_record import (
-    failure,
-    record_of,
-    sampling_of,
-    token_checksum,
-)
+from eval_protocol_rft.batch.evaluation_rows_file import FILE_KEY, file_part
+from eval_protocol_rft.batch.evaluation_rows_record import record_of, sampling_of
 from eval_protocol_rft.batch.format import FileMetadata
-from eval_protocol_rft.batch.rows import UNSCORED, CompletionRow
+from eval_protocol_rft.batch.rows import CompletionRow
 from eval_protocol_rft.prompts import answer_fields
 
-FILE_KEY = "rollout_file"
-"""Key of `extra` for what only the file knows. Inside `evaluation_row` it holds what `_rest` of
-`evaluation_rows_import` put there."""
 FINISHED = 100
 INTERNAL = 13
 """The status codes of a rollout that ended well, and of one that failed."""
-FILE_WIDE = ("prompt_kind", "sampling", "data", "rewards")
-"""Fields of `FileMetadata` that a row carries."""
 
 
 def to_row(
@@ -68,7 +59,7 @@ def to_row(
             row["messages"] = row["messages"][:-1]
         message = f"none of {len(group)} completions survived; the first: {group[0].error}"
         row["rollout_status"] = {"code": INTERNAL, "message": message, "details": []}
-    extra[FILE_KEY] = _file_part(group, survivors, metadata)
+    extra[FILE_KEY] = file_part(group, survivors, metadata)
     row["execution_metadata"]["extra"] = extra
     return row
 
@@ -105,33 +96,3 @@ def _put_answer(
     asked = row["messages"] if answer is None else row["messages"][:-1]
     row["messages"] = [*asked, answer_fields(first.response or "", split_reasoning=split)]
     row["execution_metadata"]["finish_reason"] = first.finish_reason
-
-
-def _file_part(
-    group: Sequence[CompletionRow], survivors: Sequence[CompletionRow], metadata: FileMetadata
-) -> dict[str, Any]:
-    """What the record has no place for."""
-    others = {name for row in group for name in row.scores if name != "reward"}
-    return {
-        "data_idx": group[0].data_idx,
-        "generated": group[0].evaluation_row is None,
-        "has_original": bool(group[0].original),
-        "file": {name: msgspec.to_builtins(getattr(metadata, name)) for name in FILE_WIDE},
-        "tokens": token_checksum([row.completion_ids for row in survivors]),
-        "survived": [_extras(row) for row in survivors],
-        "failed": [{**failure(row), **_extras(row)} for row in group if row.failed],
-        "scores": {
-            name: [msgspec.to_builtins(row.scores.get(name, UNSCORED)) for row in survivors]
-            for name in sorted(others)
-        },
-    }
-
-
-def _extras(row: CompletionRow) -> dict[str, Any]:
-    names = ("began_at", "temperature", "top_p", "top_k", "max_tokens")
-    values = {name: getattr(row, name) for name in names}
-    extras = {name: value for name, value in values.items() if value is not None}
-    if row.failed:
-        extras["kind"] = row.error_kind
-        extras["prompt_ids"] = None if row.prompt_ids is None else row.prompt_ids.tolist()
-    return extras | {name: None for name in ("attempts", "seconds") if getattr(row, name) is None}

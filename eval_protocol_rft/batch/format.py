@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import msgspec
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 SCHEMA_VERSION = 1
 METADATA_KEY = b"eval_protocol_rft"
@@ -199,15 +200,35 @@ def schema(
             further rewards there are.
         original: column of the data set -> Arrow type, without the prefix.
         ground_truth: type of that column, default text.
+
+    Raises:
+        FormatError: Parquet cannot hold a type.
     """
     types = dict(FIXED_COLUMNS)
     if metadata.prompt_kind == "messages":
         types["prompt"] = MESSAGES
-    types["ground_truth"] = ground_truth or pa.string()
+    types["ground_truth"] = as_stored("ground_truth", ground_truth or pa.string())
     for column in metadata.rewards:
         types |= dict(zip(reward_columns(column), _REWARD_TYPES, strict=True))
-    types |= {ORIGINAL_PREFIX + name: kind for name, kind in original.items()}
+    for name, kind in original.items():
+        types[ORIGINAL_PREFIX + name] = as_stored(name, kind)
     return pa.schema(list(types.items())).with_metadata({METADATA_KEY: metadata.encode()})
+
+
+def as_stored(name: str, kind: pa.DataType) -> pa.DataType:
+    """The type that a column of type `kind` has after Parquet: seconds come back as milliseconds.
+
+    Raises:
+        FormatError: Parquet cannot hold it.
+    """
+    sink = pa.BufferOutputStream()
+    try:
+        pq.write_table(pa.schema([("column", kind)]).empty_table(), sink)
+    except pa.ArrowException as error:
+        raise FormatError(
+            f"column {name!r} is {kind}, which Parquet cannot hold ({error}): drop it, or cast it"
+        ) from error
+    return pq.read_schema(pa.BufferReader(sink.getvalue())).field(0).type
 
 
 def metadata_of(schema: pa.Schema, *, where: str = "the schema") -> FileMetadata:

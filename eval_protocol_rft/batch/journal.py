@@ -41,12 +41,22 @@ class Journal:
             OSError: the disk is full or failed; the journal is as it was.
         """
         payload = batch.serialize()
+        end = self._file.tell()
         self._file.write(_HEADER.pack(_MAGIC, payload.size, zlib.crc32(payload)) + bytes(payload))
-        self._file.sync()
+        try:
+            self._file.sync()
+        except OSError:
+            self._file.cut(end)
+            raise
         self.batches.append(batch)
 
     def close(self) -> None:
         self._file.close()
+
+    def remove(self) -> None:
+        """Delete the file: its rows are elsewhere now."""
+        self._file.close()
+        self.path.unlink(missing_ok=True)
 
 
 def read_journal(data: bytes, schema: pa.Schema) -> tuple[list[pa.RecordBatch], int]:
@@ -56,7 +66,10 @@ def read_journal(data: bytes, schema: pa.Schema) -> tuple[list[pa.RecordBatch], 
     while len(data) - start >= _HEADER.size:
         magic, size, checksum = _HEADER.unpack_from(data, start)
         payload = data[start + _HEADER.size : start + _HEADER.size + size]
-        if magic != _MAGIC or len(payload) != size or zlib.crc32(payload) != checksum:
+        # An empty payload would match a header whose rest is zeros, which a power cut can leave.
+        if magic != _MAGIC or not payload or len(payload) != size:
+            break
+        if zlib.crc32(payload) != checksum:
             break
         batches.append(pa.ipc.read_record_batch(pa.py_buffer(payload), schema))
         start += _HEADER.size + size

@@ -16,9 +16,15 @@ import pyarrow as pa
 
 from eval_protocol_rft.batch.durable import DurableFile, write_whole
 from eval_protocol_rft.batch.format import FormatError, metadata_of, reward_columns
+from eval_protocol_rft.batch.jsonl_types import from_json_values, to_json_values
 from eval_protocol_rft.batch.parquet import ROW_GROUP_ROWS
 
 _TABLE_BYTES = 16 * 2**20
+_BATCH_ROWS = 256
+"""Rows that are Python objects at a time."""
+_LINE = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_VALUE = msgspec.json.Decoder()
+_NULL = b"null"
 
 
 def metadata_path(path: Path) -> Path:
@@ -56,16 +62,20 @@ def read_schema(path: Path) -> pa.Schema:
 def write_tables(file: DurableFile, schema: pa.Schema, tables: Iterable[pa.Table]) -> int:
     """Write rows as lines; returns their number."""
     json_columns = _json_columns(schema)
-    encoder = msgspec.json.Encoder(enc_hook=str)
+    encoder = msgspec.json.Encoder()
+    names = schema.names
     rows = 0
     for table in tables:
-        values = table.to_pylist()
-        for value in values:
-            for name in json_columns:
-                if value[name] is not None:
-                    value[name] = msgspec.Raw(value[name].encode())
-        file.write(encoder.encode_lines(values))
-        rows += len(values)
+        for piece in table.to_batches(max_chunksize=_BATCH_ROWS):
+            columns = [
+                _raw(piece.column(name))
+                if name in json_columns
+                else to_json_values(pa.chunked_array([piece.column(name)]))
+                for name in names
+            ]
+            lines = [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
+            file.write(encoder.encode_lines(lines))
+            rows += len(lines)
     return rows
 
 
@@ -77,48 +87,59 @@ def read_tables(
     Raises:
         FormatError: a line is no such row; the message names file and line.
     """
-    json_columns = _json_columns(schema)
     wanted = schema if columns is None else pa.schema([schema.field(name) for name in columns])
-    held: list[dict[str, Any]] = []
+    json_columns = _json_columns(schema)
+    held: list[dict[str, msgspec.Raw]] = []
     size = first = 0
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if line.isspace():
                 continue
-            held.append(_decode(line, json_columns, f"{path}:{number}"))
+            held.append(_decode(line, f"{path}:{number}"))
             size += len(line)
             first = first or number
             if len(held) >= ROW_GROUP_ROWS or size >= _TABLE_BYTES:
-                yield _table(held, wanted, f"{path}:{first}-{number}")
+                yield _table(held, wanted, json_columns, f"{path}:{first}-{number}")
                 held, size, first = [], 0, 0
     if held:
-        yield _table(held, wanted, f"{path}:{first}-{number}")
+        yield _table(held, wanted, json_columns, f"{path}:{first}-{number}")
 
 
-def _json_columns(schema: pa.Schema) -> list[str]:
+def _json_columns(schema: pa.Schema) -> frozenset[str]:
     """Columns of JSON text, which are JSON values in a line."""
     metadata = metadata_of(schema)
     metrics = [reward_columns(column)[2] for column in ("reward", *metadata.rewards)]
     known = {"tools", *metrics, *metadata.json_columns}
-    return [name for name in schema.names if name in known]
+    return frozenset(known.intersection(schema.names))
 
 
-def _decode(line: bytes, json_columns: list[str], where: str) -> dict[str, Any]:
+def _raw(column: pa.Array) -> list[Any]:
+    return [None if text is None else msgspec.Raw(text.encode()) for text in column.to_pylist()]
+
+
+def _decode(line: bytes, where: str) -> dict[str, msgspec.Raw]:
     try:
-        values: dict[str, Any] = msgspec.json.decode(line, type=dict[str, Any])
+        return _LINE.decode(line)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise FormatError(f"{where}: {error}") from error
-    for name in json_columns:
-        if values.get(name) is not None:
-            values[name] = msgspec.json.encode(values[name]).decode()
-    return values
 
 
-def _table(rows: list[dict[str, Any]], schema: pa.Schema, where: str) -> pa.Table:
-    try:
-        return pa.Table.from_pylist(rows, schema)
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        raise FormatError(f"{where}: {error}") from error
+def _table(
+    rows: list[dict[str, msgspec.Raw]], schema: pa.Schema, json_columns: frozenset[str], where: str
+) -> pa.Table:
+    columns = []
+    for field in schema:
+        texts = [bytes(row.get(field.name, _NULL)) for row in rows]
+        try:
+            if field.name in json_columns:
+                # Decoding could change its numbers, so it stays as it stands.
+                values = [None if text == _NULL else text.decode() for text in texts]
+                columns.append(pa.array(values, field.type))
+            else:
+                columns.append(from_json_values(list(map(_VALUE.decode, texts)), field.type))
+        except (pa.ArrowInvalid, pa.ArrowTypeError, ValueError, TypeError) as error:
+            raise FormatError(f"{where}: column {field.name!r}: {error}") from error
+    return pa.Table.from_arrays(columns, schema=schema)
 
 
 class _Beside(msgspec.Struct):

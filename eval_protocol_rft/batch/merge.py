@@ -1,7 +1,8 @@
 """Sorted inputs that may overlap, as one sorted stream. Pure.
 
 Invariant: every key of the inputs comes out once, in order; where several inputs have it, the last
-of them counts. What is held at a time is the inputs' overlap, not the inputs.
+of them counts. What is held at a time is the inputs' overlap, not the inputs. An input that is not
+sorted is an error, since no row of it can be trusted to be in its place.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from eval_protocol_rft.batch.format import FormatError
+
+KEY_COLUMNS = ["data_idx", "sample_idx"]
 Keys = NDArray[np.int64]
 _SAMPLE_BITS = 31
 
@@ -36,13 +40,26 @@ class SortedInput:
 
     first_key: int
     tables: Callable[[], Iterator[pa.Table]]
-    """Its rows by ascending keys, in tables that are not empty."""
+    """Its rows by ascending keys, each key once, in tables that are not empty."""
+
+
+def latest(keys: Keys) -> NDArray[np.intp]:
+    """Where rows with these keys [N] are to be taken from to be in order: [M] places, of rows with
+    the same key the last."""
+    order = np.argsort(keys, kind="stable")
+    last = np.ones(len(keys), bool)
+    last[:-1] = np.diff(keys[order]) != 0
+    return order[last]
 
 
 def merge_sorted(
     inputs: Sequence[SortedInput], keys_of: Callable[[pa.Table], Keys]
 ) -> Iterator[pa.Table]:
-    """All rows by ascending key, in tables that are not empty."""
+    """All rows by ascending key, in tables that are not empty.
+
+    Raises:
+        FormatError: an input is not sorted, or has a row twice.
+    """
     waiting = sorted(range(len(inputs)), key=lambda i: inputs[i].first_key, reverse=True)
     running: dict[int, _Running] = {}
     pending = _Pending.empty()
@@ -65,8 +82,20 @@ def merge_sorted(
             del running[slowest]
             continue
         keys = keys_of(table)
+        _check_order(table, keys, run.last_key)
         running[slowest] = _Running(run.tables, int(keys[-1]))
         pending = pending.plus(table, keys, slowest)
+
+
+def _check_order(table: pa.Table, keys: Keys, last: int) -> None:
+    wrong = np.flatnonzero(np.diff(keys, prepend=last) <= 0)
+    if len(wrong):
+        data_idx, sample_idx = (table.column(c)[int(wrong[0])] for c in KEY_COLUMNS)
+        raise FormatError(
+            f"the row with data_idx {data_idx} and sample_idx {sample_idx} stands behind a later "
+            "one, or is there twice: rows of a file stand in the order of their job. "
+            "Sort them, or begin anew"
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -233,11 +233,13 @@ class PartStore:
                 os.unlink(path)
 
     def _let_go(self) -> None:
-        if self._journal.batches:
-            self._journal.close()
-        else:
-            self._journal.remove()
-        self._lock.release()
+        try:
+            if self._journal.batches:
+                self._journal.close()
+            else:
+                self._journal.remove()
+        finally:
+            self._lock.release()
 
 
 def _number(path: Path) -> int:

@@ -6,7 +6,7 @@ float32 there and here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -19,6 +19,7 @@ from eval_protocol_rft.batch.format import (
     MESSAGES,
     ORIGINAL_PREFIX,
     FileMetadata,
+    FormatError,
     metadata_of,
     reward_columns,
 )
@@ -139,7 +140,11 @@ def to_record_batch(rows: Sequence[CompletionRow], schema: pa.Schema) -> pa.Reco
 def from_record_batch(
     batch: pa.RecordBatch | pa.Table, metadata: FileMetadata
 ) -> list[CompletionRow]:
-    """The rows of a batch. Columns that the format does not know are left out."""
+    """The rows of a batch. Columns that the format does not know are left out.
+
+    Raises:
+        FormatError: token data lacks a number.
+    """
     names = frozenset(batch.schema.names)
     size = batch.num_rows
     fields: dict[str, list[Any]] = {
@@ -186,7 +191,9 @@ def _arrays(column: pa.Array | pa.ChunkedArray) -> list[NDArray[Any] | None]:
     chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
     found: list[NDArray[Any] | None] = []
     for chunk in chunks:
-        values = chunk.values.to_numpy(zero_copy_only=False)
+        if chunk.values.null_count:
+            raise FormatError("token data has a null among its numbers: a row was damaged")
+        values = chunk.values.to_numpy()
         offsets = chunk.offsets.to_numpy().tolist()
         valid = chunk.is_valid().to_pylist()
         found += [
@@ -200,13 +207,17 @@ def _prompts(column: pa.Array | pa.ChunkedArray) -> list[Any]:
     if column.type != MESSAGES:
         return list(column.to_pylist())
     return [
-        None if messages is None else [_without_nulls(message) for message in messages]
-        for messages in column.to_pylist()
+        None if messages is None else _without_nulls(messages) for messages in column.to_pylist()
     ]
 
 
-def _without_nulls(message: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in message.items() if value is not None}
+def _without_nulls(value: Any) -> Any:
+    """Messages without the fields that they do not have, also in their tool calls."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    return value
 
 
 def _scores(

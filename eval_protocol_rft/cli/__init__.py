@@ -11,10 +11,15 @@ from typing import Annotated, Any
 
 import typer
 
+from eval_protocol_rft.cli.convert import convert
+from eval_protocol_rft.cli.datums import datums
+from eval_protocol_rft.cli.filter import filter  # noqa: A004 - the command's name
 from eval_protocol_rft.cli.generate import generate
+from eval_protocol_rft.cli.report import report
 from eval_protocol_rft.cli.score import score
 from eval_protocol_rft.cli.serve import serve
 from eval_protocol_rft.cli.show import show
+from eval_protocol_rft.cli.stats import stats
 
 app = typer.Typer(
     name="ep-rft",
@@ -22,7 +27,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (generate, score, serve, show):
+for command in (generate, score, filter, stats, report, datums, convert, show, serve):
     app.command(help=command.__doc__)(command)
 
 

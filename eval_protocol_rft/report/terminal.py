@@ -45,7 +45,7 @@ def rollout_table(
 def _cells(row: StoredRow, threshold: float) -> list[RenderableType]:
     record = row.record
     if record is None:
-        return [Text(_visible(row.error or ""), style="red"), "", "", ""]
+        return [Text(visible(row.error or ""), style="red"), "", "", ""]
     scored = [reward for reward in record.rewards or [] if reward is not None]
     passed = any(reward >= threshold for reward in scored)
     return [
@@ -111,9 +111,9 @@ def _number(value: float | None, form: str = ".3f") -> str:
 
 
 def _short(text: str) -> str:
-    line = _visible(" ".join(text.split()))
+    line = visible(" ".join(text.split()))
     return line if len(line) <= _LONGEST_TEXT else line[: _LONGEST_TEXT - 3] + "..."
 
 
-def _visible(text: str) -> str:
+def visible(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -1,0 +1,56 @@
+"""Training batches as numbered files.
+
+Invariant: after a run the files of a name are those of that run alone: `NAME-00000.npz`, and so on
+without a gap. Each appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from eval_protocol_rft.batch.target import TargetError
+from eval_protocol_rft.training.batch import TrainingBatch
+from eval_protocol_rft.training.export import files
+
+
+def numbered_path(path: Path, number: int) -> Path:
+    """`datums.npz` -> `datums-00003.npz`."""
+    return path.with_name(f"{path.stem}-{number:05d}{path.suffix}")
+
+
+def check_numbered(path: Path, *, overwrite: bool) -> None:
+    """Refuse to mix with the files of an earlier run.
+
+    Raises:
+        TargetError: some are there.
+    """
+    there = _numbered(path)
+    if there and not overwrite:
+        raise TargetError(
+            f"{there[0]} is there already, of an earlier run; write elsewhere, or say --overwrite "
+            "(overwrite=True)"
+        )
+
+
+def write_numbered(path: Path, batches: Iterable[TrainingBatch]) -> list[Path]:
+    """Write a file per batch, and remove those that an earlier run has left beyond them."""
+    written: list[Path] = []
+    for number, batch in enumerate(batches):
+        written.append(numbered_path(path, number))
+        write_batch(written[-1], batch)
+    for left in set(_numbered(path)) - set(written):
+        left.unlink()
+    return written
+
+
+def write_batch(path: Path, batch: TrainingBatch) -> None:
+    """Write one batch in the format of the extension, `.npz` or `.safetensors`."""
+    save = files.save_npz if path.suffix == ".npz" else files.save_safetensors
+    save(batch, path)
+
+
+def _numbered(path: Path) -> list[Path]:
+    pattern = re.compile(rf"{re.escape(path.stem)}-\d{{5,}}{re.escape(path.suffix)}")
+    return sorted(found for found in path.parent.iterdir() if pattern.fullmatch(found.name))

@@ -1,0 +1,189 @@
+"""Rollouts as one static HTML file that needs no server and asks no network for anything.
+
+Invariant: nothing in the page runs or loads but its own script: the policy in its head allows that
+script and that style sheet by their hashes, and no request at all. Statistics are of all prompts;
+where texts are of fewer, the page says so.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import hashlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from eval_protocol_rft.batch.dataset import RolloutDataset
+from eval_protocol_rft.batch.durable import replacing
+from eval_protocol_rft.report.page_charts import FRAME
+from eval_protocol_rft.report.page_data import (
+    GroupLine,
+    PageIndex,
+    embedded_json,
+    group_line,
+    packed,
+)
+from eval_protocol_rft.report.page_detail import ReportError, group_detail
+from eval_protocol_rft.report.page_header import header_view
+from eval_protocol_rft.report.page_source import TextSource
+from eval_protocol_rft.report.page_stats import ColumnTotals, ReportTotals, group_stats
+from eval_protocol_rft.report.page_tokens import Vocabulary
+
+if TYPE_CHECKING:
+    from jinja2 import Template
+
+DEFAULT_PROMPTS = 2_000
+DEFAULT_TOKENS = 4_000_000
+"""Without a limit of the user's the page has texts of so many prompts, and stops sooner where these
+have so many sampled tokens: a browser still opens it within seconds."""
+
+_SCRIPTS = ("text.js", "tokens.js", "group.js", "table.js", "start.js")
+_STYLES = ("page.css", "details.css")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WrittenReport:
+    """What a report holds."""
+
+    path: Path
+    prompts: int
+    shown_prompts: int
+    """Those with texts: the first of the file."""
+    completions: int
+    size: int
+    """Bytes."""
+    problems: tuple[str, ...]
+    """Why tokens are shown as ids; empty where they are shown as texts."""
+
+
+def write_report(
+    dataset: RolloutDataset,
+    output: Path,
+    *,
+    pass_threshold: float = 1.0,
+    limit: int | None = None,
+    tokenizer: str | None = None,
+) -> WrittenReport:
+    """Write the page of a rollout file.
+
+    Args:
+        dataset: read once, group by group.
+        output: the HTML file; replaced where it is there.
+        pass_threshold: reward from which on a completion counts as passed.
+        limit: prompts to show with their texts, the first of the file; default `DEFAULT_PROMPTS`
+            and `DEFAULT_TOKENS`. Memory grows with these, and with a few numbers per completion.
+        tokenizer: folder or hub id of the one to show tokens with; default what the file names.
+
+    Raises:
+        ReportError: the file has no rows or inexact token data, `output` is the file itself, or
+            the threshold is no finite number.
+        FormatError: the file cannot be read.
+        OSError: `output` cannot be written.
+    """
+    if output.absolute() == dataset.path.absolute():
+        raise ReportError(f"{output} is the rollout file itself: name another file for the page")
+    if not math.isfinite(pass_threshold):
+        raise ReportError(f"pass_threshold must be finite, got {pass_threshold}")
+    columns = list(dict.fromkeys(["reward", *dataset.metadata.rewards]))
+    totals = ReportTotals({name: ColumnTotals() for name in columns})
+    vocabulary = Vocabulary()
+    source = TextSource(dataset.metadata, tokenizer)
+    lines: list[GroupLine] = []
+    details: list[str] = []
+    for group in dataset.groups():
+        stats = group_stats(group, columns, pass_threshold=pass_threshold)
+        source.note(group)
+        if _has_room(len(lines), totals.tokens, limit):
+            detail = group_detail(
+                group, vocabulary=vocabulary, texts=source.texts(group), columns=columns
+            )
+            lines.append(group_line(group, stats, columns))
+            details.append(packed(detail))
+        totals.add(stats)
+    if not totals.prompts:
+        raise ReportError(f"{dataset.path}: no completions to report")
+    index = PageIndex(columns=columns, pass_threshold=pass_threshold, groups=lines)
+    with replacing(output) as file:
+        for chunk in _render(
+            name=dataset.path.name,
+            finished=dataset.finished,
+            version=dataset.metadata.package_version,
+            frame=FRAME,
+            header=header_view(dataset.metadata, totals, source.sources),
+            threshold=pass_threshold,
+            total=totals.prompts,
+            shown=len(lines),
+            problems=list(source.problems),
+            index=embedded_json(index),
+            vocabulary=packed(vocabulary.entries()),
+            details=details,
+        ):
+            file.write(chunk.encode())
+        size = file.tell()
+    return WrittenReport(
+        path=output,
+        prompts=totals.prompts,
+        shown_prompts=len(lines),
+        completions=totals.completions,
+        size=size,
+        problems=tuple(source.problems),
+    )
+
+
+def _has_room(shown: int, tokens: int, limit: int | None) -> bool:
+    """Whether the next group comes with its texts, after `tokens` sampled tokens."""
+    if limit is not None:
+        return shown < limit
+    return shown < DEFAULT_PROMPTS and tokens < DEFAULT_TOKENS
+
+
+def visible(text: str) -> str:
+    """`text` with characters that cannot be seen, or that turn others around, as their numbers."""
+    return "".join(c if c.isprintable() or c == "\n" else f"⟨U+{ord(c):04X}⟩" for c in text)
+
+
+def _render(**values: Any) -> Iterator[str]:
+    from markupsafe import Markup
+
+    script, style = _joined(_SCRIPTS), _joined(_STYLES)
+    # Inside a script element `<` is escaped already, and base64 has nothing to escape.
+    for name in ("index", "vocabulary"):
+        values[name] = Markup(values[name])  # noqa: S704
+    values["details"] = map(Markup, values["details"])
+    yield from _template().generate(
+        **values,
+        script=Markup(script),  # noqa: S704
+        script_hash=_policy_hash(script),
+        style=Markup(style),  # noqa: S704
+        style_hash=_policy_hash(style),
+    )
+
+
+@functools.cache
+def _template() -> Template:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("eval_protocol_rft.report", "assets"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["visible"] = visible
+    return environment.get_template("page.html")
+
+
+@functools.cache
+def _joined(names: tuple[str, ...]) -> str:
+    assets = resources.files("eval_protocol_rft.report") / "assets"
+    return "\n".join((assets / name).read_text(encoding="utf-8") for name in names)
+
+
+def _policy_hash(text: str) -> str:
+    """As a content security policy names an inline element."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

@@ -1,0 +1,190 @@
+"""What the page shows of a prompt group once it is opened: every completion, token by token.
+
+Invariant: token arrays that are not exact are an error that names row, completion and index. What
+the page's script reads is what `GroupDetail` holds, field by field.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from eval_protocol_rft.batch.rows import CompletionRow, Score
+from eval_protocol_rft.report.page_tokens import TokenTexts, Vocabulary
+from eval_protocol_rft.sampling.types import token_data_problem
+
+LOGPROB_UNIT = 0.001
+"""Logprobs stand on the page as whole multiples of this."""
+
+
+class ReportError(ValueError):
+    """The report cannot be made; the message says what is in the way and where."""
+
+
+class Scoring(msgspec.Struct, omit_defaults=True):
+    """What one evaluator said of a completion."""
+
+    column: str
+    reward: float | None = None
+    reason: str | None = None
+    metrics: str | None = None
+    """JSON text."""
+    error: str | None = None
+
+
+class FailureDetail(msgspec.Struct, omit_defaults=True):
+    """Why there is no completion."""
+
+    message: str
+    kind: str | None = None
+    status: int | None = None
+    attempts: int | None = None
+
+
+class CompletionDetail(msgspec.Struct, omit_defaults=True):
+    """One completion that was asked for."""
+
+    index: int
+    prompt: int | None = None
+    """Which of the group's prompts it continues."""
+    tokens: list[int] = []
+    """[T] numbers in the page's vocabulary."""
+    logprobs: list[int] | None = None
+    """[T] in units of -`LOGPROB_UNIT`."""
+    raw_logprobs: list[int] | None = None
+    """[T] in the same unit, where the server gave them."""
+    response: str | None = None
+    """The stored text, where the tokens cannot show it or do not."""
+    finish_reason: str | None = None
+    truncated: bool = False
+    seed: int | None = None
+    seconds: float | None = None
+    policy_version: str | None = None
+    scores: list[Scoring] = []
+    failure: FailureDetail | None = None
+
+
+class GroupDetail(msgspec.Struct, omit_defaults=True):
+    """A prompt and its completions."""
+
+    prompts: list[list[int]]
+    """[P][T] the different prompts as numbers in the vocabulary; more than one only where
+    completions of the group continue different tokens."""
+    completions: list[CompletionDetail]
+    prompt_text: str | None = None
+    """The prompt as the data set has it, where there are no tokens or no texts of them."""
+    ground_truth: str | None = None
+
+
+def group_detail(
+    group: Sequence[CompletionRow],
+    *,
+    vocabulary: Vocabulary,
+    texts: TokenTexts | None,
+    columns: Sequence[str],
+) -> GroupDetail:
+    """What to show of the completions of one prompt.
+
+    Args:
+        group: in the order of `sample_idx`.
+        vocabulary: takes up the tokens.
+        texts: None shows tokens as ids.
+        columns: reward columns, in the order to show them.
+
+    Raises:
+        ReportError: token data of a completion are not exact.
+    """
+    prompts: dict[bytes, int] = {}
+    prompt_numbers: list[list[int]] = []
+    completions: list[CompletionDetail] = []
+    for row in group:
+        prompt = None
+        if row.prompt_ids is not None and len(row.prompt_ids):
+            prompt = prompts.setdefault(row.prompt_ids.tobytes(), len(prompts))
+            if prompt == len(prompt_numbers):
+                prompt_numbers.append(vocabulary.numbers(row.prompt_ids.tolist(), texts))
+        completions.append(_completion(row, prompt, vocabulary, texts, columns))
+    return GroupDetail(
+        prompts=prompt_numbers,
+        prompt_text=None if prompt_numbers and texts else plain_text(group[0].prompt),
+        ground_truth=None if group[0].ground_truth is None else plain_text(group[0].ground_truth),
+        completions=completions,
+    )
+
+
+def plain_text(value: Any) -> str:
+    """Text as it is, chat messages one after the other, anything else as JSON."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list) and all(isinstance(m, Mapping) and "role" in m for m in value):
+        return "\n\n".join(f"{message['role']}: {_content(message)}" for message in value)
+    return msgspec.json.encode(value).decode()
+
+
+def _content(message: Mapping[str, Any]) -> str:
+    rest = {k: v for k, v in message.items() if k not in ("role", "content")}
+    content = message.get("content") or ""
+    return f"{content} {msgspec.json.encode(rest).decode()}".lstrip() if rest else content
+
+
+def _completion(
+    row: CompletionRow,
+    prompt: int | None,
+    vocabulary: Vocabulary,
+    texts: TokenTexts | None,
+    columns: Sequence[str],
+) -> CompletionDetail:
+    detail = CompletionDetail(
+        index=row.sample_idx,
+        prompt=prompt,
+        finish_reason=row.finish_reason,
+        truncated=bool(row.truncated),
+        seed=row.seed,
+        seconds=row.seconds,
+        policy_version=row.policy_version,
+        scores=[_scoring(name, row.scores[name]) for name in columns if name in row.scores],
+    )
+    if row.error is not None:
+        detail.failure = FailureDetail(row.error, row.error_kind, row.error_status, row.attempts)
+        return detail
+    if row.completion_ids is None:
+        detail.response = row.response
+        return detail
+    ids = row.completion_ids.tolist()
+    logprobs = None if row.logprobs is None else row.logprobs.tolist()
+    raw = None if row.raw_logprobs is None else row.raw_logprobs.tolist()
+    problem = token_data_problem(ids, [0.0] * len(ids) if logprobs is None else logprobs, raw)
+    if problem:
+        raise ReportError(
+            f"row {row.data_idx} ({row.row_id!r}), completion {row.sample_idx}: {problem}. "
+            "The file breaks its format: make it anew, or leave this row out"
+        )
+    detail.tokens = vocabulary.numbers(ids, texts)
+    detail.logprobs = _in_units(logprobs)
+    detail.raw_logprobs = _in_units(raw)
+    if row.response is not None and not (
+        texts and "".join(texts.pieces(ids)).startswith(row.response)
+    ):
+        detail.response = row.response
+    return detail
+
+
+def _in_units(logprobs: list[float] | None) -> list[int] | None:
+    if logprobs is None:
+        return None
+    whole: list[int] = np.rint(np.array(logprobs) / -LOGPROB_UNIT).astype(np.int64).tolist()
+    return whole
+
+
+def _scoring(column: str, score: Score) -> Scoring:
+    finite = score.reward is None or np.isfinite(score.reward)
+    return Scoring(
+        column=column,
+        reward=score.reward if finite else None,
+        reason=score.reason,
+        metrics=msgspec.json.encode(score.metrics).decode() if score.metrics else None,
+        error=score.error if finite else f"the reward is {score.reward}, no finite number",
+    )

@@ -1,0 +1,146 @@
+"""What goes into a rollout file comes out of it, whatever it is, in both formats."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+
+from eval_protocol_rft.batch.dataset import RolloutDataset
+from eval_protocol_rft.batch.files import write_file, write_rows
+from eval_protocol_rft.batch.format import FileMetadata, FormatError, schema
+from eval_protocol_rft.batch.jsonl import metadata_path
+from eval_protocol_rft.batch.rows import CompletionRow, from_record_batch, to_record_batch
+from tests.batch.strategies import RolloutFile, exactly, rollout_files
+
+FORMATS = pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
+
+
+@given(file=rollout_files())
+def test_rows_come_back_from_arrow_as_they_went_in(file: RolloutFile):
+    batch = to_record_batch(file.rows, file.schema)
+    batch.validate(full=True)
+    assert exactly(from_record_batch(batch, file.metadata)) == exactly(file.rows)
+
+
+@FORMATS
+@settings(deadline=None, max_examples=40)
+@given(file=rollout_files())
+def test_rows_come_back_from_a_file_as_they_went_in(
+    suffix: str, file: RolloutFile, tmp_path_factory: pytest.TempPathFactory
+):
+    path = tmp_path_factory.mktemp("x") / f"rollouts{suffix}"
+    assert write_rows(path, file.schema, file.rows) == len(file.rows)
+    dataset = RolloutDataset(path)
+    assert dataset.schema.equals(file.schema)
+    assert dataset.metadata == file.metadata
+    assert len(dataset) == len(file.rows)
+    assert exactly(list(dataset)) == exactly(file.rows)
+
+
+@settings(deadline=None, max_examples=30)
+@given(file=rollout_files())
+def test_the_two_formats_hold_the_same(file: RolloutFile, tmp_path_factory: pytest.TempPathFactory):
+    folder = tmp_path_factory.mktemp("x")
+    first, lines, second = (folder / name for name in ("a.parquet", "a.jsonl", "b.parquet"))
+    write_rows(first, file.schema, file.rows)
+    write_file(lines, file.schema, RolloutDataset(first).tables())
+    write_file(second, file.schema, RolloutDataset(lines).tables())
+    assert second.read_bytes() == first.read_bytes()
+
+
+@settings(max_examples=30)
+@given(file=rollout_files())
+def test_slices_of_a_batch_hold_their_own_rows(file: RolloutFile):
+    batch = to_record_batch(file.rows, file.schema)
+    for start in range(len(file.rows)):
+        found = from_record_batch(batch.slice(start, 2), file.metadata)
+        assert exactly(found) == exactly(file.rows[start : start + 2])
+
+
+@FORMATS
+def test_every_float32_bit_of_a_logprob_is_kept(suffix: str, tmp_path: Path):
+    bits = np.random.default_rng(0).integers(0x80000000, 0xFF800000, 50_000, dtype=np.uint32)
+    values = np.append(bits.view(np.float32), np.float32([-0.0, -1e-45, -3.4028235e38]))
+    row = simple_row(completion_ids=np.arange(len(values), dtype=np.int32), logprobs=values)
+    write_rows(tmp_path / f"a{suffix}", SCHEMA, [row])
+    [back] = RolloutDataset(tmp_path / f"a{suffix}")
+    assert back.logprobs.view(np.uint32).tolist() == values.view(np.uint32).tolist()
+
+
+def test_a_line_is_plain_json_that_anyone_can_read(tmp_path: Path):
+    types = {"level": pa.int64(), "facts": pa.string(), "when": pa.date32()}
+    metadata = FileMetadata(json_columns=["original_facts"])
+    row = simple_row(
+        response="zwölf\n",
+        completion_ids=np.array([3, 4], np.int32),
+        logprobs=np.array([-0.5, -0.25], np.float32),
+        original={"level": 5, "facts": {"a": [1, 2**70]}, "when": None},
+    )
+    write_rows(tmp_path / "a.jsonl", schema(metadata, types), [row])
+    line = json.loads((tmp_path / "a.jsonl").read_text(encoding="utf-8"))
+    assert line["response"] == "zwölf\n"
+    assert line["completion_ids"] == [3, 4]
+    assert line["logprobs"] == [-0.5, -0.25]
+    assert line["original_facts"] == {"a": [1, 2**70]}
+    assert line["original_level"] == 5
+    assert line["reward"] is None
+
+
+def test_token_data_of_another_width_is_refused():
+    row = simple_row(completion_ids=np.arange(3), logprobs=np.zeros(3, np.float32))
+    with pytest.raises(pa.ArrowTypeError, match="int64, not int32"):
+        to_record_batch([row], SCHEMA)
+
+
+def test_a_null_among_token_ids_is_an_error_and_not_a_number():
+    batch = to_record_batch([simple_row()], SCHEMA)
+    damaged = pa.array([[1, None, 3]], pa.list_(pa.int32()))
+    at = batch.schema.get_field_index("completion_ids")
+    with pytest.raises(FormatError, match="null among its numbers"):
+        from_record_batch(batch.set_column(at, batch.schema.field(at), damaged), FileMetadata())
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ('{"data_idx": 0', "a.jsonl:2: .*truncated"),
+        ('{"row_id": "\\ud800"}', "a.jsonl:2: "),
+        ('{"data_idx": "x"}', "a.jsonl:1-2: column 'data_idx'"),
+        ('{"logprobs": [0.5, "NaX"]}', "a.jsonl:1-2: column 'logprobs'"),
+        ("[1]", "a.jsonl:2: "),
+    ],
+)
+def test_a_broken_line_is_named(tmp_path: Path, line: str, complaint: str):
+    path = tmp_path / "a.jsonl"
+    write_rows(path, SCHEMA, [simple_row()])
+    path.write_text(path.read_text() + line + "\n")
+    with pytest.raises(FormatError, match=complaint):
+        list(RolloutDataset(path))
+
+
+def test_lines_without_the_file_beside_them_are_refused(tmp_path: Path):
+    path = tmp_path / "a.jsonl"
+    write_rows(path, SCHEMA, [simple_row()])
+    metadata_path(path).unlink()
+    with pytest.raises(FormatError, match=r"a\.jsonl\.metadata\.json is not beside it"):
+        RolloutDataset(path)
+
+
+def test_half_a_parquet_file_is_refused(tmp_path: Path):
+    path = tmp_path / "a.parquet"
+    write_rows(path, SCHEMA, [simple_row()])
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(FormatError, match="not a whole Parquet file"):
+        RolloutDataset(path)
+
+
+SCHEMA = schema(FileMetadata(), {})
+
+
+def simple_row(**values: object) -> CompletionRow:
+    return CompletionRow(row_id="r", data_idx=0, sample_idx=0, prompt="p", **values)
