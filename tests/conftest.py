@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import settings
 
 if TYPE_CHECKING:
     from eval_protocol_rft import FireworksTrainingRolloutProcessor
@@ -22,6 +23,10 @@ os.environ["EP_DISABLE_AUTO_BROWSER"] = "1"
 for _name in ("EP_LLM_API_BASE", "EP_LLM_BASE_URL", "FIREWORKS_BASE_URL", "FIREWORKS_API_KEY"):
     os.environ.pop(_name, None)
 
+
+# How long an example takes depends on what else the machine does.
+settings.register_profile("no_deadline", deadline=None)
+settings.load_profile("no_deadline")
 
 # What follows imports where it is used: not every test pays for Eval Protocol and transformers.
 

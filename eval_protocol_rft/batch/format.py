@@ -223,7 +223,8 @@ def as_stored(name: str, kind: pa.DataType) -> pa.DataType:
     """
     sink = pa.BufferOutputStream()
     try:
-        pq.write_table(pa.schema([("column", kind)]).empty_table(), sink)
+        # Not write_table: that imports pandas, for a second.
+        pq.ParquetWriter(sink, pa.schema([("column", kind)])).close()
     except pa.ArrowException as error:
         raise FormatError(
             f"column {name!r} is {kind}, which Parquet cannot hold ({error}): drop it, or cast it"

@@ -23,6 +23,8 @@ from eval_protocol_rft.batch.files import check_output
 from eval_protocol_rft.batch.output import OutputJob, find_job
 from eval_protocol_rft.batch.progress import reporter
 from eval_protocol_rft.batch.questions import Questions, Selection
+from eval_protocol_rft.batch.ray_nodes import Engine, check_engine
+from eval_protocol_rft.batch.ray_sampling import RaySampler
 from eval_protocol_rft.batch.rows import CompletionRow
 from eval_protocol_rft.batch.sampling_run import SamplingRun
 from eval_protocol_rft.batch.source import open_source, prompt_column
@@ -79,6 +81,8 @@ async def agenerate(
     tokenizer: Any = None,
     sampler: Sampler | None = None,
     trust_remote_code: bool = False,
+    engine: Engine = "local",
+    ray_address: str | None = None,
     progress: bool | None = None,
 ) -> GenerateSummary:
     """Sample n completions for every row of a data set.
@@ -97,6 +101,9 @@ async def agenerate(
         overwrite: let the output take the place of another job's. A finished file stays until the
             new one is; what was begun with the same settings is continued all the same.
         tokenizer, sampler, trust_remote_code: as for the processor.
+        engine: where requests are made and local models sampled: in this process, or on the nodes
+            of a Ray cluster, which share `concurrency`.
+        ray_address: of the cluster; None: that of RAY_ADDRESS, else one on this machine.
         progress: show a bar; None: where stderr is a terminal.
 
     Raises:
@@ -104,13 +111,17 @@ async def agenerate(
         ParamsError, TokenizerError, PromptError: settings are; nothing was asked yet.
         JobError: the output is there and of another job.
         BusyError: another process writes to the same output.
-        HopelessError: the first completions all failed for good.
+        RayEngineError: there is no Ray, no cluster, or a node of it cannot do its work.
+        HopelessError: the first completions all failed.
         OSError: the disk is full or failed. What was stored is safe.
     """
     target = Path(output)
     check_output(target)
     if concurrency < 1:
         raise ValueError(f"concurrency must be at least 1, got {concurrency}")
+    check_engine(engine)
+    if engine == "ray" and sampler is not None:
+        raise ValueError("a sampler of your own lives in this process: use the local engine")
     request = parse_completion_params(completion_params)
     source = await asyncio.to_thread(open_source, data)
     selection = Selection.of(
@@ -123,17 +134,21 @@ async def agenerate(
     questions = await asyncio.to_thread(Questions.check, source, selection, system)
     backends = Backends(tokenizer=tokenizer, sampler=sampler, trust_remote_code=trust_remote_code)
     clients: dict[Endpoint, HttpSampler] = {}
+    remote: RaySampler | None = None
     try:
         chosen, own_tokenizer = await backends.resolve(request, clients)
         questions.render_first(own_tokenizer, request)
         output_job = find_job(target, questions, request, own_tokenizer, overwrite=overwrite)
         if output_job.known is None and request.seed is None and backends.seeds_are_free(request):
             output_job = output_job.seeded(secrets.randbits(31))
+        if engine == "ray":
+            remote = RaySampler(request, trust_remote_code, concurrency, ray_address)
+            await remote.start()
         return await _run(
             output_job,
             functools.partial(
                 SamplingRun,
-                sampler=chosen,
+                sampler=remote or chosen,
                 tokenizer=own_tokenizer,
                 params=request.params,
                 retry=retry or RetryPolicy(),
@@ -144,6 +159,8 @@ async def agenerate(
             progress=progress,
         )
     finally:
+        if remote is not None:
+            await remote.aclose()
         for client in clients.values():
             await client.aclose()
 
@@ -173,11 +190,16 @@ async def _run(
                 )
 
             prompts = job.questions.prompts(
-                output.done, tokenizer, job.request, retry_failed=retry_failed
+                output.done,
+                tokenizer,
+                job.request,
+                name=job.data_name,
+                retry_failed=retry_failed,
             )
-            await make_run(store=output.store, on_stored=stored).run(prompts)
+            run = make_run(store=output.store, on_stored=stored, fresh=not output.done.done)
+            await run.run(prompts)
         seconds = time.perf_counter() - began
-        failed = await asyncio.to_thread(output.finish)
+        failed = await _to_its_end(output.finish)
     return GenerateSummary(
         output=job.target,
         prompts=job.questions.count,
@@ -186,6 +208,17 @@ async def _run(
         run=counts,
         seconds=seconds,
     )
+
+
+async def _to_its_end(work: Callable[[], int]) -> int:
+    """Run `work` in a thread. Cancelled, wait for it all the same: our caller closes the store
+    that it works on."""
+    task = asyncio.ensure_future(asyncio.to_thread(work))
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        raise
 
 
 def _said(counts: RunCounts, seconds: float) -> str:

@@ -18,11 +18,10 @@ import pyarrow as pa
 from eval_protocol_rft.batch.dataset import RolloutDataset
 from eval_protocol_rft.batch.done import DoneIndex
 from eval_protocol_rft.batch.files import write_file
-from eval_protocol_rft.batch.format import FormatError, metadata_of
+from eval_protocol_rft.batch.format import FormatError, metadata_of, reward_columns
 from eval_protocol_rft.batch.job import differences, job_schema
-from eval_protocol_rft.batch.merge import Keys, SortedInput, row_keys
+from eval_protocol_rft.batch.merge import KEY_COLUMNS, Keys, SortedInput, row_keys
 from eval_protocol_rft.batch.parts import (
-    KEY_COLUMNS,
     PartStore,
     parts_folder,
     read_schema,
@@ -53,11 +52,19 @@ class OutputJob:
     """The job's finished file, where there is one."""
     anew: bool
     """Parts that are there are another job's, and may go."""
+    version: tuple[int, ...] | None
+    """Of the file at `target` when it was looked at; None: there was none."""
 
     @property
     def total(self) -> int:
         """Completions asked for."""
         return self.questions.count * self.request.n
+
+    @property
+    def data_name(self) -> str:
+        """What the data set was called when the job began: row ids are made of it."""
+        data = metadata_of(self.schema).data
+        return self.questions.source.name if data is None else data.name
 
     def seeded(self, seed: int) -> OutputJob:
         """The job, new, with a seed that was drawn for it."""
@@ -71,6 +78,7 @@ class OutputJob:
 
         Raises:
             BusyError: another process has it.
+            JobError: another process just finished the file.
         """
         selection, num_rows = self.questions.selection, self.questions.source.num_rows
         position: Keys | None = None
@@ -81,6 +89,8 @@ class OutputJob:
         keys_of = functools.partial(row_keys, position=position)
         store = PartStore(parts_folder(self.target), self.schema, keys_of, anew=self.anew)
         try:
+            if _version(self.target) != self.version:
+                raise JobError(f"{self.target} was written just now: run the same command again")
             done = DoneIndex(num_rows, self.request.n)
             if self.base is not None:
                 for table in self.base.tables([*KEY_COLUMNS, "error"]):
@@ -140,6 +150,7 @@ def find_job(
     Raises:
         JobError: there is another job, or something else.
     """
+    version = _version(target)
     asked = job_schema(questions, request, tokenizer, seed_given=request.seed is not None)
     folder = parts_folder(target)
     begun = _same_job(folder, read_schema(folder), asked, overwrite=overwrite)
@@ -152,6 +163,8 @@ def find_job(
                 raise JobError(f"{error}. Choose another output, or --overwrite") from error
     known = None if finished is None else finished.schema
     base = _same_job(target, known, asked, overwrite=overwrite)
+    if base is not None:
+        _refuse_foreign_columns(target, base, asked)
     there = begun if base is None else base
     if there is not None:
         sampling = metadata_of(there).sampling
@@ -166,7 +179,28 @@ def find_job(
         known=there,
         base=None if base is None else finished,
         anew=begun is None,
+        version=version,
     )
+
+
+def _version(path: Path) -> tuple[int, ...] | None:
+    """Changes when the file is replaced."""
+    try:
+        stat = path.stat()
+    except FileNotFoundError:
+        return None
+    return stat.st_ino, stat.st_mtime_ns, stat.st_size
+
+
+def _refuse_foreign_columns(target: Path, known: pa.Schema, asked: pa.Schema) -> None:
+    rewards = metadata_of(known).rewards
+    ours = {*asked.names, *(name for column in rewards for name in reward_columns(column))}
+    foreign = [name for name in known.names if name not in ours]
+    if foreign:
+        raise JobError(
+            f"{target} has columns that this job does not write: {', '.join(foreign)}. Move the "
+            "file elsewhere to keep them, or take them out to continue it"
+        )
 
 
 def _same_job(

@@ -6,6 +6,7 @@ fails on is a failure of its completions, and the other rows go on.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,8 @@ from eval_protocol_rft.prompts import PromptError, chat_messages, render_chat
 from eval_protocol_rft.sampling.fanout import derive_seeds
 from eval_protocol_rft.sampling.types import TokenIds
 from eval_protocol_rft.tokenizer import LoadedTokenizer
+
+_TRIED_ROWS = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,15 +100,20 @@ class Questions:
         return cls(source, selection, system, kind, count)
 
     def render_first(self, tokenizer: LoadedTokenizer, request: RolloutRequest) -> None:
-        """Render the first prompt: if the tokenizer cannot do it, it is likely true of all.
+        """Render the first prompts until one succeeds: where none of 16 does, it is the tokenizer
+        that cannot do it.
 
         Raises:
-            PromptError: it cannot be rendered exactly; the message names the row.
+            PromptError: none can be rendered exactly; the message is of the first.
         """
-        row = next(iter(self.source.rows(**self.selection.rows)))
-        ids = self._render(row, tokenizer, request)
-        if isinstance(ids, PromptError):
-            raise ids
+        first = None
+        for row in itertools.islice(self.source.rows(**self.selection.rows), _TRIED_ROWS):
+            ids = self._render(row, tokenizer, request)
+            if not isinstance(ids, PromptError):
+                return
+            first = first or ids
+        if first is not None:
+            raise first
 
     def prompts(
         self,
@@ -113,9 +121,15 @@ class Questions:
         tokenizer: LoadedTokenizer,
         request: RolloutRequest,
         *,
+        name: str,
         retry_failed: bool,
     ) -> Iterator[Prompt]:
-        """The rows with completions that are not there yet, rendered one by one."""
+        """The rows with completions that are not there yet, rendered one by one; `name` goes into
+        their `row_id`.
+
+        Raises:
+            SourceError: a file of the data set has changed meanwhile.
+        """
         params = request.params
         for row in self.source.rows(**self.selection.rows):
             samples = done.missing(row.data_idx, retry_failed=retry_failed)
@@ -123,10 +137,10 @@ class Questions:
                 continue
             ids = self._render(row, tokenizer, request)
             shared = CompletionRow(
-                row_id=f"{self.source.name}-{row.data_idx}",
+                row_id=f"{name}-{row.data_idx}",
                 data_idx=row.data_idx,
                 sample_idx=0,
-                prompt=self._prompt(row),
+                prompt=self._prompt_to_store(row),
                 tools=_tools(row, self.selection.tools_key),
                 ground_truth=row.values.get(self.selection.ground_truth_key or ""),
                 prompt_ids=None if isinstance(ids, PromptError) else np.array(ids, np.int32),
@@ -138,6 +152,8 @@ class Questions:
             )
             seeds = derive_seeds(request.seed, str(row.data_idx), request.n)
             yield Prompt(shared, ids, samples, seeds)
+        # Looks whether the files are still those that were opened.
+        self.source.rows(limit=0)
 
     def _prompt(self, row: SourceRow) -> Any:
         """What is asked: the text, or the messages up to the last that is not the assistant's."""
@@ -153,6 +169,13 @@ class Questions:
         if self.system is not None and messages and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.system}, *messages]
         return messages
+
+    def _prompt_to_store(self, row: SourceRow) -> Any:
+        """The prompt, without messages where they are none that the file could hold."""
+        try:
+            return self._prompt(row)
+        except PromptError:
+            return []
 
     def _render(
         self, row: SourceRow, tokenizer: LoadedTokenizer, request: RolloutRequest

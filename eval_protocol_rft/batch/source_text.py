@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from eval_protocol_rft.batch.source_types import Source, SourceFacts, SourceRow
+from eval_protocol_rft.batch.source_types import Source, SourceError, SourceFacts, SourceRow
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
@@ -87,7 +87,14 @@ class TextSource(Source):
             for number in numbers:
                 start, size = self._index.span(number)
                 file.seek(start)
-                yield SourceRow(number, self._decode(file.read(size)), self._where(number))
+                where = self._where(number)
+                try:
+                    values = self._decode(file.read(size))
+                except ValueError as error:
+                    raise SourceError(
+                        f"{where}: it has changed since it was opened: {error}"
+                    ) from error
+                yield SourceRow(number, values, where)
 
     def _where(self, number: int) -> str:
         if self._index.lines:

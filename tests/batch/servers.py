@@ -1,0 +1,178 @@
+"""What the tests of `generate` and `score` share: data sets, the command, and what is in a file."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from typer.testing import CliRunner, Result
+
+from eval_protocol_rft.batch.dataset import RolloutDataset
+from eval_protocol_rft.batch.format import FileMetadata
+from eval_protocol_rft.batch.journal import read_journal
+from eval_protocol_rft.batch.parts import part_paths, parts_folder, read_schema
+from eval_protocol_rft.batch.rows import CompletionRow, from_record_batch
+from eval_protocol_rft.cli import app
+from tests.stub_server import StubServer
+
+Pair = tuple[int, int]
+"""(data_idx, sample_idx)"""
+SAMPLED = ("prompt_ids", "completion_ids", "logprobs", "response", "finish_reason", "seed", "error")
+"""Columns that do not depend on when and how often a completion was asked for."""
+ZYGOTE = Path(__file__).with_name("zygote.py")
+
+
+def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def texts(count: int) -> list[dict[str, Any]]:
+    """Rows with a prompt each, all different."""
+    return [{"prompt": f"question {i}", "ground_truth": str(i)} for i in range(count)]
+
+
+def ep_rft(*arguments: object) -> Result:
+    """Run a command in this process."""
+    return CliRunner(env={"COLUMNS": "200", "NO_COLOR": "1"}).invoke(app, list(map(str, arguments)))
+
+
+def succeed(*arguments: object) -> Result:
+    result = ep_rft(*arguments)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def refused(*arguments: object) -> str:
+    """Run a command that must fail with a message; what it says."""
+    result = ep_rft(*arguments)
+    assert result.exit_code == 1, result.output
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    assert result.stderr.startswith("ep-rft: "), result.stderr
+    return result.stderr
+
+
+def at(server: StubServer, tokenizer: Path, **options: Any) -> list[Any]:
+    """Arguments that sample from `server`."""
+    given = {"seed": 1, "max_tokens": 8, "concurrency": 8, **options}
+    named = [("--" + key.replace("_", "-"), value) for key, value in given.items()]
+    return [
+        *("--model", "m", "--base-url", server.url, "--tokenizer", tokenizer, "--quiet"),
+        *(part for name, value in named if value is not None for part in (name, value)),
+    ]
+
+
+def rows_by_pair(path: Path) -> dict[Pair, dict[str, Any]]:
+    """A finished file; no pair may be there twice."""
+    table = pa.concat_tables(RolloutDataset(path).tables())
+    rows = {(row["data_idx"], row["sample_idx"]): row for row in table.to_pylist()}
+    assert len(rows) == len(table)
+    return rows
+
+
+def sampled(path: Path) -> dict[Pair, dict[str, Any]]:
+    """What was sampled, without what depends on when."""
+    return {pair: {name: row[name] for name in SAMPLED} for pair, row in rows_by_pair(path).items()}
+
+
+def pairs(prompts: int, n: int) -> list[Pair]:
+    return [(i, k) for i in range(prompts) for k in range(n)]
+
+
+def stored(output: Path) -> dict[Pair, CompletionRow]:
+    """What is on disk of a job that no process works on, in its file, parts and journals."""
+    if output.exists():
+        return {(row.data_idx, row.sample_idx): row for row in RolloutDataset(output)}
+    tables = stored_tables(parts_folder(output))
+    metadata = RolloutDataset(output).metadata if tables else FileMetadata()
+    rows = [row for table in tables for row in from_record_batch(table, metadata)]
+    return {(row.data_idx, row.sample_idx): row for row in rows}
+
+
+def stored_tables(folder: Path) -> list[pa.Table]:
+    """The parts and journals in a folder."""
+    schema = read_schema(folder)
+    if schema is None:
+        return []
+    tables = [pq.read_table(path) for path in part_paths(folder)]
+    for journal in sorted(folder.glob("_journal-*")):
+        batches, _ = read_journal(journal.read_bytes(), schema)
+        tables.append(pa.Table.from_batches(batches, schema))
+    return tables
+
+
+@dataclass
+class Command:
+    """A running `ep-rft`."""
+
+    zygote: Zygote
+    pid: int
+    log: Path
+
+    def kill(self, number: signal.Signals = signal.SIGKILL) -> int:
+        os.kill(self.pid, number)
+        return self.wait()
+
+    def wait(self) -> int:
+        """Exit status; below 0: the signal that ended it."""
+        return self.zygote.ask({"wait": self.pid})
+
+    @property
+    def said(self) -> str:
+        return self.log.read_text()
+
+
+class Zygote:
+    """Starts commands in processes of their own, quickly."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.started = 0
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.batch.zygote"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ZYGOTE.parents[2],
+        )
+
+    def ask(self, request: Mapping[str, Any]) -> int:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        print(json.dumps(request), file=self.process.stdin, flush=True)
+        return int(self.process.stdout.readline())
+
+    def start(
+        self, *arguments: object, env: Mapping[str, str] | None = None, **limits: int
+    ) -> Command:
+        self.started += 1
+        log = self.folder / f"{self.started}.log"
+        request = {
+            "arguments": list(map(str, arguments)),
+            "log": str(log),
+            "limits": limits,
+            "env": dict(env or {}),
+        }
+        return Command(self, self.ask(request), log)
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait(10)
+
+
+def wait_until(true: Callable[[], bool], *, seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, "it never came to that"
+        time.sleep(0.002)

@@ -1,0 +1,187 @@
+"""`ep-rft generate` that is killed, stopped or out of disk loses nothing and asks nothing twice."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from eval_protocol_rft.batch.parts import parts_folder
+from tests.batch.servers import (
+    Command,
+    Zygote,
+    at,
+    pairs,
+    sampled,
+    stored,
+    texts,
+    wait_until,
+    write_jsonl,
+)
+from tests.stub_server import Hang, Late, StubServer
+
+PROMPTS, N = 50, 4
+
+
+@pytest.fixture(scope="module")
+def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
+    running = Zygote(tmp_path_factory.mktemp("logs"))
+    yield running
+    running.close()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_jsonl(tmp_path_factory.mktemp("data") / "data.jsonl", texts(PROMPTS))
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Path:
+    return tmp_path / "rollouts.parquet"
+
+
+def slowly(seen: object) -> Late:
+    return Late(random.uniform(0.005, 0.05))
+
+
+def start(zygote: Zygote, data: Path, output: Path, *arguments: object, **limits: int) -> Command:
+    return zygote.start("generate", data, "-o", output, "-n", N, *arguments, **limits)
+
+
+def finish(zygote: Zygote, data: Path, output: Path, *arguments: object) -> Command:
+    command = start(zygote, data, output, *arguments)
+    assert command.wait() == 0, command.said
+    assert not parts_folder(output).exists()
+    return command
+
+
+def asked(server: StubServer, since: int) -> list[tuple[tuple[int, ...], int]]:
+    return [(seen.prompt, seen.seed) for seen in server.requests[since:]]
+
+
+def on_disk(output: Path) -> set[tuple[tuple[int, ...], int]]:
+    return {(tuple(row.prompt_ids), row.seed) for row in stored(output).values()}
+
+
+@pytest.fixture(scope="module")
+def whole(zygote: Zygote, data: Path, tokenizer_folder: Path) -> dict:
+    """What a run that nothing happens to samples."""
+    output = data.with_name("whole.parquet")
+    with StubServer() as server:
+        finish(zygote, data, output, *at(server, tokenizer_folder))
+        assert len(server.requests) == PROMPTS * N
+    return sampled(output)
+
+
+@pytest.mark.parametrize("shuffle_seed", [None, 3])
+def test_killed_at_any_moment_it_goes_on_with_exactly_what_is_missing(
+    shuffle_seed, zygote, data, output, server, tokenizer_folder, whole
+):
+    server.script = slowly
+    arguments = at(server, tokenizer_folder, shuffle_seed=shuffle_seed)
+    for _ in range(4):
+        before, begun = on_disk(output), len(server.requests)
+        command = start(zygote, data, output, *arguments)
+        # From before it has begun to when it is nearly done.
+        enough = len(server.requests) + random.randrange(80)
+        wait_until(lambda enough=enough: len(server.requests) >= enough)
+        killed = command.kill() == -signal.SIGKILL
+        assert not before.intersection(asked(server, begun))
+        assert before <= on_disk(output)
+        if not killed:
+            break
+    before, begun = on_disk(output), len(server.requests)
+    finish(zygote, data, output, *arguments)
+    last = asked(server, begun)
+    assert len(last) == len(set(last)) == PROMPTS * N - len(before)
+    assert not before.intersection(last)
+    assert sampled(output) == whole
+    order = list(sampled(output))
+    assert sorted(order) == pairs(PROMPTS, N)
+    if shuffle_seed is None:
+        assert order == pairs(PROMPTS, N)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_stopped_it_says_where_things_are_and_has_stored_all_that_was_answered(
+    number, status, zygote, data, output, server, tokenizer_folder, whole
+):
+    server.script = lambda seen: Hang() if len(server.requests) > 60 else None
+    arguments = at(server, tokenizer_folder)
+    command = start(zygote, data, output, *arguments)
+    wait_until(lambda: server.outcomes().count("answered") == 60 and server.in_flight == 8)
+    time.sleep(0.1)
+    assert command.kill(number) == status
+    assert command.said.splitlines() == [
+        f"ep-rft: stopped. What was finished is in {parts_folder(output)}. The same command goes on"
+    ]
+    assert len(on_disk(output)) == 60
+    assert not list(parts_folder(output).glob("_journal-*"))
+    server.script = lambda seen: None
+    begun = len(server.requests)
+    finish(zygote, data, output, *arguments)
+    assert len(server.requests) - begun == PROMPTS * N - 60
+    assert sampled(output) == whole
+
+
+def test_a_limit_on_the_size_of_files_is_an_error_and_what_was_stored_is_safe(
+    zygote, data, output, server, tokenizer_folder, whole
+):
+    arguments = at(server, tokenizer_folder)
+    command = start(zygote, data, output, *arguments, RLIMIT_FSIZE=30_000)
+    assert command.wait() == 1
+    assert "File too large. What was stored is safe" in command.said
+    assert "Traceback" not in command.said
+    before, begun = on_disk(output), len(server.requests)
+    assert before
+    finish(zygote, data, output, *arguments)
+    assert not before.intersection(asked(server, begun))
+    assert sampled(output) == whole
+
+
+def test_a_full_disk_is_an_error_and_what_was_stored_is_safe(
+    zygote, data, tmp_path, server, tokenizer_folder, whole
+):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=120k", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a small disk is not allowed here")
+    try:
+        output = disk / "rollouts.parquet"
+        arguments = at(server, tokenizer_folder)
+        command = start(zygote, data, output, *arguments)
+        assert command.wait() == 1
+        assert "No space left on device. What was stored is safe: make room" in command.said
+        before, begun = on_disk(output), len(server.requests)
+        assert before
+        bigger = ["mount", "-o", "remount,size=4m", str(disk)]
+        subprocess.run(bigger, check=True)
+        finish(zygote, data, output, *arguments)
+        assert not before.intersection(asked(server, begun))
+        assert sampled(output) == whole
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)  # noqa: S607
+
+
+def test_a_second_process_is_refused_and_the_first_goes_on(
+    zygote, data, output, server, tokenizer_folder, whole
+):
+    done = threading.Event()
+    server.script = lambda seen: None if done.is_set() else Late(0.05)
+    arguments = at(server, tokenizer_folder, concurrency=4)
+    first = start(zygote, data, output, *arguments)
+    wait_until(lambda: len(server.requests) > 4)
+    second = start(zygote, data, output, *arguments)
+    assert second.wait() == 1
+    assert "another process is writing here" in second.said
+    done.set()
+    assert first.wait() == 0, first.said
+    assert len(server.requests) == PROMPTS * N
+    assert sampled(output) == whole
