@@ -25,7 +25,7 @@ for _name in ("EP_LLM_API_BASE", "EP_LLM_BASE_URL", "FIREWORKS_BASE_URL", "FIREW
 
 
 # How long an example takes depends on what else the machine does.
-settings.register_profile("no_deadline", deadline=None)
+settings.register_profile("no_deadline", deadline=None, max_examples=50)
 settings.load_profile("no_deadline")
 
 # What follows imports where it is used: not every test pays for Eval Protocol and transformers.

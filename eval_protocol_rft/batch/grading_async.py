@@ -50,7 +50,7 @@ def grade_in_loop(
     with _LoopThread() as thread:
         while True:
             for item in islice(source, max_concurrency - in_flight):
-                future = asyncio.run_coroutine_threadsafe(_grade(item, judge, timeout), thread.loop)
+                future = asyncio.run_coroutine_threadsafe(grade_one(item, judge, timeout), thread.loop)
                 future.add_done_callback(done.put)
                 in_flight += 1
             if not in_flight:
@@ -65,7 +65,7 @@ def grade_in_loop(
             yield graded
 
 
-async def _grade(item: GradingItem, judge: Judge, limit: float | None) -> Graded:
+async def grade_one(item: GradingItem, judge: Judge, limit: float | None) -> Graded:
     began = time.monotonic()
     try:
         async with asyncio.timeout(limit):

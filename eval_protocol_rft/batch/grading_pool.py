@@ -41,7 +41,7 @@ def grade_in_processes(
     timeout: float | None,
 ) -> Generator[Graded, None, None]:
     """Grade with a sync evaluator; see `grade`."""
-    pool = _Pool(evaluator, workers, timeout)
+    pool = Pool(evaluator, workers, timeout)
     # Ours runs before multiprocessing's own, which would wait for the workers forever.
     atexit.register(pool.kill)
     try:
@@ -52,7 +52,7 @@ def grade_in_processes(
         atexit.unregister(pool.kill)
 
 
-class _Pool:
+class Pool:
     """Workers, and the items that are here. All on the caller's thread."""
 
     def __init__(self, evaluator: LoadedEvaluator, size: int, timeout: float | None) -> None:

@@ -19,9 +19,9 @@ from typing import Any
 
 from eval_protocol_rft.batch.evaluators import LoadedEvaluator, load_evaluator
 from eval_protocol_rft.batch.grading import Graded, GradingError, GradingItem, grade
-from eval_protocol_rft.batch.grading_async import _grade as grade_one
+from eval_protocol_rft.batch.grading_async import grade_one
 from eval_protocol_rft.batch.grading_items import all_unscored
-from eval_protocol_rft.batch.grading_pool import _Pool as Pool
+from eval_protocol_rft.batch.grading_pool import Pool
 from eval_protocol_rft.batch.ray_nodes import EAGER_SECONDS, Node, NodeActor, NodeActors, Work
 
 MOST_LOSSES = 3

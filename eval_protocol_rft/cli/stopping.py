@@ -31,6 +31,9 @@ def sigterm_interrupts() -> Iterator[Stopped]:
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         stopped.by = signal.SIGTERM
+        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+            # So it is in a script's background job, which Ctrl-C is not meant for.
+            raise KeyboardInterrupt
         signal.raise_signal(signal.SIGINT)
 
     before = signal.signal(signal.SIGTERM, interrupt)
