@@ -50,7 +50,9 @@ def grade_in_loop(
     with _LoopThread() as thread:
         while True:
             for item in islice(source, max_concurrency - in_flight):
-                future = asyncio.run_coroutine_threadsafe(grade_one(item, judge, timeout), thread.loop)
+                future = asyncio.run_coroutine_threadsafe(
+                    grade_one(item, judge, timeout), thread.loop
+                )
                 future.add_done_callback(done.put)
                 in_flight += 1
             if not in_flight:

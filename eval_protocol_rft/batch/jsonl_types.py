@@ -4,7 +4,7 @@ Invariant: a value that was spelled is read back as it was, bit by bit, given it
 
 | Arrow | in a line |
 | --- | --- |
-| timestamp, date, time | text, ISO 8601; timestamps with a zone say it |
+| timestamp, date, time | text, ISO 8601; those with a zone in UTC |
 | decimal | text |
 | binary | text, base64 |
 | duration | integer, in the unit of its type |
@@ -17,7 +17,7 @@ from __future__ import annotations
 import base64
 import decimal
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pyarrow as pa
@@ -30,7 +30,8 @@ _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 def to_json_values(column: pa.ChunkedArray) -> list[Any]:
     """The values of a column, as msgspec is to encode them."""
-    values: list[Any] = column.cast(_spelled(column.type)).to_pylist()
+    in_utc = column.cast(_replaced(column.type, _in_utc))
+    values: list[Any] = in_utc.cast(_replaced(column.type, _spelled)).to_pylist()
     if _all_finite(column):
         return values
     return [_name_floats(value) for value in values]
@@ -52,29 +53,46 @@ def from_json_values(values: list[Any], kind: pa.DataType) -> pa.Array:
         return pa.array([_read(value, kind) for value in values], kind)
 
 
+def _in_utc(kind: pa.DataType) -> pa.DataType:
+    """UTC for all zones: text has the minutes of a zone's offset, and old ones have seconds."""
+    if pt.is_timestamp(kind) and kind.tz is not None:
+        return pa.timestamp(kind.unit, "UTC")
+    return _any_null(kind)
+
+
 def _spelled(kind: pa.DataType) -> pa.DataType:
-    """The type with text or numbers in the place of what JSON lacks, as far as Arrow casts it."""
+    """What a value is spelled as, as far as Arrow's casts do it."""
     if _is_text(kind):
         return pa.string()
     if pt.is_duration(kind):
         return pa.int64()
     if pt.is_float16(kind):
         return pa.float32()
+    return _any_null(kind)
+
+
+def _any_null(kind: pa.DataType) -> pa.DataType:
+    """Another type for nulls: Arrow's cast of nested slices to a type of nulls miscounts them."""
+    return pa.bool_() if pt.is_null(kind) else kind
+
+
+def _replaced(kind: pa.DataType, leaf: Callable[[pa.DataType], pa.DataType]) -> pa.DataType:
+    """The type with `leaf` of every type that it is made of."""
+
+    def inner(field: pa.Field) -> pa.Field:
+        return field.with_type(_replaced(field.type, leaf))
+
     if pt.is_struct(kind):
-        return pa.struct([_spelled_field(field) for field in kind])
+        return pa.struct([inner(field) for field in kind])
     if pt.is_map(kind):
-        return pa.map_(_spelled_field(kind.key_field), _spelled_field(kind.item_field))
+        return pa.map_(inner(kind.key_field), inner(kind.item_field))
     if pt.is_fixed_size_list(kind):
-        return pa.list_(_spelled_field(kind.value_field), kind.list_size)
+        return pa.list_(inner(kind.value_field), kind.list_size)
     if pt.is_large_list(kind):
-        return pa.large_list(_spelled_field(kind.value_field))
+        return pa.large_list(inner(kind.value_field))
     if pt.is_list(kind):
-        return pa.list_(_spelled_field(kind.value_field))
-    return kind
-
-
-def _spelled_field(field: pa.Field) -> pa.Field:
-    return field.with_type(_spelled(field.type))
+        return pa.list_(inner(kind.value_field))
+    return leaf(kind)
 
 
 def _read(value: Any, kind: pa.DataType) -> Any:
