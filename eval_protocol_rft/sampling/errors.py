@@ -59,7 +59,8 @@ def error_in_body(body: bytes) -> SamplingError | None:
 
 
 def retry_after(headers: Mapping[str, str], *, now: datetime) -> float | None:
-    """Seconds that `Retry-After` (RFC 9110, 10.2.3: seconds or a date) asks for, None without."""
+    """Seconds that `Retry-After` (RFC 9110, 10.2.3: seconds or a date) asks for, None without. A
+    date counts from the reply's own `Date`: the server's clock need not be ours."""
     value = headers.get("Retry-After", "").strip()
     if not value:
         return None
@@ -67,13 +68,18 @@ def retry_after(headers: Mapping[str, str], *, now: datetime) -> float | None:
         return max(0.0, float(value)) if float(value) < float("inf") else None
     except ValueError:
         pass
+    until = _date(value)
+    if until is None:
+        return None
+    return max(0.0, (until - (_date(headers.get("Date", "")) or now)).total_seconds())
+
+
+def _date(value: str) -> datetime | None:
     try:
         date = parsedate_to_datetime(value)
-    except ValueError:
+    except (ValueError, OverflowError):  # the latter: a time zone of many digits
         return None
-    if date.tzinfo is None:
-        date = date.replace(tzinfo=UTC)
-    return max(0.0, (date - now).total_seconds())
+    return date if date.tzinfo is not None else date.replace(tzinfo=UTC)
 
 
 def loads(body: bytes) -> Any:

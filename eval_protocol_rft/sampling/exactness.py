@@ -20,6 +20,9 @@ _ID_PREFIX = "token_id:"
 """How vLLM writes tokens under `return_tokens_as_token_ids`: text may stand for several ids, this
 cannot."""
 
+_LOWEST = -3.0e38
+"""Below, a logprob is minus infinity in float32, which every trainer computes in."""
+
 _token_id = attrgetter("token_id")
 _logprob = attrgetter("logprob")
 _sampling_logprob = attrgetter("sampling_logprob")
@@ -165,7 +168,13 @@ def _all_null(values: Sequence[float | None]) -> bool:
 def _complete(name: str, values: Sequence[float | None]) -> list[float]:
     if None in values:
         raise ContractError(f"{name} is null at index {list(values).index(None)}")
-    return list(values)  # type: ignore[arg-type]
+    known: list[float] = list(values)  # type: ignore[arg-type]
+    if known and min(known) < _LOWEST:
+        index = known.index(min(known))
+        raise ContractError(
+            f"{name}[{index}] is {known[index]!r}: minus infinity in float32, no logprob of a token"
+        )
+    return known
 
 
 def _check_same(name: str, got: Sequence[Any], other: str, expected: Sequence[Any]) -> None:
@@ -185,5 +194,6 @@ def _check_same(name: str, got: Sequence[Any], other: str, expected: Sequence[An
 
 def _check_order(name: str, offsets: list[int | None]) -> None:
     """Offsets into the text never go back: entries or events that changed places show."""
-    if None not in offsets and offsets != sorted(offsets):  # type: ignore[type-var]
+    known = [offset for offset in offsets if offset is not None] if None in offsets else offsets
+    if known != sorted(known):  # type: ignore[type-var]
         raise ContractError(f"{name} goes back: entries are out of order")

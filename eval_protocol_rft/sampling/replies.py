@@ -62,6 +62,7 @@ class Reply(msgspec.Struct):
     object: str | None = None
     model: str | None = None
     usage: Usage | None = None
+    error: msgspec.Raw = ABSENT
 
 
 _DECODER = msgspec.json.Decoder(Reply)
@@ -73,10 +74,10 @@ def parse_reply(body: bytes) -> Reply:
     Raises:
         ConnectionFailedError: the JSON is cut off.
         ContractError: it is no JSON, or not of a reply's shape.
-        UnavailableError, RefusedError: it is an error object.
+        UnavailableError, RefusedError: it is an error object, or carries one.
     """
     try:
-        return _DECODER.decode(body)
+        reply = _DECODER.decode(body)
     except msgspec.ValidationError as problem:
         error = error_in_body(body)
         if error is not None:
@@ -85,13 +86,24 @@ def parse_reply(body: bytes) -> Reply:
     except RecursionError as problem:
         raise ContractError("the reply is nested too deeply to read") from problem
     except (msgspec.DecodeError, UnicodeDecodeError) as problem:
-        if not body.strip() or "truncated" in str(problem):
+        if not body.strip() or _ends_too_soon(body, str(problem)):
             raise ConnectionFailedError(
                 f"the reply is cut off after {len(body)} bytes"
             ) from problem
         raise ContractError(
             f"the reply is not JSON ({problem}); it begins {body[:80]!r}"
         ) from problem
+    # An error beside choices: whatever tokens there are, the server does not stand by them.
+    error = error_in_body(body) if reply.error != ABSENT else None
+    if error is not None:
+        raise error
+    return reply
+
+
+def _ends_too_soon(body: bytes, problem: str) -> bool:
+    """Whether the decoder ran out of bytes; within a number it only says where it stopped."""
+    at_end = problem.endswith(f"(byte {len(body)})") and "trailing" not in problem
+    return at_end or "truncated" in problem
 
 
 def _kind(body: bytes) -> str:
@@ -100,10 +112,15 @@ def _kind(body: bytes) -> str:
     return f" (its object is {named!r})" if named else ""
 
 
+_OTHER_FIELDS = frozenset({b"", b"event", b"id", b"retry"})
+"""What may stand in an event beside its data. The empty name: a comment, or a line left blank."""
+
+
 def parse_stream(body: bytes) -> Reply:
     """Parse a whole event stream and put its chunks together.
 
-    Raises: as `parse_reply`; a stream without `[DONE]` is a ConnectionFailedError.
+    Raises: as `parse_reply`; a stream without `[DONE]` is a ConnectionFailedError, one whose
+    events contradict each other a ContractError.
     """
     events = _events(body)
     if not events or events[-1] != b"[DONE]":
@@ -129,19 +146,26 @@ def _events(body: bytes) -> list[bytes]:
     event that no blank line ends did not arrive whole."""
     normal = body.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
     *whole, _rest = normal.split(b"\n\n")
-    events = []
-    for block in whole:
-        data = [
-            line[5:].removeprefix(b" ") for line in block.split(b"\n") if line.startswith(b"data:")
-        ]
-        if data:
-            events.append(b"\n".join(data))
-    return events
+    return [b"\n".join(data) for data in map(_data, whole) if data]
+
+
+def _data(block: bytes) -> list[bytes]:
+    data = []
+    for line in block.split(b"\n"):
+        name, _, value = line.partition(b":")
+        if name == b"data":
+            data.append(value.removeprefix(b" "))
+        elif name not in _OTHER_FIELDS:
+            # The standard lets readers skip it; it may be what is left of an event with tokens.
+            raise ContractError(
+                f"the event stream holds a line that is no field of an event: {line[:80]!r}"
+            )
+    return data
 
 
 def _merge(reply: Reply, chunk: Reply) -> None:
-    reply.id = reply.id or chunk.id
-    reply.object = reply.object or chunk.object
+    reply.id = _one("id", reply.id, chunk.id)
+    reply.object = _one("object", reply.object, chunk.object)
     reply.model = chunk.model or reply.model
     reply.usage = chunk.usage or reply.usage
     known = {choice.index: choice for choice in reply.choices}
@@ -155,12 +179,14 @@ def _merge(reply: Reply, chunk: Reply) -> None:
 def _merge_choice(into: Choice, chunk: Choice) -> None:
     if into.finish_reason is not None and (chunk.token_ids or _content(chunk)):
         raise ContractError(f"choices[{into.index}]: tokens after finish_reason in the stream")
-    into.finish_reason = chunk.finish_reason or into.finish_reason
-    into.stop_reason = chunk.stop_reason if chunk.stop_reason is not None else into.stop_reason
+    into.finish_reason = _one("finish_reason", into.finish_reason, chunk.finish_reason)
+    into.stop_reason = _one("stop_reason", into.stop_reason, chunk.stop_reason)
     into.text = (into.text or "") + (chunk.text or "")
     into.token_ids = _joined(into.token_ids, chunk.token_ids)
     if into.prompt_token_ids == ABSENT:
         into.prompt_token_ids = chunk.prompt_token_ids
+    elif chunk.prompt_token_ids not in (ABSENT, into.prompt_token_ids):
+        raise ContractError("the events of the stream tell different prompt_token_ids")
     into.raw_output = chunk.raw_output or into.raw_output
     if chunk.logprobs is None:
         return
@@ -170,6 +196,17 @@ def _merge_choice(into: Choice, chunk: Choice) -> None:
     for name in ("content", "token_logprobs", "token_ids", "tokens", "top_logprobs", "text_offset"):
         joined = _joined(getattr(into.logprobs, name), getattr(chunk.logprobs, name))
         setattr(into.logprobs, name, joined)
+
+
+def _one(name: str, known: Any, new: Any) -> Any:
+    """What the events say of the whole reply, where they say it; two values are one too many."""
+    if known in (None, ""):
+        return new
+    if new not in (None, "", known):
+        raise ContractError(
+            f"the events of the stream tell two values of {name}: {known!r} and {new!r}"
+        )
+    return known
 
 
 def _content(choice: Choice) -> list[Entry] | None:
