@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import json
+import math
+from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 
 from eval_protocol_rft.batch.dataset import RolloutDataset
 from eval_protocol_rft.batch.files import write_file, write_rows
@@ -17,9 +21,11 @@ from eval_protocol_rft.batch.jsonl import metadata_path
 from eval_protocol_rft.batch.rows import CompletionRow, from_record_batch, to_record_batch
 from tests.batch.strategies import RolloutFile, exactly, rollout_files
 
+PATIENTLY = settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 FORMATS = pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
 
 
+@PATIENTLY
 @given(file=rollout_files())
 def test_rows_come_back_from_arrow_as_they_went_in(file: RolloutFile):
     batch = to_record_batch(file.rows, file.schema)
@@ -28,7 +34,7 @@ def test_rows_come_back_from_arrow_as_they_went_in(file: RolloutFile):
 
 
 @FORMATS
-@settings(deadline=None, max_examples=40)
+@PATIENTLY
 @given(file=rollout_files())
 def test_rows_come_back_from_a_file_as_they_went_in(
     suffix: str, file: RolloutFile, tmp_path_factory: pytest.TempPathFactory
@@ -42,7 +48,7 @@ def test_rows_come_back_from_a_file_as_they_went_in(
     assert exactly(list(dataset)) == exactly(file.rows)
 
 
-@settings(deadline=None, max_examples=30)
+@PATIENTLY
 @given(file=rollout_files())
 def test_the_two_formats_hold_the_same(file: RolloutFile, tmp_path_factory: pytest.TempPathFactory):
     folder = tmp_path_factory.mktemp("x")
@@ -53,7 +59,7 @@ def test_the_two_formats_hold_the_same(file: RolloutFile, tmp_path_factory: pyte
     assert second.read_bytes() == first.read_bytes()
 
 
-@settings(max_examples=30)
+@PATIENTLY
 @given(file=rollout_files())
 def test_slices_of_a_batch_hold_their_own_rows(file: RolloutFile):
     batch = to_record_batch(file.rows, file.schema)
@@ -70,6 +76,29 @@ def test_every_float32_bit_of_a_logprob_is_kept(suffix: str, tmp_path: Path):
     write_rows(tmp_path / f"a{suffix}", SCHEMA, [row])
     [back] = RolloutDataset(tmp_path / f"a{suffix}")
     assert back.logprobs.view(np.uint32).tolist() == values.view(np.uint32).tolist()
+
+
+@pytest.mark.parametrize(
+    ("kind", "values"),
+    [
+        # Zones were off by seconds before there was a standard.
+        (pa.timestamp("us", "Europe/Berlin"), [dt.datetime(1891, 1, 1, tzinfo=dt.UTC), None]),
+        (pa.timestamp("ns"), [dt.datetime(2000, 1, 1, 0, 0, 0, 7)]),  # noqa: DTZ001
+        (pa.list_(pa.struct([("a", pa.null())])), [[{"a": None}], [None, {"a": None}]]),
+        (pa.struct([("a", pa.date32())]), [None, {"a": dt.date(1, 1, 1)}]),
+        (pa.map_(pa.string(), pa.decimal128(5, 2)), [[("a", Decimal("1.50")), ("b", None)], []]),
+        (pa.list_(pa.float64()), [[math.inf, -math.inf, 0.5, None], None]),
+    ],
+)
+def test_types_that_json_lacks_keep_their_values_in_lines(
+    kind: pa.DataType, values: list[Any], tmp_path: Path
+):
+    made = schema(FileMetadata(), {"x": kind})
+    rows = [simple_row(original={"x": value}) for value in values]
+    for i, row in enumerate(rows):
+        row.sample_idx = i
+    write_rows(tmp_path / "a.jsonl", made, rows)
+    assert exactly(list(RolloutDataset(tmp_path / "a.jsonl"))) == exactly(rows)
 
 
 def test_a_line_is_plain_json_that_anyone_can_read(tmp_path: Path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
 import tempfile
@@ -30,13 +29,7 @@ FAILED = ASKED[1::3]
 ENDS: tuple[End, ...] = ("before", "half", "power")
 
 
-_SLOW = [
-    pytest.mark.slow,
-    pytest.mark.skipif("THOROUGH" not in os.environ, reason="takes minutes; set THOROUGH=1"),
-]
-
-
-@pytest.fixture(params=["a few calls", pytest.param("every call", marks=_SLOW)])
+@pytest.fixture(params=["a few calls", pytest.param("every call", marks=pytest.mark.slow)])
 def thorough(request: pytest.FixtureRequest) -> bool:
     return request.param == "every call"
 
