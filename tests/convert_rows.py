@@ -9,14 +9,14 @@ import numpy as np
 import pyarrow as pa
 from hypothesis import strategies as st
 
-from eval_protocol_rft.batch.format import (
+from eval_protocol_rft.batch.rollouts.format import (
     DataSettings,
     FileMetadata,
     RewardSettings,
     SamplingSettings,
     schema,
 )
-from eval_protocol_rft.batch.rows import UNSCORED, CompletionRow, Score
+from eval_protocol_rft.batch.rollouts.rows import UNSCORED, CompletionRow, Score
 
 SAMPLING = SamplingSettings(
     model="m", tokenizer="tok", temperature=0.7, top_p=1.0, top_k=0, max_tokens=9, n=4, seed=3

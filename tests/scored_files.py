@@ -9,11 +9,16 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from eval_protocol_rft.batch.files import write_rows
 from hypothesis import strategies as st
 
-from eval_protocol_rft.batch.files import write_rows
-from eval_protocol_rft.batch.format import FileMetadata, RewardSettings, SamplingSettings, schema
-from eval_protocol_rft.batch.rows import CompletionRow, Score, to_record_batch
+from eval_protocol_rft.batch.rollouts.format import (
+    FileMetadata,
+    RewardSettings,
+    SamplingSettings,
+    schema,
+)
+from eval_protocol_rft.batch.rollouts.rows import CompletionRow, Score, to_record_batch
 
 METADATA = FileMetadata(
     prompt_kind="text",

@@ -18,8 +18,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from eval_protocol_rft.batch.format import RewardSettings, SamplingSettings
-from eval_protocol_rft.batch.rows import CompletionRow, Score
+from eval_protocol_rft.batch.rollouts.format import RewardSettings, SamplingSettings
+from eval_protocol_rft.batch.rollouts.rows import CompletionRow, Score
 from eval_protocol_rft.report.page import visible, write_report
 from eval_protocol_rft.report.page_data import embedded_json, prompt_start
 from eval_protocol_rft.report.page_detail import ReportError

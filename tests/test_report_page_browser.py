@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from eval_protocol_rft.batch.format import RewardSettings
-from eval_protocol_rft.batch.rows import CompletionRow, Score
+from eval_protocol_rft.batch.rollouts.format import RewardSettings
+from eval_protocol_rft.batch.rollouts.rows import CompletionRow, Score
 from eval_protocol_rft.report.page import write_report
 from tests.report_page_rows import END, HOSTILE, completion, dataset, failed, metadata
 

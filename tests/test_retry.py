@@ -25,6 +25,7 @@ policies = st.builds(
     max_seconds=st.floats(0, 1e6),
     base_seconds=st.floats(0, 100),
     cap_seconds=st.floats(0, 1000),
+    retry_after_cap_seconds=st.floats(0, 1e4),
 )
 uniforms = st.floats(0, 1, exclude_max=True)
 waits = st.none() | st.floats(0, 1e5)
@@ -69,14 +70,23 @@ def test_a_delay_is_full_jitter_within_both_budgets(policy, attempt, elapsed, un
 
 
 @given(policy=policies, attempt=st.integers(1, 50), uniform=uniforms, asked=st.floats(0, 1e5))
-def test_retry_after_is_a_floor_even_above_the_cap(policy, attempt, uniform, asked):
+def test_retry_after_is_a_floor_up_to_its_cap_and_our_jitter_comes_on_top(
+    policy, attempt, uniform, asked
+):
     plain = policy.delay(transient(), attempt=attempt, elapsed=0, uniform=uniform)
     told = policy.delay(transient(asked), attempt=attempt, elapsed=0, uniform=uniform)
+    floor = min(asked, policy.retry_after_cap_seconds)
     if told is not None:
         assert plain is not None
-        assert told == max(plain, asked)
+        assert told == floor + plain
     elif plain is not None:
-        assert asked > policy.max_seconds
+        assert floor + plain > policy.max_seconds
+
+
+def test_all_who_were_told_the_same_time_do_not_come_back_at_the_same_time():
+    policy = RetryPolicy(base_seconds=1.0)
+    waits = {policy.delay(transient(20.0), attempt=1, elapsed=0, uniform=u / 8) for u in range(8)}
+    assert waits == {20.0 + u / 8 for u in range(8)}
 
 
 @given(
@@ -107,6 +117,7 @@ def test_a_run_of_failures_ends_within_both_budgets(policy, script):
         {"max_seconds": -1},
         {"base_seconds": -0.1},
         {"cap_seconds": float("nan")},
+        {"retry_after_cap_seconds": -1},
     ],
     ids=str,
 )

@@ -14,29 +14,29 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from eval_protocol_rft.batch.convert import convert
+    from eval_protocol_rft.batch.conversion import convert
     from eval_protocol_rft.batch.dataset import RolloutDataset
-    from eval_protocol_rft.batch.datums import write_datums
+    from eval_protocol_rft.batch.datums.write import write_datums
     from eval_protocol_rft.batch.files import write_rows
-    from eval_protocol_rft.batch.filter_rules import FilterRules
-    from eval_protocol_rft.batch.filters import filter_rollouts
-    from eval_protocol_rft.batch.generate import agenerate, generate
-    from eval_protocol_rft.batch.rows import CompletionRow, Score
-    from eval_protocol_rft.batch.score import score
-    from eval_protocol_rft.batch.stats import rollout_stats
+    from eval_protocol_rft.batch.filtering.filters import filter_rollouts
+    from eval_protocol_rft.batch.filtering.rules import FilterRules
+    from eval_protocol_rft.batch.generation.generate import agenerate, generate
+    from eval_protocol_rft.batch.grading.score import score
+    from eval_protocol_rft.batch.rollouts.rows import CompletionRow, Score
+    from eval_protocol_rft.batch.stats.rollout_stats import rollout_stats
 
 _HOMES = {
-    "CompletionRow": "rows",
-    "FilterRules": "filter_rules",
+    "CompletionRow": "rollouts.rows",
+    "FilterRules": "filtering.rules",
     "RolloutDataset": "dataset",
-    "Score": "rows",
-    "agenerate": "generate",
-    "convert": "convert",
-    "filter_rollouts": "filters",
-    "generate": "generate",
-    "rollout_stats": "stats",
-    "score": "score",
-    "write_datums": "datums",
+    "Score": "rollouts.rows",
+    "agenerate": "generation.generate",
+    "convert": "conversion",
+    "filter_rollouts": "filtering.filters",
+    "generate": "generation.generate",
+    "rollout_stats": "stats.rollout_stats",
+    "score": "grading.score",
+    "write_datums": "datums.write",
     "write_rows": "files",
 }
 

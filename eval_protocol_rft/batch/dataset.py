@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from eval_protocol_rft.batch import jsonl
-from eval_protocol_rft.batch.evaluation_rows import to_row
-from eval_protocol_rft.batch.format import FileMetadata, FormatError, metadata_of
-from eval_protocol_rft.batch.merge import KEY_COLUMNS, SortedInput, merge_sorted, row_keys
-from eval_protocol_rft.batch.parquet import open_parquet, read_row_groups
-from eval_protocol_rft.batch.parts import part_paths, parts_folder, read_schema
-from eval_protocol_rft.batch.rows import CompletionRow, from_record_batch
+from eval_protocol_rft.batch.evaluation_rows.to_row import to_row
+from eval_protocol_rft.batch.rollouts import jsonl
+from eval_protocol_rft.batch.rollouts.format import FileMetadata, FormatError, metadata_of
+from eval_protocol_rft.batch.rollouts.parquet import open_parquet, read_row_groups
+from eval_protocol_rft.batch.rollouts.rows import CompletionRow, from_record_batch
+from eval_protocol_rft.batch.store.merge import KEY_COLUMNS, SortedInput, merge_sorted, row_keys
+from eval_protocol_rft.batch.store.parts import part_paths, parts_folder, read_schema
 
 if TYPE_CHECKING:
     from eval_protocol.models import EvaluationRow

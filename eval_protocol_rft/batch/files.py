@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from eval_protocol_rft.batch import jsonl, parquet
 from eval_protocol_rft.batch.dataset import is_jsonl
 from eval_protocol_rft.batch.durable import replacing
-from eval_protocol_rft.batch.rows import CompletionRow, to_record_batch
+from eval_protocol_rft.batch.rollouts import jsonl, parquet
+from eval_protocol_rft.batch.rollouts.rows import CompletionRow, to_record_batch
 
 
 class OutputError(ValueError):

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from eval_protocol_rft.batch.dataset import RolloutDataset
-from eval_protocol_rft.batch.format import REWARD_PREFIX, FormatError, reward_column
+from eval_protocol_rft.batch.rollouts.format import REWARD_PREFIX, FormatError, reward_column
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]

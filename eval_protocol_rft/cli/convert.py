@@ -44,9 +44,9 @@ def convert(
       ep-rft convert rollouts.parquet train.parquet --to verl --data-source openai/gsm8k
       ep-rft convert rollouts.parquet sft.parquet --to trl
     """
-    from eval_protocol_rft.batch.convert import ConvertError
-    from eval_protocol_rft.batch.convert import convert as run
-    from eval_protocol_rft.batch.format import FormatError
+    from eval_protocol_rft.batch.conversion import ConvertError
+    from eval_protocol_rft.batch.conversion import convert as run
+    from eval_protocol_rft.batch.rollouts.format import FormatError
     from eval_protocol_rft.batch.target import TargetError
     from eval_protocol_rft.record import RecordError
     from eval_protocol_rft.training.errors import TrainingDataError

@@ -74,8 +74,8 @@ def datums(
     """
     import warnings
 
-    from eval_protocol_rft.batch.datums import write_datums
-    from eval_protocol_rft.batch.format import FormatError
+    from eval_protocol_rft.batch.datums.write import write_datums
+    from eval_protocol_rft.batch.rollouts.format import FormatError
     from eval_protocol_rft.batch.target import TargetError
     from eval_protocol_rft.training.errors import BiasedSamplingWarning, TrainingDataError
     from eval_protocol_rft.training.export.errors import MissingPackageError

@@ -87,14 +87,14 @@ def filter(  # noqa: A001
       ep-rft filter in.parquet -o middle.jsonl --reward-percentile 25:75
       ep-rft filter in.parquet -o prompts.jsonl --prompts --pass-rate :0.9
     """
-    from eval_protocol_rft.batch.filter_rules import (
+    from eval_protocol_rft.batch.filtering.filters import NothingLeftError, filter_rollouts
+    from eval_protocol_rft.batch.filtering.rules import (
         REASONS,
         FilterRules,
         FilterRulesError,
         parse_band,
     )
-    from eval_protocol_rft.batch.filters import NothingLeftError, filter_rollouts
-    from eval_protocol_rft.batch.format import FormatError
+    from eval_protocol_rft.batch.rollouts.format import FormatError
     from eval_protocol_rft.batch.target import TargetError
 
     try:

@@ -14,7 +14,7 @@ from eval_protocol_rft.cli.failing import fail
 from eval_protocol_rft.cli.stopping import sigterm_interrupts
 
 if TYPE_CHECKING:
-    from eval_protocol_rft.batch.generate import GenerateSummary
+    from eval_protocol_rft.batch.generation.generate import GenerateSummary
 
 _DATA = "Data set"
 _SAMPLING = "Sampling"
@@ -215,10 +215,10 @@ def generate(
     }
     _check_format(output, output_format)
 
-    from eval_protocol_rft.batch.generate import generate as run
-    from eval_protocol_rft.batch.parts import BusyError, parts_folder
-    from eval_protocol_rft.batch.ray_nodes import RayEngineError
-    from eval_protocol_rft.batch.sampling_run import HopelessError
+    from eval_protocol_rft.batch.generation.generate import generate as run
+    from eval_protocol_rft.batch.generation.sampling_run import HopelessError
+    from eval_protocol_rft.batch.ray.nodes import RayEngineError
+    from eval_protocol_rft.batch.store.parts import BusyError, parts_folder
     from eval_protocol_rft.sampling.retry import RetryPolicy
     from eval_protocol_rft.sampling.types import SamplingError
 

@@ -47,7 +47,7 @@ def report(
       ep-rft report rollouts.parquet --tokenizer Qwen/Qwen3-0.6B
     """
     from eval_protocol_rft.batch.dataset import RolloutDataset
-    from eval_protocol_rft.batch.format import FormatError
+    from eval_protocol_rft.batch.rollouts.format import FormatError
     from eval_protocol_rft.report.page import write_report
     from eval_protocol_rft.report.page_detail import ReportError
 

@@ -11,7 +11,7 @@ from eval_protocol_rft.cli.failing import fail
 from eval_protocol_rft.cli.stopping import sigterm_interrupts
 
 if TYPE_CHECKING:
-    from eval_protocol_rft.batch.score import ScoreSummary
+    from eval_protocol_rft.batch.grading.score import ScoreSummary
 
 _SHOWN_REASONS = 5
 
@@ -82,10 +82,10 @@ def score(
       ep-rft score rollouts.parquet -e my_package.rewards:short_answer --name short
       ep-rft score rollouts.parquet -e judge.py::judge --concurrency 16 -o judged.parquet
     """
-    from eval_protocol_rft.batch.grading import GradingError
-    from eval_protocol_rft.batch.parts import BusyError
-    from eval_protocol_rft.batch.ray_nodes import RayEngineError
-    from eval_protocol_rft.batch.score import score as run
+    from eval_protocol_rft.batch.grading.grade import GradingError
+    from eval_protocol_rft.batch.grading.score import score as run
+    from eval_protocol_rft.batch.ray.nodes import RayEngineError
+    from eval_protocol_rft.batch.store.parts import BusyError
     from eval_protocol_rft.scoring.evaluator import EvaluatorError
 
     with sigterm_interrupts() as stopped:

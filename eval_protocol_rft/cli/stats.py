@@ -35,7 +35,7 @@ def stats(
     """
     import msgspec
 
-    from eval_protocol_rft.batch.stats import rollout_stats
+    from eval_protocol_rft.batch.stats.rollout_stats import rollout_stats
 
     try:
         found = rollout_stats(file, reward=reward, pass_threshold=pass_threshold)

@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from eval_protocol_rft.batch.rows import ChatMessages, CompletionRow
+from eval_protocol_rft.batch.rollouts.rows import ChatMessages, CompletionRow
 from eval_protocol_rft.report.page_detail import LOGPROB_UNIT, plain_text
 from eval_protocol_rft.report.page_stats import GroupStats
 

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from eval_protocol_rft.batch.rows import CompletionRow, Score
+from eval_protocol_rft.batch.rollouts.rows import CompletionRow, Score
 from eval_protocol_rft.report.page_tokens import TokenTexts, Vocabulary
 from eval_protocol_rft.sampling.types import token_data_problem
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from eval_protocol_rft.batch.format import DataSettings, FileMetadata, SamplingSettings
+from eval_protocol_rft.batch.rollouts.format import DataSettings, FileMetadata, SamplingSettings
 from eval_protocol_rft.report.page_bins import length_bins, reward_bins
 from eval_protocol_rft.report.page_charts import (
     BarChart,

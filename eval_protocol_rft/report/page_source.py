@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from eval_protocol_rft.batch.format import FileMetadata
-from eval_protocol_rft.batch.rows import CompletionRow
+from eval_protocol_rft.batch.rollouts.format import FileMetadata
+from eval_protocol_rft.batch.rollouts.rows import CompletionRow
 from eval_protocol_rft.report.page_tokens import TokenTexts, load_token_texts
 from eval_protocol_rft.tokenizer import TokenizerError
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from eval_protocol_rft.batch.rows import UNSCORED, CompletionRow
+from eval_protocol_rft.batch.rollouts.rows import UNSCORED, CompletionRow
 from eval_protocol_rft.pass_at_k import pass_at_k
 
 

@@ -76,8 +76,8 @@ def read_rows(file: Path) -> Iterator[StoredRow]:
 
 def _rollouts(file: Path) -> Iterator[StoredRow]:
     from eval_protocol_rft.batch.dataset import RolloutDataset
-    from eval_protocol_rft.batch.evaluation_rows import to_row
-    from eval_protocol_rft.batch.format import FormatError
+    from eval_protocol_rft.batch.evaluation_rows.to_row import to_row
+    from eval_protocol_rft.batch.rollouts.format import FormatError
 
     try:
         dataset = RolloutDataset(file)

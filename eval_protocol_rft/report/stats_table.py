@@ -11,8 +11,8 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from eval_protocol_rft.batch.stats_distribution import Distribution
-from eval_protocol_rft.batch.stats_types import PromptStats, RolloutStats
+from eval_protocol_rft.batch.stats.distribution import Distribution
+from eval_protocol_rft.batch.stats.types import PromptStats, RolloutStats
 from eval_protocol_rft.report.terminal import visible
 
 _BAR_WIDTH = 32

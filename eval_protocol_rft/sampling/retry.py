@@ -1,24 +1,42 @@
 """When to try again. Pure: no clock, no randomness, no sleep; those come in as arguments.
 
 Invariant: one budget for everything. Nothing below this retries, and Eval Protocol does not
-resample our errors, so `max_attempts` is the number of requests that one completion can cost.
+resample our errors, so `max_attempts` is the number of requests that one completion can cost,
+probes for a server that is away not counted. The seed stays the same over all attempts: an
+attempt whose reply was lost may have been sampled, and another draw in its place would favour
+whatever is quick to arrive.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from eval_protocol_rft.sampling.attempts import TRANSIENT_KINDS, Attempt, causes
 from eval_protocol_rft.sampling.types import SamplingError
 
-TRANSIENT_KINDS = frozenset({"unavailable", "connection", "timeout"})
-"""A refusal or a reply that breaks the contract would come back the same."""
+__all__ = ["TRANSIENT_KINDS", "Again", "CompletionAttempts", "GiveUp", "RetryPolicy"]
+
+
+@dataclass(frozen=True, slots=True)
+class Again:
+    """Another attempt, not before `at` (clock seconds)."""
+
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class GiveUp:
+    """No further attempt."""
+
+    reason: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RetryPolicy:
     """Exponential backoff with full jitter (delay uniform in [0, base * 2^(attempt-1)], capped),
-    with the server's `Retry-After` as a floor. Source: M. Brooker, "Exponential Backoff And
-    Jitter", AWS Architecture Blog, 2015."""
+    on top of the server's `Retry-After`: all who were told the same time would otherwise come back
+    in the same instant. Source: M. Brooker, "Exponential Backoff And Jitter", AWS Architecture
+    Blog, 2015."""
 
     max_attempts: int = 8
     """Requests per completion, the first included."""
@@ -27,25 +45,67 @@ class RetryPolicy:
     Waiting for a slot comes on top."""
     base_seconds: float = 0.5
     cap_seconds: float = 30.0
-    """Longest backoff of our own; a longer `Retry-After` is still honoured."""
+    """Longest backoff of our own."""
+    retry_after_cap_seconds: float = 300.0
+    """Most of a `Retry-After` that is honoured. Rate limits ask for up to a minute; hours are a
+    clock that is wrong, or a quota that another attempt will only meet again."""
 
     def __post_init__(self) -> None:
         if self.max_attempts < 1:
             raise ValueError(f"max_attempts must be at least 1, got {self.max_attempts}")
-        for name in ("max_seconds", "base_seconds", "cap_seconds"):
+        for name in ("max_seconds", "base_seconds", "cap_seconds", "retry_after_cap_seconds"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
 
     def delay(
-        self, error: SamplingError, *, attempt: int, elapsed: float, uniform: float
+        self, error: SamplingError | Attempt, *, attempt: int, elapsed: float, uniform: float
     ) -> float | None:
         """Seconds to wait after `attempt` (1-based) failed with `error`; None to give up.
 
+        `attempt` is 0 where all so far were probes, which do not count.
         `elapsed`: seconds since the first attempt began. `uniform`: a draw from [0, 1).
         """
         if error.kind not in TRANSIENT_KINDS or attempt >= self.max_attempts:
             return None
         # 2.0**attempt overflows a float past 1023 attempts; the cap is reached long before.
         ceiling = min(self.cap_seconds, self.base_seconds * 2.0 ** min(attempt - 1, 60))
-        wait = max(uniform * ceiling, error.retry_after or 0.0)
+        wait = min(error.retry_after or 0.0, self.retry_after_cap_seconds) + uniform * ceiling
         return wait if elapsed + wait <= self.max_seconds else None
+
+
+@dataclass(slots=True)
+class CompletionAttempts:
+    """The attempts at one completion, in order. Tell it each that ended; it says what next."""
+
+    policy: RetryPolicy
+    seed: int | None = None
+    """The seed of every attempt."""
+    history: list[Attempt] = field(default_factory=list)
+
+    @property
+    def counted(self) -> int:
+        """Attempts that count against `max_attempts`. A probe does not: who sends it is chance,
+        and a completion must not be lost for having waited at the head of the queue."""
+        return sum(not attempt.probe for attempt in self.history)
+
+    def failed(self, attempt: Attempt, *, uniform: float) -> Again | GiveUp:
+        """Record a failure. `uniform`: a draw from [0, 1)."""
+        if attempt.kind is None:
+            raise ValueError("this attempt did not fail; record it with succeeded()")
+        self.history.append(attempt)
+        elapsed = attempt.ended - self.history[0].started
+        wait = self.policy.delay(attempt, attempt=self.counted, elapsed=elapsed, uniform=uniform)
+        if wait is not None:
+            return Again(attempt.ended + wait)
+        return GiveUp(f"{self._why(attempt)}: {causes(self.history)} in {elapsed:.1f} s")
+
+    def succeeded(self, attempt: Attempt) -> None:
+        """Record the attempt that brought the completion."""
+        self.history.append(attempt)
+
+    def _why(self, attempt: Attempt) -> str:
+        if not attempt.transient:
+            return "another attempt would end the same"
+        if self.counted >= self.policy.max_attempts:
+            return f"max_attempts={self.policy.max_attempts} is reached"
+        return f"the next attempt would begin after max_seconds={self.policy.max_seconds:g}"

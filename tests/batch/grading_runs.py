@@ -10,8 +10,8 @@ from typing import Any
 
 from eval_protocol.models import EvaluationRow, Message
 
-from eval_protocol_rft.batch.evaluators import LoadedEvaluator, load_evaluator
-from eval_protocol_rft.batch.grading import Graded, GradingItem, grade
+from eval_protocol_rft.batch.grading.evaluators import LoadedEvaluator, load_evaluator
+from eval_protocol_rft.batch.grading.grade import Graded, GradingItem, grade
 
 GRADERS = Path(__file__).with_name("graders.py")
 

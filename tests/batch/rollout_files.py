@@ -7,10 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-
 from eval_protocol_rft.batch.files import write_rows
-from eval_protocol_rft.batch.format import DataSettings, FileMetadata, SamplingSettings, schema
-from eval_protocol_rft.batch.rows import CompletionRow
+
+from eval_protocol_rft.batch.rollouts.format import (
+    DataSettings,
+    FileMetadata,
+    SamplingSettings,
+    schema,
+)
+from eval_protocol_rft.batch.rollouts.rows import CompletionRow
 
 METADATA = FileMetadata(
     prompt_kind="messages",

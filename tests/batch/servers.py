@@ -15,13 +15,13 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from eval_protocol_rft.batch.dataset import RolloutDataset
 from typer.testing import CliRunner, Result
 
-from eval_protocol_rft.batch.dataset import RolloutDataset
-from eval_protocol_rft.batch.format import FileMetadata
-from eval_protocol_rft.batch.journal import read_journal
-from eval_protocol_rft.batch.parts import part_paths, parts_folder, read_schema
-from eval_protocol_rft.batch.rows import CompletionRow, from_record_batch
+from eval_protocol_rft.batch.rollouts.format import FileMetadata
+from eval_protocol_rft.batch.rollouts.rows import CompletionRow, from_record_batch
+from eval_protocol_rft.batch.store.journal import read_journal
+from eval_protocol_rft.batch.store.parts import part_paths, parts_folder, read_schema
 from eval_protocol_rft.cli import app
 from tests.stub_server import StubServer
 

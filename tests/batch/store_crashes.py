@@ -22,14 +22,14 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-
-from eval_protocol_rft.batch import parts
 from eval_protocol_rft.batch.dataset import RolloutDataset
 from eval_protocol_rft.batch.files import write_file
-from eval_protocol_rft.batch.format import FileMetadata, schema
-from eval_protocol_rft.batch.merge import SortedInput, row_keys
-from eval_protocol_rft.batch.parts import PartStore, parts_folder, stored_keys
-from eval_protocol_rft.batch.rows import CompletionRow, Score, to_record_batch
+
+from eval_protocol_rft.batch.rollouts.format import FileMetadata, schema
+from eval_protocol_rft.batch.rollouts.rows import CompletionRow, Score, to_record_batch
+from eval_protocol_rft.batch.store import parts
+from eval_protocol_rft.batch.store.merge import SortedInput, row_keys
+from eval_protocol_rft.batch.store.parts import PartStore, parts_folder, stored_keys
 
 Pair = tuple[int, int]
 KILLED = 9

@@ -11,7 +11,7 @@ from textwrap import dedent
 
 import pytest
 
-from eval_protocol_rft.batch.evaluators import EvaluatorNotFoundError, load_evaluator
+from eval_protocol_rft.batch.grading.evaluators import EvaluatorNotFoundError, load_evaluator
 from eval_protocol_rft.scoring import EvaluatorError
 
 HEADER = """\
@@ -100,7 +100,7 @@ def test_the_resolved_spec_loads_the_same_evaluator_from_another_folder(project,
     project(judges="def right(row):\n    return 1.0\n")
     loaded = load_evaluator("judges.py::right")
     code = (
-        "import sys; from eval_protocol_rft.batch.evaluators import load_evaluator; "
+        "import sys; from eval_protocol_rft.batch.grading.evaluators import load_evaluator; "
         "print(load_evaluator(sys.argv[1]).fingerprint)"
     )
     done = subprocess.run(

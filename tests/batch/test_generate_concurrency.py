@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from eval_protocol_rft.batch.generate import agenerate
-from eval_protocol_rft.batch.parts import parts_folder
-from eval_protocol_rft.batch.sampling_run import HopelessError
+from eval_protocol_rft.batch.generation.generate import agenerate
+from eval_protocol_rft.batch.generation.sampling_run import HopelessError
+from eval_protocol_rft.batch.store.parts import parts_folder
 from eval_protocol_rft.sampling.retry import RetryPolicy
 from eval_protocol_rft.sampling.types import Completion, SamplingParams, UnavailableError
 from tests.batch.servers import (
@@ -214,7 +214,7 @@ def test_what_a_server_answers_for_a_moment_is_tried_again(data, server, tokeniz
 MEMORY = """
 import sys, json
 from pathlib import Path
-from eval_protocol_rft.batch.generate import generate
+from eval_protocol_rft.batch.generation.generate import generate
 from eval_protocol_rft.sampling.types import Completion
 from tests.rollouts import chat_tokenizer
 

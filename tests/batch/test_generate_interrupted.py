@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from eval_protocol_rft.batch.parts import parts_folder
+from eval_protocol_rft.batch.store.parts import parts_folder
 from tests.batch.servers import (
     Command,
     Zygote,

@@ -7,9 +7,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-
 from eval_protocol_rft.batch.dataset import RolloutDataset
-from eval_protocol_rft.batch.parts import parts_folder
+
+from eval_protocol_rft.batch.store.parts import parts_folder
 from eval_protocol_rft.models import bundled_model_path
 from tests.batch.servers import (
     at,

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eval_protocol_rft.batch.evaluators import load_evaluator
-from eval_protocol_rft.batch.grading import GradingError, GradingItem, grade
+from eval_protocol_rft.batch.grading.evaluators import load_evaluator
+from eval_protocol_rft.batch.grading.grade import GradingError, GradingItem, grade
 from tests.batch.grading_runs import (
     errors,
     grader,

@@ -8,7 +8,7 @@ from itertools import islice
 
 import pytest
 
-from eval_protocol_rft.batch.grading import GradingError, GradingItem, grade
+from eval_protocol_rft.batch.grading.grade import GradingError, GradingItem, grade
 from tests.batch.grading_runs import errors, grader, group, one_each, outcomes, scores, view
 
 

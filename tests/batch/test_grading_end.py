@@ -17,7 +17,7 @@ from tests.batch.grading_runs import is_gone
 PROGRAM = """
 import sys
 from tests.batch.grading_runs import grader, one_each
-from eval_protocol_rft.batch.grading import grade
+from eval_protocol_rft.batch.grading.grade import grade
 
 if __name__ == "__main__":
     running = grade(one_each(["a", "hang", "b"]), grader("process_id"), workers=2, timeout=None)

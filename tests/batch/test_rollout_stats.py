@@ -20,11 +20,15 @@ from hypothesis import strategies as st
 from rich.console import Console
 from typer.testing import CliRunner
 
-from eval_protocol_rft.batch.format import FormatError
-from eval_protocol_rft.batch.stats import pass_at_every_k, rollout_stats, summarize_tables
-from eval_protocol_rft.batch.stats_collector import MOST_REASONS, OTHER_REASONS
-from eval_protocol_rft.batch.stats_distribution import BARS, distribution
-from eval_protocol_rft.batch.stats_types import RolloutStats
+from eval_protocol_rft.batch.rollouts.format import FormatError
+from eval_protocol_rft.batch.stats.collector import MOST_REASONS, OTHER_REASONS
+from eval_protocol_rft.batch.stats.distribution import BARS, distribution
+from eval_protocol_rft.batch.stats.rollout_stats import (
+    pass_at_every_k,
+    rollout_stats,
+    summarize_tables,
+)
+from eval_protocol_rft.batch.stats.types import RolloutStats
 from eval_protocol_rft.cli.stats import stats as stats_command
 from eval_protocol_rft.report.stats_table import stats_table
 from tests.scored_files import FAILED, Sampled, cut, groups_of_completions, table_of, write

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from eval_protocol_rft.batch.source import (
+from eval_protocol_rft.batch.source.opening import (
     Source,
     SourceError,
     SourceRow,

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-
 from eval_protocol_rft.batch.files import write_rows
-from eval_protocol_rft.batch.format import FileMetadata, schema
-from eval_protocol_rft.batch.rows import CompletionRow, Score
+
+from eval_protocol_rft.batch.rollouts.format import FileMetadata, schema
+from eval_protocol_rft.batch.rollouts.rows import CompletionRow, Score
 
 SCHEMA = schema(
     FileMetadata(prompt_kind="messages", json_columns=["ground_truth"]),

@@ -1,0 +1,74 @@
+"""Rows of Eval Protocol, one JSON a line: read and written.
+
+Invariant: see `batch.evaluation_rows`. A row whose rollout failed stops the conversion, unless it
+is to be dropped; then it is counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pyarrow as pa
+
+from eval_protocol_rft.batch.conversion.ep_scan import EpScan, numbered_rows
+from eval_protocol_rft.batch.conversion.json_types import NonFinite, text_notes
+from eval_protocol_rft.batch.conversion.types import ConvertError, Rollouts, Written
+from eval_protocol_rft.batch.durable import replacing
+from eval_protocol_rft.batch.evaluation_rows.from_row import from_row
+from eval_protocol_rft.batch.evaluation_rows.to_row import to_row
+from eval_protocol_rft.batch.files import tables_of
+from eval_protocol_rft.batch.rollouts.format import metadata_of
+from eval_protocol_rft.batch.rollouts.rows import CompletionRow
+
+
+def read(path: Path, *, drop_failed_rows: bool) -> Rollouts:
+    """The completions of all rows. Reads the file once here, and once each time they are read.
+
+    Raises:
+        ConvertError: a row is broken or its rollout failed; the message names the line.
+        TrainingDataError: a line is no row.
+    """
+    scan = EpScan(path, drop_failed_rows)
+    for index, row in numbered_rows(path):
+        scan.add(index, row)
+    if not scan.num_rows:
+        raise ConvertError(f"{path}: no row with a rollout in it")
+    schema = scan.schema()
+
+    def tables() -> Iterator[pa.Table]:
+        try:
+            yield from tables_of(_rows(scan, schema), schema)
+        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
+            raise ConvertError(f"{path}: a value does not fit its column: {error}") from error
+
+    return Rollouts(path, schema, tables, scan.notes)
+
+
+def write(rollouts: Rollouts, target: Path) -> Written:
+    """One row per data row."""
+    metadata = rollouts.metadata
+    non_finite = NonFinite()
+    watched = Rollouts(rollouts.path, rollouts.schema, lambda: non_finite.watch(rollouts.read()))
+    encoder = msgspec.json.Encoder(enc_hook=str)
+    data_rows = completions = 0
+    with replacing(target) as file:
+        for group in watched.groups():
+            file.write(encoder.encode(to_row(group, metadata)) + b"\n")
+            data_rows += 1
+            completions += len(group)
+    notes = (*text_notes(rollouts.schema), *non_finite.notes)
+    return Written(data_rows, completions, notes)
+
+
+def _rows(scan: EpScan, schema: pa.Schema) -> Iterator[CompletionRow]:
+    prompt_kind = metadata_of(schema).prompt_kind
+    renumbered = scan.renumbered
+    for index, row in numbered_rows(scan.path):
+        if index in scan.dropped:
+            continue
+        for completion in from_row(row, index, prompt_kind=prompt_kind, keep_row=not scan.one_file):
+            if renumbered:
+                completion.data_idx = index
+            yield completion

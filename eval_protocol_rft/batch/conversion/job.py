@@ -1,0 +1,124 @@
+"""`convert`: from one file to another.
+
+Invariant: the source is only read, and the target appears when it is complete, or not at all.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from eval_protocol_rft.batch.conversion import ep, trl, verl
+from eval_protocol_rft.batch.conversion.detect import detect_format
+from eval_protocol_rft.batch.conversion.types import (
+    ConvertError,
+    ConvertSummary,
+    Format,
+    Rollouts,
+    Written,
+)
+from eval_protocol_rft.batch.dataset import RolloutDataset
+from eval_protocol_rft.batch.files import write_file
+from eval_protocol_rft.batch.target import check_target
+
+_ENDINGS: dict[Format, tuple[str, ...]] = {
+    "rollouts": (".parquet", ".jsonl", ".ndjson"),
+    "ep": (".jsonl",),
+    "verl": (".parquet", ".json"),
+    "trl": (".parquet", ".jsonl", ".json"),
+}
+"""What the readers of a format take. verl reads JSON lines, from files called .json alone."""
+
+
+def convert(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    from_format: Format | None = None,
+    to_format: Format = "rollouts",
+    drop_failed_rows: bool = False,
+    data_source: str | None = None,
+    overwrite: bool = False,
+) -> ConvertSummary:
+    """Convert `source` to `target`, in constant memory.
+
+    Args:
+        source: a rollout file (Parquet or JSON lines), rows of Eval Protocol (JSON lines), or
+            Parquet for verl or TRL that this function wrote.
+        target: the file to write; its ending says Parquet or JSON lines.
+        from_format: None: by what is in the file.
+        to_format: `rollouts`, `ep`, `verl` or `trl`.
+        drop_failed_rows: leave out rows of Eval Protocol whose rollout failed, instead of refusing
+            them.
+        data_source: for verl: by this name it finds its reward function. Default: the data set's
+            name.
+        overwrite: replace a `target` that exists.
+
+    Raises:
+        ConvertError: the file cannot be converted.
+        TargetError: the target must not be written to.
+        FormatError: the rollout file is broken.
+        TrainingDataError: a line is no row of Eval Protocol.
+        OSError: a file cannot be read or written.
+    """
+    path = Path(source)
+    output = check_target(target, path, suffixes=_ENDINGS[to_format], overwrite=overwrite)
+    if data_source is not None and to_format != "verl":
+        raise ConvertError("data_source is verl's: convert to verl, or leave it out")
+    found = from_format or detect_format(path)
+    rollouts = _read(path, found, drop_failed_rows=drop_failed_rows)
+    if to_format == "ep":
+        written = ep.write(rollouts, output)
+    elif to_format == "verl":
+        written = verl.write(rollouts, output, data_source=data_source)
+    elif to_format == "trl":
+        written = trl.write(rollouts, output)
+    else:
+        written = _write_rollouts(rollouts, output)
+    return ConvertSummary(
+        source=path,
+        target=output,
+        from_format=found,
+        to_format=to_format,
+        data_rows=written.data_rows,
+        completions=written.completions,
+        notes=(*rollouts.notes, *written.notes),
+    )
+
+
+def _read(path: Path, found: Format, *, drop_failed_rows: bool) -> Rollouts:
+    if found == "ep":
+        return ep.read(path, drop_failed_rows=drop_failed_rows)
+    if found == "verl":
+        return verl.read(path)
+    if found == "trl":
+        return trl.read(path)
+    data = RolloutDataset(path)
+    unfinished = () if data.finished else ("the job of this file is not finished",)
+    return Rollouts(path, data.schema, data.tables, unfinished)
+
+
+def _write_rollouts(rollouts: Rollouts, target: Path) -> Written:
+    counted = _Groups()
+    rows = write_file(target, rollouts.schema, counted.watch(rollouts.read()))
+    return Written(counted.found, rows)
+
+
+class _Groups:
+    """Counts data rows, which stand together."""
+
+    def __init__(self) -> None:
+        self.found = 0
+        self._last: int | None = None
+
+    def watch(self, tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
+        """The same tables."""
+        for table in tables:
+            numbers = table.column("data_idx").to_numpy()
+            self.found += int(np.count_nonzero(np.diff(numbers))) + int(numbers[0] != self._last)
+            self._last = int(numbers[-1])
+            yield table

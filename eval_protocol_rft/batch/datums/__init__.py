@@ -1,0 +1,1 @@
+"""From a rollout file to training datums."""

@@ -1,0 +1,44 @@
+"""Rows of a rollout file as `training` reads them, by any of the file's rewards.
+
+Invariant: a row carries the rewards that were asked for and no others; a data row that was never
+scored is an error, since its completions are not the evaluator's failures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from eval_protocol_rft.batch.dataset import RolloutDataset
+from eval_protocol_rft.batch.evaluation_rows.to_row import to_row
+from eval_protocol_rft.batch.numbers import chosen_reward
+from eval_protocol_rft.batch.rollouts.rows import UNSCORED
+from eval_protocol_rft.training.errors import TrainingDataError
+
+
+def scored_rows(dataset: RolloutDataset, *, reward: str | None = None) -> Iterator[dict[str, Any]]:
+    """`dataset.training_rows()`, with a further reward in the place of the main one.
+
+    Args:
+        dataset: a scored file.
+        reward: name of the further reward; None is the main one.
+
+    Raises:
+        FormatError: at once, if there is no such reward.
+        TrainingDataError: while iterating, at a data row that was never scored.
+    """
+    return _rows(dataset, chosen_reward(dataset, reward))
+
+
+def _rows(dataset: RolloutDataset, column: str) -> Iterator[dict[str, Any]]:
+    for group in dataset.groups():
+        survivors = [row for row in group if not row.failed]
+        if survivors and not any(column in row.scores for row in survivors):
+            raise TrainingDataError(
+                f"{dataset.path}: data row {group[0].data_idx} ({group[0].row_id!r}) has no "
+                f"{column} and no reason why. Score the file with `ep-rft score`, or leave such "
+                "completions out with `ep-rft filter --drop-unscored`"
+            )
+        for row in group:
+            row.scores = {"reward": row.scores.get(column, UNSCORED)}
+        yield to_row(group, dataset.metadata, arrays=True)

@@ -1,0 +1,1 @@
+"""Rows of the file as rows of Eval Protocol, and back."""

@@ -1,0 +1,163 @@
+"""The rollout record of a data row's completions, as plain values. Pure.
+
+Invariant: a record says what the columns say; where they say nothing, neither does it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args
+
+import msgspec
+
+from eval_protocol_rft.batch.rollouts.format import FileMetadata, SamplingSettings
+from eval_protocol_rft.batch.rollouts.rows import UNSCORED, CompletionRow
+from eval_protocol_rft.record import SCHEMA_VERSION, RecordError
+from eval_protocol_rft.sampling.distribution import support_truncated
+from eval_protocol_rft.sampling.types import FailureKind, SamplingParams
+
+OPTIONAL_KEYS = (
+    "failures",
+    "token_turn_traces",
+    "raw_logprobs",
+    "rewards",
+    "completion_results",
+)
+"""Keys that a record may be without."""
+_NOT_RECORDED = ("model_fingerprint", "chat_template_kwargs", "system", "seed_given")
+_FAILURE_KINDS = frozenset(get_args(FailureKind))
+
+
+def sampling_of(
+    own: Mapping[str, Any] | None, group: Sequence[CompletionRow], metadata: FileMetadata
+) -> dict[str, Any]:
+    """How the group was sampled, as the record says it, but for the lists per completion."""
+    if own is not None:
+        return dict(own)
+    settings = metadata.sampling or _settings_of(group)
+    values: dict[str, Any] = msgspec.to_builtins(settings)
+    for name in _NOT_RECORDED:
+        values.pop(name)
+    began = [row.began_at for row in group if row.began_at is not None]
+    return {**values, "n": len(group), "began_at": min(began, default=0.0)}
+
+
+def _settings_of(group: Sequence[CompletionRow]) -> SamplingSettings:
+    """What the rows themselves say, in a file that does not."""
+    first = group[0]
+    if first.temperature is None or first.top_p is None or first.top_k is None:
+        raise RecordError(
+            f"row {first.row_id!r}: neither the file's metadata nor the columns temperature, top_p "
+            "and top_k say how it was sampled"
+        )
+    params = SamplingParams(
+        model="unknown", temperature=first.temperature, top_p=first.top_p, top_k=first.top_k
+    )
+    return SamplingSettings(
+        model=params.model,
+        temperature=params.temperature,
+        top_p=params.top_p,
+        top_k=params.top_k,
+        n=len(group),
+        support_truncated=support_truncated(params),
+    )
+
+
+def record_of(
+    group: Sequence[CompletionRow],
+    survivors: Sequence[CompletionRow],
+    sampling: Mapping[str, Any],
+    keys: Sequence[str] | None,
+    *,
+    arrays: bool,
+) -> dict[str, Any]:
+    """The keys of a rollout record; of an imported row, those among the optional ones that it had
+    or that now have something to say."""
+
+    def numbers(array: Any) -> Any:
+        return array if arrays or array is None else array.tolist()
+
+    prompt_ids = numbers(survivors[0].prompt_ids)
+    ids = [numbers(row.completion_ids) for row in survivors]
+    logprobs = [numbers(row.logprobs) for row in survivors]
+    record: dict[str, Any] = {
+        "prompt_ids": prompt_ids,
+        "completion_ids": ids,
+        "inference_logprobs": logprobs,
+        "completions_text": [row.response for row in survivors],
+        "truncated": [row.truncated for row in survivors],
+        "finish_reasons": [row.finish_reason for row in survivors],
+        "failures": [failure(row) for row in group if row.failed],
+        "token_turn_traces": [trace(prompt_ids, ids[0], logprobs[0], survivors[0].finish_reason)],
+        "sampling": {
+            **sampling,
+            "indices": [row.sample_idx for row in survivors],
+            "seeds": [row.seed for row in survivors],
+            "policy_versions": [row.policy_version for row in survivors],
+            "request_ids": [row.request_id for row in survivors],
+            "attempts": [_or(row.attempts, 1) for row in survivors],
+            "seconds": [_or(row.seconds, 0.0) for row in survivors],
+        },
+        "rft_schema": SCHEMA_VERSION,
+        "raw_logprobs": [numbers(row.raw_logprobs) for row in survivors],
+        **_scores(survivors),
+    }
+    said = {
+        "failures": any(row.failed for row in group),
+        "token_turn_traces": False,
+        "raw_logprobs": any(row.raw_logprobs is not None for row in survivors),
+        "rewards": any("reward" in row.scores for row in survivors),
+        "completion_results": any(_explained(row) for row in survivors),
+    }
+    if keys is None:
+        keys = ["failures", "token_turn_traces"]
+        said["completion_results"] = said["rewards"]
+    return {k: v for k, v in record.items() if said.get(k, True) or k in keys}
+
+
+def trace(prompt_ids: Any, ids: Any, logprobs: Any, finish_reason: str | None) -> dict[str, Any]:
+    """The one turn that a completion was."""
+    return {
+        "prompt_ids": prompt_ids,
+        "completion_ids": ids,
+        "completion_logprobs": logprobs,
+        "finish_reason": finish_reason,
+    }
+
+
+def _scores(survivors: Sequence[CompletionRow]) -> dict[str, Any]:
+    scores = [row.scores.get("reward", UNSCORED) for row in survivors]
+    return {
+        "rewards": [score.reward for score in scores],
+        "completion_results": [
+            {
+                "score": score.reward,
+                "reason": score.reason,
+                "metrics": score.metrics or {},
+                "error": score.error,
+            }
+            for score in scores
+        ],
+    }
+
+
+def _explained(row: CompletionRow) -> bool:
+    score = row.scores.get("reward", UNSCORED)
+    return not (score.reason is None and score.error is None and not score.metrics)
+
+
+def failure(row: CompletionRow) -> dict[str, Any]:
+    """A failed completion."""
+    return {
+        "index": row.sample_idx,
+        "kind": row.error_kind if row.error_kind in _FAILURE_KINDS else "internal",
+        "message": row.error,
+        "attempts": _or(row.attempts, 0),
+        "seconds": _or(row.seconds, 0.0),
+        "seed": row.seed,
+        "status": row.error_status,
+    }
+
+
+def _or(value: Any, default: Any) -> Any:
+    return default if value is None else value

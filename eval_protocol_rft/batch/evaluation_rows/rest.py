@@ -1,0 +1,140 @@
+"""What all completions of a row of Eval Protocol say alike, as columns of the file. Pure.
+
+Invariant: what no column holds is in `evaluation_row`, or the row is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from eval_protocol_rft.batch.evaluation_rows.file_part import FILE_KEY, FilePart, Imported
+from eval_protocol_rft.batch.evaluation_rows.record import OPTIONAL_KEYS, trace
+from eval_protocol_rft.batch.evaluation_rows.to_row import FINISHED, INTERNAL
+from eval_protocol_rft.batch.rollouts.format import PromptKind
+from eval_protocol_rft.record import RecordError, RolloutRecord
+
+_DERIVED = frozenset(RolloutRecord.__struct_fields__)
+"""Keys of `extra` that the columns hold."""
+_PER_COMPLETION = ("indices", "seeds", "policy_versions", "request_ids", "attempts", "seconds")
+_MESSAGE_FIELDS = ("role", "content", "reasoning_content", "name", "tool_calls", "tool_call_id")
+"""What the file's prompt column holds of a message."""
+_OF_A_GENERATED_ROW = frozenset(
+    {"messages", "tools", "ground_truth", "input_metadata", "execution_metadata", "rollout_status"}
+    | {"created_at", "pid"}
+)
+_OF_ITS_METADATA = frozenset(
+    {"row_id", "dataset_info", "extra", "finish_reason"}
+    | {"invocation_id", "experiment_id", "rollout_id"}
+)
+"""What `to_row` writes, and what Eval Protocol's models add by themselves."""
+
+
+def shared_fields(
+    row: Mapping[str, Any],
+    record: RolloutRecord | None,
+    known: FilePart | None,
+    data_idx: int,
+    prompt_kind: PromptKind,
+    *,
+    keep_row: bool,
+) -> dict[str, Any]:
+    """The columns that all completions of the row have alike."""
+    messages = row.get("messages") or []
+    answered = record is not None and bool(messages) and messages[-1].get("role") == "assistant"
+    prompt: Any = [_message(message) for message in (messages[:-1] if answered else messages)]
+    if prompt_kind == "text":
+        prompt = _only_text(prompt)
+    info = (row.get("input_metadata") or {}).get("dataset_info") or {}
+    generated = known is not None and known.generated and not keep_row and _is_bare(row)
+    number = data_idx if known is None else known.data_idx
+    return {
+        "row_id": row_id_of(row) or str(number),
+        "data_idx": number,
+        "prompt": prompt,
+        "tools": row.get("tools"),
+        "ground_truth": row.get("ground_truth"),
+        "original": dict(info) if known is not None and known.has_original else {},
+        "evaluation_row": None if generated else _rest(row, record, answered=answered),
+    }
+
+
+def _rest(row: Mapping[str, Any], record: RolloutRecord | None, *, answered: bool) -> str:
+    """The row without what the columns hold, as JSON text. Its own `FILE_KEY` says which optional
+    keys the record had, and whose text the last message is."""
+    extra = extra_of(row)
+    kept = {k: v for k, v in extra.items() if k not in _DERIVED and k != FILE_KEY}
+    if "sampling" in extra:
+        sampling: Mapping[str, Any] = extra["sampling"]
+        kept["sampling"] = {k: v for k, v in sampling.items() if k not in _PER_COMPLETION}
+    if record is not None:
+        traces = extra.get("token_turn_traces")
+        if traces and traces != [_first_trace(extra)]:
+            kept["token_turn_traces"] = traces
+        kept[FILE_KEY] = Imported(
+            keys=[key for key in OPTIONAL_KEYS if extra.get(key) is not None],
+            answer=record.sampling.indices[0] if answered else None,
+        )
+    metadata = {**(row.get("execution_metadata") or {}), "extra": kept}
+    return msgspec.json.encode({**row, "execution_metadata": metadata}).decode()
+
+
+def _is_bare(row: Mapping[str, Any]) -> bool:
+    """Whether the row says nothing but what `to_row` wrote, so that the columns hold it all."""
+    metadata = row.get("execution_metadata") or {}
+    asked = row.get("input_metadata") or {}
+    return (
+        _said(row) <= _OF_A_GENERATED_ROW
+        and _said(metadata) <= _OF_ITS_METADATA
+        and _said(metadata["extra"]) <= _DERIVED | {FILE_KEY}
+        and (_said(asked) - {"row_id", "dataset_info"} <= {"completion_params"})
+        and not asked.get("completion_params")
+        and (row.get("rollout_status") or {}).get("code") in (FINISHED, INTERNAL)
+    )
+
+
+def _said(values: Mapping[str, Any]) -> set[str]:
+    return {key for key, value in values.items() if value is not None}
+
+
+def _first_trace(extra: Mapping[str, Any]) -> dict[str, Any]:
+    ids, logprobs = extra["completion_ids"][0], extra["inference_logprobs"][0]
+    return trace(extra["prompt_ids"], ids, logprobs, extra["finish_reasons"][0])
+
+
+def _message(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message with the fields that the file's prompt column has."""
+    kept = {name: message[name] for name in _MESSAGE_FIELDS if message.get(name) is not None}
+    if isinstance(kept.get("content"), list):
+        kept["content"] = "".join(_text(part) for part in kept["content"])
+    return kept
+
+
+def _text(part: Mapping[str, Any]) -> str:
+    if not isinstance(part.get("text"), str):
+        raise RecordError(
+            f"a message holds {part.get('type')!r}, and the file's prompts are text: keep "
+            "such rows as Eval Protocol wrote them"
+        )
+    return str(part["text"])
+
+
+def _only_text(prompt: list[dict[str, Any]]) -> str:
+    if len(prompt) != 1 or set(prompt[0]) != {"role", "content"} or prompt[0]["role"] != "user":
+        raise RecordError(
+            f"its prompt is {len(prompt)} messages, and the file's prompts are text: one "
+            "message of the user"
+        )
+    return str(prompt[0]["content"])
+
+
+def extra_of(row: Mapping[str, Any]) -> dict[str, Any]:
+    """`execution_metadata.extra`."""
+    return (row.get("execution_metadata") or {}).get("extra") or {}
+
+
+def row_id_of(row: Mapping[str, Any]) -> str | None:
+    """`input_metadata.row_id`."""
+    return (row.get("input_metadata") or {}).get("row_id")

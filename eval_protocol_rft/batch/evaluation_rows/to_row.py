@@ -1,0 +1,98 @@
+"""Rows of the file as rows of Eval Protocol. Pure; on plain dicts, so without importing Eval
+Protocol. `from_row` is the way back.
+
+Invariant: file -> rows -> file gives the same rows. Rows -> file -> rows does so too, but for
+logprobs, which a file holds as float32. What a rollout record has no key for travels in
+`extra["rollout_file"]`; what a file has no column for, in `evaluation_row`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from eval_protocol_rft.batch.evaluation_rows.file_part import FILE_KEY, file_part
+from eval_protocol_rft.batch.evaluation_rows.record import record_of, sampling_of
+from eval_protocol_rft.batch.rollouts.format import FileMetadata
+from eval_protocol_rft.batch.rollouts.rows import CompletionRow
+from eval_protocol_rft.prompts import answer_fields
+
+FINISHED = 100
+INTERNAL = 13
+"""The status codes of a rollout that ended well, and of one that failed."""
+
+
+def to_row(
+    group: Sequence[CompletionRow], metadata: FileMetadata, *, arrays: bool = False
+) -> dict[str, Any]:
+    """One row of Eval Protocol, as its JSON, of all completions of a data row.
+
+    Args:
+        group: in the order of `sample_idx`.
+        metadata: of their file.
+        arrays: leave token data as numpy arrays, which `training` reads without a copy.
+
+    Returns:
+        Where no completion survived, the row's `rollout_status` is an error, as after a failed
+        rollout, and it has no record.
+
+    Raises:
+        RecordError: nothing says at which temperature the completions were sampled.
+    """
+    survivors = [row for row in group if not row.failed]
+    row = _base(group[0], metadata)
+    extra = dict(row["execution_metadata"].get("extra") or {})
+    imported = extra.pop(FILE_KEY, None) or {}
+    own = extra.pop("sampling", None)
+    if survivors:
+        sampling = sampling_of(own, group, metadata)
+        split = bool(sampling.get("split_reasoning", True))
+        record = record_of(group, survivors, sampling, imported.get("keys"), arrays=arrays)
+        extra = {**record, **extra}
+        _put_answer(row, survivors[0], imported, split=split)
+    else:
+        if own is not None:
+            extra["sampling"] = own
+        if imported.get("answer") is not None:
+            row["messages"] = row["messages"][:-1]
+        message = f"none of {len(group)} completions survived; the first: {group[0].error}"
+        row["rollout_status"] = {"code": INTERNAL, "message": message, "details": []}
+    extra[FILE_KEY] = file_part(group, survivors, metadata)
+    row["execution_metadata"]["extra"] = extra
+    return row
+
+
+def _base(first: CompletionRow, metadata: FileMetadata) -> dict[str, Any]:
+    """The row without what is said per completion."""
+    if first.evaluation_row is not None:
+        row: dict[str, Any] = msgspec.json.decode(first.evaluation_row)
+        return row
+    prompt = first.prompt
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    row = {
+        # Eval Protocol reads a message without content as one of empty text.
+        "messages": [{"content": None, **message} for message in messages],
+        "input_metadata": {"row_id": first.row_id, "dataset_info": dict(first.original)},
+        "execution_metadata": {},
+        "rollout_status": {"code": FINISHED, "message": "Rollout finished", "details": []},
+    }
+    if first.tools is not None:
+        row["tools"] = first.tools
+    if first.ground_truth is not None:
+        row["ground_truth"] = first.ground_truth
+    return row
+
+
+def _put_answer(
+    row: dict[str, Any], first: CompletionRow, imported: Mapping[str, Any], *, split: bool
+) -> None:
+    """Let the row's last message be the first survivor's text. In a row that was imported it is,
+    unless the completion that it was is gone."""
+    answer = imported.get("answer")
+    if first.evaluation_row is not None and answer in (None, first.sample_idx):
+        return
+    asked = row["messages"] if answer is None else row["messages"][:-1]
+    row["messages"] = [*asked, answer_fields(first.response or "", split_reasoning=split)]
+    row["execution_metadata"]["finish_reason"] = first.finish_reason

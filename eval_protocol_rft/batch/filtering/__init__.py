@@ -1,0 +1,1 @@
+"""Which completions of a file are worth keeping, and why the others are not."""

@@ -1,0 +1,141 @@
+"""Fewer rollouts: a file in, the completions or prompts worth keeping out.
+
+Invariant: every completion of the file is kept or counted under one reason. The file read is never
+the file written; what is written appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from eval_protocol_rft.batch.dataset import RolloutDataset
+from eval_protocol_rft.batch.files import write_file
+from eval_protocol_rft.batch.filtering.decide import KEPT, decide
+from eval_protocol_rft.batch.filtering.prompts import original_columns, write_prompts
+from eval_protocol_rft.batch.filtering.rules import REASONS, Band, FilterRules, FilterRulesError
+from eval_protocol_rft.batch.filtering.survey import Survey, survey, survey_columns
+from eval_protocol_rft.batch.numbers import chosen_reward, whole_groups
+from eval_protocol_rft.batch.target import check_target
+
+_SUFFIXES = (".parquet", ".jsonl", ".ndjson")
+
+
+class NothingLeftError(ValueError):
+    """The rules leave nothing, so nothing was written."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FilterSummary:
+    """What became of the completions of a file. `kept` and `dropped` add up to `completions`."""
+
+    completions: int
+    kept: int
+    dropped: dict[str, int]
+    """Reason (see `REASONS`) -> completions, in that order."""
+    groups: int
+    """Data rows."""
+    groups_kept: int
+    """Those of which something is kept."""
+    mean_band: Band | None
+    """The mean rewards that `reward_percentile` came to."""
+
+
+def filter_rollouts(
+    source: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    rules: FilterRules,
+    *,
+    prompts: bool = False,
+    overwrite: bool = False,
+) -> FilterSummary:
+    """Write what the rules keep of a rollout file.
+
+    Args:
+        source: the file, or that of an unfinished job.
+        output: .parquet or .jsonl. All columns and the file's metadata stay as they are.
+        rules: what to keep. Where one asks about the whole file it is read twice.
+        prompts: write no completions but the data set's own rows of what is kept, once each.
+        overwrite: take the place of a file that is there.
+
+    Raises:
+        FormatError: no rollout file, or a broken one; no such reward; no columns of a data set.
+        FilterRulesError: a rule on rewards, and the file has none.
+        NothingLeftError: nothing is kept.
+        TargetError: the output is the source, exists already, or has another extension.
+    """
+    target = check_target(output, source, suffixes=_SUFFIXES, overwrite=overwrite)
+    dataset = RolloutDataset(source)
+    reward = chosen_reward(dataset, rules.reward)
+    if prompts:
+        original_columns(dataset.schema)
+    found = Survey(0, None, frozenset())
+    if rules.on_rewards or rules.dedupe_prompts:
+        tables = dataset.tables(survey_columns(rules, reward))
+        found = survey(whole_groups(tables, where=str(source)), rules, reward)
+        if rules.on_rewards and not found.scored:
+            raise FilterRulesError(
+                f"{source}: a rule asks for rewards, and no completion has one in the column "
+                f"{reward!r}. Score the file first, with `ep-rft score`"
+            )
+    run = FilterRun(rules, found, reward)
+    tables = run.kept(whole_groups(dataset.tables(), where=str(source)))
+    if prompts:
+        write_prompts(target, dataset.schema, tables)
+    else:
+        write_file(target, dataset.schema, tables)
+    return run.summary()
+
+
+class FilterRun:
+    """One pass over whole data rows, with its counts. Reads and writes nothing."""
+
+    def __init__(self, rules: FilterRules, found: Survey, reward: str) -> None:
+        self._rules = rules
+        self._found = found
+        self._reward = reward
+        self._codes = np.zeros(len(REASONS) + 1, np.int64)
+        self._groups = self._groups_kept = 0
+
+    def kept(self, tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
+        """What is left of tables of whole data rows, in tables that are not empty.
+
+        Raises:
+            NothingLeftError: after the last table, if nothing is.
+        """
+        for table in tables:
+            codes = decide(table, self._rules, self._found, self._reward)
+            keep = codes == KEPT
+            data_idx = np.asarray(table.column("data_idx"))
+            self._codes += np.bincount(codes, minlength=len(self._codes))
+            self._groups += len(np.unique(data_idx))
+            self._groups_kept += len(np.unique(data_idx[keep]))
+            if keep.all():
+                yield table
+            elif keep.any():
+                yield table.filter(pa.array(keep))
+        summary = self.summary()
+        if not summary.kept:
+            counts = ", ".join(f"{reason} {count}" for reason, count in summary.dropped.items())
+            raise NothingLeftError(
+                f"nothing is left of {summary.completions} completions, so nothing was written. "
+                f"Dropped: {counts or 'there were none'}"
+            )
+
+    def summary(self) -> FilterSummary:
+        """The counts so far."""
+        kept, *dropped = self._codes.tolist()
+        return FilterSummary(
+            completions=kept + sum(dropped),
+            kept=kept,
+            dropped={
+                reason: count for reason, count in zip(REASONS, dropped, strict=True) if count
+            },
+            groups=self._groups,
+            groups_kept=self._groups_kept,
+            mean_band=self._found.mean_band,
+        )

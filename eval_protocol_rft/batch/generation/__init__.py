@@ -1,0 +1,1 @@
+"""A data set in, a rollout file out, continued after any interruption."""

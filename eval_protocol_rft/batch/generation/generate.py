@@ -1,0 +1,226 @@
+"""`generate`: a data set in, a rollout file out.
+
+Invariant: what was sampled is never lost and never sampled twice. The file appears when every
+completion is there, as itself or as a failure; until then they are in `<file>.parts`, and the same
+call goes on from there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import os
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from eval_protocol_rft.backends import Backends
+from eval_protocol_rft.batch.files import check_output
+from eval_protocol_rft.batch.generation.counts import RunCounts
+from eval_protocol_rft.batch.generation.output import OutputJob, find_job
+from eval_protocol_rft.batch.generation.questions import Questions, Selection
+from eval_protocol_rft.batch.generation.sampling_run import SamplingRun
+from eval_protocol_rft.batch.progress import reporter
+from eval_protocol_rft.batch.ray.nodes import Engine, check_engine
+from eval_protocol_rft.batch.ray.sampling import RaySampler
+from eval_protocol_rft.batch.rollouts.rows import CompletionRow
+from eval_protocol_rft.batch.source.opening import open_source, prompt_column
+from eval_protocol_rft.endpoint import Endpoint
+from eval_protocol_rft.params import parse_completion_params
+from eval_protocol_rft.sampling.http import HttpSampler
+from eval_protocol_rft.sampling.retry import RetryPolicy
+from eval_protocol_rft.sampling.types import Sampler
+from eval_protocol_rft.tokenizer import LoadedTokenizer
+
+DEFAULT_CONCURRENCY = 96
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateSummary:
+    """What a call of `generate` did."""
+
+    output: Path
+    prompts: int
+    total: int
+    """Completions asked for, over all runs."""
+    failed: int
+    """Completions that failed for good, over all runs."""
+    run: RunCounts
+    """Of this call alone."""
+    seconds: float
+    """From the first request of this call to the last row stored."""
+
+
+def generate(
+    data: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    completion_params: Mapping[str, Any],
+    **options: Any,
+) -> GenerateSummary:
+    """`agenerate` where no event loop is running."""
+    return asyncio.run(agenerate(data, output, completion_params, **options))
+
+
+async def agenerate(
+    data: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    completion_params: Mapping[str, Any],
+    *,
+    prompt_key: str | None = None,
+    system: str | None = None,
+    limit: int | None = None,
+    shuffle_seed: int | None = None,
+    where: str | None = None,
+    concurrency: int = DEFAULT_CONCURRENCY,
+    retry: RetryPolicy | None = None,
+    retry_failed: bool = False,
+    overwrite: bool = False,
+    tokenizer: Any = None,
+    sampler: Sampler | None = None,
+    trust_remote_code: bool = False,
+    engine: Engine = "local",
+    ray_address: str | None = None,
+    progress: bool | None = None,
+) -> GenerateSummary:
+    """Sample n completions for every row of a data set.
+
+    Args:
+        data: a Parquet, JSONL, JSON or CSV file, or a folder that `datasets` saved.
+        output: `.parquet` or `.jsonl`. Where a job for it was begun, it is continued.
+        completion_params: as for the processor: `model`, `n`, `temperature`, `max_tokens`, ...
+        prompt_key: column of the prompts; default the first of `prompt`, `messages`, `question`,
+            `problem` and `instruction`. Text, or lists of chat messages.
+        system: system message for prompts that have none.
+        limit, shuffle_seed, where: which rows, see `Source.rows`.
+        concurrency: requests in flight.
+        retry: budget of attempts per completion.
+        retry_failed: sample again what failed for good in earlier runs.
+        overwrite: let the output take the place of another job's. A finished file stays until the
+            new one is; what was begun with the same settings is continued all the same.
+        tokenizer, sampler, trust_remote_code: as for the processor.
+        engine: where requests are made and local models sampled: in this process, or on the nodes
+            of a Ray cluster, which share `concurrency`.
+        ray_address: of the cluster; None: that of RAY_ADDRESS, else one on this machine.
+        progress: show a bar; None: where stderr is a terminal.
+
+    Raises:
+        SourceError: the data set, or a row of it, is wrong; nothing was asked yet.
+        ParamsError, TokenizerError, PromptError: settings are; nothing was asked yet.
+        JobError: the output is there and of another job.
+        BusyError: another process writes to the same output.
+        RayEngineError: there is no Ray, no cluster, or a node of it cannot do its work.
+        HopelessError: the first completions all failed.
+        OSError: the disk is full or failed. What was stored is safe.
+    """
+    target = Path(output)
+    check_output(target)
+    if concurrency < 1:
+        raise ValueError(f"concurrency must be at least 1, got {concurrency}")
+    check_engine(engine)
+    if engine == "ray" and sampler is not None:
+        raise ValueError("a sampler of your own lives in this process: use the local engine")
+    request = parse_completion_params(completion_params)
+    source = await asyncio.to_thread(open_source, data)
+    selection = Selection.of(
+        source,
+        prompt_key=prompt_column(source, prompt_key),
+        limit=limit,
+        shuffle_seed=shuffle_seed,
+        where=where,
+    )
+    questions = await asyncio.to_thread(Questions.check, source, selection, system)
+    backends = Backends(tokenizer=tokenizer, sampler=sampler, trust_remote_code=trust_remote_code)
+    clients: dict[Endpoint, HttpSampler] = {}
+    remote: RaySampler | None = None
+    try:
+        chosen, own_tokenizer = await backends.resolve(request, clients)
+        questions.render_first(own_tokenizer, request)
+        output_job = find_job(target, questions, request, own_tokenizer, overwrite=overwrite)
+        if output_job.known is None and request.seed is None and backends.seeds_are_free(request):
+            output_job = output_job.seeded(secrets.randbits(31))
+        if engine == "ray":
+            remote = RaySampler(request, trust_remote_code, concurrency, ray_address)
+            await remote.start()
+        return await _run(
+            output_job,
+            functools.partial(
+                SamplingRun,
+                sampler=remote or chosen,
+                tokenizer=own_tokenizer,
+                params=request.params,
+                retry=retry or RetryPolicy(),
+                concurrency=concurrency,
+            ),
+            own_tokenizer,
+            retry_failed=retry_failed,
+            progress=progress,
+        )
+    finally:
+        if remote is not None:
+            await remote.aclose()
+        for client in clients.values():
+            await client.aclose()
+
+
+async def _run(
+    job: OutputJob,
+    make_run: Callable[..., SamplingRun],
+    tokenizer: LoadedTokenizer,
+    *,
+    retry_failed: bool,
+    progress: bool | None,
+) -> GenerateSummary:
+    """Sample what is missing, and finish the file."""
+    counts = RunCounts()
+    began = time.perf_counter()
+    with job.open() as output:
+        total, before = job.total, output.done.done + output.done.failed
+        if retry_failed:
+            before = output.done.done
+        with reporter("generate", total, done=before, show=progress) as bar:
+
+            def stored(rows: list[CompletionRow]) -> None:
+                counts.add(rows)
+                seconds = time.perf_counter() - began
+                bar.update(
+                    before + counts.completions + counts.failed, detail=_said(counts, seconds)
+                )
+
+            prompts = job.questions.prompts(
+                output.done,
+                tokenizer,
+                job.request,
+                name=job.data_name,
+                retry_failed=retry_failed,
+            )
+            run = make_run(store=output.store, on_stored=stored, fresh=not output.done.done)
+            await run.run(prompts)
+        seconds = time.perf_counter() - began
+        failed = await _to_its_end(output.finish)
+    return GenerateSummary(
+        output=job.target,
+        prompts=job.questions.count,
+        total=total,
+        failed=failed,
+        run=counts,
+        seconds=seconds,
+    )
+
+
+async def _to_its_end(work: Callable[[], int]) -> int:
+    """Run `work` in a thread. Cancelled, wait for it all the same: our caller closes the store
+    that it works on."""
+    task = asyncio.ensure_future(asyncio.to_thread(work))
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        raise
+
+
+def _said(counts: RunCounts, seconds: float) -> str:
+    truncated = counts.truncated / counts.completions if counts.completions else 0.0
+    return f"{counts.tokens / seconds:.0f} tok/s, {counts.failed} failed, {truncated:.0%} truncated"

@@ -1,0 +1,220 @@
+"""The output of a job: finding out what is there of it, adding to it, and finishing it.
+
+Invariant: an output of another job is refused, with what differs, unless it may be replaced; and
+then only when the new one is complete.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from eval_protocol_rft.batch.dataset import RolloutDataset
+from eval_protocol_rft.batch.files import write_file
+from eval_protocol_rft.batch.generation.job import differences, job_schema
+from eval_protocol_rft.batch.generation.questions import Questions
+from eval_protocol_rft.batch.rollouts.format import FormatError, metadata_of, reward_columns
+from eval_protocol_rft.batch.store.done import DoneIndex
+from eval_protocol_rft.batch.store.merge import KEY_COLUMNS, Keys, SortedInput, row_keys
+from eval_protocol_rft.batch.store.parts import (
+    PartStore,
+    parts_folder,
+    read_schema,
+    stored_keys,
+)
+from eval_protocol_rft.params import RolloutRequest
+from eval_protocol_rft.tokenizer import LoadedTokenizer
+
+
+class JobError(ValueError):
+    """The output is of another job; the message says what differs."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputJob:
+    """A job and where its rows go. Made by `find_job`."""
+
+    target: Path
+    schema: pa.Schema
+    questions: Questions
+    request: RolloutRequest
+    """With the seed of the job."""
+    tokenizer: LoadedTokenizer
+    known: pa.Schema | None
+    """Of what is there of the job; None: nothing."""
+    base: RolloutDataset | None
+    """The job's finished file, where there is one."""
+    anew: bool
+    """Parts that are there are another job's, and may go."""
+    version: tuple[int, ...] | None
+    """Of the file at `target` when it was looked at; None: there was none."""
+
+    @property
+    def total(self) -> int:
+        """Completions asked for."""
+        return self.questions.count * self.request.n
+
+    @property
+    def data_name(self) -> str:
+        """What the data set was called when the job began: row ids are made of it."""
+        data = metadata_of(self.schema).data
+        return self.questions.source.name if data is None else data.name
+
+    def seeded(self, seed: int) -> OutputJob:
+        """The job, new, with a seed that was drawn for it."""
+        request = replace(self.request, seed=seed)
+        schema = job_schema(self.questions, request, self.tokenizer, seed_given=False)
+        return replace(self, request=request, schema=schema)
+
+    @contextlib.contextmanager
+    def open(self) -> Iterator[Output]:
+        """Take hold of the output.
+
+        Raises:
+            BusyError: another process has it.
+            JobError: another process just finished the file.
+        """
+        selection, num_rows = self.questions.selection, self.questions.source.num_rows
+        position: Keys | None = None
+        if selection.shuffle_seed is not None:
+            order = np.random.default_rng(selection.shuffle_seed).permutation(num_rows)
+            position = np.empty(num_rows, np.int64)
+            position[order] = np.arange(num_rows)
+        keys_of = functools.partial(row_keys, position=position)
+        store = PartStore(parts_folder(self.target), self.schema, keys_of, anew=self.anew)
+        try:
+            if _version(self.target) != self.version:
+                raise JobError(f"{self.target} was written just now: run the same command again")
+            done = DoneIndex(num_rows, self.request.n)
+            if self.base is not None:
+                for table in self.base.tables([*KEY_COLUMNS, "error"]):
+                    done.add(*stored_keys(table))
+            for keys in store.stored():
+                done.add(*keys)
+            yield Output(self, store, done, keys_of)
+        finally:
+            store.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """An output that this process holds."""
+
+    job: OutputJob
+    store: PartStore
+    done: DoneIndex
+    """What was there when it was opened."""
+    keys_of: functools.partial[Keys]
+
+    def finish(self) -> int:
+        """Make the file of what is stored, and return how many of its completions failed."""
+        job = self.job
+        for keys in self.store.stored():
+            self.done.add(*keys)
+        if self.done.done + self.done.failed != job.total:
+            raise AssertionError("a completion is neither stored nor failed")
+        if self.store.has_parts:
+            base = [] if job.base is None else [self._sorted(job.base)]
+            write_file(job.target, job.schema, self.store.merged(base))
+        self.store.remove()
+        return self.done.failed
+
+    def _sorted(self, base: RolloutDataset) -> SortedInput:
+        first = next(base.tables(KEY_COLUMNS))
+        return SortedInput(int(self.keys_of(first)[0]), base.tables)
+
+
+def find_job(
+    target: Path,
+    questions: Questions,
+    request: RolloutRequest,
+    tokenizer: LoadedTokenizer,
+    *,
+    overwrite: bool,
+) -> OutputJob:
+    """What is there of the job.
+
+    Args:
+        target: where the file is to be.
+        questions: what is asked.
+        request: how it is sampled. Without a seed, that of the job which is there is taken.
+        tokenizer: what rendered the prompts.
+        overwrite: let the job take the place of another.
+
+    Raises:
+        JobError: there is another job, or something else.
+    """
+    version = _version(target)
+    asked = job_schema(questions, request, tokenizer, seed_given=request.seed is not None)
+    folder = parts_folder(target)
+    begun = _same_job(folder, read_schema(folder), asked, overwrite=overwrite)
+    finished = None
+    if target.exists():
+        try:
+            finished = RolloutDataset(target)
+        except FormatError as error:
+            if not overwrite:
+                raise JobError(f"{error}. Choose another output, or --overwrite") from error
+    known = None if finished is None else finished.schema
+    base = _same_job(target, known, asked, overwrite=overwrite)
+    if base is not None:
+        _refuse_foreign_columns(target, base, asked)
+    there = begun if base is None else base
+    if there is not None:
+        sampling = metadata_of(there).sampling
+        assert sampling is not None  # noqa: S101 - differences() compared it
+        request = replace(request, seed=sampling.seed)
+    return OutputJob(
+        target=target,
+        schema=asked if there is None else there,
+        questions=questions,
+        request=request,
+        tokenizer=tokenizer,
+        known=there,
+        base=None if base is None else finished,
+        anew=begun is None,
+        version=version,
+    )
+
+
+def _version(path: Path) -> tuple[int, ...] | None:
+    """Changes when the file is replaced."""
+    try:
+        stat = path.stat()
+    except FileNotFoundError:
+        return None
+    return stat.st_ino, stat.st_mtime_ns, stat.st_size
+
+
+def _refuse_foreign_columns(target: Path, known: pa.Schema, asked: pa.Schema) -> None:
+    rewards = metadata_of(known).rewards
+    ours = {*asked.names, *(name for column in rewards for name in reward_columns(column))}
+    foreign = [name for name in known.names if name not in ours]
+    if foreign:
+        raise JobError(
+            f"{target} has columns that this job does not write: {', '.join(foreign)}. Move the "
+            "file elsewhere to keep them, or take them out to continue it"
+        )
+
+
+def _same_job(
+    where: Path, known: pa.Schema | None, asked: pa.Schema, *, overwrite: bool
+) -> pa.Schema | None:
+    """`known` where it is of the job that is asked for."""
+    if known is None:
+        return None
+    differ = differences(metadata_of(known, where=str(where)), metadata_of(asked))
+    if not differ:
+        return known
+    if overwrite:
+        return None
+    raise JobError(
+        f"{where} is of another job. {'; '.join(differ)}. Ask for the same to continue it, choose "
+        "another output, or replace it with --overwrite"
+    )

@@ -1,0 +1,200 @@
+"""The selected rows of a data set as prompts.
+
+Invariant: all rows are checked before the first one is asked. A prompt that its chat template then
+fails on is a failure of its completions, and the other rows go on.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from eval_protocol_rft.batch.generation.sampling_run import Prompt
+from eval_protocol_rft.batch.rollouts.format import PromptKind
+from eval_protocol_rft.batch.rollouts.rows import CompletionRow
+from eval_protocol_rft.batch.source.opening import Source, SourceError, SourceRow, check_prompt
+from eval_protocol_rft.batch.store.done import DoneIndex
+from eval_protocol_rft.params import RolloutRequest
+from eval_protocol_rft.prompts import PromptError, chat_messages, render_chat
+from eval_protocol_rft.sampling.fanout import derive_seeds
+from eval_protocol_rft.sampling.types import TokenIds
+from eval_protocol_rft.tokenizer import LoadedTokenizer
+
+_TRIED_ROWS = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Selection:
+    """Which rows of a data set are asked, and which of their columns matter."""
+
+    prompt_key: str
+    tools_key: str | None = None
+    ground_truth_key: str | None = None
+    limit: int | None = None
+    shuffle_seed: int | None = None
+    where: str | None = None
+
+    @classmethod
+    def of(
+        cls,
+        source: Source,
+        *,
+        prompt_key: str,
+        limit: int | None,
+        shuffle_seed: int | None,
+        where: str | None,
+    ) -> Selection:
+        """With `tools` and `ground_truth` where the data set has columns of that name."""
+        names = {column.name for column in source.columns}
+        return cls(
+            prompt_key=prompt_key,
+            tools_key="tools" if "tools" in names else None,
+            ground_truth_key="ground_truth" if "ground_truth" in names else None,
+            limit=limit,
+            shuffle_seed=shuffle_seed,
+            where=where,
+        )
+
+    @property
+    def rows(self) -> dict[str, Any]:
+        """Arguments of `Source.rows`."""
+        return {"limit": self.limit, "shuffle_seed": self.shuffle_seed, "where": self.where}
+
+
+@dataclass(frozen=True, slots=True)
+class Questions:
+    """What is asked. Made by `Questions.check`."""
+
+    source: Source
+    selection: Selection
+    system: str | None
+    kind: PromptKind
+    """Of the data set's prompts."""
+    count: int
+    """Selected rows."""
+
+    @property
+    def asked_kind(self) -> PromptKind:
+        """Of the prompts as they are asked."""
+        return self.kind if self.system is None else "messages"
+
+    @classmethod
+    def check(cls, source: Source, selection: Selection, system: str | None) -> Questions:
+        """Look at every selected row.
+
+        Raises:
+            SourceError: no row is selected, or a prompt or its tools are wrong.
+        """
+        kind: PromptKind | None = None
+        count = 0
+        for row in source.rows(**selection.rows):
+            kind = check_prompt(row, selection.prompt_key, kind)
+            _tools(row, selection.tools_key)
+            count += 1
+        if kind is None:
+            raise SourceError(f"{source.name}: no row is selected; look at --where and --limit")
+        return cls(source, selection, system, kind, count)
+
+    def render_first(self, tokenizer: LoadedTokenizer, request: RolloutRequest) -> None:
+        """Render the first prompts until one succeeds: where none of 16 does, it is the tokenizer
+        that cannot do it.
+
+        Raises:
+            PromptError: none can be rendered exactly; the message is of the first.
+        """
+        first = None
+        for row in itertools.islice(self.source.rows(**self.selection.rows), _TRIED_ROWS):
+            ids = self._render(row, tokenizer, request)
+            if not isinstance(ids, PromptError):
+                return
+            first = first or ids
+        if first is not None:
+            raise first
+
+    def prompts(
+        self,
+        done: DoneIndex,
+        tokenizer: LoadedTokenizer,
+        request: RolloutRequest,
+        *,
+        name: str,
+        retry_failed: bool,
+    ) -> Iterator[Prompt]:
+        """The rows with completions that are not there yet, rendered one by one; `name` goes into
+        their `row_id`.
+
+        Raises:
+            SourceError: a file of the data set has changed meanwhile.
+        """
+        params = request.params
+        for row in self.source.rows(**self.selection.rows):
+            samples = done.missing(row.data_idx, retry_failed=retry_failed)
+            if not samples:
+                continue
+            ids = self._render(row, tokenizer, request)
+            shared = CompletionRow(
+                row_id=f"{name}-{row.data_idx}",
+                data_idx=row.data_idx,
+                sample_idx=0,
+                prompt=self._prompt_to_store(row),
+                tools=_tools(row, self.selection.tools_key),
+                ground_truth=row.values.get(self.selection.ground_truth_key or ""),
+                prompt_ids=None if isinstance(ids, PromptError) else np.array(ids, np.int32),
+                temperature=params.temperature,
+                top_p=params.top_p,
+                top_k=params.top_k,
+                max_tokens=params.max_tokens,
+                original=row.values,
+            )
+            seeds = derive_seeds(request.seed, str(row.data_idx), request.n)
+            yield Prompt(shared, ids, samples, seeds)
+        # Looks whether the files are still those that were opened.
+        self.source.rows(limit=0)
+
+    def _prompt(self, row: SourceRow) -> Any:
+        """What is asked: the text, or the messages up to the last that is not the assistant's."""
+        asked = row.values[self.selection.prompt_key]
+        if self.kind == "text":
+            if self.system is None:
+                return asked
+            messages = [{"role": "user", "content": asked}]
+        else:
+            messages = chat_messages(asked)
+            while messages and messages[-1]["role"] == "assistant":
+                messages.pop()
+        if self.system is not None and messages and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": self.system}, *messages]
+        return messages
+
+    def _prompt_to_store(self, row: SourceRow) -> Any:
+        """The prompt, without messages where they are none that the file could hold."""
+        try:
+            return self._prompt(row)
+        except PromptError:
+            return []
+
+    def _render(
+        self, row: SourceRow, tokenizer: LoadedTokenizer, request: RolloutRequest
+    ) -> TokenIds | PromptError:
+        try:
+            prompt = self._prompt(row)
+            if isinstance(prompt, str):
+                prompt = [{"role": "user", "content": prompt}]
+            tools = _tools(row, self.selection.tools_key)
+            return render_chat(prompt, tools, tokenizer, request.chat_template_kwargs)
+        except PromptError as error:
+            return PromptError(f"{row.where}: {error}")
+
+
+def _tools(row: SourceRow, key: str | None) -> list[dict[str, Any]] | None:
+    """The tools of a row, in the chat API's form."""
+    tools = row.values.get(key) if key is not None else None
+    if not tools:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise SourceError(f"{row.where}: {key!r} must be a list of tools, objects of the chat API")
+    return tools

@@ -1,0 +1,1 @@
+"""A user's evaluator over stored completions."""

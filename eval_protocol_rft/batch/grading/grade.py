@@ -1,0 +1,82 @@
+"""Grading stored completions: many calls of one evaluator, some of which hang, die or raise.
+
+Invariant: every item comes back exactly once, with one result per view. What an evaluator does to
+itself costs the item it was called for, which is then unscored (None, never 0.0) and says why.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Generator, Iterable, Iterator
+
+from eval_protocol_rft.batch.grading.evaluators import LoadedEvaluator
+from eval_protocol_rft.batch.grading.in_loop import grade_in_loop
+from eval_protocol_rft.batch.grading.items import Graded, GradingError, GradingItem
+from eval_protocol_rft.batch.grading.pool import grade_in_processes
+
+__all__ = ["Graded", "GradingError", "GradingItem", "grade"]
+
+
+def grade(
+    items: Iterable[GradingItem],
+    evaluator: LoadedEvaluator,
+    *,
+    workers: int | None = None,
+    timeout: float | None = 60.0,
+    max_concurrency: int = 96,
+) -> Generator[Graded, None, None]:
+    """Call `evaluator` once per item, many at a time.
+
+    A sync evaluator runs in worker processes, each of which loads it once and is replaced when a
+    call takes too long or ends the process. Ended with a worker is what its evaluator started, as
+    far as it stayed in the worker's process group. Workers are forked from a server process that
+    outlives them and ends with this one. A script that calls this needs the usual
+    `if __name__ == "__main__"`. POSIX only.
+
+    An async evaluator runs in this process, in one event loop. One that blocks the loop without
+    awaiting holds up all calls and cannot be interrupted; make it sync instead.
+
+    Items are read on the calling thread, as results are taken: no more than two per worker, or
+    `max_concurrency`, are read and not yet given back. Closing the generator ends all calls.
+
+    Args:
+        items: one call each. `key` may be anything.
+        evaluator: from `load_evaluator`; a worker loads it again by its spec.
+        workers: processes for a sync evaluator. None: as many as there are processors.
+        timeout: seconds one call may take, from when a worker has the item; None: any time.
+            A pause of the caller between two results is not held against a call that ended
+            meanwhile.
+        max_concurrency: calls of an async evaluator in flight.
+
+    Yields:
+        Items as they finish, in any order.
+
+    Raises:
+        GradingError: a worker cannot load the evaluator (or finds its file changed), or the
+            evaluator called `pytest.exit`.
+        ValueError: an option is out of range, or an item has no view, or several for a pointwise
+            evaluator.
+    """
+    size = os.cpu_count() or 1 if workers is None else workers
+    if size < 1:
+        raise ValueError(f"workers must be at least 1, got {workers}")
+    if max_concurrency < 1:
+        raise ValueError(f"max_concurrency must be at least 1, got {max_concurrency}")
+    if timeout is not None and not (math.isfinite(timeout) and timeout > 0):
+        raise ValueError(f"timeout must be finite and above 0 seconds, or None; got {timeout}")
+    checked = _checked(items, evaluator)
+    if evaluator.is_async:
+        return grade_in_loop(checked, evaluator, max_concurrency=max_concurrency, timeout=timeout)
+    return grade_in_processes(checked, evaluator, workers=size, timeout=timeout)
+
+
+def _checked(items: Iterable[GradingItem], evaluator: LoadedEvaluator) -> Iterator[GradingItem]:
+    for item in items:
+        count = len(item.views)
+        if not count or (count > 1 and evaluator.mode == "pointwise"):
+            raise ValueError(
+                f"item {item.key!r} has {count} views: a {evaluator.mode} evaluator takes "
+                f"{'exactly one' if evaluator.mode == 'pointwise' else 'at least one'}"
+            )
+        yield item

@@ -1,0 +1,247 @@
+"""`score`: rewards for completions that are there, as often as graders change.
+
+Invariant: tokens stay as they are. A completion gets a reward, or None with the reason why, never a
+0 in its place; what was graded is on disk at once, and an interrupted call goes on from there. The
+file is replaced in one step, when all of it is graded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import filelock
+import msgspec
+import pyarrow.compute as pc
+
+from eval_protocol_rft.batch.dataset import RolloutDataset
+from eval_protocol_rft.batch.files import OutputError, check_output, write_file
+from eval_protocol_rft.batch.grading.evaluators import load_evaluator
+from eval_protocol_rft.batch.grading.file_index import FileIndex
+from eval_protocol_rft.batch.grading.grade import Graded, grade
+from eval_protocol_rft.batch.grading.graded_store import GradedStore
+from eval_protocol_rft.batch.grading.reward_files import SCORES, schema_with_reward, with_scores
+from eval_protocol_rft.batch.grading.views import ScoreError, grading_items
+from eval_protocol_rft.batch.progress import reporter
+from eval_protocol_rft.batch.ray.grading import grade_on_ray
+from eval_protocol_rft.batch.ray.nodes import Engine, check_engine
+from eval_protocol_rft.batch.rollouts.format import RewardSettings, reward_column, reward_columns
+from eval_protocol_rft.batch.store.parts import BusyError, PartStore, parts_folder, read_schema
+
+_END_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreSummary:
+    """What a call of `score` did, and what the column holds now."""
+
+    output: Path
+    column: str
+    graded: int
+    """Completions graded by this call."""
+    scored: int
+    """Completions with a reward."""
+    mean: float | None
+    """Of the rewards."""
+    unscored: Counter[str] = field(default_factory=Counter)
+    """Why a completion has none -> how many."""
+    failed: int = 0
+    """Completions that could not be sampled, so there is nothing to grade."""
+
+
+def score(
+    path: str | os.PathLike[str],
+    evaluator: str,
+    *,
+    output: str | os.PathLike[str] | None = None,
+    name: str | None = None,
+    workers: int | None = None,
+    timeout: float | None = 60.0,
+    max_concurrency: int = 96,
+    retry_unscored: bool = False,
+    overwrite: bool = False,
+    adapt: bool = True,
+    engine: Engine = "local",
+    ray_address: str | None = None,
+    progress: bool | None = None,
+) -> ScoreSummary:
+    """Grade every completion of a file.
+
+    Args:
+        path: a finished rollout file.
+        evaluator: `tests/test_x.py::test_x`, under `@evaluation_test` or plain, or
+            `package.module:function`; it takes `row` (or `rows`) and returns the row, an
+            `EvaluateResult` or a number.
+        output: a new file; default: `path` is replaced.
+        name: keeps the rewards in columns of their own, `reward_<name>`; default the main ones.
+        workers, timeout, max_concurrency: see `grade`, and `grade_on_ray` for the ray engine.
+        retry_unscored: grade again what got no reward from this evaluator.
+        overwrite: grade everything anew, in place of rewards that are there, and replace the output
+            where it is there.
+        adapt: pass the data set's columns through the `dataset_adapter` of the evaluation test, for
+            what the evaluator finds on its row besides the messages.
+        engine: where the evaluator runs: on this machine, or on the nodes of a Ray cluster.
+        ray_address: of the cluster; None: that of RAY_ADDRESS, else one on this machine.
+        progress: show a bar; None: where stderr is a terminal.
+
+    Raises:
+        FormatError, ScoreError, OutputError: the file cannot be read, scored so, or written.
+        EvaluatorNotFoundError, EvaluatorError: the evaluator cannot be had or used.
+        GradingError: a worker process cannot load it.
+        RayEngineError: there is no Ray, no cluster, or a node of it cannot do its work.
+        BusyError: another process scores into the same column.
+        OSError: the disk is full or failed. What was graded is safe.
+    """
+    check_engine(engine)
+    dataset = RolloutDataset(path)
+    if not dataset.finished:
+        raise ScoreError(f"{path}: the job that writes it is not finished: run it to its end first")
+    loaded = load_evaluator(evaluator)
+    column = reward_column(name)
+    target = dataset.path if output is None else Path(output)
+    check_output(target)
+    if target.exists() and not target.samefile(dataset.path) and not overwrite:
+        raise OutputError(f"{target}: exists; choose another output, or overwrite it")
+    with _alone(target):
+        # Again: whoever had it until now may have changed it.
+        dataset = RolloutDataset(path)
+        settings = RewardSettings(evaluator=loaded.name, fingerprint=loaded.fingerprint)
+        keep = _keeps_old(dataset, column, settings, overwrite=overwrite)
+        index = FileIndex.of(dataset, column, keep=keep, retry_unscored=retry_unscored)
+        job_id = _job_id(dataset.path, column, settings, adapt=adapt)
+        schema = SCORES.with_metadata({"job": job_id})
+        folder = target.with_name(f"{target.name}.{column}.parts")
+        known = read_schema(folder)
+        stale = known is not None and known.metadata != schema.metadata
+        with contextlib.closing(PartStore(folder, schema, index.places, anew=stale)) as store:
+            for data_idx, sample_idx, _ in store.stored():
+                index.stored(data_idx, sample_idx)
+            items = grading_items(dataset, loaded, index.wanted, adapt=adapt)
+            grader = grade
+            if engine == "ray":
+                grader = functools.partial(grade_on_ray, address=ray_address)
+            graded = _grade_missing(
+                grader(
+                    items, loaded, workers=workers, timeout=timeout, max_concurrency=max_concurrency
+                ),
+                int(index.wanted.sum()),
+                store,
+                progress=progress,
+            )
+            if _job_id(dataset.path, column, settings, adapt=adapt) != job_id:
+                raise ScoreError(f"{dataset.path} was changed while it was scored: score it again")
+            if store.has_parts or target != dataset.path or column not in dataset.metadata.rewards:
+                wanted = schema_with_reward(dataset.schema, column, settings)
+                tables = with_scores(
+                    dataset.tables(), store.merged(), wanted, column, places=index.places, keep=keep
+                )
+                write_file(target, wanted, tables)
+            store.remove()
+    return _summary(target, column, graded)
+
+
+def _grade_missing(
+    grading: Generator[Graded, None, None],
+    total: int,
+    store: PartStore,
+    *,
+    progress: bool | None,
+) -> int:
+    """Grade what is wanted, and store it as it comes."""
+    with (
+        reporter("score", total, show=progress) as bar,
+        GradedStore(store, on_stored=lambda count: bar.update(count, detail="")) as graded_store,
+        contextlib.closing(grading) as results,
+    ):
+        for graded in results:
+            graded_store.add(graded)
+    return graded_store.count
+
+
+@contextlib.contextmanager
+def _alone(target: Path) -> Iterator[None]:
+    """Keep others off `target` while it is scored: a second scoring, or the job that samples it,
+    would write the file without what the first one put there.
+
+    Raises:
+        BusyError: another process has it.
+        ScoreError: a job that samples it is not finished.
+    """
+    folder = parts_folder(target)
+    if read_schema(folder) is not None:
+        raise ScoreError(f"{target}: the job that writes it is not finished: run it to its end")
+    folder.mkdir(exist_ok=True)
+    lock = filelock.FileLock(folder / "_lock", timeout=0, thread_local=False)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise BusyError(
+            f"{target}: another process samples or scores it; wait for it, or stop it"
+        ) from None
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            (folder / "_lock").unlink()
+            folder.rmdir()
+        lock.release()
+
+
+def _keeps_old(
+    dataset: RolloutDataset, column: str, settings: RewardSettings, *, overwrite: bool
+) -> bool:
+    """Whether rewards that are in the column stay: they are of the same evaluator."""
+    known = dataset.metadata.rewards.get(column)
+    if overwrite:
+        return False
+    if known == settings:
+        return True
+    if known is not None:
+        changed = known.evaluator == settings.evaluator
+        why = "an earlier version of its file" if changed else known.evaluator
+        raise ScoreError(
+            f"{dataset.path}: {column!r} has rewards of {why}. Choose a name (--name) to keep "
+            "both, or replace them with --overwrite"
+        )
+    return False
+
+
+def _job_id(path: Path, column: str, settings: RewardSettings, *, adapt: bool) -> bytes:
+    """Tells whether rewards that an interrupted call left are of the same file and evaluator."""
+    size = path.stat().st_size
+    asked = f"{size}\0{column}\0{adapt}\0".encode() + msgspec.json.encode(settings)
+    digest = hashlib.sha256(asked)
+    with path.open("rb") as file:
+        digest.update(file.read(_END_BYTES))
+        file.seek(max(0, size - _END_BYTES))
+        digest.update(file.read())
+    return digest.hexdigest().encode()
+
+
+def _summary(target: Path, column: str, graded: int) -> ScoreSummary:
+    """What the column holds."""
+    dataset = RolloutDataset(target)
+    error_column = reward_columns(column)[3]
+    scored, failed, total = 0, 0, 0.0
+    unscored: Counter[str] = Counter()
+    for table in dataset.tables([column, error_column, "error"]):
+        rewards = table.column(column)
+        scored += len(rewards) - rewards.null_count
+        total += float(pc.sum(rewards, min_count=0).as_py())
+        failed += len(table) - table.column("error").null_count
+        unscored.update(why for why in table.column(error_column).to_pylist() if why)
+    return ScoreSummary(
+        output=target,
+        column=column,
+        graded=graded,
+        scored=scored,
+        mean=total / scored if scored else None,
+        unscored=unscored,
+        failed=failed,
+    )

@@ -1,0 +1,1 @@
+"""Generation and grading on a Ray cluster; the driver keeps the books."""

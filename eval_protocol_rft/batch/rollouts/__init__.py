@@ -1,0 +1,1 @@
+"""The rollout file: its columns, its rows, and how they lie in Parquet and JSON lines."""

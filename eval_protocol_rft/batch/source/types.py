@@ -1,0 +1,156 @@
+"""What a data set of prompts is, whatever its file format.
+
+Invariant: a row keeps its number. `data_idx` is the row's place in the data set as it is on disk,
+so a run that was killed finds the same rows under the same numbers, shuffled or not.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eval_protocol_rft.batch.source.files import FileState
+from eval_protocol_rft.batch.source.filter import Filter, FilterError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+class SourceError(ValueError):
+    """A data set that cannot be used as it is. The message says what, where and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class SourceColumn:
+    """A column and how its values can be stored."""
+
+    name: str
+    type: pa.DataType
+    """Arrow type that holds the values without loss."""
+    is_json: bool
+    """True: values are to be stored as JSON text (`type` is string). So it is where the format has
+    no types and the column is nested, mixes kinds (also int with float), or has an int beyond 64
+    bits."""
+
+
+@dataclass(frozen=True, slots=True)
+class SourceRow:
+    """One row of a data set."""
+
+    data_idx: int
+    """0-based place in the data set on disk, before filter, shuffle and limit."""
+    values: dict[str, Any]
+    """Every column by name, as Python values; JSON columns decoded. None where the row has a null
+    or, in JSON, no such key: the two read alike."""
+    where: str
+    """Place for messages: "problems.jsonl:17" (lines count from 1), or "data.parquet, row 17" (rows
+    count from 0)."""
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFacts:
+    """What opening a data set has found out."""
+
+    name: str
+    fingerprint: str
+    columns: tuple[SourceColumn, ...]
+    num_rows: int
+    files: tuple[FileState, ...]
+    """The files that were read, as they were before."""
+
+
+class Source(abc.ABC):
+    """A data set on disk. It can be read any number of times, always with the same rows in the same
+    order, and holds no rows in memory. Made by `open_source`."""
+
+    def __init__(self, facts: SourceFacts) -> None:
+        self.name = facts.name
+        """Stem of the file's name, or name of the folder."""
+        self.fingerprint = facts.fingerprint
+        """Hex SHA-256 of the content: the same under another file name."""
+        self.columns = facts.columns
+        """In the order of the file; in JSON, of first appearance."""
+        self.num_rows = facts.num_rows
+        self._files = facts.files
+
+    def rows(
+        self,
+        *,
+        limit: int | None = None,
+        shuffle_seed: int | None = None,
+        where: str | None = None,
+    ) -> Iterator[SourceRow]:
+        """The rows that pass `where`, in shuffled order if asked, at most `limit` of them.
+
+        Args:
+            limit: counts rows that passed. With a shuffle it takes a random sample.
+            shuffle_seed: order is numpy's `default_rng(shuffle_seed).permutation(num_rows)` over
+                all rows, so it depends on neither `where` nor `limit`. A Parquet or Arrow data set
+                is copied once, uncompressed, to an unnamed file in the temporary folder (TMPDIR),
+                which is gone when the iterator is closed or the process ends.
+            where: an expression over column names, such as `level >= 3 and subject == "algebra"`;
+                see `Filter`.
+
+        Raises:
+            SourceError: at once for an option that is wrong or a file that changed since it was
+                opened; while iterating for a row that cannot be read, or on which `where` fails.
+        """
+        if limit is not None and limit < 0:
+            raise SourceError(f"limit is {limit}: it must be 0 or more")
+        if shuffle_seed is not None and shuffle_seed < 0:
+            raise SourceError(f"shuffle seed is {shuffle_seed}: it must be 0 or more")
+        try:
+            keep = None if where is None else Filter(where, [c.name for c in self.columns])
+        except FilterError as error:
+            raise SourceError(str(error)) from error
+        self._refuse_changed_files()
+        order = None
+        if shuffle_seed is not None:
+            order = np.random.default_rng(shuffle_seed).permutation(self.num_rows)
+        found = self._read(order)
+        return islice(found if keep is None else _passing(found, keep), limit)
+
+    @abc.abstractmethod
+    def _read(self, order: NDArray[np.int64] | None) -> Iterator[SourceRow]:
+        """All rows, as they lie or in the order of `order` [num_rows]."""
+
+    def _refuse_changed_files(self) -> None:
+        for state in self._files:
+            if not state.holds():
+                raise SourceError(
+                    f"{state.path} has changed since it was opened: run again on a file that "
+                    "nobody writes to"
+                )
+
+
+def _passing(rows: Iterator[SourceRow], keep: Filter) -> Iterator[SourceRow]:
+    for row in rows:
+        try:
+            passed = keep(row.values)
+        except FilterError as error:
+            raise SourceError(f"{row.where}: {error}") from error
+        if passed:
+            yield row
+
+
+def type_name(value: Any) -> str:
+    """The kind of a value in plain words, for messages."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "a truth value"
+    if isinstance(value, str):
+        return "text"
+    if isinstance(value, (int, float)):
+        return "a number"
+    if isinstance(value, Mapping):
+        return "an object"
+    if isinstance(value, (list, tuple)):
+        return "a list"
+    return f"a {type(value).__name__}"

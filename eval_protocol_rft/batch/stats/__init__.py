@@ -1,0 +1,1 @@
+"""What a rollout file holds, in numbers."""

@@ -1,0 +1,1 @@
+"""Rows on their way to a file, safe at any moment."""
