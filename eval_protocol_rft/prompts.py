@@ -80,7 +80,7 @@ def render_chat(
             roles that it drops.
     """
     if not messages:
-        raise PromptError("there are no messages to answer")
+        raise PromptError("the row has no messages to answer")
     if tokenizer.chat_template_hash is None:
         raise PromptError(
             f"tokenizer {tokenizer.name!r} has no chat template: set tokenizer.chat_template, or "

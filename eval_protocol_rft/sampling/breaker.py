@@ -1,0 +1,147 @@
+"""Whether the server is worth asking at all. Pure: events and times in, decisions out.
+
+Invariant: while the breaker is open, requests start no closer together than `FIRST_PROBE_SECONDS`,
+and once it has tripped none starts. It closes when a probe has brought a completion, and then lets
+requests in step by step, so that those that waited do not all arrive at once.
+
+    closed --transient failures only--> open --probe starts--> half-open --it succeeds--> closed
+                                         ^---------------------- it fails
+    closed, half-open --refused for good, or nothing succeeds for `patience_seconds`--> tripped
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from eval_protocol_rft.sampling.attempts import Attempt
+from eval_protocol_rft.sampling.decisions import Decision, Go, Stop, Wait
+from eval_protocol_rft.sampling.refusals import Refusals
+
+State = Literal["closed", "open", "half-open", "tripped"]
+
+OPEN_AFTER = 16
+"""Transient failures in a row that open it, or half of those in flight where that is more: one of
+several replicas that is down fails fast while the others are still sampling."""
+
+FIRST_PROBE_SECONDS = 1.0
+"""From opening to the first probe: a restart behind a load balancer takes about as long."""
+
+LONGEST_PROBE_SECONDS = 30.0
+"""Probes come at twice the distance each time one fails, up to this. It bounds both the requests
+that an outage costs (two a minute) and the time that passes before its end is seen."""
+
+LONGEST_RETRY_AFTER = 300.0
+"""Most of a `Retry-After` that delays the next probe, as in `RetryPolicy`."""
+
+SHORTEST_RAMP, LONGEST_RAMP = 5.0, 60.0
+"""Seconds over which requests are let in again after closing. Between them it takes as long as a
+completion takes on average: then those that waited arrive at the rate at which requests came
+before the outage, so that both together are twice that rate."""
+
+_SMOOTHING = 0.1
+"""Weight of the newest completion in the average of their seconds."""
+
+
+class CircuitBreaker:
+    """One server, seen by one run."""
+
+    def __init__(self, *, patience_seconds: float = 1800.0) -> None:
+        """
+        Args:
+            patience_seconds: how long requests may fail, none succeeding, before the run stops.
+                A deployment that scales up from nothing takes minutes.
+        """
+        self._patience = patience_seconds
+        self._refusals = Refusals()
+        self._failures = 0
+        self._failing_since: float | None = None
+        self._opened_at: float | None = None
+        self._next_probe = 0.0
+        self._distance = FIRST_PROBE_SECONDS
+        self._probes_in_flight = 0
+        self._closed_at = -LONGEST_RAMP
+        self._typical_seconds: float | None = None
+        self._stop: Stop | None = None
+
+    @property
+    def state(self) -> State:
+        if self._stop is not None:
+            return "tripped"
+        if self._opened_at is None:
+            return "closed"
+        return "half-open" if self._probes_in_flight else "open"
+
+    def may_start(self, now: float, *, in_flight: int, limit: int) -> Decision:
+        """Whether one more request may begin beside `in_flight` others of at most `limit`."""
+        if self._stop is not None:
+            return self._stop
+        if self._opened_at is not None:
+            return Go(probe=True) if now >= self._next_probe else Wait(self._next_probe)
+        open_for_it = self._closed_at + self._ramp_seconds() * min(1.0, in_flight / max(1, limit))
+        return Go() if now >= open_for_it else Wait(open_for_it)
+
+    def started(self, now: float, *, probe: bool) -> None:
+        """A request has begun; `probe` as the decision said."""
+        if not probe:
+            return
+        if self._probes_in_flight:
+            # The last one was not turned away: the server may be back. Ask a little faster.
+            self._distance = max(FIRST_PROBE_SECONDS, self._distance / 2)
+        self._probes_in_flight += 1
+        self._next_probe = now + self._distance
+
+    def abandoned(self, *, probe: bool) -> None:
+        """A request was cancelled by us: nothing was learnt from it."""
+        self._probes_in_flight -= probe
+
+    def ended(self, attempt: Attempt, *, in_flight: int) -> None:
+        """A request has ended; `in_flight` others have not."""
+        self._probes_in_flight -= attempt.probe
+        if attempt.kind is None:
+            self._succeeded(attempt)
+        elif attempt.transient:
+            self._failed_for_now(attempt, in_flight)
+        else:
+            self._trip(self._refusals.failed(attempt, in_flight=in_flight))
+
+    def _succeeded(self, attempt: Attempt) -> None:
+        self._refusals.succeeded(attempt)
+        self._failures, self._failing_since = 0, None
+        typical = attempt.seconds if self._typical_seconds is None else self._typical_seconds
+        self._typical_seconds = typical + _SMOOTHING * (attempt.seconds - typical)
+        if self._opened_at is not None and attempt.started >= self._opened_at:
+            self._opened_at, self._closed_at = None, attempt.ended
+
+    def _failed_for_now(self, attempt: Attempt, in_flight: int) -> None:
+        now = attempt.ended
+        self._failing_since = now if self._failing_since is None else self._failing_since
+        if now - self._failing_since >= self._patience:
+            self._trip(
+                f"no request succeeded for {now - self._failing_since:.0f} s; the last one: "
+                f"{attempt.cause}: {attempt.message or 'no message'}. Run again once the server "
+                "answers"
+            )
+        if self._opened_at is not None:
+            self._probe_failed(attempt)
+        elif attempt.status != 429:
+            # 429 is the word of a server that works: whom to slow down is the limit's business.
+            self._failures += 1
+            if self._failures >= max(OPEN_AFTER, in_flight / 2):
+                self._opened_at = now
+                self._distance = FIRST_PROBE_SECONDS
+                self._next_probe = now + self._asked(attempt)
+
+    def _probe_failed(self, attempt: Attempt) -> None:
+        if attempt.probe:
+            self._distance = min(LONGEST_PROBE_SECONDS, self._distance * 2)
+            self._next_probe = max(self._next_probe, attempt.ended + self._asked(attempt))
+
+    def _asked(self, attempt: Attempt) -> float:
+        return max(self._distance, min(attempt.retry_after or 0.0, LONGEST_RETRY_AFTER))
+
+    def _ramp_seconds(self) -> float:
+        return min(LONGEST_RAMP, max(SHORTEST_RAMP, self._typical_seconds or 0.0))
+
+    def _trip(self, reason: str | None) -> None:
+        if reason is not None and self._stop is None:
+            self._stop = Stop(reason)

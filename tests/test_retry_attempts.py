@@ -1,0 +1,133 @@
+"""The attempts at one completion: what is recorded, what counts, when it is over."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from eval_protocol_rft.sampling.attempts import Attempt, causes, failed_attempt
+from eval_protocol_rft.sampling.errors import error_in_body, status_error
+from eval_protocol_rft.sampling.retry import Again, CompletionAttempts, GiveUp, RetryPolicy
+from eval_protocol_rft.sampling.types import (
+    AttemptTimeoutError,
+    ConnectionFailedError,
+    ContractError,
+    SamplingError,
+    UnavailableError,
+)
+
+NOW = datetime(2026, 1, 2, tzinfo=UTC)
+
+
+def of_status(status: int, body: bytes = b"no") -> SamplingError:
+    return status_error(status, body, {}, now=NOW)
+
+
+def in_reply(body: bytes) -> SamplingError:
+    error = error_in_body(body)
+    assert error is not None
+    return error
+
+
+TRANSIENT = [
+    *(of_status(status) for status in (408, 409, 425, 429, 500, 502, 503, 504)),
+    of_status(404, b"model_not_ready: the deployment is loading"),
+    ConnectionFailedError("connection reset after half of the body"),
+    AttemptTimeoutError("no whole reply within 600 s"),
+    in_reply(b'{"error": "engine died"}'),
+    in_reply(b'{"error": {"message": "overloaded", "code": 503}}'),
+]
+FINAL = [
+    *(of_status(status) for status in (400, 401, 402, 403, 404, 413, 422)),
+    in_reply(b'{"error": {"message": "too long", "code": 400}}'),
+    ContractError("choices[0]: 3 token ids but 2 logprobs"),
+]
+
+
+def failure(
+    at: float = 0.0, seconds: float = 1.0, error: SamplingError | None = None, probe: bool = False
+) -> Attempt:
+    error = error or UnavailableError("busy", status=503)
+    return failed_attempt(error, started=at, ended=at + seconds, probe=probe)
+
+
+@pytest.mark.parametrize("error", TRANSIENT, ids=str)
+def test_what_may_pass_is_tried_again(error):
+    attempts = CompletionAttempts(RetryPolicy())
+    assert isinstance(attempts.failed(failure(error=error), uniform=0.5), Again)
+
+
+@pytest.mark.parametrize("error", FINAL, ids=str)
+def test_what_would_come_back_the_same_is_not(error):
+    attempts = CompletionAttempts(RetryPolicy())
+    after = attempts.failed(failure(error=error), uniform=0.5)
+    assert isinstance(after, GiveUp)
+    assert "another attempt would end the same" in after.reason
+
+
+def test_the_record_says_how_many_attempts_there_were_and_why_each_failed():
+    attempts = CompletionAttempts(RetryPolicy(max_attempts=4))
+    attempts.failed(failure(0), uniform=0)
+    attempts.failed(failure(2, error=ConnectionFailedError("reset")), uniform=0)
+    attempts.failed(failure(4), uniform=0)
+    after = attempts.failed(failure(6, error=AttemptTimeoutError("late")), uniform=0)
+    assert [attempt.cause for attempt in attempts.history] == [
+        "unavailable 503",
+        "connection",
+        "unavailable 503",
+        "timeout",
+    ]
+    assert after == GiveUp(
+        "max_attempts=4 is reached: 4 attempts (2x unavailable 503, 1x connection, 1x timeout) "
+        "in 7.0 s"
+    )
+
+
+def test_a_completion_in_the_end_is_part_of_the_record():
+    attempts = CompletionAttempts(RetryPolicy())
+    attempts.failed(failure(0), uniform=0)
+    attempts.succeeded(Attempt(started=2, ended=5, tokens=7))
+    assert causes(attempts.history) == "2 attempts (1x unavailable 503, 1x ok)"
+    assert attempts.counted == 2
+
+
+def test_a_later_attempt_keeps_the_seed():
+    attempts = CompletionAttempts(RetryPolicy(), seed=1234)
+    attempts.failed(failure(error=ConnectionFailedError("reset")), uniform=0)
+    assert attempts.seed == 1234
+
+
+def test_time_runs_from_the_start_of_the_first_attempt():
+    attempts = CompletionAttempts(RetryPolicy(max_seconds=100, base_seconds=0))
+    assert attempts.failed(failure(1000, seconds=60), uniform=0) == Again(1060)
+    after = attempts.failed(failure(1060, seconds=60), uniform=0)
+    assert isinstance(after, GiveUp)
+    assert "max_seconds=100" in after.reason
+
+
+@given(
+    probes=st.lists(st.booleans(), min_size=1, max_size=60),
+    limit=st.integers(1, 10),
+    uniform=st.floats(0, 1, exclude_max=True),
+)
+def test_attempts_run_out_only_by_those_that_were_no_probe(probes, limit, uniform):
+    attempts = CompletionAttempts(RetryPolicy(max_attempts=limit, max_seconds=1e9))
+    for number, probe in enumerate(probes, 1):
+        after = attempts.failed(failure(at=10.0 * number, probe=probe), uniform=uniform)
+        assert attempts.counted == probes[:number].count(False)
+        assert isinstance(after, GiveUp) == (attempts.counted == limit)
+        if isinstance(after, GiveUp):
+            return
+
+
+def test_a_success_is_not_recorded_as_a_failure():
+    with pytest.raises(ValueError, match="succeeded"):
+        CompletionAttempts(RetryPolicy()).failed(Attempt(started=0, ended=1), uniform=0)
+
+
+def test_an_attempt_does_not_end_before_it_starts():
+    with pytest.raises(ValueError, match="ended at 1"):
+        Attempt(started=2, ended=1)
