@@ -86,8 +86,9 @@ def _summary_panel(summary: RolloutSummary) -> Panel:
         f"{summary.rows} prompts, {summary.completions} completions, {summary.tokens} tokens",
         f"mean reward {_number(summary.mean_reward)}",
         *(f"pass@{k} {value:.3f}" for k, value in summary.pass_at_k.items()),
-        f"{_number(summary.tokens_per_second, '.0f')} tokens/s",
     ]
+    if summary.tokens_per_second is not None:
+        parts.append(f"{summary.tokens_per_second:.0f} tokens/s")
     problems = [
         f"{count} {what}"
         for count, what in (
@@ -106,8 +107,8 @@ def _summary_panel(summary: RolloutSummary) -> Panel:
     return Panel(text, title=f"{models}, temperature {temperatures}", expand=False)
 
 
-def _number(value: float | None, form: str = ".3f") -> str:
-    return "unknown" if value is None else format(value, form)
+def _number(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.3f}"
 
 
 def _short(text: str) -> str:

@@ -8,12 +8,13 @@ Importing this module imports neither torch nor transformers; making a sampler d
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from eval_protocol_rft.models import bundled_model_path
 from eval_protocol_rft.sampling.local_refusals import check_params, check_prompt, completion_limit
@@ -100,9 +101,10 @@ class LocalSampler:
 
         try:
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-            model = AutoModelForCausalLM.from_pretrained(
-                name, trust_remote_code=trust_remote_code, dtype=torch.float32
-            )
+            with _no_loading_bar():
+                model = AutoModelForCausalLM.from_pretrained(
+                    name, trust_remote_code=trust_remote_code, dtype=torch.float32
+                )
         except (OSError, ValueError) as error:
             raise RefusedError(f"cannot load the local model {str(name)!r}: {error}") from error
         return cls(
@@ -193,6 +195,21 @@ def load_local_sampler(name: str, *, trust_remote_code: bool = False) -> LocalSa
                 bundled_model_path(name) or name, trust_remote_code=trust_remote_code
             )
         return _LOADED[key]
+
+
+@contextlib.contextmanager
+def _no_loading_bar() -> Iterator[None]:
+    """Keep transformers from drawing a bar per shard into a command's or a test's output."""
+    from transformers.utils import logging
+
+    bars: Any = logging  # untyped
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            bars.enable_progress_bar()
 
 
 class _Decoder:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 from pathlib import Path
 
 import pytest
 
-from tests.batch.servers import at, refused, succeed, texts, write_jsonl
+from eval_protocol_rft.batch.dataset import RolloutDataset
+from eval_protocol_rft.batch.rollouts.rows import to_record_batch
+from eval_protocol_rft.batch.store.merge import row_keys
+from eval_protocol_rft.batch.store.parts import PartStore, part_paths, parts_folder
+from tests.batch.servers import at, refused, sampled, succeed, texts, write_jsonl
 from tests.stub_server import StubServer
 
 
@@ -129,3 +135,28 @@ def test_odd_values_in_other_columns_come_through(value, tmp_path, server, token
     succeed("generate", data, "-o", output, *at(server, tokenizer_folder))
     lines = [json.loads(line) for line in output.read_text().splitlines()]
     assert [line["original_odd"] for line in lines] == [value, 3]
+
+
+def test_a_broken_part_is_named_and_without_it_the_job_goes_on(data, server, tokenizer_folder):
+    output = data.with_name("out.parquet")
+    asked = ["generate", data, "-o", output, "-n", 2, *at(server, tokenizer_folder)]
+    succeed(*asked)
+    whole, finished = sampled(output), RolloutDataset(output)
+    rows = list(finished)
+    keys_of = functools.partial(row_keys, position=None)
+    with contextlib.closing(PartStore(parts_folder(output), finished.schema, keys_of)) as store:
+        for half in (rows[:3], rows[3:]):
+            store.append(to_record_batch(half, finished.schema))
+            store.seal()
+    output.unlink()
+    broken, _ = part_paths(parts_folder(output))
+    broken.write_bytes(broken.read_bytes()[:-100])
+    server.requests.clear()
+    message = refused(*asked)
+    assert str(broken) in message
+    assert "Move it out of the folder" in message
+    assert not server.requests
+    broken.unlink()
+    succeed(*asked)
+    assert len(server.requests) == 3
+    assert sampled(output) == whole

@@ -139,11 +139,21 @@ class PartStore:
             sealed.remove()
 
     def stored(self) -> Iterator[tuple[Keys, Keys, Keys]]:
-        """(data_idx, sample_idx, 1 where it failed) of all rows, part by part, in order."""
+        """(data_idx, sample_idx, 1 where it failed) of all rows, part by part, in order.
+
+        Raises:
+            FormatError: a part is broken; the others are not.
+        """
         self.seal()
         for path in part_paths(self.folder):
-            for table in read_row_groups(path, columns=[*KEY_COLUMNS, "error"]):
-                yield stored_keys(table)
+            try:
+                for table in read_row_groups(path, columns=[*KEY_COLUMNS, "error"]):
+                    yield stored_keys(table)
+            except FormatError as error:
+                raise FormatError(
+                    f"{error} Move it out of the folder: the rest goes on, and what was in it is "
+                    "done again"
+                ) from error
 
     @property
     def has_parts(self) -> bool:
