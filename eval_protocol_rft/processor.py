@@ -26,7 +26,9 @@ from eval_protocol_rft.params import RolloutRequest, parse_completion_params
 from eval_protocol_rft.prompts import PromptError, render_prompt
 from eval_protocol_rft.redaction import redact_params
 from eval_protocol_rft.sampling.fanout import Group, derive_seeds, sample_group
+from eval_protocol_rft.sampling.guard import RunGuard
 from eval_protocol_rft.sampling.http import HttpSampler
+from eval_protocol_rft.sampling.observing import log_attempt
 from eval_protocol_rft.sampling.retry import RetryPolicy
 from eval_protocol_rft.sampling.types import Failure, LogprobsMode, Sampler, TokenIds
 from eval_protocol_rft.tokenizer import LoadedTokenizer
@@ -52,6 +54,8 @@ class _LoopState:
     """What belongs to one event loop; each test case of Eval Protocol runs in a loop of its own."""
 
     clients: dict[Endpoint, HttpSampler] = field(default_factory=dict)
+    guards: dict[Endpoint | None, RunGuard] = field(default_factory=dict)
+    """One circuit breaker and budget per server."""
     tasks: set[asyncio.Task[EvaluationRow]] = field(default_factory=set)
     runs: dict[tuple[str | None, str | None], list[str | None]] = field(default_factory=dict)
     """(experiment, row) -> rollout ids in order of appearance: the place is the run's number."""
@@ -82,6 +86,8 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
     Raises (from a row's task, so that the row fails and not the run):
         ValueError: wrong completion_params, tokenizer or messages.
         RolloutError: too few completions survived.
+        RunStoppedError: the server refuses every request, or answers none for half an hour; no
+            further row asks it.
     """
 
     def __init__(
@@ -200,6 +206,11 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
                 seeds=derive_seeds(request.seed, row_key, request.n, run=run),
                 slots=config.semaphore,
                 retry=self.retry,
+                guard=state.guards.setdefault(
+                    request.endpoint, RunGuard(patience_seconds=self.retry.max_seconds)
+                ),
+                prompt=row_key,
+                observe=log_attempt,
                 on_start=ticket.used,
             )
         self._require_survivors(row, request, group)

@@ -222,9 +222,29 @@ def test_a_stretch_of_bad_prompts_does_not_end_a_run_whose_completions_are_slowe
     fail(breaker, 100, at=40, kind="refused", status=400)
     breaker.ended(success(41, 69), in_flight=0)
     fail(breaker, 100, at=70, kind="refused", status=400)
-    assert breaker.state == "closed"
     breaker.ended(failure(101, "refused", 400), in_flight=0)
+    assert breaker.state == "closed"
+
+
+def test_replies_that_are_no_token_data_end_a_run_once_they_outlast_the_slowest_completion():
+    breaker = CircuitBreaker()
+    breaker.ended(success(0, 30), in_flight=0)
+    fail(breaker, 100, at=70, kind="contract")
+    assert breaker.state == "closed"
+    breaker.ended(failure(101, "contract"), in_flight=0)
     assert breaker.state == "tripped"
+
+
+def test_prompts_refused_before_anything_succeeded_end_a_run():
+    breaker = CircuitBreaker()
+    fail(breaker, PROMPT_STREAK, at=1, kind="refused", status=400)
+    assert breaker.state == "tripped"
+
+
+def test_prompts_refused_under_settings_that_are_known_to_work_do_not():
+    breaker = CircuitBreaker(proven=True)
+    fail(breaker, 100, at=1, kind="refused", status=400)
+    assert breaker.state == "closed"
 
 
 def test_what_was_accepted_before_the_key_expired_does_not_vouch_for_it():

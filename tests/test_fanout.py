@@ -129,7 +129,7 @@ async def test_a_failure_tells_of_the_last_attempt():
     assert failure == Failure(
         index=0,
         kind="unavailable",
-        message="busy",
+        message="busy (3 attempts (2x connection, 1x unavailable 503))",
         attempts=3,
         seconds=failure.seconds,
         seed=0,

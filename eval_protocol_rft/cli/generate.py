@@ -126,8 +126,14 @@ def generate(
         ),
     ] = None,
     concurrency: Annotated[
-        int, typer.Option(min=1, help="Requests in flight.", rich_help_panel=_RUN)
-    ] = 96,
+        int | None,
+        typer.Option(
+            min=1,
+            help="Requests in flight.",
+            show_default="found out as it goes; local models: 96",
+            rich_help_panel=_RUN,
+        ),
+    ] = None,
     timeout: Annotated[
         float, typer.Option(min=0.001, help="Seconds for one attempt.", rich_help_panel=_RUN)
     ] = 600.0,
@@ -179,6 +185,14 @@ def generate(
             rich_help_panel=_RUN,
         ),
     ] = None,
+    verbose: Annotated[
+        bool,
+        typer.Option(
+            "--verbose",
+            help="Latencies, retries and requests in flight at the end.",
+            rich_help_panel=_RUN,
+        ),
+    ] = False,
     quiet: Annotated[
         bool, typer.Option("--quiet", help="No progress.", rich_help_panel=_RUN)
     ] = False,
@@ -216,9 +230,9 @@ def generate(
     _check_format(output, output_format)
 
     from eval_protocol_rft.batch.generation.generate import generate as run
-    from eval_protocol_rft.batch.generation.sampling_run import HopelessError
     from eval_protocol_rft.batch.ray.nodes import RayEngineError
     from eval_protocol_rft.batch.store.parts import BusyError, parts_folder
+    from eval_protocol_rft.sampling.guard import RunStoppedError
     from eval_protocol_rft.sampling.retry import RetryPolicy
     from eval_protocol_rft.sampling.types import SamplingError
 
@@ -242,7 +256,7 @@ def generate(
                 ray_address=ray_address,
                 progress=not quiet,
             )
-        except (ValueError, BusyError, HopelessError, RayEngineError, SamplingError) as error:
+        except (ValueError, BusyError, RunStoppedError, RayEngineError, SamplingError) as error:
             fail(str(error))
         except OSError as error:
             full = error.errno in _NO_ROOM
@@ -253,10 +267,10 @@ def generate(
             where_it_is = f" What was finished is in {folder}." if folder.exists() else ""
             typer.echo(f"ep-rft: stopped.{where_it_is} The same command goes on", err=True)
             raise typer.Exit(stopped.exit_code) from None
-    _show(summary)
+    _show(summary, verbose=verbose)
 
 
-def _show(summary: GenerateSummary) -> None:
+def _show(summary: GenerateSummary, *, verbose: bool) -> None:
     run = summary.run
     there = summary.total - run.completions - run.failed
     typer.echo(
@@ -272,6 +286,9 @@ def _show(summary: GenerateSummary) -> None:
         )
     else:
         typer.echo("nothing to do: all of them were there")
+    if verbose:
+        for line in summary.attempts.lines():
+            typer.echo(line)
     if run.failures:
         kinds = ", ".join(f"{count} {kind}" for kind, count in run.failures.most_common())
         typer.echo(f"failed: {kinds}; the first, {run.first_failure}", err=True)

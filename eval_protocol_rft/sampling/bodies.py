@@ -7,6 +7,7 @@ body that was not read to its end is never returned.
 from __future__ import annotations
 
 import asyncio
+import re
 
 import aiohttp
 
@@ -23,7 +24,10 @@ connection that died would otherwise look like one that is busy."""
 STALL_SECONDS = 30.0
 """A stream that has begun and is silent for so long is dead. Servers pause for seconds at most."""
 ERROR_BYTES = 1 << 16
-_DONE = b"data: [DONE]"
+_DONE = re.compile(rb"(?:\A|[\r\n])data: ?\[DONE\](?:\r\n|\n|\r){2}")
+"""The last event, whole: as a line of its own, and with the blank line that ends it. A text may
+hold the same words."""
+_LONGEST_DONE = 20
 _AFTER_DONE_SECONDS = 0.5
 """How long to wait for the end of a finished stream, so that its connection can be used again."""
 _BASE_BYTES = 1 << 20
@@ -92,7 +96,7 @@ async def read_stream(response: aiohttp.ClientResponse, *, limit: int) -> bytes:
             raise _too_long(limit)
         if not chunk:
             return bytes(body)
-        if _DONE in body[-len(chunk) - len(_DONE) :]:
+        if _DONE.search(body, max(0, len(body) - len(chunk) - _LONGEST_DONE)):
             await _to_the_end(response)
             return bytes(body)
 

@@ -33,6 +33,11 @@ that an outage costs (two a minute) and the time that passes before its end is s
 LONGEST_RETRY_AFTER = 300.0
 """Most of a `Retry-After` that delays the next probe, as in `RetryPolicy`."""
 
+FIRST_CONTACT_SECONDS = 60.0
+"""So long a server may refuse connections before the first completion: a wrong address is likelier
+then than an outage. One that answers, if only with 503, may be scaling up, and has the whole
+patience."""
+
 SHORTEST_RAMP, LONGEST_RAMP = 5.0, 60.0
 """Seconds over which requests are let in again after closing. Between them it takes as long as a
 completion takes on average: then those that waited arrive at the rate at which requests came
@@ -45,14 +50,15 @@ _SMOOTHING = 0.1
 class CircuitBreaker:
     """One server, seen by one run."""
 
-    def __init__(self, *, patience_seconds: float = 1800.0) -> None:
+    def __init__(self, *, patience_seconds: float = 1800.0, proven: bool = False) -> None:
         """
         Args:
             patience_seconds: how long requests may fail, none succeeding, before the run stops.
                 A deployment that scales up from nothing takes minutes.
+            proven: the same settings have brought completions before this run.
         """
         self._patience = patience_seconds
-        self._refusals = Refusals()
+        self._refusals = Refusals(proven=proven)
         self._failures = 0
         self._failing_since: float | None = None
         self._opened_at: float | None = None
@@ -115,7 +121,7 @@ class CircuitBreaker:
     def _failed_for_now(self, attempt: Attempt, in_flight: int) -> None:
         now = attempt.ended
         self._failing_since = now if self._failing_since is None else self._failing_since
-        if now - self._failing_since >= self._patience:
+        if now - self._failing_since >= self._patience_with(attempt):
             self._trip(
                 f"no request succeeded for {now - self._failing_since:.0f} s; the last one: "
                 f"{attempt.cause}: {attempt.message or 'no message'}. Run again once the server "
@@ -130,6 +136,10 @@ class CircuitBreaker:
                 self._opened_at = now
                 self._distance = FIRST_PROBE_SECONDS
                 self._next_probe = now + self._asked(attempt)
+
+    def _patience_with(self, attempt: Attempt) -> float:
+        stranger = self._typical_seconds is None and attempt.kind == "connection"
+        return min(self._patience, FIRST_CONTACT_SECONDS) if stranger else self._patience
 
     def _probe_failed(self, attempt: Attempt) -> None:
         if attempt.probe:

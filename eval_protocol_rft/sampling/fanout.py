@@ -10,11 +10,14 @@ import asyncio
 import hashlib
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 
-from eval_protocol_rft.sampling.retry import RetryPolicy
+from eval_protocol_rft.sampling.attempts import Attempt, causes
+from eval_protocol_rft.sampling.events import AttemptEvent, Observer
+from eval_protocol_rft.sampling.guard import RunGuard
+from eval_protocol_rft.sampling.retry import CompletionAttempts, GiveUp, RetryPolicy
 from eval_protocol_rft.sampling.types import (
     Completion,
     Failure,
@@ -67,14 +70,30 @@ async def sample_group(
     seeds: Sequence[int | None],
     slots: AbstractAsyncContextManager[object],
     retry: RetryPolicy,
+    guard: RunGuard | None = None,
+    prompt: Hashable = None,
     on_start: Callable[[], None] = lambda: None,
+    observe: Observer | None = None,
 ) -> Group:
     """Sample one completion per seed, concurrently.
 
-    `slots` bounds attempts in flight. `on_start` is called as each completion gets its first slot.
+    Args:
+        sampler, prompt_ids, params: what to sample.
+        seeds: one per completion.
+        slots: bounds attempts in flight.
+        retry: budget of attempts per completion.
+        guard: shared by all groups of a run: circuit breaker, budget and limit of the run.
+        prompt: names the prompt: the row id.
+        on_start: called as each completion gets its first slot.
+        observe: told of every attempt.
+
     Cancelling this cancels every attempt and waits for them to end. An exception that is no
-    `SamplingError` is a bug: it cancels the siblings and is raised as it is.
+    `SamplingError` is a bug, or the run's end: it cancels the siblings and is raised as it is.
+
+    Raises:
+        RunStoppedError: the run is over: the server refuses everything, or a budget is spent.
     """
+    guard = guard or RunGuard(patience_seconds=retry.max_seconds)
 
     async def one(index: int) -> Survivor | Failure:
         return await sample_one(
@@ -85,7 +104,10 @@ async def sample_group(
             seed=seeds[index],
             slots=slots,
             retry=retry,
+            guard=guard,
+            prompt=prompt,
             on_start=on_start,
+            observe=observe,
         )
 
     tasks = [asyncio.ensure_future(one(index)) for index in range(len(seeds))]
@@ -110,33 +132,69 @@ async def sample_one(
     seed: int | None,
     slots: AbstractAsyncContextManager[object],
     retry: RetryPolicy,
+    guard: RunGuard,
+    prompt: Hashable = None,
     on_start: Callable[[], None] = lambda: None,
+    observe: Observer | None = None,
 ) -> Survivor | Failure:
-    """Sample the completion at `index`; as `sample_group` otherwise."""
-    attempt = 0
-    began = 0.0
-    while True:
-        attempt += 1
-        try:
-            async with slots:
-                if attempt == 1:
-                    began = time.monotonic()
-                    on_start()
-                completion = await sampler.sample(prompt_ids, params, seed=seed)
-            seconds = time.monotonic() - began
-            return Survivor(index, completion, seed, attempt, seconds)
-        except SamplingError as error:
-            elapsed = time.monotonic() - began
-            wait = retry.delay(error, attempt=attempt, elapsed=elapsed, uniform=random.random())  # noqa: S311
-            if wait is None:
-                return Failure(
+    """Sample the completion at `index`; as `sample_group` otherwise. All its attempts have its
+    seed."""
+    attempts = CompletionAttempts(retry, seed)
+
+    def tell(
+        attempt: Attempt,
+        others: int,
+        *,
+        request_id: str | None = None,
+        gives_up: bool = False,
+    ) -> None:
+        if observe is not None:
+            observe(
+                AttemptEvent(
+                    attempt=attempt,
+                    number=len(attempts.history),
+                    model=params.model,
+                    prompt=prompt,
                     index=index,
-                    kind=error.kind,
-                    message=str(error),
-                    attempts=attempt,
-                    seconds=elapsed,
                     seed=seed,
-                    status=error.status,
+                    request_id=request_id,
+                    in_flight=others,
+                    gives_up=gives_up,
                 )
+            )
+
+    while True:
+        async with guard.turn(slots, retry=bool(attempts.history), prompt=prompt) as turn:
+            if not attempts.history:
+                on_start()
+            try:
+                completion = await sampler.sample(prompt_ids, params, seed=seed)
+            except SamplingError as error:
+                failure, attempt = error, turn.failed(error)
+            else:
+                attempt = turn.succeeded(completion)
+                attempts.succeeded(attempt)
+                others = guard.control.in_flight - 1
+                tell(attempt, others, request_id=completion.request_id)
+                seconds = attempt.ended - attempts.history[0].started
+                return Survivor(index, completion, seed, len(attempts.history), seconds)
         # Outside `slots`: a pause is nobody's request in flight.
-        await asyncio.sleep(wait)
+        again = attempts.failed(attempt, uniform=random.random())  # noqa: S311
+        tell(attempt, guard.control.in_flight, gives_up=isinstance(again, GiveUp))
+        if isinstance(again, GiveUp):
+            return _failure(index, failure, attempts)
+        await asyncio.sleep(max(0.0, again.at - time.monotonic()))
+
+
+def _failure(index: int, error: SamplingError, attempts: CompletionAttempts) -> Failure:
+    history = attempts.history
+    tried = f" ({causes(history)})" if len(history) > 1 else ""
+    return Failure(
+        index=index,
+        kind=error.kind,
+        message=f"{error}{tried}",
+        attempts=len(history),
+        seconds=history[-1].ended - history[0].started,
+        seed=attempts.seed,
+        status=error.status,
+    )

@@ -6,9 +6,12 @@ whatever goes wrong leaves as a `SamplingError` in which no secret appears.
 
 from __future__ import annotations
 
+import math
 import urllib.request
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
+from typing import Any
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -36,6 +39,7 @@ from eval_protocol_rft.sampling.wire import decode_reply, decode_stream, request
 KEEPALIVE_SECONDS = 4.0
 """uvicorn, and so vLLM and SGLang, closes an idle connection after 5 s, under the next request."""
 CONNECT_SECONDS = 30.0
+_QUEUE_HEADERS = ("fireworks-prefill-queue-duration", "fireworks-generation-queue-duration")
 _REQUEST_ID_HEADERS = ("x-request-id", "x-fireworks-request-id", "cf-ray")
 
 
@@ -60,7 +64,12 @@ class HttpSampler:
         """
         prompt = prompt_ids if isinstance(prompt_ids, TokenIds) else TokenIds(prompt_ids)
         try:
-            return await self._attempt(prompt, params, seed)
+            while True:
+                try:
+                    return await self._attempt(prompt, params, seed)
+                except _UntrustedConnectionError:
+                    # Nothing was sent, and that connection is out of the pool.
+                    continue
         except SamplingError as error:
             error.args = tuple(self._without_secrets(str(arg)) for arg in error.args)
             # What it came from may hold the request with its headers, and so the key.
@@ -82,7 +91,13 @@ class HttpSampler:
         try:
             async with self._session.post(
                 self._url,
-                data=request_body(prompt, params, seed, stream=streamed),
+                data=request_body(
+                    prompt,
+                    params,
+                    seed,
+                    stream=streamed,
+                    ask_usage=not self._endpoint.is_fireworks,
+                ),
                 timeout=aiohttp.ClientTimeout(total=params.timeout, sock_connect=CONNECT_SECONDS),
                 allow_redirects=False,
                 proxy=self._proxy,
@@ -112,7 +127,8 @@ class HttpSampler:
             )
         decode = decode_stream if streamed else decode_reply
         [completion] = decode(body, prompt, params, request_id=_request_id(response))
-        return completion
+        queued = _queue_seconds(response)
+        return completion if queued is None else replace(completion, queue_seconds=queued)
 
     def _without_secrets(self, text: str) -> str:
         for secret in self._endpoint.secrets:
@@ -130,9 +146,27 @@ class HttpSampler:
             limit=0, keepalive_timeout=KEEPALIVE_SECONDS, enable_cleanup_closed=False
         )
         self._session = aiohttp.ClientSession(
-            connector=connector, headers=headers, cookie_jar=aiohttp.DummyCookieJar()
+            connector=connector,
+            headers=headers,
+            cookie_jar=aiohttp.DummyCookieJar(),
+            request_class=_Request,
         )
         self._proxy = _proxy_for(self._url)
+
+
+class _UntrustedConnectionError(Exception):
+    """Something came in on an idle connection."""
+
+
+class _Request(aiohttp.ClientRequest):
+    """A request that trusts no connection on which something came in unasked: it would be taken
+    for the reply."""
+
+    async def send(self, conn: Any) -> aiohttp.ClientResponse:
+        if conn.protocol is not None and conn.protocol.should_close:
+            conn.close()
+            raise _UntrustedConnectionError
+        return await super().send(conn)
 
 
 def _proxy_for(url: str) -> str | None:
@@ -145,6 +179,16 @@ def _proxy_for(url: str) -> str | None:
 
 def _text(error: Exception) -> str:
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+def _queue_seconds(response: aiohttp.ClientResponse) -> float | None:
+    """Seconds in the server's queues before prefill and decoding, by Fireworks' headers."""
+    values = [response.headers.get(name) for name in _QUEUE_HEADERS]
+    try:
+        seconds = [float(value) for value in values if value is not None]
+    except ValueError:
+        return None
+    return sum(seconds) if seconds and all(0 <= value < math.inf for value in seconds) else None
 
 
 def _request_id(response: aiohttp.ClientResponse) -> str | None:

@@ -18,14 +18,18 @@ ACCOUNT_STREAK = 8
 several replicas misconfigured, as many come back at once while the others are still sampling."""
 
 PROMPT_STREAK = 16
-"""So many different prompts refused in a row end the run. Data sets have stretches of prompts that
-are too long; the n completions of one prompt are one piece of evidence."""
+"""So many different prompts in a row, refused before anything succeeded or answered with what is no
+exact token data, end the run; the n completions of one prompt are one piece of evidence. Once the
+settings have proven to work, a refusal is of the prompt: data sets have long stretches of prompts
+that are too long."""
 
 
 class Refusals:
     """The present streak of final failures."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, proven: bool = False) -> None:
+        """`proven`: the same settings have brought completions before this run."""
+        self._proven = proven
         self._since: float | None = None
         self._count = 0
         self._account = 0
@@ -33,6 +37,7 @@ class Refusals:
         self._slowest_success = 0.0
 
     def succeeded(self, attempt: Attempt) -> None:
+        self._proven = True
         self._slowest_success = max(self._slowest_success, attempt.seconds)
         if self._since is not None and attempt.started >= self._since:
             self._since, self._count, self._account = None, 0, 0
@@ -43,6 +48,9 @@ class Refusals:
 
         `in_flight`: requests that have not ended.
         """
+        of_the_prompt = attempt.kind == "refused" and attempt.status not in ACCOUNT_STATUSES
+        if of_the_prompt and self._proven:
+            return None
         self._since = attempt.ended if self._since is None else self._since
         self._count += 1
         self._account += attempt.status in ACCOUNT_STATUSES

@@ -90,6 +90,8 @@ class Completion:
     request_id: str | None = None
     policy_version: str | None = None
     """The weights that sampled it, where the backend tells."""
+    queue_seconds: float | None = None
+    """How long the request waited in the server's queues, where the backend tells."""
 
     def __post_init__(self) -> None:
         problem = token_data_problem(self.token_ids, self.logprobs, self.raw_logprobs)
@@ -181,7 +183,7 @@ def token_data_problem(
             continue
         if len(values) != len(token_ids):
             return f"{len(token_ids)} token ids but {len(values)} {name}"
-        if max(values) > LOGPROB_NOISE or not math.isfinite(sum(values)):
+        if max(values) > LOGPROB_NOISE or not all(map(math.isfinite, values)):
             index = next(
                 i for i, v in enumerate(values) if not math.isfinite(v) or v > LOGPROB_NOISE
             )

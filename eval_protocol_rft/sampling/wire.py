@@ -38,10 +38,21 @@ from eval_protocol_rft.sampling.types import (
 
 
 def request_body(
-    prompt: TokenIds, params: SamplingParams, seed: int | None, *, stream: bool = False
+    prompt: TokenIds,
+    params: SamplingParams,
+    seed: int | None,
+    *,
+    stream: bool = False,
+    ask_usage: bool = True,
 ) -> bytes:
     """The JSON of one request for one completion. Costs nothing per prompt token after the first
-    call for a prompt."""
+    call for a prompt.
+
+    Args:
+        stream: ask for a stream of events.
+        ask_usage: ask for the counts of tokens in a stream, by which lost events show. vLLM sends
+            them only then; Fireworks sends them always and does not know the field.
+    """
     body: dict[str, Any] = {
         "model": params.model,
         "prompt": msgspec.Raw(prompt.json),
@@ -62,6 +73,8 @@ def request_body(
         body["seed"] = seed
     if stream:
         body["stream"] = True
+        if ask_usage:
+            body["stream_options"] = {"include_usage": True}
     if params.logprobs_mode is not None:
         # Only vLLM's users set the mode; there this makes every id and logprob checkable.
         body["return_tokens_as_token_ids"] = True
@@ -114,16 +127,16 @@ def _decode(reply: Reply, prompt: TokenIds, params: SamplingParams, n: int) -> l
             f"choices have the indices {[choice.index for choice in reply.choices]}, "
             f"expected {list(range(n))}"
         )
-    version = reply.model.rpartition("@")[2] if reply.model and "@" in reply.model else None
-    completions = [_completion(choice, reply, version, prompt, params) for choice in choices]
+    completions = [_completion(choice, reply, prompt, params) for choice in choices]
     check_usage(reply, prompt, params, completions)
     return completions
 
 
 def _completion(
-    choice: Choice, reply: Reply, version: str | None, prompt: TokenIds, params: SamplingParams
+    choice: Choice, reply: Reply, prompt: TokenIds, params: SamplingParams
 ) -> Completion:
     where = f"choices[{choice.index}]"
+    version = (reply.model or "").partition("@")[2]
     try:
         finish_reason = _finish_reason(choice)
         check_prompt(choice, prompt)
@@ -141,7 +154,7 @@ def _completion(
             text=choice.text,
             stop_reason=choice.stop_reason,
             request_id=reply.id,
-            policy_version=version,
+            policy_version=version or None,
         )
     except ContractError as error:
         raise ContractError(f"{where}: {error}") from error

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from eval_protocol_rft.batch.generation.generate import agenerate
-from eval_protocol_rft.batch.generation.sampling_run import HopelessError
 from eval_protocol_rft.batch.store.parts import parts_folder
+from eval_protocol_rft.sampling.guard import RunStoppedError
 from eval_protocol_rft.sampling.retry import RetryPolicy
 from eval_protocol_rft.sampling.types import Completion, SamplingParams, UnavailableError
 from tests.batch.servers import (
@@ -187,8 +187,8 @@ async def test_a_server_that_is_overloaded_throughout_ends_the_run(data):
             raise UnavailableError("HTTP 503: busy", status=503, retry_after=0.0)
 
     sampler = Overloaded()
-    policy = RetryPolicy(max_attempts=2, base_seconds=0.0)
-    with pytest.raises(HopelessError, match=r"all failed \(unavailable\)"):
+    policy = RetryPolicy(max_attempts=2, base_seconds=0.0, max_seconds=3.0)
+    with pytest.raises(RunStoppedError, match=r"no request succeeded for \d s.*503: busy"):
         await generate(data, sampler, concurrency=8, retry=policy)
     assert len(sampler.asked) <= 2 * (16 + 2 * 8 + 256)
     assert not stored(data.with_name("out.parquet"))

@@ -30,8 +30,13 @@ from eval_protocol_rft.batch.rollouts.rows import CompletionRow
 from eval_protocol_rft.batch.source.opening import open_source, prompt_column
 from eval_protocol_rft.endpoint import Endpoint
 from eval_protocol_rft.params import parse_completion_params
+from eval_protocol_rft.sampling.adaptive import AdaptiveLimit
+from eval_protocol_rft.sampling.concurrency import ConcurrencyLimit, FixedLimit
 from eval_protocol_rft.sampling.http import HttpSampler
+from eval_protocol_rft.sampling.observing import observers
 from eval_protocol_rft.sampling.retry import RetryPolicy
+from eval_protocol_rft.sampling.run_summary import RunSummary
+from eval_protocol_rft.sampling.tuning import HIGHEST
 from eval_protocol_rft.sampling.types import Sampler
 from eval_protocol_rft.tokenizer import LoadedTokenizer
 
@@ -52,6 +57,8 @@ class GenerateSummary:
     """Of this call alone."""
     seconds: float
     """From the first request of this call to the last row stored."""
+    attempts: RunSummary
+    """Of this call's requests: latencies, retries, requests in flight."""
 
 
 def generate(
@@ -74,7 +81,7 @@ async def agenerate(
     limit: int | None = None,
     shuffle_seed: int | None = None,
     where: str | None = None,
-    concurrency: int = DEFAULT_CONCURRENCY,
+    concurrency: int | None = None,
     retry: RetryPolicy | None = None,
     retry_failed: bool = False,
     overwrite: bool = False,
@@ -95,7 +102,8 @@ async def agenerate(
             `problem` and `instruction`. Text, or lists of chat messages.
         system: system message for prompts that have none.
         limit, shuffle_seed, where: which rows, see `Source.rows`.
-        concurrency: requests in flight.
+        concurrency: most requests in flight. None: found out as the run goes, by what the server
+            can take (`AdaptiveLimit`); 96 for a model in this process.
         retry: budget of attempts per completion.
         retry_failed: sample again what failed for good in earlier runs.
         overwrite: let the output take the place of another job's. A finished file stays until the
@@ -117,7 +125,7 @@ async def agenerate(
     """
     target = Path(output)
     check_output(target)
-    if concurrency < 1:
+    if concurrency is not None and concurrency < 1:
         raise ValueError(f"concurrency must be at least 1, got {concurrency}")
     check_engine(engine)
     if engine == "ray" and sampler is not None:
@@ -142,8 +150,12 @@ async def agenerate(
         if output_job.known is None and request.seed is None and backends.seeds_are_free(request):
             output_job = output_job.seeded(secrets.randbits(31))
         if engine == "ray":
-            remote = RaySampler(request, trust_remote_code, concurrency, ray_address)
+            remote = RaySampler(
+                request, trust_remote_code, concurrency or DEFAULT_CONCURRENCY, ray_address
+            )
             await remote.start()
+        own = request.endpoint is None or sampler is not None or engine == "ray"
+        bound, highest = _limit(DEFAULT_CONCURRENCY if own and concurrency is None else concurrency)
         return await _run(
             output_job,
             functools.partial(
@@ -152,7 +164,8 @@ async def agenerate(
                 tokenizer=own_tokenizer,
                 params=request.params,
                 retry=retry or RetryPolicy(),
-                concurrency=concurrency,
+                limit=bound,
+                highest=highest,
             ),
             own_tokenizer,
             retry_failed=retry_failed,
@@ -165,6 +178,13 @@ async def agenerate(
             await client.aclose()
 
 
+def _limit(concurrency: int | None) -> tuple[ConcurrencyLimit, int]:
+    """The limit, and the most that it ever is."""
+    if concurrency is not None:
+        return FixedLimit(concurrency), concurrency
+    return AdaptiveLimit(), HIGHEST
+
+
 async def _run(
     job: OutputJob,
     make_run: Callable[..., SamplingRun],
@@ -175,6 +195,7 @@ async def _run(
 ) -> GenerateSummary:
     """Sample what is missing, and finish the file."""
     counts = RunCounts()
+    attempts = RunSummary()
     began = time.perf_counter()
     with job.open() as output:
         total, before = job.total, output.done.done + output.done.failed
@@ -196,7 +217,12 @@ async def _run(
                 name=job.data_name,
                 retry_failed=retry_failed,
             )
-            run = make_run(store=output.store, on_stored=stored, fresh=not output.done.done)
+            run = make_run(
+                store=output.store,
+                on_stored=stored,
+                observe=observers(attempts.add),
+                fresh=not output.done.done,
+            )
             await run.run(prompts)
         seconds = time.perf_counter() - began
         failed = await _to_its_end(output.finish)
@@ -207,6 +233,7 @@ async def _run(
         failed=failed,
         run=counts,
         seconds=seconds,
+        attempts=attempts,
     )
 
 

@@ -9,6 +9,7 @@ is room, with no barrier. What was sampled is on disk when this ends, however it
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +21,10 @@ import numpy as np
 from eval_protocol_rft.batch.rollouts.rows import CompletionRow, to_record_batch
 from eval_protocol_rft.batch.store.parts import PartStore
 from eval_protocol_rft.prompts import PromptError
+from eval_protocol_rft.sampling.concurrency import ConcurrencyLimit
+from eval_protocol_rft.sampling.events import Observer
 from eval_protocol_rft.sampling.fanout import Survivor, sample_one
+from eval_protocol_rft.sampling.guard import RunGuard, RunStoppedError
 from eval_protocol_rft.sampling.retry import RetryPolicy
 from eval_protocol_rft.sampling.types import Failure, Sampler, SamplingParams, TokenIds
 from eval_protocol_rft.tokenizer import LoadedTokenizer
@@ -36,7 +40,11 @@ _HOPELESS_KINDS = frozenset({"connection", "unavailable"})
 """So is this, after all attempts of all of them."""
 
 
-class HopelessError(RuntimeError):
+_NO_SLOTS: contextlib.nullcontext[None] = contextlib.nullcontext()
+"""The guard's limit is the bound."""
+
+
+class HopelessError(RunStoppedError):
     """Nothing succeeds. None of the failures of this run is stored."""
 
 
@@ -61,14 +69,19 @@ class SamplingRun:
     params: SamplingParams
     store: PartStore
     retry: RetryPolicy
-    concurrency: int
+    limit: ConcurrencyLimit
+    highest: int
+    """Most that the limit ever is."""
     on_stored: Callable[[list[CompletionRow]], None]
+    observe: Observer | None = None
+    """Told of every attempt."""
     fresh: bool = True
     """No earlier run of the job had a completion. Else the rows that are left may be those that
     cannot be sampled, and their failures belong into the file."""
     _finished: asyncio.Queue[CompletionRow | None] = field(init=False)
     _room: asyncio.Semaphore = field(init=False)
     """For a completion, from before it is started until it is stored."""
+    _guard: RunGuard = field(init=False)
     _held: list[CompletionRow] | None = field(default_factory=list)
     """Failures before the first success; None once there was one."""
 
@@ -77,12 +90,16 @@ class SamplingRun:
 
         Raises:
             HopelessError: the first completions all failed.
+            RunStoppedError: the server refuses everything, or answers nothing for long.
             OSError: the store's disk is full or failed.
             Exception: what `prompts` raises, or a sampler that raises no `SamplingError`.
         """
         # Without a limit of its own: a completion that had to wait here would be lost by Ctrl-C.
         self._finished = asyncio.Queue()
-        self._room = asyncio.Semaphore(2 * self.concurrency + _STORED_AT_ONCE)
+        self._room = asyncio.Semaphore(2 * self.highest + _STORED_AT_ONCE)
+        self._guard = RunGuard(
+            limit=self.limit, patience_seconds=self.retry.max_seconds, proven=not self.fresh
+        )
         with ThreadPoolExecutor(1, "rollout-store") as thread:
             try:
                 async with asyncio.TaskGroup() as group:
@@ -94,19 +111,26 @@ class SamplingRun:
             finally:
                 # What came in while the run was being stopped was paid for too.
                 left = [self._finished.get_nowait() for _ in range(self._finished.qsize())]
-                rows = [*(self._held or []), *(row for row in left if row is not None)]
-                if rows and (self._held is None or not all(row.failed for row in rows)):
+                rows = self._worth_storing([row for row in left if row is not None])
+                if rows:
                     thread.submit(self._store, rows).result()
 
+    def _worth_storing(self, left: list[CompletionRow]) -> list[CompletionRow]:
+        """What a run that ends early stores of what was not stored yet: no failures that may be
+        those of a wrong key."""
+        rows = [*(self._held or []), *left]
+        if self._held is None or not all(row.failed for row in rows):
+            return rows
+        return [] if self.fresh else [row for row in rows if not _concerns_all(row)]
+
     async def _feed(self, prompts: Iterable[Prompt]) -> None:
-        slots = asyncio.Semaphore(self.concurrency)
         async with asyncio.TaskGroup() as group:
             for prompt in prompts:
                 for sample_idx in prompt.samples:
                     await self._room.acquire()
-                    group.create_task(self._one(prompt, sample_idx, slots))
+                    group.create_task(self._one(prompt, sample_idx))
 
-    async def _one(self, prompt: Prompt, sample_idx: int, slots: asyncio.Semaphore) -> None:
+    async def _one(self, prompt: Prompt, sample_idx: int) -> None:
         seed = prompt.seeds[sample_idx]
         row = _copy(prompt.row, sample_idx=sample_idx, seed=seed)
         if isinstance(prompt.ids, PromptError):
@@ -124,8 +148,11 @@ class SamplingRun:
                 self.params,
                 index=sample_idx,
                 seed=seed,
-                slots=slots,
+                slots=_NO_SLOTS,
                 retry=self.retry,
+                guard=self._guard,
+                prompt=row.row_id,
+                observe=self.observe,
                 on_start=started,
             )
             self._fill(row, outcome)
