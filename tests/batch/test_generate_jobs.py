@@ -134,7 +134,7 @@ def test_a_file_is_replaced_when_asked_and_only_once_the_new_one_is_there(
     # The new job cannot go on: the old file is still there.
     server.script = lambda seen: Status(401)
     message = refused(*asked, "--temperature", 0.5, "--overwrite")
-    assert "the first" in message
+    assert "HTTP 401" in message
     assert output.read_bytes() == old
     server.script = lambda seen: None
     succeed(*asked, "--temperature", 0.5, "--overwrite")

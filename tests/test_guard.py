@@ -1,0 +1,93 @@
+"""What all requests of a run go through: who waits, who is woken, and when the run stops."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+
+from eval_protocol_rft.sampling.concurrency import FixedLimit
+from eval_protocol_rft.sampling.guard import RunGuard, RunStoppedError
+from eval_protocol_rft.sampling.types import Completion, RefusedError, UnavailableError
+from tests.rollouts import config_of, params_for, row_of
+from tests.stub_server import Status
+
+NO_SLOTS = contextlib.nullcontext()
+DONE = Completion(token_ids=[1], logprobs=[-0.5], finish_reason="stop")
+
+
+async def request(guard: RunGuard, seconds: float = 0.0, *, error: Exception | None = None) -> int:
+    async with guard.turn(NO_SLOTS, retry=False, prompt=None) as turn:
+        peak = guard.control.in_flight
+        await asyncio.sleep(seconds)
+        if error is None:
+            turn.succeeded(DONE)
+        else:
+            turn.failed(error)
+    return peak
+
+
+async def test_the_limit_is_reached_and_never_exceeded():
+    guard = RunGuard(limit=FixedLimit(3))
+    peaks = await asyncio.gather(*(request(guard, 0.001) for _ in range(50)))
+    assert max(peaks) == 3
+    assert guard.control.in_flight == 0
+
+
+async def test_those_who_wait_are_woken_although_the_first_of_them_was_cancelled():
+    guard = RunGuard(limit=FixedLimit(1))
+    running = asyncio.create_task(request(guard, 0.01))
+    await asyncio.sleep(0)
+    waiting = [asyncio.create_task(request(guard)) for _ in range(3)]
+    await asyncio.sleep(0)
+    waiting[0].cancel()
+    async with asyncio.timeout(5):
+        await asyncio.gather(running, *waiting[1:])
+
+
+async def test_a_request_that_was_cancelled_leaves_its_place():
+    guard = RunGuard(limit=FixedLimit(1))
+    stuck = asyncio.create_task(request(guard, 1000))
+    await asyncio.sleep(0)
+    stuck.cancel()
+    async with asyncio.timeout(5):
+        await request(guard)
+    assert guard.control.in_flight == 0
+
+
+async def test_a_wrong_key_stops_the_run_for_all_who_wait():
+    guard = RunGuard(limit=FixedLimit(1))
+    wrong = RefusedError("HTTP 401: bad key", status=401)
+    outcomes = await asyncio.gather(
+        *(request(guard, error=wrong) for _ in range(30)), return_exceptions=True
+    )
+    stopped = [outcome for outcome in outcomes if isinstance(outcome, RunStoppedError)]
+    assert len(outcomes) - len(stopped) == 8
+    assert "HTTP 401: bad key" in str(stopped[0])
+
+
+async def test_while_the_server_is_away_nearly_nobody_asks_and_the_user_is_told(caplog):
+    guard = RunGuard(limit=FixedLimit(100))
+    busy = UnavailableError("HTTP 503: scaling up", status=503)
+    await asyncio.gather(*(request(guard, error=busy) for _ in range(16)))
+    assert "the server is away" in caplog.text
+    asked = [asyncio.create_task(request(guard)) for _ in range(20)]
+    await asyncio.sleep(0.3)
+    assert not any(task.done() for task in asked)
+    async with asyncio.timeout(20):
+        await asyncio.wait(asked, return_when=asyncio.FIRST_COMPLETED)
+    assert "the server is back" in caplog.text
+    for task in asked:
+        task.cancel()
+
+
+async def test_rows_that_come_after_a_wrong_key_was_found_ask_nothing(server, processor):
+    server.script = lambda seen: Status(401, {"error": "bad key"})
+    rows = [row_of(f"question {i}") for i in range(12)]
+    outcomes = await asyncio.gather(
+        *processor(rows, config_of(params_for(server, n=2), slots=2)), return_exceptions=True
+    )
+    await processor.acleanup()
+    assert len(server.requests) <= 10
+    stopped = [outcome for outcome in outcomes if isinstance(outcome, RunStoppedError)]
+    assert "bad key" in str(stopped[-1])
+    assert all(isinstance(outcome, RuntimeError) for outcome in outcomes)
