@@ -15,6 +15,9 @@ LIGHT = [
     "import eval_protocol_rft.report.terminal",
     "import eval_protocol_rft.cli",
     "import eval_protocol_rft.training",
+    "import eval_protocol_rft.batch.generation.generate",
+    "import eval_protocol_rft.batch.grading.grade",
+    "import eval_protocol_rft.batch.dataset",
     "from eval_protocol_rft import SamplingParams, RetryPolicy, RolloutRecord",
 ]
 HEAVY = ("eval_protocol", "litellm", "torch", "transformers")
