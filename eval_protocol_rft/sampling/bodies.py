@@ -96,7 +96,9 @@ async def read_stream(response: aiohttp.ClientResponse, *, limit: int) -> bytes:
             raise _too_long(limit)
         if not chunk:
             return bytes(body)
-        if _DONE.search(body, max(0, len(body) - len(chunk) - _LONGEST_DONE)):
+        # Found by its words first: the pattern alone would cost more than parsing the events.
+        at = body.rfind(b"[DONE]", max(0, len(body) - len(chunk) - _LONGEST_DONE))
+        if at >= 0 and _DONE.search(body, max(0, at - _LONGEST_DONE)):
             await _to_the_end(response)
             return bytes(body)
 
