@@ -90,7 +90,8 @@ def test_killed_at_any_moment_it_goes_on_with_exactly_what_is_missing(
         command = start(zygote, data, output, *arguments)
         # From before it has begun to when it is nearly done.
         enough = len(server.requests) + random.randrange(80)
-        wait_until(lambda enough=enough: len(server.requests) >= enough)
+        # It may be done sooner, when few are left.
+        wait_until(lambda enough=enough: len(server.requests) >= enough or output.exists())
         killed = command.kill() == -signal.SIGKILL
         assert not before.intersection(asked(server, begun))
         assert before <= on_disk(output)
