@@ -1,7 +1,7 @@
 """The running part of a bulk job: from data rows to stored completions.
 
 Invariant: every completion asked for is stored once, as itself or as its failure, in any order.
-At most `concurrency` requests are in flight, and what is in memory is bounded: completions that
+At most `limit` requests are in flight, and what is in memory is bounded: completions that
 wait, that are in flight, and that are on their way to the disk. A new prompt starts whenever there
 is room, with no barrier. What was sampled is on disk when this ends, however it ends.
 """
@@ -25,6 +25,7 @@ from eval_protocol_rft.sampling.concurrency import ConcurrencyLimit
 from eval_protocol_rft.sampling.events import Observer
 from eval_protocol_rft.sampling.fanout import Survivor, sample_one
 from eval_protocol_rft.sampling.guard import RunGuard, RunStoppedError
+from eval_protocol_rft.sampling.refusals import ACCOUNT_STATUSES
 from eval_protocol_rft.sampling.retry import RetryPolicy
 from eval_protocol_rft.sampling.types import Failure, Sampler, SamplingParams, TokenIds
 from eval_protocol_rft.tokenizer import LoadedTokenizer
@@ -34,12 +35,8 @@ _STORED_AT_ONCE = 256
 _HOPELESS_AFTER = 16
 """So many failures, before anything succeeded, end the run: the key is wrong, or the model's name,
 and the rest of the data set would fare no better."""
-_HOPELESS_STATUSES = frozenset({401, 402, 403, 404})
-"""Said of the key, the account or the model, so of every row."""
 _HOPELESS_KINDS = frozenset({"connection", "unavailable"})
-"""So is this, after all attempts of all of them."""
-
-
+"""Said of the server, so of every row, after all attempts of all of them."""
 _NO_SLOTS: contextlib.nullcontext[None] = contextlib.nullcontext()
 """The guard's limit is the bound."""
 
@@ -215,7 +212,7 @@ class SamplingRun:
 
 def _concerns_all(row: CompletionRow) -> bool:
     """Whether the failure says nothing of the row itself."""
-    return row.error_status in _HOPELESS_STATUSES or row.error_kind in _HOPELESS_KINDS
+    return row.error_status in ACCOUNT_STATUSES or row.error_kind in _HOPELESS_KINDS
 
 
 def _first(errors: BaseExceptionGroup[BaseException]) -> BaseException:
