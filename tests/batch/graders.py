@@ -74,6 +74,11 @@ def process_id(row: EvaluationRow) -> int:
     return os.getpid()
 
 
+def process_id_in_a_while(row: EvaluationRow) -> int:
+    time.sleep(0.05)
+    return os.getpid()
+
+
 def count_calls(row: EvaluationRow) -> int:
     global calls
     calls += 1

@@ -141,7 +141,8 @@ def test_a_worker_loads_the_evaluator_once_and_keeps_its_state():
 
 
 def test_several_workers_share_the_work():
-    done = outcomes("process_id", one_each(map(str, range(200))), workers=3)
+    # Each takes so long that no worker is done with all before another has started.
+    done = outcomes("process_id_in_a_while", one_each(map(str, range(100))), workers=3)
     assert 1 < len({scores(graded)[0] for graded in done.values()}) <= 3
 
 
