@@ -28,9 +28,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+
 from eval_protocol_rft.batch.dataset import RolloutDataset
 from eval_protocol_rft.batch.files import tables_of, write_file, write_rows
-
 from eval_protocol_rft.batch.rollouts.format import ARRAY_COLUMNS, FileMetadata, schema
 from eval_protocol_rft.batch.rollouts.rows import CompletionRow, to_record_batch
 from eval_protocol_rft.batch.store.merge import row_keys

@@ -12,9 +12,9 @@ from typing import Any
 
 import msgspec
 import numpy as np
+
 from eval_protocol_rft.batch.dataset import RolloutDataset
 from eval_protocol_rft.batch.files import write_rows
-
 from eval_protocol_rft.batch.rollouts.format import FileMetadata, SamplingSettings, schema
 from eval_protocol_rft.batch.rollouts.rows import CompletionRow, Score
 from eval_protocol_rft.report.page import WrittenReport, write_report

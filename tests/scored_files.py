@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from eval_protocol_rft.batch.files import write_rows
 from hypothesis import strategies as st
 
+from eval_protocol_rft.batch.files import write_rows
 from eval_protocol_rft.batch.rollouts.format import (
     FileMetadata,
     RewardSettings,

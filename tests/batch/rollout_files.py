@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from eval_protocol_rft.batch.files import write_rows
 
+from eval_protocol_rft.batch.files import write_rows
 from eval_protocol_rft.batch.rollouts.format import (
     DataSettings,
     FileMetadata,

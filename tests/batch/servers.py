@@ -15,9 +15,9 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from eval_protocol_rft.batch.dataset import RolloutDataset
 from typer.testing import CliRunner, Result
 
+from eval_protocol_rft.batch.dataset import RolloutDataset
 from eval_protocol_rft.batch.rollouts.format import FileMetadata
 from eval_protocol_rft.batch.rollouts.rows import CompletionRow, from_record_batch
 from eval_protocol_rft.batch.store.journal import read_journal

@@ -22,9 +22,9 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+
 from eval_protocol_rft.batch.dataset import RolloutDataset
 from eval_protocol_rft.batch.files import write_file
-
 from eval_protocol_rft.batch.rollouts.format import FileMetadata, schema
 from eval_protocol_rft.batch.rollouts.rows import CompletionRow, Score, to_record_batch
 from eval_protocol_rft.batch.store import parts

@@ -14,18 +14,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from eval_protocol.models import EvaluationRow
-from eval_protocol_rft.batch.dataset import RolloutDataset
-from eval_protocol_rft.batch.files import write_rows
-from eval_protocol_rft.batch.target import TargetError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from eval_protocol_rft.batch.conversion import ConvertError, convert
+from eval_protocol_rft.batch.dataset import RolloutDataset
+from eval_protocol_rft.batch.files import write_rows
 from eval_protocol_rft.batch.rollouts.format import FileMetadata, FormatError, metadata_of, schema
 from eval_protocol_rft.batch.rollouts.rows import CompletionRow, to_record_batch
 from eval_protocol_rft.batch.store.merge import row_keys
 from eval_protocol_rft.batch.store.parts import PartStore, parts_folder
+from eval_protocol_rft.batch.target import TargetError
 from eval_protocol_rft.training import build_batch
 from eval_protocol_rft.training.errors import TrainingDataError
 from eval_protocol_rft.training.importing import read_rows

@@ -10,11 +10,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from eval_protocol_rft.batch.dataset import RolloutDataset
-from eval_protocol_rft.batch.files import write_rows
 from hypothesis import given, settings
 
 from eval_protocol_rft.batch.conversion import ConvertError, convert
+from eval_protocol_rft.batch.dataset import RolloutDataset
+from eval_protocol_rft.batch.files import write_rows
 from eval_protocol_rft.batch.rollouts.format import DataSettings, FileMetadata, metadata_of, schema
 from eval_protocol_rft.batch.rollouts.rows import CompletionRow, Score
 from eval_protocol_rft.training import build_batch

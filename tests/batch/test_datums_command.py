@@ -13,14 +13,14 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import typer
-from eval_protocol_rft.batch.dataset import RolloutDataset
-from eval_protocol_rft.batch.files import write_file, write_rows
-from eval_protocol_rft.batch.target import TargetError
 from typer.testing import CliRunner
 
+from eval_protocol_rft.batch.dataset import RolloutDataset
 from eval_protocol_rft.batch.datums.write import write_datums
+from eval_protocol_rft.batch.files import write_file, write_rows
 from eval_protocol_rft.batch.rollouts.format import METADATA_KEY, FormatError
 from eval_protocol_rft.batch.rollouts.rows import Score
+from eval_protocol_rft.batch.target import TargetError
 from eval_protocol_rft.cli.datums import datums as datums_command
 from eval_protocol_rft.training import (
     EmptyBatchError,

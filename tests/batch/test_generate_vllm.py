@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from eval_protocol_rft.batch.dataset import RolloutDataset
 from transformers import AutoModelForCausalLM
+
+from eval_protocol_rft.batch.dataset import RolloutDataset
 
 URL = os.environ.get("EP_RFT_VLLM_URL", "")
 FOLDER = os.environ.get("EP_RFT_VLLM_FOLDER", "")

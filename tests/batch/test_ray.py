@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from eval_protocol_rft.batch.dataset import RolloutDataset
 
+from eval_protocol_rft.batch.dataset import RolloutDataset
 from eval_protocol_rft.batch.ray.nodes import MOST_START_DEATHS, NodeActors, RayEngineError, Work
 from eval_protocol_rft.batch.rollouts.rows import CompletionRow
 from eval_protocol_rft.batch.store.parts import parts_folder

@@ -14,17 +14,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import typer
-from eval_protocol_rft.batch.dataset import RolloutDataset
-from eval_protocol_rft.batch.numbers import whole_groups
-from eval_protocol_rft.batch.target import TargetError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+from eval_protocol_rft.batch.dataset import RolloutDataset
 from eval_protocol_rft.batch.filtering.filters import FilterRun, NothingLeftError, filter_rollouts
 from eval_protocol_rft.batch.filtering.rules import Band, FilterRules, FilterRulesError, parse_band
 from eval_protocol_rft.batch.filtering.survey import percentile, survey
+from eval_protocol_rft.batch.numbers import whole_groups
 from eval_protocol_rft.batch.rollouts.format import FileMetadata, FormatError, schema
+from eval_protocol_rft.batch.target import TargetError
 from eval_protocol_rft.cli.filter import filter as filter_command
 from tests.scored_files import (
     FAILED,

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from eval_protocol_rft.batch.dataset import RolloutDataset
-from eval_protocol_rft.batch.files import write_file, write_rows
 from hypothesis import HealthCheck, given, settings
 
+from eval_protocol_rft.batch.dataset import RolloutDataset
+from eval_protocol_rft.batch.files import write_file, write_rows
 from eval_protocol_rft.batch.rollouts.format import FileMetadata, FormatError, schema
 from eval_protocol_rft.batch.rollouts.jsonl import metadata_path
 from eval_protocol_rft.batch.rollouts.rows import CompletionRow, from_record_batch, to_record_batch

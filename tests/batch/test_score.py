@@ -15,10 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from eval_protocol.models import EvaluateResult
-from eval_protocol_rft.batch.dataset import RolloutDataset
-from eval_protocol_rft.batch.files import write_rows
 
+from eval_protocol_rft.batch.dataset import RolloutDataset
 from eval_protocol_rft.batch.evaluation_rows.from_row import from_row
+from eval_protocol_rft.batch.files import write_rows
 from eval_protocol_rft.batch.grading.score import score
 from eval_protocol_rft.batch.grading.views import ScoreError
 from eval_protocol_rft.batch.rollouts.format import FileMetadata, reward_columns, schema

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from eval_protocol_rft.batch.dataset import RolloutDataset
 
+from eval_protocol_rft.batch.dataset import RolloutDataset
 from eval_protocol_rft.batch.store.merge import KEY_COLUMNS
 from tests.batch.rollout_files import write_rollouts
 from tests.batch.servers import (

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from eval_protocol_rft.batch.files import write_rows
 
+from eval_protocol_rft.batch.files import write_rows
 from eval_protocol_rft.batch.rollouts.rows import to_record_batch
 from eval_protocol_rft.batch.store.parts import BusyError, PartStore, parts_folder
 from tests.batch.store_crashes import (

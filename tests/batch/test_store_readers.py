@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from eval_protocol_rft.batch.files import write_rows
 
+from eval_protocol_rft.batch.files import write_rows
 from eval_protocol_rft.batch.rollouts.format import FileMetadata, schema
 from eval_protocol_rft.batch.rollouts.rows import CompletionRow, Score
 
