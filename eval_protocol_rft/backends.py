@@ -33,6 +33,12 @@ class Backends:
         self._wrapped: LoadedTokenizer | None = None
         self._local: dict[str, LoadedTokenizer] = {}
 
+    def sampling_from(self, sampler: Sampler) -> Backends:
+        """The same with another sampler."""
+        return Backends(
+            tokenizer=self._tokenizer, sampler=sampler, trust_remote_code=self._trust_remote_code
+        )
+
     def seeds_are_free(self, request: RolloutRequest) -> bool:
         """Whether to seed completions although the user gave no seed. Not on servers that are not
         known to be Fireworks: vLLM draws seeded requests one by one, and its CPU engine (0.32) dies

@@ -22,7 +22,8 @@ from eval_protocol_rft.record import (
 from eval_protocol_rft.redaction import redact_params
 from eval_protocol_rft.sampling.distribution import support_truncated
 from eval_protocol_rft.sampling.fanout import Group
-from eval_protocol_rft.sampling.types import TokenIds
+from eval_protocol_rft.sampling.tails import WAIT_FOR_ALL, TailPolicy
+from eval_protocol_rft.sampling.types import Completion, TokenIds
 from eval_protocol_rft.tokenizer import LoadedTokenizer
 
 if TYPE_CHECKING:
@@ -42,11 +43,18 @@ def commit_group(
     split_reasoning: bool,
     began_at: float,
     seconds: float,
+    tail: TailPolicy = WAIT_FOR_ALL,
 ) -> None:
     """Put the group on its row. `messages` are the ones that were rendered; the first survivor
-    follows them as the assistant's."""
+    follows them as the assistant's. `tail` is what the group was sampled with."""
     record = build_record(
-        group, prompt, request, tokenizer, split_reasoning=split_reasoning, began_at=began_at
+        group,
+        prompt,
+        request,
+        tokenizer,
+        split_reasoning=split_reasoning,
+        began_at=began_at,
+        tail=tail,
     )
     answer = assistant_message(record.completions_text[0], split_reasoning=split_reasoning)
     prompt_tokens = len(prompt) * len(record)
@@ -98,6 +106,12 @@ def _is_answered(row: EvaluationRow) -> bool:
     )
 
 
+def first_policy_versions(completions: Sequence[Completion]) -> list[str | None]:
+    """As the record has them: [G], or empty where no completion spans several versions."""
+    firsts = [completion.first_policy_version for completion in completions]
+    return firsts if any(first is not None for first in firsts) else []
+
+
 def build_record(
     group: Group,
     prompt: TokenIds,
@@ -106,12 +120,14 @@ def build_record(
     *,
     split_reasoning: bool,
     began_at: float,
+    tail: TailPolicy = WAIT_FOR_ALL,
 ) -> RolloutRecord:
     """The record of a group with at least one survivor."""
     params, survivors = request.params, group.survivors
     completions = [survivor.completion for survivor in survivors]
     prompt_ids = list(prompt)
     raw = [completion.raw_logprobs for completion in completions]
+    retry_causes = [list(survivor.causes) for survivor in survivors]
     first = completions[0]
     return RolloutRecord(
         prompt_ids=prompt_ids,
@@ -145,9 +161,14 @@ def build_record(
             indices=[survivor.index for survivor in survivors],
             seeds=[survivor.seed for survivor in survivors],
             policy_versions=[completion.policy_version for completion in completions],
+            first_policy_versions=first_policy_versions(completions),
             request_ids=[completion.request_id for completion in completions],
             attempts=[survivor.attempts for survivor in survivors],
             seconds=[survivor.seconds for survivor in survivors],
+            retry_causes=retry_causes if any(retry_causes) else [],
+            over_sample=tail.over_sample,
+            cancelled=group.cancelled,
+            straggler_seconds=tail.straggler_seconds,
             support_truncated=support_truncated(params),
             split_reasoning=split_reasoning,
             other=redact_params(params.extra),

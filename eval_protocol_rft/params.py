@@ -121,6 +121,11 @@ def parse_completion_params(
     stream = keys.take("stream")
     if stream is not None and not isinstance(stream, bool):
         raise ParamsError(f"completion_params['stream'] must be true or false, got {stream!r}")
+    affinity = keys.take("prompt_cache_affinity")
+    if affinity is not None and not isinstance(affinity, bool):
+        raise ParamsError(
+            f"completion_params['prompt_cache_affinity'] must be true or false, got {affinity!r}"
+        )
     local = model.startswith(LOCAL_PREFIX)
     params = SamplingParams(
         model=model.removeprefix("fireworks_ai/"),
@@ -131,6 +136,7 @@ def parse_completion_params(
         stop=_stop(keys.take("stop")),
         logprobs_mode=_logprobs_mode(keys.take("logprobs_mode")),
         stream=stream,
+        prompt_cache_affinity=_default(affinity, True),
         timeout=next((value for value in timeouts if value is not None), DEFAULT_TIMEOUT),
         extra=keys.rest(),
     )

@@ -8,6 +8,7 @@ per row, in row order, as Eval Protocol matches them by position.
 from __future__ import annotations
 
 import asyncio
+import copy
 import secrets
 import time
 from collections.abc import Mapping, Sequence
@@ -30,6 +31,7 @@ from eval_protocol_rft.sampling.guard import RunGuard
 from eval_protocol_rft.sampling.http import HttpSampler
 from eval_protocol_rft.sampling.observing import log_attempt
 from eval_protocol_rft.sampling.retry import RetryPolicy
+from eval_protocol_rft.sampling.tails import TailPolicy
 from eval_protocol_rft.sampling.types import Failure, LogprobsMode, Sampler, TokenIds
 from eval_protocol_rft.tokenizer import LoadedTokenizer
 
@@ -80,6 +82,11 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
         logprobs_mode: what a server that sends one unnamed logprob per token means by it:
             "processed_logprobs" if vLLM runs with `--logprobs-mode processed_logprobs`.
         retry: budget of attempts per completion.
+        over_sample: k: ask for n + k completions, keep the first n that survive and cancel the
+            others, which the server then stops to generate. Favours short completions.
+        straggler_seconds: deadline of a row's completions, from its first request on: what has not
+            ended by then is cancelled and becomes a failure of kind `cancelled`. Favours short
+            completions.
         trust_remote_code: let tokenizer and model folders run their own code.
         sampler: sample from this one, whatever `model` says; it stays the caller's to close.
 
@@ -100,6 +107,8 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
         min_completions: int = 1,
         logprobs_mode: LogprobsMode | None = None,
         retry: RetryPolicy | None = None,
+        over_sample: int = 0,
+        straggler_seconds: float | None = None,
         trust_remote_code: bool = False,
         sampler: Sampler | None = None,
     ) -> None:
@@ -111,6 +120,7 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
         self.min_completions = min_completions
         self.logprobs_mode: LogprobsMode | None = logprobs_mode
         self.retry = retry or RetryPolicy()
+        self.tail = TailPolicy(over_sample=over_sample, straggler_seconds=straggler_seconds)
         self._backends = Backends(
             tokenizer=tokenizer, sampler=sampler, trust_remote_code=trust_remote_code
         )
@@ -134,6 +144,13 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
             task.add_done_callback(state.tasks.discard)
             tasks.append(task)
         return tasks
+
+    def sampling_from(self, sampler: Sampler) -> FireworksTrainingRolloutProcessor:
+        """This processor, but for what it samples from; `sampler` stays the caller's to close."""
+        other = copy.copy(self)
+        other._backends = self._backends.sampling_from(sampler)
+        other._loops = {}
+        return other
 
     async def acleanup(self) -> None:
         """End what still runs in this loop, then close and forget its clients. Idempotent, and
@@ -198,12 +215,13 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
             if request.seed is None and self._backends.seeds_are_free(request):
                 request = replace(request, seed=secrets.randbits(31))
             row_key = row.input_metadata.row_id or prompt.json.decode()
-            ticket.good_for(request.n)
+            asked = request.n + self.tail.over_sample
+            ticket.good_for(asked)
             group = await sample_group(
                 sampler,
                 prompt,
                 request.params,
-                seeds=derive_seeds(request.seed, row_key, request.n, run=run),
+                seeds=derive_seeds(request.seed, row_key, asked, run=run),
                 slots=config.semaphore,
                 retry=self.retry,
                 guard=state.guards.setdefault(
@@ -212,6 +230,7 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
                 prompt=row_key,
                 observe=log_attempt,
                 on_start=ticket.used,
+                tail=self.tail,
             )
         self._require_survivors(row, request, group)
         commit_group(
@@ -224,6 +243,7 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
             split_reasoning=self.split_reasoning,
             began_at=began_at,
             seconds=time.perf_counter() - began,
+            tail=self.tail,
         )
         return row
 

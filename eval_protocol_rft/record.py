@@ -41,18 +41,33 @@ class SamplingRecord(msgspec.Struct, frozen=True, kw_only=True):
     max_tokens: int | None = None
     stop: list[str] = []
     n: int
-    """Completions asked for: survivors plus failures."""
+    """Completions wanted: survivors plus failures, without over-sampling. With it, survivors,
+    failures and `cancelled` are n + over_sample."""
     seed: int | None = None
     """What the per-completion seeds were derived from."""
     began_at: float = 0.0
     """Unix time (seconds) at which the first completion was asked for."""
     indices: list[int]
-    """Place of each survivor among the n asked for."""
+    """Place of each survivor among the n + over_sample asked for."""
     seeds: list[int | None]
     policy_versions: list[str | None]
+    first_policy_versions: list[str | None] = []
+    """For completions whose sampling spans several versions: the first that is not the one in
+    `policy_versions`. Empty where there is no such completion."""
     request_ids: list[str | None]
     attempts: list[int]
     seconds: list[float]
+    retry_causes: list[list[str]] = []
+    """Why the attempts before the successful one failed, in order. Empty where every completion
+    came at the first attempt, and in records from before this was told."""
+    over_sample: int = 0
+    """k: n + k were asked for, and the first n to survive kept."""
+    cancelled: list[int] = []
+    """Places of the surplus that was cancelled when n had survived. What is slow is cancelled, so
+    the survivors are shorter than the policy's completions are."""
+    straggler_seconds: float | None = None
+    """Deadline, counted from the first request. What it cut off is a failure of kind `cancelled`,
+    with the same bias."""
     logprobs: Literal["sampling"] = "sampling"
     """What `inference_logprobs` holds: the values the sampler drew with."""
     support_truncated: bool = False
@@ -96,7 +111,7 @@ class RolloutRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Fal
     finish_reasons: list[FinishReason]
     sampling: SamplingRecord
     failures: list[Failure] = []
-    """Completions that could not be had, each with its place among the n asked for."""
+    """Completions that could not be had, each with its place among those asked for."""
     raw_logprobs: list[list[float] | None] | None = None
     token_turn_traces: list[TokenTurnTrace] = []
     rewards: list[float | None] | None = None
@@ -126,6 +141,12 @@ class RolloutRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Fal
             values = getattr(self.sampling, name)
             if len(values) != size:
                 return f"sampling.{name} has {len(values)} entries for {size} completions"
+        firsts = self.sampling.first_policy_versions
+        if firsts and len(firsts) != size:
+            return f"sampling.first_policy_versions has {len(firsts)} entries, not {size} or none"
+        causes = self.sampling.retry_causes
+        if causes and len(causes) != size:
+            return f"sampling.retry_causes has {len(causes)} entries, not {size} or none"
         for i, (ids, logprobs) in enumerate(
             zip(self.completion_ids, self.inference_logprobs, strict=True)
         ):

@@ -92,7 +92,8 @@ def make_group_rollout_fn(
 
     As `make_rollout_fn`, for any n and for groupwise evaluators too. `on_error` is called once for
     each completion that failed or has no score, and the rollout holds the others; the call returns
-    None where none is left.
+    None where none is left. Failures that the processor's over-sampling made up for are no errors;
+    stragglers at its deadline are.
     """
     runner = RowRunner(evaluator, **options)
     return RolloutFn(runner=runner, types=types, on_error=on_error, grouped=True)
@@ -138,13 +139,15 @@ class RolloutFn:
         except RolloutFnError as error:
             return [], [error]
         row_id, extra = row.input_metadata.row_id, _extra(row)
+        # With over-sampling, others may have made up for those that failed.
+        complete = len(rollout.trajectories) >= rollout.asked
         errors = [
             RolloutFnError(
                 f"{rollout.name}, completion {failure.index}: {failure.kind}: {failure.message}",
                 row_id=row_id,
                 completion=failure.index,
             )
-            for failure in rollout.failures
+            for failure in (() if complete else rollout.failures)
         ]
         runs: list[Any] = []
         for i, trajectory in enumerate(rollout.trajectories):

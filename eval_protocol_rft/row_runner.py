@@ -22,6 +22,7 @@ from eval_protocol.pytest.types import RolloutProcessorConfig
 from eval_protocol_rft.params import parse_completion_params
 from eval_protocol_rft.redaction import redact_params
 from eval_protocol_rft.sampling.distribution import support_truncated
+from eval_protocol_rft.sampling.tails import TailPolicy
 from eval_protocol_rft.scoring import ascore_rows
 from eval_protocol_rft.scoring.evaluator import Evaluator
 from eval_protocol_rft.scoring.offline import Mode
@@ -92,19 +93,30 @@ class RowRunner:
                 BiasedSamplingWarning,
                 stacklevel=3,
             )
+        tail = getattr(chosen, "tail", None)
+        if isinstance(tail, TailPolicy) and tail:
+            warnings.warn(
+                "the rollout processor cancels slow completions (over_sample, straggler_seconds), "
+                "which favours short ones",
+                BiasedSamplingWarning,
+                stacklevel=3,
+            )
         self._slots = max_concurrency or self._test.max_concurrent_rollouts
         self._semaphore: tuple[asyncio.AbstractEventLoop, asyncio.Semaphore] | None = None
         self._experiment_id = generate_id()
         self._calls: Counter[str] = Counter()
         self._is_set_up = False
 
-    async def __call__(self, row: EvaluationRow | Mapping[str, Any]) -> EvaluationRow:
+    async def __call__(
+        self, row: EvaluationRow | Mapping[str, Any], *, run: int | None = None
+    ) -> EvaluationRow:
         """Roll out and score a copy of `row`.
 
         Args:
             row: an `EvaluationRow`, or a line of the data set, which goes through the evaluation
                 test's `dataset_adapter` and `preprocess_fn`. Calls with one row are its runs,
                 numbered in order of call: each draws its own completions.
+            run: the number of this run, in place of the order of call.
 
         Returns:
             The row with its rollout record and a reward per completion.
@@ -117,7 +129,7 @@ class RowRunner:
         if not self._is_set_up:
             self._processor.setup()
             self._is_set_up = True
-        prepared = self._prepared(row)
+        prepared = self._prepared(row, run)
         tasks = self._processor([prepared], self._config())
         if len(tasks) != 1:
             raise ValueError(f"the rollout processor made {len(tasks)} tasks of one row")
@@ -153,19 +165,20 @@ class RowRunner:
             **logger,
         )
 
-    def _prepared(self, given: EvaluationRow | Mapping[str, Any]) -> EvaluationRow:
+    def _prepared(self, given: EvaluationRow | Mapping[str, Any], run: int | None) -> EvaluationRow:
         """A row of our own, with the ids that Eval Protocol would give it."""
         row = self._adapted(given)
         if row.input_metadata.row_id is None:
             index = abs(hash(row)) % num_combinations()
             row.input_metadata.row_id = generate_id(seed=0, index=index)
         row_id = row.input_metadata.row_id
-        number, self._calls[row_id] = self._calls[row_id], self._calls[row_id] + 1
+        if run is None:
+            run, self._calls[row_id] = self._calls[row_id], self._calls[row_id] + 1
         row.input_metadata.completion_params = redact_params(self._completion_params)
         metadata = row.execution_metadata
         metadata.experiment_id = self._experiment_id
         metadata.rollout_id = generate_id()
-        metadata.extra = {**(metadata.extra or {}), "run_index": number}
+        metadata.extra = {**(metadata.extra or {}), "run_index": run}
         return row
 
     def _adapted(self, given: EvaluationRow | Mapping[str, Any]) -> EvaluationRow:

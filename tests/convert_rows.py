@@ -132,6 +132,7 @@ def completions(draw: st.DrawFn, *, failed: bool, shared: dict[str, Any]) -> Com
         finish_reason="length" if truncated else "stop",
         truncated=truncated,
         policy_version=draw(st.none() | text),
+        first_policy_version=draw(st.none() | text),
         request_id=draw(st.none() | text),
         scores={name: score for name, score in said.items() if score != UNSCORED},
     )

@@ -154,6 +154,10 @@ class StubServer:
     def __init__(self) -> None:
         self.script: Script = lambda seen: None
         """What to answer instead of a good reply; None: nothing instead."""
+        self.metrics: Callable[[], Answer] = lambda: Status(404)
+        """What to answer to `GET /metrics`: a `Status`, or a `Hang`."""
+        self.polls: list[Mapping[str, str]] = []
+        """Headers of the requests for it."""
         self.requests: list[Seen] = []
         self.in_flight = 0
         self.peak = 0
@@ -206,12 +210,21 @@ class StubServer:
     async def _start(self) -> None:
         app = web.Application(client_max_size=1 << 24)
         app.router.add_post("/{prefix:.*}completions", self._handle)
+        app.router.add_get("/metrics", self._tell_metrics)
         # Without cancellation a handler would not learn that its client has gone.
         self._runner = web.AppRunner(
             app, handler_cancellation=True, access_log=None, shutdown_timeout=0.1
         )
         await self._runner.setup()
         await web.TCPSite(self._runner, "127.0.0.1", 0, backlog=1024).start()
+
+    async def _tell_metrics(self, request: web.Request) -> web.Response:
+        self.polls.append(request.headers.copy())
+        answer = self.metrics()
+        if not isinstance(answer, Status):
+            await asyncio.Event().wait()
+        assert isinstance(answer, Status)
+        return web.Response(status=answer.code, body=answer.body, headers=answer.headers)
 
     async def _handle(self, request: web.Request) -> web.StreamResponse:
         body = json.loads(await request.read())

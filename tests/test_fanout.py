@@ -85,11 +85,12 @@ def test_without_a_seed_there_are_none():
 
 @given(
     fates=st.lists(
-        st.none() | st.tuples(st.sampled_from(ERRORS), st.integers(1, 5)), min_size=1, max_size=10
+        st.none() | st.tuples(st.sampled_from(ERRORS), st.integers(1, 5)), min_size=1, max_size=5
     )
 )
 def test_every_completion_is_a_survivor_or_a_failure_at_its_own_index(fates):
-    """A fate: an error, and the number of attempts that meet it."""
+    """A fate: an error, and the number of attempts that meet it. Of five at most, with three
+    attempts each: sixteen failures in a row would be an outage, whose probes do not count."""
 
     def fails(seed, attempt):
         if fates[seed] is None:

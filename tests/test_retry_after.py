@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -51,3 +52,21 @@ def test_whatever_the_headers_hold_is_read_or_ignored(value, date):
     reply = {"Retry-After": value, "Date": date}
     seconds = retry_after(reply, now=NOW)
     assert seconds is None or 0 <= seconds < float("inf")
+
+
+@given(milliseconds=st.floats(0, 1e9), seconds=st.integers(0, 99))
+def test_milliseconds_are_finer_and_go_first(milliseconds, seconds):
+    reply = {"retry-after-ms": f"{milliseconds!r}", "Retry-After": str(seconds)}
+    assert retry_after(reply, now=NOW) == milliseconds / 1000
+
+
+@pytest.mark.parametrize("value", ["", "soon", "nan", "inf", "1,5"])
+def test_milliseconds_that_are_no_number_leave_the_seconds(value):
+    assert retry_after({"retry-after-ms": value, "Retry-After": "3"}, now=NOW) == 3.0
+    assert retry_after({"retry-after-ms": value}, now=NOW) is None
+
+
+@given(milliseconds=headers, seconds=headers)
+def test_whatever_both_headers_hold_is_read_or_ignored(milliseconds, seconds):
+    found = retry_after({"retry-after-ms": milliseconds, "Retry-After": seconds}, now=NOW)
+    assert found is None or 0 <= found < float("inf")

@@ -15,6 +15,7 @@ from eval_protocol_rft.sampling.types import (
     AttemptTimeoutError,
     ConnectionFailedError,
     ContractError,
+    LoadingError,
     SamplingError,
     UnavailableError,
 )
@@ -131,3 +132,28 @@ def test_a_success_is_not_recorded_as_a_failure():
 def test_an_attempt_does_not_end_before_it_starts():
     with pytest.raises(ValueError, match="ended at 1"):
         Attempt(started=2, ended=1)
+
+
+def test_a_swap_of_the_weights_that_takes_minutes_costs_no_attempt():
+    attempts = CompletionAttempts(RetryPolicy(max_attempts=2))
+    at, loading = 0.0, LoadingError("HTTP 425: swapping weights", status=425)
+    while at < 900.0:
+        again = attempts.failed(failure(at, seconds=0.01, error=loading), uniform=0.5)
+        assert isinstance(again, Again)
+        at = again.at
+    assert attempts.counted == 0
+    # Backoff grows as for other failures, to 15 s on average.
+    assert len(attempts.history) < 900 / 15 + 10
+    assert isinstance(attempts.failed(failure(at), uniform=0.5), Again)
+    over = attempts.failed(failure(at + 30), uniform=0.5)
+    assert isinstance(over, GiveUp)
+    assert "max_attempts=2 is reached" in over.reason
+
+
+def test_a_server_that_loads_for_ever_is_given_up_after_max_seconds():
+    attempts = CompletionAttempts(RetryPolicy(max_seconds=60.0))
+    at, loading = 0.0, LoadingError("the deployment is loading", status=404)
+    while isinstance(again := attempts.failed(failure(at, 0.01, loading), uniform=0.9), Again):
+        at = again.at
+    assert at <= 60.0
+    assert "max_seconds=60" in again.reason

@@ -25,12 +25,15 @@ from eval_protocol_rft.sampling.run_summary import (
 )
 
 
-def event(started=0.0, seconds=1.0, *, gives_up=False, in_flight=0, **attempt) -> AttemptEvent:
+def event(
+    started=0.0, seconds=1.0, *, gives_up=False, in_flight=0, prompt_tokens=None, **attempt
+) -> AttemptEvent:
     return AttemptEvent(
         attempt=Attempt(started=started, ended=started + seconds, **attempt),
         number=1,
         model="m",
         prompt="row",
+        prompt_tokens=prompt_tokens,
         index=0,
         seed=None,
         request_id=None,
@@ -168,17 +171,23 @@ def test_waste_names_what_is_known_and_what_is_not():
 
 def test_cost_is_tokens_times_prices():
     run = RunSummary(prices=Prices(prompt=0.5, completion=2.0))
-    run.add(event(tokens=1_500_000), prompt_tokens=1_000_000)
-    run.add(event(tokens=500_000), prompt_tokens=3_000_000)
+    run.add(event(tokens=1_500_000, prompt_tokens=1_000_000))
+    run.add(event(tokens=500_000, prompt_tokens=3_000_000))
     assert run.cost == Cost(completion=4.0, prompt=2.0)
 
 
 def test_the_cost_of_a_prompt_of_unknown_length_is_unknown():
     run = RunSummary(prices=Prices(prompt=0.5, completion=2.0))
-    run.add(event(tokens=500_000), prompt_tokens=1_000_000)
+    run.add(event(tokens=500_000, prompt_tokens=1_000_000))
     run.add(event(tokens=500_000))
     assert run.cost == Cost(completion=2.0, prompt=None)
     assert run.lines()[-1] == "cost       completions $2.0000, prompts unknown"
+
+
+@pytest.mark.parametrize("price", [-0.1, math.nan, math.inf])
+def test_a_price_is_an_amount_of_money(price):
+    with pytest.raises(ValueError, match="price of completion tokens"):
+        Prices(prompt=1.0, completion=price)
 
 
 def test_there_is_no_cost_without_prices():
@@ -214,7 +223,7 @@ def test_the_summary_reads_well_on_a_terminal():
     run.add(event(0, 2, kind="unavailable", status=503, in_flight=2))
     run.add(event(0, 2, kind="timeout", in_flight=1))
     run.add(event(0, 4, kind="refused", status=400, gives_up=True))
-    run.add(event(4, 4, tokens=2000), prompt_tokens=500_000)
+    run.add(event(4, 4, tokens=2000, prompt_tokens=500_000))
     assert run.lines() == [
         "attempts   5: 1 completed, 3 retried, 1 given up",
         "retries    2x unavailable 503, 1x timeout",
@@ -223,5 +232,5 @@ def test_the_summary_reads_well_on_a_terminal():
         "tokens     2,000 in 8.0 s, 250/s",
         "wasted     10.0 s, 0 tokens; unknown for 1 failed attempts",
         "in flight  mean 1.8, max 4  " + "█" * 8 + "▂" * 24,
-        "cost       completions $0.0040, prompts $0.5000",
+        "cost       $0.5040: prompts $0.5000, completions $0.0040",
     ]

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eval_protocol_rft.sampling.errors import error_in_body, retry_after, status_error
-from eval_protocol_rft.sampling.types import RefusedError, UnavailableError
+from eval_protocol_rft.sampling.types import LoadingError, RefusedError, UnavailableError
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 
@@ -18,7 +18,7 @@ def error_of(status: int, body: bytes = b"", **headers: str):
     return status_error(status, body, {k.replace("_", "-"): v for k, v in headers.items()}, now=NOW)
 
 
-@pytest.mark.parametrize("status", [408, 409, 425, 429, 500, 502, 503, 504, 520, 524, 529, 583])
+@pytest.mark.parametrize("status", [408, 409, 429, 500, 502, 503, 504, 520, 524, 529, 583])
 def test_these_may_pass(status):
     error = error_of(status)
     assert type(error) is UnavailableError
@@ -35,11 +35,41 @@ def test_these_will_be_said_again(status):
 
 
 @pytest.mark.parametrize(
-    "message", ["model_not_ready", "deployment is hot loading", "DEPLOYMENT_SCALING_UP"]
+    "message",
+    [
+        "model_not_ready",
+        "deployment is hot loading",
+        "DEPLOYMENT_SCALING_UP",
+        "the deployment is loading",
+        "still loading: try again later",
+        "Loading weights of step-7",
+    ],
 )
-def test_a_404_of_a_deployment_that_comes_up_may_pass(message):
-    assert type(error_of(404, message.encode())) is UnavailableError
+def test_a_deployment_that_comes_up_says_so_with_404_or_503(message):
+    assert type(error_of(404, message.encode())) is LoadingError
+    assert type(error_of(503, message.encode(), Retry_After="5")) is LoadingError
+    assert error_of(503, message.encode(), Retry_After="5").retry_after == 5.0
     assert type(error_of(400, message.encode())) is RefusedError
+    in_a_reply = b'{"error": {"message": "%s", "code": 404}}' % message.encode()
+    assert type(error_in_body(in_a_reply)) is LoadingError
+
+
+def test_425_is_a_swap_of_the_weights_whatever_it_says():
+    error = error_of(425, b"", retry_after_ms="2500")
+    assert type(error) is LoadingError
+    assert (error.kind, error.status, error.retry_after) == ("unavailable", 425, 2.5)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "Model not found, inaccessible, and/or not deployed",
+        "error loading model weights: no such file",
+        "no model named downloading-llama",
+    ],
+)
+def test_a_404_of_a_wrong_name_is_no_loading(message):
+    assert type(error_of(404, message.encode())) is RefusedError
 
 
 @pytest.mark.parametrize(

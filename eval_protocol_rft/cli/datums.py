@@ -49,6 +49,12 @@ def datums(
             show_default="keep",
         ),
     ] = None,
+    mixed_versions: Annotated[
+        Literal["keep", "drop"] | None,
+        typer.Option(
+            help="Completions in whose midst the server swapped its weights.", show_default="keep"
+        ),
+    ] = None,
     max_groups: Annotated[
         int | None, typer.Option(min=1, help="Most prompt groups of a batch.")
     ] = None,
@@ -88,8 +94,10 @@ def datums(
         options["normalization"] = normalization
     if constant_length is not None:
         options["constant_length"] = constant_length
-    if truncated is not None:
-        options["filters"] = Filters(truncated=truncated)
+    if truncated is not None or mixed_versions is not None:
+        options["filters"] = Filters(
+            truncated=truncated or "keep", mixed_versions=mixed_versions or "keep"
+        )
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("ignore")
         warnings.simplefilter("always", BiasedSamplingWarning)

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import errno
-import json
-import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from eval_protocol_rft.cli.failing import fail
+from eval_protocol_rft.cli.generate_options import api_key, check_format, json_object, prices
+from eval_protocol_rft.cli.generate_summary import show
 from eval_protocol_rft.cli.stopping import sigterm_interrupts
-
-if TYPE_CHECKING:
-    from eval_protocol_rft.batch.generation.generate import GenerateSummary
 
 _DATA = "Data set"
 _SAMPLING = "Sampling"
@@ -185,6 +182,21 @@ def generate(
             rich_help_panel=_RUN,
         ),
     ] = None,
+    price_in: Annotated[
+        float | None,
+        typer.Option(
+            metavar="USD",
+            min=0.0,
+            help="Per million prompt tokens; with --price-out, the end says what it cost.",
+            rich_help_panel=_RUN,
+        ),
+    ] = None,
+    price_out: Annotated[
+        float | None,
+        typer.Option(
+            metavar="USD", min=0.0, help="Per million sampled tokens.", rich_help_panel=_RUN
+        ),
+    ] = None,
     verbose: Annotated[
         bool,
         typer.Option(
@@ -220,14 +232,15 @@ def generate(
         "stop": stop or None,
         "seed": seed,
         "base_url": base_url,
-        "api_key": _api_key(api_key_env),
+        "api_key": api_key(api_key_env),
         "tokenizer": tokenizer,
-        "chat_template_kwargs": _json("--chat-template-kwargs", chat_template_kwargs),
+        "chat_template_kwargs": json_object("--chat-template-kwargs", chat_template_kwargs),
         "logprobs_mode": logprobs_mode,
-        "extra_body": _json("--extra-body", extra_body),
+        "extra_body": json_object("--extra-body", extra_body),
         "timeout": timeout,
     }
-    _check_format(output, output_format)
+    check_format(output, output_format)
+    known_prices = prices(price_in, price_out)
 
     from eval_protocol_rft.batch.generation.generate import generate as run
     from eval_protocol_rft.batch.ray.nodes import RayEngineError
@@ -254,6 +267,7 @@ def generate(
                 trust_remote_code=trust_remote_code,
                 engine=engine,
                 ray_address=ray_address,
+                prices=known_prices,
                 progress=not quiet,
             )
         except (ValueError, BusyError, RunStoppedError, RayEngineError, SamplingError) as error:
@@ -267,58 +281,4 @@ def generate(
             where_it_is = f" What was finished is in {folder}." if folder.exists() else ""
             typer.echo(f"ep-rft: stopped.{where_it_is} The same command goes on", err=True)
             raise typer.Exit(stopped.exit_code) from None
-    _show(summary, verbose=verbose)
-
-
-def _show(summary: GenerateSummary, *, verbose: bool) -> None:
-    run = summary.run
-    there = summary.total - run.completions - run.failed
-    typer.echo(
-        f"{summary.output}: {summary.prompts} prompts, {summary.total} completions"
-        + (f", {summary.failed} of them failed" if summary.failed else "")
-    )
-    if run.completions or run.failed:
-        rate = run.tokens / summary.seconds if summary.seconds else 0.0
-        typer.echo(
-            f"this run: {run.completions} sampled, {run.tokens} tokens, {rate:.0f} tokens/s, "
-            f"{run.truncated} truncated, {run.attempts} requests"
-            + (f"; {there} were there" if there else "")
-        )
-    else:
-        typer.echo("nothing to do: all of them were there")
-    if verbose:
-        for line in summary.attempts.lines():
-            typer.echo(line)
-    if run.failures:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in run.failures.most_common())
-        typer.echo(f"failed: {kinds}; the first, {run.first_failure}", err=True)
-    if summary.failed:
-        typer.echo("the same command with --retry-failed tries the failed ones again", err=True)
-
-
-def _api_key(name: str | None) -> str | None:
-    if name is None:
-        return None
-    if not os.environ.get(name):
-        fail(f"--api-key-env {name}: there is no such environment variable")
-    return os.environ[name]
-
-
-def _json(option: str, text: str | None) -> Any:
-    if text is None:
-        return None
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        fail(f"{option}: not JSON: {error}")
-    if not isinstance(value, dict):
-        fail(f"{option}: must be a JSON object, got {text}")
-    return value
-
-
-def _check_format(output: Path, wanted: str | None) -> None:
-    suffixes = {"parquet": (".parquet",), "jsonl": (".jsonl", ".ndjson")}
-    if wanted is not None and wanted not in suffixes:
-        fail(f"--format must be parquet or jsonl, got {wanted!r}")
-    if wanted is not None and output.suffix not in suffixes[wanted]:
-        fail(f"--format {wanted} and the output's name {output.name!r} contradict each other")
+    show(summary, verbose=verbose)

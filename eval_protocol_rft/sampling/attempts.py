@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
-from eval_protocol_rft.sampling.types import FailureKind, SamplingError
+from eval_protocol_rft.sampling.types import FailureKind, LoadingError, SamplingError
 
 TRANSIENT_KINDS: frozenset[FailureKind] = frozenset({"unavailable", "connection", "timeout"})
 """A refusal or a reply that breaks the contract would come back the same."""
@@ -33,6 +33,8 @@ class Attempt:
     """Sampled tokens; 0 for a failure."""
     queue_seconds: float | None = None
     """Part of the time that the request spent in the server's queues, where the server tells."""
+    loading: bool = False
+    """The server turned it away because it was loading weights."""
     probe: bool = False
     """It was let through to find out whether the server is back."""
     prompt: Hashable = None
@@ -75,6 +77,7 @@ def failed_attempt(
         status=error.status,
         message=str(error),
         retry_after=error.retry_after,
+        loading=isinstance(error, LoadingError),
         probe=probe,
         prompt=prompt,
     )

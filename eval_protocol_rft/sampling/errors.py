@@ -15,7 +15,12 @@ from typing import Any
 
 import msgspec
 
-from eval_protocol_rft.sampling.types import RefusedError, SamplingError, UnavailableError
+from eval_protocol_rft.sampling.types import (
+    LoadingError,
+    RefusedError,
+    SamplingError,
+    UnavailableError,
+)
 
 TRANSIENT_STATUSES = frozenset({408, 409, 425, 429})
 PERMANENT_SERVER_ERRORS = frozenset({501, 505})
@@ -26,8 +31,14 @@ _HINTS = {
     404: "check the model's name and the base URL",
 }
 _LONGEST_MESSAGE = 500
-_LOADING = re.compile(r"not[ _]ready|hot[ _-]?load|scaling[ _]up|being loaded", re.IGNORECASE)
-"""What a 404 says of a deployment that comes up or swaps its weights; others are misspelt names."""
+_LOADING = re.compile(
+    r"not[ _]ready|hot[ _-]?load|scaling[ _]up|being loaded|\b(?:is|are|still|currently) loading\b"
+    r"|: loading (?:model|snapshot|weights)\b",
+    re.IGNORECASE,
+)
+"""What a server says of a deployment that comes up or swaps its weights; other 404s are misspelt
+names."""
+_MAY_BE_LOADING = frozenset({404, 503})
 _HTTP_STATUS = re.compile("[1-9][0-9]{2}")
 
 
@@ -36,8 +47,10 @@ def status_error(
 ) -> SamplingError:
     """The error that an HTTP status other than 200 stands for. `now` dates `Retry-After`."""
     message = f"HTTP {status}: {_message(body) or 'no message'}"
-    if _is_transient(status) or (status == 404 and _LOADING.search(message)):
-        wait = retry_after(headers, now=now)
+    wait = retry_after(headers, now=now)
+    if _is_loading(status, message):
+        return LoadingError(message, status=status, retry_after=wait)
+    if _is_transient(status):
         return UnavailableError(message, status=status, retry_after=wait)
     hint = _HINTS.get(status)
     return RefusedError(f"{message} ({hint})" if hint else message, status=status)
@@ -52,6 +65,8 @@ def error_in_body(body: bytes) -> SamplingError | None:
     code = error.get("code") if isinstance(error, dict) else None
     status = int(str(code)) if _HTTP_STATUS.fullmatch(str(code)) else None
     text = f"error in the reply: {_message(body)}"
+    if status is not None and _is_loading(status, text):
+        return LoadingError(text, status=status)
     # Without a code that says otherwise it is the server's trouble: it had accepted the request.
     if status is None or _is_transient(status):
         return UnavailableError(text, status=status)
@@ -59,19 +74,29 @@ def error_in_body(body: bytes) -> SamplingError | None:
 
 
 def retry_after(headers: Mapping[str, str], *, now: datetime) -> float | None:
-    """Seconds that `Retry-After` (RFC 9110, 10.2.3: seconds or a date) asks for, None without. A
-    date counts from the reply's own `Date`: the server's clock need not be ours."""
+    """Seconds that `retry-after-ms`, which is finer, or `Retry-After` (RFC 9110, 10.2.3: seconds or
+    a date) asks for, None without. A date counts from the reply's own `Date`: the server's clock
+    need not be ours."""
+    milliseconds = _number(headers.get("retry-after-ms", ""))
+    if milliseconds is not None and milliseconds < float("inf"):
+        return max(0.0, milliseconds / 1000)
     value = headers.get("Retry-After", "").strip()
     if not value:
         return None
-    try:
-        return max(0.0, float(value)) if float(value) < float("inf") else None
-    except ValueError:
-        pass
+    seconds = _number(value)
+    if seconds is not None:
+        return max(0.0, seconds) if seconds < float("inf") else None
     until = _date(value)
     if until is None:
         return None
     return max(0.0, (until - (_date(headers.get("Date", "")) or now)).total_seconds())
+
+
+def _number(value: str) -> float | None:
+    try:
+        return float(value)
+    except ValueError:
+        return None
 
 
 def _date(value: str) -> datetime | None:
@@ -92,6 +117,11 @@ def loads(body: bytes) -> Any:
 
 def _is_transient(status: int) -> bool:
     return status in TRANSIENT_STATUSES or (status >= 500 and status not in PERMANENT_SERVER_ERRORS)
+
+
+def _is_loading(status: int, message: str) -> bool:
+    """425 is Fireworks' word for a swap of the weights, whatever it says."""
+    return status == 425 or (status in _MAY_BE_LOADING and _LOADING.search(message) is not None)
 
 
 def _message(body: bytes) -> str:

@@ -18,6 +18,8 @@ class AttemptEvent:
     model: str
     prompt: Hashable
     """Which prompt: the row id."""
+    prompt_tokens: int | None = None
+    """Its length, where whoever makes the run tells it."""
     index: int
     """Which of the prompt's completions."""
     seed: int | None

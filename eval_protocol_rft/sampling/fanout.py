@@ -1,7 +1,8 @@
 """n completions of one prompt: seeds, slots, attempts, survivors and failures.
 
-Invariant: every one of the n ends as a `Completion` or as a `Failure`, at its own index. A slot is
-held for one attempt of one completion, never for a row, a sibling or a pause between attempts.
+Invariant: every one that was asked for ends as a `Completion`, as a `Failure`, or among the
+`cancelled` that over-sampling had no more use for, at its own index. A slot is held for one attempt
+of one completion, never for a row, a sibling or a pause between attempts.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ import random
 import time
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from eval_protocol_rft.sampling.attempts import Attempt, causes
 from eval_protocol_rft.sampling.events import AttemptEvent, Observer
 from eval_protocol_rft.sampling.guard import RunGuard
 from eval_protocol_rft.sampling.retry import CompletionAttempts, GiveUp, RetryPolicy
+from eval_protocol_rft.sampling.tails import WAIT_FOR_ALL, GroupEnd, TailPolicy, straggler
 from eval_protocol_rft.sampling.types import (
     Completion,
     Failure,
@@ -32,21 +34,25 @@ class Survivor:
     """A completion and what it took to get it."""
 
     index: int
-    """Position among the n asked for."""
+    """Position among those asked for."""
     completion: Completion
     seed: int | None
     attempts: int
     """Requests made, the successful one included."""
     seconds: float
     """From the start of the first attempt, pauses between attempts included."""
+    causes: tuple[str, ...] = ()
+    """Why each attempt before the successful one failed, in order: `timeout`, `unavailable 503`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """What became of the n completions of one prompt, each part in index order."""
+    """What became of the completions of one prompt, each part in index order."""
 
     survivors: list[Survivor]
     failures: list[Failure]
+    cancelled: list[int] = field(default_factory=list)
+    """Indices of the surplus that over-sampling cancelled, because n had survived."""
 
 
 def derive_seeds(seed: int | None, row_id: str, n: int, *, run: int = 0) -> list[int | None]:
@@ -74,29 +80,46 @@ async def sample_group(
     prompt: Hashable = None,
     on_start: Callable[[], None] = lambda: None,
     observe: Observer | None = None,
+    tail: TailPolicy = WAIT_FOR_ALL,
 ) -> Group:
     """Sample one completion per seed, concurrently.
 
     Args:
         sampler, prompt_ids, params: what to sample.
-        seeds: one per completion.
+        seeds: one per completion: n, and one more for each that `tail` over-samples.
         slots: bounds attempts in flight.
         retry: budget of attempts per completion.
         guard: shared by all groups of a run: circuit breaker, budget and limit of the run.
         prompt: names the prompt: the row id.
         on_start: called as each completion gets its first slot.
-        observe: told of every attempt.
+        observe: told of every attempt that ends by itself.
+        tail: whom not to wait for. The completions kept are the first n to survive, whatever their
+            index.
 
     Cancelling this cancels every attempt and waits for them to end. An exception that is no
     `SamplingError` is a bug, or the run's end: it cancels the siblings and is raised as it is.
 
     Raises:
         RunStoppedError: the run is over: the server refuses everything, or a budget is spent.
+        ValueError: `seeds` has none beside those to over-sample.
     """
+    wanted = len(seeds) - tail.over_sample
+    if tail.over_sample and wanted < 1:
+        raise ValueError(
+            f"{len(seeds)} seeds with over_sample={tail.over_sample} leave no completion that is "
+            "wanted: pass n + over_sample of them"
+        )
+    end = GroupEnd(tail, wanted)
+    attempts = [CompletionAttempts(retry, seed) for seed in seeds]
+    outcomes: dict[int, Survivor | Failure] = {}
     guard = guard or RunGuard(patience_seconds=retry.max_seconds)
 
-    async def one(index: int) -> Survivor | Failure:
-        return await sample_one(
+    def start() -> None:
+        end.started()
+        on_start()
+
+    async def one(index: int) -> None:
+        outcome = await sample_one(
             sampler,
             prompt_ids,
             params,
@@ -106,20 +129,34 @@ async def sample_group(
             retry=retry,
             guard=guard,
             prompt=prompt,
-            on_start=on_start,
+            on_start=start,
             observe=observe,
+            attempts=attempts[index],
         )
+        if end.reason is not None:
+            return  # a sampler that does not let itself be cancelled
+        outcomes[index] = outcome
+        if isinstance(outcome, Survivor):
+            end.survived()
 
-    tasks = [asyncio.ensure_future(one(index)) for index in range(len(seeds))]
+    tasks = end.tasks = [asyncio.ensure_future(one(index)) for index in range(len(seeds))]
     try:
-        outcomes = await asyncio.gather(*tasks)
+        await end.all_ended()
     finally:
+        end.forget()
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+    cut = [index for index in range(len(seeds)) if index not in outcomes]
+    if end.reason == "deadline":
+        now = time.monotonic()
+        outcomes |= {index: straggler(index, attempts[index], tail, now=now) for index in cut}
+        cut = []
+    ended = [outcome for _, outcome in sorted(outcomes.items())]
     return Group(
-        survivors=[outcome for outcome in outcomes if isinstance(outcome, Survivor)],
-        failures=[outcome for outcome in outcomes if isinstance(outcome, Failure)],
+        survivors=[outcome for outcome in ended if isinstance(outcome, Survivor)],
+        failures=[outcome for outcome in ended if isinstance(outcome, Failure)],
+        cancelled=cut,
     )
 
 
@@ -136,10 +173,11 @@ async def sample_one(
     prompt: Hashable = None,
     on_start: Callable[[], None] = lambda: None,
     observe: Observer | None = None,
+    attempts: CompletionAttempts | None = None,
 ) -> Survivor | Failure:
     """Sample the completion at `index`; as `sample_group` otherwise. All its attempts have its
-    seed."""
-    attempts = CompletionAttempts(retry, seed)
+    seed. `attempts`: a caller's that watches them; empty, of this `retry` and `seed`."""
+    attempts = attempts or CompletionAttempts(retry, seed)
 
     def tell(
         attempt: Attempt,
@@ -165,6 +203,7 @@ async def sample_one(
 
     while True:
         async with guard.turn(slots, retry=bool(attempts.history), prompt=prompt) as turn:
+            attempts.began = turn.started
             if not attempts.history:
                 on_start()
             try:
@@ -177,7 +216,18 @@ async def sample_one(
                 others = guard.control.in_flight - 1
                 tell(attempt, others, request_id=completion.request_id)
                 seconds = attempt.ended - attempts.history[0].started
-                return Survivor(index, completion, seed, len(attempts.history), seconds)
+                return Survivor(
+                    index,
+                    completion,
+                    seed,
+                    attempts=len(attempts.history),
+                    seconds=seconds,
+                    causes=tuple(failed.cause for failed in attempts.history[:-1]),
+                )
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            # The sampler made a failure of it, and another attempt would not be cancelled again.
+            raise asyncio.CancelledError
         # Outside `slots`: a pause is nobody's request in flight.
         again = attempts.failed(attempt, uniform=random.random())  # noqa: S311
         tell(attempt, guard.control.in_flight, gives_up=isinstance(again, GiveUp))

@@ -11,12 +11,12 @@ import urllib.request
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
-from typing import Any
 from urllib.parse import urlsplit
 
 import aiohttp
 
 from eval_protocol_rft.endpoint import Endpoint
+from eval_protocol_rft.sampling.affinity import AFFINITY_HEADER, affinity_of, has_own_affinity
 from eval_protocol_rft.sampling.bodies import (
     ERROR_BYTES,
     read_body,
@@ -24,11 +24,18 @@ from eval_protocol_rft.sampling.bodies import (
     reply_limit,
     streams,
 )
+from eval_protocol_rft.sampling.connections import (
+    TracedResponse,
+    TrustingRequest,
+    UntrustedConnectionError,
+    distrust,
+)
 from eval_protocol_rft.sampling.errors import status_error
 from eval_protocol_rft.sampling.types import (
     AttemptTimeoutError,
     Completion,
     ConnectionFailedError,
+    ContractError,
     RefusedError,
     SamplingError,
     SamplingParams,
@@ -39,6 +46,8 @@ from eval_protocol_rft.sampling.wire import decode_reply, decode_stream, request
 KEEPALIVE_SECONDS = 4.0
 """uvicorn, and so vLLM and SGLang, closes an idle connection after 5 s, under the next request."""
 CONNECT_SECONDS = 30.0
+MOST_UNTRUSTED = 4096
+"""Connections that one attempt may pass over. All of a large pool can go stale at once."""
 _QUEUE_HEADERS = ("fireworks-prefill-queue-duration", "fireworks-generation-queue-duration")
 _REQUEST_ID_HEADERS = ("x-request-id", "x-fireworks-request-id", "cf-ray")
 
@@ -49,6 +58,7 @@ class HttpSampler:
     def __init__(self, endpoint: Endpoint) -> None:
         self._endpoint = endpoint
         self._url = f"{endpoint.base_url}/completions"
+        self._tells_affinity = not has_own_affinity(endpoint.headers)
         self._session: aiohttp.ClientSession | None = None
         self._proxy: str | None = None
 
@@ -64,12 +74,16 @@ class HttpSampler:
         """
         prompt = prompt_ids if isinstance(prompt_ids, TokenIds) else TokenIds(prompt_ids)
         try:
-            while True:
+            for _ in range(MOST_UNTRUSTED):
                 try:
                     return await self._attempt(prompt, params, seed)
-                except _UntrustedConnectionError:
+                except UntrustedConnectionError:
                     # Nothing was sent, and that connection is out of the pool.
                     continue
+            raise ConnectionFailedError(
+                f"{self._url}: {MOST_UNTRUSTED} connections in a row were closed, or brought "
+                "something unasked, before a request was sent"
+            )
         except SamplingError as error:
             error.args = tuple(self._without_secrets(str(arg)) for arg in error.args)
             # What it came from may hold the request with its headers, and so the key.
@@ -88,6 +102,7 @@ class HttpSampler:
             self._open()
         assert self._session is not None  # noqa: S101 - narrows the type
         streamed = streams(params)
+        affinity = affinity_of(prompt, params) if self._tells_affinity else None
         try:
             async with self._session.post(
                 self._url,
@@ -97,7 +112,9 @@ class HttpSampler:
                     seed,
                     stream=streamed,
                     ask_usage=not self._endpoint.is_fireworks,
+                    prompt_cache_key=affinity if self._endpoint.is_fireworks else None,
                 ),
+                headers={AFFINITY_HEADER: affinity} if affinity else None,
                 timeout=aiohttp.ClientTimeout(total=params.timeout, sock_connect=CONNECT_SECONDS),
                 allow_redirects=False,
                 proxy=self._proxy,
@@ -126,7 +143,13 @@ class HttpSampler:
                 response.status, text.encode(), response.headers, now=datetime.now(UTC)
             )
         decode = decode_stream if streamed else decode_reply
-        [completion] = decode(body, prompt, params, request_id=_request_id(response))
+        try:
+            [completion] = decode(body, prompt, params, request_id=_request_id(response))
+        except ContractError:
+            # It may be the reply to another request: then ours is still to come over this
+            # connection, and whoever asked next would take it for theirs.
+            distrust(response)
+            raise
         queued = _queue_seconds(response)
         return completion if queued is None else replace(completion, queue_seconds=queued)
 
@@ -136,40 +159,29 @@ class HttpSampler:
         return text
 
     def _open(self) -> None:
-        headers = {"content-type": "application/json"}
-        if self._endpoint.api_key:
-            headers["authorization"] = f"Bearer {self._endpoint.api_key}"
-        # The user's header goes before ours, whatever its case: a name sent twice is refused.
-        headers.update((name.lower(), value) for name, value in self._endpoint.headers)
         # The caller bounds requests in flight; a second bound here would only hide the first.
         connector = aiohttp.TCPConnector(
             limit=0, keepalive_timeout=KEEPALIVE_SECONDS, enable_cleanup_closed=False
         )
         self._session = aiohttp.ClientSession(
             connector=connector,
-            headers=headers,
+            headers={"content-type": "application/json", **endpoint_headers(self._endpoint)},
             cookie_jar=aiohttp.DummyCookieJar(),
-            request_class=_Request,
+            request_class=TrustingRequest,
+            response_class=TracedResponse,
         )
-        self._proxy = _proxy_for(self._url)
+        self._proxy = proxy_for(self._url)
 
 
-class _UntrustedConnectionError(Exception):
-    """Something came in on an idle connection."""
+def endpoint_headers(endpoint: Endpoint) -> dict[str, str]:
+    """What each request to this server carries, names in lower case."""
+    key = endpoint.api_key
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    # The user's header goes before ours, whatever its case: a name sent twice is refused.
+    return headers | {name.lower(): value for name, value in endpoint.headers}
 
 
-class _Request(aiohttp.ClientRequest):
-    """A request that trusts no connection on which something came in unasked: it would be taken
-    for the reply."""
-
-    async def send(self, conn: Any) -> aiohttp.ClientResponse:
-        if conn.protocol is not None and conn.protocol.should_close:
-            conn.close()
-            raise _UntrustedConnectionError
-        return await super().send(conn)
-
-
-def _proxy_for(url: str) -> str | None:
+def proxy_for(url: str) -> str | None:
     """The proxy of the environment, looked up once and not for every request."""
     parts = urlsplit(url)
     if urllib.request.proxy_bypass(parts.hostname or ""):

@@ -12,7 +12,7 @@ import contextlib
 import secrets
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ from eval_protocol_rft.sampling.types import (
 )
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DEFAULT_MAX_BATCH_TOKENS = 32768
@@ -69,9 +70,13 @@ class LocalSampler:
             raise ValueError(f"max_batch_tokens is {max_batch_tokens}, must be at least 1")
         self._model = LocalModel.wrap(model)
         self._tokenizer = tokenizer
-        self._policy_version = policy_version
         self._eos_token_ids = _eos_token_ids(model, tokenizer)
-        self._worker = Worker(self._model, _Decoder(tokenizer), max_batch_tokens=max_batch_tokens)
+        self._worker = Worker(
+            self._model,
+            _Decoder(tokenizer),
+            max_batch_tokens=max_batch_tokens,
+            policy_version=policy_version,
+        )
         # Runs when this object goes away and at interpreter exit, before torch is torn down.
         weakref.finalize(self, self._worker.stop)
 
@@ -112,6 +117,11 @@ class LocalSampler:
         )
 
     @property
+    def model(self) -> PreTrainedModel:
+        """The model that is sampled; change it through `load_weights` alone."""
+        return self._model.module
+
+    @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return self._tokenizer
 
@@ -127,7 +137,45 @@ class LocalSampler:
 
     @property
     def policy_version(self) -> str | None:
-        return self._policy_version
+        """Of the weights that sample now."""
+        return self._worker.policy_version
+
+    @property
+    def pending(self) -> int:
+        """Requests that wait to join the batch."""
+        return self._worker.pending
+
+    async def load_weights(
+        self, weights: Mapping[str, Tensor], *, policy_version: str | None
+    ) -> None:
+        """Copy `weights` into the model in place, between two tokens.
+
+        What is being sampled goes on with the new weights and the keys and values of the old, and
+        says so in `Completion.first_policy_version`; each of its logprobs is that of the weights
+        that drew the token.
+
+        Args:
+            weights: by the names of the model's `state_dict`; tied ones may be left out.
+            policy_version: their name, which completions carry from here on.
+
+        Raises:
+            RefusedError: a name or a shape is not the model's, or one is missing. Nothing is
+                changed then.
+        """
+        from eval_protocol_rft.sampling.local_model import copy_weights
+
+        done = self._worker.swap(lambda: copy_weights(self._model.module, weights), policy_version)
+        await asyncio.wrap_future(done)
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """No step begins inside: what is submitted meanwhile starts as one batch, composed in the
+        same way whatever order it came in."""
+        self._worker.hold()
+        try:
+            yield
+        finally:
+            self._worker.release()
 
     async def sample(
         self, prompt_ids: Sequence[int], params: SamplingParams, *, seed: int | None = None
@@ -159,7 +207,6 @@ class LocalSampler:
             ends=frozenset() if params.extra.get("ignore_eos") else self._eos_token_ids,
             stops=params.stop,
             future=asyncio.get_running_loop().create_future(),
-            policy_version=self._policy_version,
         )
         self._worker.submit(request)
         try:

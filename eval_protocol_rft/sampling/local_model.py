@@ -6,6 +6,7 @@ Invariant: a model whose state is more than keys and values is refused, never ba
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,3 +88,23 @@ class LocalModel:
         )
         logits_BV: Tensor = output.logits[:, -1]
         return logits_BV
+
+
+@torch.no_grad()
+def copy_weights(module: PreTrainedModel, weights: Mapping[str, Tensor]) -> None:
+    """Copy `weights` over those of `module`, all or none.
+
+    Raises:
+        RefusedError: they are not this model's.
+    """
+    own = module.state_dict()
+    shared = {value.data_ptr() for name, value in own.items() if name in weights}
+    missing = [n for n, v in own.items() if n not in weights and v.data_ptr() not in shared]
+    unknown = [name for name in weights if name not in own]
+    misshapen = [n for n, v in weights.items() if n in own and v.shape != own[n].shape]
+    for what, names in (("lack", missing), ("have unknown", unknown), ("misshape", misshapen)):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise RefusedError(f"the new weights {what} {names[0]}{more}: are they of this model?")
+    for name, value in weights.items():
+        own[name].copy_(value)

@@ -37,7 +37,9 @@ class Request:
     """Strings that end the completion."""
     future: asyncio.Future[Completion]
     policy_version: str | None = None
-    """The weights that sample it."""
+    """The weights that sample it now."""
+    first_policy_version: str | None = None
+    """Those that drew its first tokens, where they are others."""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     raw_logprobs: list[float] = field(default_factory=list)
@@ -48,6 +50,16 @@ class Request:
     def most_tokens(self) -> int:
         """Tokens that it may come to hold in the caches."""
         return len(self.prompt_ids) + self.limit
+
+    def order(self) -> tuple[tuple[int, ...], int]:
+        """Where it stands among requests that began together, whichever was submitted first."""
+        return self.prompt_ids, self.seed
+
+    def sampled_by(self, policy_version: str | None) -> None:
+        """From now on these weights draw its tokens."""
+        if self.token_ids and self.first_policy_version is None:
+            self.first_policy_version = self.policy_version
+        self.policy_version = policy_version
 
     @property
     def dropped(self) -> bool:
@@ -97,6 +109,7 @@ class Request:
             text=text,
             stop_reason=stop_reason,
             policy_version=self.policy_version,
+            first_policy_version=self.first_policy_version,
         )
 
 

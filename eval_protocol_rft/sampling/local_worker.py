@@ -11,8 +11,10 @@ import asyncio
 import logging
 import threading
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 
@@ -39,7 +41,16 @@ applies the setting to this thread and to those that start later."""
 class Worker:
     """Owns the thread; it exists only while there is work, and a moment longer."""
 
-    def __init__(self, model: LocalModel, decode: Decode, *, max_batch_tokens: int) -> None:
+    def __init__(
+        self,
+        model: LocalModel,
+        decode: Decode,
+        *,
+        max_batch_tokens: int,
+        policy_version: str | None = None,
+    ) -> None:
+        self.policy_version = policy_version
+        """Of the weights that the next step samples with."""
         self._model = model
         self._decode = decode
         self._max_batch_tokens = max_batch_tokens
@@ -47,6 +58,13 @@ class Worker:
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._stopping = False
+        self._held = 0
+        self._swaps: deque[_Swap] = deque()
+
+    @property
+    def pending(self) -> int:
+        """Requests that have not joined a batch yet."""
+        return len(self._waiting)
 
     def submit(self, request: Request) -> None:
         """Queue a request, first in first out; its future is resolved on its own event loop."""
@@ -56,6 +74,31 @@ class Worker:
                 self._thread = threading.Thread(target=self._run, name="local-sampler", daemon=True)
                 self._thread.start()
             self._changed.notify()
+
+    def hold(self) -> None:
+        """Let no step begin until `release` was called as often."""
+        with self._changed:
+            self._held += 1
+
+    def release(self) -> None:
+        """Undo one `hold`. What waits joins in an order of its own, not in that of its arrival: the
+        same requests then give the same batches, to the last bit."""
+        with self._changed:
+            self._held -= 1
+            if not self._held:
+                self._waiting = deque(sorted(self._waiting, key=Request.order))
+            self._changed.notify()
+
+    def swap(self, change: Callable[[], None], policy_version: str | None) -> Future[None]:
+        """Run `change` between two steps, after which the weights are called `policy_version`."""
+        swap = _Swap(change, policy_version, Future())
+        with self._changed:
+            if self._thread is None:
+                self._apply(swap, ())
+            else:
+                self._swaps.append(swap)
+                self._changed.notify()
+        return swap.done
 
     def stop(self) -> None:
         """Answer everything pending with an error and end the thread; blocks for the step that is
@@ -82,8 +125,17 @@ class Worker:
         """Requests that join now; None when the thread has ended."""
         running = cohort.requests if cohort else []
         with self._changed:
-            if not running:
-                self._changed.wait_for(lambda: self._waiting or self._stopping, IDLE_SECONDS)
+            while True:
+                while self._swaps:
+                    self._apply(self._swaps.popleft(), running)
+                if self._held and not self._stopping:
+                    self._changed.wait_for(lambda: self._swaps or self._stopping or not self._held)
+                elif not running and not self._waiting and not self._stopping:
+                    self._changed.wait_for(self._has_news, IDLE_SECONDS)
+                    if not self._has_news():
+                        break
+                else:
+                    break
             if self._stopping or not (running or self._waiting):
                 _fail([*running, *self._waiting], "the local sampler was closed")
                 self._waiting.clear()
@@ -91,6 +143,21 @@ class Worker:
                 self._stopping = False
                 return None
             return self._admit(running)
+
+    def _has_news(self) -> bool:
+        return bool(self._waiting or self._swaps or self._stopping or self._held)
+
+    def _apply(self, swap: _Swap, running: Iterable[Request]) -> None:
+        try:
+            with torch.no_grad():
+                swap.change()
+        except BaseException as error:  # noqa: BLE001 - the caller has it
+            swap.done.set_exception(error)
+            return
+        self.policy_version = swap.policy_version
+        for request in running:
+            request.sampled_by(swap.policy_version)
+        swap.done.set_result(None)
 
     def _admit(self, running: Sequence[Request]) -> list[Request]:
         """Take requests in order while caches and prefill have room. One that would run alone
@@ -110,6 +177,7 @@ class Worker:
                     break
                 if admitted and len(prompts) * longest > MAX_PREFILL_TOKENS:
                     break
+                request.sampled_by(self.policy_version)
                 admitted.append(request)
             self._waiting.popleft()
         return admitted
@@ -133,6 +201,15 @@ class Worker:
             merged = Cohort.merge(cohorts)
         _deliver(outcomes)
         return merged
+
+
+@dataclass(frozen=True, slots=True)
+class _Swap:
+    """New weights on their way in."""
+
+    change: Callable[[], None]
+    policy_version: str | None
+    done: Future[None]
 
 
 @contextmanager

@@ -6,7 +6,7 @@ what the same server would have sent whole, or it is an error.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -116,7 +116,16 @@ _OTHER_FIELDS = frozenset({b"", b"event", b"id", b"retry"})
 """What may stand in an event beside its data. The empty name: a comment, or a line left blank."""
 
 
-def parse_stream(body: bytes) -> Reply:
+class Streamed(NamedTuple):
+    """A reply that came as a stream, and what a whole reply could not say."""
+
+    reply: Reply
+    models: dict[int, list[str]]
+    """Choice index -> the models that the events with its tokens name, in order, each as often as
+    it took over from another."""
+
+
+def parse_stream(body: bytes) -> Streamed:
     """Parse a whole event stream and put its chunks together.
 
     Raises: as `parse_reply`; a stream without `[DONE]` is a ConnectionFailedError, one whose
@@ -125,20 +134,33 @@ def parse_stream(body: bytes) -> Reply:
     events = _events(body)
     if not events or events[-1] != b"[DONE]":
         if not events and body.lstrip().startswith(b"{"):
-            return parse_reply(body)  # some servers answer errors and even replies unstreamed
+            # Some servers answer errors and even replies unstreamed.
+            return Streamed(parse_reply(body), {})
         raise ConnectionFailedError(
             f"the event stream ends after {len(events)} events without [DONE]"
         )
     merged: Reply | None = None
+    models: dict[int, list[str]] = {}
     for event in events[:-1]:
         chunk = parse_reply(event)
+        if chunk.model:
+            _note_model(chunk.model, chunk.choices, models)
         if merged is None:
             merged = chunk
         else:
             _merge(merged, chunk)
     if merged is None:
         raise ContractError("the event stream holds nothing but [DONE]")
-    return merged
+    return Streamed(merged, models)
+
+
+def _note_model(model: str, choices: list[Choice], models: dict[int, list[str]]) -> None:
+    for choice in choices:
+        # An event without tokens may come from weights that sampled none of them.
+        if choice.token_ids or choice.text or choice.logprobs is not None:
+            named = models.setdefault(choice.index, [])
+            if not named or named[-1] != model:
+                named.append(model)
 
 
 def _events(body: bytes) -> list[bytes]:

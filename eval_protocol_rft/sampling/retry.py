@@ -1,8 +1,9 @@
 """When to try again. Pure: no clock, no randomness, no sleep; those come in as arguments.
 
 Invariant: one budget for everything. Nothing below this retries, and Eval Protocol does not
-resample our errors, so `max_attempts` is the number of requests that one completion can cost,
-probes for a server that is away not counted. The seed stays the same over all attempts: an
+resample our errors, so `max_attempts` is the number of requests that one completion can cost. Not
+counted are probes for a server that is away, and requests that a server turned away while it loaded
+weights: those end with `max_seconds`. The seed stays the same over all attempts: an
 attempt whose reply was lost may have been sampled, and another draw in its place would favour
 whatever is quick to arrive.
 """
@@ -58,17 +59,25 @@ class RetryPolicy:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
 
     def delay(
-        self, error: SamplingError | Attempt, *, attempt: int, elapsed: float, uniform: float
+        self,
+        error: SamplingError | Attempt,
+        *,
+        attempt: int,
+        elapsed: float,
+        uniform: float,
+        turned_away: int = 0,
     ) -> float | None:
         """Seconds to wait after `attempt` (1-based) failed with `error`; None to give up.
 
-        `attempt` is 0 where all so far were probes, which do not count.
+        `attempt` is 0 where all so far were probes or turned away, which do not count.
         `elapsed`: seconds since the first attempt began. `uniform`: a draw from [0, 1).
+        `turned_away`: attempts that met a server loading weights. They make the backoff longer.
         """
         if error.kind not in TRANSIENT_KINDS or attempt >= self.max_attempts:
             return None
         # 2.0**attempt overflows a float past 1023 attempts; the cap is reached long before.
-        ceiling = min(self.cap_seconds, self.base_seconds * 2.0 ** min(attempt - 1, 60))
+        doublings = min(attempt + turned_away - 1, 60)
+        ceiling = min(self.cap_seconds, self.base_seconds * 2.0**doublings)
         wait = min(error.retry_after or 0.0, self.retry_after_cap_seconds) + uniform * ceiling
         return wait if elapsed + wait <= self.max_seconds else None
 
@@ -81,27 +90,51 @@ class CompletionAttempts:
     seed: int | None = None
     """The seed of every attempt."""
     history: list[Attempt] = field(default_factory=list)
+    began: float | None = None
+    """When the attempt began (clock seconds) that has not ended; None between attempts."""
+
+    @property
+    def requests(self) -> int:
+        """Attempts made, one that has not ended included."""
+        return len(self.history) + (self.began is not None)
+
+    @property
+    def first_began(self) -> float | None:
+        """When the first attempt began (clock seconds); None before it."""
+        return self.history[0].started if self.history else self.began
 
     @property
     def counted(self) -> int:
         """Attempts that count against `max_attempts`. A probe does not: who sends it is chance,
-        and a completion must not be lost for having waited at the head of the queue."""
-        return sum(not attempt.probe for attempt in self.history)
+        and a completion must not be lost for having waited at the head of the queue. Nor does one
+        that met a server loading weights: a swap takes minutes, and where few requests are in
+        flight, a completion would spend all its attempts before the breaker opens."""
+        return sum(not (attempt.probe or attempt.loading) for attempt in self.history)
 
     def failed(self, attempt: Attempt, *, uniform: float) -> Again | GiveUp:
         """Record a failure. `uniform`: a draw from [0, 1)."""
         if attempt.kind is None:
             raise ValueError("this attempt did not fail; record it with succeeded()")
-        self.history.append(attempt)
+        self._ended(attempt)
         elapsed = attempt.ended - self.history[0].started
-        wait = self.policy.delay(attempt, attempt=self.counted, elapsed=elapsed, uniform=uniform)
+        wait = self.policy.delay(
+            attempt,
+            attempt=self.counted,
+            elapsed=elapsed,
+            uniform=uniform,
+            turned_away=sum(past.loading and not past.probe for past in self.history),
+        )
         if wait is not None:
             return Again(attempt.ended + wait)
         return GiveUp(f"{self._why(attempt)}: {causes(self.history)} in {elapsed:.1f} s")
 
     def succeeded(self, attempt: Attempt) -> None:
         """Record the attempt that brought the completion."""
+        self._ended(attempt)
+
+    def _ended(self, attempt: Attempt) -> None:
         self.history.append(attempt)
+        self.began = None
 
     def _why(self, attempt: Attempt) -> str:
         if not attempt.transient:

@@ -28,10 +28,22 @@ _BLOCKS = " ▁▂▃▄▅▆▇█"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prices:
-    """Dollars per million tokens."""
+    """Dollars per million tokens.
+
+    Raises:
+        ValueError: one is no amount of money.
+    """
 
     prompt: float
     completion: float
+
+    def __post_init__(self) -> None:
+        for name in ("prompt", "completion"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(
+                    f"the price of {name} tokens must be a number of dollars, at least 0, got "
+                    f"{getattr(self, name)}"
+                )
 
 
 class InFlight(NamedTuple):
@@ -49,6 +61,17 @@ class Cost(NamedTuple):
     completion: float
     prompt: float | None
     """None where the prompt length of a completion was not told."""
+
+    @property
+    def total(self) -> float | None:
+        """None where a part of it is not known."""
+        return None if self.prompt is None else self.prompt + self.completion
+
+    def __str__(self) -> str:
+        if self.prompt is None:
+            return f"completions ${self.completion:,.4f}, prompts unknown"
+        total = self.prompt + self.completion
+        return f"${total:,.4f}: prompts ${self.prompt:,.4f}, completions ${self.completion:,.4f}"
 
 
 class RunSummary:
@@ -77,9 +100,9 @@ class RunSummary:
         self.max_in_flight = 0
         """Exact where every request ends in an event; cancelled ones are not seen."""
 
-    def add(self, event: AttemptEvent, *, prompt_tokens: int | None = None) -> None:
-        """Count one attempt. `prompt_tokens`: the length of its prompt, for the cost."""
-        attempt = event.attempt
+    def add(self, event: AttemptEvent) -> None:
+        """Count one attempt. The cost needs the length of its prompt."""
+        attempt, prompt_tokens = event.attempt, event.prompt_tokens
         self._series.add(attempt.started, attempt.ended)
         # Between two ends the number only grows, so its peaks are right before an end.
         self.max_in_flight = max(self.max_in_flight, event.in_flight + 1)
@@ -259,8 +282,7 @@ def _lines(run: RunSummary) -> list[str]:
     lines.append(f"in flight  {mean}max {run.max_in_flight:,}  {_bars(run.in_flight())}".rstrip())
     cost = run.cost
     if cost is not None:
-        prompt = "unknown" if cost.prompt is None else f"${cost.prompt:,.4f}"
-        lines.append(f"cost       completions ${cost.completion:,.4f}, prompts {prompt}")
+        lines.append(f"cost       {cost}")
     return lines
 
 

@@ -7,6 +7,7 @@ cannot be exact is a `SamplingError`, which the fan-out records as a `Failure`.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,9 +27,17 @@ FAILURE_KINDS = (
     "contract",  # a reply arrived and is not exact token data
     "internal",  # the in-process sampler failed
     "prompt",  # the prompt could not be rendered exactly, so nothing was asked
+    "cancelled",  # by us: it had not ended at the group's straggler deadline
 )
 FailureKind = Literal[
-    "refused", "unavailable", "connection", "timeout", "contract", "internal", "prompt"
+    "refused",
+    "unavailable",
+    "connection",
+    "timeout",
+    "contract",
+    "internal",
+    "prompt",
+    "cancelled",
 ]
 
 TOKEN_ID_LIMIT = 2**31
@@ -44,6 +53,12 @@ class TokenIds(tuple[int, ...]):
     @cached_property
     def json(self) -> bytes:
         return msgspec.json.encode(tuple(self))
+
+    @cached_property
+    def affinity(self) -> str:
+        """16 hex digits that are the same for the same ids and for no others: whoever has sampled
+        this prompt has it in its cache."""
+        return hashlib.blake2b(self.json, digest_size=8).hexdigest()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +83,8 @@ class SamplingParams:
     `--logprobs-mode`); None: unknown."""
     stream: bool | None = None
     """Whether the reply travels as a stream of events; None: where the generation may be long."""
+    prompt_cache_affinity: bool = True
+    """Whether requests say which of them have the same prompt, see `affinity`."""
     timeout: float = 600.0
     """Seconds that one attempt may take."""
 
@@ -89,7 +106,11 @@ class Completion:
     """The stop string or stop token id that ended it, where the backend tells."""
     request_id: str | None = None
     policy_version: str | None = None
-    """The weights that sampled it, where the backend tells."""
+    """The weights that sampled it, where the backend tells; the last of them where it spans
+    several."""
+    first_policy_version: str | None = None
+    """The first of the weights, other than `policy_version`, that sampled a part of it; None where
+    no others did, as far as the backend tells."""
     queue_seconds: float | None = None
     """How long the request waited in the server's queues, where the backend tells."""
 
@@ -138,6 +159,10 @@ class RefusedError(SamplingError):
 
 class UnavailableError(SamplingError):
     kind: FailureKind = "unavailable"
+
+
+class LoadingError(UnavailableError):
+    """The server says that it loads weights: it sampled nothing, and takes its time."""
 
 
 class ConnectionFailedError(SamplingError):

@@ -10,7 +10,9 @@ sampling and the raw logprob of each token; vLLM and SGLang send `token_ids` bes
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from operator import attrgetter
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
@@ -36,6 +38,8 @@ from eval_protocol_rft.sampling.types import (
     UnavailableError,
 )
 
+_NOT_TOLD: Mapping[int, Sequence[str]] = MappingProxyType({})
+
 
 def request_body(
     prompt: TokenIds,
@@ -44,6 +48,7 @@ def request_body(
     *,
     stream: bool = False,
     ask_usage: bool = True,
+    prompt_cache_key: str | None = None,
 ) -> bytes:
     """The JSON of one request for one completion. Costs nothing per prompt token after the first
     call for a prompt.
@@ -52,6 +57,7 @@ def request_body(
         stream: ask for a stream of events.
         ask_usage: ask for the counts of tokens in a stream, by which lost events show. vLLM sends
             them only then; Fireworks sends them always and does not know the field.
+        prompt_cache_key: what to call the prompt, where the server knows the field.
     """
     body: dict[str, Any] = {
         "model": params.model,
@@ -75,6 +81,8 @@ def request_body(
         body["stream"] = True
         if ask_usage:
             body["stream_options"] = {"include_usage": True}
+    if prompt_cache_key is not None:
+        body["prompt_cache_key"] = prompt_cache_key
     if params.logprobs_mode is not None:
         # Only vLLM's users set the mode; there this makes every id and logprob checkable.
         body["return_tokens_as_token_ids"] = True
@@ -113,12 +121,19 @@ def decode_stream(
 ) -> list[Completion]:
     """The same for a whole server-sent event stream. A stream that ends without `[DONE]` is cut
     off, never a completion."""
-    reply = parse_stream(body)
+    reply, models = parse_stream(body)
     reply.id = request_id or reply.id
-    return _decode(reply, prompt, params, n)
+    return _decode(reply, prompt, params, n, models)
 
 
-def _decode(reply: Reply, prompt: TokenIds, params: SamplingParams, n: int) -> list[Completion]:
+def _decode(
+    reply: Reply,
+    prompt: TokenIds,
+    params: SamplingParams,
+    n: int,
+    models: Mapping[int, Sequence[str]] = _NOT_TOLD,
+) -> list[Completion]:
+    """`models`: choice index -> the models that its tokens' events name, see `Streamed`."""
     if reply.object not in (None, "text_completion"):
         raise ContractError(f"object is {reply.object!r}, expected 'text_completion'")
     choices = sorted(reply.choices, key=attrgetter("index"))
@@ -127,16 +142,19 @@ def _decode(reply: Reply, prompt: TokenIds, params: SamplingParams, n: int) -> l
             f"choices have the indices {[choice.index for choice in reply.choices]}, "
             f"expected {list(range(n))}"
         )
-    completions = [_completion(choice, reply, prompt, params) for choice in choices]
+    completions = [
+        _completion(choice, reply, prompt, params, models.get(choice.index, ()))
+        for choice in choices
+    ]
     check_usage(reply, prompt, params, completions)
     return completions
 
 
 def _completion(
-    choice: Choice, reply: Reply, prompt: TokenIds, params: SamplingParams
+    choice: Choice, reply: Reply, prompt: TokenIds, params: SamplingParams, models: Sequence[str]
 ) -> Completion:
     where = f"choices[{choice.index}]"
-    version = (reply.model or "").partition("@")[2]
+    version, first_version = _versions(models, reply.model)
     try:
         finish_reason = _finish_reason(choice)
         check_prompt(choice, prompt)
@@ -154,10 +172,30 @@ def _completion(
             text=choice.text,
             stop_reason=choice.stop_reason,
             request_id=reply.id,
-            policy_version=version or None,
+            policy_version=version,
+            first_policy_version=first_version,
         )
     except ContractError as error:
         raise ContractError(f"{where}: {error}") from error
+
+
+def _versions(models: Sequence[str], model: str | None) -> tuple[str | None, str | None]:
+    """The last version of the weights that sampled a choice, and the first other one.
+
+    A model named without a version, among others that are named with one, goes by its name: it is
+    what was served before the first version was loaded.
+    """
+    if not any("@" in name for name in models):
+        return _version(model or ""), None
+    *_, last = models
+    others = (name for name in models if _version(name) != _version(last))
+    first = next(others, None)
+    return _version(last), first and (_version(first) or first)
+
+
+def _version(model: str) -> str | None:
+    """`name@version` -> `version`."""
+    return model.partition("@")[2] or None
 
 
 def _finish_reason(choice: Choice) -> FinishReason:

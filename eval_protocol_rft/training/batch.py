@@ -76,8 +76,9 @@ def build_batch(
         filters: what is dropped and shaped. The default keeps truncated completions and drops
             groups without a gradient.
         biased_sampling: completions sampled at temperature 0 or from a truncated support (top_p,
-            top_k) have biased importance ratios: "warn" trains on them, "refuse" raises. Default
-            "warn".
+            top_k) have biased importance ratios, and groups of which slow completions were
+            cancelled (over_sample, straggler_seconds) hold too many short ones: "warn" trains on
+            them, "refuse" raises. Default "warn".
         pass_threshold: the reward from which a completion counts as correct in `stats`. Default
             1.0.
 

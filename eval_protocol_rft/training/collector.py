@@ -32,6 +32,7 @@ class Collector:
         self._options = options
         self._kept: list[FilteredGroup] = []
         self._seen: list[GroupStats] = []
+        self._cut_off: list[PromptGroup] = []
         self._named: PromptGroup | None = None
         self.dropped: Counter[str] = Counter()
         """Completions without a datum so far, by reason."""
@@ -65,6 +66,8 @@ class Collector:
         self.dropped += dropped
         if left is not None:
             self._kept.append(left)
+            if group.cut_off:
+                self._cut_off.append(group)
             self.tokens += target_tokens(left)
 
     def pack(self) -> tuple[list[TrainingDatum], BatchStats]:
@@ -92,6 +95,7 @@ class Collector:
             if trains
         ]
         self._check_bias([example.trajectory for example in examples])
+        self._check_cut_off()
         datums = pack(
             examples,
             normalization=options.normalization,
@@ -143,15 +147,27 @@ class Collector:
         if not biased:
             return
         first = biased[0]
-        message = (
+        self._tell_bias(
             f"{len(biased)} of {len(trajectories)} completions have biased importance ratios; the "
             f"first is {_name(first)}: {first.bias}. Sample with temperature > 0, top_p=1 and "
             "top_k=0"
         )
+
+    def _check_cut_off(self) -> None:
+        if not self._cut_off:
+            return
+        first = self._cut_off[0]
+        self._tell_bias(
+            f"in {len(self._cut_off)} of {len(self._kept)} groups slow completions were cancelled, "
+            f"which favours short ones; the first is group {first.key!r}, with {first.cut_off} "
+            f"cancelled and {len(first)} kept. Sample without over_sample and straggler_seconds"
+        )
+
+    def _tell_bias(self, message: str) -> None:
         if self._options.biased_sampling == "refuse":
             raise BiasedSamplingError(message)
         # The caller of build_batch, or of next() on the iterator.
-        warnings.warn(message, BiasedSamplingWarning, stacklevel=5)
+        warnings.warn(message, BiasedSamplingWarning, stacklevel=6)
 
 
 def target_tokens(left: FilteredGroup) -> int:

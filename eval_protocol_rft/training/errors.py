@@ -25,8 +25,9 @@ class EmptyBatchError(TrainingDataError):
 
 
 class BiasedSamplingWarning(UserWarning):
-    """Completions whose logprobs are no full-vocabulary sampling logprobs: importance ratios over
-    them are biased."""
+    """Completions that are no fair draws from the policy: their logprobs are no full-vocabulary
+    sampling logprobs, so that importance ratios over them are biased; or slower ones of their group
+    were cancelled, so that short ones are too many."""
 
 
 class BiasedSamplingError(TrainingDataError):

@@ -20,9 +20,11 @@ from eval_protocol_rft.training.trajectory import PromptGroup, Trajectory
 DROP_REASONS = {
     "failed": "the sampler got no completion",
     "failed_row": "the whole rollout failed; counts rows, not completions",
+    "cancelled": "asked for beyond n (over_sample), and given up once n were there",
     "unscored": "the evaluator gave no valid score",
     "stale": "sampled by weights more than max_staleness versions old",
     "unknown_version": "max_staleness is set and its policy version is not in policy_versions",
+    "mixed_versions": 'sampled by several policy versions, with mixed_versions="drop"',
     "truncated": 'cut off at max_tokens, with truncated="drop"',
     "too_long": "longer than a length limit",
     "small_group": "fewer than min_group_size completions of its group are left",
@@ -76,9 +78,14 @@ class Filters:
     """Groups whose rewards are all equal. Default: drop where the estimator compares within the
     group (it would make them 0.0), else keep."""
     max_staleness: int | None = None
-    """Most policy versions that a completion may be behind; needs `policy_versions`."""
+    """Most policy versions that a completion may be behind, by the oldest that sampled a part of
+    it; needs `policy_versions`."""
     policy_versions: Sequence[str] = ()
     """Versions from old to new; the last is the one that will be trained."""
+    mixed_versions: Literal["keep", "drop"] = "keep"
+    """Completions in whose midst the weights were swapped. Each of their logprobs is that of the
+    weights that drew the token, so importance ratios are right; there is no one policy that the
+    completion as a whole is a sample of."""
 
     def __post_init__(self) -> None:
         if self.max_staleness is not None and not self.policy_versions:
@@ -117,7 +124,11 @@ def filter_group(
     reasons = [_reason(trajectory, filters) for trajectory in group.trajectories]
     left = tuple(t for t, reason in zip(group.trajectories, reasons, strict=True) if not reason)
     dropped = Counter(reason for reason in reasons if reason)
-    dropped.update(failed=len(group.failures), failed_row=len(group.failed_rows))
+    dropped.update(
+        failed=len(group.failures),
+        failed_row=len(group.failed_rows),
+        cancelled=group.cancelled,
+    )
     kept = PromptGroup(key=group.key, trajectories=left, tokenizer=group.tokenizer)
     rewards = kept.rewards
     if filters.soft_overlong is not None:
@@ -138,11 +149,15 @@ def _reason(trajectory: Trajectory, filters: Filters) -> str | None:
     if trajectory.reward is None:
         return "unscored"
     if filters.max_staleness is not None:
-        if trajectory.policy_version not in filters.policy_versions:
+        versions, first = filters.policy_versions, trajectory.first_policy_version
+        sampled_by = {trajectory.policy_version} | ({first} if first is not None else set())
+        if not sampled_by <= set(versions):
             return "unknown_version"
-        newer = len(filters.policy_versions) - 1
-        if newer - filters.policy_versions.index(trajectory.policy_version) > filters.max_staleness:
+        oldest = min(i for i, version in enumerate(versions) if version in sampled_by)
+        if len(versions) - 1 - oldest > filters.max_staleness:
             return "stale"
+    if filters.mixed_versions == "drop" and trajectory.first_policy_version is not None:
+        return "mixed_versions"
     if filters.truncated == "drop" and trajectory.truncated:
         return "truncated"
     longest, most = filters.max_sequence_tokens, filters.max_completion_tokens

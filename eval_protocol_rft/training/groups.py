@@ -47,8 +47,8 @@ def iter_groups(
         rows: evaluated rows. Without `completions_per_group`, those of one group stand together.
         key: names the group of a row.
         completions_per_group: a group is complete when that many completions were asked for,
-            failed ones included; its rows may then stand anywhere. Groups that are still
-            incomplete at the end come last.
+            failed ones included, the surplus of over-sampling not; its rows may then stand
+            anywhere. Groups that are still incomplete at the end come last.
 
     Raises:
         TrainingDataError: as `group_rows`; or a row of a group that was complete already.
@@ -97,6 +97,7 @@ def _group(key: Hashable, rollouts: Sequence[RowRollout], *, same_prompt: bool) 
         key=key,
         trajectories=tuple(t for rollout in sampled for t in rollout.trajectories),
         failures=tuple(f for rollout in rollouts for f in rollout.failures),
+        cancelled=sum(rollout.cancelled for rollout in rollouts),
         failed_rows=tuple(r.failed for r in rollouts if r.failed is not None),
         tokenizer=_common_tokenizer(sampled),
     )

@@ -75,7 +75,9 @@ class RowRollout:
     """What ended the whole rollout; then there are no trajectories."""
     tokenizer: str | None
     asked: int
-    """Completions asked for."""
+    """Completions asked for, without the surplus of over-sampling."""
+    cancelled: int = 0
+    """The surplus that over-sampling cancelled."""
 
 
 def field_of(value: Any, name: str) -> Any:
@@ -114,7 +116,7 @@ def read_row(row: Row, buffer: TokenBuffer) -> RowRollout:
         record = _without_tokens(extra)
     except RecordError as error:
         raise TrainingDataError(f"{name}: {error}") from error
-    sampling = record.sampling
+    sampling, firsts = record.sampling, record.sampling.first_policy_versions
     slabs = _slabs(extra, sampling.indices, buffer, name)
     results: Sequence[CompletionResult | None] = record.completion_results or [None] * len(record)
     row_id = field_of(field_of(row, "input_metadata"), "row_id")
@@ -129,6 +131,7 @@ def read_row(row: Row, buffer: TokenBuffer) -> RowRollout:
             components=_components(results[i]),
             finish_reason=record.finish_reasons[i],
             policy_version=sampling.policy_versions[i],
+            first_policy_version=firsts[i] if firsts else None,
             row_id=row_id,
             completion=sampling.indices[i],
             bias=bias,
@@ -138,7 +141,13 @@ def read_row(row: Row, buffer: TokenBuffer) -> RowRollout:
         for i, (slab, reward) in enumerate(zip(slabs, _rewards(row, record, name), strict=True))
     )
     return RowRollout(
-        name, trajectories, tuple(record.failures), None, sampling.tokenizer, sampling.n
+        name,
+        trajectories,
+        tuple(record.failures),
+        None,
+        sampling.tokenizer,
+        sampling.n,
+        len(sampling.cancelled),
     )
 
 

@@ -47,7 +47,9 @@ class Trajectory(msgspec.Struct, frozen=True, kw_only=True, eq=False, gc=False):
     """Further scores by name, as `metrics` of the evaluator gave them."""
     finish_reason: FinishReason = "stop"
     policy_version: str | None = None
-    """The weights that sampled it, where known."""
+    """The weights that sampled it, where known; the last of them where it spans several."""
+    first_policy_version: str | None = None
+    """The first of the weights, other than `policy_version`, that sampled a part of it."""
     row_id: str | None = None
     completion: int = 0
     """Place among the completions asked for in its row's rollout."""
@@ -105,6 +107,8 @@ class PromptGroup:
     """[G] completions that were sampled, scored or not."""
     failures: tuple[Failure, ...] = ()
     """Completions that could not be had."""
+    cancelled: int = 0
+    """The surplus that over-sampling cancelled when there were enough."""
     failed_rows: tuple[str, ...] = ()
     """What ended the rollouts that left nothing at all, one message per row."""
     tokenizer: str | None = None
@@ -113,6 +117,11 @@ class PromptGroup:
     def __len__(self) -> int:
         """G, the number of completions that were sampled."""
         return len(self.trajectories)
+
+    @property
+    def cut_off(self) -> int:
+        """Completions cancelled for being slow: surplus, and stragglers at a deadline."""
+        return self.cancelled + sum(failure.kind == "cancelled" for failure in self.failures)
 
     @property
     def rewards(self) -> NDArray[np.float64]:

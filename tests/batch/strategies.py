@@ -187,6 +187,7 @@ def completion_rows(
         max_tokens=maybe(_integers(32)),
         seed=maybe(_integers(64)),
         policy_version=maybe(TEXT),
+        first_policy_version=maybe(TEXT),
         attempts=maybe(_integers(32)),
         seconds=maybe(FINITE),
         began_at=maybe(FINITE),

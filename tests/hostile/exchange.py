@@ -6,10 +6,13 @@ its last byte.
 
 from __future__ import annotations
 
+import array
 import asyncio
+import fcntl
 import random
 import socket
 import struct
+import termios
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -77,6 +80,8 @@ class Exchange:
         self.keep_open = True
         """Whether the connection serves another request afterwards."""
         self.whole = False
+        self.surplus = False
+        """A reply that nobody asked for was sent on a connection that stays open."""
         self.sent = 0
         """Bytes given to the socket."""
         self._dialect: Dialect = dialect
@@ -157,6 +162,14 @@ class Exchange:
                 pass
         except OSError:
             pass
+
+    def client_is_silent(self) -> bool:
+        """Nothing of a next request has arrived, not even in the kernel."""
+        waiting = array.array("i", [0])
+        connection = self._writer.get_extra_info("socket")
+        fcntl.ioctl(connection.fileno(), termios.FIONREAD, waiting)
+        # Streams have no other way to look without taking.
+        return not waiting[0] and not self._reader._buffer
 
     def close(self) -> None:
         """End in good order, whatever was or was not sent."""

@@ -5,7 +5,7 @@
         server.die(); server.rise()
 
 It runs on raw asyncio streams in a thread of its own. Every connection and every request is in the
-ledger, in the order of arrival.
+ledger, in the order of arrival; for long runs each entry is handed over instead, once it is final.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, TypeVar
 
 from tests.hostile import (  # noqa: F401 - each fills the register
     faults_contents,
@@ -32,45 +31,12 @@ from tests.hostile import (  # noqa: F401 - each fills the register
 from tests.hostile.exchange import ClientGoneError, Exchange, Request
 from tests.hostile.faults import Fault
 from tests.hostile.http1 import LONGEST_HEAD, NoRequestError, read_request
+from tests.hostile.ledger import Death, Entry, Plan, dialect_of
 from tests.hostile.replies import Dialect, Truth, truth_of
 
 FIRST_OWN_SEED = 2**32
 """Its own seeds are above those that a request may carry."""
 T = TypeVar("T")
-
-
-class Plan(Protocol):
-    """Which fault strikes; None: an honest answer."""
-
-    def of_request(self, request: Request, dialect: Dialect) -> Fault | None: ...
-    def of_connection(self, number: int) -> Fault | None: ...
-
-
-@dataclass(slots=True)
-class Entry:
-    """One request, or one connection that a fault met before it could ask."""
-
-    connection: int
-    fault: str
-    """Name of the fault; empty: answered honestly."""
-    request: Request | None = None
-    """None where the fault struck at accept."""
-    whole: bool = False
-    """The true reply went out to its last byte, rightly framed."""
-    sent: int = 0
-    """Bytes of the answer that were given to the socket."""
-    done: bool = False
-    """The server has finished with it; False while it answers or stalls."""
-    cut: bool = False
-    """The server died while this was the last on an open connection: part of it may be lost."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Death:
-    """In mid run the server dies, and comes back on the same port."""
-
-    after_requests: int
-    seconds: float
 
 
 class HostileServer:
@@ -80,16 +46,27 @@ class HostileServer:
         self,
         *,
         plan: Plan | None = None,
-        dialect: Dialect = "fireworks",
+        dialect: Dialect | Literal["both"] = "fireworks",
         deaths: tuple[Death, ...] = (),
+        on_final: Callable[[Entry], None] | None = None,
     ) -> None:
+        """
+        Args:
+            plan: which faults strike; None: none does.
+            dialect: `both`: every prompt has one of them, all its completions the same.
+            deaths: when it dies in mid run.
+            on_final: called, in the server's thread, with each entry that nothing will change any
+                more. The ledger then stays empty, so that a long run needs no memory for it.
+        """
         self.plan = plan
-        self.dialect: Dialect = dialect
+        self.dialect: Dialect | Literal["both"] = dialect
         self.ledger: list[Entry] = []
         self.connections_made = 0
         self._deaths = {death.after_requests: death.seconds for death in deaths}
         self._requests_read = 0
-        self._attempts: Counter[tuple[tuple[int, ...], int]] = Counter()
+        self._on_final = on_final
+        self._attempts: Counter[int] = Counter()
+        """By the hash of (prompt, seed): with the prompts a long run would need memory for them."""
         self._port = 0
         self._listener: asyncio.Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -194,7 +171,7 @@ class HostileServer:
             pass  # by `die`, which waits for us
         finally:
             del self._writers[number]
-            self._latest.pop(number, None)
+            self._final(self._latest.pop(number, None))
             self._tasks.discard(task)
             writer.close()
 
@@ -212,7 +189,8 @@ class HostileServer:
             except NoRequestError:
                 return
             request = self._request(number, headers, body)
-            fault = self.plan.of_request(request, self.dialect) if self.plan else None
+            dialect = self._dialect_of(request)
+            fault = self.plan.of_request(request, dialect) if self.plan else None
             entry = Entry(number, fault.name if fault else "", request)
             keep_open = await self._answer(entry, fault, reader, writer)
 
@@ -220,7 +198,8 @@ class HostileServer:
         prompt = tuple(body["prompt"])
         self._requests_read += 1
         seed = body.get("seed", FIRST_OWN_SEED + self._requests_read)
-        self._attempts[prompt, seed] += 1
+        asked = hash((prompt, seed))
+        self._attempts[asked] += 1
         seconds = self._deaths.pop(self._requests_read, None)
         if seconds is not None:
             dying = asyncio.ensure_future(self._die_for(seconds))
@@ -231,8 +210,17 @@ class HostileServer:
             headers=headers,
             prompt=prompt,
             seed=seed,
-            attempt=self._attempts[prompt, seed],
+            attempt=self._attempts[asked],
         )
+
+    def _dialect_of(self, request: Request | None) -> Dialect:
+        if self.dialect != "both":
+            return self.dialect
+        return dialect_of(request.prompt if request else ())
+
+    def _final(self, entry: Entry | None) -> None:
+        if entry is not None and self._on_final is not None:
+            self._on_final(entry)
 
     async def _answer(
         self,
@@ -241,14 +229,18 @@ class HostileServer:
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
     ) -> bool:
-        self.ledger.append(entry)
+        before = self._latest.get(entry.connection)
+        entry.crossed = before is not None and (before.surplus or before.crossed)
+        self._final(before)
+        if self._on_final is None:
+            self.ledger.append(entry)
         self._latest[entry.connection] = entry
         request = entry.request
         exchange = Exchange(
             reader,
             writer,
             request=request,
-            dialect=self.dialect,
+            dialect=self._dialect_of(request),
             rng=random.Random(f"{entry.fault}/{request and (request.seed, request.attempt)}"),
         )
         try:
@@ -257,4 +249,5 @@ class HostileServer:
             return False
         finally:
             entry.whole, entry.sent, entry.done = exchange.whole, exchange.sent, True
+            entry.surplus = exchange.surplus
         return exchange.keep_open

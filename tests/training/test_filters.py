@@ -114,6 +114,28 @@ def test_staleness_is_the_distance_in_the_list_of_versions():
         Filters(max_staleness=1)
 
 
+def test_a_completion_that_spans_versions_is_as_stale_as_the_oldest_of_them():
+    versions = ["v1", "v2", "v3"]
+    made = group(
+        *(1.0, 0.0, 0.5, 0.25),
+        versions=["v3", "v3", "v3", "v2"],
+        first_policy_versions=["v1", "v2", "lost", None],
+    )
+    left, dropped = left_of(made, max_staleness=1, policy_versions=versions)
+    assert left is not None
+    assert [t.completion for t in left.group.trajectories] == [1, 3]
+    assert dropped == {"stale": 1, "unknown_version": 1}
+
+
+def test_completions_that_span_versions_can_be_left_out():
+    made = group(1.0, 0.0, 0.5, versions=["v2"] * 3, first_policy_versions=[None, "v1", None])
+    assert left_of(made)[1] == {}
+    left, dropped = left_of(made, mixed_versions="drop")
+    assert left is not None
+    assert [t.completion for t in left.group.trajectories] == [0, 2]
+    assert dropped == {"mixed_versions": 1}
+
+
 def test_the_soft_overlong_penalty_by_hand():
     shaping = SoftOverlong(max_tokens=10, cache_tokens=4)
     assert shaping.penalty([1, 6, 7, 8, 10, 11]).tolist() == [0.0, 0.0, -0.25, -0.5, -1.0, -1.0]

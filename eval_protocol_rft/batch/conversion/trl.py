@@ -34,7 +34,7 @@ from eval_protocol_rft.batch.rollouts.rows import UNSCORED, CompletionRow, Score
 _KEPT = (
     "row_id", "data_idx", "sample_idx", "prompt_ids", "completion_ids", "logprobs",
     "raw_logprobs", "finish_reason", "truncated", "temperature", "top_p", "top_k", "max_tokens",
-    "seed", "policy_version",
+    "seed", "policy_version", "first_policy_version",
 )  # fmt: skip
 """Columns that are the same there."""
 _COMPLETION = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))

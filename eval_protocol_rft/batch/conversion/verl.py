@@ -45,6 +45,7 @@ _LISTS: dict[str, tuple[str, pa.DataType]] = {
     "finish_reasons": ("finish_reason", pa.string()),
     "seeds": ("seed", pa.int64()),
     "policy_versions": ("policy_version", pa.string()),
+    "first_policy_versions": ("first_policy_version", pa.string()),
 }
 """Column -> column of the rollout file of which it holds a list per data row, and its type."""
 _ONCE = ("row_id", "data_idx", "prompt", "tools", "ground_truth", "prompt_ids", "truncated")

@@ -85,7 +85,7 @@ def _from_record(record: RolloutRecord, known: FilePart | None) -> list[Completi
 def _survivor(
     record: RolloutRecord, i: int, prompt_ids: Any, known: FilePart | None
 ) -> CompletionRow:
-    sampling = record.sampling
+    sampling, firsts = record.sampling, record.sampling.first_policy_versions
     raw = record.raw_logprobs[i] if record.raw_logprobs is not None else None
     own = _params(sampling) if known is None else known.survived[i]
     values = {"attempts": sampling.attempts[i], "seconds": sampling.seconds[i], **own}
@@ -101,6 +101,7 @@ def _survivor(
         truncated=record.truncated[i],
         seed=sampling.seeds[i],
         policy_version=sampling.policy_versions[i],
+        first_policy_version=firsts[i] if firsts else None,
         request_id=sampling.request_ids[i],
         scores=_scores(record, i, known),
         **values,

@@ -78,6 +78,10 @@ def record_of(
         return array if arrays or array is None else array.tolist()
 
     prompt_ids = numbers(survivors[0].prompt_ids)
+    told = dict(sampling)
+    if isinstance(causes := told.get("retry_causes"), Mapping):
+        told["retry_causes"] = [causes.get(str(row.sample_idx), []) for row in survivors]
+    firsts = [row.first_policy_version for row in survivors]
     ids = [numbers(row.completion_ids) for row in survivors]
     logprobs = [numbers(row.logprobs) for row in survivors]
     record: dict[str, Any] = {
@@ -90,10 +94,11 @@ def record_of(
         "failures": [failure(row) for row in group if row.failed],
         "token_turn_traces": [trace(prompt_ids, ids[0], logprobs[0], survivors[0].finish_reason)],
         "sampling": {
-            **sampling,
+            **told,
             "indices": [row.sample_idx for row in survivors],
             "seeds": [row.seed for row in survivors],
             "policy_versions": [row.policy_version for row in survivors],
+            **({"first_policy_versions": firsts} if any(f is not None for f in firsts) else {}),
             "request_ids": [row.request_id for row in survivors],
             "attempts": [_or(row.attempts, 1) for row in survivors],
             "seconds": [_or(row.seconds, 0.0) for row in survivors],

@@ -18,7 +18,10 @@ from eval_protocol_rft.record import RecordError, RolloutRecord
 
 _DERIVED = frozenset(RolloutRecord.__struct_fields__)
 """Keys of `extra` that the columns hold."""
-_PER_COMPLETION = ("indices", "seeds", "policy_versions", "request_ids", "attempts", "seconds")
+_PER_COMPLETION = (
+    "indices", "seeds", "policy_versions", "first_policy_versions", "request_ids", "attempts",
+    "seconds",
+)  # fmt: skip
 _MESSAGE_FIELDS = ("role", "content", "reasoning_content", "name", "tool_calls", "tool_call_id")
 """What the file's prompt column holds of a message."""
 _OF_A_GENERATED_ROW = frozenset(
@@ -68,8 +71,18 @@ def _rest(row: Mapping[str, Any], record: RolloutRecord | None, *, answered: boo
     kept = {k: v for k, v in extra.items() if k not in _DERIVED and k != FILE_KEY}
     if "sampling" in extra:
         sampling: Mapping[str, Any] = extra["sampling"]
-        kept["sampling"] = {k: v for k, v in sampling.items() if k not in _PER_COMPLETION}
+        kept["sampling"] = {
+            # An empty list says that no completion has one, and no column would.
+            k: v
+            for k, v in sampling.items()
+            if k not in _PER_COMPLETION or v == []
+        }
     if record is not None:
+        told = record.sampling
+        if told.retry_causes:
+            # By place, as completions may be filtered out of the file.
+            places = map(str, told.indices)
+            kept["sampling"]["retry_causes"] = dict(zip(places, told.retry_causes, strict=True))
         traces = extra.get("token_turn_traces")
         if traces and traces != [_first_trace(extra)]:
             kept["token_turn_traces"] = traces

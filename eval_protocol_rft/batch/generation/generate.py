@@ -35,7 +35,8 @@ from eval_protocol_rft.sampling.concurrency import ConcurrencyLimit, FixedLimit
 from eval_protocol_rft.sampling.http import HttpSampler
 from eval_protocol_rft.sampling.observing import observers
 from eval_protocol_rft.sampling.retry import RetryPolicy
-from eval_protocol_rft.sampling.run_summary import RunSummary
+from eval_protocol_rft.sampling.run_summary import Prices, RunSummary
+from eval_protocol_rft.sampling.server_metrics import polling
 from eval_protocol_rft.sampling.tuning import HIGHEST
 from eval_protocol_rft.sampling.types import Sampler
 from eval_protocol_rft.tokenizer import LoadedTokenizer
@@ -90,6 +91,7 @@ async def agenerate(
     trust_remote_code: bool = False,
     engine: Engine = "local",
     ray_address: str | None = None,
+    prices: Prices | None = None,
     progress: bool | None = None,
 ) -> GenerateSummary:
     """Sample n completions for every row of a data set.
@@ -112,6 +114,7 @@ async def agenerate(
         engine: where requests are made and local models sampled: in this process, or on the nodes
             of a Ray cluster, which share `concurrency`.
         ray_address: of the cluster; None: that of RAY_ADDRESS, else one on this machine.
+        prices: of the model, for the cost in `GenerateSummary.attempts`.
         progress: show a bar; None: where stderr is a terminal.
 
     Raises:
@@ -156,21 +159,23 @@ async def agenerate(
             await remote.start()
         own = request.endpoint is None or sampler is not None or engine == "ray"
         bound, highest = _limit(DEFAULT_CONCURRENCY if own and concurrency is None else concurrency)
-        return await _run(
-            output_job,
-            functools.partial(
-                SamplingRun,
-                sampler=remote or chosen,
-                tokenizer=own_tokenizer,
-                params=request.params,
-                retry=retry or RetryPolicy(),
-                limit=bound,
-                highest=highest,
-            ),
-            own_tokenizer,
-            retry_failed=retry_failed,
-            progress=progress,
-        )
+        async with polling(None if own else request.endpoint, bound):
+            return await _run(
+                output_job,
+                functools.partial(
+                    SamplingRun,
+                    sampler=remote or chosen,
+                    tokenizer=own_tokenizer,
+                    params=request.params,
+                    retry=retry or RetryPolicy(),
+                    limit=bound,
+                    highest=highest,
+                ),
+                own_tokenizer,
+                retry_failed=retry_failed,
+                prices=prices,
+                progress=progress,
+            )
     finally:
         if remote is not None:
             await remote.aclose()
@@ -191,11 +196,12 @@ async def _run(
     tokenizer: LoadedTokenizer,
     *,
     retry_failed: bool,
+    prices: Prices | None,
     progress: bool | None,
 ) -> GenerateSummary:
     """Sample what is missing, and finish the file."""
     counts = RunCounts()
-    attempts = RunSummary()
+    attempts = RunSummary(prices=prices)
     began = time.perf_counter()
     with job.open() as output:
         total, before = job.total, output.done.done + output.done.failed

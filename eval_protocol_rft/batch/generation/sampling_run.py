@@ -13,7 +13,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -149,11 +149,18 @@ class SamplingRun:
                 retry=self.retry,
                 guard=self._guard,
                 prompt=row.row_id,
-                observe=self.observe,
+                observe=self._observer(len(prompt.ids)),
                 on_start=started,
             )
             self._fill(row, outcome)
         self._finished.put_nowait(row)
+
+    def _observer(self, prompt_tokens: int) -> Observer | None:
+        """`observe`, with events that say how long the prompt is."""
+        observe = self.observe
+        if observe is None:
+            return None
+        return lambda event: observe(replace(event, prompt_tokens=prompt_tokens))
 
     def _fill(self, row: CompletionRow, outcome: Survivor | Failure) -> None:
         row.attempts, row.seconds = outcome.attempts, outcome.seconds
@@ -170,6 +177,7 @@ class SamplingRun:
         row.finish_reason = completion.finish_reason
         row.truncated = completion.truncated
         row.policy_version = completion.policy_version
+        row.first_policy_version = completion.first_policy_version
         row.request_id = completion.request_id
 
     async def _write(self, thread: ThreadPoolExecutor) -> None:

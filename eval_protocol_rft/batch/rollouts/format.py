@@ -68,6 +68,7 @@ FIXED_COLUMNS: dict[str, pa.DataType] = {
     "max_tokens": pa.int32(),
     "seed": pa.int64(),
     "policy_version": pa.string(),
+    "first_policy_version": pa.string(),
     "reward": pa.float64(),
     "reward_reason": pa.string(),
     "metrics": pa.string(),

@@ -64,6 +64,7 @@ class CompletionRow(msgspec.Struct, kw_only=True, eq=False):
     max_tokens: int | None = None
     seed: int | None = None
     policy_version: str | None = None
+    first_policy_version: str | None = None
     attempts: int | None = None
     seconds: float | None = None
     began_at: float | None = None
@@ -95,8 +96,8 @@ class CompletionRow(msgspec.Struct, kw_only=True, eq=False):
 
 _PLAIN = (
     "row_id", "data_idx", "sample_idx", "response", "finish_reason", "truncated", "temperature",
-    "top_p", "top_k", "max_tokens", "seed", "policy_version", "attempts", "seconds", "began_at",
-    "request_id", "error", "error_kind", "error_status", "evaluation_row",
+    "top_p", "top_k", "max_tokens", "seed", "policy_version", "first_policy_version", "attempts",
+    "seconds", "began_at", "request_id", "error", "error_kind", "error_status", "evaluation_row",
 )  # fmt: skip
 """Fields that are columns as they are."""
 
