@@ -13,6 +13,7 @@ import typer
 
 from eval_protocol_rft.cli.convert import convert
 from eval_protocol_rft.cli.datums import datums
+from eval_protocol_rft.cli.doctor import doctor
 from eval_protocol_rft.cli.filter import filter  # noqa: A004 - the command's name
 from eval_protocol_rft.cli.generate import generate
 from eval_protocol_rft.cli.report import report
@@ -27,7 +28,18 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (generate, score, filter, stats, report, datums, convert, show, serve):
+for command in (
+    generate,
+    score,
+    filter,
+    stats,
+    report,
+    datums,
+    convert,
+    show,
+    serve,
+    doctor,
+):
     app.command(help=command.__doc__)(command)
 
 
