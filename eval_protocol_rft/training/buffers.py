@@ -46,17 +46,18 @@ class Slab(NamedTuple):
 
 
 class TokenBuffer:
-    """Hands out slabs from large blocks, in order. A block lives as long as a view into it."""
+    """Hands out slabs from large blocks, in order. A block lives as long as a view into it, so
+    blocks begin small, and each is twice as large as the one before, up to `block_tokens`."""
 
     def __init__(self, block_tokens: int = BLOCK_TOKENS) -> None:
-        self._block_tokens = block_tokens
+        self._most = block_tokens
         self._block = _new_block(0)
         self._used = 0
 
     def take(self, size: int) -> Slab:
         """Room for `size` tokens."""
         if self._used + size > len(self._block.tokens):
-            self._block = _new_block(max(size, self._block_tokens))
+            self._block = _new_block(max(size, min(2 * len(self._block.tokens), self._most)))
             self._used = 0
         start, self._used = self._used, self._used + size
         return self._block.part(start, self._used)

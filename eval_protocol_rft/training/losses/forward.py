@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +18,12 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 from eval_protocol_rft.training.datums import TrainingDatum
+from eval_protocol_rft.training.losses.layout import (
+    Layout,
+    bundled,
+    sharing_prompts,
+    side_by_side,
+)
 from eval_protocol_rft.training.losses.tensors import LossError
 
 CHUNK_LOGITS = 2**25
@@ -33,21 +39,13 @@ class TokenLogprobs(NamedTuple):
     """Nats, of the whole next-token distribution; without gradient."""
 
 
-class _Padded(NamedTuple):
-    """Datums padded on the right to [B, T]."""
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    targets: Tensor
-    sampled: Tensor
-
-
 def token_logprobs(
     model: torch.nn.Module,
     datums: Sequence[TrainingDatum],
     *,
     temperature: float = 1.0,
     entropies: bool = False,
+    share_prompts: bool = False,
 ) -> TokenLogprobs:
     """Run `datums` through `model` as one right-padded batch.
 
@@ -59,6 +57,9 @@ def token_logprobs(
         temperature: the one sampled with: the policy that sampled was softmax(logits / T).
             A vocabulary cut by top-p or top-k is not rebuilt here.
         entropies: compute them too.
+        share_prompts: neighbours with the same prompt run through the model behind one copy of it.
+            The same logprobs up to float noise, for less work where prompts are long; the model
+            must be one that `can_share_prompts`.
 
     Raises:
         LossError: no datums, or a temperature that is not above 0 (greedy has no policy ratio).
@@ -67,34 +68,58 @@ def token_logprobs(
         raise LossError("no datums: there is nothing to run the model on")
     if not temperature > 0.0:
         raise LossError(f"temperature is {temperature}: only a policy above 0 has logprobs")
-    batch = _padded(datums, next(model.parameters()).device)
-    # Where all datums begin with unsampled tokens (a prompt), their logits are not even computed.
-    first = int(batch.sampled.any(dim=0).to(torch.uint8).argmax())
-    trims = "logits_to_keep" in inspect.signature(model.forward).parameters
-    kept = {"logits_to_keep": batch.sampled.shape[1] - first} if trims else {}
-    logits: Tensor = model(
-        input_ids=batch.input_ids, attention_mask=batch.attention_mask, **kept
-    ).logits
-    sampled = batch.sampled[:, -logits.shape[1] :]
-    chosen, targets = logits[sampled], batch.targets[batch.sampled]
-    lengths = [len(datum) for datum in datums]
+    if share_prompts:
+        layout = sharing_prompts([[datums[i] for i in places] for places in bundled(datums)])
+    else:
+        layout = side_by_side(datums)
+    device = next(model.parameters()).device
+    chosen = _logits(model, layout, device)
+    targets = torch.from_numpy(layout.targets).to(device)
     return TokenLogprobs(
-        _per_datum(_logprobs(chosen, targets, temperature), batch.sampled, lengths),
-        _per_datum(_entropies(chosen, temperature), batch.sampled, lengths) if entropies else None,
+        _per_datum(_logprobs(chosen, targets, temperature), datums),
+        _per_datum(_entropies(chosen, temperature), datums) if entropies else None,
     )
 
 
-def _padded(datums: Sequence[TrainingDatum], device: torch.device) -> _Padded:
-    shape = (len(datums), max(map(len, datums)))
-    ids, targets, attended = (np.zeros(shape, dtype=np.int64) for _ in range(3))
-    sampled = np.zeros(shape, dtype=np.bool_)
-    for i, datum in enumerate(datums):
-        row = slice(len(datum))
-        ids[i, row] = datum.input_tokens
-        targets[i, row] = datum.target_tokens
-        attended[i, row] = 1
-        sampled[i, row] = datum.mask
-    return _Padded(*(torch.from_numpy(x).to(device) for x in (ids, attended, targets, sampled)))
+def can_share_prompts(model: torch.nn.Module) -> bool:
+    """Whether every layer attends to all that it is shown, so that a mask alone decides what a
+    token sees: no sliding window, no recurrence."""
+    config: Any = getattr(model, "config", None)
+    if config is None:
+        return False
+    text = config.get_text_config(decoder=True)
+    kinds = set(getattr(text, "layer_types", None) or ())
+    window = getattr(text, "sliding_window", None) if not kinds else None
+    return (
+        not window
+        and kinds <= {"full_attention"}
+        and getattr(text, "_attn_implementation", None) in ("sdpa", "eager")
+        and "position_ids" in inspect.signature(model.forward).parameters
+    )
+
+
+def _logits(model: torch.nn.Module, layout: Layout, device: torch.device) -> Tensor:
+    """[M, V] logits of the sampled targets."""
+    # Where all rows begin with unsampled tokens (a prompt), their logits are not even computed.
+    first = layout.first_column
+    options: dict[str, Any] = {}
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        options["logits_to_keep"] = layout.input_ids.shape[1] - first
+    if layout.positions is not None:
+        options["position_ids"] = torch.from_numpy(layout.positions).to(device)
+        seen = torch.from_numpy(layout.attended).to(device)
+        # Added to the scores: eager attention does not know a mask of truth values.
+        dtype = next(model.parameters()).dtype
+        mask = torch.zeros(seen.shape, dtype=dtype, device=device)
+        mask.masked_fill_(~seen, torch.finfo(dtype).min)
+    else:
+        mask = torch.from_numpy(layout.attended.astype(np.int64)).to(device)
+    logits: Tensor = model(
+        input_ids=torch.from_numpy(layout.input_ids).to(device), attention_mask=mask, **options
+    ).logits
+    skipped = layout.input_ids.shape[1] - logits.shape[1]
+    rows, columns = torch.from_numpy(layout.rows), torch.from_numpy(layout.columns - skipped)
+    return logits[rows.to(device), columns.to(device)]
 
 
 def _logprobs(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
@@ -126,6 +151,9 @@ def _scaled(logits: Tensor, temperature: float) -> Tensor:
     return precise if temperature == 1.0 else precise / temperature
 
 
-def _per_datum(values: Tensor, sampled: Tensor, lengths: Sequence[int]) -> list[Tensor]:
-    padded = values.new_zeros(sampled.shape).masked_scatter(sampled, values)
-    return [row[:length] for row, length in zip(padded, lengths, strict=True)]
+def _per_datum(values: Tensor, datums: Sequence[TrainingDatum]) -> list[Tensor]:
+    """[M] values to one [T_i] tensor per datum."""
+    masks = [torch.from_numpy(datum.mask).to(values.device) for datum in datums]
+    flat = torch.cat(masks)
+    spread = values.new_zeros(len(flat)).masked_scatter(flat, values)
+    return list(torch.split(spread, [len(mask) for mask in masks]))
