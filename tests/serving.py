@@ -65,6 +65,7 @@ class ScriptedSampler:
 def running(app: Starlette) -> Iterator[str]:
     """Serve `app` on a free port of loopback, in a thread; yields the base URL."""
     with socket.create_server(("127.0.0.1", 0), backlog=256) as listener:
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         ready = threading.Event()
         server = Server(app, greeting="ready", say=lambda line: ready.set())
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)

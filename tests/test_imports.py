@@ -18,6 +18,8 @@ LIGHT = [
     "import eval_protocol_rft.batch.generation.generate",
     "import eval_protocol_rft.batch.grading.grade",
     "import eval_protocol_rft.batch.dataset",
+    "import eval_protocol_rft.loop.fireworks",
+    "import eval_protocol_rft.loop.scheduler",
     "from eval_protocol_rft import SamplingParams, RetryPolicy, RolloutRecord",
 ]
 HEAVY = ("eval_protocol", "litellm", "torch", "transformers")

@@ -21,6 +21,7 @@ from eval_protocol_rft.cli.score import score
 from eval_protocol_rft.cli.serve import serve
 from eval_protocol_rft.cli.show import show
 from eval_protocol_rft.cli.stats import stats
+from eval_protocol_rft.cli.train import train
 
 app = typer.Typer(
     name="ep-rft",
@@ -39,6 +40,7 @@ for command in (
     show,
     serve,
     doctor,
+    train,
 ):
     app.command(help=command.__doc__)(command)
 

@@ -11,16 +11,27 @@ from eval_protocol_rft.cli.failing import fail
 
 
 def report(
-    path: Annotated[Path, typer.Argument(metavar="FILE", help="Rollout file: Parquet or JSONL.")],
+    path: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE", help="Rollout file (Parquet or JSONL), or folder of a training run."
+        ),
+    ],
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", help="The page.", show_default="FILE with .html for its suffix"
+            "--output",
+            "-o",
+            help="The page.",
+            show_default="FILE with .html for its suffix; in a run, report.html",
         ),
     ] = None,
     pass_threshold: Annotated[
-        float, typer.Option(help="Reward from which on a completion counts as passed.")
-    ] = 1.0,
+        float | None,
+        typer.Option(
+            help="Reward from which on a completion counts as passed.", show_default="1.0"
+        ),
+    ] = None,
     limit: Annotated[
         int | None,
         typer.Option(
@@ -40,23 +51,37 @@ def report(
 ) -> None:
     """Write rollouts as one HTML page: numbers, difficulty, every completion token by token.
 
+    Of a training run: its curves, from the run's folder (`ep-rft train` writes the page, too).
+
     \b
     Examples:
       ep-rft report rollouts.parquet -o report.html
       ep-rft report rollouts.parquet --pass-threshold 0.5 --limit 100
       ep-rft report rollouts.parquet --tokenizer Qwen/Qwen3-0.6B
+      ep-rft report run -o training.html
     """
     from eval_protocol_rft.batch.dataset import RolloutDataset
     from eval_protocol_rft.batch.rollouts.format import FormatError
     from eval_protocol_rft.report.page import write_report
     from eval_protocol_rft.report.page_detail import ReportError
+    from eval_protocol_rft.report.training_page import is_run_folder
 
+    if is_run_folder(path):
+        for name, value in (
+            ("--pass-threshold", pass_threshold),
+            ("--limit", limit),
+            ("--tokenizer", tokenizer),
+        ):
+            if value is not None:
+                fail(f"{name} is for rollout files, and {path} is the folder of a training run")
+        _report_run(path, output)
+        return
     output = output or path.with_suffix(".html")
     try:
         written = write_report(
             RolloutDataset(path),
             output,
-            pass_threshold=pass_threshold,
+            pass_threshold=1.0 if pass_threshold is None else pass_threshold,
             limit=limit,
             tokenizer=tokenizer,
         )
@@ -74,4 +99,21 @@ def report(
     typer.echo(
         f"Report of {written.completions:,} completions: {written.path} "
         f"({written.size / 1e6:.1f} MB)"
+    )
+
+
+def _report_run(folder: Path, output: Path | None) -> None:
+    from eval_protocol_rft.report.page_detail import ReportError
+    from eval_protocol_rft.report.training_page import write_training_report
+
+    try:
+        written = write_training_report(folder, output)
+    except ReportError as error:
+        fail(str(error))
+    except OSError as error:
+        fail(f"cannot write {output or folder / 'report.html'}: {error.strerror or error}")
+    curve = "" if written.curve is None else f", {written.curve}"
+    typer.echo(
+        f"Report of {written.steps:,} steps and {written.evaluations:,} evaluations: "
+        f"{written.page} ({written.size / 1e6:.1f} MB){curve}"
     )

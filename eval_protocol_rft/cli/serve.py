@@ -26,6 +26,14 @@ def serve(
         str | None,
         typer.Option(help="What requests call the model.", show_default="the value of --model"),
     ] = None,
+    reloads: Annotated[
+        bool,
+        typer.Option(
+            "--reloads",
+            help="Take new weights while serving, as vLLM does (/collective_rpc reload_weights): "
+            "whoever reaches the port may change the weights.",
+        ),
+    ] = False,
 ) -> None:
     """Serve a local model over HTTP, in the shape of Fireworks' completions API.
 
@@ -34,6 +42,7 @@ def serve(
       ep-rft serve
       ep-rft serve --model local/Qwen/Qwen3-0.6B --port 9000
       ep-rft serve --model ./checkpoint --served-model-name policy
+      ep-rft serve --model ./checkpoint --reloads   # for ep-rft train --base-url
     """
     try:
         from eval_protocol_rft.server.run import ServeError, serve_local
@@ -45,7 +54,12 @@ def serve(
         )
     try:
         serve_local(
-            model, host=host, port=port, served_model_name=served_model_name, say=typer.echo
+            model,
+            host=host,
+            port=port,
+            served_model_name=served_model_name,
+            reloads=reloads,
+            say=typer.echo,
         )
     except ServeError as error:
         fail(str(error))

@@ -26,8 +26,10 @@ from eval_protocol_rft.sampling.types import Completion, Sampler, SamplingError
 from eval_protocol_rft.server import replies
 from eval_protocol_rft.server.errors import ApiError
 from eval_protocol_rft.server.protocol import CompletionRequest, choice_seed, parse_request
+from eval_protocol_rft.server.reloading import ReloadingSampler
 from eval_protocol_rft.server.spelling import spell
 from eval_protocol_rft.server.wanted import while_wanted
+from eval_protocol_rft.server.weights import WeightEndpoints
 from eval_protocol_rft.tokenizer import LoadedTokenizer
 
 if TYPE_CHECKING:
@@ -52,11 +54,13 @@ def create_app(
     `app.state.stopping` answers 503 to every request in flight, and to every later one.
 
     Args:
-        sampler: makes the completions; concurrent requests reach it concurrently.
+        sampler: makes the completions; concurrent requests reach it concurrently. A
+            `ReloadingSampler` may be given new weights over HTTP.
         tokenizer: encodes text prompts and spells sampled ids.
         model_name: the one model that requests may name.
         context_length: most tokens of prompt and completion together, None where unknown.
     """
+    weights = WeightEndpoints(sampler if isinstance(sampler, ReloadingSampler) else None)
     service = _Service(sampler, LoadedTokenizer.wrap(tokenizer), model_name, context_length)
 
     @contextlib.asynccontextmanager
@@ -71,6 +75,7 @@ def create_app(
             Route("/v1/models", service.models),
             Route("/inference/v1/models", service.models),
             Route("/health", service.health),
+            *weights.routes(),
         ],
         exception_handlers={
             ApiError: _answer_error,

@@ -79,13 +79,13 @@ def chunks(
 ) -> Iterator[Reply]:
     """The same reply in pieces of one token, choice after choice. The last chunk of each choice has
     its finish reason and raw output, the very last one usage and metrics. Where the sampler tells
-    the policy version, the model reads `name@version`."""
+    which weights drew a token, its chunk's model reads `name@version`."""
     final = len(samples) - 1
     for index, sampled in enumerate(samples):
-        version = sampled.completion.policy_version
         last = len(sampled.completion.token_ids) - 1
         for at in range(last + 1):
             done = index == final and at == last
+            version = _version(sampled.completion, at)
             yield Reply(
                 id=head.id,
                 created=head.created,
@@ -94,6 +94,14 @@ def chunks(
                 usage=_usage(request, samples) if done else UNSET,
                 perf_metrics=metrics if done and request.perf_metrics_in_response else UNSET,
             )
+
+
+def _version(completion: Completion, at: int) -> str | None:
+    """The weights that drew token `at`. Where they changed on the way, the first and the last
+    token's are known, and not in between where."""
+    if completion.first_policy_version is None or at == len(completion.token_ids) - 1:
+        return completion.policy_version
+    return completion.first_policy_version if at == 0 else None
 
 
 def perf_metrics(

@@ -18,10 +18,12 @@ import uvicorn
 from jinja2 import TemplateError
 from starlette.applications import Starlette
 
+from eval_protocol_rft.models import bundled_model_path
 from eval_protocol_rft.params import LOCAL_PREFIX
 from eval_protocol_rft.sampling.local import LocalSampler, load_local_sampler
 from eval_protocol_rft.sampling.types import SamplingError
 from eval_protocol_rft.server.app import create_app
+from eval_protocol_rft.server.reloading import FIRST_VERSION, ReloadingSampler
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,6 +45,7 @@ def serve_local(
     host: str,
     port: int,
     served_model_name: str | None = None,
+    reloads: bool = False,
     say: Callable[[str], None] = print,
 ) -> None:
     """Load a local model and serve it until Ctrl-C or SIGTERM. `say` prints a line.
@@ -51,22 +54,24 @@ def serve_local(
         model: as for `load_local_sampler`, with or without `local/` in front.
         port: 0 takes a free one; the line that is printed tells which.
         served_model_name: what requests call the model; `model` unless given.
+        reloads: let whoever reaches the port give it other weights.
 
     Raises:
         ServeError: the address cannot be used, or the model cannot be loaded.
     """
     name = served_model_name or model
     with _claim(host, port) as listener:
-        sampler = _load(model)
+        sampler = _load(model, reloads=reloads)
         app = create_app(
-            sampler,
+            ReloadingSampler(sampler) if reloads else sampler,
             sampler.tokenizer,
             model_name=name,
             context_length=sampler.context_length,
         )
         url = _url(host, listener.getsockname()[1])
         example = _curl(url, name, sampler.tokenizer)
-        greeting = f"Serving {name} on {url} (Ctrl-C stops it). Try:\n  {example}"
+        takes = " It takes new weights from whoever reaches it." if reloads else ""
+        greeting = f"Serving {name} on {url} (Ctrl-C stops it).{takes} Try:\n  {example}"
         try:
             Server(app, greeting=greeting, say=say).run(sockets=[listener])
         except KeyboardInterrupt:
@@ -104,7 +109,11 @@ class Server(uvicorn.Server):
 def _claim(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=_WAITING_CONNECTIONS)
+        listener = socket.create_server((host, port), family=family, backlog=_WAITING_CONNECTIONS)
+        # Inherited by every connection; asyncio sets it only where the protocol number is known.
+        # Without it a reply on a kept connection waits 40 ms for an acknowledgement.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return listener
     except OSError as error:
         taken = error.errno == errno.EADDRINUSE
         reason = "it is taken" if taken else os.strerror(error.errno or 0)
@@ -112,9 +121,15 @@ def _claim(host: str, port: int) -> socket.socket:
         raise ServeError(f"cannot listen on {host} port {port}: {reason}; {hint}") from error
 
 
-def _load(model: str) -> LocalSampler:
+def _load(model: str, *, reloads: bool) -> LocalSampler:
+    name = model.removeprefix(LOCAL_PREFIX)
     try:
-        return load_local_sampler(model.removeprefix(LOCAL_PREFIX))
+        if reloads:
+            # One of its own: weights of a sampler that others share must not change.
+            return LocalSampler.from_pretrained(
+                bundled_model_path(name) or name, policy_version=FIRST_VERSION
+            )
+        return load_local_sampler(name)
     except (SamplingError, ValueError) as error:
         raise ServeError(str(error)) from error
 

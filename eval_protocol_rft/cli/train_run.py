@@ -1,0 +1,109 @@
+"""What `ep-rft train` does with its options."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from eval_protocol_rft.cli.failing import fail
+
+if TYPE_CHECKING:
+    from eval_protocol_rft.loop.setup import MakeParts
+    from eval_protocol_rft.loop.train import TrainResult
+
+
+def run_training(
+    evaluator: str,
+    output: Path,
+    *,
+    options: dict[str, Any],
+    truncated: Any,
+    optimizer: dict[str, Any],
+    completion_params: dict[str, Any],
+    place: dict[str, Any],
+    arguments: dict[str, Any],
+) -> TrainResult:
+    """Train, and turn what goes wrong into one line and exit code 1."""
+    from eval_protocol_rft.batch.grading.evaluators import load_evaluator
+    from eval_protocol_rft.loop.options import LoopOptions
+    from eval_protocol_rft.loop.run import NothingToTrainOnError
+    from eval_protocol_rft.loop.step import TrainingStoppedError
+    from eval_protocol_rft.loop.train import train
+    from eval_protocol_rft.loop.trainer import TrainerError
+    from eval_protocol_rft.sampling.guard import RunStoppedError
+    from eval_protocol_rft.sampling.types import SamplingError
+    from eval_protocol_rft.scoring.evaluator import EvaluatorError
+    from eval_protocol_rft.training.export.errors import MissingPackageError
+    from eval_protocol_rft.training.filters import Filters
+
+    given = {key: value for key, value in completion_params.items() if value is not None}
+    try:
+        return train(
+            load_evaluator(evaluator).function,
+            output,
+            options=LoopOptions(**options, filters=Filters(truncated=truncated)),
+            completion_params=given or None,
+            parts=_parts(optimizer, **place),
+            warn=lambda text: typer.echo(f"ep-rft: {text}", err=True),
+            **arguments,
+        )
+    except (
+        ValueError,
+        EvaluatorError,
+        MissingPackageError,
+        NothingToTrainOnError,
+        RunStoppedError,
+        SamplingError,
+        TrainerError,
+        TrainingStoppedError,
+        OSError,
+    ) as error:
+        fail(str(error))
+
+
+def _parts(
+    optimizer: dict[str, Any],
+    *,
+    deployment: str | None,
+    base_model: str | None,
+    training_shape: str | None,
+    delete_on_close: bool,
+    weights: Path | None,
+    lora_rank: int,
+    trust_remote_code: bool,
+) -> MakeParts:
+    from eval_protocol_rft.loop.lora import LoraSettings
+    from eval_protocol_rft.loop.setup import Optimizer, SetupError, local_parts
+
+    if deployment is None:
+        return local_parts(
+            weights=weights,
+            lora=LoraSettings(rank=lora_rank, alpha=2 * lora_rank) if lora_rank else None,
+            optimizer=Optimizer(**optimizer),
+            trust_remote_code=trust_remote_code,
+        )
+    from eval_protocol_rft.loop.fireworks.parts import fireworks_parts
+
+    if base_model is None:
+        raise SetupError("--deployment trains on Fireworks: name the model, with --base-model")
+    return fireworks_parts(
+        base_model=base_model,
+        deployment=deployment,
+        lora_rank=lora_rank,
+        optimizer=Optimizer(**optimizer),
+        training_shape=training_shape,
+        delete_on_close=delete_on_close,
+    )
+
+
+def show_result(result: TrainResult) -> None:
+    """What came of it, in a few lines."""
+    evaluations = result.evaluations
+    if evaluations:
+        first, last = evaluations[0], evaluations[-1]
+        for name, key in (("sampled", "sampled_score"), ("greedy", "greedy_score")):
+            if key in first and key in last:
+                typer.echo(f"held out, {name}: {first[key]:.3f} -> {last[key]:.3f}")
+    typer.echo(f"{len(result.steps)} steps: {result.folder}/report.html, {result.folder}/model")

@@ -1,0 +1,121 @@
+"""From a key to a `FireworksTrainer`: trainer job, deployment, clients.
+
+Invariant: what is started on Fireworks is what the SDK's managed service starts for these
+arguments; what it leaves running when the trainer is closed is said in the docstring.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from typing import Any
+
+import httpx
+
+from eval_protocol_rft.loop.fireworks.hot_load import POLL_SECONDS, HotLoad
+from eval_protocol_rft.loop.fireworks.settings import Adam, check_temperature
+from eval_protocol_rft.loop.fireworks.trainer import FireworksTrainer
+from eval_protocol_rft.loop.trainer import TrainerError
+from eval_protocol_rft.training.export.errors import require
+
+FIREWORKS_URL = "https://api.fireworks.ai"
+
+
+async def connect(
+    *,
+    base_model: str,
+    deployment: str,
+    temperature: float,
+    adam: Adam,
+    lora_rank: int = 0,
+    api_key: str | None = None,
+    base_url: str = FIREWORKS_URL,
+    training_shape: str | None = None,
+    trainer_job: str | None = None,
+    reference: bool = False,
+    delete_on_close: bool = False,
+    poll_seconds: float = POLL_SECONDS,
+) -> FireworksTrainer:
+    """Start a trainer job and a deployment, or take those that are there, and wait for both.
+
+    This takes minutes and costs money until both are deleted. A deployment that was joined to
+    another trainer may still hold its weights, so it is given this one's before this returns.
+
+    Args:
+        base_model: `accounts/fireworks/models/...`.
+        deployment: id; made where it is not there, and joined to the trainer job. Sample from
+            `trainer.hot_load.model`.
+        temperature: see `FireworksTrainer`.
+        adam: see `FireworksTrainer`.
+        lora_rank: rank of the adapters; 0 trains all parameters.
+        api_key: default `FIREWORKS_API_KEY`.
+        base_url: of the service.
+        training_shape: id of the hardware and software to train on; its deployment shape is used
+            too. None: the server picks one, for a deployment that is there.
+        trainer_job: id; made where it is not there. Give the same to go on with a trainer.
+        reference: `forward(reference=True)` will be asked for. With LoRA that is the same trainer;
+            without, a second one.
+        delete_on_close: delete job and deployment in `aclose`, if they were made here. Otherwise
+            both run on.
+        poll_seconds: between looks at a hot-load.
+
+    Raises:
+        MissingPackageError: the SDK is not installed.
+        TrainerError: no key, a temperature other than 1, or the service did not give what was
+            asked for.
+    """
+    check_temperature(temperature)
+    key = api_key or os.environ.get("FIREWORKS_API_KEY")
+    if not key:
+        raise TrainerError("no API key: set FIREWORKS_API_KEY or pass api_key=")
+    sdk = require("fireworks.training.sdk", install="eval-protocol-rft[fireworks]")
+    service = sdk.FiretitanServiceClient.from_firetitan_config(
+        api_key=key,
+        base_url=base_url,
+        base_model=base_model,
+        lora_rank=lora_rank,
+        deployment_id=deployment,
+        training_shape_id=training_shape,
+        trainer_job_id=trainer_job,
+        reference_required=reference,
+        cleanup_trainer_on_close=delete_on_close,
+        cleanup_deployment_on_close="delete" if delete_on_close else None,
+    )
+
+    def start() -> FireworksTrainer:
+        client = service.create_training_client(lora_rank=lora_rank)
+        manager = sdk.DeploymentManager(api_key=key, base_url=base_url)
+        info = manager.get(deployment)
+        # A deployment may serve another quantisation of the model; hot-loads go by its own.
+        served = (info.base_model if info is not None else None) or base_model
+        return FireworksTrainer(
+            client,
+            temperature=temperature,
+            adam=adam,
+            hot_load=HotLoad(
+                manager=manager,
+                deployment=deployment,
+                base_model=served,
+                poll_seconds=poll_seconds,
+            ),
+            lora=lora_rank > 0,
+            make_reference=(lambda: _reference(service, client)) if reference else None,
+            trainer_job=service.trainer_job_id,
+            close=service.close,
+        )
+
+    try:
+        trainer = await asyncio.to_thread(start)
+        if service.requires_initial_sampler_sync():
+            await trainer.publish(0)
+        return trainer
+    except (RuntimeError, OSError, ValueError, httpx.HTTPError, sdk.TrainingError) as error:
+        # Nobody else could: the caller gets no trainer to close.
+        await asyncio.to_thread(service.close)
+        if isinstance(error, TrainerError):
+            raise
+        raise TrainerError(f"cannot train {base_model} on Fireworks: {error}") from error
+
+
+def _reference(service: Any, client: Any) -> Any:
+    return service.create_reference_client(policy_client=client)

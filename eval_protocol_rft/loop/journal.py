@@ -1,0 +1,134 @@
+"""A run's folder: its settings, its metrics, its checkpoints.
+
+Invariant: a checkpoint is whole or not there. `metrics.jsonl` never holds a line of a step that
+will be done again: what lies behind the checkpoint that a run goes on from is cut off.
+
+    settings.json           what the run is, checked when it is continued
+    metrics.jsonl           one line per step and per evaluation
+    checkpoints/step-000050 state.json, and what the trainer saved
+    model/                  the final weights
+    report.html
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from eval_protocol_rft.batch.durable import DurableFile, sync_folder, write_whole
+
+_PREFIX = "step-"
+
+
+class RunFolderError(ValueError):
+    """The folder is of another run, or damaged; the message says what differs."""
+
+
+class RunFolder:
+    """One run's files. Open with `RunFolder.open`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.metrics_path = path / "metrics.jsonl"
+        self._metrics: DurableFile | None = None
+
+    @classmethod
+    def open(cls, path: Path, settings: Mapping[str, Any], *, overwrite: bool) -> RunFolder:
+        """Begin a run in `path`, or go on with the one that is there.
+
+        Raises:
+            RunFolderError: it holds a run of other settings, or something else.
+        """
+        known = path / "settings.json"
+        if overwrite and known.is_file():
+            shutil.rmtree(path)
+        if path.exists() and not known.is_file() and any(path.iterdir()):
+            raise RunFolderError(f"{path} is not empty and holds no training run: name another")
+        path.mkdir(parents=True, exist_ok=True)
+        if known.is_file():
+            _check_same(path, json.loads(known.read_text()), settings)
+        else:
+            write_whole(known, (json.dumps(settings, indent=2, sort_keys=True) + "\n").encode())
+        return cls(path)
+
+    def lines(self) -> list[dict[str, Any]]:
+        """The metrics so far; a last line that was cut off by a crash is not among them."""
+        if not self.metrics_path.exists():
+            return []
+        whole = self.metrics_path.read_bytes().rpartition(b"\n")[0]
+        return [json.loads(line) for line in whole.splitlines()]
+
+    def latest(self) -> tuple[int, Path] | None:
+        """Step and folder of the newest whole checkpoint."""
+        found = [(int(p.name[len(_PREFIX) :]), p) for p in self._checkpoints()]
+        return max(found, default=None)
+
+    def cut(self, step: int) -> None:
+        """Forget metrics of steps behind `step`."""
+        kept = [line for line in self.lines() if line["step"] <= step]
+        text = "".join(json.dumps(line) + "\n" for line in kept)
+        write_whole(self.metrics_path, text.encode())
+
+    def append(self, line: Mapping[str, Any]) -> None:
+        """Add a line of metrics."""
+        if self._metrics is None:
+            size = self.metrics_path.stat().st_size if self.metrics_path.exists() else 0
+            self._metrics = DurableFile(self.metrics_path, keep=size)
+        self._metrics.write((json.dumps(line, allow_nan=False) + "\n").encode())
+
+    @contextlib.contextmanager
+    def checkpoint(self, step: int, *, keep: int) -> Iterator[Path]:
+        """A folder to write a checkpoint into, which counts once the block ends; older ones but
+        the newest `keep` go."""
+        parent = self.path / "checkpoints"
+        parent.mkdir(exist_ok=True)
+        unfinished = parent / f".{_PREFIX}{step:06d}"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir()
+        yield unfinished
+        if self._metrics is not None:
+            self._metrics.sync()
+        _sync_all(unfinished)
+        target = parent / f"{_PREFIX}{step:06d}"
+        if target.exists():
+            shutil.rmtree(target)
+        os.replace(unfinished, target)
+        sync_folder(parent)
+        for old in sorted(self._checkpoints())[:-keep]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def close(self) -> None:
+        if self._metrics is not None:
+            self._metrics.close()
+            self._metrics = None
+
+    def _checkpoints(self) -> list[Path]:
+        return list((self.path / "checkpoints").glob(f"{_PREFIX}*"))
+
+
+def _sync_all(folder: Path) -> None:
+    for file in folder.rglob("*"):
+        if file.is_file():
+            descriptor = os.open(file, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+    sync_folder(folder)
+
+
+def _check_same(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    # Through JSON, as the old ones were: a tuple reads back as a list.
+    new = json.loads(json.dumps(new))
+    differing = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+    if differing:
+        told = "; ".join(f"{key}: {old.get(key)!r}, now {new.get(key)!r}" for key in differing)
+        raise RunFolderError(
+            f"{path} holds a run with other settings ({told}): use its settings, another folder, "
+            "or --overwrite"
+        )

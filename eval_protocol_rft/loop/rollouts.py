@@ -1,0 +1,94 @@
+"""Rows to scored prompt groups, through the user's own processor and evaluator.
+
+Invariant: a row gives one group, whatever happens to it: what went wrong is in the group, as a
+failure or a failed row. Rows of one wave give the same bits in whatever order their tasks run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from eval_protocol_rft.sampling.guard import RunStoppedError
+from eval_protocol_rft.training.errors import TrainingDataError
+from eval_protocol_rft.training.groups import group_rows
+from eval_protocol_rft.training.trajectory import PromptGroup
+
+if TYPE_CHECKING:
+    from eval_protocol.models import EvaluationRow
+
+    from eval_protocol_rft.row_runner import RowRunner
+    from eval_protocol_rft.sampling.local import LocalSampler
+
+_T = TypeVar("_T")
+
+GATHERING_SECONDS = 30.0
+"""How long a wave waits until all its requests are at the sampler. A row that asks for fewer than
+expected would otherwise keep it waiting."""
+
+
+async def roll_out(runner: RowRunner, row: EvaluationRow, *, run: int) -> PromptGroup:
+    """Sample and score one row; `run` numbers its repetitions, and is part of the seeds.
+
+    Raises:
+        RunStoppedError: the server refuses everything, or answers nothing.
+        TrainingDataError: the processor left no rollout record.
+    """
+    try:
+        scored = await runner(row, run=run)
+    except RunStoppedError:
+        raise
+    except Exception as error:  # noqa: BLE001 - the user's processor and evaluator raise anything
+        message = f"row {row.input_metadata.row_id}: {type(error).__name__}: {error}"
+        return PromptGroup(key=row.input_metadata.row_id, trajectories=(), failed_rows=(message,))
+    try:
+        (group,) = group_rows([scored])
+    except TrainingDataError as error:
+        raise TrainingDataError(
+            f"{error} (training needs a processor that leaves rollout records, such as "
+            "FireworksTrainingRolloutProcessor)"
+        ) from error
+    return group
+
+
+async def wave(
+    rollouts: Sequence[Coroutine[Any, Any, _T]], *, sampler: LocalSampler | None, per_row: int
+) -> list[_T]:
+    """Run all of `rollouts` and return what they return, in order.
+
+    Args:
+        rollouts: one per row.
+        sampler: where it samples in this process, all requests begin as one batch.
+        per_row: requests that each makes at once.
+    """
+    tasks = [asyncio.ensure_future(rollout) for rollout in rollouts]
+    try:
+        if sampler is not None:
+            with sampler.held():
+                await _gathered(tasks, sampler, per_row)
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _gathered(
+    tasks: Sequence[asyncio.Task[Any]], sampler: LocalSampler, per_row: int
+) -> None:
+    """Wait until every row that still runs has its requests at the sampler."""
+    loop = asyncio.get_running_loop()
+    end = loop.time() + GATHERING_SECONDS
+    while sampler.pending < per_row * sum(not task.done() for task in tasks):
+        if loop.time() > end:
+            return
+        await asyncio.sleep(0.0005)
+
+
+def runner_params(
+    given: Mapping[str, Any] | None, *, n: int | None, **changes: Any
+) -> dict[str, Any]:
+    """completion_params for a `RowRunner`: what the user changed, and n where one is given."""
+    params = {**(given or {}), **changes}
+    return params if n is None else {**params, "n": n}

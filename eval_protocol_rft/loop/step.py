@@ -1,0 +1,188 @@
+"""One step: groups to a batch, forward and backward, the optimiser, new weights to the sampler.
+
+Invariant: nothing is trained on before sampler and trainer were compared, and the version grows by
+one when, and only when, the sampler has the new weights.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Collection, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from eval_protocol_rft.loop.metrics import Line, step_line
+from eval_protocol_rft.loop.mismatch import (
+    Mismatch,
+    looks_shifted,
+    measure,
+    missing_eos,
+    sampled_pairs,
+)
+from eval_protocol_rft.loop.options import LoopOptions
+from eval_protocol_rft.loop.trainer import ForwardBackward, NamedLoss, Trainer
+from eval_protocol_rft.loop.watch import Trouble, Watch
+from eval_protocol_rft.training.batch import TrainingBatch, build_batch
+from eval_protocol_rft.training.errors import BiasedSamplingWarning
+from eval_protocol_rft.training.trajectory import PromptGroup
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+class TrainingStoppedError(RuntimeError):
+    """Training on would teach the wrong thing; the message says why and what to do."""
+
+    def __init__(self, trouble: Trouble) -> None:
+        super().__init__(trouble.message)
+        self.trouble = trouble
+
+
+@dataclass(slots=True)
+class Times:
+    """Seconds of one step, by what they went into."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def of(self, what: str) -> Iterator[None]:
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - began
+            self.seconds[what] = self.seconds.get(what, 0.0) + spent
+
+
+@dataclass(slots=True, kw_only=True)
+class StepRunner:
+    """Takes the steps of one run."""
+
+    trainer: Trainer
+    options: LoopOptions
+    steps: int
+    """Of the whole run, for the learning rate's schedule."""
+    watch: Watch
+    eos_token_ids: Collection[int] = ()
+    stops: bool = False
+    """Completions may end at stop strings."""
+    temperature: float = 1.0
+    warn: Callable[[str], None] = print
+
+    async def __call__(
+        self,
+        version: int,
+        groups: Sequence[PromptGroup],
+        staleness: Sequence[int],
+        times: Times,
+    ) -> Line:
+        """Train on `groups` and publish `version` + 1.
+
+        Args:
+            version: that of the weights in training.
+            groups: all that came in, dropped ones included.
+            staleness: versions behind, of each group that trains, in order.
+            times: told what took how long.
+
+        Raises:
+            TrainingStoppedError: sampler and trainer disagree, or completions do not end.
+        """
+        step = version + 1
+        with times.of("batch"):
+            batch = self._batch(groups)
+        loss = NamedLoss(
+            loss_fn=batch.loss_fn, config=batch.loss_fn_config, kl_beta=self.options.kl_beta
+        )
+        with times.of("train"):
+            reference = None
+            if self.options.kl_beta:
+                reference = await self.trainer.forward(batch.datums, reference=True)
+            passes: list[ForwardBackward] = []
+            for number in range(self.options.passes):
+                told = await self.trainer.forward_backward(
+                    batch.datums, loss, reference_logprobs=reference
+                )
+                if not number:
+                    found = await self._compare(step, batch, told, staleness)
+                passes.append(told)
+                optimizer = await self.trainer.optim_step(
+                    learning_rate=self.options.learning_rate_at(step, self.steps)
+                )
+        with times.of("publish"):
+            await self.trainer.publish(step)
+        line = step_line(
+            step,
+            batch,
+            groups=groups,
+            first=passes[0],
+            last=passes[-1],
+            optimizer=optimizer,
+            staleness=staleness,
+            mismatch=_mismatch_fields(found),
+        )
+        self._say(
+            self.watch.reward(step, line.get("reward_mean"), optimizer.get("learning_rate", 0.0))
+        )
+        return line
+
+    def seen(self, line: Line) -> None:
+        """A line of this run from before it was stopped: what the watch knows, it knows again."""
+        self.watch.agreed(line.get("mismatch_k3"))
+        self.watch.reward(line["step"], line.get("reward_mean"), line.get("learning_rate", 0.0))
+
+    def _batch(self, groups: Sequence[PromptGroup]) -> TrainingBatch:
+        options = self.options.batch
+        with warnings.catch_warnings():
+            # Said once, when the run began; here it would come with every step.
+            warnings.simplefilter("ignore", BiasedSamplingWarning)
+            return build_batch(
+                groups,
+                algorithm=options.algorithm,
+                loss_fn_config=options.loss_fn_config,
+                normalization=options.normalization,
+                constant_length=options.constant_length,
+                filters=options.filters,
+                pass_threshold=options.pass_threshold,
+            )
+
+    async def _compare(
+        self,
+        step: int,
+        batch: TrainingBatch,
+        told: ForwardBackward,
+        staleness: Sequence[int],
+    ) -> Mismatch | None:
+        on_policy = {group for group, behind in enumerate(staleness) if behind == 0}
+        pairs = sampled_pairs(batch.datums, told.logprobs, on_policy)
+        found = measure(pairs)
+        missing = missing_eos(batch.datums, self.eos_token_ids, stops=self.stops)
+        self._say(self.watch.endings(step, missing, len(batch.datums)))
+        if found is not None and found.verdict != "pass":
+            raw = None
+            if self.temperature != 1.0:
+                own = await self.trainer.forward(batch.datums, temperature=1.0)
+                raw = measure(sampled_pairs(batch.datums, own, on_policy))
+            trouble = self.watch.mismatch(step, found, shifted=looks_shifted(pairs), raw=raw)
+            self._say(trouble)
+        else:
+            self.watch.mismatch(step, found)
+        return found
+
+    def _say(self, trouble: Trouble | None) -> None:
+        if trouble is None:
+            return
+        if trouble.fatal and self.options.on_mismatch == "stop":
+            raise TrainingStoppedError(trouble)
+        self.warn(trouble.message)
+
+
+def _mismatch_fields(found: Mismatch | None) -> dict[str, float]:
+    if found is None:
+        return {}
+    return {
+        "mismatch_k1": found.k1,
+        "mismatch_k3": found.k3,
+        "mismatch_max": found.max_difference,
+    }

@@ -1,0 +1,86 @@
+"""Small real models and datums for tests of the loop."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from eval_protocol_rft.models import bundled_model_path
+from eval_protocol_rft.sampling.local import LocalSampler
+from eval_protocol_rft.training.datums import TrainingDatum
+
+
+def tiny_model(*, tied: bool = True, seed: int = 0) -> LlamaForCausalLM:
+    """Two layers of 32, 40 words."""
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=40,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            max_position_embeddings=64,
+            tie_word_embeddings=tied,
+            bos_token_id=None,
+            eos_token_id=39,
+            pad_token_id=None,
+        )
+    ).eval()
+
+
+def arithmetic_sampler(**options: Any) -> LocalSampler:
+    """A sampler of its own: tests change its weights."""
+    path = bundled_model_path("arithmetic")
+    assert path is not None
+    return LocalSampler.from_pretrained(path, **options)
+
+
+def datums(count: int, *, seed: int = 0, words: int = 40, longest: int = 20) -> list[TrainingDatum]:
+    """Random tokens, sampling logprobs and advantages, with weights that add up to 1."""
+    rng = np.random.default_rng(seed)
+    made = []
+    for i in range(count):
+        length = int(rng.integers(4, longest))
+        prompt = int(rng.integers(1, length - 1))
+        tokens = rng.integers(0, words, length + 1)
+        sampled = np.arange(length) >= prompt - 1
+        made.append(
+            TrainingDatum(
+                input_tokens=tokens[:-1],
+                target_tokens=tokens[1:],
+                logprobs=np.where(sampled, -rng.exponential(1.0, length), 0).astype(np.float32),
+                advantages=np.where(sampled, rng.normal(), 0).astype(np.float32),
+                weights=np.where(sampled, 1 / count, 0).astype(np.float32),
+                prompt_length=prompt,
+                reward=float(rng.normal()),
+                truncated=False,
+                group=i // 2,
+                row_id=str(i // 2),
+                completion=i % 2,
+            )
+        )
+    return made
+
+
+def plain_logprobs(model: Any, datum: TrainingDatum) -> torch.Tensor:
+    """[T] by one unpadded forward and nothing of ours."""
+    logits = model(torch.as_tensor(np.array(datum.input_tokens))[None]).logits[0]
+    targets = torch.as_tensor(np.array(datum.target_tokens))[:, None]
+    return logits.log_softmax(-1).gather(-1, targets)[:, 0]
+
+
+class KeptWeights:
+    """A sink that keeps what was published."""
+
+    def __init__(self) -> None:
+        self.published: list[tuple[int, dict[str, torch.Tensor]]] = []
+
+    async def publish(self, model: Any, weights: Any, version: int) -> None:
+        kept = {name: value.detach().clone() for name, value in weights.items()}
+        self.published.append((version, copy.deepcopy(kept)))

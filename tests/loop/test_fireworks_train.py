@@ -1,0 +1,66 @@
+"""`train` on Fireworks' training API: the same loop, the emulator's weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("fireworks.training.sdk", reason="needs the extra `fireworks`")
+
+from eval_protocol_rft.loop.fireworks import parts as fireworks
+from eval_protocol_rft.loop.setup import Optimizer, SetupError
+from eval_protocol_rft.loop.train import atrain
+from eval_protocol_rft.models import bundled_model_path
+from examples.arithmetic import test_arithmetic as example
+from tests.emulator.server import KEY, emulated_trainer
+from tests.emulator.trainers import BASE
+from tests.loop.runs import options, sums_file
+
+
+async def test_a_run_on_fireworks_trains_what_its_deployment_sampled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FIREWORKS_API_KEY", KEY)
+    with emulated_trainer() as server:
+        monkeypatch.setattr(fireworks, "FIREWORKS_URL", server.url)
+        result = await atrain(
+            example.test_arithmetic,
+            tmp_path / "run",
+            options=options(steps=6, groups_per_step=8, completions_per_prompt=8),
+            completion_params={
+                "model": BASE,
+                "api_base": server.url,
+                "api_key": KEY,
+                "tokenizer": str(bundled_model_path("arithmetic")),
+            },
+            data=[sums_file(tmp_path / "sums.jsonl")],
+            held_out=16,
+            progress=False,
+            parts=fireworks.fireworks_parts(
+                base_model=BASE,
+                deployment="dep",
+                trainer_job="job",
+                optimizer=Optimizer(),
+                base_url=server.url,
+            ),
+        )
+        assert len(server.hot_loads.requests) == 6
+    assert len(result.steps) == 6
+    assert max(line["mismatch_k3"] for line in result.steps) < 1e-6
+    assert max(line["server_loss_difference"] for line in result.steps) < 1e-3
+    assert [line["step"] for line in result.evaluations] == [0, 2, 4, 6]
+    assert KEY not in (tmp_path / "run" / "settings.json").read_text()
+    assert not (tmp_path / "run" / "model").exists()  # the weights are on Fireworks
+
+
+async def test_a_local_model_is_no_model_on_fireworks(tmp_path: Path) -> None:
+    with pytest.raises(SetupError, match="name the one on Fireworks"):
+        await atrain(
+            example.test_arithmetic,
+            tmp_path / "run",
+            options=options(),
+            parts=fireworks.fireworks_parts(base_model=BASE, deployment="dep"),
+            progress=False,
+        )

@@ -1,0 +1,180 @@
+"""Whole runs: they learn, they keep count, and they go on where they were stopped."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from eval_protocol_rft.loop.journal import RunFolderError
+from eval_protocol_rft.loop.run import NothingToTrainOnError
+from eval_protocol_rft.loop.train import atrain
+from examples.arithmetic import test_arithmetic as example
+from tests.loop.runs import options, run, sums_file, without_times
+
+
+class StopHereError(RuntimeError):
+    pass
+
+
+async def test_a_run_is_the_same_twice_and_wherever_it_is_stopped(tmp_path: Path) -> None:
+    """Metrics to the last bit, with checkpoints every other step and refills by the filter."""
+    chosen = options(steps=5, checkpoint_every=2, learning_rate=1e-3)
+    whole = await run(tmp_path / "whole", chosen)
+    again = await run(tmp_path / "again", chosen)
+    assert without_times(again) == without_times(whole)
+    assert sum(line["dropped"].get("zero_variance", 0) for line in whole.steps)
+    for after in random.Random(2).sample(range(1, len(whole.lines) + 1), 3):
+        lines = 0
+
+        def stop(line: dict[str, object], after: int = after) -> None:
+            nonlocal lines
+            lines += 1
+            if lines == after:
+                raise StopHereError
+
+        folder = tmp_path / f"stopped-{after}"
+        with pytest.raises(StopHereError):
+            await run(folder, chosen, on_line=stop)
+        resumed = await run(folder, chosen)
+        assert without_times(resumed) == without_times(whole), after
+
+
+async def test_every_completion_of_every_admitted_row_is_counted(tmp_path: Path) -> None:
+    result = await run(tmp_path / "run", options(steps=3))
+    for line in result.steps:
+        assert line["completions"] == 4 * line["groups"]
+        assert line["datums"] == 4 * line["groups_trained"] == 16
+        assert line["datums"] + sum(line["dropped"].values()) == line["completions"]
+        assert line["staleness"] == {"0": 4}
+        assert line["mismatch_k3"] < 1e-8
+    assert [line["step"] for line in result.evaluations] == [0, 2, 3]
+    assert (result.folder / "model" / "config.json").exists()
+    AutoModelForCausalLM.from_pretrained(result.folder / "model")
+
+
+async def test_sampling_ahead_stays_within_the_bound(tmp_path: Path) -> None:
+    result = await run(tmp_path / "run", options(steps=8, max_staleness=2))
+    assert len(result.steps) == 8
+    seen = {int(behind) for line in result.steps for behind in line["staleness"]}
+    assert max(seen) <= 2
+    assert seen - {0}
+    resumed = await run(tmp_path / "run", options(steps=8, max_staleness=2))
+    assert resumed.lines == result.lines
+
+
+async def test_a_finished_run_is_left_as_it_is(tmp_path: Path) -> None:
+    first = await run(tmp_path / "run", options(steps=2))
+    second = await run(tmp_path / "run", options(steps=2))
+    assert second.lines == first.lines
+
+
+async def test_other_settings_are_refused_and_overwriting_is_a_choice(tmp_path: Path) -> None:
+    await run(tmp_path / "run", options(steps=1))
+    with pytest.raises(RunFolderError, match=r"learning_rate: 0.0001, now 0.001"):
+        await run(tmp_path / "run", options(steps=1, learning_rate=1e-3))
+    anew = await run(tmp_path / "run", options(steps=1, learning_rate=1e-3), overwrite=True)
+    assert len(anew.steps) == 1
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("precious")
+    with pytest.raises(RunFolderError, match="is not empty"):
+        await run(tmp_path / "mine", options(steps=1), overwrite=True)
+    assert (tmp_path / "mine" / "thesis.tex").read_text() == "precious"
+
+
+async def test_epochs_end_with_the_rows_and_the_last_step_is_what_is_left(tmp_path: Path) -> None:
+    data = sums_file(tmp_path / "ten.jsonl", [(a, 11) for a in range(10, 20)])
+    result = await atrain(
+        example.test_arithmetic,
+        tmp_path / "run",
+        options=options(steps=None, epochs=2.0),
+        model="local/arithmetic",
+        data=[data],
+        held_out=0,
+        progress=False,
+    )
+    seen = sum(line["groups"] for line in result.steps)
+    left = sum(line.get("groups_dropped", 0) for line in result.lines)
+    assert seen + left == 20
+    assert not result.evaluations
+
+
+async def test_hopeless_data_ends_with_a_reason(tmp_path: Path) -> None:
+    data = tmp_path / "hopeless.jsonl"
+    row = {"messages": [{"role": "user", "content": "10+10="}], "ground_truth": "never"}
+    data.write_text((json.dumps(row) + "\n") * 3)
+    with pytest.raises(NothingToTrainOnError, match="same reward"):
+        await atrain(
+            example.test_arithmetic,
+            tmp_path / "run",
+            options=options(steps=2),
+            model="local/arithmetic",
+            data=[str(data)],
+            held_out=0,
+            progress=False,
+        )
+
+
+async def test_rows_that_cannot_be_asked_end_with_the_reason(tmp_path: Path) -> None:
+    data = tmp_path / "long.jsonl"
+    row = {"messages": [{"role": "user", "content": "1" * 400}], "ground_truth": "2"}
+    data.write_text((json.dumps(row) + "\n") * 3)
+    with pytest.raises(NothingToTrainOnError, match="gave no scored completion"):
+        await atrain(
+            example.test_arithmetic,
+            tmp_path / "run",
+            options=options(steps=2),
+            model="local/arithmetic",
+            data=[str(data)],
+            held_out=0,
+            progress=False,
+        )
+
+
+def test_killed_at_random_moments_the_command_ends_in_the_same_curve(tmp_path: Path) -> None:
+    data = sums_file(tmp_path / "data.jsonl")
+
+    def command(folder: Path) -> list[str]:
+        options = "--steps 12 --groups-per-step 4 -n 4 --lr 0.0001 --checkpoint-every 2"
+        return [
+            str(Path(sys.executable).with_name("ep-rft")), "train",
+            "examples/arithmetic/test_arithmetic.py::test_arithmetic", "--data", data,
+            "-o", str(folder), *options.split(), "--held-out", "8", "--eval-every", "4", "--quiet",
+        ]  # fmt: skip
+
+    def finish(folder: Path) -> None:
+        done = subprocess.run(command(folder), capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+    def lines(folder: Path) -> list[dict[str, object]]:
+        found = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+        return [{k: v for k, v in line.items() if k != "seconds"} for line in found]
+
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    finish(whole)
+    rng = random.Random(4)
+    kills = 0
+    for _ in range(3):
+        before = _count(killed)
+        process = subprocess.Popen(command(killed), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        target = before + rng.randint(1, 5)
+        while process.poll() is None and _count(killed) < target:
+            time.sleep(0.01)
+        kills += process.poll() is None
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    assert kills
+    finish(killed)
+    assert lines(killed) == lines(whole)
+
+
+def _count(folder: Path) -> int:
+    path = folder / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
