@@ -51,7 +51,7 @@ def measure(staleness: int, arguments: argparse.Namespace, seed: int) -> dict[st
     from test_sums import test_sums
 
     from eval_protocol_rft.loop.options import LoopOptions
-    from eval_protocol_rft.loop.setup import Parts, local_parts
+    from eval_protocol_rft.loop.setup import MakeParts, Parts, local_parts
     from eval_protocol_rft.loop.train import train
 
     options = LoopOptions(
@@ -66,7 +66,7 @@ def measure(staleness: int, arguments: argparse.Namespace, seed: int) -> dict[st
     )
 
     async def slow_parts(evaluator: Any, params: Any, loop: LoopOptions) -> Parts:
-        parts = await local_parts()(evaluator, params, loop)
+        parts = await local_parts().make(evaluator, params, loop)
         slow = SlowSampler(parts.sampler, arguments.delay)
         return replace(parts, sampler=None, processor=parts.processor.sampling_from(slow))
 
@@ -82,7 +82,7 @@ def measure(staleness: int, arguments: argparse.Namespace, seed: int) -> dict[st
             folder + "/run",
             options=options,
             eval_data=[str(EXAMPLE / "held_out.jsonl")],
-            parts=slow_parts,
+            parts=MakeParts(slow_parts),
             progress=False,
             on_line=on_line,
         )

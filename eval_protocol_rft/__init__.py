@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from eval_protocol_rft.episode_processor import EpisodeRolloutProcessor
     from eval_protocol_rft.processor import FireworksTrainingRolloutProcessor
     from eval_protocol_rft.record import RecordError, RolloutRecord
     from eval_protocol_rft.rollout_fn import make_group_rollout_fn, make_rollout_fn
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from eval_protocol_rft.slim_logger import SlimLogger
 
 _HOMES = {
+    "EpisodeRolloutProcessor": "episode_processor",
     "FireworksTrainingRolloutProcessor": "processor",
     "RolloutRecord": "record",
     "RecordError": "record",
@@ -46,6 +48,7 @@ _HOMES = {
 
 __all__ = [
     "Completion",
+    "EpisodeRolloutProcessor",
     "Failure",
     "FireworksTrainingRolloutProcessor",
     "LocalSampler",

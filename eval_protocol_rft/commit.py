@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import msgspec
 from openai.types import CompletionUsage
 
 from eval_protocol_rft.params import RolloutRequest
@@ -28,6 +29,8 @@ from eval_protocol_rft.tokenizer import LoadedTokenizer
 
 if TYPE_CHECKING:
     from eval_protocol.models import EvaluationRow, Message
+
+    from eval_protocol_rft.environments.episode import Episode
 
 _OWN_KEYS = frozenset(RolloutRecord.__struct_fields__)
 
@@ -77,16 +80,81 @@ def commit_group(
     metadata.rollout_duration_seconds = seconds
 
 
+def commit_episodes(
+    row: EvaluationRow,
+    group: Group,
+    episodes: Sequence[Episode],
+    *,
+    request: RolloutRequest,
+    tokenizer: LoadedTokenizer,
+    split_reasoning: bool,
+    began_at: float,
+    seconds: float,
+) -> None:
+    """Put episodes on their row; `group` holds the first turn of each. The row's messages become
+    those of the first episode."""
+    record = build_record(
+        group,
+        TokenIds(episodes[0].turns[0].prompt_ids),
+        request,
+        tokenizer,
+        split_reasoning=split_reasoning,
+        began_at=began_at,
+    )
+    record = msgspec.structs.replace(
+        record,
+        trajectories=[episode.segments for episode in episodes],
+        episodes=[episode.record for episode in episodes],
+        token_turn_traces=[
+            TokenTurnTrace(
+                prompt_ids=turn.prompt_ids,
+                completion_ids=turn.completion_ids,
+                completion_logprobs=turn.completion_logprobs,
+                finish_reason=turn.finish_reason,
+            )
+            for turn in episodes[0].turns
+        ],
+    )
+    prompt_tokens = sum(episode.prompt_tokens for episode in episodes)
+    completion_tokens = sum(episode.sampled_tokens for episode in episodes)
+    metadata = row.execution_metadata
+    foreign = {k: v for k, v in (metadata.extra or {}).items() if k not in _OWN_KEYS}
+    extra = {**foreign, **record.to_extra()}
+
+    row.messages = list(episodes[0].messages)
+    metadata.extra = extra
+    metadata.usage = CompletionUsage(
+        prompt_tokens=prompt_tokens,
+        completion_tokens=completion_tokens,
+        total_tokens=prompt_tokens + completion_tokens,
+    )
+    metadata.finish_reason = episodes[0].record.last_finish_reason
+    metadata.tool_call_count = sum(len(m.tool_calls or []) for m in row.messages)
+    metadata.rollout_duration_seconds = seconds
+
+
 def messages_to_answer(row: EvaluationRow, *, drop_trailing_assistant: bool) -> list[Message]:
     """The row's messages up to where the assistant is to speak: never with the answer that an
     earlier rollout of this very row left (Eval Protocol rolls out a row again as it finds it), and
     without the trailing assistant messages of the data set if they are to be dropped."""
-    messages = list(row.messages)
+    messages = _before_episodes(row)
     if not drop_trailing_assistant:
         return messages[:-1] if _is_answered(row) else messages
     while messages and messages[-1].role == "assistant":
         messages.pop()
     return messages
+
+
+def _before_episodes(row: EvaluationRow) -> list[Message]:
+    """The row's messages without the episode that an earlier rollout put behind them."""
+    messages = list(row.messages)
+    episodes = (row.execution_metadata.extra or {}).get("episodes")
+    if not episodes or not isinstance(episodes, list) or not isinstance(episodes[0], dict):
+        return messages
+    first = episodes[0]
+    if len(first.get("messages") or ()) != len(messages):
+        return messages  # the caller has put others there
+    return messages[: first.get("row_messages")]
 
 
 def _is_answered(row: EvaluationRow) -> bool:

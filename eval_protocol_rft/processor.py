@@ -63,6 +63,26 @@ class _LoopState:
     """(experiment, row) -> rollout ids in order of appearance: the place is the run's number."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowJob:
+    """One row, ready to be sampled."""
+
+    request: RolloutRequest
+    sampler: Sampler
+    tokenizer: LoadedTokenizer
+    messages: list[Any]
+    """Eval Protocol's, those to be answered."""
+    guard: RunGuard
+    began_at: float
+    """Unix seconds."""
+    began: float
+    """Of the performance counter."""
+    row_key: str = ""
+    """Names the row among all rows."""
+    seeds: list[int | None] = field(default_factory=list)
+    """One per completion that is asked for."""
+
+
 class FireworksTrainingRolloutProcessor(RolloutProcessor):
     """Samples n completions per row and leaves token ids, sampling logprobs and text on it.
 
@@ -205,47 +225,64 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
         run: int,
     ) -> EvaluationRow:
         async with Ticket(admission) as ticket:
-            request = self._request(config)
-            sampler, tokenizer = await self._backends.resolve(request, state.clients)
-            messages = messages_to_answer(
-                row, drop_trailing_assistant=self.drop_trailing_assistant_messages
-            )
-            prompt = self._render(row, messages, tokenizer, request)
-            began_at, began = time.time(), time.perf_counter()
-            if request.seed is None and self._backends.seeds_are_free(request):
-                request = replace(request, seed=secrets.randbits(31))
-            row_key = row.input_metadata.row_id or prompt.json.decode()
-            asked = request.n + self.tail.over_sample
-            ticket.good_for(asked)
+            job = await self._prepare(row, config, state, run)
+            prompt = self._render(row, job)
+            ticket.good_for(len(job.seeds))
             group = await sample_group(
-                sampler,
+                job.sampler,
                 prompt,
-                request.params,
-                seeds=derive_seeds(request.seed, row_key, asked, run=run),
+                job.request.params,
+                seeds=job.seeds,
                 slots=config.semaphore,
                 retry=self.retry,
-                guard=state.guards.setdefault(
-                    request.endpoint, RunGuard(patience_seconds=self.retry.max_seconds)
-                ),
-                prompt=row_key,
+                guard=job.guard,
+                prompt=job.row_key,
                 observe=log_attempt,
                 on_start=ticket.used,
                 tail=self.tail,
             )
-        self._require_survivors(row, request, group)
+        self._require_survivors(row, job.request, group)
         commit_group(
             row,
             group,
-            messages=messages,
+            messages=job.messages,
             prompt=prompt,
-            request=request,
-            tokenizer=tokenizer,
+            request=job.request,
+            tokenizer=job.tokenizer,
             split_reasoning=self.split_reasoning,
-            began_at=began_at,
-            seconds=time.perf_counter() - began,
+            began_at=job.began_at,
+            seconds=time.perf_counter() - job.began,
             tail=self.tail,
         )
         return row
+
+    async def _prepare(
+        self, row: EvaluationRow, config: RolloutProcessorConfig, state: _LoopState, run: int
+    ) -> RowJob:
+        """Everything that is known before the first request for a row."""
+        request = self._request(config)
+        sampler, tokenizer = await self._backends.resolve(request, state.clients)
+        messages = messages_to_answer(
+            row, drop_trailing_assistant=self.drop_trailing_assistant_messages
+        )
+        began_at, began = time.time(), time.perf_counter()
+        if request.seed is None and self._backends.seeds_are_free(request):
+            request = replace(request, seed=secrets.randbits(31))
+        job = RowJob(
+            request=request,
+            sampler=sampler,
+            tokenizer=tokenizer,
+            messages=messages,
+            guard=state.guards.setdefault(
+                request.endpoint, RunGuard(patience_seconds=self.retry.max_seconds)
+            ),
+            began_at=began_at,
+            began=began,
+        )
+        row_key = row.input_metadata.row_id or self._render(row, job).json.decode()
+        asked = request.n + self.tail.over_sample
+        seeds = derive_seeds(request.seed, row_key, asked, run=run)
+        return replace(job, row_key=row_key, seeds=seeds)
 
     def _request(self, config: RolloutProcessorConfig) -> RolloutRequest:
         request = parse_completion_params(config.completion_params)
@@ -260,15 +297,11 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
             )
         return replace(request, chat_template_kwargs=kwargs)
 
-    def _render(
-        self,
-        row: EvaluationRow,
-        messages: list[Any],
-        tokenizer: LoadedTokenizer,
-        request: RolloutRequest,
-    ) -> TokenIds:
+    def _render(self, row: EvaluationRow, job: RowJob) -> TokenIds:
         try:
-            return render_prompt(messages, row.tools, tokenizer, request.chat_template_kwargs)
+            return render_prompt(
+                job.messages, row.tools, job.tokenizer, job.request.chat_template_kwargs
+            )
         except PromptError as error:
             raise PromptError(f"row {row.input_metadata.row_id}: {error}") from error
 

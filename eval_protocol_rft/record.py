@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from eval_protocol_rft.episodes import EpisodeRecord, SegmentRecord, episodes_problem
 from eval_protocol_rft.sampling.types import Failure, FinishReason, token_data_problem
 
 SCHEMA_VERSION = 1
@@ -20,6 +21,7 @@ ARRAY_KEYS = (
     "inference_logprobs",
     "raw_logprobs",
     "token_turn_traces",
+    "trajectories",
 )
 """The keys of `extra` that grow with the number of tokens."""
 
@@ -97,7 +99,11 @@ class CompletionResult(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RolloutRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=False):
-    """All completions of one row, exact to the token. G completions, T_i tokens each."""
+    """All completions of one row, exact to the token. G completions, T_i tokens each.
+
+    Where rollouts have several turns, a completion is the first turn of its episode, and
+    `trajectories` and `episodes` hold the whole of it; rewards are the episode's.
+    """
 
     prompt_ids: list[int]
     """[P] ids that went to the sampler."""
@@ -114,6 +120,10 @@ class RolloutRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Fal
     """Completions that could not be had, each with its place among those asked for."""
     raw_logprobs: list[list[float] | None] | None = None
     token_turn_traces: list[TokenTurnTrace] = []
+    trajectories: list[list[SegmentRecord]] | None = None
+    """[G][S_i] the segments of each episode, in order; None for rollouts of one turn."""
+    episodes: list[EpisodeRecord] | None = None
+    """[G] how each episode went; there exactly where `trajectories` is."""
     rewards: list[float | None] | None = None
     """[G] after scoring; None where a completion has no valid score, which is not 0.0."""
     completion_results: list[CompletionResult] | None = None
@@ -154,11 +164,18 @@ class RolloutRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Fal
             problem = token_data_problem(ids, logprobs, raw)
             if problem:
                 return f"completion {i}: {problem}"
-        return None
+        return episodes_problem(
+            self.trajectories,
+            self.episodes,
+            prompt_ids=self.prompt_ids,
+            completion_ids=self.completion_ids,
+            logprobs=self.inference_logprobs,
+            finish_reasons=self.finish_reasons,
+        )
 
     def to_extra(self) -> dict[str, Any]:
         """The record as plain JSON values, to be merged into `execution_metadata.extra`. Keys that
-        do not apply (no scores yet, no raw logprobs) are left out.
+        do not apply (no scores yet, no raw logprobs, one turn) are left out.
         """
         values: dict[str, Any] = msgspec.to_builtins(self)
         return {key: value for key, value in values.items() if value is not None}

@@ -180,11 +180,13 @@ class RolloutFn:
     def _run(self, row: EvaluationRow, trajectory: Trajectory, place: int) -> Any:
         extra = _extra(row)
         raw = extra.get("raw_logprobs")
+        # Of an episode these are of the first turn alone.
+        one_turn = extra.get("trajectories") is None
         return to_run(
             [trajectory],
             types=self.types,
-            texts=[extra["completions_text"][place]],
-            raw_logprobs=[raw[place]] if raw else None,
+            texts=[extra["completions_text"][place]] if one_turn else None,
+            raw_logprobs=[raw[place]] if raw and one_turn else None,
             run_id=f"{row.execution_metadata.rollout_id}/{trajectory.completion}",
             metadata={
                 "row_id": row.input_metadata.row_id,

@@ -324,6 +324,7 @@ def train(
                 },
             )
         except KeyboardInterrupt:
-            typer.echo(f"ep-rft: stopped. The same command goes on in {output}", err=True)
+            same = "The same command" + (" without --overwrite" if overwrite else "")
+            typer.echo(f"ep-rft: stopped. {same} goes on in {output}", err=True)
             raise typer.Exit(stopped.exit_code) from None
     show_result(result)

@@ -77,6 +77,18 @@ def _parts(
     from eval_protocol_rft.loop.lora import LoraSettings
     from eval_protocol_rft.loop.setup import Optimizer, SetupError, local_parts
 
+    fireworks = {
+        "--training-shape": training_shape,
+        "--delete-on-close": delete_on_close,
+    }
+    here = {"--weights": weights, "--trust-remote-code": trust_remote_code}
+    for name, value in (fireworks if deployment is None else here).items():
+        if value:
+            raise SetupError(
+                f"{name} is for training on Fireworks: add --deployment"
+                if deployment is None
+                else f"{name} is for training in this process, and --deployment is on Fireworks"
+            )
     if deployment is None:
         return local_parts(
             weights=weights,
@@ -106,4 +118,6 @@ def show_result(result: TrainResult) -> None:
         for name, key in (("sampled", "sampled_score"), ("greedy", "greedy_score")):
             if key in first and key in last:
                 typer.echo(f"held out, {name}: {first[key]:.3f} -> {last[key]:.3f}")
-    typer.echo(f"{len(result.steps)} steps: {result.folder}/report.html, {result.folder}/model")
+    made = [result.folder / name for name in ("report.html", "model")]
+    files = ", ".join(str(path) for path in made if path.exists())
+    typer.echo(f"{len(result.steps)} steps: {files}")

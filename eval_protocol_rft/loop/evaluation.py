@@ -1,7 +1,7 @@
 """Scores on held-out rows: greedy, and sampled as in training.
 
-Invariant: every evaluation of a run samples the same rows with the same seeds, so that a change of
-the score is the policy's. Nothing of it is trained on.
+Invariant: every evaluation of a run samples the same rows, in this process with the same seeds, so
+that a change of the score is the policy's. Nothing of it is trained on.
 """
 
 from __future__ import annotations

@@ -37,23 +37,35 @@ class RunFolder:
         self.metrics_path = path / "metrics.jsonl"
         self._metrics: DurableFile | None = None
 
+    @staticmethod
+    def check(path: Path, settings: Mapping[str, Any], *, overwrite: bool) -> None:
+        """Whether a run of these settings may begin or go on in `path`. Changes nothing.
+
+        Raises:
+            RunFolderError: it holds a run of other settings, or something else.
+        """
+        if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+            return
+        known = _known(path)
+        if known is None:
+            raise RunFolderError(f"{path} holds something that is no training run: name another")
+        if not overwrite and _has_begun(path):
+            _check_same(path, known, settings)
+
     @classmethod
     def open(cls, path: Path, settings: Mapping[str, Any], *, overwrite: bool) -> RunFolder:
         """Begin a run in `path`, or go on with the one that is there.
 
         Raises:
-            RunFolderError: it holds a run of other settings, or something else.
+            RunFolderError: as `check`.
         """
-        known = path / "settings.json"
-        if overwrite and known.is_file():
+        cls.check(path, settings, overwrite=overwrite)
+        if _known(path) is not None and (overwrite or not _has_begun(path)):
             shutil.rmtree(path)
-        if path.exists() and not known.is_file() and any(path.iterdir()):
-            raise RunFolderError(f"{path} is not empty and holds no training run: name another")
         path.mkdir(parents=True, exist_ok=True)
-        if known.is_file():
-            _check_same(path, json.loads(known.read_text()), settings)
-        else:
-            write_whole(known, (json.dumps(settings, indent=2, sort_keys=True) + "\n").encode())
+        if _known(path) is None:
+            text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
+            write_whole(path / "settings.json", text.encode())
         return cls(path)
 
     def lines(self) -> list[dict[str, Any]]:
@@ -109,6 +121,19 @@ class RunFolder:
 
     def _checkpoints(self) -> list[Path]:
         return list((self.path / "checkpoints").glob(f"{_PREFIX}*"))
+
+
+def _known(path: Path) -> dict[str, Any] | None:
+    """The settings of the run in `path`, None where there is no run."""
+    try:
+        settings = json.loads((path / "settings.json").read_bytes())
+    except (OSError, ValueError):
+        return None
+    return settings if isinstance(settings, dict) and "groups_per_step" in settings else None
+
+
+def _has_begun(path: Path) -> bool:
+    return (path / "metrics.jsonl").exists() or (path / "checkpoints").exists()
 
 
 def _sync_all(folder: Path) -> None:

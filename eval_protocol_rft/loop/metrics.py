@@ -43,7 +43,15 @@ def step_line(
         mismatch: sampler against trainer, see `mismatch`.
     """
     stats = batch.stats
-    lengths = [t.num_sampled for group in groups for t in group.trajectories]
+    lengths = [t.total_sampled for group in groups for t in group.trajectories]
+    ratios = np.exp(
+        np.concatenate(
+            [
+                np.asarray(values, np.float64)[datum.mask] - datum.logprobs[datum.mask]
+                for datum, values in zip(batch.datums, first.logprobs, strict=True)
+            ]
+        ).clip(max=20.0)
+    )
     line: Line = {
         "kind": "step",
         "step": step,
@@ -63,6 +71,8 @@ def step_line(
         "staleness": {str(k): n for k, n in sorted(Counter(staleness).items())},
         "staleness_max": max(staleness),
         **_renamed(first.metrics),
+        # Kish's, of all tokens at once: that of parts does not fold.
+        "effective_sample_fraction": float(ratios.mean() ** 2 / np.mean(ratios**2)),
         **optimizer,
         **mismatch,
     }
@@ -97,7 +107,7 @@ def eval_line(
         len(g.failures) + len(g.failed_rows) + sum(t.reward is None for t in g.trajectories)
         for g in every
     )
-    tokens = [t.num_sampled for g in sampled for t in g.trajectories]
+    tokens = [t.total_sampled for g in sampled for t in g.trajectories]
     if tokens:
         line["completion_tokens_mean"] = float(np.mean(tokens))
     return line

@@ -85,11 +85,11 @@ def looks_shifted(pairs: Sequence[tuple[FloatArray, FloatArray]]) -> bool:
 def missing_eos(
     datums: Sequence[TrainingDatum], eos_token_ids: Collection[int], *, stops: bool
 ) -> int:
-    """Completions that ended by themselves and not with an end token. With stop strings (`stops`)
-    they may."""
+    """Datums whose last turn ended by itself and not with an end token. With stop strings (`stops`)
+    it may."""
     if stops or not eos_token_ids:
         return 0
     return sum(
-        not datum.truncated and int(datum.target_tokens[-1]) not in eos_token_ids
+        not datum.truncated and int(datum.target_tokens[datum.mask][-1]) not in eos_token_ids
         for datum in datums
     )

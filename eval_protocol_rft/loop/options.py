@@ -57,7 +57,7 @@ class LoopOptions:
     warmup_steps: int = 0
     """Steps over which the learning rate rises in a line."""
     min_learning_rate: float = 0.0
-    """Where `linear` and `cosine` end."""
+    """Where `linear` and `cosine` would be one step after the last."""
     eval_every: int = 10
     """Steps between evaluations on held-out rows; 0: only before and after."""
     eval_completions: int = 8
@@ -94,7 +94,10 @@ class LoopOptions:
                 'normalization="none" leaves the division to the trainer, and this loop\'s does '
                 "not divide: choose token, sequence or constant"
             )
-        if self.completions_per_prompt == 1 and self.batch.relative:
+        if not -math.inf < self.pass_threshold < math.inf:
+            raise OptionsError(f"pass_threshold must be a number, got {self.pass_threshold}")
+        # Checks algorithm, thresholds and normalisation.
+        if self.batch.relative and self.completions_per_prompt == 1:
             raise OptionsError(
                 f"{self.algorithm} compares the completions of a prompt: ask for at least 2"
             )
@@ -118,7 +121,7 @@ class LoopOptions:
             return peak * step / (self.warmup_steps + 1)
         if self.schedule == "constant":
             return peak
-        done = (step - self.warmup_steps - 1) / max(steps - self.warmup_steps - 1, 1)
+        done = (step - self.warmup_steps - 1) / max(steps - self.warmup_steps, 1)
         done = min(done, 1.0)
         left = 1 - done if self.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
         return low + (peak - low) * left

@@ -7,7 +7,7 @@ failure or a failed row. Rows of one wave give the same bits in whatever order t
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from eval_protocol_rft.sampling.guard import RunStoppedError
@@ -84,11 +84,3 @@ async def _gathered(
         if loop.time() > end:
             return
         await asyncio.sleep(0.0005)
-
-
-def runner_params(
-    given: Mapping[str, Any] | None, *, n: int | None, **changes: Any
-) -> dict[str, Any]:
-    """completion_params for a `RowRunner`: what the user changed, and n where one is given."""
-    params = {**(given or {}), **changes}
-    return params if n is None else {**params, "n": n}

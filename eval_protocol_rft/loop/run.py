@@ -94,21 +94,26 @@ class Run:
             TrainingStoppedError: sampler and trainer disagree.
             Exception: whatever the trainer raises.
         """
+        version, every = self.scheduler.version, self.options.eval_every
+        if version and every and version % every == 0 and version not in self._evaluated:
+            await self._evaluate(version)  # the run was stopped in it
         try:
             if self.options.max_staleness:
                 await self._ahead()
             else:
                 await self._by_turns()
-        except asyncio.CancelledError:
-            # What was trained since the last checkpoint is kept.
-            await self._save()
+            await self._save()  # before the last evaluation, which may take long
+            if self.scheduler.version not in self._evaluated:
+                await self._evaluate(self.scheduler.version)
+        except BaseException:
+            # What was trained since the last checkpoint is kept; not half of a step, which is in
+            # the weights and not in the version.
+            if not self.scheduler.training:
+                await self._save()
             raise
-        step = self.scheduler.version
-        if step not in self._evaluated:
-            await self._evaluate(step)
         if self._dropped:
-            self.on_line({"kind": "end", "step": step, "groups_dropped": len(self._dropped)})
-        await self._save()
+            dropped = len(self._dropped)
+            self.on_line({"kind": "end", "step": self.scheduler.version, "groups_dropped": dropped})
 
     async def _by_turns(self) -> None:
         while self.scheduler.version < self.steps:
@@ -233,8 +238,8 @@ class Run:
             await self._save()
 
     async def _evaluate(self, step: int) -> None:
-        self._evaluated.add(step)
         line = await self.evaluate(step)
+        self._evaluated.add(step)
         if line is not None:
             self.on_line(line)
 

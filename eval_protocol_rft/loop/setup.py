@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +39,10 @@ class Parts:
     sampler: LocalSampler | None = None
     eos_token_ids: Collection[int] = ()
     max_concurrency: int | None = None
+    publish_first: bool = False
+    """The sampler may hold other weights than the trainer when a run begins."""
+    tokenizer: Any = None
+    """A transformers tokenizer, to be saved beside the final weights."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,8 +112,17 @@ def own_processor(evaluator: Callable[..., Any]) -> FireworksTrainingRolloutProc
     return processor
 
 
-MakeParts = Callable[[Callable[..., Any], dict[str, Any], "LoopOptions"], Awaitable[Parts]]
+Make = Callable[[Callable[..., Any], dict[str, Any], "LoopOptions"], Awaitable[Parts]]
 """Evaluator, completion_params and options in, the parts of a run out."""
+
+
+@dataclass(frozen=True, slots=True)
+class MakeParts:
+    """How a run gets its parts; made by `local_parts` and `fireworks_parts`."""
+
+    make: Make
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """What of it changes the curve; plain JSON values."""
 
 
 def local_parts(
@@ -142,7 +155,12 @@ def local_parts(
             trust_remote_code=trust_remote_code,
         )
 
-    return make
+    settings = {
+        "weights": None if weights is None else str(weights),
+        "lora": None if lora is None else asdict(lora),
+        "optimizer": asdict(optimizer or Optimizer()),
+    }
+    return MakeParts(make, settings)
 
 
 def assemble(
@@ -214,8 +232,13 @@ def assemble(
         request=request,
         params=params,
         sampler=loaded if local else None,
-        eos_token_ids=loaded.eos_token_ids,
+        eos_token_ids={
+            *loaded.eos_token_ids,
+            *request.params.extra.get("stop_token_ids", ()),
+        },
         max_concurrency=_UNBOUNDED if local else None,
+        publish_first=not local,
+        tokenizer=loaded.tokenizer,
     )
 
 

@@ -1,7 +1,8 @@
 """One step: groups to a batch, forward and backward, the optimiser, new weights to the sampler.
 
-Invariant: nothing is trained on before sampler and trainer were compared, and the version grows by
-one when, and only when, the sampler has the new weights.
+Invariant: where tokens of the very weights in training are in a batch, sampler and trainer are
+compared before anything is learnt from it; and the version grows by one when, and only when, the
+sampler has the new weights.
 """
 
 from __future__ import annotations
@@ -180,8 +181,9 @@ class StepRunner:
 
 def _mismatch_fields(found: Mismatch | None) -> dict[str, float]:
     if found is None:
-        return {}
+        return {"mismatch_tokens": 0}
     return {
+        "mismatch_tokens": found.tokens,
         "mismatch_k1": found.k1,
         "mismatch_k3": found.k3,
         "mismatch_max": found.max_difference,

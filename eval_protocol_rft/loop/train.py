@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import math
 import warnings
@@ -27,7 +28,7 @@ from eval_protocol_rft.loop.rollouts import roll_out
 from eval_protocol_rft.loop.run import Run
 from eval_protocol_rft.loop.setup import MakeParts, Parts, local_parts, rollout_params
 from eval_protocol_rft.loop.sinks import MetricSink, open_sinks, require_sinks
-from eval_protocol_rft.loop.step import StepRunner
+from eval_protocol_rft.loop.step import StepRunner, TrainingStoppedError
 from eval_protocol_rft.loop.watch import Watch
 from eval_protocol_rft.redaction import redact_params
 from eval_protocol_rft.row_runner import RowRunner
@@ -111,21 +112,22 @@ async def atrain(
     else:
         train_rows, eval_rows = split_rows(rows, held_out, options.seed)
     params = rollout_params(evaluator, completion_params, model=model, options=options)
-    folder = RunFolder.open(
-        Path(output),
-        {
-            **options.settings(),
-            "completion_params": redact_params(params),
-            "train_rows": len(train_rows),
-            "eval_rows": len(eval_rows),
-            "evaluator": getattr(evaluator, "__name__", type(evaluator).__name__),
-        },
-        overwrite=overwrite,
-    )
+    chosen = parts or local_parts()
+    settings = {
+        **options.settings(),
+        **chosen.settings,
+        "completion_params": redact_params(params),
+        "train_rows": len(train_rows),
+        "eval_rows": len(eval_rows),
+        "rows": _digest([*train_rows, *eval_rows]),
+        "evaluator": f"{evaluator.__module__}.{evaluator.__name__}",
+    }
+    RunFolder.check(Path(output), settings, overwrite=overwrite)
     steps = options.steps or math.ceil(
         (options.epochs or 1) * len(train_rows) / options.groups_per_step
     )
-    assembled = await (parts or local_parts())(evaluator, params, options)
+    assembled = await chosen.make(evaluator, params, options)
+    folder = RunFolder.open(Path(output), settings, overwrite=overwrite)
     stopped: str | None = None
     try:
         with (
@@ -218,6 +220,8 @@ async def _resume(run: Run, parts: Parts, folder: RunFolder) -> None:
     latest = folder.latest()
     if latest is None:
         folder.cut(-1)
+        if parts.publish_first:
+            await parts.trainer.publish(0)
         await run.begin()
         return
     step, checkpoint = latest
@@ -250,12 +254,18 @@ def _report(folder: RunFolder, stopped: str | None, warn: Callable[[str], None])
 
 
 def _why_stopped(error: BaseException) -> str:
-    """For the page, which may be published: messages of this package alone are fit for it."""
+    """For the page, which may be published: other messages may quote servers and users' code."""
     if isinstance(error, asyncio.CancelledError):
         return "from outside (Ctrl-C, or a signal)"
-    if type(error).__module__.startswith("eval_protocol_rft."):
+    if isinstance(error, TrainingStoppedError):
         return str(error)
     return f"{type(error).__name__}, see what the command printed"
+
+
+def _digest(rows: Sequence[EvaluationRow]) -> str:
+    """Which rows, in which order."""
+    ids = "\n".join(str(row.input_metadata.row_id) for row in rows)
+    return f"sha256 {hashlib.sha256(ids.encode()).hexdigest()[:16]}"
 
 
 def _done(folder: RunFolder) -> int:
@@ -267,8 +277,8 @@ async def _export(parts: Parts, folder: RunFolder) -> None:
     """The final weights with the tokenizer: a folder that `local/...` and servers load."""
     model = folder.path / "model"
     await parts.trainer.export(model)  # type: ignore[attr-defined]
-    if parts.sampler is not None:
-        parts.sampler.tokenizer.save_pretrained(model)
+    if parts.tokenizer is not None:
+        parts.tokenizer.save_pretrained(model)
 
 
 @dataclass(slots=True)

@@ -74,7 +74,6 @@ class Watch:
         *,
         shifted: bool = False,
         raw: Mismatch | None = None,
-        updated: bool = True,
     ) -> Trouble | None:
         """What sampler and trainer said of on-policy tokens.
 
@@ -84,7 +83,6 @@ class Watch:
             shifted: they agree when moved by one token.
             raw: the same against the trainer's logprobs at temperature 1, where another was
                 sampled with.
-            updated: the sampler was given other weights than at first.
         """
         if found is None:
             return None
@@ -97,7 +95,7 @@ class Watch:
             cause = "shifted_logprobs"
         elif raw is not None and raw.k3 < min(found.k3 / 10, WARN_K3):
             cause = "raw_logprobs"
-        elif self._agreed and updated:
+        elif self._agreed:
             cause = "stale_weights"
         # Those two are faults whatever their size, and so is all that would be learnt from them.
         fatal = fatal or cause in ("shifted_logprobs", "raw_logprobs")

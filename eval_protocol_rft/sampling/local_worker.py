@@ -148,6 +148,8 @@ class Worker:
         return bool(self._waiting or self._swaps or self._stopping or self._held)
 
     def _apply(self, swap: _Swap, running: Iterable[Request]) -> None:
+        if not swap.done.set_running_or_notify_cancel():
+            return
         try:
             with torch.no_grad():
                 swap.change()

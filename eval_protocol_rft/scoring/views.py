@@ -15,12 +15,26 @@ from eval_protocol.models import EvaluationRow, Message
 from eval_protocol_rft.prompts import assistant_message
 from eval_protocol_rft.record import ARRAY_KEYS, SCHEMA_VERSION, RecordError
 
-HIDDEN_KEYS = frozenset({*ARRAY_KEYS, "rft_schema", "rewards", "completion_results"})
+HIDDEN_KEYS = frozenset({*ARRAY_KEYS, "rft_schema", "rewards", "completion_results", "episodes"})
 """Keys of `extra` that a view has not: token arrays, the record's mark, and earlier scores."""
 
 
 class _Sampling(msgspec.Struct, frozen=True):
     split_reasoning: bool = True
+
+
+class _Episode(msgspec.Struct, frozen=True):
+    messages: list[dict[str, Any]]
+    turns: int
+    stop_reason: str
+    finish_reason: str | None = None
+    step_rewards: list[float | None] = []
+    metrics: dict[str, Any] = {}
+
+    @property
+    def last_finish_reason(self) -> str:
+        """As `EpisodeRecord` has it."""
+        return self.finish_reason or ("length" if self.stop_reason == "length" else "stop")
 
 
 class _ScoredPart(msgspec.Struct, frozen=True):
@@ -31,6 +45,7 @@ class _ScoredPart(msgspec.Struct, frozen=True):
     completions_text: list[str]
     finish_reasons: list[str]
     sampling: _Sampling
+    episodes: list[_Episode] | None = None
 
 
 def completion_views(row: EvaluationRow) -> list[EvaluationRow] | None:
@@ -39,7 +54,8 @@ def completion_views(row: EvaluationRow) -> list[EvaluationRow] | None:
 
     A view is the row with the completion as its last message, no evaluation_result, that
     completion's finish reason, and an `extra` that has `completion_index` and `finish_reason` but
-    none of `HIDDEN_KEYS`. The other fields are deep copies of the row's.
+    none of `HIDDEN_KEYS`. The other fields are deep copies of the row's. Of an episode it has all
+    messages, and `extra["episode"]` with its turns, stop reason, step rewards and metrics.
 
     Raises:
         RecordError: the record is unreadable, or the row's last message is not its first
@@ -49,17 +65,39 @@ def completion_views(row: EvaluationRow) -> list[EvaluationRow] | None:
     if not extra or "rft_schema" not in extra or row.rollout_status.is_error():
         return None
     record = _read(row, extra)
+    if record.episodes is not None:
+        return _episode_views(row, extra, record.episodes)
     split = record.sampling.split_reasoning
     messages = [assistant_message(t, split_reasoning=split) for t in record.completions_text]
     if messages:
         _check_last_message(row, messages[0])
     template = _template(row, extra)
     return [
-        _view(template, index, message, finish_reason)
+        _view(template, index, [message], finish_reason)
         for index, (message, finish_reason) in enumerate(
             zip(messages, record.finish_reasons, strict=True)
         )
     ]
+
+
+def _episode_views(
+    row: EvaluationRow, extra: dict[str, Any], episodes: list[_Episode]
+) -> list[EvaluationRow]:
+    template = _template(row, extra)
+    template.messages = []
+    views = []
+    for index, episode in enumerate(episodes):
+        messages = [Message(**message) for message in episode.messages]
+        view = _view(template, index, messages, episode.last_finish_reason)
+        told = {
+            "turns": episode.turns,
+            "stop_reason": episode.stop_reason,
+            "step_rewards": list(episode.step_rewards),
+            "metrics": dict(episode.metrics),
+        }
+        view.execution_metadata.extra = {**(view.execution_metadata.extra or {}), "episode": told}
+        views.append(view)
+    return views
 
 
 def _read(row: EvaluationRow, extra: dict[str, Any]) -> _ScoredPart:
@@ -113,10 +151,10 @@ def _template(row: EvaluationRow, extra: dict[str, Any]) -> EvaluationRow:
 
 
 def _view(
-    template: EvaluationRow, index: int, message: Message, finish_reason: str
+    template: EvaluationRow, index: int, messages: list[Message], finish_reason: str
 ) -> EvaluationRow:
     view = template.model_copy(deep=True)
-    view.messages.append(message)
+    view.messages.extend(messages)
     metadata = view.execution_metadata
     metadata.finish_reason = finish_reason
     metadata.extra = {

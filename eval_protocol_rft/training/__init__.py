@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from eval_protocol_rft.training.filters import Filters, SoftOverlong
     from eval_protocol_rft.training.groups import group_rows, iter_groups
     from eval_protocol_rft.training.stats import BatchStats
-    from eval_protocol_rft.training.trajectory import PromptGroup, Trajectory
+    from eval_protocol_rft.training.trajectory import PromptGroup, Segment, Trajectory
 
 _HOMES = {
     "ALGORITHMS": "algorithms",
@@ -34,6 +34,7 @@ _HOMES = {
     "EmptyBatchError": "errors",
     "Filters": "filters",
     "PromptGroup": "trajectory",
+    "Segment": "trajectory",
     "SoftOverlong": "filters",
     "TrainingBatch": "batch",
     "TrainingDataError": "errors",
@@ -54,6 +55,7 @@ __all__ = [
     "EmptyBatchError",
     "Filters",
     "PromptGroup",
+    "Segment",
     "SoftOverlong",
     "TrainingBatch",
     "TrainingDataError",

@@ -111,6 +111,24 @@ def store_completions(
     return slabs
 
 
+def store_segment(buffer: TokenBuffer, tokens: Any, logprobs: Any, loss_mask: Any) -> Slab:
+    """Lay out one segment of N tokens as it is. Its values are for `Segment` to check.
+
+    Raises:
+        TokenDataError: lengths differ, or a value has the wrong type; `completion` is None.
+    """
+    given = {"tokens": tokens, "logprobs": logprobs, "loss_mask": loss_mask}
+    sizes = {name: _size(values, None, name) for name, values in given.items()}
+    if len(set(sizes.values())) > 1:
+        told = ", ".join(f"{size} {name}" for name, size in sizes.items())
+        raise TokenDataError(None, f"{told}: they must be as many")
+    slab = buffer.take(sizes["tokens"])
+    _store(tokens, slab.tokens, None, "tokens")
+    _store(logprobs, slab.logprobs, None, "logprobs")
+    _store(loss_mask, slab.loss_mask, None, "loss_mask", kinds="iubf")
+    return slab
+
+
 def _size(values: Any, completion: int | None, name: str) -> int:
     if isinstance(values, (list, np.ndarray)):
         return len(values)
@@ -120,8 +138,16 @@ def _size(values: Any, completion: int | None, name: str) -> int:
     return len(values)
 
 
-def _store(values: Any, target: NDArray[Any], completion: int | None, name: str) -> None:
-    """Copy `values` into `target`, which has their length."""
+def _store(
+    values: Any,
+    target: NDArray[Any],
+    completion: int | None,
+    name: str,
+    *,
+    kinds: str | None = None,
+) -> None:
+    """Copy `values` into `target`, which has their length. Arrays are of one of `kinds`; default
+    the kind of the target."""
     if isinstance(values, (list, tuple)):
         # struct writes into place at twice the speed of numpy's conversion, and refuses None,
         # text, and a float among the ids where numpy would cast.
@@ -131,8 +157,8 @@ def _store(values: Any, target: NDArray[Any], completion: int | None, name: str)
             raise TokenDataError(completion, f"{name}: {error}") from error
         return
     array = values if isinstance(values, np.ndarray) else np.asarray(values)
-    kinds = "iu" if target.dtype.kind == "i" else "f"
-    if array.ndim != 1 or array.dtype.kind not in kinds:
+    allowed = kinds or ("iu" if target.dtype.kind == "i" else "f")
+    if array.ndim != 1 or array.dtype.kind not in allowed:
         raise TokenDataError(
             completion,
             f"{name} is an array of {array.dtype} with shape {array.shape}, expected "

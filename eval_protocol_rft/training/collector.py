@@ -12,7 +12,7 @@ from collections import Counter
 import numpy as np
 from numpy.typing import NDArray
 
-from eval_protocol_rft.training.datums import Example, TrainingDatum, pack
+from eval_protocol_rft.training.datums import Example, TrainingDatum, pack, target_count
 from eval_protocol_rft.training.errors import (
     BiasedSamplingError,
     BiasedSamplingWarning,
@@ -173,7 +173,7 @@ class Collector:
 def target_tokens(left: FilteredGroup) -> int:
     """Targets of the datums that a group will give."""
     pairs = zip(left.group.trajectories, left.trains, strict=True)
-    return sum(len(trajectory.tokens) - 1 for trajectory, trains in pairs if trains)
+    return sum(target_count(trajectory) for trajectory, trains in pairs if trains)
 
 
 def _name(trajectory: Trajectory) -> str:

@@ -10,10 +10,10 @@ How a consumer reads a datum. The loss of a batch is
     sum over datums, sum over t of   weights[t] * loss_t(advantages[t], logprobs[t], ...)
 
 and nothing divides it again. `advantages` is the bare estimate, the same at every sampled token of
-a sequence. `weights` is the loss mask times the normalisation factor, so `weights != 0` is the
-mask. With `normalization="none"`, the default, `weights` is exactly the 0/1 mask and the trainer
-divides, once; with any other choice the division is already in `weights` and the trainer must not
-divide again.
+a sequence, in all its segments. `weights` is the loss mask times the normalisation factor, so
+`weights != 0` is the mask. With `normalization="none"`, the default, `weights` is exactly the 0/1
+mask and the trainer divides, once; with any other choice the division is already in `weights` and
+the trainer must not divide again.
 
 A built-in loss that takes no weights (ppo, cispo, importance_sampling, gspo, reinforce on the
 wire) is given `folded_advantages()`, that is advantages * weights: these losses scale with a
@@ -32,10 +32,12 @@ from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from eval_protocol_rft.training.arrays import FloatArray, IntArray
-from eval_protocol_rft.training.trajectory import Trajectory
+from eval_protocol_rft.training.trajectory import Segment, Trajectory
 
 Normalization = Literal["none", "token", "sequence", "constant"]
-"""Factor of the weights of a sequence with T_i sampled tokens, in a batch of S sequences:
+"""Factor of the weights of a sequence with T_i sampled tokens, in a batch of S sequences. An
+episode of several segments is one sequence, T_i its sampled tokens in all of them, and the factor
+the same in each of its datums:
 
 - none: 1. The loss is a sum over tokens; the trainer divides.
 - token: 1 / sum_i T_i. The mean over all sampled tokens (DAPO).
@@ -45,7 +47,10 @@ Normalization = Literal["none", "token", "sequence", "constant"]
 
 
 class TrainingDatum(msgspec.Struct, frozen=True, kw_only=True, eq=False, gc=False):
-    """One sequence, ready for a loss. T = N-1 targets.
+    """One segment of a sequence, ready for a loss. T = N-1 targets.
+
+    A sequence has one segment, unless it is an episode whose history was rewritten between turns:
+    then each of its datums has its reward and its advantage.
 
     The arrays are views into buffers shared with other datums, and `input_tokens` and
     `target_tokens` overlap: read them, copy before you write.
@@ -64,17 +69,19 @@ class TrainingDatum(msgspec.Struct, frozen=True, kw_only=True, eq=False, gc=Fals
     constant of this sequence at sampled targets (1.0 with `normalization="none"`)."""
     prompt_length: int
     """Tokens before the first sampled one: `target_tokens[prompt_length - 1]` is the first sampled
-    token."""
+    token. Between further turns stand tokens that were not sampled; `mask` knows them."""
     reward: float
     """The reward that the advantage came from, after shaping."""
     truncated: bool
-    """The completion was cut off at max_tokens."""
+    """The completion, or the last turn of the episode, was cut off at max_tokens."""
     group: int
     """Index of the prompt group within its batch."""
     row_id: str | None
     """The dataset row it came from."""
     completion: int
     """Place among the completions asked for in that row's rollout."""
+    segment: int = 0
+    """Place among the segments of its episode."""
 
     def __len__(self) -> int:
         """T, the number of targets."""
@@ -92,7 +99,7 @@ class TrainingDatum(msgspec.Struct, frozen=True, kw_only=True, eq=False, gc=Fals
 
 
 class Example(NamedTuple):
-    """One sequence to pack."""
+    """One sequence to pack: a datum for each of its segments."""
 
     trajectory: Trajectory
     advantage: float
@@ -105,55 +112,63 @@ def pack(
 ) -> list[TrainingDatum]:
     """Bring S sequences into target coordinates.
 
-    Tokens and logprobs are views of the trajectories' own arrays, and so are the weights where
-    they are the bare loss mask. What is new lies in one buffer for the whole batch.
+    Tokens and logprobs are views of the segments' own arrays, and so are the weights where they
+    are the bare loss mask. What is new lies in one buffer for the whole batch.
 
     Args:
         examples: the sequences with their advantages, in order.
         normalization: how the loss is divided.
         constant_length: L of the constant normalisation, in tokens.
+
+    Returns:
+        A datum per segment; those of one sequence stand together.
     """
-    sizes = [len(example.trajectory.tokens) - 1 for example in examples]
-    sampled = np.array([example.trajectory.num_sampled for example in examples], np.int64)
+    size = sum(target_count(example.trajectory) for example in examples)
+    sampled = np.array([example.trajectory.total_sampled for example in examples], np.int64)
     factors = weight_factors(sampled, normalization, constant_length)
-    advantages = np.zeros(sum(sizes), np.float32)
-    weights = np.zeros(0 if normalization == "none" else sum(sizes), np.float32)
+    advantages = np.zeros(size, np.float32)
+    weights = np.zeros(0 if normalization == "none" else size, np.float32)
     datums: list[TrainingDatum] = []
     stop = 0
-    for (trajectory, advantage, reward, group), size, factor in zip(
-        examples, sizes, factors, strict=True
-    ):
-        start, stop = stop, stop + size
-        if normalization != "none":
-            spread(factor, trajectory, weights[start:stop])
-        spread(advantage, trajectory, advantages[start:stop])
-        datums.append(
-            TrainingDatum(
-                input_tokens=trajectory.tokens[:-1],
-                target_tokens=trajectory.tokens[1:],
-                logprobs=trajectory.logprobs[1:],
-                advantages=advantages[start:stop],
-                weights=(
-                    trajectory.loss_mask[1:] if normalization == "none" else weights[start:stop]
-                ),
-                prompt_length=trajectory.prompt_length,
-                reward=reward,
-                truncated=trajectory.truncated,
-                group=group,
-                row_id=trajectory.row_id,
-                completion=trajectory.completion,
+    for (trajectory, advantage, reward, group), factor in zip(examples, factors, strict=True):
+        for place, segment in enumerate(trajectory.segments):
+            start, stop = stop, stop + len(segment.tokens) - 1
+            if normalization != "none":
+                spread(factor, segment, weights[start:stop])
+            spread(advantage, segment, advantages[start:stop])
+            datums.append(
+                TrainingDatum(
+                    input_tokens=segment.tokens[:-1],
+                    target_tokens=segment.tokens[1:],
+                    logprobs=segment.logprobs[1:],
+                    advantages=advantages[start:stop],
+                    weights=(
+                        segment.loss_mask[1:] if normalization == "none" else weights[start:stop]
+                    ),
+                    prompt_length=segment.prompt_length,
+                    reward=reward,
+                    truncated=trajectory.truncated,
+                    group=group,
+                    row_id=trajectory.row_id,
+                    completion=trajectory.completion,
+                    segment=place,
+                )
             )
-        )
     return datums
 
 
-def spread(value: float, trajectory: Trajectory, zeros: FloatArray) -> None:
-    """Write `value` at the sampled targets of a sequence, into [T] zeros."""
-    prompt = trajectory.prompt_length
-    if prompt + trajectory.num_sampled == len(trajectory.tokens):
+def target_count(trajectory: Trajectory) -> int:
+    """Targets of the datums that a sequence gives."""
+    return sum(len(segment.tokens) - 1 for segment in trajectory.segments)
+
+
+def spread(value: float, segment: Segment, zeros: FloatArray) -> None:
+    """Write `value` at the sampled targets of a segment, into [T] zeros."""
+    prompt = segment.prompt_length
+    if prompt + segment.num_sampled == len(segment.tokens):
         zeros[prompt - 1 :] = value  # one run of sampled tokens, up to the end
     else:
-        np.multiply(trajectory.loss_mask[1:], np.float32(value), out=zeros)
+        np.multiply(segment.loss_mask[1:], np.float32(value), out=zeros)
 
 
 def weight_factors(

@@ -1,13 +1,14 @@
 """What is dropped or shaped before training, and why: pure, one group at a time.
 
 Invariant: every completion that was asked for either stays or is counted once, under the first
-reason that applied to it. Nothing is dropped without a count.
+reason that applied to it. Nothing is dropped without a count. An episode of several turns is one
+completion: it stays or goes with all its segments.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -59,6 +60,13 @@ class SoftOverlong:
         return np.asarray(-np.clip(over / self.cache_tokens, 0.0, 1.0))
 
 
+_CHOICES: Mapping[str, tuple[str | None, ...]] = {
+    "truncated": ("keep", "mask", "drop"),
+    "mixed_versions": ("keep", "drop"),
+    "zero_variance": (None, "keep", "drop"),
+}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Filters:
     """What trains. Applied in the order of `DROP_REASONS`; the penalty comes before variance."""
@@ -68,9 +76,10 @@ class Filters:
     datum (DAPO's overlong filtering). drop: as if they had not been sampled."""
     soft_overlong: SoftOverlong | None = None
     max_sequence_tokens: int | None = None
-    """Longest prompt with completion: what the trainer's context holds."""
+    """Longest prompt with completion: what the trainer's context holds. Of an episode, the longest
+    segment."""
     max_completion_tokens: int | None = None
-    """Most sampled tokens."""
+    """Most sampled tokens. Of an episode, in all its turns."""
     min_group_size: int | None = None
     """Fewest completions of a group. Default: 2 where the estimator compares within the group,
     else 1."""
@@ -88,6 +97,12 @@ class Filters:
     completion as a whole is a sample of."""
 
     def __post_init__(self) -> None:
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                words = ", ".join(map(str, allowed))
+                raise TrainingDataError(
+                    f"{name} must be one of {words}, got {getattr(self, name)!r}"
+                )
         if self.max_staleness is not None and not self.policy_versions:
             raise TrainingDataError(
                 "max_staleness needs policy_versions: the versions from old to new, so that their "
@@ -132,7 +147,7 @@ def filter_group(
     kept = PromptGroup(key=group.key, trajectories=left, tokenizer=group.tokenizer)
     rewards = kept.rewards
     if filters.soft_overlong is not None:
-        rewards = rewards + filters.soft_overlong.penalty([t.num_sampled for t in left])
+        rewards = rewards + filters.soft_overlong.penalty([t.total_sampled for t in left])
     group_reason = _group_reason(kept, rewards, filters, relative, components)
     if group_reason is not None:
         dropped[group_reason] += len(kept)
@@ -161,9 +176,9 @@ def _reason(trajectory: Trajectory, filters: Filters) -> str | None:
     if filters.truncated == "drop" and trajectory.truncated:
         return "truncated"
     longest, most = filters.max_sequence_tokens, filters.max_completion_tokens
-    if longest is not None and len(trajectory) > longest:
+    if longest is not None and max(map(len, trajectory.segments)) > longest:
         return "too_long"
-    if most is not None and trajectory.num_sampled > most:
+    if most is not None and trajectory.total_sampled > most:
         return "too_long"
     return None
 

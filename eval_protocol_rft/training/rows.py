@@ -1,7 +1,8 @@
 """One evaluated row into trajectories: what the rollout record holds, checked, as arrays.
 
 Invariant: a row is read exactly or refused with its name; a rollout that failed, and a completion
-without a score, stay visible as such. Rows are `EvaluationRow` objects or the plain dicts of the
+without a score, stay visible as such. An episode of several turns is one trajectory, with one
+reward, however many segments it has. Rows are `EvaluationRow` objects or the plain dicts of the
 JSONL that Eval Protocol writes; both are read by shape, so Eval Protocol is not imported. The
 token data in `extra` may be lists or arrays.
 """
@@ -20,12 +21,8 @@ from eval_protocol_rft.record import (
     SamplingRecord,
 )
 from eval_protocol_rft.sampling.types import Failure
-from eval_protocol_rft.training.buffers import (
-    Slab,
-    TokenBuffer,
-    TokenDataError,
-    store_completions,
-)
+from eval_protocol_rft.training.buffers import TokenBuffer
+from eval_protocol_rft.training.episodes import read_segments, stand_ins
 from eval_protocol_rft.training.errors import TrainingDataError
 from eval_protocol_rft.training.trajectory import Trajectory, reward_problem
 
@@ -117,28 +114,34 @@ def read_row(row: Row, buffer: TokenBuffer) -> RowRollout:
     except RecordError as error:
         raise TrainingDataError(f"{name}: {error}") from error
     sampling, firsts = record.sampling, record.sampling.first_policy_versions
-    slabs = _slabs(extra, sampling.indices, buffer, name)
     results: Sequence[CompletionResult | None] = record.completion_results or [None] * len(record)
+    finish_reasons = record.finish_reasons
+    if record.episodes is not None:
+        finish_reasons = [episode.last_finish_reason for episode in record.episodes]
     row_id = field_of(field_of(row, "input_metadata"), "row_id")
     bias = _bias(sampling)
-    prompt_length = len(extra["prompt_ids"])
+    names = [f"{name}, completion {index}" for index in sampling.indices]
+    segments = read_segments(extra, buffer, row=name, names=names)
     trajectories = tuple(
         Trajectory(
-            tokens=slab.tokens,
-            logprobs=slab.logprobs,
-            loss_mask=slab.loss_mask,
+            tokens=first.tokens,
+            logprobs=first.logprobs,
+            loss_mask=first.loss_mask,
+            more=tuple(more),
             reward=reward,
             components=_components(results[i]),
-            finish_reason=record.finish_reasons[i],
+            finish_reason=finish_reasons[i],
             policy_version=sampling.policy_versions[i],
             first_policy_version=firsts[i] if firsts else None,
             row_id=row_id,
             completion=sampling.indices[i],
             bias=bias,
-            prompt_length=prompt_length,
-            num_sampled=len(slab.tokens) - prompt_length,
+            prompt_length=first.prompt_length,
+            num_sampled=first.num_sampled,
         )
-        for i, (slab, reward) in enumerate(zip(slabs, _rewards(row, record, name), strict=True))
+        for i, ((first, *more), reward) in enumerate(
+            zip(segments, _rewards(row, record, name), strict=True)
+        )
     )
     return RowRollout(
         name,
@@ -149,20 +152,6 @@ def read_row(row: Row, buffer: TokenBuffer) -> RowRollout:
         sampling.n,
         len(sampling.cancelled),
     )
-
-
-def _slabs(
-    extra: Mapping[str, Any], indices: Sequence[int], buffer: TokenBuffer, name: str
-) -> list[Slab]:
-    """The token data of a row, in `buffer`."""
-    try:
-        return store_completions(
-            buffer, extra["prompt_ids"], extra["completion_ids"], extra["inference_logprobs"]
-        )
-    except TokenDataError as error:
-        at = error.completion
-        where = name if at is None else f"{name}, completion {indices[at]}"
-        raise TrainingDataError(f"{where}: {error}") from error
 
 
 def _name(row: Row) -> str:
@@ -181,19 +170,24 @@ def _asked(row: Row) -> int:
 
 def _without_tokens(extra: Mapping[str, Any] | None) -> RolloutRecord:
     """The record with stand-ins for the token data: everything else in it is validated as always,
-    and the tokens, which `store_completions` checks, are not copied on the way."""
-    stand_ins: dict[str, Any] = {}
+    and the tokens, which `read_segments` checks, are not copied on the way."""
+    without: dict[str, Any] = {}
     if extra:
         for key in ("prompt_ids", "completion_ids", "inference_logprobs"):
             if not isinstance(extra.get(key), Sized):
                 return RolloutRecord.from_extra(extra)  # which says what is missing
-        stand_ins = {
+        without = {
             "prompt_ids": [0],
             "completion_ids": [[0]] * len(extra["completion_ids"]),
             "inference_logprobs": [[0.0]] * len(extra["inference_logprobs"]),
         }
+        if extra.get("trajectories") is not None:
+            segments = stand_ins(extra["trajectories"])
+            if segments is None:
+                return RolloutRecord.from_extra(extra)  # likewise
+            without["trajectories"] = segments
     rest = {key: value for key, value in (extra or {}).items() if key not in ARRAY_KEYS}
-    return RolloutRecord.from_extra({**rest, **stand_ins})
+    return RolloutRecord.from_extra({**rest, **without})
 
 
 def _rewards(row: Row, record: RolloutRecord, name: str) -> list[float | None]:

@@ -1,7 +1,8 @@
 """What a batch was made from, in numbers.
 
 Invariant: rewards, truncation and pass@k describe everything that was sampled and scored, before
-filters and shaping, so that they do not flatter; token counts describe what is trained on.
+filters and shaping, so that they do not flatter; token counts describe what is trained on. An
+episode of several turns counts once, however many datums it gives.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eval_protocol_rft.pass_at_k import pass_at_k
-from eval_protocol_rft.training.datums import Example
+from eval_protocol_rft.training.datums import Example, target_count
 from eval_protocol_rft.training.trajectory import PromptGroup
 
 
@@ -51,8 +52,9 @@ class BatchStats:
     """Completions sampled, unscored ones included."""
     scored: int
     datums: int
+    """One per completion that trains; of an episode, one per segment."""
     group_sizes: Mapping[int, int]
-    """Datums of a group -> groups with that many, of those that train."""
+    """Completions of a group that train -> groups with that many, of those with any."""
     reward_mean: float | None
     reward_std: float | None
     """Population deviation (ddof 0) over completions."""
@@ -84,19 +86,19 @@ def batch_stats(
         examples: the sequences trained on.
         pass_threshold: the reward from which a completion counts as correct.
     """
-    sampled_tokens = sum(e.trajectory.num_sampled for e in examples)
-    targets = sum(len(e.trajectory.tokens) - 1 for e in examples)
+    sampled_tokens = sum(e.trajectory.total_sampled for e in examples)
+    targets = sum(target_count(e.trajectory) for e in examples)
     rewards = np.concatenate([g.rewards for g in groups]) if groups else np.empty(0)
     scored = np.array([len(g.rewards) for g in groups], np.int64)
     correct = np.array([np.sum(g.rewards >= pass_threshold) for g in groups], np.int64)
-    datums_of_group = Counter(e.group for e in examples)
+    trained_of_group = Counter(e.group for e in examples)
     return BatchStats(
         groups=len(groups),
-        groups_trained=len(datums_of_group),
+        groups_trained=len(trained_of_group),
         completions=sum(g.sampled for g in groups),
         scored=len(rewards),
-        datums=len(examples),
-        group_sizes=dict(sorted(Counter(datums_of_group.values()).items())),
+        datums=sum(len(e.trajectory.segments) for e in examples),
+        group_sizes=dict(sorted(Counter(trained_of_group.values()).items())),
         reward_mean=float(rewards.mean()) if len(rewards) else None,
         reward_std=float(rewards.std()) if len(rewards) else None,
         reward_min=float(rewards.min()) if len(rewards) else None,

@@ -1,8 +1,8 @@
-"""What was sampled for one prompt, flat: `Trajectory`, and `PromptGroup` around it.
+"""What was sampled for one prompt, flat: `Segment`, `Trajectory`, and `PromptGroup` around it.
 
-Invariant: a trajectory's arrays have equal length, its loss mask is 1 exactly on sampled tokens,
-and a logprob stands only there. A reward is a finite number or None; None (not scored) is never
-confused with 0.0.
+Invariant: a segment's arrays have equal length, its loss mask is 1 exactly on sampled tokens, and a
+logprob stands only there. A trajectory counts once, however many segments it has. A reward is a
+finite number or None; None (not scored) is never confused with 0.0.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from eval_protocol_rft.training.errors import TrainingDataError
 _NO_COMPONENTS: Mapping[str, float | None] = MappingProxyType({})
 
 
-class Trajectory(msgspec.Struct, frozen=True, kw_only=True, eq=False, gc=False):
-    """One completion after its prompt, or several turns of one rollout. N tokens.
+class Segment(msgspec.Struct, frozen=True, kw_only=True, eq=False, gc=False):
+    """A contiguous token sequence, as one forward pass reads it. N tokens.
 
     Lists and other dtypes are converted; the arrays may be views, so do not write to them.
 
@@ -41,33 +41,18 @@ class Trajectory(msgspec.Struct, frozen=True, kw_only=True, eq=False, gc=False):
     """[N] float32 sampling logprobs (nats) of sampled tokens, 0.0 elsewhere."""
     loss_mask: FloatArray
     """[N] float32: 1.0 on sampled tokens, 0.0 elsewhere. The first token is never sampled."""
-    reward: float | None
-    """None: not scored, which is not 0.0."""
-    components: Mapping[str, float | None] = _NO_COMPONENTS
-    """Further scores by name, as `metrics` of the evaluator gave them."""
-    finish_reason: FinishReason = "stop"
-    policy_version: str | None = None
-    """The weights that sampled it, where known; the last of them where it spans several."""
-    first_policy_version: str | None = None
-    """The first of the weights, other than `policy_version`, that sampled a part of it."""
-    row_id: str | None = None
-    completion: int = 0
-    """Place among the completions asked for in its row's rollout."""
-    bias: str | None = None
-    """Why `logprobs` are not full-vocabulary sampling logprobs (truncated support, greedy, raw);
-    None where they are."""
     prompt_length: int = 0
     """Tokens before the first sampled one. Leave it out, and `num_sampled`: they are counted. Who
-    has checked a whole buffer of trajectories gives both, and this one is not checked again."""
+    has checked a whole buffer of token data gives both, and this one is not checked again."""
     num_sampled: int = 0
-    """Tokens that the policy sampled, over all turns."""
+    """Tokens of this segment that the policy sampled, over all its turns."""
 
     def __post_init__(self) -> None:
         if not self.num_sampled:
-            self._check()
+            self._check("")
 
-    def _check(self) -> None:
-        where = f"row {self.row_id!r}, completion {self.completion}"
+    def _check(self, where: str) -> None:
+        """Check and convert the arrays. What is wrong is said with `where` before it."""
         tokens = _array("tokens", self.tokens, "iu", np.dtype(np.int64), where)
         logprobs = _array("logprobs", self.logprobs, "iuf", np.dtype(np.float32), where)
         mask = _array("loss_mask", self.loss_mask, "iubf", np.dtype(np.float32), where)
@@ -75,10 +60,9 @@ class Trajectory(msgspec.Struct, frozen=True, kw_only=True, eq=False, gc=False):
             _length_problem(tokens, logprobs, mask)
             or _mask_problem(mask)
             or _value_problem(tokens, logprobs, mask)
-            or reward_problem(self.reward)
         )
         if problem:
-            raise TrainingDataError(f"{where}: {problem}")
+            raise TrainingDataError(where + problem)
         for name, value in (
             ("tokens", tokens),
             ("logprobs", logprobs),
@@ -92,8 +76,58 @@ class Trajectory(msgspec.Struct, frozen=True, kw_only=True, eq=False, gc=False):
         """N, the number of tokens."""
         return len(self.tokens)
 
+
+class Trajectory(Segment, frozen=True, kw_only=True, eq=False, gc=False):
+    """One completion after its prompt, or an episode of several turns: one reward.
+
+    An episode whose history was rewritten between turns is several segments. Its own arrays are
+    the first, `more` holds the others; reward and advantage are those of all of them.
+
+    Raises:
+        TrainingDataError: a field contradicts another; the message names the first such token.
+    """
+
+    reward: float | None
+    """None: not scored, which is not 0.0."""
+    more: tuple[Segment, ...] = ()
+    """Further segments of the episode, in order."""
+    components: Mapping[str, float | None] = _NO_COMPONENTS
+    """Further scores by name, as `metrics` of the evaluator gave them."""
+    finish_reason: FinishReason = "stop"
+    """Of the last turn. Turns before it ended by themselves, as one that is cut off is the last."""
+    policy_version: str | None = None
+    """The weights that sampled it, where known; the last of them where it spans several."""
+    first_policy_version: str | None = None
+    """The first of the weights, other than `policy_version`, that sampled a part of it."""
+    row_id: str | None = None
+    completion: int = 0
+    """Place among the completions asked for in its row's rollout."""
+    bias: str | None = None
+    """Why `logprobs` are not full-vocabulary sampling logprobs (truncated support, greedy, raw);
+    None where they are."""
+
+    def __post_init__(self) -> None:
+        if self.num_sampled:
+            return
+        where = f"row {self.row_id!r}, completion {self.completion}: "
+        self._check(where)
+        problem = reward_problem(self.reward)
+        if problem:
+            raise TrainingDataError(where + problem)
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """All of the episode, in order; one where nothing was rewritten."""
+        return (self, *self.more)
+
+    @property
+    def total_sampled(self) -> int:
+        """Tokens that the policy sampled, over all segments."""
+        return self.num_sampled + sum(segment.num_sampled for segment in self.more)
+
     @property
     def truncated(self) -> bool:
+        """The last turn was cut off at max_tokens."""
         return self.finish_reason == "length"
 
 
@@ -146,9 +180,9 @@ def _array(name: str, values: Any, kinds: str, dtype: np.dtype[Any], where: str)
     """`values` as a one-dimensional array of `dtype`, refusing what a cast would distort."""
     array = np.asarray(values)
     if array.ndim != 1:
-        raise TrainingDataError(f"{where}: {name} has shape {array.shape}, it must be flat")
+        raise TrainingDataError(f"{where}{name} has shape {array.shape}, it must be flat")
     if array.size and array.dtype.kind not in kinds:
-        raise TrainingDataError(f"{where}: {name} holds {array.dtype}, not {dtype}")
+        raise TrainingDataError(f"{where}{name} holds {array.dtype}, not {dtype}")
     return array.astype(dtype, copy=False)
 
 

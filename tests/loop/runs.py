@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from eval_protocol_rft.loop.options import LoopOptions
-from eval_protocol_rft.loop.setup import Parts, local_parts
+from eval_protocol_rft.loop.setup import MakeParts, Parts, local_parts
 from eval_protocol_rft.loop.train import TrainResult, atrain
 from eval_protocol_rft.sampling.types import Completion, SamplingParams
 from examples.arithmetic import test_arithmetic as example
@@ -53,7 +53,7 @@ async def run(
     data = sums_file(folder.parent / f"{folder.name}.jsonl")
 
     async def make(evaluator: Any, params: dict[str, Any], loop: LoopOptions) -> Parts:
-        parts = await local_parts()(evaluator, params, loop)
+        parts = await local_parts().make(evaluator, params, loop)
         return parts if broken is None else broken(parts)
 
     return await atrain(
@@ -64,7 +64,7 @@ async def run(
         data=[data],
         held_out=8,
         progress=False,
-        parts=make,
+        parts=MakeParts(make),
         completion_params=completion_params,
         **arguments,
     )

@@ -17,15 +17,15 @@ from examples.arithmetic import test_arithmetic as example
 
 def test_the_learning_rate_rises_in_a_line_and_then_follows_its_schedule() -> None:
     options = LoopOptions(
-        steps=104, learning_rate=1.0, warmup_steps=3, schedule="linear", min_learning_rate=0.2
+        steps=103, learning_rate=1.0, warmup_steps=3, schedule="linear", min_learning_rate=0.2
     )
-    rates = [options.learning_rate_at(step, 104) for step in range(1, 105)]
+    rates = [options.learning_rate_at(step, 103) for step in range(1, 105)]
     assert rates[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0])
     assert rates[-1] == pytest.approx(0.2)
-    assert rates[53] == pytest.approx(0.6)  # half way: steps 4 to 104
-    cosine = LoopOptions(steps=101, learning_rate=2.0, schedule="cosine")
-    assert cosine.learning_rate_at(51, 101) == pytest.approx(1.0)
-    assert cosine.learning_rate_at(26, 101) == pytest.approx(1 + math.cos(math.pi / 4))
+    assert rates[53] == pytest.approx(0.6)  # half way from step 4 to the one after the last
+    cosine = LoopOptions(steps=100, learning_rate=2.0, schedule="cosine")
+    assert cosine.learning_rate_at(51, 100) == pytest.approx(1.0)
+    assert cosine.learning_rate_at(26, 100) == pytest.approx(1 + math.cos(math.pi / 4))
     assert LoopOptions(steps=1, learning_rate=3.0).learning_rate_at(1, 1) == 3.0
 
 
@@ -44,11 +44,13 @@ def test_the_learning_rate_rises_in_a_line_and_then_follows_its_schedule() -> No
         ({"steps": 1, "completions_per_prompt": 1}, "compares the completions"),
         ({"steps": 1, "algorithm": "ppo2"}, "unknown algorithm"),
         ({"steps": 1, "normalization": "constant"}, "constant_length"),
+        ({"steps": 1, "normalization": "foo"}, "normalization"),
+        ({"steps": 1, "pass_threshold": math.nan}, "pass_threshold"),
     ],
 )
 def test_wrong_options_are_named(wrong: dict[str, object], named: str) -> None:
     with pytest.raises(ValueError, match=named):
-        LoopOptions(**wrong).batch  # type: ignore[arg-type]  # noqa: B018
+        LoopOptions(**wrong)  # type: ignore[arg-type]
 
 
 def test_options_that_change_the_curve_are_settings() -> None:

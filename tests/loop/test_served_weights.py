@@ -149,7 +149,7 @@ async def test_a_whole_run_over_http_trains_on_what_it_samples(
         tmp_path / "run",
         url,
         steps=6,
-        learning_rate=1e-3,
+        learning_rate=2e-4,
         max_staleness=staleness,
     )
     assert len(result.steps) == 6

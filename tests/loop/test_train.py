@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 import signal
@@ -13,9 +14,11 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
-from eval_protocol_rft.loop.journal import RunFolderError
+from eval_protocol_rft.loop.journal import RunFolder, RunFolderError
 from eval_protocol_rft.loop.run import NothingToTrainOnError
+from eval_protocol_rft.loop.setup import Optimizer, local_parts
 from eval_protocol_rft.loop.train import atrain
+from eval_protocol_rft.sampling.types import RefusedError
 from examples.arithmetic import test_arithmetic as example
 from tests.loop.runs import options, run, sums_file, without_times
 
@@ -84,9 +87,66 @@ async def test_other_settings_are_refused_and_overwriting_is_a_choice(tmp_path: 
     assert len(anew.steps) == 1
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("precious")
-    with pytest.raises(RunFolderError, match="is not empty"):
+    with pytest.raises(RunFolderError, match="no training run"):
+        await run(tmp_path / "mine", options(steps=1), overwrite=True)
+    (tmp_path / "mine" / "settings.json").write_text('{"editor.tabSize": 2}')
+    with pytest.raises(RunFolderError, match="no training run"):
         await run(tmp_path / "mine", options(steps=1), overwrite=True)
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "precious"
+
+
+async def test_what_is_wrong_is_said_before_an_old_run_is_given_up(tmp_path: Path) -> None:
+    done = await run(tmp_path / "run", options(steps=1))
+    with pytest.raises(RefusedError, match="no-such-model"):
+        await atrain(
+            example.test_arithmetic,
+            tmp_path / "run",
+            options=options(steps=1),
+            model="local/no-such-model",
+            overwrite=True,
+            progress=False,
+        )
+    assert (await run(tmp_path / "run", options(steps=1))).lines == done.lines
+
+
+async def test_a_run_is_not_continued_with_another_optimiser(tmp_path: Path) -> None:
+    data = sums_file(tmp_path / "sums.jsonl")
+
+    async def trained(weight_decay: float) -> None:
+        await atrain(
+            example.test_arithmetic,
+            tmp_path / "run",
+            options=options(steps=1),
+            model="local/arithmetic",
+            data=[data],
+            held_out=0,
+            progress=False,
+            parts=local_parts(optimizer=Optimizer(weight_decay=weight_decay)),
+        )
+
+    await trained(0.0)
+    with pytest.raises(RunFolderError, match="weight_decay"):
+        await trained(0.5)
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+async def test_stopped_in_its_last_evaluation_a_run_loses_no_step(
+    staleness: int, tmp_path: Path
+) -> None:
+    """The task is cancelled, as Ctrl-C does, while nothing but the last evaluation is left."""
+    chosen = options(steps=3, eval_every=0, checkpoint_every=100, max_staleness=staleness)
+
+    def interrupt(line: dict[str, object]) -> None:
+        if line.get("step") == 3:
+            task.cancel()
+
+    task = asyncio.ensure_future(run(tmp_path / "run", chosen, on_line=interrupt))
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert RunFolder(tmp_path / "run").latest() is not None
+    resumed = await run(tmp_path / "run", chosen)
+    assert [line["step"] for line in resumed.steps] == [1, 2, 3]
+    assert [line["step"] for line in resumed.evaluations] == [0, 3]
 
 
 async def test_epochs_end_with_the_rows_and_the_last_step_is_what_is_left(tmp_path: Path) -> None:
@@ -150,7 +210,7 @@ def test_killed_at_random_moments_the_command_ends_in_the_same_curve(tmp_path: P
         ]  # fmt: skip
 
     def finish(folder: Path) -> None:
-        done = subprocess.run(command(folder), capture_output=True, text=True)
+        done = subprocess.run(command(folder), check=False, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
 
     def lines(folder: Path) -> list[dict[str, object]]:

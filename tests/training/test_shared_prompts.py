@@ -7,7 +7,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 from eval_protocol_rft.training.datums import TrainingDatum
 from eval_protocol_rft.training.losses.forward import can_share_prompts, token_logprobs
@@ -108,3 +115,13 @@ def test_models_that_see_less_than_their_mask_are_known() -> None:
     sliding = MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=8))
     assert not can_share_prompts(sliding)
     assert not can_share_prompts(torch.nn.Linear(2, 2))
+    by_column = GPTNeoForCausalLM(
+        GPTNeoConfig(
+            vocab_size=30,
+            hidden_size=32,
+            num_layers=2,
+            num_heads=2,
+            attention_types=[[["global", "local"], 1]],
+        )
+    )
+    assert not can_share_prompts(by_column)

@@ -18,7 +18,7 @@ from eval_protocol_rft.training.batch import TrainingBatch
 from eval_protocol_rft.training.datums import TrainingDatum
 
 _ARRAYS = ("input_tokens", "target_tokens", "logprobs", "advantages", "weights")
-_VALUES = ("row_id", "completion", "group", "reward", "truncated", "prompt_length")
+_VALUES = ("row_id", "completion", "segment", "group", "reward", "truncated", "prompt_length")
 _SHARED = ("algorithm", "loss_fn", "loss_fn_config", "normalization", "tokenizer")
 
 

@@ -24,6 +24,8 @@ OPTIONAL_KEYS = (
     "completion_results",
 )
 """Keys that a record may be without."""
+EPISODE_KEYS = ("trajectories", "episodes")
+"""Lists per completion that no column holds: they travel in `evaluation_row`, by place."""
 _NOT_RECORDED = ("model_fingerprint", "chat_template_kwargs", "system", "seed_given")
 _FAILURE_KINDS = frozenset(get_args(FailureKind))
 

@@ -11,12 +11,12 @@ from typing import Any
 import msgspec
 
 from eval_protocol_rft.batch.evaluation_rows.file_part import FILE_KEY, FilePart, Imported
-from eval_protocol_rft.batch.evaluation_rows.record import OPTIONAL_KEYS, trace
+from eval_protocol_rft.batch.evaluation_rows.record import EPISODE_KEYS, OPTIONAL_KEYS, trace
 from eval_protocol_rft.batch.evaluation_rows.to_row import FINISHED, INTERNAL
 from eval_protocol_rft.batch.rollouts.format import PromptKind
 from eval_protocol_rft.record import RecordError, RolloutRecord
 
-_DERIVED = frozenset(RolloutRecord.__struct_fields__)
+_DERIVED = frozenset(RolloutRecord.__struct_fields__) - frozenset(EPISODE_KEYS)
 """Keys of `extra` that the columns hold."""
 _PER_COMPLETION = (
     "indices", "seeds", "policy_versions", "first_policy_versions", "request_ids", "attempts",
@@ -83,6 +83,9 @@ def _rest(row: Mapping[str, Any], record: RolloutRecord | None, *, answered: boo
             # By place, as completions may be filtered out of the file.
             places = map(str, told.indices)
             kept["sampling"]["retry_causes"] = dict(zip(places, told.retry_causes, strict=True))
+        for key in EPISODE_KEYS:
+            if extra.get(key) is not None:
+                kept[key] = dict(zip(map(str, told.indices), extra[key], strict=True))
         traces = extra.get("token_turn_traces")
         if traces and traces != [_first_trace(extra)]:
             kept["token_turn_traces"] = traces

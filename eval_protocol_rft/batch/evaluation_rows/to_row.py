@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from eval_protocol_rft.batch.evaluation_rows.file_part import FILE_KEY, file_part
-from eval_protocol_rft.batch.evaluation_rows.record import record_of, sampling_of
+from eval_protocol_rft.batch.evaluation_rows.record import EPISODE_KEYS, record_of, sampling_of
 from eval_protocol_rft.batch.rollouts.format import FileMetadata
 from eval_protocol_rft.batch.rollouts.rows import CompletionRow
 from eval_protocol_rft.prompts import answer_fields
@@ -50,6 +50,9 @@ def to_row(
         sampling = sampling_of(own, group, metadata)
         split = bool(sampling.get("split_reasoning", True))
         record = record_of(group, survivors, sampling, imported.get("keys"), arrays=arrays)
+        for key in EPISODE_KEYS:
+            if key in extra:
+                extra[key] = [extra[key][str(row.sample_idx)] for row in survivors]
         extra = {**record, **extra}
         _put_answer(row, survivors[0], imported, split=split)
     else:

@@ -6,13 +6,14 @@ by the deployment that the trainer loads its weights into.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 from eval_protocol_rft.loop.fireworks.connecting import FIREWORKS_URL, connect
 from eval_protocol_rft.loop.fireworks.settings import Adam
 from eval_protocol_rft.loop.options import LoopOptions
-from eval_protocol_rft.loop.setup import Optimizer, Parts, SetupError, own_processor
+from eval_protocol_rft.loop.setup import MakeParts, Optimizer, Parts, SetupError, own_processor
 from eval_protocol_rft.params import parse_completion_params
 
 
@@ -26,7 +27,7 @@ def fireworks_parts(
     trainer_job: str | None = None,
     base_url: str = FIREWORKS_URL,
     delete_on_close: bool = False,
-) -> Callable[[Callable[..., Any], dict[str, Any], LoopOptions], Awaitable[Parts]]:
+) -> MakeParts:
     """For `train(parts=...)`.
 
     Args:
@@ -78,4 +79,11 @@ def fireworks_parts(
             params=sampled,
         )
 
-    return make
+    settings = {
+        "base_model": base_model,
+        "deployment": deployment,
+        "lora_rank": lora_rank,
+        "training_shape": training_shape,
+        "optimizer": asdict(optimizer or Optimizer()),
+    }
+    return MakeParts(make, settings)

@@ -16,12 +16,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from eval_protocol_rft.training.export.errors import ExportError
-from eval_protocol_rft.training.trajectory import PromptGroup, Trajectory
+from eval_protocol_rft.training.trajectory import PromptGroup, Segment, Trajectory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,27 +46,58 @@ def to_sample(
     """A `RolloutSample`: one trainable segment, N tokens.
 
     Args:
-        trajectory: scored.
+        trajectory: scored, of one segment; `to_run` takes those of several.
         types: the classes to build.
         text: what the assistant said, for logs.
         raw_logprobs: [num_sampled] the model's own logprobs of the sampled tokens, where known.
 
     Raises:
-        ExportError: not scored, or other than one raw logprob per sampled token.
+        ExportError: not scored, of several segments, or other than one raw logprob per sampled
+            token.
     """
+    if trajectory.more:
+        raise ExportError(
+            f"{_name(trajectory)}: its episode has {len(trajectory.segments)} segments, and a "
+            "sample is one: use to_run"
+        )
+    return _sample(_Part(trajectory, trajectory, 0), types, text, raw_logprobs)
+
+
+class _Part(NamedTuple):
+    """One segment of one trajectory."""
+
+    trajectory: Trajectory
+    segment: Segment
+    place: int
+
+    @property
+    def finish_reason(self) -> str:
+        # A turn that is cut off is the last of its episode: earlier segments ended by themselves.
+        last = self.place == len(self.trajectory.more)
+        return self.trajectory.finish_reason if last else "stop"
+
+
+def _parts(trajectories: Sequence[Trajectory]) -> list[_Part]:
+    return [_Part(t, segment, i) for t in trajectories for i, segment in enumerate(t.segments)]
+
+
+def _sample(
+    part: _Part, types: CookbookTypes, text: str, raw_logprobs: Sequence[float] | None
+) -> Any:
+    trajectory, segment, _ = part
     if trajectory.reward is None:
         raise ExportError(
             f"{_name(trajectory)}: it has no score, and a run without a reward cannot be trained "
             "on; nor is its reward 0"
         )
     return types.sample(
-        tokens=trajectory.tokens.tolist(),
-        logprobs=trajectory.logprobs.tolist(),
-        loss_mask=trajectory.loss_mask.astype(int).tolist(),
+        tokens=segment.tokens.tolist(),
+        logprobs=segment.logprobs.tolist(),
+        loss_mask=segment.loss_mask.astype(int).tolist(),
         reward=float(trajectory.reward),
-        finish_reason=trajectory.finish_reason,
+        finish_reason=part.finish_reason,
         text=text,
-        raw_logprobs=_aligned(trajectory, raw_logprobs),
+        raw_logprobs=_aligned(part, raw_logprobs),
     )
 
 
@@ -82,13 +113,15 @@ def to_run(
     """A `RolloutRun`: the segments of one rollout, which share its reward.
 
     Args:
-        segments: one, or several turns as trajectories of their own.
+        segments: one trajectory, with all its segments; or several turns as trajectories of
+            their own.
         types: the classes to build.
         texts, raw_logprobs: per segment, as for `to_sample`.
         run_id, metadata: passed on.
 
     Raises:
-        ExportError: no segments, one is not scored, or their rewards differ.
+        ExportError: no segments, one is not scored, their rewards differ, or there are other than
+            one text or list of raw logprobs per segment.
     """
     if not segments:
         raise ExportError("a run needs at least one segment")
@@ -98,17 +131,17 @@ def to_run(
                 f"{_name(segment)}: a segment with reward {segment.reward} in a run with reward "
                 f"{segments[0].reward}; a run has one, on every segment"
             )
-    parts = zip(
-        segments,
-        texts or [""] * len(segments),
-        raw_logprobs or [None] * len(segments),
-        strict=True,
+    parts = _parts(segments)
+    for name, values in (("texts", texts), ("raw_logprobs", raw_logprobs)):
+        if values and len(values) != len(parts):
+            raise ExportError(
+                f"{_name(segments[0])}: {len(values)} {name} for a run of {len(parts)} segments"
+            )
+    aligned = zip(
+        parts, texts or [""] * len(parts), raw_logprobs or [None] * len(parts), strict=True
     )
     return types.run(
-        segments=[
-            to_sample(segment, types=types, text=text, raw_logprobs=raw)
-            for segment, text, raw in parts
-        ],
+        segments=[_sample(part, types, text, raw) for part, text, raw in aligned],
         run_id=run_id,
         metadata=None if metadata is None else dict(metadata),
     )
@@ -120,7 +153,7 @@ def to_rollout(
     types: CookbookTypes = DICTS,
     unscored: Literal["error", "drop"] = "error",
 ) -> Any:
-    """A `Rollout`: a prompt group, one run per completion.
+    """A `Rollout`: a prompt group, one run per completion, or per episode with all its segments.
 
     Args:
         group: what was sampled for one prompt.
@@ -148,17 +181,18 @@ def to_rollout(
     )
 
 
-def _aligned(trajectory: Trajectory, values: Sequence[float] | None) -> list[float] | None:
+def _aligned(part: _Part, values: Sequence[float] | None) -> list[float] | None:
     """[N] `values` at the sampled tokens, 0.0 elsewhere."""
     if values is None:
         return None
-    if len(values) != trajectory.num_sampled:
+    segment = part.segment
+    if len(values) != segment.num_sampled:
         raise ExportError(
-            f"{_name(trajectory)}: {len(values)} raw logprobs for {trajectory.num_sampled} "
+            f"{_name(part.trajectory)}: {len(values)} raw logprobs for {segment.num_sampled} "
             "sampled tokens"
         )
-    aligned = np.zeros(len(trajectory))
-    aligned[trajectory.loss_mask != 0] = values
+    aligned = np.zeros(len(segment))
+    aligned[segment.loss_mask != 0] = values
     return aligned.tolist()
 
 

@@ -7,8 +7,9 @@ name when it is complete.
 Both formats hold the same arrays, for D datums with T_i targets each, laid end to end:
 `input_tokens`, `target_tokens` [sum T_i] int64; `logprobs`, `advantages`, `weights` [sum T_i]
 float32; `offsets` [D+1] int64, so that datum i is `offsets[i]:offsets[i+1]`; `prompt_lengths`,
-`groups`, `completions` [D] int64; `rewards` [D] float64; `truncated` [D] bool. The rest is JSON: in
-NPZ the bytes of the array `metadata`, in safetensors the metadata entry `eval_protocol_rft`.
+`groups`, `completions`, `segments` [D] int64; `rewards` [D] float64; `truncated` [D] bool. The rest
+is JSON: in NPZ the bytes of the array `metadata`, in safetensors the metadata entry
+`eval_protocol_rft`.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ _PER_DATUM = {
     "truncated": ("truncated", np.bool_),
     "groups": ("group", np.int64),
     "completions": ("completion", np.int64),
+    "segments": ("segment", np.int64),
 }
 
 Arrays = Mapping[str, NDArray[Any]]

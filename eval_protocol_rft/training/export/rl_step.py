@@ -8,7 +8,8 @@ Invariant: every completion of a group is a sample of its line, with its own tex
 or it is counted in `dropped`; a completion without a score is never a sample with score 0.
 
 This format carries text, and the trainer tokenizes it anew: use it where token ids cannot travel.
-An assistant message holds the completion's whole text, reasoning included, as it was sampled.
+An assistant message holds the completion's whole text, reasoning included, as it was sampled. An
+episode of several turns has no such text and is refused.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import msgspec
 from eval_protocol_rft.training.buffers import TokenBuffer
 from eval_protocol_rft.training.errors import EmptyBatchError, TrainingDataError
 from eval_protocol_rft.training.export.atomic import replacing
+from eval_protocol_rft.training.export.errors import ExportError
 from eval_protocol_rft.training.groups import GroupKey
 from eval_protocol_rft.training.rows import Row, RowRollout, field_of, read_row, row_key
 
@@ -62,6 +64,7 @@ def to_lines(
     Raises:
         TrainingDataError: a row is wrong, as for `group_rows`; an unscored completion, if asked
             for; rows of one group that differ in their prompt (with the default key).
+        ExportError: an episode of several turns.
         EmptyBatchError: no completion is left.
     """
     groups: dict[Hashable, list[dict[str, Any]]] = {}
@@ -76,6 +79,7 @@ def to_lines(
         )
         if not rollout.trajectories:
             continue
+        _check_turns(row, rollout)
         group_key = (key or row_key)(row)
         prompt = _prompt(row, rollout)
         if prompts.setdefault(group_key, prompt) != prompt and key is None:
@@ -102,6 +106,17 @@ def write_jsonl(
     with replacing(path) as unfinished:
         unfinished.write_bytes(b"".join(msgspec.json.encode(line) + b"\n" for line in data.lines))
     return data
+
+
+def _check_turns(row: Row, rollout: RowRollout) -> None:
+    episodes = field_of(field_of(row, "execution_metadata"), "extra").get("episodes") or ()
+    for trajectory, episode in zip(rollout.trajectories, episodes, strict=False):
+        if episode["turns"] > 1:
+            raise ExportError(
+                f"{rollout.name}, completion {trajectory.completion}: an episode of "
+                f"{episode['turns']} turns, and a sample of the RL step is a prompt with one "
+                "answer. Train on tokens instead (fireworks, tinker, cookbook)"
+            )
 
 
 def _samples(

@@ -40,10 +40,12 @@ def rollout_result(
         rollouts of several turns also `env_mask` [B][T_i], 1 where the policy sampled.
 
     Raises:
-        ExportError: a completion is missing, so that others would stand beside the wrong prompt.
+        ExportError: a completion is missing, so that others would stand beside the wrong prompt;
+            an episode has several segments, for which there is one place.
     """
     for group in groups:
         _check_complete(group)
+        _check_segments(group)
     if prompts is not None:
         _check_places(groups, prompts)
     trajectories = [trajectory for group in groups for trajectory in group.trajectories]
@@ -74,6 +76,17 @@ def _check_complete(group: PromptGroup) -> None:
             f"group {group.key!r}: {len(messages)} of its completions or rows failed, and TRL has "
             f"no place for a missing completion; the first: {messages[0]}"
         )
+
+
+def _check_segments(group: PromptGroup) -> None:
+    for trajectory in group.trajectories:
+        if trajectory.more:
+            raise ExportError(
+                f"row {trajectory.row_id!r}, completion {trajectory.completion}: its episode has "
+                f"{len(trajectory.segments)} segments, and TRL takes one sequence per completion. "
+                "Sample with a chat template that does not rewrite history, or train where "
+                "episodes may have several (fireworks, tinker, cookbook)"
+            )
 
 
 def _check_places(groups: Sequence[PromptGroup], prompts: Sequence[Any]) -> None:

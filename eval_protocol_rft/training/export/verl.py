@@ -3,7 +3,8 @@
 Invariant: every sampled token of the batch stands in `responses` once, with its logprob and mask;
 padding is on the left of prompts and on the right of responses, and has mask 0.
 
-verl divides by `loss_agg_mode`, so the batch must not be normalised already.
+verl divides by `loss_agg_mode`, so the batch must not be normalised already. It takes each row for
+a rollout, so an episode of several segments would count several times; it is refused.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ def to_tensors(
 
     Raises:
         MissingPackageError: torch is not installed.
-        ExportError: the batch is normalised, or a prompt or response is longer than asked for.
+        ExportError: the batch is normalised, an episode has several segments, or a prompt or
+            response is longer than asked for.
     """
     torch = require("torch", install="eval-protocol-rft[local]")
     if batch.normalization != "none":
@@ -59,6 +61,7 @@ def to_tensors(
             f'the batch has normalization="{batch.normalization}" in its weights, and verl divides '
             'by loss_agg_mode: build it with normalization="none"'
         )
+    _check_segments(batch.datums)
     arrays = _arrays(batch.datums, pad_token_id, prompt_length, response_length)
     call = uuid.uuid4().hex[:12]
     non_tensors = {
@@ -129,6 +132,18 @@ def _arrays(
         "advantages": advantages,
         "returns": advantages.copy(),
     }
+
+
+def _check_segments(datums: list[TrainingDatum]) -> None:
+    for datum in datums:
+        if datum.segment:
+            raise ExportError(
+                f"row {datum.row_id!r}, completion {datum.completion}: its episode has several "
+                "segments, and verl counts a row of its tensors as a rollout: its group's baseline "
+                "and the means of loss_agg_mode would count this one more than once. Sample with a "
+                "chat template that does not rewrite history, or train where episodes count once "
+                "(fireworks, tinker, cookbook)"
+            )
 
 
 def _width(name: str, lengths: list[int], asked: int | None, datums: list[TrainingDatum]) -> int:

@@ -68,8 +68,9 @@ def token_logprobs(
         raise LossError("no datums: there is nothing to run the model on")
     if not temperature > 0.0:
         raise LossError(f"temperature is {temperature}: only a policy above 0 has logprobs")
-    if share_prompts:
-        layout = sharing_prompts([[datums[i] for i in places] for places in bundled(datums)])
+    bundles = bundled(datums) if share_prompts else []
+    if any(len(places) > 1 for places in bundles):
+        layout = sharing_prompts([[datums[i] for i in places] for places in bundles])
     else:
         layout = side_by_side(datums)
     device = next(model.parameters()).device
@@ -90,8 +91,13 @@ def can_share_prompts(model: torch.nn.Module) -> bool:
     text = config.get_text_config(decoder=True)
     kinds = set(getattr(text, "layer_types", None) or ())
     window = getattr(text, "sliding_window", None) if not kinds else None
+    # Some count distances in columns, inside their layers (GPT-Neo, Falcon).
+    by_column = "local" in (getattr(text, "attention_layers", None) or ()) or getattr(
+        text, "alibi", False
+    )
     return (
         not window
+        and not by_column
         and kinds <= {"full_attention"}
         and getattr(text, "_attn_implementation", None) in ("sdpa", "eager")
         and "position_ids" in inspect.signature(model.forward).parameters

@@ -27,7 +27,8 @@ def policy_metrics(
     sampler_kl_k1:mean, sampler_kl_k3:mean: KL(sampler || current policy), two estimates.
     effective_sample_fraction:mean: Kish's effective sample size of the weights r = current /
         sampler, per token: (sum r)^2 / (n sum r^2).
-    sampler_entropy:mean: mean of -log q, an unbiased estimate of the sampler's entropy.
+    sampler_entropy:mean: mean of -log q: an estimate of the sampler's entropy, too high where
+        groups without a gradient were dropped, as their tokens are the less surprising ones.
     entropy:mean: of the policy in training, exact, where the batch brings it.
     reference_kl_k3:mean: KL(current || reference), where the batch brings a reference.
     correction:mean, correction_bounded:mean: correction weights, and the share that was bounded.

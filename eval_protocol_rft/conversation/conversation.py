@@ -1,0 +1,239 @@
+"""One episode's conversation with a model, exact to the token.
+
+    talk = Conversation.start(messages, tools, tokenizer)
+    talk.sampled(await sampler.sample(talk.prompt_ids, params))
+    talk.append([{"role": "tool", "content": "3"}])        # the next talk.prompt_ids
+    ...
+    talk.segments()
+
+Invariant: sampled ids are kept as they came. Between them stands only what the chat template
+renders, with the whole conversation in view, behind what was sent and sampled before; that it does
+render all of that unchanged is checked, character by character, at every step. Where it does not,
+a new segment begins or an error is raised: ids are never aligned, and never made anew.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple
+
+from eval_protocol_rft.conversation.errors import (
+    ConversationError,
+    HistoryRewrittenError,
+    Rewrite,
+    UnfinishedTurnError,
+    first_difference,
+)
+from eval_protocol_rft.conversation.rendering import ChatText
+from eval_protocol_rft.conversation.segments import OpenSegment, Segment, Turn
+from eval_protocol_rft.prompts import answer_fields, chat_messages, render_chat
+from eval_protocol_rft.sampling.types import Completion, TokenIds
+from eval_protocol_rft.tokenizer import LoadedTokenizer
+
+OnRewrite = Literal["split", "reject"]
+
+
+class _Said(NamedTuple):
+    """A sampled turn that nothing was appended to yet."""
+
+    text: str
+    """Without the token that ended it."""
+    ender: int | None
+    """The token that ended it, where one was sampled."""
+    cut_off: bool
+
+
+class Conversation:
+    """What was sent to a model and sampled from it. Make one with `start`, then take turns:
+    `sampled`, `append`, `sampled`, ... An error leaves it as it was."""
+
+    def __init__(
+        self,
+        chat: ChatText,
+        messages: list[dict[str, Any]],
+        prompt_ids: TokenIds,
+        on_rewrite: OnRewrite,
+    ) -> None:
+        self._chat = chat
+        self._messages = messages
+        self._on_rewrite = on_rewrite
+        self._text = chat.render(messages)
+        """The template's rendering of all that was sent; what was sampled last is not yet in it."""
+        self._last: _Said | None = None
+        self._prompt_ids = prompt_ids
+        self._new_ids: Sequence[int] = prompt_ids
+        """What of `prompt_ids` is not yet in the last segment."""
+        self._segments: list[OpenSegment] = []
+        self._opens_segment = True
+        self._rewrites: list[Rewrite] = []
+
+    @classmethod
+    def start(
+        cls,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None,
+        tokenizer: LoadedTokenizer,
+        template_kwargs: Mapping[str, Any] | None = None,
+        *,
+        on_rewrite: OnRewrite = "split",
+    ) -> Conversation:
+        """A conversation whose `prompt_ids` are to be answered.
+
+        Args:
+            messages: what stands before the first sampled turn, in the chat API's form.
+            tools: in the chat API's form; the same for the whole conversation.
+            tokenizer: its chat template is what renders.
+            template_kwargs: passed to the template.
+            on_rewrite: what to do where the template renders earlier turns differently once more
+                is appended (thinking stripped, arguments written anew, a system message moved):
+                `split` begins a new segment whose prompt is what the template renders then, and
+                records it in `rewrites`; `reject` raises `HistoryRewrittenError`.
+
+        Raises:
+            PromptError: as `prompts.render_chat`.
+        """
+        if on_rewrite not in ("split", "reject"):
+            raise ValueError(f"on_rewrite must be 'split' or 'reject', not {on_rewrite!r}")
+        kwargs = dict(template_kwargs or {})
+        chat = chat_messages(messages)
+        ids = render_chat(chat, tools, tokenizer, kwargs)
+        text = ChatText(tokenizer=tokenizer, tools=tools, template_kwargs=kwargs)
+        return cls(text, chat, ids, on_rewrite)
+
+    @property
+    def prompt_ids(self) -> TokenIds:
+        """The ids to send next; after `sampled`, those that were sent last."""
+        return self._prompt_ids
+
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        """The conversation as the template is given it."""
+        return list(self._messages)
+
+    @property
+    def rewrites(self) -> tuple[Rewrite, ...]:
+        """Where the template rewrote history, one for each split."""
+        return tuple(self._rewrites)
+
+    def sampled(
+        self, completion: Completion, message: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Take the model's answer to `prompt_ids`; its ids and logprobs are kept as they are.
+
+        Args:
+            completion: what the sampler returned.
+            message: the answer as the template shall be given it. Without one it is the sampled
+                text, tool calls in it as the model wrote them, and thinking too unless the template
+                reads `reasoning_content`. With one, whose tool calls are fields, the template
+                writes their arguments in its own way: where the model wrote them in another, that
+                is a rewrite.
+
+        Returns:
+            The message that the template is given.
+
+        Raises:
+            ConversationError: the last answer has had no reply yet.
+            PromptError: `message` holds what no template renders.
+        """
+        if self._last is not None:
+            raise ConversationError("two turns in a row: append what came between them first")
+        tokenizer = self._chat.tokenizer
+        ender = _ender(completion, tokenizer)
+        ids = completion.token_ids
+        body = tokenizer.decode(ids if ender is None else ids[:-1])
+        if message is None:
+            message = _as_sampled(body, self._text, tokenizer)
+        (given,) = chat_messages([message])
+        if given["role"] != "assistant":
+            raise ConversationError(f"an answer is the assistant's, not {given['role']!r}'s")
+        if self._opens_segment:
+            self._segments.append(OpenSegment())
+            self._opens_segment = False
+        self._segments[-1].add(self._new_ids, completion)
+        self._messages.append(given)
+        self._last = _Said(body, ender, completion.truncated)
+        self._new_ids = ()
+        return dict(given)
+
+    def append(self, messages: Sequence[Mapping[str, Any]]) -> TokenIds:
+        """Say more: tool results, feedback, a question. Returns the next `prompt_ids`.
+
+        They are those sent before, those sampled, and the ids of what the template renders behind
+        them: where the turn was ended by a token, what stands after that token; where it was ended
+        by a stop string, the template's own end of turn, which is context and was not sampled.
+
+        Raises:
+            UnfinishedTurnError: the last turn was cut off at its token limit.
+            HistoryRewrittenError: the template rewrites history and the policy is `reject`.
+            ConversationError: there is no answer to append to, or nothing to append.
+            PromptError: the template cannot render the messages, or drops them.
+        """
+        if self._last is None:
+            raise ConversationError("nothing was sampled since the last append: call sampled first")
+        if not messages:
+            raise ConversationError("no messages to append")
+        body, ender, truncated = self._last
+        if truncated:
+            raise UnfinishedTurnError(
+                f"turn {self._turns} was cut off at its token limit: nothing can be said after a "
+                "turn that has no end. End the episode, or allow more tokens per turn"
+            )
+        new = chat_messages(messages)
+        chat = [*self._messages, *new]
+        text = self._chat.render(chat)
+        self._chat.check_seen(chat, len(new) + 1, text)
+        ended = "" if ender is None else self._chat.tokenizer.decode([ender])
+        kept = self._text + body + ended
+        if text.startswith(kept):
+            new_ids = self._chat.ids_after(ender, text[len(kept) :])
+            prompt_ids = TokenIds((*self._segments[-1].ids, *new_ids))
+        else:
+            rewrite = first_difference(kept, text, self._turns)
+            if self._on_rewrite == "reject":
+                raise HistoryRewrittenError(self._chat.tokenizer.name, rewrite)
+            new_ids = self._chat.ids(text)
+            prompt_ids = TokenIds(new_ids)
+            self._rewrites.append(rewrite)
+            self._opens_segment = True
+        self._messages, self._text, self._last = chat, text, None
+        self._new_ids, self._prompt_ids = new_ids, prompt_ids
+        return prompt_ids
+
+    def segments(self) -> list[Segment]:
+        """What to train on, in order. What was appended and not answered is not in it."""
+        return [segment.close() for segment in self._segments]
+
+    def turns(self) -> list[Turn]:
+        """Every request and its answer, in order; for `token_turn_traces`."""
+        return [turn for segment in self._segments for turn in segment.as_turns()]
+
+    @property
+    def _turns(self) -> int:
+        return sum(len(segment.turns) for segment in self._segments)
+
+
+def _ender(completion: Completion, tokenizer: LoadedTokenizer) -> int | None:
+    """The token that ended the turn, where it was sampled; see `decode_completion`."""
+    last = completion.token_ids[-1]
+    by_token = last in tokenizer.special_ids or completion.stop_reason == last
+    return last if completion.finish_reason == "stop" and by_token else None
+
+
+def _as_sampled(text: str, prompt: str, tokenizer: LoadedTokenizer) -> dict[str, str]:
+    """The sampled text as a message that a template is most likely to render as it was."""
+    if _reads_thinking(str(tokenizer.tokenizer.chat_template)):
+        fields = answer_fields(text, split_reasoning=True)
+        if "reasoning_content" in fields:
+            return fields
+    # A think tag that the prompt opened is a part of the answer to those templates that keep it.
+    bare = prompt.rstrip()
+    opened = prompt[len(bare) - len("<think>") :] if bare.endswith("<think>") else ""
+    return {"role": "assistant", "content": opened + text}
+
+
+@lru_cache(maxsize=16)
+def _reads_thinking(template: str) -> bool:
+    """Whether the template takes thinking as a field of its own; its comments do not count."""
+    return "reasoning_content" in re.sub(r"\{#.*?#\}", "", template, flags=re.DOTALL)

@@ -1,0 +1,129 @@
+"""A conversation as the text that its chat template renders, and the ids of what is new in it.
+
+Invariant: text comes from the template with the whole conversation in view, never from one message
+alone; what the template would drop in silence is an error.
+
+Cost: ids are made of new text only. A rendering is linear in the conversation, for a template runs
+over all messages: 10 to 25 microseconds a message, one rendering a turn. Eight turns of an episode
+take 3 ms in all; the four-hundredth takes 10 to 20 ms.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from eval_protocol_rft.prompts import PromptError
+from eval_protocol_rft.tokenizer import LoadedTokenizer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatText:
+    """Renders one conversation, with the tools and template arguments that it began with."""
+
+    tokenizer: LoadedTokenizer
+    tools: Sequence[Mapping[str, Any]] | None
+    template_kwargs: Mapping[str, Any]
+    _rendered: set[str] = field(default_factory=set)
+    """Roles, and `tool_calls`, that the template is known not to drop."""
+
+    def render(
+        self, messages: Sequence[Mapping[str, Any]], *, generation_prompt: bool = True
+    ) -> str:
+        """Text of `messages`, as `prompts.chat_messages` gives them, and of the assistant's header
+        behind them.
+
+        Raises:
+            PromptError: the template fails, or arguments of a tool call are not JSON.
+        """
+        chat: Any = [_with_parsed_arguments(i, message) for i, message in enumerate(messages)]
+        try:
+            text = self.tokenizer.tokenizer.apply_chat_template(
+                chat,
+                tools=[dict(tool) for tool in self.tools] if self.tools else None,
+                add_generation_prompt=generation_prompt,
+                tokenize=False,
+                **self.template_kwargs,
+            )
+        # A template is a program: besides its own errors it raises what its expressions raise.
+        except Exception as error:
+            raise PromptError(
+                f"the chat template of {self.tokenizer.name!r} failed on {len(chat)} messages: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        return str(text)
+
+    def check_seen(self, messages: Sequence[Mapping[str, Any]], new: int, text: str) -> None:
+        """See that `text`, the rendering of `messages`, shows the last `new` of them. A role is
+        looked at once per conversation, and so are tool calls.
+
+        Raises:
+            PromptError: it is the same text without them.
+        """
+        for index in range(len(messages) - new, len(messages)):
+            message = messages[index]
+            without = [*messages[:index], *messages[index + 1 :]]
+            self._check_shown(f"the role {message['role']!r}", without, text)
+            if "tool_calls" in message:
+                silent = {k: v for k, v in message.items() if k != "tool_calls"}
+                without = [*messages[:index], silent, *messages[index + 1 :]]
+                self._check_shown("tool calls", without, text)
+
+    def _check_shown(self, what: str, without: list[Mapping[str, Any]], text: str) -> None:
+        if what in self._rendered:
+            return
+        try:
+            dropped = self.render(without) == text
+        except PromptError:
+            dropped = False  # a template that insists on it does render it
+        if dropped:
+            raise PromptError(
+                f"the chat template of {self.tokenizer.name!r} does not render {what}: the model "
+                "would never see what was appended"
+            )
+        self._rendered.add(what)
+
+    def ids(self, text: str) -> list[int]:
+        """Ids of a whole rendering, as `apply_chat_template` makes them."""
+        ids = self.tokenizer.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return [int(token) for token in ids]
+
+    def ids_after(self, ender: int | None, text: str) -> list[int]:
+        """Ids of `text` where it follows the control token `ender`; None: where it follows text.
+
+        They are read together: a tokenizer may treat the start of a text in its own way, and a
+        control token may swallow the blanks around it.
+
+        Raises:
+            PromptError: the tokenizer does not read the control token's own text as that token.
+        """
+        if ender is None:
+            return self.ids(text)
+        shown = self.tokenizer.decode([ender])
+        ids = self.ids(shown + text)
+        if ids[:1] != [ender]:
+            raise PromptError(
+                f"tokenizer {self.tokenizer.name!r} reads {shown!r}, the text of its control token "
+                f"{ender}, as {ids[:4]}: what follows a turn cannot be joined to it exactly"
+            )
+        return ids[1:]
+
+
+def _with_parsed_arguments(index: int, message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The message as chat templates read it: they take arguments as an object."""
+    if "tool_calls" not in message:
+        return message
+    return {**message, "tool_calls": [_parsed(index, call) for call in message["tool_calls"]]}
+
+
+def _parsed(index: int, call: Mapping[str, Any]) -> dict[str, Any]:
+    function = call["function"]
+    try:
+        arguments = json.loads(function["arguments"] or "{}")
+    except ValueError as error:
+        raise PromptError(
+            f"messages[{index}]: arguments of tool call {function['name']!r} are not JSON: {error}"
+        ) from error
+    return {**call, "function": {**function, "arguments": arguments}}

@@ -1,0 +1,120 @@
+"""`ToolLoop`: plain Python functions as tools, until the model answers without calling one.
+
+Invariant: whatever goes wrong with a call (unknown tool, arguments that are no JSON or do not fit,
+an exception, a call that takes too long) is told to the model as the tool's answer; the model may
+try again.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import pydantic
+
+from eval_protocol_rft.environments.calling import call
+from eval_protocol_rft.environments.environment import Environment, EnvironmentFaultError, Step
+
+if TYPE_CHECKING:
+    from eval_protocol.models import Message
+
+TOOL_SECONDS = 30.0
+
+
+class ToolLoop(Environment):
+    """Runs the tools that the model calls.
+
+    Args:
+        functions: plain functions, sync or async. Name, docstring and annotated parameters make
+            the schema that the prompt describes; arguments are checked against it.
+        seconds: one call may take.
+    """
+
+    def __init__(self, *functions: Callable[..., Any], seconds: float = TOOL_SECONDS) -> None:
+        if not functions:
+            raise ValueError("no tools: pass at least one function")
+        self._tools = {function.__name__: _Tool(function) for function in functions}
+        self._seconds = seconds
+        self.tools = [tool.schema for tool in self._tools.values()]
+
+    async def step(self, messages: Sequence[Message], assistant: Message) -> Step:
+        calls = assistant.tool_calls or []
+        if not calls:
+            return Step(done=True)
+        told = [
+            {
+                "role": "tool",
+                "tool_call_id": one.id,
+                "name": one.function.name,
+                "content": await self._run(one.function.name, one.function.arguments),
+            }
+            for one in calls
+        ]
+        return Step(messages=told, metrics={"tool_calls": len(told)})
+
+    async def _run(self, name: str, arguments: str) -> str:
+        tool = self._tools.get(name)
+        if tool is None:
+            return f"Error: there is no tool {name!r}; there are {', '.join(self._tools)}"
+        try:
+            given = tool.arguments(arguments)
+        except ValueError as error:
+            return f"Error: {error}"
+        try:
+            result = await call(
+                lambda: tool.function(**given), what=f"{name}()", seconds=self._seconds
+            )
+        except EnvironmentFaultError as error:
+            return f"Error: {error}"
+        return result if isinstance(result, str) else json.dumps(result, default=str)
+
+
+class _Tool:
+    """A function and its parameters as a schema."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        fields: dict[str, Any] = {}
+        for name, parameter in inspect.signature(function, eval_str=True).parameters.items():
+            if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+                raise ValueError(
+                    f"{function.__name__}({parameter}): a tool's parameters have names"
+                )
+            annotation = Any if parameter.annotation is parameter.empty else parameter.annotation
+            default = ... if parameter.default is parameter.empty else parameter.default
+            fields[name] = (annotation, default)
+        self._model = pydantic.create_model(
+            function.__name__, __config__=pydantic.ConfigDict(extra="forbid"), **fields
+        )
+        parameters = self._model.model_json_schema()
+        parameters.pop("title", None)
+        parameters.pop("additionalProperties", None)
+        for described in parameters.get("properties", {}).values():
+            described.pop("title", None)
+        parameters.setdefault("properties", {})
+        self.schema: Mapping[str, Any] = {
+            "type": "function",
+            "function": {
+                "name": function.__name__,
+                "description": inspect.getdoc(function) or "",
+                "parameters": parameters,
+            },
+        }
+
+    def arguments(self, text: str) -> dict[str, Any]:
+        """The call's arguments as the function takes them.
+
+        Raises:
+            ValueError: no JSON object, or one that does not fit; in words for the model.
+        """
+        try:
+            given = self._model.model_validate_json(text or "{}")
+        except pydantic.ValidationError as error:
+            told = "; ".join(
+                f"{'.'.join(map(str, one['loc'])) or 'arguments'}: {one['msg']}"
+                for one in error.errors(include_url=False)
+            )
+            raise ValueError(f"wrong arguments: {told}") from error
+        return {name: getattr(given, name) for name in type(given).model_fields}

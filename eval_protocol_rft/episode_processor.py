@@ -1,0 +1,160 @@
+"""`EpisodeRolloutProcessor`: an `EvaluationRow` in, the same row with n episodes of several turns.
+
+Invariant: as for single completions: a row is changed in one step or not at all, an episode keeps
+its place and its seeds, and one that cannot be had is a failure. Episodes run independently; a slot
+is held for one request of one turn.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Any
+
+from eval_protocol.models import EvaluationRow
+from eval_protocol.pytest.types import RolloutProcessorConfig
+
+from eval_protocol_rft.admission import Ticket
+from eval_protocol_rft.commit import commit_episodes
+from eval_protocol_rft.conversation import OnRewrite
+from eval_protocol_rft.environments.environment import Environment
+from eval_protocol_rft.environments.episode import Episode, EpisodeRun
+from eval_protocol_rft.environments.limits import EpisodeLimits
+from eval_protocol_rft.processor import (
+    FireworksTrainingRolloutProcessor,
+    RolloutError,
+    RowJob,
+    _LoopState,
+)
+from eval_protocol_rft.sampling.fanout import Group, Survivor, derive_seeds, sample_one
+from eval_protocol_rft.sampling.observing import log_attempt
+from eval_protocol_rft.sampling.types import Failure, SamplingParams, TokenIds
+
+
+class EpisodeRolloutProcessor(FireworksTrainingRolloutProcessor):
+    """Runs n independent episodes per row against an environment, exact to the token.
+
+    Args:
+        environment: makes an environment, for each episode its own: a class, or a function of
+            nothing.
+        limits: how long an episode may get.
+        on_rewrite: what to do where the chat template renders earlier turns anew once more is said:
+            `split` begins a new segment with the same reward, `reject` fails the episode. See
+            `conversation.template_report` for what a template does.
+        **options: as for `FireworksTrainingRolloutProcessor`; over-sampling and straggler deadlines
+            are not for episodes.
+
+    The record holds `trajectories` (segments with tokens, logprobs and loss mask) and `episodes`
+    (turns, stop reason, step rewards, messages), and of each episode the first turn where a single
+    completion would be. The row's messages are those of the first episode.
+    """
+
+    def __init__(
+        self,
+        environment: Callable[[], Environment],
+        *,
+        limits: EpisodeLimits | None = None,
+        on_rewrite: OnRewrite = "split",
+        **options: Any,
+    ) -> None:
+        if on_rewrite not in ("split", "reject"):
+            raise ValueError(f"on_rewrite must be 'split' or 'reject', not {on_rewrite!r}")
+        super().__init__(**options)
+        if self.tail:
+            raise ValueError("over_sample and straggler_seconds are not for episodes")
+        self.environment = environment
+        self.limits = limits or EpisodeLimits()
+        self.on_rewrite: OnRewrite = on_rewrite
+
+    async def _roll_out(
+        self,
+        row: EvaluationRow,
+        config: RolloutProcessorConfig,
+        state: _LoopState,
+        admission: asyncio.Semaphore,
+        run: int,
+    ) -> EvaluationRow:
+        async with Ticket(admission) as ticket:
+            job = await self._prepare(row, config, state, run)
+            ticket.good_for(len(job.seeds))
+            tasks = [
+                asyncio.ensure_future(self._episode(row, job, config, index, ticket))
+                for index in range(len(job.seeds))
+            ]
+            try:
+                outcomes = await asyncio.gather(*tasks)
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+        episodes = [outcome for outcome in outcomes if isinstance(outcome, Episode)]
+        group = Group(
+            survivors=[episode.first for episode in episodes],
+            failures=[outcome for outcome in outcomes if isinstance(outcome, Failure)],
+        )
+        self._require_survivors(row, job.request, group)
+        _require_one_prompt(row, episodes)
+        commit_episodes(
+            row,
+            group,
+            episodes,
+            request=job.request,
+            tokenizer=job.tokenizer,
+            split_reasoning=self.split_reasoning,
+            began_at=job.began_at,
+            seconds=time.perf_counter() - job.began,
+        )
+        return row
+
+    async def _episode(
+        self,
+        row: EvaluationRow,
+        job: RowJob,
+        config: RolloutProcessorConfig,
+        index: int,
+        ticket: Ticket,
+    ) -> Episode | Failure:
+        seed = job.seeds[index]
+
+        async def sample(turn: int, prompt: TokenIds, params: SamplingParams) -> Survivor | Failure:
+            # The first turn has the seed that a single completion would have.
+            (own,) = [seed] if not turn else derive_seeds(seed, f"turn {turn}", 1)
+            return await sample_one(
+                job.sampler,
+                prompt,
+                params,
+                index=index,
+                seed=own,
+                slots=config.semaphore,
+                retry=self.retry,
+                guard=job.guard,
+                prompt=job.row_key,
+                observe=log_attempt,
+                on_start=ticket.used if not turn else lambda: None,
+            )
+
+        return await EpisodeRun(
+            index=index,
+            environment=self.environment(),
+            row=row,
+            messages=job.messages,
+            tokenizer=job.tokenizer,
+            params=job.request.params,
+            template_kwargs=job.request.chat_template_kwargs,
+            limits=self.limits,
+            on_rewrite=self.on_rewrite,
+            sample=sample,
+        )()
+
+
+def _require_one_prompt(row: EvaluationRow, episodes: list[Episode]) -> None:
+    """The completions of a row are compared, so they must answer one prompt."""
+    first = episodes[0].turns[0].prompt_ids
+    for episode in episodes[1:]:
+        if episode.turns[0].prompt_ids != first:
+            raise RolloutError(
+                f"row {row.input_metadata.row_id}: reset() said different things in episodes "
+                f"{episodes[0].first.index} and {episode.first.index}; what differs between "
+                "episodes of a row must come after the first turn"
+            )

@@ -1,0 +1,374 @@
+"""Episodes of several turns: exact ids, stop reasons, and faults that cost one episode alone."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from eval_protocol.models import EvaluateResult, EvaluationRow, Message
+from eval_protocol.pytest.types import RolloutProcessorConfig
+
+from eval_protocol_rft.batch.conversion.job import convert
+from eval_protocol_rft.batch.dataset import RolloutDataset
+from eval_protocol_rft.environments import (
+    Environment,
+    EpisodeLimits,
+    RetryWithFeedback,
+    Step,
+    ToolLoop,
+)
+from eval_protocol_rft.episode_processor import EpisodeRolloutProcessor
+from eval_protocol_rft.models import bundled_model_path
+from eval_protocol_rft.processor import RolloutError
+from eval_protocol_rft.record import RolloutRecord
+from eval_protocol_rft.sampling.types import Completion, SamplingParams, TokenIds
+from eval_protocol_rft.scoring.views import completion_views
+from eval_protocol_rft.tokenizer import load_tokenizer
+from eval_protocol_rft.training import build_batch
+
+TOKENIZER = load_tokenizer(str(bundled_model_path("arithmetic")))
+END = TOKENIZER.tokenizer.eos_token_id
+
+
+class Scripted:
+    """Says what `script(turn, prompt text)` gives it, and keeps what went over the seam."""
+
+    tokenizer = TOKENIZER
+
+    def __init__(self, script: Callable[[int, str], str], *, seconds: float = 0.0) -> None:
+        self.script = script
+        self.seconds = seconds
+        self.exchanges: list[tuple[list[int], list[int]]] = []
+
+    async def sample(
+        self, prompt_ids: TokenIds, params: SamplingParams, *, seed: int | None = None
+    ) -> Completion:
+        await asyncio.sleep(self.seconds)
+        text = TOKENIZER.decode(list(prompt_ids))
+        said = self.script(text.count("<|im_start|>assistant") - 1, text)
+        ids = [*TOKENIZER.tokenizer.encode(said), END]
+        cut = params.max_tokens is not None and len(ids) > params.max_tokens
+        ids = ids[: params.max_tokens]
+        self.exchanges.append((list(prompt_ids), ids))
+        return Completion(
+            token_ids=ids,
+            logprobs=[-0.25] * len(ids),
+            finish_reason="length" if cut else "stop",
+            stop_reason=None if cut else END,
+        )
+
+    async def aclose(self) -> None:
+        pass
+
+
+def a_row(text: str = "What is 2+3?") -> EvaluationRow:
+    row = EvaluationRow(messages=[Message(role="user", content=text)])
+    row.input_metadata.row_id = "row"
+    return row
+
+
+async def roll_out(
+    environment: Callable[[], Environment],
+    script: Callable[[int, str], str],
+    *,
+    n: int = 1,
+    row: EvaluationRow | None = None,
+    params: dict[str, Any] | None = None,
+    **options: Any,
+) -> tuple[EvaluationRow, Scripted]:
+    sampler = Scripted(script, seconds=options.pop("seconds", 0.0))
+    processor = EpisodeRolloutProcessor(environment, sampler=sampler, **options)
+    config = RolloutProcessorConfig(
+        completion_params={"model": "any", "n": n, "max_tokens": 200, **(params or {})},
+        mcp_config_path="",
+        semaphore=asyncio.Semaphore(64),
+        server_script_path=None,
+        steps=1,
+    )
+    (task,) = processor([row or a_row()], config)
+    try:
+        return await task, sampler
+    finally:
+        await processor.acleanup()
+
+
+def add(a: int, b: int = 0) -> int:
+    """Add two numbers."""
+    return a + b
+
+
+def call(name: str, **arguments: Any) -> str:
+    return f"<tool_call>{json.dumps({'name': name, 'arguments': arguments})}</tool_call>"
+
+
+async def test_a_tool_is_called_and_its_answer_is_shown_to_the_model() -> None:
+    def script(turn: int, prompt: str) -> str:
+        return call("add", a=2, b=3) if turn == 0 else "The sum is 5."
+
+    row, sampler = await roll_out(lambda: ToolLoop(add), script, n=2)
+
+    assert [m.role for m in row.messages] == ["user", "assistant", "tool", "assistant"]
+    assert row.messages[2].content == "5"
+    assert row.messages[3].content == "The sum is 5."
+    assert '"name": "add"' in TOKENIZER.decode(sampler.exchanges[0][0])
+    record = RolloutRecord.from_extra(row.execution_metadata.extra)
+    assert record.episodes is not None
+    assert [e.stop_reason for e in record.episodes] == ["done", "done"]
+    assert [e.turns for e in record.episodes] == [2, 2]
+    assert len(record.token_turn_traces) == 2
+
+
+async def test_segments_are_what_went_over_the_wire() -> None:
+    def script(turn: int, prompt: str) -> str:
+        return call("add", a=turn) if turn < 3 else "done"
+
+    row, sampler = await roll_out(lambda: ToolLoop(add), script)
+
+    record = RolloutRecord.from_extra(row.execution_metadata.extra)
+    assert record.trajectories is not None
+    ((segment,),) = record.trajectories
+    last_prompt, last_answer = sampler.exchanges[-1]
+    assert segment.tokens == [*last_prompt, *last_answer]
+    sampled = [i for i, one in enumerate(segment.loss_mask) if one]
+    assert [segment.tokens[i] for i in sampled] == [t for _, ids in sampler.exchanges for t in ids]
+    for (prompt, answer), (following, _) in zip(
+        sampler.exchanges[:-1], sampler.exchanges[1:], strict=True
+    ):
+        assert following[: len(prompt) + len(answer)] == [*prompt, *answer]
+    assert [segment.logprobs[i] for i in sampled] == [-0.25] * len(sampled)
+    assert not any(
+        lp for lp, one in zip(segment.logprobs, segment.loss_mask, strict=True) if not one
+    )
+
+
+async def test_one_reward_and_one_advantage_per_episode() -> None:
+    def script(turn: int, prompt: str) -> str:
+        return call("add", a=1) if turn == 0 else str(len(prompt) % 2)
+
+    row, _ = await roll_out(lambda: ToolLoop(add), script, n=4)
+    extra = row.execution_metadata.extra
+    assert extra is not None
+    extra["rewards"] = [0.0, 1.0, 0.0, 1.0]
+    batch = build_batch([row], normalization="token")
+    assert len(batch.datums) == 4
+    for datum in batch.datums:
+        assert len(set(datum.advantages[datum.mask].tolist())) == 1
+    assert batch.stats.completions == 4
+    assert sum(float(d.weights.sum()) for d in batch.datums) == pytest.approx(1.0)
+
+
+async def test_an_evaluator_sees_each_episode_whole() -> None:
+    texts = iter(["first", "second"])
+    row, _ = await roll_out(Talk, lambda turn, prompt: next(texts) if turn == 0 else "end", n=2)
+    views = completion_views(row)
+    assert views is not None
+    assert [[m.content for m in v.messages] for v in views] == [
+        ["What is 2+3?", "first", "go on", "end"],
+        ["What is 2+3?", "second", "go on", "end"],
+    ]
+    extra = views[0].execution_metadata.extra
+    assert extra is not None
+    assert extra["episode"]["step_rewards"] == [0.5, 0.5]
+    assert "trajectories" not in extra
+    assert "rft_schema" not in extra
+
+
+class Talk(Environment):
+    """Says "go on" until it has heard "end"."""
+
+    def step(self, messages: Any, assistant: Message) -> Step:
+        done = "end" in str(assistant.content)
+        return Step(messages=[{"role": "user", "content": "go on"}], done=done, reward=0.5)
+
+
+@pytest.mark.parametrize(
+    ("limits", "reason", "turns"),
+    [
+        (EpisodeLimits(turns=3), "turns", 3),
+        (EpisodeLimits(tokens=150), "tokens", None),
+        (EpisodeLimits(seconds=0.05), "seconds", None),
+    ],
+)
+async def test_limits_end_an_episode_with_their_name(
+    limits: EpisodeLimits, reason: str, turns: int | None
+) -> None:
+    row, sampler = await roll_out(Talk, lambda turn, prompt: "more", limits=limits, seconds=0.02)
+    record = RolloutRecord.from_extra(row.execution_metadata.extra)
+    assert record.episodes is not None
+    (episode,) = record.episodes
+    assert episode.stop_reason == reason
+    assert turns is None or episode.turns == turns
+    assert episode.turns == len(sampler.exchanges)
+    for prompt, answer in sampler.exchanges:
+        assert len(prompt) + len(answer) <= limits.tokens
+
+
+async def test_a_turn_that_is_cut_off_ends_the_episode() -> None:
+    row, _ = await roll_out(Talk, lambda turn, prompt: "a" * 50, params={"max_tokens": 10})
+    record = RolloutRecord.from_extra(row.execution_metadata.extra)
+    assert record.episodes is not None
+    assert record.episodes[0].stop_reason == "length"
+
+
+def once(bad: Callable[[], Any]) -> Callable[[], Environment]:
+    """An environment whose first instance misbehaves in its step."""
+    made = 0
+
+    def make() -> Environment:
+        nonlocal made
+        made += 1
+        first = made == 1
+
+        class Faulty(Talk):
+            def step(self, messages: Any, assistant: Message) -> Any:
+                return bad() if first else super().step(messages, assistant)
+
+        return Faulty()
+
+    return make
+
+
+def raises() -> None:
+    raise KeyError("lost")
+
+
+def exits() -> None:
+    raise SystemExit(3)
+
+
+@pytest.mark.parametrize(
+    ("bad", "said"),
+    [
+        (raises, "raised KeyError"),
+        (exits, "SystemExit"),
+        (lambda: time.sleep(5), "took longer than 0.2 s"),
+        (lambda: "nonsense", "returned str, not a Step"),
+        (Step, "is not done and says nothing"),
+        (lambda: Step(messages="hello"), "must be a list of messages"),
+        (lambda: Step(messages=[{"role": "user", "content": 3}]), "a message is no message"),
+        (lambda: Step(done=True, metrics={"x": object()}), "no JSON"),
+    ],
+)
+async def test_a_fault_costs_its_own_episode(bad: Callable[[], Any], said: str) -> None:
+    row, _ = await roll_out(
+        once(bad), lambda turn, prompt: "end", n=3, limits=EpisodeLimits(step_seconds=0.2)
+    )
+    record = RolloutRecord.from_extra(row.execution_metadata.extra)
+    assert len(record) == 2
+    (failure,) = record.failures
+    assert said in failure.message
+    assert failure.kind == "internal"
+
+
+async def test_hanging_environments_keep_nobody_waiting() -> None:
+    class Hangs(Talk):
+        def step(self, messages: Any, assistant: Message) -> Any:
+            time.sleep(3)
+
+    began = time.monotonic()
+    with pytest.raises(RolloutError, match="took longer"):
+        await roll_out(Hangs, lambda t, p: "x", n=64, limits=EpisodeLimits(step_seconds=0.1))
+    assert time.monotonic() - began < 2.5
+
+
+async def test_a_giant_observation_ends_the_episode_and_is_not_cut() -> None:
+    class Giant(Environment):
+        def step(self, messages: Any, assistant: Message) -> Step:
+            return Step(messages=[{"role": "user", "content": "x" * 100_000}])
+
+    row, sampler = await roll_out(
+        Giant, lambda turn, prompt: "more", limits=EpisodeLimits(tokens=1000)
+    )
+    record = RolloutRecord.from_extra(row.execution_metadata.extra)
+    assert record.episodes is not None
+    assert record.episodes[0].stop_reason == "tokens"
+    assert len(sampler.exchanges) == 1
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        ("<tool_call>{not json</tool_call>", "not JSON"),
+        (call("multiply", a=1), "there is no tool 'multiply'"),
+        (call("add", a="many"), "wrong arguments: a"),
+        (call("add"), "Field required"),
+        (call("add", a=1, c=2), "c"),
+        (call("broken"), "raised ZeroDivisionError"),
+        (call("slow"), "took longer"),
+    ],
+)
+async def test_a_bad_call_is_told_to_the_model(answer: str, told: str) -> None:
+    def broken() -> float:
+        return 1 / 0
+
+    async def slow() -> None:
+        await asyncio.sleep(5)
+
+    row, _ = await roll_out(
+        lambda: ToolLoop(add, broken, slow, seconds=0.1),
+        lambda turn, prompt: answer if turn == 0 else "sorry",
+    )
+    assert told in str(row.messages[2].content)
+    assert row.messages[3].content == "sorry"
+
+
+async def test_feedback_is_given_until_the_answer_is_right() -> None:
+    def judge(row: EvaluationRow) -> EvaluateResult:
+        right = row.messages[-1].content == "5"
+        return EvaluateResult(score=float(right), reason="it is odd")
+
+    row, _ = await roll_out(lambda: RetryWithFeedback(judge), lambda turn, prompt: str(3 + turn))
+    assert [m.content for m in row.messages[1:]] == [
+        "3", "That is not right: it is odd. Try again.",
+        "4", "That is not right: it is odd. Try again.",
+        "5",
+    ]  # fmt: skip
+    record = RolloutRecord.from_extra(row.execution_metadata.extra)
+    assert record.episodes is not None
+    assert record.episodes[0].step_rewards == [0.0, 0.0, 1.0]
+
+
+async def test_a_row_that_is_rolled_out_again_begins_where_it_began() -> None:
+    row, _ = await roll_out(Talk, lambda turn, prompt: "hm" if turn == 0 else "end")
+    assert len(row.messages) == 4
+    again, sampler = await roll_out(Talk, lambda turn, prompt: "end", row=row)
+    assert [m.content for m in again.messages] == ["What is 2+3?", "end"]
+    assert len(sampler.exchanges) == 1
+
+
+async def test_episodes_of_a_row_answer_one_prompt() -> None:
+    made = iter(range(10))
+
+    class Differs(Talk):
+        def reset(self, row: EvaluationRow) -> list[dict[str, str]]:
+            return [{"role": "user", "content": f"world {next(made)}"}]
+
+    with pytest.raises(RolloutError, match="said different things"):
+        await roll_out(Differs, lambda turn, prompt: "end", n=2)
+
+
+async def test_episodes_survive_a_rollout_file(tmp_path: Path) -> None:
+    def script(turn: int, prompt: str) -> str:
+        return call("add", a=1) if turn == 0 else "done"
+
+    row, _ = await roll_out(lambda: ToolLoop(add), script, n=3)
+    extra = row.execution_metadata.extra
+    assert extra is not None
+    extra["rewards"] = [0.0, 1.0, 0.5]
+    rows, rollouts = tmp_path / "rows.jsonl", tmp_path / "rollouts.parquet"
+    rows.write_text(row.model_dump_json() + "\n")
+    convert(rows, rollouts)
+
+    (back,) = RolloutDataset(rollouts).evaluation_rows()
+
+    returned = RolloutRecord.from_extra(back.execution_metadata.extra)
+    assert returned.trajectories == RolloutRecord.from_extra(extra).trajectories
+    assert returned.episodes == RolloutRecord.from_extra(extra).episodes
+    for ours, theirs in zip(build_batch([row]).datums, build_batch([back]).datums, strict=True):
+        assert ours.target_tokens.tolist() == theirs.target_tokens.tolist()
+        assert ours.weights.tolist() == theirs.weights.tolist()
