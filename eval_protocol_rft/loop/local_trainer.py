@@ -25,6 +25,7 @@ from eval_protocol_rft.loop.trainer import (
     NamedLoss,
     TrainerError,
 )
+from eval_protocol_rft.sampling.local import no_loading_bar
 from eval_protocol_rft.training.arrays import FloatArray
 from eval_protocol_rft.training.datums import TrainingDatum
 from eval_protocol_rft.training.losses import make_loss
@@ -139,8 +140,12 @@ class LocalTrainer:
     async def export(self, folder: Path) -> None:
         """Write the model as transformers reads it, adapters merged in; `local/<folder>` samples
         from it once a tokenizer lies beside."""
-        weights = await self._run(self.weights)
-        await self._run(lambda: self._base.save_pretrained(folder, state_dict=weights))
+
+        def write() -> None:
+            with no_loading_bar():
+                self._base.save_pretrained(folder, state_dict=self.weights())
+
+        await self._run(write)
 
     async def aclose(self) -> None:
         await asyncio.to_thread(self._thread.shutdown)

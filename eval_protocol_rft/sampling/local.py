@@ -106,7 +106,7 @@ class LocalSampler:
 
         try:
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-            with _no_loading_bar():
+            with no_loading_bar():
                 model = AutoModelForCausalLM.from_pretrained(
                     name, trust_remote_code=trust_remote_code, dtype=torch.float32
                 )
@@ -245,7 +245,7 @@ def load_local_sampler(name: str, *, trust_remote_code: bool = False) -> LocalSa
 
 
 @contextlib.contextmanager
-def _no_loading_bar() -> Iterator[None]:
+def no_loading_bar() -> Iterator[None]:
     """Keep transformers from drawing a bar per shard into a command's or a test's output."""
     from transformers.utils import logging
 
