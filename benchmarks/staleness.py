@@ -4,7 +4,7 @@ Every completion of the bundled model comes back after a delay drawn from a logn
 (sigma 1), as from a server whose answers differ a lot in length. The same run is taken with
 `max_staleness` 0, 1 and 2: seconds, held-out scores, and how old what was trained on had become.
 
-    python benchmarks/staleness.py --steps 60 --delay 0.4
+    python benchmarks/staleness.py --steps 60 --delay 0.15
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def measure(staleness: int, arguments: argparse.Namespace, seed: int) -> dict[st
         steps=arguments.steps,
         groups_per_step=arguments.groups,
         max_staleness=staleness,
-        learning_rate=5e-4,
+        learning_rate=arguments.lr,
         warmup_steps=10,
         eval_every=0,
         eval_completions=8,
@@ -102,8 +102,9 @@ def measure(staleness: int, arguments: argparse.Namespace, seed: int) -> dict[st
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--groups", type=int, default=16)
-    parser.add_argument("--delay", type=float, default=0.4, help="mean seconds per completion")
+    parser.add_argument("--groups", type=int, default=32)
+    parser.add_argument("--delay", type=float, default=0.15, help="mean seconds per completion")
+    parser.add_argument("--lr", type=float, default=5e-4, help="learning rate")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--json", type=Path, help="write the numbers here")
     arguments = parser.parse_args()

@@ -8,6 +8,7 @@ status. `limits` are `resource` limits by name.
 import json
 import os
 import resource
+import signal
 import sys
 
 import pyarrow.pandas_compat
@@ -27,6 +28,8 @@ def run(request: dict) -> int:
     for descriptor in (1, 2):
         os.dup2(log, descriptor)
     os.environ.update(request["env"])
+    # Whoever runs the tests in the background of a script has it ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for name, value in request["limits"].items():
         resource.setrlimit(getattr(resource, name), (value, value))
     try:
