@@ -478,6 +478,7 @@ def test_a_bug_in_the_sampler_is_a_500_without_its_details(sampler, client):
     assert reply.status_code == 500
     assert "KeyError" in reply.json()["error"]["message"]
     assert "a secret" not in reply.text
+    assert reply.headers["connection"] == "close"  # as uvicorn does, after an exception
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -233,6 +233,9 @@ async def _answer_error(http: Request, error: Exception) -> Response:
             status=500,
             code="INTERNAL_SERVER_ERROR",
         )
+        # Starlette raises it on, for the log, and uvicorn then closes the connection: unsaid, that
+        # would be under the client's next request.
+        headers["connection"] = "close"
     if error.retry_after is not None:
         headers["retry-after"] = str(math.ceil(error.retry_after))
     return _json(error.body(), status=error.status, headers=headers)
