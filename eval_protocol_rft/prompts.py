@@ -89,7 +89,7 @@ def render_chat(
     taken = _OWN_ARGUMENTS.intersection(chat_template_kwargs)
     if taken:
         raise PromptError(f"chat_template_kwargs must not set {', '.join(sorted(taken))}")
-    chat = [_with_parsed_arguments(i, message) for i, message in enumerate(messages)]
+    chat = [with_parsed_arguments(i, message) for i, message in enumerate(messages)]
     ids = _apply(tokenizer, chat, tools, chat_template_kwargs)
     if not ids:
         raise PromptError(f"the chat template of {tokenizer.name!r} rendered nothing")
@@ -240,8 +240,12 @@ def _tool_call(index: int, call: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _with_parsed_arguments(index: int, message: Mapping[str, Any]) -> dict[str, Any]:
-    """The message as chat templates read it: they take arguments as an object."""
+def with_parsed_arguments(index: int, message: Mapping[str, Any]) -> dict[str, Any]:
+    """The message as chat templates read it: they take arguments as an object.
+
+    Raises:
+        PromptError: arguments of a tool call are not JSON; `index` is the message's in the error.
+    """
     chat = dict(message)
     if "tool_calls" in chat:
         chat["tool_calls"] = [_parsed(index, call) for call in chat["tool_calls"]]

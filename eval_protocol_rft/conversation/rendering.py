@@ -10,12 +10,11 @@ take 3 ms in all; the four-hundredth takes 10 to 20 ms.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from eval_protocol_rft.prompts import PromptError
+from eval_protocol_rft.prompts import PromptError, with_parsed_arguments
 from eval_protocol_rft.tokenizer import LoadedTokenizer
 
 
@@ -38,7 +37,7 @@ class ChatText:
         Raises:
             PromptError: the template fails, or arguments of a tool call are not JSON.
         """
-        chat: Any = [_with_parsed_arguments(i, message) for i, message in enumerate(messages)]
+        chat: Any = [with_parsed_arguments(i, message) for i, message in enumerate(messages)]
         try:
             text = self.tokenizer.tokenizer.apply_chat_template(
                 chat,
@@ -109,21 +108,3 @@ class ChatText:
                 f"{ender}, as {ids[:4]}: what follows a turn cannot be joined to it exactly"
             )
         return ids[1:]
-
-
-def _with_parsed_arguments(index: int, message: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The message as chat templates read it: they take arguments as an object."""
-    if "tool_calls" not in message:
-        return message
-    return {**message, "tool_calls": [_parsed(index, call) for call in message["tool_calls"]]}
-
-
-def _parsed(index: int, call: Mapping[str, Any]) -> dict[str, Any]:
-    function = call["function"]
-    try:
-        arguments = json.loads(function["arguments"] or "{}")
-    except ValueError as error:
-        raise PromptError(
-            f"messages[{index}]: arguments of tool call {function['name']!r} are not JSON: {error}"
-        ) from error
-    return {**call, "function": {**function, "arguments": arguments}}
