@@ -8,8 +8,10 @@ is held for one request of one turn.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from eval_protocol.models import EvaluationRow
@@ -116,6 +118,8 @@ class EpisodeRolloutProcessor(FireworksTrainingRolloutProcessor):
         ticket: Ticket,
     ) -> Episode | Failure:
         seed = job.seeds[index]
+        run = row.execution_metadata.rollout_id or ""
+        session = hashlib.blake2b(f"{job.row_key}\0{run}\0{index}".encode(), digest_size=8)
 
         async def sample(turn: int, prompt: TokenIds, params: SamplingParams) -> Survivor | Failure:
             # The first turn has the seed that a single completion would have.
@@ -140,7 +144,7 @@ class EpisodeRolloutProcessor(FireworksTrainingRolloutProcessor):
             row=row,
             messages=job.messages,
             tokenizer=job.tokenizer,
-            params=job.request.params,
+            params=replace(job.request.params, session=session.hexdigest()),
             template_kwargs=job.request.chat_template_kwargs,
             limits=self.limits,
             on_rewrite=self.on_rewrite,

@@ -11,11 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from eval_protocol_rft import EpisodeRolloutProcessor
 from eval_protocol_rft.endpoint import Endpoint
+from eval_protocol_rft.environments import Environment, EpisodeLimits, Step
 from eval_protocol_rft.params import ParamsError, parse_completion_params
 from eval_protocol_rft.sampling.http import HttpSampler
 from eval_protocol_rft.sampling.types import SamplingParams, TokenIds
-from tests.rollouts import params_for, roll_out, row_of
+from tests.rollouts import chat_tokenizer, params_for, roll_out, row_of
 from tests.stub_server import Seen, StubServer
 
 HEADER = "x-session-affinity"
@@ -58,6 +60,25 @@ async def test_all_completions_of_a_row_say_so_and_those_of_another_prompt_do_no
     assert [len(found) for found in keys.values()] == [1, 1]
     assert len(set.union(*keys.values())) == 2
     assert all("prompt_cache_key" not in seen.body for seen in server.requests)
+
+
+class Echo(Environment):
+    def step(self, messages, assistant):
+        return Step(messages=[{"role": "user", "content": "go on"}])
+
+
+async def test_the_turns_of_an_episode_carry_one_key_and_no_other_episode_does(server):
+    processor = EpisodeRolloutProcessor(
+        Echo, tokenizer=chat_tokenizer(), limits=EpisodeLimits(turns=3)
+    )
+    await roll_out(processor, row_of("one", row_id="a"), params_for(server, n=4))
+    episodes: dict[str, list[tuple[int, ...]]] = {}
+    for seen in server.requests:
+        episodes.setdefault(seen.headers[HEADER], []).append(seen.prompt)
+    assert [len(prompts) for prompts in episodes.values()] == [3, 3, 3, 3]
+    for first, second, third in episodes.values():
+        assert second[: len(first)] == first
+        assert third[: len(second)] == second
 
 
 async def test_fireworks_has_it_in_the_body_too(server):

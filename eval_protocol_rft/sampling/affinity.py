@@ -1,5 +1,5 @@
-"""Which requests have the same prompt: what a router needs to send them to the replica that has it
-in its cache. Pure.
+"""Which requests have the same prompt, or are turns of one episode: what a router needs to send
+them to the replica that has what they begin with in its cache. Pure.
 
 Invariant: where the user says anything of affinity, in a header or in the body, we say nothing.
 """
@@ -25,9 +25,10 @@ def has_own_affinity(headers: Iterable[tuple[str, str]]) -> bool:
 
 
 def affinity_of(prompt: TokenIds, params: SamplingParams) -> str | None:
-    """What to call the prompt; None where the user turned that off or calls it something else."""
+    """What to call the episode or else the prompt; None where the user turned that off or calls it
+    something else."""
     if not params.prompt_cache_affinity:
         return None
     if params.extra and any(field in params.extra for field in _OWN_FIELDS):
         return None
-    return prompt.affinity
+    return params.session or prompt.affinity

@@ -85,6 +85,9 @@ class SamplingParams:
     """Whether the reply travels as a stream of events; None: where the generation may be long."""
     prompt_cache_affinity: bool = True
     """Whether requests say which of them have the same prompt, see `affinity`."""
+    session: str | None = None
+    """Names the episode that this is a turn of: each turn's prompt begins with the one before and
+    its answer. Backends may keep for it what they computed; it changes no token."""
     timeout: float = 600.0
     """Seconds that one attempt may take."""
 
