@@ -95,7 +95,7 @@ def commit_episodes(
     those of the first episode."""
     record = build_record(
         group,
-        TokenIds(episodes[0].turns[0].prompt_ids),
+        episodes[0].first_prompt,
         request,
         tokenizer,
         split_reasoning=split_reasoning,
@@ -112,10 +112,10 @@ def commit_episodes(
                 completion_logprobs=turn.completion_logprobs,
                 finish_reason=turn.finish_reason,
             )
-            for turn in episodes[0].turns
+            for turn in episodes[0].talk.turns()
         ],
     )
-    prompt_tokens = sum(episode.prompt_tokens for episode in episodes)
+    prompt_tokens = sum(episode.talk.sent_tokens for episode in episodes)
     completion_tokens = sum(episode.sampled_tokens for episode in episodes)
     metadata = row.execution_metadata
     foreign = {k: v for k, v in (metadata.extra or {}).items() if k not in _OWN_KEYS}

@@ -19,7 +19,7 @@ from eval_protocol.pytest.types import RolloutProcessorConfig
 
 from eval_protocol_rft.admission import Ticket
 from eval_protocol_rft.commit import commit_episodes
-from eval_protocol_rft.conversation import OnRewrite
+from eval_protocol_rft.conversation import OnRewrite, Openings
 from eval_protocol_rft.environments.environment import Environment
 from eval_protocol_rft.environments.episode import Episode, EpisodeRun
 from eval_protocol_rft.environments.limits import EpisodeLimits
@@ -80,8 +80,9 @@ class EpisodeRolloutProcessor(FireworksTrainingRolloutProcessor):
         async with Ticket(admission) as ticket:
             job = await self._prepare(row, config, state, run)
             ticket.good_for(len(job.seeds))
+            openings = Openings(job.tokenizer, job.request.chat_template_kwargs)
             tasks = [
-                asyncio.ensure_future(self._episode(row, job, config, index, ticket))
+                asyncio.ensure_future(self._episode(row, job, config, index, ticket, openings))
                 for index in range(len(job.seeds))
             ]
             try:
@@ -116,6 +117,7 @@ class EpisodeRolloutProcessor(FireworksTrainingRolloutProcessor):
         config: RolloutProcessorConfig,
         index: int,
         ticket: Ticket,
+        openings: Openings,
     ) -> Episode | Failure:
         seed = job.seeds[index]
         run = row.execution_metadata.rollout_id or ""
@@ -135,28 +137,32 @@ class EpisodeRolloutProcessor(FireworksTrainingRolloutProcessor):
                 guard=job.guard,
                 prompt=job.row_key,
                 observe=log_attempt,
-                on_start=ticket.used if not turn else lambda: None,
+                on_start=starts if not turn else lambda: None,
             )
 
-        return await EpisodeRun(
+        def starts() -> None:
+            ticket.used()
+            episode.starts()
+
+        episode = EpisodeRun(
             index=index,
             environment=self.environment(),
             row=row,
             messages=job.messages,
-            tokenizer=job.tokenizer,
+            openings=openings,
             params=replace(job.request.params, session=session.hexdigest()),
-            template_kwargs=job.request.chat_template_kwargs,
             limits=self.limits,
             on_rewrite=self.on_rewrite,
             sample=sample,
-        )()
+        )
+        return await episode()
 
 
 def _require_one_prompt(row: EvaluationRow, episodes: list[Episode]) -> None:
     """The completions of a row are compared, so they must answer one prompt."""
-    first = episodes[0].turns[0].prompt_ids
+    first = episodes[0].first_prompt
     for episode in episodes[1:]:
-        if episode.turns[0].prompt_ids != first:
+        if episode.first_prompt != first:
             raise RolloutError(
                 f"row {row.input_metadata.row_id}: reset() said different things in episodes "
                 f"{episodes[0].first.index} and {episode.first.index}; what differs between "

@@ -58,21 +58,31 @@ class LoadedTokenizer:
             chat_template_hash=_hash(template) if template else None,
         )
 
+    def ender(self, completion: Completion) -> int | None:
+        """The token that ended the turn, where one was sampled."""
+        last = completion.token_ids[-1]
+        by_token = last in self.special_ids or completion.stop_reason == last
+        return last if completion.finish_reason == "stop" and by_token else None
+
     def decode_completion(self, completion: Completion, params: SamplingParams) -> str:
         """The completion's text: without the token that ended the turn, cut before a stop string
         (as servers cut it), all other tokens as they are.
         """
+        return self.answer(self.decode_body(completion), completion, params)
+
+    def decode_body(self, completion: Completion) -> str:
+        """All that was sampled but the token that ended the turn."""
         ids = completion.token_ids
-        ended_by_token = completion.finish_reason == "stop" and (
-            ids[-1] in self.special_ids or completion.stop_reason == ids[-1]
-        )
-        text = self.decode(ids[:-1] if ended_by_token else ids)
-        if ended_by_token or completion.finish_reason != "stop" or not params.stop:
-            return text
-        if params.extra.get("include_stop_str_in_output"):
-            return text
-        cuts = [at for at in map(text.find, params.stop) if at >= 0]
-        return text[: min(cuts)] if cuts else text
+        return self.decode(ids if self.ender(completion) is None else ids[:-1])
+
+    def answer(self, body: str, completion: Completion, params: SamplingParams) -> str:
+        """`decode_completion`, from what `decode_body` gave."""
+        if not params.stop or completion.finish_reason != "stop":
+            return body
+        if params.extra.get("include_stop_str_in_output") or self.ender(completion) is not None:
+            return body
+        cuts = [at for at in map(body.find, params.stop) if at >= 0]
+        return body[: min(cuts)] if cuts else body
 
     def decode(self, ids: list[int]) -> str:
         """Text of `ids`, control tokens included, no clean-up of spaces."""

@@ -82,17 +82,31 @@ async def roll_out(
     **options: Any,
 ) -> tuple[EvaluationRow, Scripted]:
     sampler = Scripted(script, seconds=options.pop("seconds", 0.0))
+    rolled_out = await roll_out_from(sampler, environment, n=n, row=row, params=params, **options)
+    return rolled_out, sampler
+
+
+async def roll_out_from(
+    sampler: Scripted,
+    environment: Callable[[], Environment],
+    *,
+    n: int = 1,
+    row: EvaluationRow | None = None,
+    params: dict[str, Any] | None = None,
+    slots: int = 64,
+    **options: Any,
+) -> EvaluationRow:
     processor = EpisodeRolloutProcessor(environment, sampler=sampler, **options)
     config = RolloutProcessorConfig(
         completion_params={"model": "any", "n": n, "max_tokens": 200, **(params or {})},
         mcp_config_path="",
-        semaphore=asyncio.Semaphore(64),
+        semaphore=asyncio.Semaphore(slots),
         server_script_path=None,
         steps=1,
     )
     (task,) = processor([row or a_row()], config)
     try:
-        return await task, sampler
+        return await task
     finally:
         await processor.acleanup()
 
@@ -208,6 +222,37 @@ async def test_limits_end_an_episode_with_their_name(
         assert len(prompt) + len(answer) <= limits.tokens
 
 
+async def test_a_turn_that_outlasts_the_episode_is_cancelled_and_left_out() -> None:
+    def script(turn: int, prompt: str) -> str:
+        sampler.seconds = 30.0
+        return "more"
+
+    sampler = Scripted(script)
+    began = time.monotonic()
+    row = await roll_out_from(sampler, Talk, limits=EpisodeLimits(seconds=0.2))
+    assert time.monotonic() - began < 10
+    record = RolloutRecord.from_extra(row.execution_metadata.extra)
+    assert record.episodes is not None
+    assert record.trajectories is not None
+    assert (record.episodes[0].stop_reason, record.episodes[0].turns) == ("seconds", 1)
+    ((prompt, answer),) = sampler.exchanges
+    assert [segment.tokens for segment in record.trajectories[0]] == [[*prompt, *answer]]
+
+
+async def test_an_episode_whose_first_turn_never_comes_is_a_failure() -> None:
+    with pytest.raises(RolloutError, match=r"\(timeout, .*first turn took longer than the 0.1 s"):
+        await roll_out(Talk, lambda t, p: "x", seconds=30, limits=EpisodeLimits(seconds=0.1))
+
+
+async def test_waiting_for_a_slot_is_not_the_episodes_time() -> None:
+    row, _ = await roll_out(
+        Talk, lambda t, p: "end", n=4, slots=1, seconds=0.2, limits=EpisodeLimits(seconds=0.5)
+    )
+    record = RolloutRecord.from_extra(row.execution_metadata.extra)
+    assert record.episodes is not None
+    assert [episode.stop_reason for episode in record.episodes] == ["done"] * 4
+
+
 async def test_a_turn_that_is_cut_off_ends_the_episode() -> None:
     row, _ = await roll_out(Talk, lambda turn, prompt: "a" * 50, params={"max_tokens": 10})
     record = RolloutRecord.from_extra(row.execution_metadata.extra)
@@ -276,6 +321,36 @@ async def test_hanging_environments_keep_nobody_waiting() -> None:
     assert time.monotonic() - began < 2.5
 
 
+async def test_an_observation_beyond_its_limit_is_never_rendered() -> None:
+    class Giant(Environment):
+        def step(self, messages: Any, assistant: Message) -> Step:
+            return Step(messages=[{"role": "user", "content": "x" * 100_000_000}])
+
+    row, sampler = await roll_out(Giant, lambda turn, prompt: "more")
+    record = RolloutRecord.from_extra(row.execution_metadata.extra)
+    assert record.episodes is not None
+    assert record.episodes[0].stop_reason == "observation"
+    assert len(str(record.episodes[0].messages)) < 1000
+    assert len(sampler.exchanges) == 1
+
+
+async def test_what_a_faulty_environment_says_of_itself_is_bounded() -> None:
+    def raises() -> None:
+        raise ValueError("x" * 10_000_000)
+
+    row, _ = await roll_out(once(raises), lambda turn, prompt: "end", n=2)
+    (failure,) = RolloutRecord.from_extra(row.execution_metadata.extra).failures
+    assert "raised ValueError: xxx" in failure.message
+    assert len(failure.message) < 3000
+
+    giant = {"world": "x" * 2_000_000}
+    row, _ = await roll_out(
+        once(lambda: Step(done=True, metrics=giant)), lambda turn, prompt: "end", n=2
+    )
+    (failure,) = RolloutRecord.from_extra(row.execution_metadata.extra).failures
+    assert "bytes of JSON" in failure.message
+
+
 async def test_a_giant_observation_ends_the_episode_and_is_not_cut() -> None:
     class Giant(Environment):
         def step(self, messages: Any, assistant: Message) -> Step:
@@ -300,6 +375,8 @@ async def test_a_giant_observation_ends_the_episode_and_is_not_cut() -> None:
         (call("add", a=1, c=2), "c"),
         (call("broken"), "raised ZeroDivisionError"),
         (call("slow"), "took longer"),
+        (call("endless"), "returned 150000 characters, more than the 100000"),
+        (call("circular"), "is no JSON"),
     ],
 )
 async def test_a_bad_call_is_told_to_the_model(answer: str, told: str) -> None:
@@ -309,8 +386,16 @@ async def test_a_bad_call_is_told_to_the_model(answer: str, told: str) -> None:
     async def slow() -> None:
         await asyncio.sleep(5)
 
+    def endless() -> str:
+        return "x" * 150_000
+
+    def circular() -> list[Any]:
+        world: list[Any] = []
+        world.append(world)
+        return world
+
     row, _ = await roll_out(
-        lambda: ToolLoop(add, broken, slow, seconds=0.1),
+        lambda: ToolLoop(add, broken, slow, endless, circular, seconds=0.1),
         lambda turn, prompt: answer if turn == 0 else "sorry",
     )
     assert told in str(row.messages[2].content)

@@ -4,7 +4,12 @@ Invariant: what was sampled is kept as it was; what stands between is the chat t
 checked to continue what was sent. Nothing here does I/O, knows of rows, or imports Eval Protocol.
 """
 
-from eval_protocol_rft.conversation.conversation import Conversation, OnRewrite
+from eval_protocol_rft.conversation.conversation import (
+    Conversation,
+    OnRewrite,
+    Opening,
+    Openings,
+)
 from eval_protocol_rft.conversation.errors import (
     ConversationError,
     HistoryRewrittenError,
@@ -29,6 +34,8 @@ __all__ = [
     "ConversationError",
     "HistoryRewrittenError",
     "OnRewrite",
+    "Opening",
+    "Openings",
     "ParseProblem",
     "Rewrite",
     "Segment",

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
@@ -45,25 +46,78 @@ class _Said(NamedTuple):
     cut_off: bool
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Opening:
+    """What stands before the first sampled turn. Conversations that begin alike may share one: it
+    is rendered once then."""
+
+    chat: ChatText
+    messages: Sequence[dict[str, Any]]
+    """As `prompts.chat_messages` gives them."""
+    prompt_ids: TokenIds
+    text: str
+    """The template's rendering of the messages."""
+
+    @classmethod
+    def render(
+        cls,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None,
+        tokenizer: LoadedTokenizer,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> Opening:
+        """See `Conversation.start`.
+
+        Raises:
+            PromptError: as `prompts.render_chat`.
+        """
+        kwargs = dict(template_kwargs or {})
+        given = chat_messages(messages)
+        ids = render_chat(given, tools, tokenizer, kwargs)
+        chat = ChatText(tokenizer=tokenizer, tools=tools, template_kwargs=kwargs)
+        return cls(chat=chat, messages=given, prompt_ids=ids, text=chat.render(given))
+
+
+class Openings:
+    """Openings with one tokenizer; those that are alike one after the other are rendered once."""
+
+    def __init__(self, tokenizer: LoadedTokenizer, template_kwargs: Mapping[str, Any]) -> None:
+        self.tokenizer = tokenizer
+        self._kwargs = template_kwargs
+        self._last: Opening | None = None
+
+    def of(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None,
+    ) -> Opening:
+        """`Opening.render`, or what it gave for the same the last time.
+
+        Raises:
+            PromptError: as `Opening.render`.
+        """
+        last, given = self._last, chat_messages(messages)
+        if last is None or (given, tools) != (last.messages, last.chat.tools):
+            self._last = last = Opening.render(given, tools, self.tokenizer, self._kwargs)
+        return last
+
+
 class Conversation:
     """What was sent to a model and sampled from it. Make one with `start`, then take turns:
     `sampled`, `append`, `sampled`, ... An error leaves it as it was."""
 
-    def __init__(
-        self,
-        chat: ChatText,
-        messages: list[dict[str, Any]],
-        prompt_ids: TokenIds,
-        on_rewrite: OnRewrite,
-    ) -> None:
-        self._chat = chat
-        self._messages = messages
+    def __init__(self, opening: Opening, *, on_rewrite: OnRewrite = "split") -> None:
+        """`start` says what the arguments mean."""
+        if on_rewrite not in ("split", "reject"):
+            raise ValueError(f"on_rewrite must be 'split' or 'reject', not {on_rewrite!r}")
+        self._chat = opening.chat
+        self._messages = list(opening.messages)
         self._on_rewrite = on_rewrite
-        self._text = chat.render(messages)
+        self._text = opening.text
         """The template's rendering of all that was sent; what was sampled last is not yet in it."""
         self._last: _Said | None = None
-        self._prompt_ids = prompt_ids
-        self._new_ids: Sequence[int] = prompt_ids
+        self._prompt_ids = opening.prompt_ids
+        self._new_ids: Sequence[int] = opening.prompt_ids
         """What of `prompt_ids` is not yet in the last segment."""
         self._segments: list[OpenSegment] = []
         self._opens_segment = True
@@ -94,13 +148,8 @@ class Conversation:
         Raises:
             PromptError: as `prompts.render_chat`.
         """
-        if on_rewrite not in ("split", "reject"):
-            raise ValueError(f"on_rewrite must be 'split' or 'reject', not {on_rewrite!r}")
-        kwargs = dict(template_kwargs or {})
-        chat = chat_messages(messages)
-        ids = render_chat(chat, tools, tokenizer, kwargs)
-        text = ChatText(tokenizer=tokenizer, tools=tools, template_kwargs=kwargs)
-        return cls(text, chat, ids, on_rewrite)
+        opening = Opening.render(messages, tools, tokenizer, template_kwargs)
+        return cls(opening, on_rewrite=on_rewrite)
 
     @property
     def prompt_ids(self) -> TokenIds:
@@ -111,6 +160,17 @@ class Conversation:
     def messages(self) -> list[dict[str, Any]]:
         """The conversation as the template is given it."""
         return list(self._messages)
+
+    @property
+    def sampled_text(self) -> str:
+        """What was sampled last, without the token that ended it; empty where something was
+        appended since."""
+        return self._last.text if self._last else ""
+
+    @property
+    def sent_tokens(self) -> int:
+        """Tokens of all requests that were answered, each with its whole prompt."""
+        return sum(start for segment in self._segments for start, _ in segment.turns)
 
     @property
     def rewrites(self) -> tuple[Rewrite, ...]:
@@ -140,9 +200,7 @@ class Conversation:
         if self._last is not None:
             raise ConversationError("two turns in a row: append what came between them first")
         tokenizer = self._chat.tokenizer
-        ender = _ender(completion, tokenizer)
-        ids = completion.token_ids
-        body = tokenizer.decode(ids if ender is None else ids[:-1])
+        ender, body = tokenizer.ender(completion), tokenizer.decode_body(completion)
         if message is None:
             message = _as_sampled(body, self._text, tokenizer)
         (given,) = chat_messages([message])
@@ -184,7 +242,7 @@ class Conversation:
         chat = [*self._messages, *new]
         text = self._chat.render(chat)
         self._chat.check_seen(chat, len(new) + 1, text)
-        ended = "" if ender is None else self._chat.tokenizer.decode([ender])
+        ended = "" if ender is None else self._chat.text_of(ender)
         kept = self._text + body + ended
         if text.startswith(kept):
             new_ids = self._chat.ids_after(ender, text[len(kept) :])
@@ -212,13 +270,6 @@ class Conversation:
     @property
     def _turns(self) -> int:
         return sum(len(segment.turns) for segment in self._segments)
-
-
-def _ender(completion: Completion, tokenizer: LoadedTokenizer) -> int | None:
-    """The token that ended the turn, where it was sampled; see `decode_completion`."""
-    last = completion.token_ids[-1]
-    by_token = last in tokenizer.special_ids or completion.stop_reason == last
-    return last if completion.finish_reason == "stop" and by_token else None
 
 
 def _as_sampled(text: str, prompt: str, tokenizer: LoadedTokenizer) -> dict[str, str]:

@@ -20,13 +20,15 @@ from eval_protocol_rft.tokenizer import LoadedTokenizer
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatText:
-    """Renders one conversation, with the tools and template arguments that it began with."""
+    """Renders conversations that begin with the same tools and template arguments."""
 
     tokenizer: LoadedTokenizer
     tools: Sequence[Mapping[str, Any]] | None
     template_kwargs: Mapping[str, Any]
     _rendered: set[str] = field(default_factory=set)
     """Roles, and `tool_calls`, that the template is known not to drop."""
+    _texts: dict[int, str] = field(default_factory=dict)
+    """Of control tokens."""
 
     def render(
         self, messages: Sequence[Mapping[str, Any]], *, generation_prompt: bool = True
@@ -56,7 +58,7 @@ class ChatText:
 
     def check_seen(self, messages: Sequence[Mapping[str, Any]], new: int, text: str) -> None:
         """See that `text`, the rendering of `messages`, shows the last `new` of them. A role is
-        looked at once per conversation, and so are tool calls.
+        looked at once, and so are tool calls.
 
         Raises:
             PromptError: it is the same text without them.
@@ -89,6 +91,12 @@ class ChatText:
         ids = self.tokenizer.tokenizer(text, add_special_tokens=False)["input_ids"]
         return [int(token) for token in ids]
 
+    def text_of(self, control: int) -> str:
+        """Of a control token; a conversation meets the same one at every turn."""
+        if control not in self._texts:
+            self._texts[control] = self.tokenizer.decode([control])
+        return self._texts[control]
+
     def ids_after(self, ender: int | None, text: str) -> list[int]:
         """Ids of `text` where it follows the control token `ender`; None: where it follows text.
 
@@ -100,7 +108,7 @@ class ChatText:
         """
         if ender is None:
             return self.ids(text)
-        shown = self.tokenizer.decode([ender])
+        shown = self.text_of(ender)
         ids = self.ids(shown + text)
         if ids[:1] != [ender]:
             raise PromptError(

@@ -16,6 +16,9 @@ from typing import Any
 
 from eval_protocol_rft.environments.environment import EnvironmentFaultError
 
+_SHOWN = 2000
+"""Characters of an error's text that go on record."""
+
 
 async def call(function: Callable[..., Any], *arguments: Any, what: str, seconds: float) -> Any:
     """What `function` returns, awaited if need be.
@@ -32,7 +35,10 @@ async def call(function: Callable[..., Any], *arguments: Any, what: str, seconds
     except TimeoutError as error:
         raise EnvironmentFaultError(f"{what} took longer than {seconds:g} s") from error
     except Exception as error:
-        raise EnvironmentFaultError(f"{what} raised {type(error).__name__}: {error}") from error
+        said = f"{what} raised {type(error).__name__}: {error}"
+        if len(said) > _SHOWN:
+            said = f"{said[:_SHOWN]}... ({len(said)} characters)"
+        raise EnvironmentFaultError(said) from error
 
 
 class _Threads:

@@ -7,6 +7,7 @@ that raises or hangs, a history that the template rewrites under `reject`) is a 
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -18,8 +19,8 @@ import msgspec
 from eval_protocol_rft.conversation import (
     Conversation,
     ConversationError,
-    HistoryRewrittenError,
     OnRewrite,
+    Openings,
     ParseProblem,
     parse_tool_calls,
 )
@@ -49,13 +50,11 @@ class Episode:
     """Its first turn, with the attempts and seconds of all of them."""
     record: EpisodeRecord
     segments: list[SegmentRecord]
-    turns: list[Any]
-    """`conversation.Turn`s."""
+    talk: Conversation
+    first_prompt: TokenIds
     messages: list[Message]
     """The whole conversation, the row's own messages included."""
     sampled_tokens: int
-    prompt_tokens: int
-    """Sent, summed over turns."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -66,13 +65,16 @@ class EpisodeRun:
     environment: Environment
     row: EvaluationRow
     messages: Sequence[Message]
-    tokenizer: LoadedTokenizer
+    openings: Openings
+    """Shared by the episodes of a row, which begin alike."""
     params: SamplingParams
-    template_kwargs: Mapping[str, Any]
     limits: EpisodeLimits
     on_rewrite: OnRewrite
     sample: SampleTurn
     _began: float = field(default_factory=time.monotonic)
+    _deadline: float | None = None
+    """By the event loop's clock."""
+    _waiting: asyncio.Timeout | None = None
     _survivors: list[Survivor] = field(default_factory=list)
     _rewards: list[float | None] = field(default_factory=list)
     _metrics: dict[str, Any] = field(default_factory=dict)
@@ -80,64 +82,115 @@ class EpisodeRun:
     async def __call__(self) -> Episode | Failure:
         try:
             return await self._run()
-        except (EnvironmentFaultError, HistoryRewrittenError, PromptError) as error:
+        except (EnvironmentFaultError, ConversationError, PromptError) as error:
             kind = "prompt" if isinstance(error, PromptError) else "internal"
             return self._failure(kind, str(error))
         finally:
             await self._close()
 
+    def starts(self) -> None:
+        """The first request leaves: from here on the episode's seconds count."""
+        self._deadline = asyncio.get_running_loop().time() + self.limits.seconds
+        if self._waiting is not None:
+            self._waiting.reschedule(self._deadline)
+
     async def _run(self) -> Episode | Failure:
         began = await self._call(self.environment.reset, self.row.model_copy(deep=True))
-        said = [*self.messages, *_as_messages(began or ())]
+        told = _as_messages(began or ())
+        if self._too_long(told):
+            raise PromptError(
+                f"reset() said more than {self.limits.observation_characters} characters"
+            )
+        said = [*self.messages, *told]
         tools = self.row.tools if self.environment.tools is None else self.environment.tools
-        talk = Conversation.start(
-            chat_messages(said),
-            tools,
-            self.tokenizer,
-            self.template_kwargs,
-            on_rewrite=self.on_rewrite,
-        )
+        opening = self.openings.of(chat_messages(said), tools)
+        talk = Conversation(opening, on_rewrite=self.on_rewrite)
+        tokenizer = self.openings.tokenizer
+
+        def end(reason: str) -> Episode:
+            return self._ended(talk, opening.prompt_ids, said, reason)
+
         while True:
             room = self.limits.tokens - len(talk.prompt_ids)
+            if room < 1 and not self._survivors:
+                raise PromptError(
+                    f"the prompt has {len(talk.prompt_ids)} tokens, the limit of an episode is "
+                    f"{self.limits.tokens}"
+                )
             if room < 1:
-                return self._end(talk, said, "tokens")
+                return end("tokens")
             asked = self.params.max_tokens
             limited = asked is None or asked > room
             params = replace(self.params, max_tokens=room) if limited else self.params
-            outcome = await self.sample(len(self._survivors), talk.prompt_ids, params)
+            outcome = await self._sampled(talk.prompt_ids, params)
+            if outcome is None:
+                return end("seconds")
             if isinstance(outcome, Failure):
                 return self._failure(outcome.kind, outcome.message, outcome)
             self._survivors.append(outcome)
-            talk.sampled(outcome.completion)
-            text = self.tokenizer.decode_completion(outcome.completion, params)
-            assistant, problem = _assistant(text, self.tokenizer, calls=bool(tools))
+            completion = outcome.completion
+            talk.sampled(completion)
+            text = tokenizer.answer(talk.sampled_text, completion, params)
+            assistant, problem = _assistant(text, tokenizer, calls=bool(tools))
             history, said = said, [*said, assistant]
-            if outcome.completion.truncated:
-                return self._end(talk, said, "tokens" if limited else "length")
+            if completion.truncated:
+                return end("tokens" if limited else "length")
             if problem is not None:
                 step = Step(messages=[{"role": "user", "content": problem.message}])
             else:
-                step = _step(await self._call(self.environment.step, history, assistant))
+                step = self._step(await self._call(self.environment.step, history, assistant))
             self._rewards.append(step.reward)
             self._metrics.update(step.metrics)
             if step.done:
-                return self._end(talk, said, "done")
+                return end("done")
             if not step.messages:
                 raise EnvironmentFaultError(
                     f"{type(self.environment).__name__}.step() is not done and says nothing"
                 )
             if len(self._survivors) >= self.limits.turns:
-                return self._end(talk, said, "turns")
-            if time.monotonic() - self._began > self.limits.seconds:
-                return self._end(talk, said, "seconds")
+                return end("turns")
             told = _as_messages(step.messages)
-            try:
-                talk.append(chat_messages(told))
-            except HistoryRewrittenError:
-                raise
-            except ConversationError as error:
-                return self._failure("internal", str(error))
+            if self._too_long(told):
+                return end("observation")
+            talk.append(chat_messages(told))
             said = [*said, *told]
+
+    async def _sampled(
+        self, prompt_ids: TokenIds, params: SamplingParams
+    ) -> Survivor | Failure | None:
+        """The next turn; None where the episode's time was up before it came."""
+        try:
+            async with asyncio.timeout_at(self._deadline) as self._waiting:
+                return await self.sample(len(self._survivors), prompt_ids, params)
+        except TimeoutError:
+            assert self._waiting is not None  # noqa: S101 - narrows the type
+            if not self._waiting.expired():
+                raise
+        if self._survivors:
+            return None
+        message = f"the first turn took longer than the {self.limits.seconds:g} s of an episode"
+        return Failure(
+            index=self.index, kind="timeout", message=message, attempts=1, seconds=self._seconds
+        )
+
+    @property
+    def _seconds(self) -> float:
+        return time.monotonic() - self._began
+
+    def _too_long(self, told: Sequence[Message]) -> bool:
+        return sum(len(str(m.content or "")) for m in told) > self.limits.observation_characters
+
+    def _step(self, answer: Any) -> Step:
+        if not isinstance(answer, Step):
+            raise EnvironmentFaultError(f"step() returned {type(answer).__name__}, not a Step")
+        try:
+            metrics = msgspec.json.encode(dict(answer.metrics))
+            plain = msgspec.json.decode(metrics)
+        except (TypeError, ValueError, RecursionError, msgspec.MsgspecError) as error:
+            raise EnvironmentFaultError(f"the metrics of a step are no JSON: {error}") from error
+        if len(metrics) > self.limits.observation_characters:
+            raise EnvironmentFaultError(f"the metrics of a step are {len(metrics)} bytes of JSON")
+        return replace(answer, metrics=plain)
 
     async def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         what = f"{type(self.environment).__name__}.{function.__name__}()"
@@ -149,26 +202,21 @@ class EpisodeRun:
         except EnvironmentFaultError as error:
             logger.warning("row %s: %s", self.row.input_metadata.row_id, error)
 
-    def _end(self, talk: Conversation, said: list[Message], reason: str) -> Episode | Failure:
-        if not self._survivors:
-            return self._failure(
-                "prompt",
-                f"the prompt has {len(talk.prompt_ids)} tokens, the limit of an episode is "
-                f"{self.limits.tokens}",
-            )
-        turns, last = talk.turns(), self._survivors[-1].completion
+    def _ended(
+        self, talk: Conversation, first_prompt: TokenIds, said: list[Message], reason: str
+    ) -> Episode:
         first = replace(
             self._survivors[0],
             attempts=sum(survivor.attempts for survivor in self._survivors),
-            seconds=time.monotonic() - self._began,
+            seconds=self._seconds,
             causes=tuple(cause for survivor in self._survivors for cause in survivor.causes),
         )
         return Episode(
             first=first,
             record=EpisodeRecord(
-                turns=len(turns),
+                turns=len(self._survivors),
                 stop_reason=reason,
-                finish_reason=last.finish_reason,
+                finish_reason=self._survivors[-1].completion.finish_reason,
                 step_rewards=self._rewards,
                 metrics={**self._metrics, **_splits(talk)},
                 messages=[message.model_dump(exclude_none=True) for message in said],
@@ -182,10 +230,10 @@ class EpisodeRun:
                 )
                 for segment in talk.segments()
             ],
-            turns=turns,
+            talk=talk,
+            first_prompt=first_prompt,
             messages=said,
             sampled_tokens=sum(len(s.completion.token_ids) for s in self._survivors),
-            prompt_tokens=sum(len(turn.prompt_ids) for turn in turns),
         )
 
     def _failure(self, kind: Any, message: str, of: Failure | None = None) -> Failure:
@@ -195,7 +243,7 @@ class EpisodeRun:
             kind=kind,
             message=f"turn {turn}: {message}",
             attempts=sum(s.attempts for s in self._survivors) + (of.attempts if of else 0),
-            seconds=time.monotonic() - self._began,
+            seconds=self._seconds,
             seed=of.seed if of else None,
             status=of.status if of else None,
         )
@@ -234,13 +282,3 @@ def _as_messages(said: Any) -> list[Message]:
         return [m if isinstance(m, Message) else Message(**m) for m in said]
     except (TypeError, ValueError) as error:
         raise EnvironmentFaultError(f"a message is no message: {error}") from error
-
-
-def _step(answer: Any) -> Step:
-    if not isinstance(answer, Step):
-        raise EnvironmentFaultError(f"step() returned {type(answer).__name__}, not a Step")
-    try:
-        metrics = msgspec.json.decode(msgspec.json.encode(dict(answer.metrics)))
-    except (TypeError, ValueError, msgspec.MsgspecError) as error:
-        raise EnvironmentFaultError(f"the metrics of a step are no JSON: {error}") from error
-    return replace(answer, metrics=metrics)

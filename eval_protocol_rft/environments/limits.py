@@ -18,12 +18,16 @@ class EpisodeLimits:
     tokens: int = 32_768
     """Tokens of the conversation, prompt included (`tokens`). A turn may sample what is left."""
     seconds: float = 1800.0
-    """From the episode's first request on (`seconds`); looked at between turns."""
+    """From the episode's first request on (`seconds`). A turn that is being sampled then is
+    cancelled and left out; an episode without any turn is a failure."""
     step_seconds: float = 60.0
     """One call of the environment; beyond it the episode is a failure."""
+    observation_characters: int = 1_000_000
+    """What the environment says after one turn (`observation`): half a second of tokenizing. More
+    than that is never rendered."""
 
     def __post_init__(self) -> None:
-        for name in ("turns", "tokens"):
+        for name in ("turns", "tokens", "observation_characters"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("seconds", "step_seconds"):

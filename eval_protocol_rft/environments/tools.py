@@ -1,8 +1,8 @@
 """`ToolLoop`: plain Python functions as tools, until the model answers without calling one.
 
 Invariant: whatever goes wrong with a call (unknown tool, arguments that are no JSON or do not fit,
-an exception, a call that takes too long) is told to the model as the tool's answer; the model may
-try again.
+an exception, a call that takes too long, an answer that is too long or no JSON) is told to the
+model as the tool's answer; the model may try again.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from eval_protocol.models import Message
 
 TOOL_SECONDS = 30.0
+TOOL_CHARACTERS = 100_000
+"""More than most contexts have room for."""
 
 
 class ToolLoop(Environment):
@@ -30,13 +32,20 @@ class ToolLoop(Environment):
         functions: plain functions, sync or async. Name, docstring and annotated parameters make
             the schema that the prompt describes; arguments are checked against it.
         seconds: one call may take.
+        characters: an answer may have.
     """
 
-    def __init__(self, *functions: Callable[..., Any], seconds: float = TOOL_SECONDS) -> None:
+    def __init__(
+        self,
+        *functions: Callable[..., Any],
+        seconds: float = TOOL_SECONDS,
+        characters: int = TOOL_CHARACTERS,
+    ) -> None:
         if not functions:
             raise ValueError("no tools: pass at least one function")
         self._tools = {function.__name__: _Tool(function) for function in functions}
         self._seconds = seconds
+        self._characters = characters
         self.tools = [tool.schema for tool in self._tools.values()]
 
     async def step(self, messages: Sequence[Message], assistant: Message) -> Step:
@@ -66,9 +75,17 @@ class ToolLoop(Environment):
             result = await call(
                 lambda: tool.function(**given), what=f"{name}()", seconds=self._seconds
             )
+            answer = result if isinstance(result, str) else json.dumps(result, default=str)
         except EnvironmentFaultError as error:
             return f"Error: {error}"
-        return result if isinstance(result, str) else json.dumps(result, default=str)
+        except (TypeError, ValueError, RecursionError) as error:
+            return f"Error: what {name}() returned is no JSON: {error}"
+        if len(answer) > self._characters:
+            return (
+                f"Error: {name}() returned {len(answer)} characters, more than the "
+                f"{self._characters} that can be shown: ask for less"
+            )
+        return answer
 
 
 class _Tool:
