@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from eval_protocol_rft import tokenizer as module
 from eval_protocol_rft.sampling.types import Completion, SamplingParams
@@ -134,3 +136,23 @@ def test_a_name_that_failed_is_not_tried_again_at_once(tmp_path, monkeypatch):
 def test_what_is_no_tokenizer_is_refused():
     with pytest.raises(TokenizerError, match="a dict is no tokenizer"):
         LoadedTokenizer.wrap({})  # type: ignore[arg-type]
+
+
+@given(st.text(max_size=40), st.sampled_from(["", "<|im_end|>", "<|im_start|>user\n"]))
+def test_a_text_is_read_as_transformers_reads_it(text, control):
+    loaded = LoadedTokenizer.wrap(chat_tokenizer())
+    whole = text + control + text
+    assert loaded.reads_plainly
+    assert loaded.encode(whole) == loaded.tokenizer(whole, add_special_tokens=False)["input_ids"]
+
+
+def test_a_tokenizer_with_a_reading_of_its_own_is_asked_itself():
+    class Own(type(chat_tokenizer())):
+        def _encode_plus(self, text, *args, **kwargs):
+            return super()._encode_plus(text.upper(), *args, **kwargs)
+
+    own = Own(tokenizer_object=chat_tokenizer().backend_tokenizer)
+    assert LoadedTokenizer.wrap(own).encode("abc") == LoadedTokenizer.wrap(own).encode("ABC")
+    truncating = chat_tokenizer()
+    truncating.backend_tokenizer.enable_truncation(1)
+    assert len(LoadedTokenizer.wrap(truncating).encode("abc")) == 3

@@ -88,8 +88,7 @@ class ChatText:
 
     def ids(self, text: str) -> list[int]:
         """Ids of a whole rendering, as `apply_chat_template` makes them."""
-        ids = self.tokenizer.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return [int(token) for token in ids]
+        return self.tokenizer.encode(text)
 
     def text_of(self, control: int) -> str:
         """Of a control token; a conversation meets the same one at every turn."""

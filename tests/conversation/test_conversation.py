@@ -15,6 +15,7 @@ from eval_protocol_rft.conversation import (
 )
 from eval_protocol_rft.prompts import PromptError
 from eval_protocol_rft.sampling.types import Completion, TokenIds
+from eval_protocol_rft.tokenizer import LoadedTokenizer
 from tests.conversation import templates
 from tests.rollouts import TOOLS
 
@@ -280,14 +281,13 @@ def test_a_control_token_that_its_own_text_does_not_spell_is_an_error():
 def test_a_turn_costs_ids_only_for_what_is_new(monkeypatch):
     talk = begun()
     read: list[int] = []
-    tokenizer = type(talk._chat.tokenizer.tokenizer)
-    whole = tokenizer.__call__
+    whole = LoadedTokenizer.encode
 
-    def counting(self, text, **kwargs):
+    def counting(self, text):
         read.append(len(text))
-        return whole(self, text, **kwargs)
+        return whole(self, text)
 
-    monkeypatch.setattr(tokenizer, "__call__", counting)
+    monkeypatch.setattr(LoadedTokenizer, "encode", counting)
     for _ in range(50):
         talk.sampled(said([1, 2], END))
         talk.append([FEEDBACK])
