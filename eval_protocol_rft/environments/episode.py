@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_NOTHING = (Environment.reset, Environment.close)
+"""Not overridden they do nothing, which takes no thread."""
+
 SampleTurn = Callable[[int, TokenIds, SamplingParams], Awaitable[Survivor | Failure]]
 """Turn number, prompt and parameters in; what came of it out."""
 
@@ -193,6 +196,8 @@ class EpisodeRun:
         return replace(answer, metrics=plain)
 
     async def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        if getattr(function, "__func__", None) in _NOTHING:
+            return None
         what = f"{type(self.environment).__name__}.{function.__name__}()"
         return await call(function, *arguments, what=what, seconds=self.limits.step_seconds)
 
