@@ -57,7 +57,8 @@ class LocalSampler:
 
         Args:
             max_batch_tokens: bounds the caches: completions that run together, times the tokens
-                (prompt and max_tokens) of the longest. The rest waits, first in first out.
+                (prompt and max_tokens) of the longest. The rest waits, first in first out. What is
+                kept between the turns of sessions adds up to half as much.
             policy_version: names the weights; every completion carries it.
 
         Raises:
@@ -188,6 +189,9 @@ class LocalSampler:
         noise of the batched forward (about 1e-6 in a probability); without one, a fresh one is
         drawn. Cancelling the caller takes the request out of the batch.
 
+        With `params.session`, only what follows the turn before is run: its keys and values are
+        kept until the weights change, the sampler is closed, or others need the room.
+
         Raises:
             RefusedError: a value that is wrong or does not fit, or a field in `params.extra` that
                 is not implemented here.
@@ -207,6 +211,7 @@ class LocalSampler:
             ends=frozenset() if params.extra.get("ignore_eos") else self._eos_token_ids,
             stops=params.stop,
             future=asyncio.get_running_loop().create_future(),
+            session=params.session,
         )
         self._worker.submit(request)
         try:

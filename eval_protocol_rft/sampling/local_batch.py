@@ -9,7 +9,7 @@ Shapes: B rows, W cache columns, V vocabulary entries; a layer's keys are [B, he
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,17 @@ from eval_protocol_rft.sampling.local_model import LocalModel
 SPARE_COLUMNS = 16
 """Columns that a buffer has in reserve: the caches are copied at most once in so many steps, and
 the reserve stays small beside a prompt."""
+
+Columns = Sequence[tuple[Tensor, Tensor]]
+"""One row's keys and values of each layer, [heads, T, head_dim] of T tokens, without padding."""
+
+
+class Known(NamedTuple):
+    """What an earlier batch computed of a prompt's beginning."""
+
+    length: int
+    """Tokens of the prompt, fewer than it has, that the first columns are of."""
+    columns: Columns
 
 
 class Batch:
@@ -40,13 +51,33 @@ class Batch:
         return self._lengths_B.device
 
     @classmethod
-    def prefill(cls, model: LocalModel, prompts: Sequence[Sequence[int]]) -> tuple[Batch, Tensor]:
-        """Run prompts of any lengths; return their batch and the [B, V] logits that follow them."""
-        width = max(map(len, prompts))
-        ids_BW = torch.tensor([[0] * (width - len(prompt)) + [*prompt] for prompt in prompts])
-        lengths_B = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
-        batch = cls(model, [_layer() for _ in range(model.layers)], lengths_B)
-        return batch, model.last_logits(ids_BW.to(model.device), lengths_B, batch._cache)
+    def prefill(
+        cls, model: LocalModel, prompts: Sequence[Sequence[int]], known: Sequence[Known] = ()
+    ) -> tuple[Batch, Tensor]:
+        """Run prompts of any lengths; return their batch and the [B, V] logits that follow them.
+
+        With what is `known` of every prompt, only the last Q columns are run, Q being the most that
+        a prompt needs. Each row then takes up what it has on their left, known or not needed: a
+        prompt of up to Q tokens is run as a whole.
+        """
+        lengths = [one.length for one in known] or [0] * len(prompts)
+        new = max(len(p) - length for p, length in zip(prompts, lengths, strict=True))
+        ids_BQ = torch.tensor([[0] * (new - len(p)) + [*p[-new:]] for p in prompts])
+        lengths_B = torch.tensor([len(p) for p in prompts], device=model.device)
+        taken = [max(0, len(p) - new) for p in prompts]
+        if any(taken):
+            layers = _restore([one.columns for one in known], taken, room=new)
+        else:
+            layers = [_layer() for _ in range(model.layers)]
+        batch = cls(model, layers, lengths_B)
+        return batch, model.last_logits(ids_BQ.to(model.device), lengths_B, batch._cache)
+
+    def columns(self, row: int, length: int) -> Columns:
+        """Copies of a row's last `length` columns, which are its own if it has as many tokens."""
+        return [
+            (keys[row, :, -length:].clone(), values[row, :, -length:].clone())
+            for keys, values in (layer.used for layer in self._layers)
+        ]
 
     def step(self, tokens_B: Tensor) -> Tensor:
         """Append one token to every row; return the [B, V] logits that follow it."""
@@ -154,6 +185,23 @@ def _stack(sources: Sequence[Tensor], rows: Sequence[Tensor], widths: Sequence[i
         torch.index_select(own, 0, picked, out=block[:, :, width - own_width : width])
         first += len(picked)
     return target
+
+
+def _restore(known: Sequence[Columns], taken: Sequence[int], *, room: int) -> list[_Layer]:
+    """Layers of rows that have the first `taken` of their known columns, right-aligned, with room
+    for as many columns as are run next."""
+    width = max(taken)
+    layers = []
+    for rows in zip(*known, strict=True):
+        buffers = []
+        for sources in zip(*rows, strict=True):
+            buffer = _buffer(sources[0].unsqueeze(0), len(sources), width + room)
+            for own, source, count in zip(buffer, sources, taken, strict=True):
+                own[:, : width - count] = 0
+                own[:, width - count : width] = source[:, :count]
+            buffers.append(buffer)
+        layers.append(_layer(buffers, width=width))
+    return layers
 
 
 def _buffer(like: Tensor, rows: int, width: int) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 from eval_protocol_rft.sampling.local_batch import Batch
 from eval_protocol_rft.sampling.local_draw import DrawPlan, draw, uniforms
 from eval_protocol_rft.sampling.local_model import LocalModel
+from eval_protocol_rft.sampling.local_prefixes import Joining, Prefixes
 from eval_protocol_rft.sampling.local_request import Decode, Request
 from eval_protocol_rft.sampling.types import Completion, SamplingError
 
@@ -42,21 +43,37 @@ class Cohort:
         self._tokens_R: Tensor
         self._live: list[int] = []
         """Places in `requests` of those that go on."""
+        self._complete: list[int] = []
+        """Places of those that the last token completed."""
 
     @classmethod
     def start(
-        cls, model: LocalModel, requests: Sequence[Request], decode: Decode
+        cls, model: LocalModel, joining: Sequence[Joining], decode: Decode
     ) -> tuple[Cohort, list[Outcome]]:
-        """Prefill, each distinct prompt once, and draw every request's first token."""
+        """Prefill, each distinct prompt once, and draw every request's first token. Something is
+        known of every prompt, or of none."""
+        requests = [one.request for one in joining]
         row_of: dict[tuple[int, ...], int] = {}
         rows = [row_of.setdefault(request.prompt_ids, len(row_of)) for request in requests]
-        batch, logits_BV = Batch.prefill(model, list(row_of))
+        known = [joining[rows.index(row)].known for row in range(len(row_of))]
+        batch, logits_BV = Batch.prefill(model, list(row_of), [one for one in known if one])
         cohort = cls(batch, requests, rows)
         return cohort, cohort._draw(logits_BV[rows], decode)
 
     def advance(self, decode: Decode) -> list[Outcome]:
         """One token more for every request; the cohort must come from `merge`."""
         return self._draw(self._batch.step(self._tokens_R), decode)
+
+    def keep(self, prefixes: Prefixes) -> None:
+        """Leave what was computed of the requests that just ended to the next turns of their
+        sessions. The last token was drawn and never run: it has no keys and values."""
+        for index in self._complete:
+            request = self.requests[index]
+            if request.session is not None:
+                ids = (*request.prompt_ids, *request.token_ids[:-1])
+                prefixes.keep(
+                    request.session, ids, self._batch.columns(self._rows[index], len(ids))
+                )
 
     @classmethod
     def merge(cls, cohorts: Sequence[Cohort]) -> Cohort | None:
@@ -99,11 +116,13 @@ class Cohort:
         self._tokens_R = drawn.tokens_B
         values_R = zip(*(values_R.tolist() for values_R in drawn), strict=True)
         outcomes = []
-        self._live = []
+        self._live, self._complete = [], []
         for index, (request, values) in enumerate(zip(self.requests, values_R, strict=True)):
             result = _take(request, *values, decode=decode)
             if result is not None:
                 outcomes.append(Outcome(request, result))
+                if isinstance(result, Completion):
+                    self._complete.append(index)
             elif not request.dropped:
                 self._live.append(index)
         return outcomes

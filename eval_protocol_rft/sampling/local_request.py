@@ -36,6 +36,8 @@ class Request:
     stops: tuple[str, ...]
     """Strings that end the completion."""
     future: asyncio.Future[Completion]
+    session: str | None = None
+    """Where its keys and values are kept for the next turn; None: they are not."""
     policy_version: str | None = None
     """The weights that sample it now."""
     first_policy_version: str | None = None
@@ -51,9 +53,9 @@ class Request:
         """Tokens that it may come to hold in the caches."""
         return len(self.prompt_ids) + self.limit
 
-    def order(self) -> tuple[tuple[int, ...], int]:
+    def order(self) -> tuple[tuple[int, ...], int, str]:
         """Where it stands among requests that began together, whichever was submitted first."""
-        return self.prompt_ids, self.seed
+        return self.prompt_ids, self.seed, self.session or ""
 
     def sampled_by(self, policy_version: str | None) -> None:
         """From now on these weights draw its tokens."""

@@ -20,6 +20,12 @@ import torch
 
 from eval_protocol_rft.sampling.local_cohort import Cohort, Outcome
 from eval_protocol_rft.sampling.local_model import LocalModel
+from eval_protocol_rft.sampling.local_prefixes import (
+    KEPT_SHARE,
+    Joining,
+    Prefixes,
+    prefill_groups,
+)
 from eval_protocol_rft.sampling.local_request import Decode, Request
 from eval_protocol_rft.sampling.types import Completion, SamplingError
 
@@ -30,8 +36,8 @@ IDLE_SECONDS = 1.0
 than the gap between the turns of a rollout, so that a rollout keeps one thread."""
 
 MAX_PREFILL_TOKENS = 8192
-"""Prompt tokens, padding included, that one prefill may hold unless a single prompt is longer:
-bounds its activations and how long running completions wait for it."""
+"""Prompt tokens, padding included, that one prefill may run unless a single prompt has more: bounds
+its activations and how long running completions wait for it."""
 
 SMALL_MODEL_PARAMETERS = 20_000_000
 """Below this a step takes less time than waking a second torch thread saves: sample on one. Torch
@@ -54,6 +60,9 @@ class Worker:
         self._model = model
         self._decode = decode
         self._max_batch_tokens = max_batch_tokens
+        self._prefixes = Prefixes(int(max_batch_tokens * KEPT_SHARE))
+        """Outlives an idle thread: an environment may take longer than that. Belongs to the thread,
+        or to who holds the lock while there is none."""
         self._waiting: deque[Request] = deque()
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -101,11 +110,12 @@ class Worker:
         return swap.done
 
     def stop(self) -> None:
-        """Answer everything pending with an error and end the thread; blocks for the step that is
-        running. Later requests start a new thread."""
+        """Answer everything pending with an error, end the thread and free what was kept; blocks
+        for the step that is running. Later requests start a new thread."""
         with self._changed:
             thread = self._thread
             if thread is None:
+                self._prefixes.clear()
                 return
             self._stopping = True
             self._changed.notify()
@@ -121,7 +131,7 @@ class Worker:
         while (admitted := self._next(cohort)) is not None:
             cohort = self._round(cohort, admitted)
 
-    def _next(self, cohort: Cohort | None) -> list[Request] | None:
+    def _next(self, cohort: Cohort | None) -> list[Joining] | None:
         """Requests that join now; None when the thread has ended."""
         running = cohort.requests if cohort else []
         with self._changed:
@@ -139,6 +149,8 @@ class Worker:
             if self._stopping or not (running or self._waiting):
                 _fail([*running, *self._waiting], "the local sampler was closed")
                 self._waiting.clear()
+                if self._stopping:
+                    self._prefixes.clear()
                 self._thread = None
                 self._stopping = False
                 return None
@@ -147,9 +159,13 @@ class Worker:
     def _has_news(self) -> bool:
         return bool(self._waiting or self._swaps or self._stopping or self._held)
 
-    def _apply(self, swap: _Swap, running: Iterable[Request]) -> None:
+    def _apply(self, swap: _Swap, running: Sequence[Request]) -> None:
         if not swap.done.set_running_or_notify_cancel():
             return
+        # Keys and values of old weights, or partly of them, are no turn's to go on from.
+        self._prefixes.clear()
+        for request in running:
+            request.session = None
         try:
             with torch.no_grad():
                 swap.change()
@@ -161,11 +177,11 @@ class Worker:
             request.sampled_by(swap.policy_version)
         swap.done.set_result(None)
 
-    def _admit(self, running: Sequence[Request]) -> list[Request]:
+    def _admit(self, running: Sequence[Request]) -> list[Joining]:
         """Take requests in order while caches and prefill have room. One that would run alone
         always has."""
-        admitted: list[Request] = []
-        prompts: set[tuple[int, ...]] = set()
+        admitted: list[Joining] = []
+        prompts: set[tuple[tuple[int, ...], int]] = set()
         longest = 0
         widest = max((request.most_tokens for request in running), default=0)
         while self._waiting:
@@ -173,18 +189,19 @@ class Worker:
             if not request.dropped:
                 rows = len(running) + len(admitted) + 1
                 widest = max(widest, request.most_tokens)
-                longest = max(longest, len(request.prompt_ids))
-                prompts.add(request.prompt_ids)
+                joining = Joining(request, self._prefixes.known(request))
+                longest = max(longest, joining.new)
+                prompts.add((request.prompt_ids, joining.new))
                 if rows > 1 and rows * widest > self._max_batch_tokens:
                     break
                 if admitted and len(prompts) * longest > MAX_PREFILL_TOKENS:
                     break
                 request.sampled_by(self.policy_version)
-                admitted.append(request)
+                admitted.append(joining)
             self._waiting.popleft()
         return admitted
 
-    def _round(self, cohort: Cohort | None, admitted: Sequence[Request]) -> Cohort | None:
+    def _round(self, cohort: Cohort | None, admitted: Sequence[Joining]) -> Cohort | None:
         """One token for everyone: a step for those that run, a prefill for those that join.
         Returns those that go on."""
         outcomes: list[Outcome] = []
@@ -192,11 +209,13 @@ class Worker:
         if cohort:
             with _failing(cohort.requests, outcomes):
                 outcomes += cohort.advance(self._decode)
+                cohort.keep(self._prefixes)
                 cohorts.append(cohort)
-        if admitted:
-            with _failing(admitted, outcomes):
-                joined, ended = Cohort.start(self._model, admitted, self._decode)
+        for group in prefill_groups(admitted):
+            with _failing([one.request for one in group], outcomes):
+                joined, ended = Cohort.start(self._model, group, self._decode)
                 outcomes += ended
+                joined.keep(self._prefixes)
                 cohorts.append(joined)
         merged: Cohort | None = None
         with _failing([request for c in cohorts for request in c.live], outcomes):
