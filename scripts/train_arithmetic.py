@@ -74,8 +74,11 @@ CHAT_TEMPLATE = """\
     {{- {'tools': tools} | tojson + '<|im_end|>\\n' -}}
 {%- endif -%}
 {%- for message in messages -%}
-    {%- if not (loop.first and tools and message.role == 'system') -%}
-        {{- '<|im_start|>' + message.role + '\\n' + turn(message) + '<|im_end|>\\n' -}}
+    {%- set content = message.content -%}
+    {%- if not (tools and loop.first and message.role == 'system') -%}
+        {{- '<|im_start|>' + message.role + '\\n' -}}
+        {{- content if content is string and not message.tool_calls else turn(message) -}}
+        {{- '<|im_end|>\\n' -}}
     {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}

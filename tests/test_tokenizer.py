@@ -138,12 +138,20 @@ def test_what_is_no_tokenizer_is_refused():
         LoadedTokenizer.wrap({})  # type: ignore[arg-type]
 
 
+PLAIN = LoadedTokenizer.wrap(chat_tokenizer())
+
+
 @given(st.text(max_size=40), st.sampled_from(["", "<|im_end|>", "<|im_start|>user\n"]))
 def test_a_text_is_read_as_transformers_reads_it(text, control):
-    loaded = LoadedTokenizer.wrap(chat_tokenizer())
     whole = text + control + text
-    assert loaded.reads_plainly
-    assert loaded.encode(whole) == loaded.tokenizer(whole, add_special_tokens=False)["input_ids"]
+    assert PLAIN.is_plain
+    assert PLAIN.encode(whole) == PLAIN.tokenizer(whole, add_special_tokens=False)["input_ids"]
+
+
+@given(st.lists(st.integers(0, 258), max_size=12))
+def test_ids_are_decoded_as_transformers_decodes_them(ids):
+    plain = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+    assert PLAIN.decode(ids) == PLAIN.tokenizer.decode(ids, **plain)
 
 
 def test_a_tokenizer_with_a_reading_of_its_own_is_asked_itself():
@@ -153,6 +161,13 @@ def test_a_tokenizer_with_a_reading_of_its_own_is_asked_itself():
 
     own = Own(tokenizer_object=chat_tokenizer().backend_tokenizer)
     assert LoadedTokenizer.wrap(own).encode("abc") == LoadedTokenizer.wrap(own).encode("ABC")
+
+    class Loud(type(chat_tokenizer())):
+        def _decode(self, token_ids, **kwargs):
+            return super()._decode(token_ids, **kwargs).upper()
+
+    loud = LoadedTokenizer.wrap(Loud(tokenizer_object=chat_tokenizer().backend_tokenizer))
+    assert loud.decode(loud.encode("abc")) == "ABC"
     truncating = chat_tokenizer()
     truncating.backend_tokenizer.enable_truncation(1)
     assert len(LoadedTokenizer.wrap(truncating).encode("abc")) == 3

@@ -38,9 +38,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_NOTHING = (Environment.reset, Environment.close)
-"""Not overridden they do nothing, which takes no thread."""
-
 SampleTurn = Callable[[int, TokenIds, SamplingParams], Awaitable[Survivor | Failure]]
 """Turn number, prompt and parameters in; what came of it out."""
 
@@ -98,8 +95,7 @@ class EpisodeRun:
             self._waiting.reschedule(self._deadline)
 
     async def _run(self) -> Episode | Failure:
-        began = await self._call(self.environment.reset, self.row.model_copy(deep=True))
-        told = _as_messages(began or ())
+        told = await self._reset()
         if self._too_long(told):
             raise PromptError(
                 f"reset() said more than {self.limits.observation_characters} characters"
@@ -158,6 +154,12 @@ class EpisodeRun:
             talk.append(chat_messages(told))
             said = [*said, *told]
 
+    async def _reset(self) -> list[Message]:
+        if not _does_something(self.environment.reset):
+            return []
+        began = await self._call(self.environment.reset, self.row.model_copy(deep=True))
+        return _as_messages(began or ())
+
     async def _sampled(
         self, prompt_ids: TokenIds, params: SamplingParams
     ) -> Survivor | Failure | None:
@@ -196,12 +198,12 @@ class EpisodeRun:
         return replace(answer, metrics=plain)
 
     async def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        if getattr(function, "__func__", None) in _NOTHING:
-            return None
         what = f"{type(self.environment).__name__}.{function.__name__}()"
         return await call(function, *arguments, what=what, seconds=self.limits.step_seconds)
 
     async def _close(self) -> None:
+        if not _does_something(self.environment.close):
+            return
         try:
             await self._call(self.environment.close)
         except EnvironmentFaultError as error:
@@ -252,6 +254,12 @@ class EpisodeRun:
             seed=of.seed if of else None,
             status=of.status if of else None,
         )
+
+
+def _does_something(method: Callable[..., Any]) -> bool:
+    """Whether it is overridden: what an `Environment` does by itself takes no thread, and no copy
+    of a row."""
+    return getattr(method, "__func__", None) not in (Environment.reset, Environment.close)
 
 
 def _splits(talk: Conversation) -> dict[str, Any]:
