@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -255,6 +256,66 @@ def test_a_truncated_completion_says_so(page: Any) -> None:
     cut = open_group(page, 5).locator(".completion")
     assert "truncated" in cut.locator("header").text_content()
     assert "cut off" in cut.locator(".cut").text_content()
+
+
+def episode(turns: int) -> CompletionRow:
+    """Of two segments, of which the second has all turns but the first."""
+    row = completion(0, 0, HOSTILE)
+    prompt, first = row.prompt_ids.tolist(), row.completion_ids.tolist()
+    turn = [0] * 2 + [1] * 3
+    segments = [
+        {
+            "tokens": [*prompt, *first],
+            "logprobs": [*[0.0] * len(prompt), *row.logprobs.tolist()],
+            "loss_mask": [*[0] * len(prompt), *[1] * len(first)],
+        },
+        {
+            "tokens": [20] * 5 * (turns - 1),
+            "logprobs": [-6.0 * one for one in turn] * (turns - 1),
+            "loss_mask": turn * (turns - 1),
+        },
+    ]
+    about = {"turns": turns, "stop_reason": "length", "step_rewards": [None, 0.5]}
+    kept = {"trajectories": {"0": segments}, "episodes": {"0": about}}
+    row.evaluation_row = json.dumps({"execution_metadata": {"extra": kept}})
+    return row
+
+
+def test_an_episode_shows_its_turns_and_where_history_was_rewritten(
+    browser: Any, tmp_path: Path
+) -> None:
+    file = write_report(dataset(tmp_path, [episode(3)]), tmp_path / "report.html").path
+    with opened(browser, file) as page:
+        shown = open_group(page, 0).locator(".completion")
+        facts = shown.locator(".facts-line").text_content()
+        first = len(completion(0, 0, HOSTILE).completion_ids)
+        assert facts.startswith(
+            f"3 turns · stop reason length · 2 segments · {first + 6} sampled tokens · "
+        )
+        assert "finish reason of the last turn length" in facts
+        assert "truncated" in shown.locator("header").text_content()
+        assert shown.locator(".episode h4, .episode .segment-start").all_text_contents() == [
+            f"Turn 1 · {first} tokens",
+            "history rewritten by the chat template: new segment",
+            "Turn 2 · step reward 0.5 · 3 tokens",
+            "Turn 3 · 3 tokens",
+        ]
+        turns, between = shown.locator(".turn .tokens"), shown.locator(".between .tokens")
+        assert turns.first.text_content() == HOSTILE + "<|im_end|>"
+        assert set(backgrounds(between.locator(".token"))) == {"rgba(0, 0, 0, 0)"}
+        assert "rgba(0, 0, 0, 0)" not in backgrounds(turns.locator(".token"))
+        turns.nth(1).locator(".token").first.hover()
+        assert "logprob -6.000" in page.locator("#note").text_content()
+
+
+def test_a_long_episode_is_drawn_in_parts(browser: Any, tmp_path: Path) -> None:
+    file = write_report(dataset(tmp_path, [episode(1000)]), tmp_path / "report.html").path
+    with opened(browser, file) as page:
+        shown = open_group(page, 0).locator(".completion")
+        assert 500 < shown.locator(".turn").count() < 700
+        shown.get_by_role("button", name="turns left").click()
+        assert shown.locator(".turn").count() == 1000
+        assert shown.get_by_role("button", name="turns left").is_hidden()
 
 
 def test_another_reward_column_changes_charts_table_and_opened_groups(page: Any) -> None:

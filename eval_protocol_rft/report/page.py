@@ -28,6 +28,7 @@ from eval_protocol_rft.report.page_data import (
     packed,
 )
 from eval_protocol_rft.report.page_detail import ReportError, group_detail
+from eval_protocol_rft.report.page_episodes import asked, group_episodes, put_episodes
 from eval_protocol_rft.report.page_header import header_view
 from eval_protocol_rft.report.page_source import TextSource
 from eval_protocol_rft.report.page_stats import ColumnTotals, ReportTotals, group_stats
@@ -41,8 +42,8 @@ DEFAULT_TOKENS = 4_000_000
 """Without a limit of the user's the page has texts of so many prompts, and stops sooner where these
 have so many sampled tokens: a browser still opens it within seconds."""
 
-_SCRIPTS = ("text.js", "tokens.js", "group.js", "table.js", "start.js")
-_STYLES = ("page.css", "details.css")
+_SCRIPTS = ("text.js", "tokens.js", "episode.js", "group.js", "table.js", "start.js")
+_STYLES = ("page.css", "details.css", "episode.css")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,13 +96,15 @@ def write_report(
     lines: list[GroupLine] = []
     details: list[str] = []
     for group in dataset.groups():
-        stats = group_stats(group, columns, pass_threshold=pass_threshold)
+        episodes = group_episodes(group)
+        lengths = {place: episode.length for place, episode in episodes.items()}
+        stats = group_stats(group, columns, pass_threshold=pass_threshold, episodes=lengths)
         source.note(group)
         if _has_room(len(lines), totals.tokens, limit):
-            detail = group_detail(
-                group, vocabulary=vocabulary, texts=source.texts(group), columns=columns
-            )
-            lines.append(group_line(group, stats, columns))
+            texts = source.texts(group)
+            detail = group_detail(group, vocabulary=vocabulary, texts=texts, columns=columns)
+            put_episodes(detail, group, episodes, vocabulary, texts)
+            lines.append(group_line(group, stats, columns, asked(group, episodes)))
             details.append(packed(detail))
         totals.add(stats)
     if not totals.prompts:
@@ -117,6 +120,7 @@ def write_report(
             threshold=pass_threshold,
             total=totals.prompts,
             shown=len(lines),
+            episodes=totals.episodes,
             problems=list(source.problems),
             index=embedded_json(index),
             vocabulary=packed(vocabulary.entries()),

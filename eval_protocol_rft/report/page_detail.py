@@ -44,6 +44,43 @@ class FailureDetail(msgspec.Struct, omit_defaults=True):
     attempts: int | None = None
 
 
+class PartDetail(msgspec.Struct, omit_defaults=True):
+    """Consecutive tokens of a segment that were all sampled, or all not."""
+
+    tokens: list[int]
+    """[T] numbers in the page's vocabulary."""
+    logprobs: list[int] | None = None
+    """[T] in units of -`LOGPROB_UNIT`; there exactly where they were sampled."""
+    raw_logprobs: list[int] | None = None
+    """[T] of the first turn alone, where the server gave them."""
+    turn: int | None = None
+    """From 1. None where nothing was sampled, or the turns cannot be told apart."""
+    reward: float | None = None
+    """The step's."""
+
+
+class RewriteDetail(msgspec.Struct):
+    """Where the chat template rendered history anew: the first characters that differ."""
+
+    kept: str
+    rendered: str
+
+
+class EpisodeDetail(msgspec.Struct, omit_defaults=True):
+    """The turns of a completion that is an episode."""
+
+    turns: int
+    stop_reason: str
+    segments: list[list[PartDetail]]
+    """[S] parts of each segment, in order; the first lacks the prompt, which stands above."""
+    rewrites: list[RewriteDetail] = []
+    """[S - 1] why each further segment begins; empty where the episode does not say."""
+    metrics: str | None = None
+    """JSON text."""
+    conversation: str | None = None
+    """What was said in it, where there are no texts of tokens."""
+
+
 class CompletionDetail(msgspec.Struct, omit_defaults=True):
     """One completion that was asked for."""
 
@@ -65,6 +102,9 @@ class CompletionDetail(msgspec.Struct, omit_defaults=True):
     policy_version: str | None = None
     scores: list[Scoring] = []
     failure: FailureDetail | None = None
+    episode: EpisodeDetail | None = None
+    """Of a completion of several turns, in place of `tokens` and their logprobs; `finish_reason`
+    and `truncated` are of its last turn, `response` of its first."""
 
 
 class GroupDetail(msgspec.Struct, omit_defaults=True):
@@ -158,13 +198,10 @@ def _completion(
     raw = None if row.raw_logprobs is None else row.raw_logprobs.tolist()
     problem = token_data_problem(ids, [0.0] * len(ids) if logprobs is None else logprobs, raw)
     if problem:
-        raise ReportError(
-            f"row {row.data_idx} ({row.row_id!r}), completion {row.sample_idx}: {problem}. "
-            "The file breaks its format: make it anew, or leave this row out"
-        )
+        raise broken(row, problem)
     detail.tokens = vocabulary.numbers(ids, texts)
-    detail.logprobs = _in_units(logprobs)
-    detail.raw_logprobs = _in_units(raw)
+    detail.logprobs = in_units(logprobs)
+    detail.raw_logprobs = in_units(raw)
     if row.response is not None and not (
         texts and "".join(texts.pieces(ids)).startswith(row.response)
     ):
@@ -172,7 +209,16 @@ def _completion(
     return detail
 
 
-def _in_units(logprobs: list[float] | None) -> list[int] | None:
+def broken(row: CompletionRow, problem: str) -> ReportError:
+    """The error that a completion is for which the file breaks its format."""
+    return ReportError(
+        f"row {row.data_idx} ({row.row_id!r}), completion {row.sample_idx}: {problem}. "
+        "The file breaks its format: make it anew, or leave this row out"
+    )
+
+
+def in_units(logprobs: list[float] | None) -> list[int] | None:
+    """[T] as whole multiples of -`LOGPROB_UNIT`."""
     if logprobs is None:
         return None
     whole: list[int] = np.rint(np.array(logprobs) / -LOGPROB_UNIT).astype(np.int64).tolist()

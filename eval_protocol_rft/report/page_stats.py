@@ -44,6 +44,8 @@ class GroupStats:
     """Completions asked for."""
     failed: int
     truncated: int
+    episodes: int
+    """Completions of several turns."""
     lengths: tuple[tuple[int, bool], ...]
     """Sampled tokens of each completion that did not fail, and whether it was truncated."""
     columns: Mapping[str, GroupRewards]
@@ -74,19 +76,36 @@ def finite_reward(row: CompletionRow, column: str) -> float | None:
 
 
 def group_stats(
-    group: Sequence[CompletionRow], columns: Iterable[str], *, pass_threshold: float
+    group: Sequence[CompletionRow],
+    columns: Iterable[str],
+    *,
+    pass_threshold: float,
+    episodes: Mapping[int, tuple[int, bool]] | None = None,
 ) -> GroupStats:
-    """The numbers of the completions of one prompt."""
+    """The numbers of the completions of one prompt.
+
+    Args:
+        group: in the order of `sample_idx`.
+        columns: reward columns.
+        pass_threshold: reward from which on a completion counts as passed.
+        episodes: `sample_idx` -> sampled tokens of all turns and whether the last one was
+            truncated, of completions whose rows hold the first turn alone.
+    """
+    episodes = episodes or {}
     survivors = [row for row in group if not row.failed]
     rewards = {
         column: tuple(r for row in survivors if (r := finite_reward(row, column)) is not None)
         for column in columns
     }
+    lengths = tuple(
+        episodes.get(row.sample_idx, (row.num_tokens, bool(row.truncated))) for row in survivors
+    )
     return GroupStats(
         size=len(group),
         failed=len(group) - len(survivors),
-        truncated=sum(bool(row.truncated) for row in survivors),
-        lengths=tuple((row.num_tokens, bool(row.truncated)) for row in survivors),
+        truncated=sum(truncated for _, truncated in lengths),
+        episodes=len(episodes),
+        lengths=lengths,
         columns={
             column: GroupRewards(values, sum(value >= pass_threshold for value in values))
             for column, values in rewards.items()
@@ -136,6 +155,8 @@ class ReportTotals:
     """Asked for, failed ones included."""
     failed: int = 0
     truncated: int = 0
+    episodes: int = 0
+    """Completions of several turns."""
     tokens: int = 0
     """Sampled."""
     lengths: Counter[tuple[int, bool]] = field(default_factory=Counter)
@@ -146,6 +167,7 @@ class ReportTotals:
         self.completions += stats.size
         self.failed += stats.failed
         self.truncated += stats.truncated
+        self.episodes += stats.episodes
         self.tokens += stats.tokens
         self.lengths.update(stats.lengths)
         for column, rewards in stats.columns.items():

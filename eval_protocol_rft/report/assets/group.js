@@ -52,12 +52,13 @@ function part(title, kind, children) {
 }
 
 function legend(detail) {
-  const scored = detail.completions.some((each) => each.logprobs);
+  const episodes = detail.completions.some((each) => each.episode);
+  const scored = episodes || detail.completions.some((each) => each.logprobs);
   const bounds = [0, ...SHADES];
   const steps = bounds.map((from, i) =>
     make("span", { class: `token shade-${i}` }, i === 0 ? "0" : `−${from}`));
   return make("p", { class: "legend" },
-    make("span", null, make("span", { class: "sample prompt" }, "prompt"), " not trained on"),
+    make("span", null, make("span", { class: "sample prompt" }, "prompt"), episodes ? " and what comes between turns: not trained on" : " not trained on"),
     make("span", null, make("span", { class: "sample sampled" }, "sampled"), " trained on"),
     scored ? make("span", { class: "scale" }, "logprob at most ", steps) : null,
     make("span", null, make("span", { class: "token kind-control" }, "control"), " token"));
@@ -75,14 +76,16 @@ function completionElement(each, detail, vocabulary, index) {
       index.logprob_unit, each.logprobs, each.raw_logprobs);
     text.append(...sequence);
   }
+  if (each.episode) text.append(...episodeElements(each, vocabulary, index.logprob_unit));
   if (each.truncated) text.append(make("p", { class: "cut" }, "✂ cut off at the most tokens allowed"));
   if (each.response !== undefined) {
-    const known = each.tokens?.some((token) => vocabulary[token][2] !== "bare");
-    const why = known ? "Stored text: not what the tokenizer gives for these ids" : "Stored text";
+    const known = (each.tokens ?? each.episode?.segments[0][0].tokens)?.some((token) => vocabulary[token][2] !== "bare");
+    const stored = each.episode ? "Stored text of the first turn" : "Stored text";
+    const why = known ? `${stored}: not what the tokenizer gives for these ids` : stored;
     text.append(make("h4", { class: known ? "warning" : null }, why),
       make("div", { class: "plain", dir: "auto" }, shown(each.response)));
   }
-  const aside = make("aside", null, scoresElement(each, index));
+  const aside = make("aside", null, scoresElement(each, index), each.episode ? episodeMetrics(each.episode) : null);
   return make("article", { class: "completion" }, head, make("div", { class: "sides" }, text, aside));
 }
 
@@ -127,15 +130,18 @@ function metricsElement(text) {
 }
 
 function facts(each, unit) {
-  const { logprobs, tokens, finish_reason: reason, policy_version: version, seconds, seed } = each;
+  const { tokens, episode, finish_reason: reason, policy_version: version, seconds, seed } = each;
+  const logprobs = episode ? sampledParts(episode).flatMap((part) => part.logprobs) : each.logprobs;
+  const [last, first] = episode ? [" of the last turn", " of the first turn"] : ["", ""];
   const mean = logprobs?.length ? (-unit * logprobs.reduce((a, b) => a + b, 0)) / logprobs.length : null;
   const known = [
+    ...(episode ? episodeFacts(episode, logprobs.length) : []),
     tokens && `${tokens.length} tokens`,
     mean !== null && `mean logprob ${number(mean || 0, 3)}`,
-    reason && `finish reason ${reason}`,
-    seed !== undefined && `seed ${seed}`,
+    reason && `finish reason${last} ${reason}`,
+    seed !== undefined && `seed${first} ${seed}`,
     seconds !== undefined && `${number(seconds, 2)} s`,
-    version && `policy version ${version}`,
+    version && `policy version${first} ${version}`,
   ].filter(Boolean);
   return make("span", { class: "facts-line" }, shown(known.join(" · ")));
 }
