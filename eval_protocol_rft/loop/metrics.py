@@ -6,7 +6,7 @@ not exist (a mean over nothing) is left out, never 0.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -68,6 +68,7 @@ def step_line(
         "sampled_tokens": stats.sampled_tokens,
         "completion_tokens_mean": float(np.mean(lengths)) if lengths else None,
         "truncated": stats.truncated,
+        "scores": component_means(groups),
         "staleness": {str(k): n for k, n in sorted(Counter(staleness).items())},
         "staleness_max": max(staleness),
         **_renamed(first.metrics),
@@ -107,10 +108,25 @@ def eval_line(
         len(g.failures) + len(g.failed_rows) + sum(t.reward is None for t in g.trajectories)
         for g in every
     )
+    scores_beside = component_means(sampled)
+    if scores_beside:
+        line["scores"] = scores_beside
     tokens = [t.total_sampled for g in sampled for t in g.trajectories]
     if tokens:
         line["completion_tokens_mean"] = float(np.mean(tokens))
     return line
+
+
+def component_means(groups: Sequence[PromptGroup]) -> dict[str, float] | None:
+    """Mean of each metric of the evaluator's over the completions that have it; None without any.
+    One that is not valid (`is_score_valid`) is in no mean."""
+    found: defaultdict[str, list[float]] = defaultdict(list)
+    for group in groups:
+        for trajectory in group.trajectories:
+            for name, score in trajectory.components.items():
+                if score is not None:
+                    found[name].append(score)
+    return {name: float(np.mean(found[name])) for name in sorted(found)} or None
 
 
 def _powers(most: int) -> list[int]:

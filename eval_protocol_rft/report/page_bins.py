@@ -6,6 +6,7 @@ Invariant: every value is in exactly one bin.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -65,10 +66,10 @@ def length_bins(lengths: Mapping[tuple[int, bool], int]) -> list[Bin]:
 
 def nice_step(span: float, parts: int) -> float:
     """The smallest of 1, 2, 5, 10, ... times a power of ten of which `parts` span at least `span`;
-    1 where there is nothing to span."""
-    if span <= 0:
-        return 1.0
+    1 where there is nothing to span, or too little for a float to be divided exactly."""
     least = span / parts
+    if least < sys.float_info.min:
+        return 1.0
     power = 10.0 ** math.floor(math.log10(least))
     return next(m * power for m in (1, 2, 5, 10, 20) if m * power >= least * (1 - 1e-9))
 

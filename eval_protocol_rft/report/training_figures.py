@@ -33,7 +33,7 @@ def sections(steps: Measured, evaluations: Measured) -> list[Section]:
     """All charts of a run."""
     of = _Figures(steps, evaluations, Span.over([*steps.steps, *evaluations.steps]))
     return [
-        Section("What it learns", [of.reward(), of.held_out(), of.pass_at_k()]),
+        Section("What it learns", [of.reward(), of.held_out(), of.pass_at_k(), *of.scores()]),
         Section("What it samples", [of.length(), of.truncated(), of.entropy()]),
         Section("Sampler and trainer", [of.mismatch(), of.staleness(), of.stalest()]),
         Section("The optimiser", [of.clipped(), of.gradient(), of.learning_rate()]),
@@ -71,6 +71,27 @@ class _Figures(Drawing):
             for i, k in enumerate(ks)
         ]
         return self.curves("pass", "Held-out pass@k", "share of prompts", shown)
+
+    def scores(self) -> list[Figure]:
+        """Metrics of the evaluator's; no figure where it gives none."""
+        trained, held = self.steps, self.evaluations
+        in_training = [
+            self.of_steps(name, trained.values("scores", name), colour=i)
+            for i, name in enumerate(trained.keys("scores"))
+        ]
+        held_out = [
+            self.of_evaluations(name, held.values("scores", name), i)
+            for i, name in enumerate(held.keys("scores"))
+        ]
+        title = "The evaluator's metrics"
+        return [
+            self.curves(f"scores-{place}", f"{title}, {where}", "mean", shown)
+            for place, where, shown in (
+                ("training", "in training", in_training),
+                ("held-out", "held out", held_out),
+            )
+            if shown
+        ]
 
     def length(self) -> Figure:
         key = "completion_tokens_mean"

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
@@ -155,6 +155,16 @@ def test_what_is_not_measured_is_not_drawn_and_the_page_says_so() -> None:
     assert line_chart([Series("x", [1], np.array([NAN]))], Span(0, 1)).curves == []
 
 
+def test_the_evaluators_metrics_are_drawn_where_there_are_any() -> None:
+    lines = [step(1, scores={"brief": 0.25, "<b>": 1.0}), step(2, scores={"brief": 0.5})]
+    page = training_page([*lines, evaluation(2, scores={"brief": 0.75})], {})
+    assert "The evaluator&#39;s metrics, in training" in page
+    assert "The evaluator&#39;s metrics, held out" in page
+    assert "&lt;b&gt;" in page
+    assert "<b>" not in page.partition("<main")[2]
+    assert "The evaluator" not in training_page([step(1), evaluation(1)], {})
+
+
 def test_the_head_says_what_came_of_it() -> None:
     lines = [
         evaluation(0, greedy_score=0.25, sampled_score=0.125, pass_at_k={"1": 0.1, "4": 0.5}),
@@ -207,6 +217,7 @@ def test_the_picture_names_the_evaluator_and_the_last_scores() -> None:
 
 
 @given(st.lists(st.floats(0, 1), min_size=2, max_size=2))
+@example([0.0, 5e-324])
 def test_names_in_the_picture_never_cover_each_other(last: list[float]) -> None:
     svg = curve_svg([evaluation(3, sampled_score=last[0], greedy_score=last[1])], {})
     assert svg is not None
