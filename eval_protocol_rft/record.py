@@ -137,6 +137,20 @@ class RolloutRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Fal
     def __len__(self) -> int:
         return len(self.completion_ids)
 
+    @property
+    def sampled_counts(self) -> list[int]:
+        """[G] sampled tokens of each completion; of an episode, of all its turns."""
+        if self.trajectories is None:
+            return [len(ids) for ids in self.completion_ids]
+        return [sum(sum(s.loss_mask) for s in segments) for segments in self.trajectories]
+
+    @property
+    def ends_truncated(self) -> list[bool]:
+        """[G] whether each completion was cut off; of an episode, its last turn."""
+        if self.episodes is None:
+            return self.truncated
+        return [episode.last_finish_reason == "length" for episode in self.episodes]
+
     def _problem(self) -> str | None:
         if self.rft_schema != SCHEMA_VERSION:
             return f"rft_schema is {self.rft_schema}, this version reads {SCHEMA_VERSION}"

@@ -28,7 +28,7 @@ from eval_protocol_rft.report.page_data import (
     packed,
 )
 from eval_protocol_rft.report.page_detail import ReportError, group_detail
-from eval_protocol_rft.report.page_episodes import asked, group_episodes, put_episodes
+from eval_protocol_rft.report.page_episodes import group_episodes, put_episodes
 from eval_protocol_rft.report.page_header import header_view
 from eval_protocol_rft.report.page_source import TextSource
 from eval_protocol_rft.report.page_stats import ColumnTotals, ReportTotals, group_stats
@@ -103,8 +103,8 @@ def write_report(
         if _has_room(len(lines), totals.tokens, limit):
             texts = source.texts(group)
             detail = group_detail(group, vocabulary=vocabulary, texts=texts, columns=columns)
-            put_episodes(detail, group, episodes, vocabulary, texts)
-            lines.append(group_line(group, stats, columns, asked(group, episodes)))
+            put_episodes(detail, episodes, vocabulary, texts)
+            lines.append(group_line(group, stats, columns))
             details.append(packed(detail))
         totals.add(stats)
     if not totals.prompts:

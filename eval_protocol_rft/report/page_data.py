@@ -54,17 +54,14 @@ class PageIndex(msgspec.Struct, kw_only=True):
 
 
 def group_line(
-    group: Sequence[CompletionRow],
-    stats: GroupStats,
-    columns: Sequence[str],
-    prompt: str | ChatMessages,
+    group: Sequence[CompletionRow], stats: GroupStats, columns: Sequence[str]
 ) -> GroupLine:
-    """The line of a group in the table. `prompt` is what its completions were asked."""
+    """The line of a group in the table."""
     rewards = [stats.columns[name] for name in columns]
     return GroupLine(
         data_idx=group[0].data_idx,
         row_id=group[0].row_id,
-        prompt=prompt_start(prompt),
+        prompt=prompt_start(group[0].prompt),
         size=stats.size,
         failed=stats.failed,
         truncated=stats.truncated,

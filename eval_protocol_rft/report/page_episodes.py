@@ -70,23 +70,13 @@ def group_episodes(group: Sequence[CompletionRow]) -> dict[int, StoredEpisode]:
     return found
 
 
-def asked(group: Sequence[CompletionRow], episodes: Mapping[int, StoredEpisode]) -> Any:
-    """The prompt of the group: of an episode, without what was said in it."""
-    prompt = group[0].prompt
-    own = next((e.record.row_messages for e in episodes.values()), None)
-    return prompt if own is None or isinstance(prompt, str) else prompt[:own]
-
-
 def put_episodes(
     detail: GroupDetail,
-    group: Sequence[CompletionRow],
     episodes: Mapping[int, StoredEpisode],
     vocabulary: Vocabulary,
     texts: TokenTexts | None,
 ) -> None:
     """Let the completions that are episodes be shown whole, where `detail` has first turns."""
-    if detail.prompt_text is not None:
-        detail.prompt_text = plain_text(asked(group, episodes))
     for completion in detail.completions:
         episode = episodes.get(completion.index)
         if episode is None:

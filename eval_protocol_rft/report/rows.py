@@ -27,7 +27,7 @@ class StoredRow:
 
     row_id: str
     prompt: str
-    """Content of the last message before the answer."""
+    """Content of the last message before the answer, or before the episode."""
     record: RolloutRecord | None
     """None where the rollout failed."""
     error: str | None
@@ -95,6 +95,8 @@ def _row(value: Any) -> StoredRow:
     else:
         record, error = RolloutRecord.from_extra(extra), None
     asked = row.messages[:-1] if record is not None else row.messages
+    if record is not None and record.episodes:
+        asked = row.messages[: record.episodes[0].row_messages]
     return StoredRow(
         row_id=row.input_metadata.row_id or "",
         prompt=_text(asked[-1].content) if asked else "",

@@ -44,14 +44,14 @@ def summarize_rows(rows: Iterable[StoredRow], *, pass_threshold: float = 1.0) ->
     scored = [[r for r in record.rewards or [] if r is not None] for record in records]
     rewards = [reward for group in scored for reward in group]
     completions = sum(len(record) for record in records)
-    tokens = sum(len(ids) for record in records for ids in record.completion_ids)
+    tokens = sum(sum(record.sampled_counts) for record in records)
     return RolloutSummary(
         rows=len(rows),
         failed_rows=len(rows) - len(records),
         completions=completions,
         failed_completions=sum(len(record.failures) for record in records),
         unscored=completions - len(rewards),
-        truncated=sum(sum(record.truncated) for record in records),
+        truncated=sum(sum(record.ends_truncated) for record in records),
         tokens=tokens,
         mean_reward=float(np.mean(rewards)) if rewards else None,
         pass_at_k=_pass_at_k(scored, pass_threshold),

@@ -54,7 +54,7 @@ def _cells(row: StoredRow, threshold: float) -> list[RenderableType]:
         (Text("yes", style="green") if passed else Text("no", style="red"))
         if scored
         else _UNSCORED,
-        str(sum(map(len, record.completion_ids))),
+        str(sum(record.sampled_counts)),
     ]
 
 
@@ -63,7 +63,7 @@ def _completions(record: RolloutRecord, threshold: float) -> Text:
     rewards = record.rewards or [None] * len(record)
     texts = [
         _short(text) + ("..." if cut else "")
-        for text, cut in zip(record.completions_text, record.truncated, strict=True)
+        for text, cut in zip(_texts(record), record.ends_truncated, strict=True)
     ]
     counted = Counter(zip(texts, rewards, strict=True)).most_common()
     counted.sort(key=lambda item: float("-inf") if item[0][1] is None else -item[0][1])
@@ -79,6 +79,16 @@ def _completions(record: RolloutRecord, threshold: float) -> Text:
         line.append(f" {len(record.failures)} failed", style="red")
     line.rstrip()
     return line
+
+
+def _texts(record: RolloutRecord) -> list[str]:
+    """Of each completion; of an episode, what the policy said turn by turn."""
+    texts = list(record.completions_text)
+    for i, episode in enumerate(record.episodes or ()):
+        said = [m.get("content") for m in episode.messages if m.get("role") == "assistant"]
+        if len(said) >= episode.turns:
+            texts[i] = " | ".join(str(one or "") for one in said[-episode.turns :])
+    return texts
 
 
 def _summary_panel(summary: RolloutSummary) -> Panel:

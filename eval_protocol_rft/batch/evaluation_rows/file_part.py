@@ -63,7 +63,8 @@ class Imported(msgspec.Struct, frozen=True, kw_only=True):
     keys: list[str]
     """Which optional keys the record had."""
     answer: int | None
-    """`sample_idx` of the completion that is the last message; None where it is none's."""
+    """`sample_idx` of the completion that is the last message, or of the episode that is the row's
+    conversation; None where it is none's."""
 
 
 def file_part(

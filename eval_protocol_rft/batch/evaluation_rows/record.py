@@ -6,6 +6,7 @@ Invariant: a record says what the columns say; where they say nothing, neither d
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import Any, get_args
 
 import msgspec
@@ -14,7 +15,7 @@ from eval_protocol_rft.batch.rollouts.format import FileMetadata, SamplingSettin
 from eval_protocol_rft.batch.rollouts.rows import UNSCORED, CompletionRow
 from eval_protocol_rft.record import SCHEMA_VERSION, RecordError
 from eval_protocol_rft.sampling.distribution import support_truncated
-from eval_protocol_rft.sampling.types import FailureKind, SamplingParams
+from eval_protocol_rft.sampling.types import FailureKind, FinishReason, SamplingParams
 
 OPTIONAL_KEYS = (
     "failures",
@@ -130,6 +131,28 @@ def trace(prompt_ids: Any, ids: Any, logprobs: Any, finish_reason: str | None) -
         "completion_logprobs": logprobs,
         "finish_reason": finish_reason,
     }
+
+
+def episode_traces(
+    trajectory: Sequence[Mapping[str, Any]], last: FinishReason
+) -> list[dict[str, Any]]:
+    """The turns of an episode: each run of sampled tokens, behind all of its segment before it.
+
+    Args:
+        trajectory: its segments, as the record has them.
+        last: finish reason of its last turn.
+    """
+    traces = []
+    for segment in trajectory:
+        start = 0
+        for sampled, run in groupby(segment["loss_mask"]):
+            stop = start + sum(1 for _ in run)
+            if sampled:
+                ids, logprobs = segment["tokens"][start:stop], segment["logprobs"][start:stop]
+                traces.append(trace(segment["tokens"][:start], ids, logprobs, "stop"))
+            start = stop
+    traces[-1]["finish_reason"] = last
+    return traces
 
 
 def _scores(survivors: Sequence[CompletionRow]) -> dict[str, Any]:

@@ -47,7 +47,7 @@ def shared_fields(
     """The columns that all completions of the row have alike."""
     messages = row.get("messages") or []
     answered = record is not None and bool(messages) and messages[-1].get("role") == "assistant"
-    prompt: Any = [_message(message) for message in (messages[:-1] if answered else messages)]
+    prompt: Any = [_message(message) for message in _asked(messages, record, answered=answered)]
     if prompt_kind == "text":
         prompt = _only_text(prompt)
     info = (row.get("input_metadata") or {}).get("dataset_info") or {}
@@ -62,6 +62,15 @@ def shared_fields(
         "original": dict(info) if known is not None and known.has_original else {},
         "evaluation_row": None if generated else _rest(row, record, answered=answered),
     }
+
+
+def _asked(
+    messages: list[Mapping[str, Any]], record: RolloutRecord | None, *, answered: bool
+) -> list[Mapping[str, Any]]:
+    """The messages that were there before anything was sampled."""
+    if record is not None and record.episodes and record.episodes[0].row_messages is not None:
+        return messages[: record.episodes[0].row_messages]
+    return messages[:-1] if answered else messages
 
 
 def _rest(row: Mapping[str, Any], record: RolloutRecord | None, *, answered: bool) -> str:

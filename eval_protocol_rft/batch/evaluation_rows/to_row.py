@@ -14,9 +14,15 @@ from typing import Any
 import msgspec
 
 from eval_protocol_rft.batch.evaluation_rows.file_part import FILE_KEY, file_part
-from eval_protocol_rft.batch.evaluation_rows.record import EPISODE_KEYS, record_of, sampling_of
+from eval_protocol_rft.batch.evaluation_rows.record import (
+    EPISODE_KEYS,
+    episode_traces,
+    record_of,
+    sampling_of,
+)
 from eval_protocol_rft.batch.rollouts.format import FileMetadata
 from eval_protocol_rft.batch.rollouts.rows import CompletionRow
+from eval_protocol_rft.episodes import EpisodeRecord
 from eval_protocol_rft.prompts import answer_fields
 
 FINISHED = 100
@@ -54,11 +60,19 @@ def to_row(
             if key in extra:
                 extra[key] = [extra[key][str(row.sample_idx)] for row in survivors]
         extra = {**record, **extra}
-        _put_answer(row, survivors[0], imported, split=split)
+        if "episodes" in extra:
+            _put_episode(row, survivors[0], extra, imported)
+        else:
+            _put_answer(row, survivors[0], imported, split=split)
     else:
         if own is not None:
             extra["sampling"] = own
-        if imported.get("answer") is not None:
+        episodes = extra.pop("episodes", None)
+        if episodes:
+            del extra["trajectories"]
+            asked = next(iter(episodes.values())).get("row_messages")
+            row["messages"] = row["messages"][:asked]
+        elif imported.get("answer") is not None:
             row["messages"] = row["messages"][:-1]
         message = f"none of {len(group)} completions survived; the first: {group[0].error}"
         row["rollout_status"] = {"code": INTERNAL, "message": message, "details": []}
@@ -86,6 +100,24 @@ def _base(first: CompletionRow, metadata: FileMetadata) -> dict[str, Any]:
     if first.ground_truth is not None:
         row["ground_truth"] = first.ground_truth
     return row
+
+
+def _put_episode(
+    row: dict[str, Any],
+    first: CompletionRow,
+    extra: dict[str, Any],
+    imported: Mapping[str, Any],
+) -> None:
+    """Let the row's conversation be the first surviving episode's, and the traces in `extra` its
+    turns. In a row that was imported they are, unless that episode is gone."""
+    if imported.get("answer") == first.sample_idx:
+        return
+    episode = msgspec.convert(extra["episodes"][0], EpisodeRecord)
+    row["messages"] = [{"content": None, **message} for message in episode.messages]
+    calls = sum(len(message.get("tool_calls") or []) for message in episode.messages)
+    last = episode.last_finish_reason
+    row["execution_metadata"] |= {"finish_reason": last, "tool_call_count": calls}
+    extra["token_turn_traces"] = episode_traces(extra["trajectories"][0], last)
 
 
 def _put_answer(

@@ -1,0 +1,172 @@
+"""Episodes in rollout files: what is sampled in them, who is asked what, and who is left."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from eval_protocol.models import EvaluationRow
+from eval_protocol.pytest.types import RolloutProcessorConfig
+from typer.testing import CliRunner
+
+from eval_protocol_rft import EpisodeRolloutProcessor, score_rows
+from eval_protocol_rft.batch.dataset import RolloutDataset
+from eval_protocol_rft.batch.evaluation_rows.from_row import from_row
+from eval_protocol_rft.batch.evaluation_rows.to_row import to_row
+from eval_protocol_rft.batch.rollouts.format import FileMetadata
+from eval_protocol_rft.cli import app
+from eval_protocol_rft.environments import EpisodeLimits
+from eval_protocol_rft.record import RolloutRecord
+from eval_protocol_rft.sampling.local import load_local_sampler
+from examples.retry import test_retry as example
+
+N = 6
+EVALUATOR = f"{Path(example.__file__)}::test_retry"
+
+
+class Listening:
+    """The bundled model, and what it was asked and answered in each session."""
+
+    def __init__(self) -> None:
+        self.model = load_local_sampler("arithmetic")
+        self.tokenizer = self.model.tokenizer
+        self.heard: dict[str, list[tuple[list[int], list[int]]]] = {}
+
+    async def sample(self, prompt_ids: Any, params: Any, *, seed: int | None = None) -> Any:
+        completion = await self.model.sample(prompt_ids, params, seed=seed)
+        turns = self.heard.setdefault(params.session, [])
+        turns.append((list(prompt_ids), completion.token_ids))
+        return completion
+
+    async def aclose(self) -> None:
+        await self.model.aclose()
+
+
+async def rolled_out(sampler: Any, rows: list[EvaluationRow]) -> list[EvaluationRow]:
+    processor = EpisodeRolloutProcessor(
+        example.second_try, sampler=sampler, limits=EpisodeLimits(turns=2)
+    )
+    config = RolloutProcessorConfig(
+        completion_params={"model": "any", "n": N, "max_tokens": 8, "seed": 3},
+        mcp_config_path="",
+        semaphore=asyncio.Semaphore(64),
+        server_script_path=None,
+        steps=1,
+    )
+    done = await asyncio.gather(*processor(rows, config))
+    await processor.acleanup()
+    return list(done)
+
+
+@pytest.fixture(scope="module")
+def heard_and_rows() -> tuple[Listening, list[dict[str, Any]]]:
+    async def run() -> tuple[Listening, list[EvaluationRow]]:
+        sampler = Listening()
+        sums = example.sums()
+        rows = [sums[at] for at in (17, 2048, 4321, 7000)]
+        for number, row in enumerate(rows):
+            row.input_metadata.row_id = f"row {number}"
+        return sampler, await rolled_out(sampler, rows)
+
+    sampler, rows = asyncio.run(run())
+    return sampler, [msgspec.json.decode(row.model_dump_json()) for row in rows]
+
+
+@pytest.fixture(scope="module")
+def rows(heard_and_rows: Any) -> list[dict[str, Any]]:
+    return heard_and_rows[1]
+
+
+METADATA = FileMetadata(prompt_kind="messages")
+
+
+def test_a_row_of_episodes_survives_being_in_a_file(rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        again = to_row(from_row(row, 7, prompt_kind="messages"), METADATA)
+        extra, back = row["execution_metadata"]["extra"], again["execution_metadata"]["extra"]
+        assert again["messages"] == row["messages"]
+        assert back["trajectories"] == extra["trajectories"]
+        assert back["episodes"] == extra["episodes"]
+        assert back["token_turn_traces"] == extra["token_turn_traces"]
+        assert RolloutRecord.from_extra(back)
+
+
+def test_the_prompt_is_what_the_data_set_asked(rows: list[dict[str, Any]]) -> None:
+    assert any(len(row["messages"]) > 2 for row in rows), "no episode of two turns comes first"
+    for row in rows:
+        for completion in from_row(row, 7, prompt_kind="text"):
+            assert completion.prompt == row["messages"][0]["content"]
+
+
+def test_without_its_first_episode_a_row_is_the_next_one(heard_and_rows: Any) -> None:
+    sampler, rows = heard_and_rows
+    heard = {tuple(turns[-1][0] + turns[-1][1]): turns for turns in sampler.heard.values()}
+    for row in rows:
+        completions = from_row(row, 7, prompt_kind="messages")
+        for first in range(1, N):
+            left = to_row(completions[first:], METADATA)
+            extra = left["execution_metadata"]["extra"]
+            record = RolloutRecord.from_extra(extra)
+            assert record.episodes is not None
+            assert record.trajectories is not None
+            episode = record.episodes[0]
+            assert [m["content"] for m in left["messages"]] == [
+                m["content"] for m in episode.messages
+            ]
+            assert left["execution_metadata"]["finish_reason"] == episode.last_finish_reason
+            whole = heard[tuple(record.trajectories[0][-1].tokens)]
+            traces = [(t.prompt_ids, t.completion_ids) for t in record.token_turn_traces]
+            assert traces == whole
+            assert EvaluationRow.model_validate(left)
+
+
+def test_without_any_episode_a_row_is_what_was_asked(rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        completions = from_row(row, 7, prompt_kind="messages")
+        for completion in completions:
+            completion.error, completion.error_kind = "gone", "timeout"
+            completion.completion_ids = completion.logprobs = completion.response = None
+        failed = to_row(completions, METADATA)
+        assert [m["role"] for m in failed["messages"]] == ["user"]
+        assert not {"trajectories", "episodes"} & failed["execution_metadata"]["extra"].keys()
+
+
+def test_the_commands_take_episodes_as_they_take_completions(
+    rows: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    source = tmp_path / "rows.jsonl"
+    source.write_bytes(b"".join(msgspec.json.encode(row) + b"\n" for row in rows))
+
+    def run(*arguments: Any) -> str:
+        done = CliRunner().invoke(app, [str(argument) for argument in arguments])
+        assert done.exit_code == 0, done.output
+        return done.output
+
+    file, mixed, datums = (tmp_path / name for name in ("a.parquet", "b.parquet", "d.npz"))
+    run("convert", source, file)
+    run("score", file, "-e", EVALUATOR, "--quiet")
+    judged = score_rows([EvaluationRow.model_validate(row) for row in rows], example.test_retry)
+    expected = [row.execution_metadata.extra["rewards"] for row in judged]
+    groups = list(RolloutDataset(file).groups())
+    assert [[row.scores["reward"].reward for row in group] for group in groups] == expected
+
+    run("filter", file, "-o", mixed, "--pass-rate", "0.01:0.99")
+    kept = [row for row in judged if 0 < np.mean(row.execution_metadata.extra["rewards"]) < 1]
+    assert kept
+    run("datums", mixed, "-o", datums)
+    sampled = sum(
+        sum(segment["loss_mask"])
+        for row in kept
+        for segments in row.execution_metadata.extra["trajectories"]
+        for segment in segments
+    )
+    with np.load(datums) as arrays:
+        assert np.count_nonzero(arrays["weights"]) == sampled
+    told = run("show", file)
+    records = [RolloutRecord.from_extra(row["execution_metadata"]["extra"]) for row in rows]
+    assert f"{sum(sum(record.sampled_counts) for record in records)} tokens" in told
+    assert " | " in told, "no episode of two turns is shown"
