@@ -115,13 +115,16 @@ def commit_episodes(
             for turn in episodes[0].talk.turns()
         ],
     )
+    from eval_protocol.models import Message
+
     prompt_tokens = sum(episode.talk.sent_tokens for episode in episodes)
     completion_tokens = sum(episode.sampled_tokens for episode in episodes)
     metadata = row.execution_metadata
     foreign = {k: v for k, v in (metadata.extra or {}).items() if k not in _OWN_KEYS}
     extra = {**foreign, **record.to_extra()}
 
-    row.messages = list(episodes[0].messages)
+    said = episodes[0].record.messages
+    row.messages = [Message(**{"content": None, **message}) for message in said]
     metadata.extra = extra
     metadata.usage = CompletionUsage(
         prompt_tokens=prompt_tokens,

@@ -146,12 +146,13 @@ class EpisodeRolloutProcessor(FireworksTrainingRolloutProcessor):
 
         episode = EpisodeRun(
             index=index,
-            environment=self.environment(),
+            environment=self.environment,
             row=row,
             messages=job.messages,
             openings=openings,
             params=replace(job.request.params, session=session.hexdigest()),
             limits=self.limits,
+            context_length=getattr(job.sampler, "context_length", None),
             on_rewrite=self.on_rewrite,
             sample=sample,
         )

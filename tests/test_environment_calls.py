@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 
 import pytest
@@ -84,3 +85,55 @@ def test_every_event_loop_has_its_answers():
     for thread in threads:
         thread.join(30)
     assert len(done) == 4
+
+
+async def test_a_call_that_hangs_is_not_counted_on(monkeypatch):
+    """While one hangs for ever, others are not made to wait until patience is over."""
+    let_go = threading.Event()
+    with pytest.raises(EnvironmentFaultError, match="took longer"):
+        await call(let_go.wait, seconds=0.05)
+    monkeypatch.setattr(calling, "PATIENCE_SECONDS", 60.0)
+    assert await call(abs, -1) == 1
+    let_go.set()
+    for n in range(20):
+        assert await call(abs, -n) == n
+        await asyncio.sleep(0.002)
+    threads = calling._THREADS
+    async with asyncio.timeout(10):
+        while threads._working or threads._idle != 2:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+
+async def test_a_thread_that_cannot_start_fails_its_call_alone(monkeypatch):
+    made = []
+
+    def refuse(self):
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(EnvironmentFaultError, match="can't start new thread"):
+            await call(made.append, 1)
+    await call(made.append, 2)
+    assert made == [2]
+
+
+async def test_a_users_own_timeout_is_told_as_what_it_is():
+    def fails():
+        raise TimeoutError("connect to db")
+
+    with pytest.raises(EnvironmentFaultError, match="it raised TimeoutError: connect to db"):
+        await call(fails)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_after_a_fork_calls_are_made():
+    assert asyncio.run(call(abs, -1)) == 1
+    child = os.fork()
+    if not child:
+        try:
+            os._exit(0 if asyncio.run(call(abs, -2, seconds=10)) == 2 else 1)
+        finally:
+            os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

@@ -6,9 +6,11 @@ import asyncio
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from eval_protocol.models import EvaluateResult, EvaluationRow, Message
 from eval_protocol.pytest.types import RolloutProcessorConfig
@@ -297,6 +299,9 @@ def exits() -> None:
         (lambda: Step(messages="hello"), "must be a list of messages"),
         (lambda: Step(messages=[{"role": "user", "content": 3}]), "a message is no message"),
         (lambda: Step(done=True, metrics={"x": object()}), "no JSON"),
+        (lambda: Step(done=True, metrics={"x": float("inf")}), "no JSON"),
+        (lambda: Step(done=True, reward=float("nan")), "the reward of a step is nan"),
+        (lambda: Step(done=True, reward="1"), "the reward of a step is '1'"),
     ],
 )
 async def test_a_fault_costs_its_own_episode(bad: Callable[[], Any], said: str) -> None:
@@ -334,6 +339,111 @@ async def test_an_observation_beyond_its_limit_is_never_rendered() -> None:
     assert len(sampler.exchanges) == 1
 
 
+async def test_a_step_of_an_async_environment_ends_neither_the_run_nor_its_siblings() -> None:
+    async def cancelled() -> Step:
+        inner = asyncio.create_task(asyncio.sleep(9))
+        inner.cancel()
+        await inner
+        raise AssertionError
+
+    async def exits() -> Step:
+        raise SystemExit(3)
+
+    for bad, said in ((cancelled, "CancelledError"), (exits, "SystemExit: 3")):
+        row, _ = await roll_out(once(bad), lambda turn, prompt: "end", n=2)
+        (failure,) = RolloutRecord.from_extra(row.execution_metadata.extra).failures
+        assert said in failure.message
+
+
+async def test_text_that_is_none_costs_its_own_episode() -> None:
+    half = [{"role": "user", "content": "\ud83d"}]
+    row, _ = await roll_out(
+        once(lambda: Step(messages=half)), lambda turn, prompt: "more" if turn < 1 else "end", n=2
+    )
+    record = RolloutRecord.from_extra(row.execution_metadata.extra)
+    (failure,) = record.failures
+    assert "cannot read what was appended" in failure.message
+    assert (failure.kind, len(record)) == ("prompt", 1)
+
+
+async def test_an_environment_that_cannot_be_made_costs_its_own_episode() -> None:
+    made = 0
+
+    def make() -> Environment:
+        nonlocal made
+        made += 1
+        if made == 1:
+            raise OSError("no world left")
+        return Talk()
+
+    row, _ = await roll_out(make, lambda turn, prompt: "end", n=3)
+    record = RolloutRecord.from_extra(row.execution_metadata.extra)
+    (failure,) = record.failures
+    assert "make() raised OSError: no world left" in failure.message
+    assert len(record) == 2
+    with pytest.raises(RolloutError, match="made a str without step"):
+        await roll_out(lambda: "world", lambda turn, prompt: "end")  # type: ignore[arg-type,return-value]
+
+
+@pytest.mark.parametrize("reward", [np.float32(0.5), np.int64(1), True])
+async def test_rewards_are_kept_as_numbers(reward: Any) -> None:
+    row, _ = await roll_out(
+        once(lambda: Step(done=True, reward=reward)), lambda turn, prompt: "end"
+    )
+    again = EvaluationRow.model_validate_json(row.model_dump_json())
+    record = RolloutRecord.from_extra(again.execution_metadata.extra)
+    assert record.episodes is not None
+    assert record.episodes[0].step_rewards == [float(reward)]
+
+
+async def test_what_an_environment_does_to_messages_stays_with_it() -> None:
+    class Rewrites(Talk):
+        def step(self, messages: Any, assistant: Message) -> Step:
+            for message in [*messages, assistant]:
+                message.content = "REDACTED"
+            messages.clear()
+            told = Message(role="user", content="go on")
+            self.told = [*getattr(self, "told", []), told]
+            for one in self.told[:-1]:
+                one.content = "REDACTED"
+            return Step(messages=[told], done=len(self.told) == 3)
+
+    row, sampler = await roll_out(Rewrites, lambda turn, prompt: f"answer {turn}", n=2)
+    assert [m.content for m in row.messages] == [
+        "What is 2+3?", "answer 0", "go on", "answer 1", "go on", "answer 2",
+    ]  # fmt: skip
+    assert not any("REDACTED" in TOKENIZER.decode(prompt) for prompt, _ in sampler.exchanges)
+    record = RolloutRecord.from_extra(row.execution_metadata.extra)
+    assert record.episodes is not None
+    assert "REDACTED" not in json.dumps([episode.messages for episode in record.episodes])
+
+
+async def test_an_episode_ends_where_the_models_context_does() -> None:
+    class Small(Scripted):
+        context_length = 120
+
+    sampler = Small(lambda turn, prompt: "more")
+    row = await roll_out_from(sampler, Talk, limits=EpisodeLimits(turns=50))
+    record = RolloutRecord.from_extra(row.execution_metadata.extra)
+    assert record.episodes is not None
+    assert record.episodes[0].stop_reason == "tokens"
+    assert record.episodes[0].turns > 1
+    assert max(len(prompt) + len(answer) for prompt, answer in sampler.exchanges) <= 120
+
+
+async def test_an_episode_is_of_all_the_versions_that_sampled_its_turns() -> None:
+    class Learning(Scripted):
+        async def sample(self, *args: Any, **kwargs: Any) -> Completion:
+            completion = await super().sample(*args, **kwargs)
+            return replace(completion, policy_version=f"step-{len(self.exchanges)}")
+
+    said = ["more", "more", "end"]
+    row = await roll_out_from(Learning(lambda turn, prompt: said[turn]), Talk)
+    sampling = RolloutRecord.from_extra(row.execution_metadata.extra).sampling
+    assert sampling.policy_versions == ["step-3"]
+    assert sampling.first_policy_versions == ["step-1"]
+
+
 async def test_what_a_faulty_environment_says_of_itself_is_bounded() -> None:
     def raises() -> None:
         raise ValueError("x" * 10_000_000)
@@ -348,7 +458,7 @@ async def test_what_a_faulty_environment_says_of_itself_is_bounded() -> None:
         once(lambda: Step(done=True, metrics=giant)), lambda turn, prompt: "end", n=2
     )
     (failure,) = RolloutRecord.from_extra(row.execution_metadata.extra).failures
-    assert "bytes of JSON" in failure.message
+    assert "characters of JSON" in failure.message
 
 
 async def test_a_giant_observation_ends_the_episode_and_is_not_cut() -> None:
@@ -457,3 +567,22 @@ async def test_episodes_survive_a_rollout_file(tmp_path: Path) -> None:
     for ours, theirs in zip(build_batch([row]).datums, build_batch([back]).datums, strict=True):
         assert ours.target_tokens.tolist() == theirs.target_tokens.tolist()
         assert ours.weights.tolist() == theirs.weights.tolist()
+
+
+async def test_the_calls_of_a_turn_share_their_time_and_the_rest_is_told_so() -> None:
+    calls: list[float] = []
+
+    async def slow() -> str:
+        calls.append(1)
+        await asyncio.sleep(5)
+        return "done"
+
+    row, _ = await roll_out(
+        lambda: ToolLoop(slow, seconds=0.1),
+        lambda turn, prompt: call("slow") * 3 if turn == 0 else "end",
+        limits=EpisodeLimits(step_seconds=2),
+    )
+    told = [m.content for m in row.messages if m.role == "tool"]
+    assert "took longer than 0." in told[0]
+    assert told[1:] == ["Error: not called: the calls before it took 0.1 s"] * 2
+    assert len(calls) == 1

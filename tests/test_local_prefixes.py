@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel  # noqa: E402
 
 from eval_protocol_rft.sampling import local_worker  # noqa: E402
 from eval_protocol_rft.sampling.local import LocalSampler, load_local_sampler  # noqa: E402
+from eval_protocol_rft.sampling.local_batch import Batch  # noqa: E402
 from eval_protocol_rft.sampling.local_prefixes import KEPT_SHARE  # noqa: E402
 from eval_protocol_rft.sampling.types import Completion, SamplingParams  # noqa: E402
 from tests.test_local_sampler import ARCHITECTURES, EXACT, SMALL  # noqa: E402
@@ -322,6 +323,17 @@ async def test_a_turn_larger_than_the_bound_is_not_kept_and_evicts_nobody(model)
     before = sampler._worker._prefixes.tokens
     await sampler.sample(list(range(60)), named("large"), seed=0)
     assert sampler._worker._prefixes.tokens == before == 3 + ANSWER - 1
+
+
+async def test_where_keeping_fails_nobody_else_does(model, sampler, monkeypatch):
+    def fails(self, row, length):
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Batch, "columns", fails)
+        for prompt, completion in await episode(sampler, named("s"), (3, 4)):
+            assert_exact(model, prompt, completion)
+    assert sampler._worker._prefixes.tokens == 0
 
 
 async def test_what_is_kept_outlives_an_idle_thread(model, sampler, monkeypatch):

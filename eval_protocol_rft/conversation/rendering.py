@@ -87,8 +87,17 @@ class ChatText:
         self._rendered.add(what)
 
     def ids(self, text: str) -> list[int]:
-        """Ids of a whole rendering, as `apply_chat_template` makes them."""
-        return self.tokenizer.encode(text)
+        """Ids of a whole rendering, as `apply_chat_template` makes them.
+
+        Raises:
+            PromptError: it is no text (half a surrogate pair).
+        """
+        try:
+            return self.tokenizer.encode(text)
+        except (TypeError, ValueError) as error:
+            raise PromptError(
+                f"tokenizer {self.tokenizer.name!r} cannot read what was appended: {error}"
+            ) from error
 
     def text_of(self, control: int) -> str:
         """Of a control token; a conversation meets the same one at every turn."""

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import os
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from eval_protocol_rft.environments.environment import EnvironmentFaultError
@@ -28,34 +29,54 @@ async def call(function: Callable[..., Any], *arguments: Any, what: str, seconds
     Raises:
         EnvironmentFaultError: it raised, or took longer than `seconds`.
     """
+    limit = asyncio.timeout(seconds)
     try:
-        async with asyncio.timeout(seconds):
+        async with limit:
             if inspect.iscoroutinefunction(function):
-                return await function(*arguments)
+                return await _awaited(function(*arguments))
             found = await _THREADS.run(function, arguments)
-            return await found if inspect.isawaitable(found) else found
-    except TimeoutError as error:
-        raise EnvironmentFaultError(f"{what} took longer than {seconds:g} s") from error
+            return await _awaited(found) if inspect.isawaitable(found) else found
     except Exception as error:
+        if limit.expired():
+            raise EnvironmentFaultError(f"{what} took longer than {seconds:g} s") from error
         said = f"{what} raised {type(error).__name__}: {error}"
         if len(said) > _SHOWN:
             said = f"{said[:_SHOWN]}... ({len(said)} characters)"
         raise EnvironmentFaultError(said) from error
 
 
+async def _awaited(found: Awaitable[Any]) -> Any:
+    try:
+        return await found
+    except (asyncio.CancelledError, SystemExit) as error:
+        task = asyncio.current_task()
+        if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
+            raise  # the caller is cancelled, or its time is up
+        raise _no_exit(error) from error
+
+
+def _no_exit(error: BaseException) -> Exception:
+    """What would end the caller, as an error that does not."""
+    return RuntimeError(f"{type(error).__name__}: {error}")
+
+
 class _Call:
-    __slots__ = ("arguments", "function", "future", "loop", "started")
+    __slots__ = (
+        "arguments", "function", "future", "is_abandoned", "is_running", "is_started", "loop",
+    )  # fmt: skip
 
     def __init__(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
         self.function = function
         self.arguments = arguments
         self.loop = asyncio.get_running_loop()
         self.future: asyncio.Future[Any] = self.loop.create_future()
-        self.started = False
+        self.is_started = False
+        self.is_running = False
+        self.is_abandoned = False
+        """Nobody waited for it any more while it ran: its thread may hang."""
 
     def make(self) -> None:
         """In a thread."""
-        self.started = True
         if self.future.done():
             return  # nobody waits any more
         try:
@@ -76,49 +97,69 @@ class _Threads:
     There is no bound: as many are needed as calls hang, and a bound would make others wait."""
 
     def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin anew: after a fork there are no threads."""
         self._waiting: deque[_Call] = deque()
         self._lock = threading.Lock()
         self._wake = threading.Semaphore(0)
         self._working = 0
+        """Threads that will take what waits; not those with a call that is abandoned."""
         self._idle = 0
 
     async def run(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
         call = _Call(function, arguments)
         with self._lock:
-            self._waiting.append(call)
             is_worked_on = self._working > 0
             if not is_worked_on:
                 self._put_to_work()
+            self._waiting.append(call)
         if is_worked_on:
             call.loop.call_later(PATIENCE_SECONDS, self._hurry, call)
-        return await call.future
+        try:
+            return await call.future
+        except asyncio.CancelledError:
+            self._abandon(call)
+            raise
 
     def _hurry(self, call: _Call) -> None:
-        if not call.started:
-            with self._lock:
+        with self._lock:
+            if not (call.is_started or call.future.done()):
                 self._put_to_work()
 
+    def _abandon(self, call: _Call) -> None:
+        with self._lock:
+            if call.is_running:
+                call.is_abandoned = True
+                self._working -= 1
+
     def _put_to_work(self) -> None:
-        """One thread more; with the lock."""
-        self._working += 1
+        """One thread more; with the lock, which a new thread waits for."""
         if self._idle:
             self._idle -= 1
             self._wake.release()
         else:
             threading.Thread(target=self._work, name="environment", daemon=True).start()
+        self._working += 1
 
     def _work(self) -> None:
+        made: _Call | None = None
         while True:
             with self._lock:
-                call = self._waiting.popleft() if self._waiting else None
+                if made is not None:
+                    made.is_running = False
+                    self._working += made.is_abandoned
+                made = call = self._waiting.popleft() if self._waiting else None
                 if call is None:
                     self._working -= 1
                     self._idle += 1
+                else:
+                    call.is_started = call.is_running = True
             if call is None:
                 self._wake.acquire()
             else:
                 call.make()
-                del call
 
 
 def _answer(future: asyncio.Future[Any], outcome: Any, error: BaseException | None) -> None:
@@ -129,7 +170,15 @@ def _answer(future: asyncio.Future[Any], outcome: Any, error: BaseException | No
     elif isinstance(error, Exception) and not isinstance(error, StopIteration):
         future.set_exception(error)
     else:
-        future.set_exception(RuntimeError(f"{type(error).__name__}: {error}"))
+        future.set_exception(_no_exit(error))
 
 
 _THREADS = _Threads()
+
+
+def _forget() -> None:
+    _THREADS.forget()
+
+
+if hasattr(os, "register_at_fork"):  # not everywhere
+    os.register_at_fork(after_in_child=_forget)

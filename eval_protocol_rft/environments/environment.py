@@ -36,7 +36,7 @@ class Step:
 class Environment:
     """A world for one episode. Subclass it; methods may be `async`.
 
-    A method that is not `async` runs in a thread of its own, so it may block.
+    A method that is not `async` runs in a thread, so it may block; not always in the same one.
     """
 
     tools: Sequence[Mapping[str, Any]] | None = None

@@ -8,9 +8,8 @@ that raises or hangs, a history that the template rewrites under `reject`) is a 
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -21,22 +20,18 @@ from eval_protocol_rft.conversation import (
     ConversationError,
     OnRewrite,
     Openings,
-    ParseProblem,
-    parse_tool_calls,
 )
-from eval_protocol_rft.environments.calling import call
+from eval_protocol_rft.environments.checked import CheckedEnvironment
 from eval_protocol_rft.environments.environment import Environment, EnvironmentFaultError, Step
 from eval_protocol_rft.environments.limits import EpisodeLimits
+from eval_protocol_rft.environments.transcript import Transcript, as_messages, assistant_turn
 from eval_protocol_rft.episodes import EpisodeRecord, SegmentRecord
-from eval_protocol_rft.prompts import PromptError, chat_messages
+from eval_protocol_rft.prompts import PromptError
 from eval_protocol_rft.sampling.fanout import Survivor
-from eval_protocol_rft.sampling.types import Failure, SamplingParams, TokenIds
-from eval_protocol_rft.tokenizer import LoadedTokenizer
+from eval_protocol_rft.sampling.types import Completion, Failure, SamplingParams, TokenIds
 
 if TYPE_CHECKING:
     from eval_protocol.models import EvaluationRow, Message
-
-logger = logging.getLogger(__name__)
 
 SampleTurn = Callable[[int, TokenIds, SamplingParams], Awaitable[Survivor | Failure]]
 """Turn number, prompt and parameters in; what came of it out."""
@@ -52,8 +47,6 @@ class Episode:
     segments: list[SegmentRecord]
     talk: Conversation
     first_prompt: TokenIds
-    messages: list[Message]
-    """The whole conversation, the row's own messages included."""
     sampled_tokens: int
 
 
@@ -62,13 +55,16 @@ class EpisodeRun:
     """Runs one episode; `await run()` once."""
 
     index: int
-    environment: Environment
+    environment: Callable[[], Environment]
+    """Makes it."""
     row: EvaluationRow
     messages: Sequence[Message]
     openings: Openings
     """Shared by the episodes of a row, which begin alike."""
     params: SamplingParams
     limits: EpisodeLimits
+    context_length: int | None
+    """The model's, where the sampler knows it."""
     on_rewrite: OnRewrite
     sample: SampleTurn
     _began: float = field(default_factory=time.monotonic)
@@ -81,12 +77,14 @@ class EpisodeRun:
 
     async def __call__(self) -> Episode | Failure:
         try:
-            return await self._run()
+            world = await CheckedEnvironment.made(self.environment, self.limits)
+            try:
+                return await self._run(world)
+            finally:
+                await world.close(self.row.input_metadata.row_id)
         except (EnvironmentFaultError, ConversationError, PromptError) as error:
             kind = "prompt" if isinstance(error, PromptError) else "internal"
             return self._failure(kind, str(error))
-        finally:
-            await self._close()
 
     def starts(self) -> None:
         """The first request leaves: from here on the episode's seconds count."""
@@ -94,27 +92,31 @@ class EpisodeRun:
         if self._waiting is not None:
             self._waiting.reschedule(self._deadline)
 
-    async def _run(self) -> Episode | Failure:
-        told = await self._reset()
-        if self._too_long(told):
+    async def _run(self, world: CheckedEnvironment) -> Episode | Failure:
+        told = await world.reset(self.row)
+        if world.too_long(told):
             raise PromptError(
                 f"reset() said more than {self.limits.observation_characters} characters"
             )
-        said = [*self.messages, *told]
-        tools = self.row.tools if self.environment.tools is None else self.environment.tools
-        opening = self.openings.of(chat_messages(said), tools)
+        said = Transcript(self.messages)
+        said.add(told)
+        own = world.environment.tools
+        tools = self.row.tools if own is None else own
+        opening = self.openings.of(said.kept, tools)
         talk = Conversation(opening, on_rewrite=self.on_rewrite)
         tokenizer = self.openings.tokenizer
+
+        most = min(self.limits.tokens, self.context_length or self.limits.tokens)
 
         def end(reason: str) -> Episode:
             return self._ended(talk, opening.prompt_ids, said, reason)
 
         while True:
-            room = self.limits.tokens - len(talk.prompt_ids)
+            room = most - len(talk.prompt_ids)
             if room < 1 and not self._survivors:
                 raise PromptError(
                     f"the prompt has {len(talk.prompt_ids)} tokens, the limit of an episode is "
-                    f"{self.limits.tokens}"
+                    f"{most}"
                 )
             if room < 1:
                 return end("tokens")
@@ -130,35 +132,25 @@ class EpisodeRun:
             completion = outcome.completion
             talk.sampled(completion)
             text = tokenizer.answer(talk.sampled_text, completion, params)
-            assistant, problem = _assistant(text, tokenizer, calls=bool(tools))
-            history, said = said, [*said, assistant]
+            assistant, problem = assistant_turn(text, tokenizer, calls=bool(tools))
+            history = said.shown
+            said.add([assistant])
             if completion.truncated:
                 return end("tokens" if limited else "length")
             if problem is not None:
                 step = Step(messages=[{"role": "user", "content": problem.message}])
             else:
-                step = self._step(await self._call(self.environment.step, history, assistant))
+                step = await world.step(history, assistant)
             self._rewards.append(step.reward)
             self._metrics.update(step.metrics)
             if step.done:
                 return end("done")
-            if not step.messages:
-                raise EnvironmentFaultError(
-                    f"{type(self.environment).__name__}.step() is not done and says nothing"
-                )
             if len(self._survivors) >= self.limits.turns:
                 return end("turns")
-            told = _as_messages(step.messages)
-            if self._too_long(told):
+            told = as_messages(step.messages)
+            if world.too_long(told):
                 return end("observation")
-            talk.append(chat_messages(told))
-            said = [*said, *told]
-
-    async def _reset(self) -> list[Message]:
-        if not _does_something(self.environment.reset):
-            return []
-        began = await self._call(self.environment.reset, self.row.model_copy(deep=True))
-        return _as_messages(began or ())
+            talk.append(said.add(told))
 
     async def _sampled(
         self, prompt_ids: TokenIds, params: SamplingParams
@@ -182,38 +174,12 @@ class EpisodeRun:
     def _seconds(self) -> float:
         return time.monotonic() - self._began
 
-    def _too_long(self, told: Sequence[Message]) -> bool:
-        return sum(len(str(m.content or "")) for m in told) > self.limits.observation_characters
-
-    def _step(self, answer: Any) -> Step:
-        if not isinstance(answer, Step):
-            raise EnvironmentFaultError(f"step() returned {type(answer).__name__}, not a Step")
-        try:
-            metrics = msgspec.json.encode(dict(answer.metrics))
-            plain = msgspec.json.decode(metrics)
-        except (TypeError, ValueError, RecursionError, msgspec.MsgspecError) as error:
-            raise EnvironmentFaultError(f"the metrics of a step are no JSON: {error}") from error
-        if len(metrics) > self.limits.observation_characters:
-            raise EnvironmentFaultError(f"the metrics of a step are {len(metrics)} bytes of JSON")
-        return replace(answer, metrics=plain)
-
-    async def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        what = f"{type(self.environment).__name__}.{function.__name__}()"
-        return await call(function, *arguments, what=what, seconds=self.limits.step_seconds)
-
-    async def _close(self) -> None:
-        if not _does_something(self.environment.close):
-            return
-        try:
-            await self._call(self.environment.close)
-        except EnvironmentFaultError as error:
-            logger.warning("row %s: %s", self.row.input_metadata.row_id, error)
-
     def _ended(
-        self, talk: Conversation, first_prompt: TokenIds, said: list[Message], reason: str
+        self, talk: Conversation, first_prompt: TokenIds, said: Transcript, reason: str
     ) -> Episode:
         first = replace(
             self._survivors[0],
+            completion=_with_versions([s.completion for s in self._survivors]),
             attempts=sum(survivor.attempts for survivor in self._survivors),
             seconds=self._seconds,
             causes=tuple(cause for survivor in self._survivors for cause in survivor.causes),
@@ -226,7 +192,7 @@ class EpisodeRun:
                 finish_reason=self._survivors[-1].completion.finish_reason,
                 step_rewards=self._rewards,
                 metrics={**self._metrics, **_splits(talk)},
-                messages=[message.model_dump(exclude_none=True) for message in said],
+                messages=said.kept,
                 row_messages=len(self.messages),
             ),
             segments=[
@@ -239,7 +205,6 @@ class EpisodeRun:
             ],
             talk=talk,
             first_prompt=first_prompt,
-            messages=said,
             sampled_tokens=sum(len(s.completion.token_ids) for s in self._survivors),
         )
 
@@ -256,42 +221,14 @@ class EpisodeRun:
         )
 
 
-def _does_something(method: Callable[..., Any]) -> bool:
-    """Whether it is overridden: what an `Environment` does by itself takes no thread, and no copy
-    of a row."""
-    return getattr(method, "__func__", None) not in (Environment.reset, Environment.close)
+def _with_versions(completions: Sequence[Completion]) -> Completion:
+    """The first turn's, with the versions of the weights that sampled all turns."""
+    last = completions[-1].policy_version
+    every = [v for c in completions for v in (c.first_policy_version, c.policy_version)]
+    first = next((version for version in every if version not in (None, last)), None)
+    return replace(completions[0], policy_version=last, first_policy_version=first)
 
 
 def _splits(talk: Conversation) -> dict[str, Any]:
     rewrites = [msgspec.to_builtins(rewrite) for rewrite in talk.rewrites]
     return {"history_rewrites": rewrites} if rewrites else {}
-
-
-def _assistant(
-    text: str, tokenizer: LoadedTokenizer, *, calls: bool
-) -> tuple[Message, ParseProblem | None]:
-    """The turn as an environment is shown it; `calls`: there are tools to call."""
-    from eval_protocol.models import Message
-
-    if not calls:
-        return Message(role="assistant", content=text), None
-    content, called = parse_tool_calls(text, tokenizer)
-    if isinstance(called, ParseProblem):
-        return Message(role="assistant", content=text), called
-    message: dict[str, Any] = {"role": "assistant", "content": content}
-    if called:
-        message["tool_calls"] = called
-    return Message(**message), None
-
-
-def _as_messages(said: Any) -> list[Message]:
-    from eval_protocol.models import Message
-
-    if isinstance(said, str | Mapping) or not isinstance(said, Sequence):
-        raise EnvironmentFaultError(
-            f"messages must be a list of messages, not {type(said).__name__}"
-        )
-    try:
-        return [m if isinstance(m, Message) else Message(**m) for m in said]
-    except (TypeError, ValueError) as error:
-        raise EnvironmentFaultError(f"a message is no message: {error}") from error

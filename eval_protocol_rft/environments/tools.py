@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +32,8 @@ class ToolLoop(Environment):
     Args:
         functions: plain functions, sync or async. Name, docstring and annotated parameters make
             the schema that the prompt describes; arguments are checked against it.
-        seconds: one call may take.
+        seconds: the calls of one turn may take together; less than `step_seconds` of
+            `EpisodeLimits`, which fails the episode.
         characters: an answer may have.
     """
 
@@ -52,18 +54,22 @@ class ToolLoop(Environment):
         calls = assistant.tool_calls or []
         if not calls:
             return Step(done=True)
+        deadline = time.monotonic() + self._seconds
         told = [
             {
                 "role": "tool",
                 "tool_call_id": one.id,
                 "name": one.function.name,
-                "content": await self._run(one.function.name, one.function.arguments),
+                "content": await self._run(one.function.name, one.function.arguments, deadline),
             }
             for one in calls
         ]
         return Step(messages=told, metrics={"tool_calls": len(told)})
 
-    async def _run(self, name: str, arguments: str) -> str:
+    async def _run(self, name: str, arguments: str, deadline: float) -> str:
+        left = deadline - time.monotonic()
+        if left <= 0:
+            return f"Error: not called: the calls before it took {self._seconds:g} s"
         tool = self._tools.get(name)
         if tool is None:
             return f"Error: there is no tool {name!r}; there are {', '.join(self._tools)}"
@@ -72,9 +78,7 @@ class ToolLoop(Environment):
         except ValueError as error:
             return f"Error: {error}"
         try:
-            result = await call(
-                lambda: tool.function(**given), what=f"{name}()", seconds=self._seconds
-            )
+            result = await call(lambda: tool.function(**given), what=f"{name}()", seconds=left)
             answer = result if isinstance(result, str) else json.dumps(result, default=str)
         except EnvironmentFaultError as error:
             return f"Error: {error}"

@@ -85,9 +85,10 @@ def _texts(record: RolloutRecord) -> list[str]:
     """Of each completion; of an episode, what the policy said turn by turn."""
     texts = list(record.completions_text)
     for i, episode in enumerate(record.episodes or ()):
-        said = [m.get("content") for m in episode.messages if m.get("role") == "assistant"]
-        if len(said) >= episode.turns:
-            texts[i] = " | ".join(str(one or "") for one in said[-episode.turns :])
+        told = episode.messages[episode.row_messages or 0 :]
+        said = [str(m.get("content") or "") for m in told if m.get("role") == "assistant"]
+        if len(said) == episode.turns:  # else some are the environment's
+            texts[i] = " | ".join(said)
     return texts
 
 

@@ -69,11 +69,11 @@ class Cohort:
         sessions. The last token was drawn and never run: it has no keys and values."""
         for index in self._complete:
             request = self.requests[index]
-            if request.session is not None:
+            length = len(request.prompt_ids) + len(request.token_ids) - 1
+            if request.session is not None and prefixes.fits(length):
                 ids = (*request.prompt_ids, *request.token_ids[:-1])
-                prefixes.keep(
-                    request.session, ids, self._batch.columns(self._rows[index], len(ids))
-                )
+                columns = self._batch.columns(self._rows[index], length)
+                prefixes.keep(request.session, ids, columns)
 
     @classmethod
     def merge(cls, cohorts: Sequence[Cohort]) -> Cohort | None:

@@ -57,10 +57,12 @@ class Prefixes:
         length = _common(kept.ids, request.prompt_ids)
         return Known(length, kept.columns) if length else None
 
+    def fits(self, length: int) -> bool:
+        """Whether so many tokens can be kept at all."""
+        return length <= self._max_tokens
+
     def keep(self, session: str, ids: tuple[int, ...], columns: Columns) -> None:
-        """Keep the `columns` of `ids`, in place of what the session had."""
-        if len(ids) > self._max_tokens:
-            return
+        """Keep the `columns` of `ids`, which fit, in place of what the session had."""
         former = self._kept.pop(session, None)
         self._kept[session] = _Kept(ids, columns)
         self._tokens += len(ids) - (len(former.ids) if former else 0)

@@ -209,19 +209,27 @@ class Worker:
         if cohort:
             with _failing(cohort.requests, outcomes):
                 outcomes += cohort.advance(self._decode)
-                cohort.keep(self._prefixes)
                 cohorts.append(cohort)
         for group in prefill_groups(admitted):
             with _failing([one.request for one in group], outcomes):
                 joined, ended = Cohort.start(self._model, group, self._decode)
                 outcomes += ended
-                joined.keep(self._prefixes)
                 cohorts.append(joined)
+        self._keep(cohorts)
         merged: Cohort | None = None
         with _failing([request for c in cohorts for request in c.live], outcomes):
             merged = Cohort.merge(cohorts)
         _deliver(outcomes)
         return merged
+
+    def _keep(self, cohorts: Iterable[Cohort]) -> None:
+        """For the next turns of sessions, which can do without: what goes wrong fails nobody."""
+        try:
+            for cohort in cohorts:
+                cohort.keep(self._prefixes)
+        except Exception:  # noqa: BLE001 - of the device, when its memory is full
+            _log.exception("what sessions had is not kept")
+            self._prefixes.clear()
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from eval_protocol_rft.batch.dataset import RolloutDataset
 from eval_protocol_rft.batch.evaluation_rows.from_row import from_row
 from eval_protocol_rft.batch.evaluation_rows.to_row import to_row
 from eval_protocol_rft.batch.rollouts.format import FileMetadata
+from eval_protocol_rft.batch.rollouts.rows import Score
 from eval_protocol_rft.cli import app
 from eval_protocol_rft.environments import EpisodeLimits
 from eval_protocol_rft.record import RolloutRecord
@@ -95,6 +96,25 @@ def test_a_row_of_episodes_survives_being_in_a_file(rows: list[dict[str, Any]]) 
         assert RolloutRecord.from_extra(back)
 
 
+def test_a_conversation_that_ends_otherwise_survives_too(rows: list[dict[str, Any]]) -> None:
+    """The seconds were up behind what the environment said, or an evaluator said something."""
+    row = {**rows[0], "messages": [*rows[0]["messages"], {"role": "user", "content": "judged"}]}
+    again = to_row(from_row(row, 7, prompt_kind="messages"), METADATA)
+    assert again["messages"] == row["messages"]
+
+
+def test_scores_of_a_file_are_not_those_of_other_episodes(rows: list[dict[str, Any]]) -> None:
+    """Rolled out anew, with the same first turns and others behind."""
+    completions = from_row(rows[0], 7, prompt_kind="messages")
+    for completion in completions:
+        completion.scores = {"reward_old": Score(reward=0.5)}
+    row = to_row(completions, METADATA)
+    back = from_row(row, 7, prompt_kind="messages")
+    assert all(one.scores == {"reward_old": Score(reward=0.5)} for one in back)
+    row["execution_metadata"]["extra"]["trajectories"][-1][-1]["tokens"][-1] += 1
+    assert not any(one.scores for one in from_row(row, 7, prompt_kind="messages"))
+
+
 def test_the_prompt_is_what_the_data_set_asked(rows: list[dict[str, Any]]) -> None:
     assert any(len(row["messages"]) > 2 for row in rows), "no episode of two turns comes first"
     for row in rows:
@@ -132,7 +152,9 @@ def test_without_any_episode_a_row_is_what_was_asked(rows: list[dict[str, Any]])
             completion.completion_ids = completion.logprobs = completion.response = None
         failed = to_row(completions, METADATA)
         assert [m["role"] for m in failed["messages"]] == ["user"]
-        assert not {"trajectories", "episodes"} & failed["execution_metadata"]["extra"].keys()
+        extra = failed["execution_metadata"]["extra"]
+        assert not {"trajectories", "episodes", "token_turn_traces"} & extra.keys()
+        assert "finish_reason" not in failed["execution_metadata"]
 
 
 def test_the_commands_take_episodes_as_they_take_completions(

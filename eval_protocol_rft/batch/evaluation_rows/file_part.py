@@ -26,6 +26,8 @@ from eval_protocol_rft.record import RecordError
 
 FILE_KEY = "rollout_file"
 """Key of `extra`. Inside the column `evaluation_row` it holds something else: see `Imported`."""
+Trajectories = Sequence[Sequence[Mapping[str, Any]]]
+"""[G][S_i] segments, as a record has them."""
 _EXTRAS = ("began_at", "temperature", "top_p", "top_k", "max_tokens")
 
 
@@ -48,7 +50,7 @@ class FilePart(msgspec.Struct, frozen=True, kw_only=True):
     """`input_metadata.dataset_info` is the data set's columns."""
     file: FileWide
     tokens: int
-    """`token_checksum` of the surviving completions."""
+    """`token_checksum` of the surviving completions, of all turns of those that are episodes."""
     survived: list[dict[str, Any]]
     """Of each survivor, the columns that a record holds once for all of them, or not at all."""
     failed: list[dict[str, Any]]
@@ -68,9 +70,12 @@ class Imported(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def file_part(
-    group: Sequence[CompletionRow], survivors: Sequence[CompletionRow], metadata: FileMetadata
+    group: Sequence[CompletionRow],
+    survivors: Sequence[CompletionRow],
+    metadata: FileMetadata,
+    trajectories: Trajectories | None,
 ) -> dict[str, Any]:
-    """A `FilePart`, as plain values."""
+    """A `FilePart`, as plain values. `trajectories` are the survivors' where they are episodes."""
     others = sorted({name for row in group for name in row.scores if name != "reward"})
     part = FilePart(
         data_idx=group[0].data_idx,
@@ -82,7 +87,7 @@ def file_part(
             data=metadata.data,
             rewards=metadata.rewards,
         ),
-        tokens=token_checksum([row.completion_ids for row in survivors]),
+        tokens=token_checksum([row.completion_ids for row in survivors], trajectories),
         survived=[_extras(row) for row in survivors],
         failed=[{**failure(row), **_extras(row)} for row in group if row.failed],
         scores={name: [row.scores.get(name, UNSCORED) for row in survivors] for name in others},
@@ -104,14 +109,17 @@ def read_file_part(extra: Mapping[str, Any]) -> FilePart | None:
         part = msgspec.convert(extra[FILE_KEY], FilePart)
     except msgspec.ValidationError as error:
         raise RecordError(f"broken {FILE_KEY!r} in extra: {error}") from error
-    ids = extra["completion_ids"] if "rft_schema" in extra else []
-    return part if token_checksum(ids) == part.tokens else None
+    is_survived = "rft_schema" in extra
+    ids = extra["completion_ids"] if is_survived else []
+    trajectories = extra.get("trajectories") if is_survived else None
+    return part if token_checksum(ids, trajectories) == part.tokens else None
 
 
-def token_checksum(completions: Sequence[Any]) -> int:
-    """Of the ids of all completions [G][T_i]."""
+def token_checksum(completions: Sequence[Any], trajectories: Trajectories | None) -> int:
+    """Of the ids of all completions [G][T_i], and of all segments where they are episodes."""
     checksum = 0
-    for ids in completions:
+    segments = (segment["tokens"] for episode in trajectories or () for segment in episode)
+    for ids in (*completions, *segments):
         checksum = zlib.crc32(np.asarray(ids, "<i4").tobytes(), checksum)
     return checksum
 

@@ -100,7 +100,7 @@ def _rest(row: Mapping[str, Any], record: RolloutRecord | None, *, answered: boo
             kept["token_turn_traces"] = traces
         kept[FILE_KEY] = Imported(
             keys=[key for key in OPTIONAL_KEYS if extra.get(key) is not None],
-            answer=record.sampling.indices[0] if answered else None,
+            answer=told.indices[0] if answered or record.episodes else None,
         )
     metadata = {**(row.get("execution_metadata") or {}), "extra": kept}
     return msgspec.json.encode({**row, "execution_metadata": metadata}).decode()

@@ -67,16 +67,13 @@ def to_row(
     else:
         if own is not None:
             extra["sampling"] = own
-        episodes = extra.pop("episodes", None)
-        if episodes:
-            del extra["trajectories"]
-            asked = next(iter(episodes.values())).get("row_messages")
-            row["messages"] = row["messages"][:asked]
+        if "episodes" in extra:
+            _drop_episodes(row, extra)
         elif imported.get("answer") is not None:
             row["messages"] = row["messages"][:-1]
         message = f"none of {len(group)} completions survived; the first: {group[0].error}"
         row["rollout_status"] = {"code": INTERNAL, "message": message, "details": []}
-    extra[FILE_KEY] = file_part(group, survivors, metadata)
+    extra[FILE_KEY] = file_part(group, survivors, metadata, extra.get("trajectories"))
     row["execution_metadata"]["extra"] = extra
     return row
 
@@ -118,6 +115,16 @@ def _put_episode(
     last = episode.last_finish_reason
     row["execution_metadata"] |= {"finish_reason": last, "tool_call_count": calls}
     extra["token_turn_traces"] = episode_traces(extra["trajectories"][0], last)
+
+
+def _drop_episodes(row: dict[str, Any], extra: dict[str, Any]) -> None:
+    """Let the row be one that was asked and not answered."""
+    told = [msgspec.convert(episode, EpisodeRecord) for episode in extra.pop("episodes").values()]
+    for key in ("trajectories", "token_turn_traces"):
+        extra.pop(key, None)
+    for key in ("finish_reason", "tool_call_count", "usage"):
+        row["execution_metadata"].pop(key, None)
+    row["messages"] = row["messages"][: told[0].row_messages]
 
 
 def _put_answer(

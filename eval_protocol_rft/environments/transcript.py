@@ -1,0 +1,70 @@
+"""What is said in an episode, as messages.
+
+Invariant: the record says what was said, whatever an environment does to the messages it is shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from eval_protocol_rft.conversation import ParseProblem, parse_tool_calls
+from eval_protocol_rft.environments.environment import EnvironmentFaultError
+from eval_protocol_rft.tokenizer import LoadedTokenizer
+
+if TYPE_CHECKING:
+    from eval_protocol.models import Message
+
+
+class Transcript:
+    """The conversation so far: `shown` to the environment, and `kept` for the record."""
+
+    def __init__(self, messages: Iterable[Message]) -> None:
+        """`messages` are others' too: the environment is shown copies."""
+        self.shown: list[Message] = []
+        self.kept: list[dict[str, Any]] = []
+        self.add([message.model_copy(deep=True) for message in messages])
+
+    def add(self, messages: Iterable[Message]) -> list[dict[str, Any]]:
+        """Append `messages`; returns them as they are kept."""
+        added = list(messages)
+        kept = [message.model_dump(exclude_none=True) for message in added]
+        # A new list: the environment may still have the last one.
+        self.shown = [*self.shown, *added]
+        self.kept += kept
+        return kept
+
+
+def assistant_turn(
+    text: str, tokenizer: LoadedTokenizer, *, calls: bool
+) -> tuple[Message, ParseProblem | None]:
+    """The turn as an environment is shown it; `calls`: there are tools to call."""
+    from eval_protocol.models import Message
+
+    if not calls:
+        return Message(role="assistant", content=text), None
+    content, called = parse_tool_calls(text, tokenizer)
+    if isinstance(called, ParseProblem):
+        return Message(role="assistant", content=text), called
+    message: dict[str, Any] = {"role": "assistant", "content": content}
+    if called:
+        message["tool_calls"] = called
+    return Message(**message), None
+
+
+def as_messages(said: Any) -> list[Message]:
+    """What an environment said, as messages.
+
+    Raises:
+        EnvironmentFaultError: they are none.
+    """
+    from eval_protocol.models import Message
+
+    if isinstance(said, str | Mapping) or not isinstance(said, Sequence):
+        raise EnvironmentFaultError(
+            f"messages must be a list of messages, not {type(said).__name__}"
+        )
+    try:
+        return [m if isinstance(m, Message) else Message(**m) for m in said]
+    except (TypeError, ValueError) as error:
+        raise EnvironmentFaultError(f"a message is no message: {error}") from error
