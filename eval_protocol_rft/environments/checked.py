@@ -42,7 +42,10 @@ class CheckedEnvironment:
             EnvironmentFaultError: the factory raised, hung, or made something else.
         """
         name = f"{getattr(factory, '__name__', type(factory).__name__)}()"
-        environment = await call(factory, what=name, seconds=limits.step_seconds)
+        if getattr(factory, "__init__", None) is object.__init__:
+            environment = factory()  # a class that does nothing of its own
+        else:
+            environment = await call(factory, what=name, seconds=limits.step_seconds)
         if not callable(getattr(environment, "step", None)):
             raise EnvironmentFaultError(f"{name} made a {type(environment).__name__} without step")
         return cls(environment, limits)
@@ -89,6 +92,8 @@ class CheckedEnvironment:
         return type(self.environment).__name__
 
     def _metrics(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
+        if isinstance(metrics, dict) and not metrics:
+            return {}
         try:
             text = json.dumps(dict(metrics), allow_nan=False)
             plain: dict[str, Any] = json.loads(text)
