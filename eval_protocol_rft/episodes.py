@@ -12,8 +12,8 @@ from __future__ import annotations
 import math
 import operator
 from array import array
-from collections.abc import Callable, Sequence
-from itertools import compress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import compress, groupby
 from typing import Any, TypeVar
 
 import msgspec
@@ -56,6 +56,16 @@ class EpisodeRecord(msgspec.Struct, frozen=True, kw_only=True):
     def last_finish_reason(self) -> FinishReason:
         """Of the last turn."""
         return self.finish_reason or ("length" if self.stop_reason == "length" else "stop")
+
+
+def turn_runs(loss_mask: Iterable[int]) -> Iterator[tuple[bool, int, int]]:
+    """(sampled, start, stop) of each run of tokens that were all sampled, or all not. Something is
+    always said between two turns, so a run that was sampled is one turn."""
+    start = 0
+    for sampled, run in groupby(loss_mask):
+        stop = start + sum(1 for _ in run)
+        yield bool(sampled), start, stop
+        start = stop
 
 
 def episodes_problem(

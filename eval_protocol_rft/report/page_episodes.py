@@ -11,13 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any, TypeVar
 
 import msgspec
 
 from eval_protocol_rft.batch.rollouts.rows import CompletionRow
-from eval_protocol_rft.episodes import EpisodeRecord, SegmentRecord, episodes_problem
+from eval_protocol_rft.episodes import EpisodeRecord, SegmentRecord, episodes_problem, turn_runs
 from eval_protocol_rft.report.page_detail import (
     EpisodeDetail,
     GroupDetail,
@@ -95,7 +94,7 @@ def episode_detail(
 ) -> EpisodeDetail:
     """What to show of an episode. Without `texts` it has the conversation as it is stored."""
     record = episode.record
-    runs = sum(one for s in episode.segments for one, _ in groupby(s.loss_mask))
+    runs = sum(one for s in episode.segments for one, _, _ in turn_runs(s.loss_mask))
     numbers = iter(range(1, record.turns + 1)) if runs == record.turns else None
     segments = []
     for k, segment in enumerate(episode.segments):
@@ -128,9 +127,10 @@ def _parts(
 ) -> Iterator[PartDetail]:
     """Runs of sampled tokens and of others, from token `above` on. `numbers` gives each sampled
     run the number of its turn; None where they cannot be told apart."""
-    start = above
-    for sampled, run in groupby(segment.loss_mask[above:]):
-        stop = start + len(list(run))
+    for sampled, first, stop in turn_runs(segment.loss_mask):
+        start = max(first, above)
+        if start == stop:
+            continue
         part = PartDetail(tokens[start:stop])
         if sampled:
             part.logprobs = in_units(segment.logprobs[start:stop])
@@ -138,7 +138,6 @@ def _parts(
             if part.turn is not None and part.turn <= len(record.step_rewards):
                 part.reward = record.step_rewards[part.turn - 1]
         yield part
-        start = stop
 
 
 def _rewrites(metrics: Mapping[str, Any], segments: int) -> list[RewriteDetail]:

@@ -6,13 +6,13 @@ Invariant: a record says what the columns say; where they say nothing, neither d
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import groupby
 from typing import Any, get_args
 
 import msgspec
 
 from eval_protocol_rft.batch.rollouts.format import FileMetadata, SamplingSettings
 from eval_protocol_rft.batch.rollouts.rows import UNSCORED, CompletionRow
+from eval_protocol_rft.episodes import turn_runs
 from eval_protocol_rft.record import SCHEMA_VERSION, RecordError
 from eval_protocol_rft.sampling.distribution import support_truncated
 from eval_protocol_rft.sampling.types import FailureKind, FinishReason, SamplingParams
@@ -144,13 +144,10 @@ def episode_traces(
     """
     traces = []
     for segment in trajectory:
-        start = 0
-        for sampled, run in groupby(segment["loss_mask"]):
-            stop = start + sum(1 for _ in run)
+        for sampled, start, stop in turn_runs(segment["loss_mask"]):
             if sampled:
                 ids, logprobs = segment["tokens"][start:stop], segment["logprobs"][start:stop]
                 traces.append(trace(segment["tokens"][:start], ids, logprobs, "stop"))
-            start = stop
     traces[-1]["finish_reason"] = last
     return traces
 
