@@ -431,6 +431,17 @@ async def test_an_episode_ends_where_the_models_context_does() -> None:
     assert max(len(prompt) + len(answer) for prompt, answer in sampler.exchanges) <= 120
 
 
+async def test_a_prompt_that_leaves_no_room_is_told_with_what_is_too_small() -> None:
+    with pytest.raises(RolloutError, match=r"tokens, and the EpisodeLimits.tokens is 9"):
+        await roll_out(Talk, lambda turn, prompt: "x", limits=EpisodeLimits(tokens=9))
+
+    class Small(Scripted):
+        context_length = 20
+
+    with pytest.raises(RolloutError, match=r"and the model's context is 20"):
+        await roll_out_from(Small(lambda turn, prompt: "x"), Talk)
+
+
 async def test_an_episode_is_of_all_the_versions_that_sampled_its_turns() -> None:
     class Learning(Scripted):
         async def sample(self, *args: Any, **kwargs: Any) -> Completion:

@@ -105,7 +105,6 @@ class EpisodeRun:
         opening = self.openings.of(said.kept, tools)
         talk = Conversation(opening, on_rewrite=self.on_rewrite)
         tokenizer = self.openings.tokenizer
-
         most = min(self.limits.tokens, self.context_length or self.limits.tokens)
 
         def end(reason: str) -> Episode:
@@ -114,9 +113,10 @@ class EpisodeRun:
         while True:
             room = most - len(talk.prompt_ids)
             if room < 1 and not self._survivors:
+                which = "EpisodeLimits.tokens" if most == self.limits.tokens else "model's context"
                 raise PromptError(
-                    f"the prompt has {len(talk.prompt_ids)} tokens, the limit of an episode is "
-                    f"{most}"
+                    f"the prompt has {len(talk.prompt_ids)} tokens, and the {which} is {most}: "
+                    "nothing can be sampled behind it"
                 )
             if room < 1:
                 return end("tokens")
