@@ -123,7 +123,14 @@ class EpisodeRolloutProcessor(FireworksTrainingRolloutProcessor):
         run = row.execution_metadata.rollout_id or ""
         session = hashlib.blake2b(f"{job.row_key}\0{run}\0{index}".encode(), digest_size=8)
 
-        async def sample(turn: int, prompt: TokenIds, params: SamplingParams) -> Survivor | Failure:
+        async def sample(
+            turn: int, prompt: TokenIds, params: SamplingParams, on_start: Callable[[], None]
+        ) -> Survivor | Failure:
+            def starts() -> None:
+                if not turn:
+                    ticket.used()
+                on_start()
+
             # The first turn has the seed that a single completion would have.
             (own,) = [seed] if not turn else derive_seeds(seed, f"turn {turn}", 1)
             return await sample_one(
@@ -137,14 +144,10 @@ class EpisodeRolloutProcessor(FireworksTrainingRolloutProcessor):
                 guard=job.guard,
                 prompt=job.row_key,
                 observe=log_attempt,
-                on_start=starts if not turn else lambda: None,
+                on_start=starts,
             )
 
-        def starts() -> None:
-            ticket.used()
-            episode.starts()
-
-        episode = EpisodeRun(
+        run_episode = EpisodeRun(
             index=index,
             environment=self.environment,
             row=row,
@@ -156,7 +159,7 @@ class EpisodeRolloutProcessor(FireworksTrainingRolloutProcessor):
             on_rewrite=self.on_rewrite,
             sample=sample,
         )
-        return await episode()
+        return await run_episode()
 
 
 def _require_one_prompt(row: EvaluationRow, episodes: list[Episode]) -> None:

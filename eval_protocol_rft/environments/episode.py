@@ -33,8 +33,11 @@ from eval_protocol_rft.sampling.types import Completion, Failure, SamplingParams
 if TYPE_CHECKING:
     from eval_protocol.models import EvaluationRow, Message
 
-SampleTurn = Callable[[int, TokenIds, SamplingParams], Awaitable[Survivor | Failure]]
-"""Turn number, prompt and parameters in; what came of it out."""
+SampleTurn = Callable[
+    [int, TokenIds, SamplingParams, Callable[[], None]], Awaitable[Survivor | Failure]
+]
+"""Turn number, prompt and parameters in, and what to call when the first request leaves; what came
+of it out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,12 +88,6 @@ class EpisodeRun:
         except (EnvironmentFaultError, ConversationError, PromptError) as error:
             kind = "prompt" if isinstance(error, PromptError) else "internal"
             return self._failure(kind, str(error))
-
-    def starts(self) -> None:
-        """The first request leaves: from here on the episode's seconds count."""
-        self._deadline = asyncio.get_running_loop().time() + self.limits.seconds
-        if self._waiting is not None:
-            self._waiting.reschedule(self._deadline)
 
     async def _run(self, world: CheckedEnvironment) -> Episode | Failure:
         told = await world.reset(self.row)
@@ -158,7 +155,8 @@ class EpisodeRun:
         """The next turn; None where the episode's time was up before it came."""
         try:
             async with asyncio.timeout_at(self._deadline) as self._waiting:
-                return await self.sample(len(self._survivors), prompt_ids, params)
+                turn = len(self._survivors)
+                return await self.sample(turn, prompt_ids, params, self._starts)
         except TimeoutError:
             assert self._waiting is not None  # noqa: S101 - narrows the type
             if not self._waiting.expired():
@@ -169,6 +167,13 @@ class EpisodeRun:
         return Failure(
             index=self.index, kind="timeout", message=message, attempts=1, seconds=self._seconds
         )
+
+    def _starts(self) -> None:
+        """A request leaves: from the first on the episode's seconds count."""
+        if self._deadline is None:
+            self._deadline = asyncio.get_running_loop().time() + self.limits.seconds
+            if self._waiting is not None:
+                self._waiting.reschedule(self._deadline)
 
     @property
     def _seconds(self) -> float:
