@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from eval_protocol.models import EvaluateResult, EvaluationRow, Message
+from eval_protocol.models import EvaluateResult, EvaluationRow, Message, StepOutput
 from eval_protocol.pytest.types import RolloutProcessorConfig
 
 from eval_protocol_rft.batch.conversion.job import convert
@@ -29,6 +29,7 @@ from eval_protocol_rft.models import bundled_model_path
 from eval_protocol_rft.processor import RolloutError
 from eval_protocol_rft.record import RolloutRecord
 from eval_protocol_rft.sampling.types import Completion, SamplingParams, TokenIds
+from eval_protocol_rft.scoring import ascore_rows
 from eval_protocol_rft.scoring.views import completion_views
 from eval_protocol_rft.tokenizer import load_tokenizer
 from eval_protocol_rft.training import build_batch
@@ -192,6 +193,34 @@ async def test_an_evaluator_sees_each_episode_whole() -> None:
     assert extra["episode"]["step_rewards"] == [0.5, 0.5]
     assert "trajectories" not in extra
     assert "rft_schema" not in extra
+
+
+async def test_rewards_of_steps_stand_in_the_evaluation_result() -> None:
+    row, _ = await roll_out(Talk, lambda turn, prompt: "more" if turn == 0 else "end", n=2)
+    (scored,) = await ascore_rows([row], lambda row: 1.0)
+    again = EvaluationRow.model_validate_json(scored.model_dump_json())
+    result = again.evaluation_result
+    assert result is not None
+    assert result.step_outputs is not None
+    assert [(s.step_index, s.base_reward) for s in result.step_outputs] == [(0, 0.5), (1, 0.5)]
+
+
+async def test_what_an_evaluator_says_of_steps_is_kept_per_episode() -> None:
+    def judge(row: EvaluationRow) -> EvaluateResult:
+        turns = (row.execution_metadata.extra or {})["episode"]["turns"]
+        steps = [StepOutput(step_index=i, base_reward=i / 4, reason="so") for i in range(turns)]
+        return EvaluateResult(score=1.0, step_outputs=steps)
+
+    said = iter(["more", "end"])
+    row, _ = await roll_out(Talk, lambda turn, prompt: next(said) if turn == 0 else "end", n=2)
+    (scored,) = await ascore_rows([row], judge)
+    record = RolloutRecord.from_extra(scored.execution_metadata.extra)
+    assert record.completion_results is not None
+    kept = [result.metrics["step_outputs"] for result in record.completion_results]
+    assert [[step["base_reward"] for step in steps] for steps in kept] == [[0.0, 0.25], [0.0]]
+    assert scored.evaluation_result is not None
+    assert scored.evaluation_result.step_outputs is not None
+    assert [step.reason for step in scored.evaluation_result.step_outputs] == ["so", "so"]
 
 
 class Talk(Environment):

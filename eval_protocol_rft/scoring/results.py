@@ -18,6 +18,9 @@ from pydantic_core import to_jsonable_python
 from eval_protocol_rft.record import CompletionResult
 from eval_protocol_rft.scoring.evaluator import CallFailed
 
+STEP_OUTPUTS = "step_outputs"
+"""The metric that holds what an evaluator said of single steps."""
+
 
 def unscored(error: str) -> CompletionResult:
     """The result of a completion about which nothing valid was said."""
@@ -32,8 +35,8 @@ def read_result(returned: Any) -> CompletionResult:
 
     Score, reason and metrics are kept, metrics as plain JSON: numpy values become Python ones,
     NaN and infinities null, and a metric that is no JSON at all is left out and named in `error`.
-    `step_outputs`, `trajectory_info`, `final_control_plane_info` and other changes to the view
-    are dropped: they belong to whole trajectories.
+    `step_outputs` are kept as the metric of that name, for a completion is a whole trajectory;
+    `trajectory_info`, `final_control_plane_info` and other changes to the view are dropped.
     """
     if isinstance(returned, CallFailed):
         return unscored(returned.text)
@@ -54,7 +57,8 @@ def read_result(returned: Any) -> CompletionResult:
             "EvaluateResult or a number"
         )
     problem = _score_problem(result.score, result.is_score_valid)
-    metrics, dropped = _plain_metrics(result.metrics)
+    steps = {STEP_OUTPUTS: result.step_outputs} if result.step_outputs else {}
+    metrics, dropped = _plain_metrics({**steps, **(result.metrics or {})})
     said = None if result.error is None else f"the evaluator reported: {result.error}"
     errors = [text for text in (problem, said, *dropped) if text]
     return CompletionResult(
@@ -78,11 +82,11 @@ def _score_problem(score: Any, is_valid: Any) -> str | None:
     return None if finite else f"the score is {score}, not a finite number"
 
 
-def _plain_metrics(metrics: Mapping[str, Any] | None) -> tuple[dict[str, Any], list[str]]:
+def _plain_metrics(metrics: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Metrics as plain JSON, and what had to be left out."""
     plain: dict[str, Any] = {}
     dropped: list[str] = []
-    for name, metric in (metrics or {}).items():
+    for name, metric in metrics.items():
         try:
             builtin = to_jsonable_python(metric, fallback=_from_numpy)
         except (TypeError, ValueError) as error:

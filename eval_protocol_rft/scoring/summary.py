@@ -7,15 +7,16 @@ other keys of `extra` stay as they are, and a completion without a score enters 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import msgspec
-from eval_protocol.models import EvaluateResult, EvaluationRow, MetricResult
+from eval_protocol.models import EvaluateResult, EvaluationRow, MetricResult, StepOutput
 
 from eval_protocol_rft.pass_at_k import pass_at_k
 from eval_protocol_rft.record import CompletionResult
+from eval_protocol_rft.scoring.results import STEP_OUTPUTS
 
 Aggregation = Literal["mean", "first", "max"]
 
@@ -51,6 +52,7 @@ def commit_scores(
     extra = row.execution_metadata.extra or {}
     failed = len(extra.get("failures") or [])
     evaluation_result = summarize(results, failed, options)
+    evaluation_result.step_outputs = _steps(results, extra.get("episodes"))
     row.execution_metadata.extra = {
         **extra,
         "rewards": [result.score for result in results],
@@ -93,6 +95,23 @@ def summarize(
         reason=f"{reason}; {problems}" if problems else reason,
         metrics=metrics | _score_metrics(scores, options.pass_threshold),
     )
+
+
+def _steps(
+    results: Sequence[CompletionResult], episodes: Sequence[Mapping[str, Any]] | None
+) -> list[StepOutput] | None:
+    """Of the row's own conversation, which is the first completion's: what the evaluator said of
+    its steps, or else the rewards that the environment gave."""
+    told = results[0].metrics.get(STEP_OUTPUTS) if results else None
+    if told:
+        try:
+            return [StepOutput.model_validate(step) for step in told]
+        except (TypeError, ValueError):
+            return None  # a metric that only has the name
+    if not episodes:
+        return None
+    rewards = enumerate(episodes[0].get("step_rewards") or [])
+    return [StepOutput(step_index=i, base_reward=r) for i, r in rewards if r is not None] or None
 
 
 def _aggregate(scores: Sequence[float], aggregation: Aggregation) -> float:
