@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -410,6 +411,13 @@ async def test_an_environment_that_cannot_be_made_costs_its_own_episode() -> Non
     (failure,) = record.failures
     assert "make() raised OSError: no world left" in failure.message
     assert len(record) == 2
+
+    class Unfinished(Talk, ABC):
+        @abstractmethod
+        def world(self) -> None: ...
+
+    with pytest.raises(RolloutError, match=r"Unfinished\(\) raised TypeError: Can't instantiate"):
+        await roll_out(Unfinished, lambda turn, prompt: "end")  # type: ignore[type-abstract]
     with pytest.raises(RolloutError, match="made a str without step"):
         await roll_out(lambda: "world", lambda turn, prompt: "end")  # type: ignore[arg-type,return-value]
 

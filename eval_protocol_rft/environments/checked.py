@@ -42,10 +42,14 @@ class CheckedEnvironment:
             EnvironmentFaultError: the factory raised, hung, or made something else.
         """
         name = f"{getattr(factory, '__name__', type(factory).__name__)}()"
-        if getattr(factory, "__init__", None) is object.__init__:
-            environment = factory()  # a class that does nothing of its own
-        else:
-            environment = await call(factory, what=name, seconds=limits.step_seconds)
+
+        async def without_thread() -> Environment:
+            return factory()
+
+        # A class that does nothing of its own when it is made takes no time either.
+        is_quick = getattr(factory, "__init__", None) is object.__init__
+        make = without_thread if is_quick else factory
+        environment = await call(make, what=name, seconds=limits.step_seconds)
         if not callable(getattr(environment, "step", None)):
             raise EnvironmentFaultError(f"{name} made a {type(environment).__name__} without step")
         return cls(environment, limits)
