@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from eval_protocol_rft.loop.folding import fold_metrics
-from eval_protocol_rft.loop.lora import LoraSettings, add_lora, merged_weights
+from eval_protocol_rft.loop.lora import LoraSettings, add_lora, merged_names, merged_weights
 from eval_protocol_rft.loop.trainer import (
     ForwardBackward,
     LossFunction,
@@ -94,6 +94,7 @@ class LocalTrainer:
         self._entropies = entropies
         self._share_prompts = can_share_prompts(self._base)
         self._gathered = False
+        self._has_published = False
         # A thread of its own, so that the event loop goes on; and always the same one, as torch's
         # number of threads belongs to a thread.
         self._thread = ThreadPoolExecutor(1, "local-trainer", initializer=self._start)
@@ -125,10 +126,14 @@ class LocalTrainer:
 
     async def publish(self, version: int) -> None:
         weights = await self._run(self.weights)
-        await self._sink.publish(self._base, weights, version)
+        unchanged: frozenset[str] = frozenset()
+        if self._lora is not None and self._has_published:
+            unchanged = frozenset(weights) - merged_names(self._module)
+        await self._sink.publish(self._base, weights, version, unchanged=unchanged)
+        self._has_published = True
 
     def weights(self) -> dict[str, Tensor]:
-        """The model's weights by its own names, adapters merged in; not copies."""
+        """The model's weights by its own names, adapters merged in; the rest are no copies."""
         return self._base.state_dict() if self._lora is None else merged_weights(self._module)
 
     async def save(self, folder: Path) -> None:

@@ -1,11 +1,13 @@
 """LoRA adapters by peft: put on, and merged for sampling.
 
-Invariant: merging never touches the weights in training.
+Invariant: the merged weights, in the base model, are the policy in training. So a layer whose
+weight another one shares takes no adapter: merged into the one, it would change the other as well.
+Merging never touches the weights in training, and copies only those that have adapters.
 """
 
 from __future__ import annotations
 
-import copy
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -53,13 +55,65 @@ def add_lora(model: PreTrainedModel, settings: LoraSettings) -> torch.nn.Module:
         )
     except ValueError as error:
         raise TrainerError(f"LoRA on {type(model).__name__}: {error}") from error
+    if tied := _tied_targets(adapted):
+        raise TrainerError(
+            f"LoRA on {', '.join(tied)}: the weight belongs to another layer of "
+            f"{type(model).__name__} as well (tied embeddings), so what is sampled would not be "
+            "what was trained: leave it out of target_modules, or untie the model "
+            "(tie_word_embeddings=False in its config) first"
+        )
     adapted.train(False)
     return adapted  # type: ignore[no-any-return]
 
 
 @torch.no_grad()
 def merged_weights(adapted: torch.nn.Module) -> dict[str, Tensor]:
-    """The weights of the base model with the adapters added in, by the base model's names."""
-    merged: Any = copy.deepcopy(adapted)
-    weights: dict[str, Tensor] = merged.merge_and_unload().state_dict()
+    """The weights of the base model with the adapters added in, by the base model's names. Those
+    without an adapter are the base model's own tensors, no copies."""
+    base: Any = adapted.get_base_model()  # type: ignore[operator]
+    layers = _adapted_layers(base)
+    weights: dict[str, Tensor] = {}
+    for name, value in base.state_dict().items():
+        layer = next((path for path in _parents(name) if path in layers), None)
+        if layer is None:
+            weights[name] = value
+        elif name.startswith(f"{layer}.base_layer."):
+            weights[name.replace(f"{layer}.base_layer.", f"{layer}.", 1)] = value
+    for name, layer in layers.items():
+        for adapter in layer.active_adapters:
+            key = f"{name}.weight"
+            weights[key] = weights[key] + layer.get_delta_weight(adapter).to(weights[key].dtype)
     return weights
+
+
+def merged_names(adapted: torch.nn.Module) -> frozenset[str]:
+    """Names of the base model's weights that adapters change."""
+    base: Any = adapted.get_base_model()  # type: ignore[operator]
+    return frozenset(f"{name}.weight" for name in _adapted_layers(base))
+
+
+def _adapted_layers(base: torch.nn.Module) -> dict[str, Any]:
+    from peft.tuners.lora import LoraLayer
+
+    return {name: layer for name, layer in base.named_modules() if isinstance(layer, LoraLayer)}
+
+
+def _tied_targets(adapted: Any) -> list[str]:
+    """Adapted layers whose weight has a second place in the model, under its own name or as the
+    same layer twice."""
+    base = adapted.get_base_model()
+    layers = _adapted_layers(base)
+    places: defaultdict[int, set[str]] = defaultdict(set)
+    for name, parameter in base.named_parameters(remove_duplicate=False):
+        places[parameter.data_ptr()].add(name)
+    return [
+        n
+        for n, layer in layers.items()
+        if len(places[layer.get_base_layer().weight.data_ptr()]) > 1
+    ]
+
+
+def _parents(name: str) -> list[str]:
+    """`a.b.c` of `a`, `a.b`."""
+    parts = name.split(".")
+    return [".".join(parts[:end]) for end in range(1, len(parts))]

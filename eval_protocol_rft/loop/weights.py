@@ -36,9 +36,20 @@ class WeightSink(Protocol):
     """Takes the weights that sampling is to go on with."""
 
     async def publish(
-        self, model: PreTrainedModel, weights: Mapping[str, Tensor], version: int
+        self,
+        model: PreTrainedModel,
+        weights: Mapping[str, Tensor],
+        version: int,
+        *,
+        unchanged: frozenset[str] = frozenset(),
     ) -> None:
         """Hand over `weights`, which are those of `model` by its own names, as `version`.
+
+        Args:
+            model: what they belong to.
+            weights: all of them.
+            version: their name, a number.
+            unchanged: names of those that are as this sink had them before.
 
         Raises:
             TrainerError: they did not arrive.
@@ -58,9 +69,17 @@ class SamplerWeights:
         self._sampler = sampler
 
     async def publish(
-        self, model: PreTrainedModel, weights: Mapping[str, Tensor], version: int
+        self,
+        model: PreTrainedModel,
+        weights: Mapping[str, Tensor],
+        version: int,
+        *,
+        unchanged: frozenset[str] = frozenset(),
     ) -> None:
-        await self._sampler.load_weights(weights, policy_version=version_name(version))
+        changed = {name: value for name, value in weights.items() if name not in unchanged}
+        await self._sampler.load_weights(
+            changed, policy_version=version_name(version), keep=unchanged
+        )
 
 
 class ServedWeights:
@@ -86,8 +105,14 @@ class ServedWeights:
         self._headers = dict(headers or {})
 
     async def publish(
-        self, model: PreTrainedModel, weights: Mapping[str, Tensor], version: int
+        self,
+        model: PreTrainedModel,
+        weights: Mapping[str, Tensor],
+        version: int,
+        *,
+        unchanged: frozenset[str] = frozenset(),
     ) -> None:
+        """As `WeightSink.publish`; a server reads all of them, changed or not."""
         import aiohttp
 
         name = version_name(version)

@@ -12,7 +12,7 @@ import contextlib
 import secrets
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -147,7 +147,11 @@ class LocalSampler:
         return self._worker.pending
 
     async def load_weights(
-        self, weights: Mapping[str, Tensor], *, policy_version: str | None
+        self,
+        weights: Mapping[str, Tensor],
+        *,
+        policy_version: str | None,
+        keep: Collection[str] = (),
     ) -> None:
         """Copy `weights` into the model in place, between two tokens.
 
@@ -158,6 +162,7 @@ class LocalSampler:
         Args:
             weights: by the names of the model's `state_dict`; tied ones may be left out.
             policy_version: their name, which completions carry from here on.
+            keep: names of weights that stay as they are, and are not in `weights`.
 
         Raises:
             RefusedError: a name or a shape is not the model's, or one is missing. Nothing is
@@ -165,7 +170,8 @@ class LocalSampler:
         """
         from eval_protocol_rft.sampling.local_model import copy_weights
 
-        done = self._worker.swap(lambda: copy_weights(self._model.module, weights), policy_version)
+        module = self._model.module
+        done = self._worker.swap(lambda: copy_weights(module, weights, keep=keep), policy_version)
         await asyncio.wrap_future(done)
 
     @contextlib.contextmanager

@@ -6,7 +6,7 @@ Invariant: a model whose state is more than keys and values is refused, never ba
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,15 +91,18 @@ class LocalModel:
 
 
 @torch.no_grad()
-def copy_weights(module: PreTrainedModel, weights: Mapping[str, Tensor]) -> None:
-    """Copy `weights` over those of `module`, all or none.
+def copy_weights(
+    module: PreTrainedModel, weights: Mapping[str, Tensor], *, keep: Collection[str] = ()
+) -> None:
+    """Copy `weights` over those of `module`, all or none; those in `keep` may be missing.
 
     Raises:
         RefusedError: they are not this model's.
     """
     own = module.state_dict()
     shared = {value.data_ptr() for name, value in own.items() if name in weights}
-    missing = [n for n, v in own.items() if n not in weights and v.data_ptr() not in shared]
+    known = {*weights, *keep}
+    missing = [n for n, v in own.items() if n not in known and v.data_ptr() not in shared]
     unknown = [name for name in weights if name not in own]
     misshapen = [n for n, v in weights.items() if n in own and v.shape != own[n].shape]
     for what, names in (("lack", missing), ("have unknown", unknown), ("misshape", misshapen)):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from eval_protocol_rft.batch.dataset import RolloutDataset
+from eval_protocol_rft.batch.generation.job import model_fingerprint
 from eval_protocol_rft.batch.store.parts import parts_folder
 from eval_protocol_rft.models import bundled_model_path
 from tests.batch.servers import (
@@ -122,6 +123,20 @@ def test_other_weights_in_the_same_folder_are_another_model(tmp_path):
     content[-1] ^= 1
     weights.write_bytes(content)
     assert "model_fingerprint: " in refused(*asked)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".gguf", ".json", ".py"])
+def test_every_byte_of_a_folder_of_weights_tells_it_apart(suffix, tmp_path):
+    file = tmp_path / f"model{suffix}"
+    content = bytearray(5 << 20)
+    file.write_bytes(content)
+    before = model_fingerprint(f"local/{tmp_path}")
+    content[len(content) // 2] = 1
+    file.write_bytes(content)
+    changed = model_fingerprint(f"local/{tmp_path}")
+    assert changed != before
+    file.rename(tmp_path / f"other{suffix}")
+    assert model_fingerprint(f"local/{tmp_path}") not in (before, changed)
 
 
 def test_a_file_is_replaced_when_asked_and_only_once_the_new_one_is_there(

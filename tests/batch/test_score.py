@@ -353,10 +353,28 @@ def test_nobody_else_may_score_a_file_that_is_being_scored(tmp_path, calls, monk
     assert (row["reward"], row["reward_other"]) == (1.0, 0.0)
 
 
-def test_a_file_that_changes_while_it_is_scored_is_not_overwritten(tmp_path, calls, monkeypatch):
+def one_byte_in_the_middle(path):
+    """Of a file that is longer than what one would look at of both its ends."""
+    content = bytearray(path.read_bytes())
+    assert len(content) > 2_500_000
+    content[len(content) // 2] ^= 1
+    other = path.with_suffix(".other")
+    other.write_bytes(content)
+    other.replace(path)
+
+
+def something_else(path):
+    write_rollouts(path, [["something else"]])
+
+
+@pytest.mark.parametrize("change", [something_else, one_byte_in_the_middle])
+def test_a_file_that_changes_while_it_is_scored_is_not_overwritten(
+    change, tmp_path, calls, monkeypatch
+):
     go = tmp_path / "go"
     monkeypatch.setenv("GO", str(go))
-    path = write_rollouts(tmp_path / "rollouts.parquet", [["wait"]])
+    noise = random.Random(0).randbytes(3 << 20).hex()
+    path = write_rollouts(tmp_path / "rollouts.parquet", [["wait", noise]])
     problems: list[BaseException] = []
 
     def scores() -> None:
@@ -368,12 +386,24 @@ def test_a_file_that_changes_while_it_is_scored_is_not_overwritten(tmp_path, cal
     thread = threading.Thread(target=scores)
     thread.start()
     wait_until(lambda: bool(called(calls)))
-    write_rollouts(path, [["something else"]])
+    change(path)
     changed = path.read_bytes()
     go.touch()
     thread.join()
     assert "was changed while it was scored" in str(problems[0])
     assert path.read_bytes() == changed
+
+
+def test_what_was_graded_of_a_file_that_was_replaced_is_forgotten(tmp_path, calls, monkeypatch):
+    go = tmp_path / "go"
+    monkeypatch.setenv("GO", str(go))
+    path = write_rollouts(tmp_path / "rollouts.parquet", [["wait"]])
+    thread = threading.Thread(target=contextlib.suppress(ScoreError)(run), args=(path, "gated"))
+    thread.start()
+    wait_until(lambda: bool(called(calls)))
+    something_else(path)
+    go.touch()
+    thread.join()
     run(path, "right")
     assert rewards(path) == {(0, 0): 0.0}
 

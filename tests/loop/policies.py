@@ -80,7 +80,11 @@ class KeptWeights:
 
     def __init__(self) -> None:
         self.published: list[tuple[int, dict[str, torch.Tensor]]] = []
+        self.unchanged: list[frozenset[str]] = []
 
-    async def publish(self, model: Any, weights: Any, version: int) -> None:
+    async def publish(
+        self, model: Any, weights: Any, version: int, *, unchanged: frozenset[str] = frozenset()
+    ) -> None:
+        self.unchanged.append(unchanged)
         kept = {name: value.detach().clone() for name, value in weights.items()}
         self.published.append((version, copy.deepcopy(kept)))

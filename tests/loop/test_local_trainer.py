@@ -10,9 +10,16 @@ import pytest
 import torch
 
 from eval_protocol_rft.loop.local_trainer import LocalTrainer
-from eval_protocol_rft.loop.lora import LoraSettings
+from eval_protocol_rft.loop.lora import LoraSettings, add_lora, merged_names, merged_weights
 from eval_protocol_rft.loop.trainer import NamedLoss, Trainer, TrainerError
-from tests.loop.policies import KeptWeights, datums, plain_logprobs, tiny_model
+from eval_protocol_rft.loop.weights import SamplerWeights
+from tests.loop.policies import (
+    KeptWeights,
+    arithmetic_sampler,
+    datums,
+    plain_logprobs,
+    tiny_model,
+)
 
 PPO = NamedLoss(loss_fn="ppo", config={"clip_low_threshold": 0.8, "clip_high_threshold": 1.2})
 PLAIN = NamedLoss(loss_fn="importance_sampling")
@@ -170,6 +177,64 @@ async def test_lora_trains_adapters_and_publishes_merged_weights() -> None:
     assert not np.allclose(now[0], began[0])
     for old, reference in zip(began, await trainer.forward(batch, reference=True), strict=True):
         np.testing.assert_allclose(old, reference, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "targets", [("lm_head",), ("embed_tokens",), ("q_proj", "embed_tokens"), ".*embed_tokens"]
+)
+def test_lora_on_a_weight_that_another_layer_shares_is_refused(targets) -> None:
+    trainer_of(tiny_model(tied=False), lora=LoraSettings(rank=4, target_modules=targets))
+    with pytest.raises(TrainerError, match=r"(lm_head|embed_tokens).*leave it out"):
+        trainer_of(tiny_model(), lora=LoraSettings(rank=4, target_modules=targets))
+
+
+def test_lora_on_a_layer_that_the_model_runs_twice_is_refused() -> None:
+    model = tiny_model()
+    model.model.layers[1].mlp = model.model.layers[0].mlp
+    trainer_of(model, lora=LoraSettings(rank=4, target_modules=("q_proj",)))
+    with pytest.raises(TrainerError, match=r"mlp\.up_proj"):
+        trainer_of(model, lora=LoraSettings(rank=4, target_modules=("up_proj",)))
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ("embed_tokens", "lm_head", "q_proj")])
+def test_merged_weights_are_the_adapted_models_and_only_adapted_ones_are_copied(targets) -> None:
+    model = tiny_model(tied=False)
+    reference = copy.deepcopy(model)
+    adapted = add_lora(model.requires_grad_(False), LoraSettings(rank=4, target_modules=targets))
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(0, 0.3)
+        words = torch.arange(10)[None]
+        trained = adapted(input_ids=words).logits
+        weights = merged_weights(adapted)
+        reference.load_state_dict(weights)
+        torch.testing.assert_close(reference(input_ids=words).logits, trained)
+    own = {parameter.data_ptr() for parameter in adapted.parameters()}
+    copied = {name for name, value in weights.items() if value.data_ptr() not in own}
+    assert copied == merged_names(adapted)
+    assert not {name for name in weights if "norm" in name} & copied
+
+
+async def test_a_sampler_gets_only_what_adapters_changed_after_the_first_time() -> None:
+    sampler = arithmetic_sampler()
+    trainer = LocalTrainer(
+        sampler.model, sink=SamplerWeights(sampler), lora=LoraSettings(rank=2), entropies=False
+    )
+    untouched = sampler.model.get_parameter("model.embed_tokens.weight")
+    batch = datums(3, words=12)
+    await trainer.publish(0)
+    count = untouched._version  # of writes in place
+    for version in (1, 2):
+        await trainer.forward_backward(batch, PLAIN)
+        await trainer.optim_step(learning_rate=0.01)
+        await trainer.publish(version)
+    assert untouched._version == count
+    for name, value in sampler.model.state_dict().items():
+        assert torch.equal(value, trainer.weights()[name]), name
+    assert sampler.policy_version == "step-2"
+    await trainer.aclose()
+    await sampler.aclose()
 
 
 async def test_a_gradient_that_is_not_finite_is_refused() -> None:

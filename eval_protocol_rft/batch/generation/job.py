@@ -7,7 +7,6 @@ same data, model and parameters. What does not (concurrency, timeouts, the serve
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,14 +23,12 @@ from eval_protocol_rft.batch.rollouts.format import (
     schema,
 )
 from eval_protocol_rft.batch.source.opening import SourceColumn, SourceError
-from eval_protocol_rft.models import bundled_model_path
+from eval_protocol_rft.models import bundled_model_path, model_folder_fingerprint
 from eval_protocol_rft.params import LOCAL_PREFIX, RolloutRequest
 from eval_protocol_rft.redaction import redact_params
 from eval_protocol_rft.sampling.distribution import support_truncated
 from eval_protocol_rft.tokenizer import LoadedTokenizer
 
-_SAMPLED_BYTES = 1 << 20
-"""Of each end of a large weights file: training changes all of it."""
 _FREE_TO_CHANGE = frozenset({"data.name", "sampling.seed_given", "package_version", "rewards"})
 """What two jobs may differ in and still be one."""
 
@@ -99,27 +96,12 @@ def differences(known: FileMetadata, asked: FileMetadata) -> list[str]:
 
 
 def model_fingerprint(model: str) -> str | None:
-    """Tells the weights of a local folder apart; None for a model behind a server or a hub id.
-
-    SHA-256, hex, over the folder's files: names, sizes, and content (of large ones both ends).
-    """
+    """Tells the weights of a local folder apart; None for a model behind a server or a hub id."""
     if not model.startswith(LOCAL_PREFIX):
         return None
     name = model.removeprefix(LOCAL_PREFIX)
     folder = bundled_model_path(name) or Path(name)
-    if not folder.is_dir():
-        return None
-    digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        if path.suffix not in (".safetensors", ".json", ".bin", ".model", ".jinja", ".txt"):
-            continue
-        size = path.stat().st_size
-        digest.update(f"{path.name}\0{size}\0".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(_SAMPLED_BYTES))
-            file.seek(max(_SAMPLED_BYTES, size - _SAMPLED_BYTES))
-            digest.update(file.read())
-    return digest.hexdigest()
+    return model_folder_fingerprint(folder) if folder.is_dir() else None
 
 
 def _check_names(columns: tuple[SourceColumn, ...]) -> None:

@@ -32,9 +32,8 @@ from eval_protocol_rft.batch.progress import reporter
 from eval_protocol_rft.batch.ray.grading import grade_on_ray
 from eval_protocol_rft.batch.ray.nodes import Engine, check_engine
 from eval_protocol_rft.batch.rollouts.format import RewardSettings, reward_column, reward_columns
+from eval_protocol_rft.batch.source.files import file_fingerprint
 from eval_protocol_rft.batch.store.parts import BusyError, PartStore, parts_folder, read_schema
-
-_END_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -214,14 +213,8 @@ def _keeps_old(
 
 def _job_id(path: Path, column: str, settings: RewardSettings, *, adapt: bool) -> bytes:
     """Tells whether rewards that an interrupted call left are of the same file and evaluator."""
-    size = path.stat().st_size
-    asked = f"{size}\0{column}\0{adapt}\0".encode() + msgspec.json.encode(settings)
-    digest = hashlib.sha256(asked)
-    with path.open("rb") as file:
-        digest.update(file.read(_END_BYTES))
-        file.seek(max(0, size - _END_BYTES))
-        digest.update(file.read())
-    return digest.hexdigest().encode()
+    asked = f"{file_fingerprint(path)}\0{column}\0{adapt}\0".encode()
+    return hashlib.sha256(asked + msgspec.json.encode(settings)).hexdigest().encode()
 
 
 def _summary(target: Path, column: str, graded: int) -> ScoreSummary:
