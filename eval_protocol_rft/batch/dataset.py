@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from eval_protocol_rft.batch.evaluation_rows.to_row import to_row
+from eval_protocol_rft.batch.evaluation_rows.to_row import to_rows
 from eval_protocol_rft.batch.rollouts import jsonl
 from eval_protocol_rft.batch.rollouts.format import FileMetadata, FormatError, metadata_of
 from eval_protocol_rft.batch.rollouts.parquet import open_parquet, read_row_groups
@@ -88,16 +88,18 @@ class RolloutDataset:
 
     def training_rows(self) -> Iterator[dict[str, Any]]:
         """One dict per data row, for `training.build_batch` and `training.iter_batches`; token data
-        are arrays."""
+        are arrays. Where completions of a data row were sampled behind different prompt ids, there
+        is one for each prompt; these are one prompt group all the same."""
         for group in self.groups():
-            yield to_row(group, self.metadata, arrays=True)
+            yield from to_rows(group, self.metadata, arrays=True)
 
     def evaluation_rows(self) -> Iterator[EvaluationRow]:
-        """One `EvaluationRow` per data row, as the rollout processor leaves it."""
+        """One `EvaluationRow` per data row, as the rollout processor leaves it; several where
+        `training_rows` has several."""
         from eval_protocol.models import EvaluationRow
 
         for group in self.groups():
-            yield EvaluationRow.model_validate(to_row(group, self.metadata))
+            yield from map(EvaluationRow.model_validate, to_rows(group, self.metadata))
 
     @functools.cached_property
     def num_rows(self) -> int:

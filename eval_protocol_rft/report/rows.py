@@ -76,13 +76,13 @@ def read_rows(file: Path) -> Iterator[StoredRow]:
 
 def _rollouts(file: Path) -> Iterator[StoredRow]:
     from eval_protocol_rft.batch.dataset import RolloutDataset
-    from eval_protocol_rft.batch.evaluation_rows.to_row import to_row
+    from eval_protocol_rft.batch.evaluation_rows.to_row import to_rows
     from eval_protocol_rft.batch.rollouts.format import FormatError
 
     try:
         dataset = RolloutDataset(file)
         for group in dataset.groups():
-            yield _row(to_row(group, dataset.metadata))
+            yield from map(_row, to_rows(group, dataset.metadata))
     except (FormatError, RecordError) as error:
         raise RowsFileError(f"{file}: {error}") from error
 

@@ -2,7 +2,8 @@
 
 Invariant: n completions in one row, n rows of one completion from `num_runs`, and any mix of both
 give the same group. Run and rollout ids play no part: their meaning differs between Eval
-Protocol's schedulers. No row is left out.
+Protocol's schedulers. No row is left out. Each completion stands behind the prompt ids that it was
+sampled behind, though rows of a group may have different ones.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def group_rows(rows: Iterable[Row], *, key: GroupKey | None = None) -> list[Prom
 
     Raises:
         TrainingDataError: a row without an id, record or rewards, or with invalid ones; rows of
-            one group that differ in tokenizer, or in prompt (with the default key).
+            one group that differ in tokenizer, or in what they ask (with the default key).
     """
     buffer = TokenBuffer()
     found: dict[Hashable, list[RowRollout]] = {}
@@ -115,11 +116,21 @@ def _common_tokenizer(rollouts: Sequence[RowRollout]) -> str | None:
 
 
 def _check_prompts(key: Hashable, rollouts: Sequence[RowRollout]) -> None:
+    """Refuse a group of several questions. One question may have several prompts: chat templates
+    that say the date render another one the next day, and each trajectory has its own."""
     prompts = [r.trajectories[0].tokens[: r.trajectories[0].prompt_length] for r in rollouts]
-    for prompt in prompts[1:]:
-        if not np.array_equal(prompt, prompts[0]):
+    for prompt, rollout in zip(prompts[1:], rollouts[1:], strict=True):
+        if not (np.array_equal(prompt, prompts[0]) or _same_question(rollouts[0], rollout)):
             raise TrainingDataError(
                 f"two rows have the key {key!r} but different prompts ({len(prompts[0])} and "
-                f"{len(prompt)} tokens): row ids of Eval Protocol can collide, or the chat "
-                "template changed between runs; pass key= to tell them apart"
+                f"{len(prompt)} tokens), and they do not ask the same by the same chat template: "
+                "row ids of Eval Protocol can collide; pass key= to tell them apart"
             )
+
+
+def _same_question(one: RowRollout, other: RowRollout) -> bool:
+    return (
+        one.question is not None
+        and other.question is not None
+        and one.question.same(other.question)
+    )

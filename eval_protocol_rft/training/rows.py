@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from eval_protocol_rft.record import (
     ARRAY_KEYS,
@@ -75,6 +75,25 @@ class RowRollout:
     """Completions asked for, without the surplus of over-sampling."""
     cancelled: int = 0
     """The surplus that over-sampling cancelled."""
+    question: Question | None = None
+    """What was rendered into its prompt."""
+
+
+class Question(NamedTuple):
+    """What a prompt was made of: the same question may be rendered differently another day."""
+
+    messages: Sequence[Any]
+    """Those that were there before anything was sampled."""
+    tools: Any
+    chat_template_hash: str | None
+
+    def same(self, other: Question) -> bool:
+        """Whether both ask the same by the same template; no messages are no question."""
+        return bool(self.messages) and (
+            self.chat_template_hash == other.chat_template_hash
+            and plain(self.tools) == plain(other.tools)
+            and list(map(plain_message, self.messages)) == list(map(plain_message, other.messages))
+        )
 
 
 def field_of(value: Any, name: str) -> Any:
@@ -151,7 +170,45 @@ def read_row(row: Row, buffer: TokenBuffer) -> RowRollout:
         sampling.tokenizer,
         sampling.n,
         len(sampling.cancelled),
+        Question(_asked_messages(row, record), field_of(row, "tools"), sampling.chat_template_hash),
     )
+
+
+def _asked_messages(row: Row, record: RolloutRecord) -> Sequence[Any]:
+    """The row's messages without the answer, or the episode, that its rollout put behind them."""
+    messages: Sequence[Any] = field_of(row, "messages") or []
+    if record.episodes:
+        return messages[: record.episodes[0].row_messages]
+    answered = len(messages) and field_of(messages[-1], "role") == "assistant"
+    return messages[:-1] if answered else messages
+
+
+_MESSAGE_KEYS = (
+    "role",
+    "content",
+    "reasoning_content",
+    "name",
+    "tool_calls",
+    "tool_call_id",
+    "function_call",
+)
+
+
+def plain_message(message: Any) -> dict[str, Any]:
+    """A message of Eval Protocol, or its JSON, as plain JSON without empty fields."""
+    fields = {name: field_of(message, name) for name in _MESSAGE_KEYS}
+    return {name: plain(value) for name, value in fields.items() if value is not None}
+
+
+def plain(value: Any) -> Any:
+    """Plain JSON of what Eval Protocol's models hold, without their empty fields."""
+    if hasattr(value, "model_dump"):
+        return value.model_dump(mode="json", exclude_none=True)
+    if isinstance(value, Mapping):
+        return {name: plain(item) for name, item in value.items() if item is not None}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return value
 
 
 def _name(row: Row) -> str:

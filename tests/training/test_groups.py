@@ -71,10 +71,24 @@ def test_a_completion_keeps_its_place_among_those_asked_for_when_siblings_failed
     assert [t.completion for t in group.trajectories] == [1, 3]
 
 
-def test_rows_of_one_key_with_different_prompts_or_tokenizers_are_refused():
-    other_prompt = row("a", record([1.0], prompt=[1, 2, 4]), run=1)
-    with pytest.raises(TrainingDataError, match=r"key \('exp', 'a'\) but different prompts"):
-        group_rows([scored("a", 1.0), other_prompt])
+def test_one_question_that_was_rendered_twice_is_one_group_and_keeps_both_prompts():
+    tomorrow = row("a", record([1.0], prompt=[1, 2, 4]), run=1)
+    tomorrow["messages"].append({"role": "assistant", "content": "4"})
+    (group,) = group_rows([scored("a", 0.0), tomorrow])
+    assert [t.tokens[:3].tolist() for t in group.trajectories] == [[1, 2, 3], [1, 2, 4]]
+    for change in (
+        {"messages": [{"role": "user", "content": "2+3?"}]},
+        {"messages": []},
+        {"tools": [{"type": "function", "function": {"name": "f"}}]},
+    ):
+        with pytest.raises(TrainingDataError, match=r"key \('exp', 'a'\) but different prompts"):
+            group_rows([scored("a", 0.0), {**tomorrow, **change}])
+    other_template = row("a", record([1.0], prompt=[9], chat_template_hash="0"), run=1)
+    with pytest.raises(TrainingDataError, match="by the same chat template"):
+        group_rows([scored("a", 1.0), other_template])
+
+
+def test_rows_of_one_key_with_different_tokenizers_are_refused():
     other_tokenizer = row("a", record([1.0], tokenizer="other"), run=1)
     with pytest.raises(
         TrainingDataError, match=r"run 0 was tokenized with 'tok', .*run 1.*'other'"

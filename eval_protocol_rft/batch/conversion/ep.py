@@ -14,10 +14,10 @@ import pyarrow as pa
 
 from eval_protocol_rft.batch.conversion.ep_scan import EpScan, numbered_rows
 from eval_protocol_rft.batch.conversion.json_types import NonFinite, text_notes
-from eval_protocol_rft.batch.conversion.types import ConvertError, Rollouts, Written
+from eval_protocol_rft.batch.conversion.types import ConvertError, Rollouts, Written, split_note
 from eval_protocol_rft.batch.durable import replacing
 from eval_protocol_rft.batch.evaluation_rows.from_row import from_row
-from eval_protocol_rft.batch.evaluation_rows.to_row import to_row
+from eval_protocol_rft.batch.evaluation_rows.to_row import to_rows
 from eval_protocol_rft.batch.files import tables_of
 from eval_protocol_rft.batch.rollouts.format import metadata_of
 from eval_protocol_rft.batch.rollouts.rows import CompletionRow
@@ -47,28 +47,42 @@ def read(path: Path, *, drop_failed_rows: bool) -> Rollouts:
 
 
 def write(rollouts: Rollouts, target: Path) -> Written:
-    """One row per data row."""
+    """One row per data row, or per prompt of it."""
     metadata = rollouts.metadata
     non_finite = NonFinite()
     watched = Rollouts(rollouts.path, rollouts.schema, lambda: non_finite.watch(rollouts.read()))
     encoder = msgspec.json.Encoder(enc_hook=str)
-    data_rows = completions = 0
+    data_rows = completions = split = 0
     with replacing(target) as file:
         for group in watched.groups():
-            file.write(encoder.encode(to_row(group, metadata)) + b"\n")
+            rows = list(to_rows(group, metadata))
+            file.write(encoder.encode_lines(rows))
+            split += len(rows) > 1
             data_rows += 1
             completions += len(group)
-    notes = (*text_notes(rollouts.schema), *non_finite.notes)
+    notes = (*text_notes(rollouts.schema), *non_finite.notes, *split_note(split))
     return Written(data_rows, completions, notes)
 
 
 def _rows(scan: EpScan, schema: pa.Schema) -> Iterator[CompletionRow]:
     prompt_kind = metadata_of(schema).prompt_kind
     renumbered = scan.renumbered
+    group: list[CompletionRow] = []
+    number = 0
     for index, row in numbered_rows(scan.path):
         if index in scan.dropped:
             continue
-        for completion in from_row(row, index, prompt_kind=prompt_kind, keep_row=not scan.one_file):
-            if renumbered:
-                completion.data_idx = index
-            yield completion
+        own = from_row(row, index, prompt_kind=prompt_kind, keep_row=not scan.one_file)
+        if index not in scan.continued:
+            yield from _in_order(group)
+            group, number = [], index
+        if renumbered:
+            for completion in own:
+                completion.data_idx = number
+        group += own
+    yield from _in_order(group)
+
+
+def _in_order(group: list[CompletionRow]) -> list[CompletionRow]:
+    """One data row's completions, which may have come as several rows."""
+    return sorted(group, key=lambda completion: completion.sample_idx)

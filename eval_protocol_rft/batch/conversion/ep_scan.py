@@ -57,8 +57,15 @@ class EpScan:
     num_rows: int = 0
     dropped: set[int] = field(default_factory=set)
     """Numbers of the rows whose rollout failed."""
+    continued: set[int] = field(default_factory=set)
+    """Numbers of the rows that are more of the data row before them: `to_rows` makes several of
+    one whose completions have different prompts."""
     _parts: list[int] = field(default_factory=list)
-    """`data_idx` of the rows that came from a rollout file."""
+    """`data_idx` of the data rows that came from a rollout file."""
+    _last: tuple[Any, ...] = ()
+    """What names the data row of the last row, where it came from a rollout file."""
+    _places: set[int] = field(default_factory=set)
+    """`sample_idx` of its completions so far."""
     _file_wide: FileWide | None = None
     one_file: bool = True
     """Whether the rows say alike which rollout file they came from, or that from none."""
@@ -90,7 +97,7 @@ class EpScan:
             raise ConvertError(f"{self.path}:{line_of(self.path, index)}: {error}") from error
         self.num_rows += 1
         self._add_columns(completions[0])
-        self._add_part(part)
+        self._add_part(index, part, completions)
         if "sampling" in extra_of(row):
             self._add_sampling(extra_of(row))
 
@@ -115,7 +122,8 @@ class EpScan:
     @property
     def renumbered(self) -> bool:
         """Whether `data_idx` is the number of the row in this file, not what the row says."""
-        return len(self._parts) < self.num_rows or len(set(self._parts)) < self.num_rows
+        data_rows = self.num_rows - len(self.continued)
+        return len(self._parts) < data_rows or len(set(self._parts)) < data_rows
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -135,13 +143,23 @@ class EpScan:
         for name, value in first.original.items():
             self._original.setdefault(name, JsonColumn()).add(value)
 
-    def _add_part(self, part: FilePart | None) -> None:
+    def _add_part(
+        self, index: int, part: FilePart | None, completions: list[CompletionRow]
+    ) -> None:
         file = None if part is None else part.file
         if self.num_rows == 1:
             self._file_wide = file
         self.one_file = self.one_file and file == self._file_wide
+        places = {completion.sample_idx for completion in completions}
+        data_row = () if part is None else (part.data_idx, completions[0].row_id, file)
+        if data_row and data_row == self._last and not places & self._places:
+            self.continued.add(index)
+            self._places |= places
+        else:
+            self._last, self._places = data_row, places
+            if part is not None:
+                self._parts.append(part.data_idx)
         if part is not None:
-            self._parts.append(part.data_idx)
             for name, settings in part.file.rewards.items():
                 if self._rewards.setdefault(name, settings) != settings:
                     self._mixed_rewards.add(name)

@@ -5,6 +5,7 @@ Invariant: the file appears under its name when it is complete and on disk, or n
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,9 +111,14 @@ class ConvertedFile:
         """
         fields = rollout_schema(self.metadata, {}, ground_truth=ground_truth)
 
-        def tables() -> Iterator[pa.Table]:
+        def data_rows() -> Iterator[CompletionRow]:
             rows = (completion for row in self.rows() for completion in completions(row))
-            return tables_of(rows, fields)
+            # verl's are several for a data row with several prompts.
+            for _, group in itertools.groupby(rows, key=lambda completion: completion.data_idx):
+                yield from sorted(group, key=lambda completion: completion.sample_idx)
+
+        def tables() -> Iterator[pa.Table]:
+            return tables_of(data_rows(), fields)
 
         return Rollouts(self.path, fields, tables)
 

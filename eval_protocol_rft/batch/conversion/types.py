@@ -62,6 +62,16 @@ class Rollouts:
             yield list(group)
 
 
+def split_note(data_rows: int) -> tuple[str, ...]:
+    """What to say of data rows that became a row for each of their prompts."""
+    if not data_rows:
+        return ()
+    return (
+        f"data rows with completions of several prompts ({data_rows}) are a row for each prompt: "
+        "their chat template rendered something else when the job went on, such as the date",
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Written:
     """What a writer put into the target."""

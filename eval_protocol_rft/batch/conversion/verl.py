@@ -1,4 +1,5 @@
-"""verl's data set for reinforcement learning with the completions in it: one row per data row.
+"""verl's data set for reinforcement learning with the completions in it: one row per data row, or
+one for each prompt where completions of a data row were sampled behind several.
 
 `data_source`, `prompt` (messages), `ability`, `reward_model` and `extra_info` are what verl's
 `RLHFDataset` and reward functions read, `responses` what its `main_generation` writes and its
@@ -22,7 +23,7 @@ import pyarrow as pa
 
 from eval_protocol_rft.batch.conversion import plain_file
 from eval_protocol_rft.batch.conversion.survey import Survey
-from eval_protocol_rft.batch.conversion.types import ConvertError, Rollouts, Written
+from eval_protocol_rft.batch.conversion.types import ConvertError, Rollouts, Written, split_note
 from eval_protocol_rft.batch.conversion.values import (
     as_messages,
     as_prompt,
@@ -32,7 +33,7 @@ from eval_protocol_rft.batch.conversion.values import (
     stored_truth,
 )
 from eval_protocol_rft.batch.rollouts.format import ORIGINAL_PREFIX
-from eval_protocol_rft.batch.rollouts.rows import UNSCORED, CompletionRow, Score
+from eval_protocol_rft.batch.rollouts.rows import UNSCORED, CompletionRow, Score, by_prompt
 
 _IDS = pa.list_(pa.int32())
 _LOGPROBS = pa.list_(pa.float32())
@@ -54,7 +55,7 @@ _NEEDED = ("row_id", "data_idx", "prompt_ids", "response_ids", "response_logprob
 
 
 def write(rollouts: Rollouts, target: Path, *, data_source: str | None) -> Written:
-    """One row per data row of which a completion did not fail."""
+    """One row per data row, or per prompt of it, of which a completion did not fail."""
     survey = Survey.of(rollouts)
     metadata = rollouts.metadata
     rewards = {_rewards_column(name): name for name in ("reward", *metadata.rewards)}
@@ -84,7 +85,7 @@ def write(rollouts: Rollouts, target: Path, *, data_source: str | None) -> Writt
     carried += [ORIGINAL_PREFIX + name for name in passed_on]
     if metadata.sampling is None or target.suffix != ".parquet":
         carried = [name for name in carried if name not in _SAMPLED]
-    notes = [*survey.notes(carried, metadata), *lost]
+    notes = [*survey.notes(carried, metadata), *lost, *split_note(writer.split)]
     if writer.without:
         notes.append(f"data rows without a completion ({writer.without}) are not in the output")
     if "tools" in survey.held:
@@ -123,6 +124,8 @@ class _Writer:
     completions: int = 0
     without: int = 0
     """Data rows of which nothing survived."""
+    split: int = 0
+    """Data rows that became several, one for each of their prompts."""
 
     def rows(self) -> Iterator[dict[str, Any]]:
         for group in self.rollouts.groups():
@@ -132,7 +135,9 @@ class _Writer:
                 continue
             self.data_rows += 1
             self.completions += len(survivors)
-            yield self._row(survivors)
+            parts = by_prompt(survivors)
+            self.split += len(parts) > 1
+            yield from map(self._row, parts)
 
     def _row(self, survivors: Sequence[CompletionRow]) -> dict[str, Any]:
         first = survivors[0]

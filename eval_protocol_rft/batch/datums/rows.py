@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from eval_protocol_rft.batch.dataset import RolloutDataset
-from eval_protocol_rft.batch.evaluation_rows.to_row import to_row
+from eval_protocol_rft.batch.evaluation_rows.to_row import to_rows
 from eval_protocol_rft.batch.numbers import chosen_reward
 from eval_protocol_rft.batch.rollouts.rows import UNSCORED
 from eval_protocol_rft.training.errors import TrainingDataError
@@ -41,4 +41,4 @@ def _rows(dataset: RolloutDataset, column: str) -> Iterator[dict[str, Any]]:
             )
         for row in group:
             row.scores = {"reward": row.scores.get(column, UNSCORED)}
-        yield to_row(group, dataset.metadata, arrays=True)
+        yield from to_rows(group, dataset.metadata, arrays=True)

@@ -8,7 +8,7 @@ logprobs, which a file holds as float32. What a rollout record has no key for tr
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -21,13 +21,25 @@ from eval_protocol_rft.batch.evaluation_rows.record import (
     sampling_of,
 )
 from eval_protocol_rft.batch.rollouts.format import FileMetadata
-from eval_protocol_rft.batch.rollouts.rows import CompletionRow
+from eval_protocol_rft.batch.rollouts.rows import CompletionRow, by_prompt
 from eval_protocol_rft.episodes import EpisodeRecord
 from eval_protocol_rft.prompts import answer_fields
+from eval_protocol_rft.record import RecordError
 
 FINISHED = 100
 INTERNAL = 13
 """The status codes of a rollout that ended well, and of one that failed."""
+
+
+def to_rows(
+    group: Sequence[CompletionRow], metadata: FileMetadata, *, arrays: bool = False
+) -> Iterator[dict[str, Any]]:
+    """The completions of a data row as rows of Eval Protocol: one, or one for each prompt where
+    they were sampled behind several, as a record has one prompt for all its completions. They share
+    their row id, and so are one prompt group. Arguments and errors are those of `to_row`.
+    """
+    for part in by_prompt(group):
+        yield to_row(part, metadata, arrays=arrays)
 
 
 def to_row(
@@ -36,7 +48,7 @@ def to_row(
     """One row of Eval Protocol, as its JSON, of all completions of a data row.
 
     Args:
-        group: in the order of `sample_idx`.
+        group: in the order of `sample_idx`, all sampled behind the same prompt ids.
         metadata: of their file.
         arrays: leave token data as numpy arrays, which `training` reads without a copy.
 
@@ -45,8 +57,14 @@ def to_row(
         rollout, and it has no record.
 
     Raises:
-        RecordError: nothing says at which temperature the completions were sampled.
+        RecordError: the completions have different prompts; or nothing says at which temperature
+            they were sampled.
     """
+    if len(prompts := by_prompt(group)) > 1:
+        raise RecordError(
+            f"row {group[0].row_id!r}: its completions were sampled behind {len(prompts)} different"
+            " prompts, and a rollout record has one"
+        )
     survivors = [row for row in group if not row.failed]
     row = _base(group[0], metadata)
     extra = dict(row["execution_metadata"].get("extra") or {})

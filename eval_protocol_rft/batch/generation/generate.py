@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import logging
 import os
 import secrets
 import time
@@ -20,7 +21,7 @@ from typing import Any
 from eval_protocol_rft.backends import Backends
 from eval_protocol_rft.batch.files import check_output
 from eval_protocol_rft.batch.generation.counts import RunCounts
-from eval_protocol_rft.batch.generation.output import OutputJob, find_job
+from eval_protocol_rft.batch.generation.output import Output, OutputJob, find_job
 from eval_protocol_rft.batch.generation.questions import Questions, Selection
 from eval_protocol_rft.batch.generation.sampling_run import SamplingRun
 from eval_protocol_rft.batch.progress import reporter
@@ -42,6 +43,7 @@ from eval_protocol_rft.sampling.types import Sampler
 from eval_protocol_rft.tokenizer import LoadedTokenizer
 
 DEFAULT_CONCURRENCY = 96
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -216,6 +218,8 @@ async def _run(
                     before + counts.completions + counts.failed, detail=_said(counts, seconds)
                 )
 
+            if before < total:
+                _tell_other_prompts(output, tokenizer)
             prompts = job.questions.prompts(
                 output.done,
                 tokenizer,
@@ -241,6 +245,25 @@ async def _run(
         seconds=seconds,
         attempts=attempts,
     )
+
+
+def _tell_other_prompts(output: Output, tokenizer: LoadedTokenizer) -> None:
+    job = output.job
+    if not output.done.done:
+        return
+    stored = output.first_prompts()
+    changed = job.questions.rendered_otherwise(stored, tokenizer, job.request)
+    if changed:
+        logger.warning(
+            "%s: the job goes on, and %d of the first %d data rows render to another prompt than "
+            "before (data row %d first): their chat template says the date or time, or the "
+            "tokenizer was changed. Each completion keeps the prompt ids that it was sampled "
+            "behind; for one prompt throughout, begin a new output",
+            job.target,
+            len(changed),
+            len(stored),
+            changed[0],
+        )
 
 
 async def _to_its_end(work: Callable[[], int]) -> int:

@@ -29,7 +29,11 @@ from eval_protocol_rft.batch.store.parts import (
     stored_keys,
 )
 from eval_protocol_rft.params import RolloutRequest
+from eval_protocol_rft.sampling.types import TokenIds
 from eval_protocol_rft.tokenizer import LoadedTokenizer
+
+_COMPARED_ROWS = 16
+"""Data rows whose prompts are rendered again when a job goes on."""
 
 
 class JobError(ValueError):
@@ -111,6 +115,18 @@ class Output:
     done: DoneIndex
     """What was there when it was opened."""
     keys_of: functools.partial[Keys]
+
+    def first_prompts(self) -> dict[int, TokenIds]:
+        """Prompt ids of the first data rows that are stored, by `data_idx`."""
+        base = [] if self.job.base is None else [self._sorted(self.job.base)]
+        prompts: dict[int, TokenIds] = {}
+        table = next(self.store.merged(base), None)
+        if table is not None:
+            columns = (table.column(name) for name in ("data_idx", "prompt_ids"))
+            for number, ids in zip(*columns, strict=True):
+                if ids.is_valid and len(prompts) < _COMPARED_ROWS:
+                    prompts.setdefault(number.as_py(), TokenIds(ids.as_py()))
+        return prompts
 
     def finish(self) -> int:
         """Make the file of what is stored, and return how many of its completions failed."""

@@ -7,7 +7,7 @@ fails on is a failure of its completions, and the other rows go on.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,6 +114,26 @@ class Questions:
             first = first or ids
         if first is not None:
             raise first
+
+    def rendered_otherwise(
+        self,
+        stored: Mapping[int, TokenIds],
+        tokenizer: LoadedTokenizer,
+        request: RolloutRequest,
+    ) -> list[int]:
+        """Those data rows of `stored`, by `data_idx`, whose prompt ids are others now: their chat
+        template says the date, or the tokenizer is another under the same name."""
+        changed: list[int] = []
+        left = len(stored)
+        for row in self.source.rows(**self.selection.rows):
+            if not left:
+                break
+            if row.data_idx in stored:
+                left -= 1
+                ids = self._render(row, tokenizer, request)
+                if not isinstance(ids, PromptError) and ids != stored[row.data_idx]:
+                    changed.append(row.data_idx)
+        return changed
 
     def prompts(
         self,

@@ -174,6 +174,28 @@ def from_record_batch(
     ]
 
 
+def by_prompt(group: Sequence[CompletionRow]) -> list[list[CompletionRow]]:
+    """The completions of a data row, apart by the prompt ids that they were sampled behind; in one
+    list where these are the same, which they are unless a chat template that says the date rendered
+    the row again when its job went on. A failure stands with the completions of its prompt, or with
+    the first ones.
+    """
+    parts: dict[bytes | None, list[CompletionRow]] = {}
+    for row in group:
+        if not row.failed:
+            parts.setdefault(_prompt_key(row), [])
+    if len(parts) < 2:
+        return [list(group)]
+    first = next(iter(parts.values()))
+    for row in group:
+        parts.get(_prompt_key(row), first).append(row)
+    return list(parts.values())
+
+
+def _prompt_key(row: CompletionRow) -> bytes | None:
+    return None if row.prompt_ids is None else row.prompt_ids.tobytes()
+
+
 def _list_array(arrays: Sequence[NDArray[Any] | None], kind: pa.DataType) -> pa.Array:
     """[N] arrays, or None, as one list column without a Python loop per token."""
     dtype = kind.value_type.to_pandas_dtype()

@@ -26,19 +26,17 @@ from eval_protocol_rft.training.errors import EmptyBatchError, TrainingDataError
 from eval_protocol_rft.training.export.atomic import replacing
 from eval_protocol_rft.training.export.errors import ExportError
 from eval_protocol_rft.training.groups import GroupKey
-from eval_protocol_rft.training.rows import Row, RowRollout, field_of, read_row, row_key
+from eval_protocol_rft.training.rows import (
+    Row,
+    RowRollout,
+    field_of,
+    plain,
+    plain_message,
+    read_row,
+    row_key,
+)
 
 Unscored = Literal["error", "drop"]
-
-_MESSAGE_KEYS = (
-    "role",
-    "content",
-    "reasoning_content",
-    "name",
-    "tool_calls",
-    "tool_call_id",
-    "function_call",
-)
 
 
 class RLStepData(NamedTuple):
@@ -138,7 +136,7 @@ def _samples(
             "evals": {"score": float(trajectory.reward)},
         }
         if tools:
-            sample["tools"] = _plain(tools)
+            sample["tools"] = plain(tools)
         samples.append(sample)
     return samples
 
@@ -151,20 +149,4 @@ def _prompt(row: Row, rollout: RowRollout) -> list[dict[str, Any]]:
             f"{rollout.name}: its messages do not end in the rollout's answer after a prompt; "
             "leave row.messages as the rollout left them"
         )
-    return [_message(message) for message in messages[:-1]]
-
-
-def _message(message: Any) -> dict[str, Any]:
-    fields = {name: field_of(message, name) for name in _MESSAGE_KEYS}
-    return {name: _plain(value) for name, value in fields.items() if value is not None}
-
-
-def _plain(value: Any) -> Any:
-    """Plain JSON of what Eval Protocol's models hold, without their empty fields."""
-    if hasattr(value, "model_dump"):
-        return value.model_dump(mode="json", exclude_none=True)
-    if isinstance(value, Mapping):
-        return {name: _plain(item) for name, item in value.items() if item is not None}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value
+    return [plain_message(message) for message in messages[:-1]]
