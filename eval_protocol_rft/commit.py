@@ -7,7 +7,7 @@ Invariant: everything is built before the first assignment, so a row never holds
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 from openai.types import CompletionUsage
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from eval_protocol_rft.environments.episode import Episode
 
+_T = TypeVar("_T")
 _OWN_KEYS = frozenset(RolloutRecord.__struct_fields__)
 
 
@@ -179,8 +180,12 @@ def _is_answered(row: EvaluationRow) -> bool:
 
 def first_policy_versions(completions: Sequence[Completion]) -> list[str | None]:
     """As the record has them: [G], or empty where no completion spans several versions."""
-    firsts = [completion.first_policy_version for completion in completions]
-    return firsts if any(first is not None for first in firsts) else []
+    return _if_any([completion.first_policy_version for completion in completions])
+
+
+def _if_any(values: list[_T]) -> list[_T]:
+    """What the record keeps of a list that mostly says nothing: all of it, or none."""
+    return values if any(values) else []
 
 
 def build_record(
@@ -193,18 +198,18 @@ def build_record(
     began_at: float,
     tail: TailPolicy = WAIT_FOR_ALL,
 ) -> RolloutRecord:
-    """The record of a group with at least one survivor."""
+    """The record of a group with at least one survivor, completions as `LoadedTokenizer.read` gives
+    them."""
     params, survivors = request.params, group.survivors
     completions = [survivor.completion for survivor in survivors]
     prompt_ids = list(prompt)
     raw = [completion.raw_logprobs for completion in completions]
-    retry_causes = [list(survivor.causes) for survivor in survivors]
     first = completions[0]
     return RolloutRecord(
         prompt_ids=prompt_ids,
         completion_ids=[completion.token_ids for completion in completions],
         inference_logprobs=[completion.logprobs for completion in completions],
-        completions_text=[tokenizer.decode_completion(c, params) for c in completions],
+        completions_text=[completion.text or "" for completion in completions],
         truncated=[completion.truncated for completion in completions],
         finish_reasons=[completion.finish_reason for completion in completions],
         raw_logprobs=raw if any(values is not None for values in raw) else None,
@@ -233,10 +238,11 @@ def build_record(
             seeds=[survivor.seed for survivor in survivors],
             policy_versions=[completion.policy_version for completion in completions],
             first_policy_versions=first_policy_versions(completions),
+            past_end=_if_any([completion.past_end for completion in completions]),
             request_ids=[completion.request_id for completion in completions],
             attempts=[survivor.attempts for survivor in survivors],
             seconds=[survivor.seconds for survivor in survivors],
-            retry_causes=retry_causes if any(retry_causes) else [],
+            retry_causes=_if_any([list(survivor.causes) for survivor in survivors]),
             over_sample=tail.over_sample,
             cancelled=group.cancelled,
             straggler_seconds=tail.straggler_seconds,

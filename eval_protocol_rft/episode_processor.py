@@ -145,6 +145,7 @@ class EpisodeRolloutProcessor(FireworksTrainingRolloutProcessor):
                 prompt=job.row_key,
                 observe=log_attempt,
                 on_start=starts,
+                read=lambda completion: job.tokenizer.read(completion, params),
             )
 
         run_episode = EpisodeRun(

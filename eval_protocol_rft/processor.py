@@ -240,6 +240,7 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
                 observe=log_attempt,
                 on_start=ticket.used,
                 tail=self.tail,
+                read=lambda completion: job.tokenizer.read(completion, job.request.params),
             )
         self._require_survivors(row, job.request, group)
         commit_group(

@@ -56,6 +56,10 @@ class SamplingRecord(msgspec.Struct, frozen=True, kw_only=True):
     first_policy_versions: list[str | None] = []
     """For completions whose sampling spans several versions: the first that is not the one in
     `policy_versions`. Empty where there is no such completion."""
+    past_end: list[list[int]] = []
+    """Ids that the server handed out behind the stop string or token that it says ended the
+    completion (speculative decoding does): no evaluator saw them, and they are in no other list.
+    Empty where there are none."""
     request_ids: list[str | None]
     attempts: list[int]
     seconds: list[float]
@@ -165,12 +169,10 @@ class RolloutRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Fal
             values = getattr(self.sampling, name)
             if len(values) != size:
                 return f"sampling.{name} has {len(values)} entries for {size} completions"
-        firsts = self.sampling.first_policy_versions
-        if firsts and len(firsts) != size:
-            return f"sampling.first_policy_versions has {len(firsts)} entries, not {size} or none"
-        causes = self.sampling.retry_causes
-        if causes and len(causes) != size:
-            return f"sampling.retry_causes has {len(causes)} entries, not {size} or none"
+        for name in ("first_policy_versions", "retry_causes", "past_end"):
+            values = getattr(self.sampling, name)
+            if values and len(values) != size:
+                return f"sampling.{name} has {len(values)} entries, not {size} or none"
         for i, (ids, logprobs) in enumerate(
             zip(self.completion_ids, self.inference_logprobs, strict=True)
         ):

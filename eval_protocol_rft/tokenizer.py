@@ -10,9 +10,10 @@ import hashlib
 import math
 import threading
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,6 +35,8 @@ class LoadedTokenizer:
     """Ids of control tokens (end of turn, end of text, ...); never of `<think>` and the like, which
     tokenizers list as ordinary added tokens."""
     chat_template_hash: str | None
+    special_texts: tuple[str, ...] = field(default=(), repr=False)
+    """What control tokens are written as."""
     is_plain: bool = field(default=False, repr=False)
     """Whether it does nothing with a text or ids but ask its backend, which takes a third to a half
     of the time."""
@@ -59,6 +62,9 @@ class LoadedTokenizer:
             name=name or str(getattr(tokenizer, "name_or_path", "")) or type(tokenizer).__name__,
             special_ids=frozenset(special),
             chat_template_hash=_hash(template) if template else None,
+            special_texts=tuple(
+                str(text) for text in tokenizer.convert_ids_to_tokens(sorted(special)) if text
+            ),
             is_plain=_is_plain(tokenizer),
         )
 
@@ -73,15 +79,34 @@ class LoadedTokenizer:
         read = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return [int(token) for token in read]
 
+    def read(self, completion: Completion, params: SamplingParams) -> Completion:
+        """The completion as it is kept: it ends where the server says that it ended, and its `text`
+        is the answer, decoded here.
+
+        Tokens behind that end (speculative decoding hands out some) are in `past_end`, and nowhere
+        else: no evaluator saw them, and no later turn may hold them.
+        """
+        body = self.decode_body(completion)
+        end = self._end(body, completion, params)
+        if end is not None and end < len(completion.token_ids):
+            completion = _cut(completion, end)
+            body = self.decode_body(completion)
+        return replace(completion, text=self.answer(body, completion, params))
+
     def ender(self, completion: Completion) -> int | None:
         """The token that ended the turn, where one was sampled."""
-        last = completion.token_ids[-1]
-        by_token = last in self.special_ids or completion.stop_reason == last
-        return last if completion.finish_reason == "stop" and by_token else None
+        last, named = completion.token_ids[-1], completion.stop_reason
+        if completion.finish_reason != "stop":
+            return None
+        if last not in self.special_ids:
+            return last if named == last else None
+        # A stop string may be the text of a control token, or stand before one by chance.
+        by_string = isinstance(named, str) and not named.endswith(self.decode([last]))
+        return None if by_string else last
 
     def decode_completion(self, completion: Completion, params: SamplingParams) -> str:
-        """The completion's text: without the token that ended the turn, cut before a stop string
-        (as servers cut it), all other tokens as they are.
+        """The completion's text: without the token that ended the turn, cut before the stop string
+        that ended it (as servers cut it), all other tokens as they are.
         """
         return self.answer(self.decode_body(completion), completion, params)
 
@@ -92,12 +117,69 @@ class LoadedTokenizer:
 
     def answer(self, body: str, completion: Completion, params: SamplingParams) -> str:
         """`decode_completion`, from what `decode_body` gave."""
-        if not params.stop or completion.finish_reason != "stop":
-            return body
-        if params.extra.get("include_stop_str_in_output") or self.ender(completion) is not None:
-            return body
-        cuts = [at for at in map(body.find, params.stop) if at >= 0]
-        return body[: min(cuts)] if cuts else body
+        stop = self._stop(body, completion, params)
+        return body if stop is None else body[: stop.cut]
+
+    def _end(self, body: str, completion: Completion, params: SamplingParams) -> int | None:
+        """How many tokens there are up to the end that the server names; None: all."""
+        ids, named = completion.token_ids, completion.stop_reason
+        if completion.finish_reason != "stop":
+            return None
+        if isinstance(named, int):
+            return ids.index(named) + 1 if named in ids and ids[-1] != named else None
+        stop = self._stop(body, completion, params)
+        if stop is None or stop.end >= len(body):
+            return None
+        kept = body[: stop.end]
+        return bisect_left(
+            range(len(ids)), True, lo=1, key=lambda k: self.decode(ids[:k]).startswith(kept)
+        )
+
+    def _stop(self, body: str, completion: Completion, params: SamplingParams) -> _Stop | None:
+        """Where in `body` the stop string stands that ended the completion.
+
+        The server's word goes first: the string that it names, and of several places the one where
+        its text ends. Where it says nothing, the first place behind `min_tokens`.
+        """
+        named, text = completion.stop_reason, completion.text
+        stops = (named,) if isinstance(named, str) else params.stop
+        if completion.finish_reason != "stop" or not stops:
+            return None
+        kept = bool(params.extra.get("include_stop_str_in_output"))
+        places = sorted((at, at + len(stop)) for stop in stops for at in _places(body, stop))
+        if text is not None:
+            if named is None and self._same(text, body):
+                return None
+            for start, end in places:
+                for cut in (start, end):
+                    if self._same(text, body[:cut]):
+                        return _Stop(cut, end)
+        if named is None and self.ender(completion) is not None:
+            return None
+        unwatched = self._unwatched(completion, params)
+        for start, end in places:
+            if end > unwatched:
+                return _Stop(end if kept else start, end)
+        # A pattern that the server matched (SGLang's `stop_regex`).
+        matched = named is not None and text and body.startswith(text)
+        return _Stop(len(text), len(body)) if matched and text else None
+
+    def _unwatched(self, completion: Completion, params: SamplingParams) -> int:
+        """Characters in which servers look for no stop string: those of the first `min_tokens`."""
+        count = params.extra.get("min_tokens")
+        if not isinstance(count, int) or count < 1:
+            return 0
+        return len(self.decode(completion.token_ids[:count]))
+
+    def _same(self, text: str, ours: str) -> bool:
+        """Whether a server shows `ours` as `text`: it may leave out control tokens, and the blank
+        before the first word."""
+        return text == ours or self._shown(text) == self._shown(ours)
+
+    def _shown(self, text: str) -> str:
+        for token in self.special_texts:
+            text = text.replace(token, "")
+        return text.removeprefix(" ")
 
     def decode(self, ids: list[int]) -> str:
         """Text of `ids`, control tokens included, no clean-up of spaces."""
@@ -158,6 +240,34 @@ def _from_pretrained(name: str, trust_remote_code: bool) -> PreTrainedTokenizerB
             'completion_params["tokenizer"].'
         ) from error
     return tokenizer
+
+
+class _Stop(NamedTuple):
+    """Characters of a completion's text."""
+
+    cut: int
+    """Where the answer ends: before the stop string, or behind one that is to be kept."""
+    end: int
+    """Where the stop string ends."""
+
+
+def _places(body: str, stop: str) -> Iterator[int]:
+    at = body.find(stop)
+    while at >= 0:
+        yield at
+        at = body.find(stop, at + 1)
+
+
+def _cut(completion: Completion, end: int) -> Completion:
+    """The first `end` tokens."""
+    raw = completion.raw_logprobs
+    return replace(
+        completion,
+        token_ids=completion.token_ids[:end],
+        logprobs=completion.logprobs[:end],
+        raw_logprobs=None if raw is None else raw[:end],
+        past_end=completion.token_ids[end:],
+    )
 
 
 def _is_plain(tokenizer: PreTrainedTokenizerBase) -> bool:

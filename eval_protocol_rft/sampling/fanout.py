@@ -28,6 +28,9 @@ from eval_protocol_rft.sampling.types import (
     SamplingParams,
 )
 
+Read = Callable[[Completion], Completion]
+"""Looks at a completion as it came, and gives it as it is kept."""
+
 
 @dataclass(frozen=True, slots=True)
 class Survivor:
@@ -81,6 +84,7 @@ async def sample_group(
     on_start: Callable[[], None] = lambda: None,
     observe: Observer | None = None,
     tail: TailPolicy = WAIT_FOR_ALL,
+    read: Read | None = None,
 ) -> Group:
     """Sample one completion per seed, concurrently.
 
@@ -95,6 +99,7 @@ async def sample_group(
         observe: told of every attempt that ends by itself.
         tail: whom not to wait for. The completions kept are the first n to survive, whatever their
             index.
+        read: what to make of each completion; may raise a `SamplingError`, as the sampler may.
 
     Cancelling this cancels every attempt and waits for them to end. An exception that is no
     `SamplingError` is a bug, or the run's end: it cancels the siblings and is raised as it is.
@@ -132,6 +137,7 @@ async def sample_group(
             on_start=start,
             observe=observe,
             attempts=attempts[index],
+            read=read,
         )
         if end.reason is not None:
             return  # a sampler that does not let itself be cancelled
@@ -174,6 +180,7 @@ async def sample_one(
     on_start: Callable[[], None] = lambda: None,
     observe: Observer | None = None,
     attempts: CompletionAttempts | None = None,
+    read: Read | None = None,
 ) -> Survivor | Failure:
     """Sample the completion at `index`; as `sample_group` otherwise. All its attempts have its
     seed. `attempts`: a caller's that watches them; empty, of this `retry` and `seed`."""
@@ -208,6 +215,7 @@ async def sample_one(
                 on_start()
             try:
                 completion = await sampler.sample(prompt_ids, params, seed=seed)
+                completion = completion if read is None else read(completion)
             except SamplingError as error:
                 failure, attempt = error, turn.failed(error)
             else:

@@ -45,6 +45,8 @@ class Choice(msgspec.Struct):
     finish_reason: str | None = None
     text: str | None = None
     stop_reason: str | int | None = None
+    matched_stop: str | int | None = None
+    """The same in SGLang's words, which names the end-of-turn token too."""
     token_ids: list[int] | None = None
     prompt_token_ids: msgspec.Raw = ABSENT
     logprobs: Logprobs | None = None
@@ -203,6 +205,7 @@ def _merge_choice(into: Choice, chunk: Choice) -> None:
         raise ContractError(f"choices[{into.index}]: tokens after finish_reason in the stream")
     into.finish_reason = _one("finish_reason", into.finish_reason, chunk.finish_reason)
     into.stop_reason = _one("stop_reason", into.stop_reason, chunk.stop_reason)
+    into.matched_stop = _one("matched_stop", into.matched_stop, chunk.matched_stop)
     into.text = (into.text or "") + (chunk.text or "")
     into.token_ids = _joined(into.token_ids, chunk.token_ids)
     if into.prompt_token_ids == ABSENT:

@@ -104,7 +104,8 @@ class Completion:
     """[T] the model's own logprobs (T=1, full vocabulary), where the backend tells them."""
     finish_reason: FinishReason
     text: str | None = None
-    """Text as the backend decoded it; None where only ids came back."""
+    """Text as the backend decoded it, None where only ids came back. From `LoadedTokenizer.read`:
+    the answer, decoded from the ids."""
     stop_reason: str | int | None = None
     """The stop string or stop token id that ended it, where the backend tells."""
     request_id: str | None = None
@@ -116,6 +117,8 @@ class Completion:
     no others did, as far as the backend tells."""
     queue_seconds: float | None = None
     """How long the request waited in the server's queues, where the backend tells."""
+    past_end: list[int] = field(default_factory=list)
+    """Ids that the backend handed out behind the end that it names: no part of the completion."""
 
     def __post_init__(self) -> None:
         problem = token_data_problem(self.token_ids, self.logprobs, self.raw_logprobs)

@@ -170,7 +170,7 @@ def _completion(
             raw_logprobs=raw_logprobs,
             finish_reason=finish_reason,
             text=choice.text,
-            stop_reason=choice.stop_reason,
+            stop_reason=(choice.matched_stop if choice.stop_reason is None else choice.stop_reason),
             request_id=reply.id,
             policy_version=version,
             first_policy_version=first_version,

@@ -151,6 +151,7 @@ class SamplingRun:
                 prompt=row.row_id,
                 observe=self._observer(len(prompt.ids)),
                 on_start=started,
+                read=lambda completion: self.tokenizer.read(completion, self.params),
             )
             self._fill(row, outcome)
         self._finished.put_nowait(row)
@@ -170,7 +171,7 @@ class SamplingRun:
             return
         completion = outcome.completion
         raw = completion.raw_logprobs
-        row.response = self.tokenizer.decode_completion(completion, self.params)
+        row.response = completion.text
         row.completion_ids = np.array(completion.token_ids, np.int32)
         row.logprobs = np.array(completion.logprobs, np.float32)
         row.raw_logprobs = None if raw is None else np.array(raw, np.float32)
