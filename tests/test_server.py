@@ -406,7 +406,8 @@ def test_fields_at_the_value_that_asks_for_nothing_are_accepted(client):
     "body", [b"", b"{", b"[1]", b"3", b'{"a":"\xff"}', b"[" * 100_000, b'{"prompt": NaN}']
 )
 def test_a_body_that_is_no_json_object_is_a_400(client, body):
-    reply = client.post("/v1/completions", content=body)
+    json_says = {"content-type": "application/json"}
+    reply = client.post("/v1/completions", content=body, headers=json_says)
     assert reply.status_code == 400
     assert reply.json()["error"]["code"] == "invalid_request_error"
 

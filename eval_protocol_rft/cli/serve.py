@@ -17,14 +17,23 @@ def serve(
         ),
     ] = "local/arithmetic",
     host: Annotated[
-        str, typer.Option(help="Address to listen on. There is no authentication: keep it local.")
+        str,
+        typer.Option(help="Address to listen on. For others than this machine set --api-key too."),
     ] = "127.0.0.1",
     port: Annotated[
         int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")
     ] = 8000,
     served_model_name: Annotated[
         str | None,
-        typer.Option(help="What requests call the model.", show_default="the value of --model"),
+        typer.Option(help="What requests call the model.", show_default="--model without local/"),
+    ] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            envvar="EP_RFT_SERVE_API_KEY",
+            help="Asked of every request, as 'Authorization: Bearer KEY'.",
+            show_default="none",
+        ),
     ] = None,
     reloads: Annotated[
         bool,
@@ -43,6 +52,7 @@ def serve(
       ep-rft serve --model local/Qwen/Qwen3-0.6B --port 9000
       ep-rft serve --model ./checkpoint --served-model-name policy
       ep-rft serve --model ./checkpoint --reloads   # for ep-rft train --base-url
+      EP_RFT_SERVE_API_KEY=... ep-rft serve --host 0.0.0.0   # for other machines
     """
     try:
         from eval_protocol_rft.server.run import ServeError, serve_local
@@ -59,6 +69,7 @@ def serve(
             port=port,
             served_model_name=served_model_name,
             reloads=reloads,
+            api_key=api_key,
             say=typer.echo,
         )
     except ServeError as error:

@@ -29,6 +29,11 @@ HARMLESS_EXTRA = frozenset(
 """Request fields that change neither tokens nor logprobs of an in-process completion."""
 
 
+LOWEST_TEMPERATURE = 1e-5
+"""Below it float32 cannot hold logits divided by it apart, and their logprobs are noise; vLLM takes
+the same bound for greedy."""
+
+
 def completion_limit(prompt_tokens: int, max_tokens: int | None, context_length: int) -> int:
     """Most tokens to draw: `max_tokens`, or all that the context has left.
 
@@ -68,6 +73,11 @@ def check_params(params: SamplingParams) -> None:
 def _problem(params: SamplingParams) -> str | None:
     if not (math.isfinite(params.temperature) and params.temperature >= 0):
         return f"temperature is {params.temperature}, must be finite and at least 0"
+    if 0 < params.temperature < LOWEST_TEMPERATURE:
+        return (
+            f"temperature is {params.temperature}, must be 0 (the best token) or at least "
+            f"{LOWEST_TEMPERATURE}"
+        )
     if not 0 < params.top_p <= 1:
         return f"top_p is {params.top_p}, must be above 0 and at most 1"
     if params.top_k < -1:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import math
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterable
@@ -18,13 +17,17 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
+from eval_protocol_rft.params import LOCAL_PREFIX
 from eval_protocol_rft.sampling.types import Completion, Sampler, SamplingError
 from eval_protocol_rft.server import replies
-from eval_protocol_rft.server.errors import ApiError
+from eval_protocol_rft.server.access import Access, AccessMiddleware
+from eval_protocol_rft.server.bounds import give_memory_back, read_json_body
+from eval_protocol_rft.server.errors import ApiError, error_reply
 from eval_protocol_rft.server.protocol import CompletionRequest, choice_seed, parse_request
 from eval_protocol_rft.server.reloading import ReloadingSampler
 from eval_protocol_rft.server.spelling import spell
@@ -34,6 +37,12 @@ from eval_protocol_rft.tokenizer import LoadedTokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_LARGE_REQUEST = 64
+"""Completions of a request after which memory is given back, where no other is in flight."""
+
+_MAX_CHARACTERS_PER_TOKEN = 32
+"""Of a whole text, on average: prose has four, deeply indented code ten."""
 
 _CLIENT_CLOSED_REQUEST = 499
 """nginx's status for a reply that nobody will read."""
@@ -47,6 +56,7 @@ def create_app(
     *,
     model_name: str,
     context_length: int | None = None,
+    access: Access | None = None,
 ) -> Starlette:
     """Serve `sampler` in Fireworks' shape.
 
@@ -57,8 +67,9 @@ def create_app(
         sampler: makes the completions; concurrent requests reach it concurrently. A
             `ReloadingSampler` may be given new weights over HTTP.
         tokenizer: encodes text prompts and spells sampled ids.
-        model_name: the one model that requests may name.
+        model_name: the one model that requests may name, with or without `local/` in front.
         context_length: most tokens of prompt and completion together, None where unknown.
+        access: what requests must show; None: nothing.
     """
     weights = WeightEndpoints(sampler if isinstance(sampler, ReloadingSampler) else None)
     service = _Service(sampler, LoadedTokenizer.wrap(tokenizer), model_name, context_length)
@@ -85,6 +96,7 @@ def create_app(
             Exception: _answer_error,
         },
         lifespan=lifespan,
+        middleware=[Middleware(AccessMiddleware, access=access)] if access else [],
     )
     app.state.stopping = service.stopping
     return app
@@ -124,24 +136,42 @@ class _Service:
 
     async def completions(self, http: Request) -> Response:
         started = time.perf_counter()
-        request = parse_request(await http.body())
-        if request.model != self._model_name:
+        request = parse_request(await read_json_body(http))
+        if not self._serves(request.model):
             raise ApiError.unknown_model(request.model, served=self._model_name)
-        prompts = [self._prompt(request, given) for given in request.prompts()]
         self._in_flight += 1
         try:
-            in_flight = self._in_flight
-            samples = await while_wanted(
-                self._sample(request, prompts), http=http, stopping=self.stopping
+            return await while_wanted(
+                self._reply(http, request, started, self._in_flight),
+                http=http,
+                stopping=self.stopping,
             )
         finally:
             self._in_flight -= 1
-        seconds = time.perf_counter() - started
-        metrics = replies.perf_metrics(samples, request, seconds=seconds, in_flight=in_flight)
-        return self._answer(http, request, samples, metrics)
+            if not self._in_flight and request.choices() >= _LARGE_REQUEST:
+                asyncio.get_running_loop().run_in_executor(None, give_memory_back)
+
+    def _serves(self, model: str) -> bool:
+        """`local/` is no part of a name: our clients sample what begins with it themselves."""
+        return model.removeprefix(LOCAL_PREFIX) == self._model_name.removeprefix(LOCAL_PREFIX)
+
+    async def _reply(
+        self, http: Request, request: CompletionRequest, started: float, in_flight: int
+    ) -> Response:
+        # Text of a million characters takes seconds to encode and a reply of a hundred thousand
+        # tokens to write: others are answered meanwhile.
+        prompts = await asyncio.to_thread(self._prompts, request)
+        completions = await self._sample(request, prompts)
+        return await asyncio.to_thread(
+            self._answer, http, request, prompts, completions, started, in_flight
+        )
+
+    def _prompts(self, request: CompletionRequest) -> list[replies.Prompt]:
+        return [self._prompt(request, given) for given in request.prompts()]
 
     def _prompt(self, request: CompletionRequest, given: str | list[int]) -> replies.Prompt:
         if isinstance(given, str):
+            self._check_length(given)
             ids, text = list(self._tokenizer.tokenizer.encode(given)), given
         else:
             ids, text = given, self._tokenizer.decode(given)
@@ -150,9 +180,21 @@ class _Service:
         )
         return replies.Prompt(token_ids=ids, text=text, params=params)
 
+    def _check_length(self, text: str) -> None:
+        """Refuse what would be encoded in vain: a million characters take a gigabyte."""
+        if self._context_length is None:
+            return
+        bound = _MAX_CHARACTERS_PER_TOKEN * self._context_length
+        if len(text) > bound:
+            raise ApiError(
+                f"The prompt is too long: {len(text)} characters, and a context of "
+                f"{self._context_length} tokens takes no text beyond {bound}; send token ids if "
+                "they do fit, field: 'prompt'"
+            )
+
     async def _sample(
         self, request: CompletionRequest, prompts: Iterable[replies.Prompt]
-    ) -> list[replies.Sampled]:
+    ) -> list[Completion]:
         """Sample n completions of each prompt at once, ordered prompt by prompt. The first failure
         cancels the others: a reply has all its choices or none."""
         jobs = [
@@ -165,14 +207,7 @@ class _Service:
                 tasks = [group.create_task(self._complete(prompt, seed)) for prompt, seed in jobs]
         except ExceptionGroup as failures:
             raise failures.exceptions[0] from None
-        return [
-            replies.Sampled(
-                prompt=prompt,
-                completion=task.result(),
-                spelling=spell(self._tokenizer, task.result(), prompt.params),
-            )
-            for (prompt, _), task in zip(jobs, tasks, strict=True)
-        ]
+        return [task.result() for task in tasks]
 
     async def _complete(self, prompt: replies.Prompt, seed: int | None) -> Completion:
         return await self._sampler.sample(prompt.token_ids, prompt.params, seed=seed)
@@ -181,9 +216,22 @@ class _Service:
         self,
         http: Request,
         request: CompletionRequest,
-        samples: list[replies.Sampled],
-        metrics: dict[str, str],
+        prompts: list[replies.Prompt],
+        completions: list[Completion],
+        started: float,
+        in_flight: int,
     ) -> Response:
+        each = [prompt for prompt in prompts for _ in range(request.n or 1)]
+        samples = [
+            replies.Sampled(
+                prompt=prompt,
+                completion=completion,
+                spelling=spell(self._tokenizer, completion, prompt.params),
+            )
+            for prompt, completion in zip(each, completions, strict=True)
+        ]
+        seconds = time.perf_counter() - started
+        metrics = replies.perf_metrics(samples, request, seconds=seconds, in_flight=in_flight)
         head = replies.Head(
             id=f"cmpl-{uuid.uuid4().hex}", created=int(time.time()), model=self._model_name
         )
@@ -211,9 +259,8 @@ def _request_id(http: Request) -> dict[str, str]:
     return {"x-request-id": http.headers.get("x-request-id") or uuid.uuid4().hex}
 
 
-def _json(value: Any, *, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    body = value if isinstance(value, bytes) else msgspec.json.encode(value)
-    return Response(body, status_code=status, media_type="application/json", headers=headers)
+def _json(value: Any, *, headers: dict[str, str] | None = None) -> Response:
+    return Response(msgspec.json.encode(value), media_type="application/json", headers=headers)
 
 
 async def _answer_error(http: Request, error: Exception) -> Response:
@@ -236,9 +283,7 @@ async def _answer_error(http: Request, error: Exception) -> Response:
         # Starlette raises it on, for the log, and uvicorn then closes the connection: unsaid, that
         # would be under the client's next request.
         headers["connection"] = "close"
-    if error.retry_after is not None:
-        headers["retry-after"] = str(math.ceil(error.retry_after))
-    return _json(error.body(), status=error.status, headers=headers)
+    return error_reply(error, headers)
 
 
 async def _answer_nobody(http: Request, error: Exception) -> Response:

@@ -1,4 +1,4 @@
-"""How the server says no: a status and a body in Fireworks' form. Pure.
+"""How the server says no: a status and a body in Fireworks' form.
 
 Only an unknown model is answered with "Model not found": Fireworks' clients take those words for a
 deployment that is still starting, and wait.
@@ -6,10 +6,12 @@ deployment that is still starting, and wait.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from http import HTTPStatus
 
 import msgspec
+from starlette.responses import Response
 
 from eval_protocol_rft.sampling.types import FailureKind, SamplingError
 
@@ -56,3 +58,14 @@ class ApiError(Exception):
         kind = "invalid_request_error" if self.status < 500 else "server_error"
         fields = {"object": "error", "type": kind, "code": self.code, "message": str(self)}
         return msgspec.json.encode({"error": fields})
+
+
+def error_reply(error: ApiError, headers: Mapping[str, str] | None = None) -> Response:
+    """`error` as a reply, with these headers beside its own."""
+    own = {"retry-after": str(math.ceil(error.retry_after))} if error.retry_after else {}
+    return Response(
+        error.body(),
+        status_code=error.status,
+        media_type="application/json",
+        headers={**(headers or {}), **own},
+    )

@@ -17,6 +17,9 @@ from msgspec import Meta
 from eval_protocol_rft.sampling.types import SamplingParams
 from eval_protocol_rft.server.errors import ApiError
 
+MAX_CHOICES = 1024
+"""Completions in one reply, prompts times n: a reply is held whole before any of it is sent."""
+
 DEFAULT_MAX_TOKENS = 256
 """Sampled when a request names no limit; lowered where the context leaves less."""
 
@@ -113,17 +116,31 @@ class CompletionRequest(msgspec.Struct, frozen=True, kw_only=True):
         """The prompts asked for, one or many; each is text or token ids.
 
         Raises:
-            ApiError: there is none, one is empty, or kinds are mixed.
+            ApiError: there is none, kinds are mixed, or they make more than `MAX_CHOICES`
+                completions.
         """
         given = self.prompt
-        if isinstance(given, str) or (given and all(type(item) is int for item in given)):
+        if self._is_one_prompt():
             return [given]  # type: ignore[list-item]  # checked: a string or integers only
+        if self.choices() > MAX_CHOICES:
+            raise ApiError(
+                f"{len(given)} prompts with n={self.n or 1} make {self.choices()} completions, and "
+                f"one request may have {MAX_CHOICES}: send several requests, field: 'prompt'"
+            )
         if not given or not all(type(item) is type(given[0]) for item in given):
             raise ApiError(
                 "Expected text, token ids, or a list of either with at least one entry and of one "
                 "kind, field: 'prompt'"
             )
         return given  # type: ignore[return-value]  # checked: strings only, or lists only
+
+    def choices(self) -> int:
+        """Completions asked for: prompts times n."""
+        return (1 if self._is_one_prompt() else len(self.prompt)) * (self.n or 1)
+
+    def _is_one_prompt(self) -> bool:
+        given = self.prompt
+        return isinstance(given, str) or (bool(given) and all(type(i) is int for i in given))
 
     def sampling_params(self, *, prompt_tokens: int, context_length: int | None) -> SamplingParams:
         """How to sample a prompt of `prompt_tokens` tokens.

@@ -22,6 +22,7 @@ from eval_protocol_rft.models import bundled_model_path
 from eval_protocol_rft.params import LOCAL_PREFIX
 from eval_protocol_rft.sampling.local import LocalSampler, load_local_sampler
 from eval_protocol_rft.sampling.types import SamplingError
+from eval_protocol_rft.server.access import Access, is_loopback
 from eval_protocol_rft.server.app import create_app
 from eval_protocol_rft.server.reloading import FIRST_VERSION, ReloadingSampler
 
@@ -46,6 +47,7 @@ def serve_local(
     port: int,
     served_model_name: str | None = None,
     reloads: bool = False,
+    api_key: str | None = None,
     say: Callable[[str], None] = print,
 ) -> None:
     """Load a local model and serve it until Ctrl-C or SIGTERM. `say` prints a line.
@@ -53,13 +55,16 @@ def serve_local(
     Args:
         model: as for `load_local_sampler`, with or without `local/` in front.
         port: 0 takes a free one; the line that is printed tells which.
-        served_model_name: what requests call the model; `model` unless given.
+        served_model_name: what requests call the model; `model` without `local/` unless given.
         reloads: let whoever reaches the port give it other weights.
+        api_key: asked of every request but `/health`.
 
     Raises:
         ServeError: the address cannot be used, or the model cannot be loaded.
     """
-    name = served_model_name or model
+    # Not `local/NAME`: that is how our own client names what it samples in its own process.
+    name = served_model_name or model.removeprefix(LOCAL_PREFIX)
+    access = Access(loopback_only=is_loopback(host), api_key=api_key or None)
     with _claim(host, port) as listener:
         sampler = _load(model, reloads=reloads)
         app = create_app(
@@ -67,11 +72,10 @@ def serve_local(
             sampler.tokenizer,
             model_name=name,
             context_length=sampler.context_length,
+            access=access,
         )
         url = _url(host, listener.getsockname()[1])
-        example = _curl(url, name, sampler.tokenizer)
-        takes = " It takes new weights from whoever reaches it." if reloads else ""
-        greeting = f"Serving {name} on {url} (Ctrl-C stops it).{takes} Try:\n  {example}"
+        greeting = _greeting(name, url, sampler.tokenizer, access=access, reloads=reloads)
         try:
             Server(app, greeting=greeting, say=say).run(sockets=[listener])
         except KeyboardInterrupt:
@@ -138,10 +142,26 @@ def _url(host: str, port: int) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def _curl(url: str, name: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """A request to paste, with a chat prompt where the tokenizer can make one."""
+def _greeting(
+    name: str, url: str, tokenizer: PreTrainedTokenizerBase, *, access: Access, reloads: bool
+) -> str:
+    """What is served and to whom, and a request to paste, with a chat prompt where the tokenizer
+    can make one."""
+    lines = [f"Serving {name} on {url} (Ctrl-C stops it)."]
+    if reloads:
+        lines[0] += " It takes new weights from whoever reaches it."
+    if not access.loopback_only and access.api_key is None:
+        lines.append(
+            "WARNING: whoever reaches this machine may use it, web pages in a browser among them: "
+            "set --api-key, or listen on 127.0.0.1."
+        )
+    headers = ["content-type: application/json"]
+    if access.api_key is not None:
+        headers.append("authorization: Bearer KEY")
     body = {"model": name, "prompt": _chat_prompt(tokenizer), "max_tokens": 16, "logprobs": True}
-    return f"curl -s {url}/v1/completions -d {shlex.quote(msgspec.json.encode(body).decode())}"
+    options = " ".join(f"-H '{header}'" for header in headers)
+    data = shlex.quote(msgspec.json.encode(body).decode())
+    return "\n".join([*lines, "Try:", f"  curl -s {url}/v1/completions {options} -d {data}"])
 
 
 def _chat_prompt(tokenizer: PreTrainedTokenizerBase) -> str | list[int]:

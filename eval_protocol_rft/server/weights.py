@@ -1,7 +1,6 @@
 """The endpoints that change weights, in vLLM's words (development mode): `ep-rft serve --reloads`.
 
-Invariant: a server that was not started for it answers 403 and changes nothing. A web page in a
-browser on the same machine cannot call them: it may not send `application/json` elsewhere unasked.
+Invariant: a server that was not started for it answers 403 and changes nothing.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from eval_protocol_rft.server.bounds import read_json_body
 from eval_protocol_rft.server.errors import ApiError
 from eval_protocol_rft.server.reloading import ReloadingSampler
 
@@ -89,16 +89,11 @@ async def _body(http: Request, kind: type[_T]) -> _T:
     """The request's body.
 
     Raises:
-        ApiError: 415 or 400, it is not JSON of that kind.
+        ApiError: 400, it is not JSON of that kind; and as `read_json_body`.
     """
-    if http.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
-        raise ApiError(
-            "send JSON, with the header 'content-type: application/json'",
-            status=HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
-            code=HTTPStatus.UNSUPPORTED_MEDIA_TYPE.name,
-        )
+    body = await read_json_body(http)
     try:
-        return msgspec.json.decode(await http.body(), type=kind)
+        return msgspec.json.decode(body, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ApiError(f"{http.url.path}: {error}") from error
 
