@@ -64,7 +64,7 @@ class RolloutDataset:
         """
         if not self.finished:
             return self._parts(columns)
-        if is_jsonl(self.path):
+        if jsonl.is_jsonl(self.path):
             return jsonl.read_tables(self.path, self.schema, columns)
         return read_row_groups(self.path, columns)
 
@@ -104,7 +104,7 @@ class RolloutDataset:
     @functools.cached_property
     def num_rows(self) -> int:
         """Completions, failed ones included."""
-        if self.finished and not is_jsonl(self.path):
+        if self.finished and not jsonl.is_jsonl(self.path):
             with open_parquet(self.path) as file:
                 return int(file.metadata.num_rows)
         return sum(len(table) for table in self.tables(KEY_COLUMNS))
@@ -119,13 +119,8 @@ class RolloutDataset:
             yield table if columns is None else table.select(columns)
 
 
-def is_jsonl(path: Path) -> bool:
-    """Whether a rollout file of that name holds JSON lines."""
-    return path.suffix in (".jsonl", ".ndjson")
-
-
 def _file_schema(path: Path) -> pa.Schema:
-    if is_jsonl(path):
+    if jsonl.is_jsonl(path):
         return jsonl.read_schema(path)
     with open_parquet(path) as file:
         return file.schema_arrow

@@ -11,31 +11,9 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from eval_protocol_rft.batch.dataset import is_jsonl
-from eval_protocol_rft.batch.durable import replacing
 from eval_protocol_rft.batch.rollouts import jsonl, parquet
 from eval_protocol_rft.batch.rollouts.rows import CompletionRow, to_record_batch
-
-
-class OutputError(ValueError):
-    """A file cannot be written as asked."""
-
-
-def check_output(path: Path) -> None:
-    """Look whether `path` can become a rollout file, before work is put into it.
-
-    Raises:
-        OutputError: its name says no format, or its folder cannot be written.
-    """
-    if path.suffix not in (".parquet", ".jsonl", ".ndjson"):
-        raise OutputError(f"{path}: name the output .parquet or .jsonl")
-    if path.is_dir():
-        raise OutputError(f"{path}: there is a folder of that name")
-    folder = path.resolve().parent
-    if not folder.is_dir():
-        raise OutputError(f"{path}: there is no folder {folder}")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise OutputError(f"{path}: cannot write to {folder}")
+from eval_protocol_rft.durable import replacing
 
 
 def write_file(path: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> int:
@@ -44,11 +22,9 @@ def write_file(path: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> int
     Raises:
         OSError: the file cannot be written; one that was there is as it was.
     """
+    if jsonl.is_jsonl(path):
+        return jsonl.write_file(path, schema, tables)
     with replacing(path) as file:
-        if is_jsonl(path):
-            rows = jsonl.write_tables(file, schema, tables)
-            jsonl.write_schema(path, schema)
-            return rows
         return parquet.write_tables(file, schema, tables)
 
 

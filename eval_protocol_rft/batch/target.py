@@ -1,17 +1,25 @@
 """Where a command may write.
 
-Invariant: what a command reads is never what it writes, and nothing is replaced unless asked for.
+Invariant: what a command reads is never what it writes, nothing is replaced unless asked for, and
+what would keep a file from being written at the end is found at the start.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+
+from eval_protocol_rft.batch.rollouts.jsonl import is_jsonl, metadata_path
+from eval_protocol_rft.durable import check_replaceable, link_target
+
+ROLLOUT_SUFFIXES = (".parquet", ".jsonl", ".ndjson")
 
 
 class TargetError(ValueError):
-    """A place that must not be written to."""
+    """A place that must not be written to, or cannot be."""
 
 
 def check_target(
@@ -24,26 +32,85 @@ def check_target(
     """`output` as a path, if it may be written to.
 
     Raises:
-        TargetError: it is the source, is there already, is in no folder, or has another extension.
+        TargetError: it is the source, is there already, has another extension, or cannot be
+            written.
     """
     path = Path(output)
     if path.suffix not in suffixes:
         raise TargetError(f"{path}: what to write there? Its name must end in {_listed(suffixes)}")
-    if _same(path, Path(source)):
-        raise TargetError(f"{path}: that is the file to be read; write to another one")
-    if path.exists() and not overwrite:
-        raise TargetError(
-            f"{path} is there already; write elsewhere, or say --overwrite (overwrite=True)"
-        )
-    if not path.parent.is_dir():
-        raise TargetError(f"{path.parent}: no such folder")
+    with _as_target_error(path):
+        if same_file(path, Path(source)):
+            raise TargetError(f"{path}: that is the file to be read; write to another one")
+        if path.exists() and not overwrite:
+            raise TargetError(
+                f"{path} is there already; write elsewhere, or say --overwrite (overwrite=True)"
+            )
+        _check_writable(path)
     return path
 
 
-def _same(path: Path, other: Path) -> bool:
+def check_rollout_file(path: Path, *, folders: Iterable[Path]) -> None:
+    """Look whether `path` can become a rollout file, before work is put into it.
+
+    Args:
+        path: the file, which may be there.
+        folders: of the jobs that make it.
+
+    Raises:
+        TargetError: its name says no format or is too long, or its folder cannot be written.
+    """
+    if path.suffix not in ROLLOUT_SUFFIXES:
+        raise TargetError(f"{path}: name the output .parquet or .jsonl")
+    with _as_target_error(path):
+        _check_writable(path)
+        for folder in folders:
+            with contextlib.suppress(FileNotFoundError):
+                os.stat(folder)
+
+
+def check_room(target: Path, size: int) -> None:
+    """See that the disk has room to write `target` in `size` bytes beside what is there, where the
+    disk can tell.
+
+    Raises:
+        TargetError: it has not.
+    """
+    folder = link_target(target).absolute().parent
+    usage = shutil.disk_usage(folder)
+    if usage.total and usage.free < size:
+        raise TargetError(
+            f"{target}: writing it takes {size / 1e6:,.0f} MB, and the disk of {folder} has "
+            f"{usage.free / 1e6:,.0f} MB left. Make room first, or choose another output"
+        )
+
+
+def same_file(path: Path, other: Path) -> bool:
+    """Whether both lead to one file."""
     if path.exists() and other.exists():
         return path.samefile(other)
     return path.resolve() == other.resolve()
+
+
+def _check_writable(path: Path) -> None:
+    """See that `path`, and what goes with it, can be made and replaced."""
+    if path.is_dir():
+        raise TargetError(f"{path}: there is a folder of that name")
+    folder = link_target(path).absolute().parent
+    if not folder.is_dir():
+        raise TargetError(f"{path}: there is no folder {folder}")
+    check_replaceable(path)
+    if is_jsonl(path):
+        check_replaceable(metadata_path(path))
+
+
+@contextlib.contextmanager
+def _as_target_error(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        name = "" if error.filename is None else Path(os.fsdecode(error.filename)).name
+        where = f" ({name})" if name not in ("", path.name) else ""
+        raise TargetError(f"{path}: cannot be written: {error.strerror or error}{where}") from error
 
 
 def _listed(suffixes: Sequence[str]) -> str:

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from eval_protocol_rft.batch.durable import DurableFile, sync_folder, write_whole
+from eval_protocol_rft.durable import DurableFile, sync_folder, write_whole
 
 _PREFIX = "step-"
 

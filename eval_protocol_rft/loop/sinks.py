@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from eval_protocol_rft.batch.durable import write_whole
+from eval_protocol_rft.durable import write_whole
 from eval_protocol_rft.loop.metrics import Line
 
 PACKAGES = {"tensorboard": ("tensorboard", "torch"), "wandb": ("wandb",)}

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eval_protocol_rft.batch.dataset import RolloutDataset
-from eval_protocol_rft.batch.durable import replacing
+from eval_protocol_rft.batch.target import same_file
+from eval_protocol_rft.durable import check_replaceable, replacing
 from eval_protocol_rft.report.page_charts import FRAME
 from eval_protocol_rft.report.page_data import (
     GroupLine,
@@ -85,8 +86,9 @@ def write_report(
         FormatError: the file cannot be read.
         OSError: `output` cannot be written.
     """
-    if output.absolute() == dataset.path.absolute():
+    if same_file(output, dataset.path):
         raise ReportError(f"{output} is the rollout file itself: name another file for the page")
+    check_replaceable(output)
     if not math.isfinite(pass_threshold):
         raise ReportError(f"pass_threshold must be finite, got {pass_threshold}")
     columns = list(dict.fromkeys(["reward", *dataset.metadata.rewards]))

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from eval_protocol_rft.batch.durable import write_whole
+from eval_protocol_rft.durable import write_whole
 from eval_protocol_rft.report.page import visible
 from eval_protocol_rft.report.page_charts import FRAME
 from eval_protocol_rft.report.page_data import embedded_json

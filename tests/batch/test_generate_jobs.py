@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from eval_protocol_rft.batch.dataset import RolloutDataset
@@ -322,3 +325,91 @@ def test_the_parts_of_a_job_go_when_its_file_is_there(data, output, server, toke
     succeed("generate", data, "-o", output, *at(server, tokenizer_folder))
     assert not parts_folder(output).exists()
     assert sorted(path.name for path in output.parent.iterdir()) == ["data.jsonl", output.name]
+
+
+def test_a_job_deletes_only_what_it_wrote(data, output, server, tokenizer_folder):
+    folder = parts_folder(output)
+    (folder / "mine").mkdir(parents=True)
+    mine = [
+        folder / "notes.txt",
+        folder / "part-1.parquet",
+        folder / "mine" / "part-000000.parquet",
+    ]
+    for path in mine:
+        path.write_text("mine")
+    (folder / "_journal-000000").write_bytes(b"of a job that died")
+    succeed("generate", data, "-o", output, *at(server, tokenizer_folder))
+    assert [path.read_text() for path in mine] == ["mine"] * 3
+    assert sorted(path.name for path in folder.iterdir()) == ["mine", "notes.txt", "part-1.parquet"]
+    assert len(RolloutDataset(output)) == PROMPTS
+
+
+def test_parts_that_no_job_wrote_are_neither_read_nor_deleted(
+    data, output, tmp_path, server, tokenizer_folder
+):
+    foreign = parts_folder(output) / "part-000000.parquet"
+    foreign.parent.mkdir()
+    pq.write_table(pa.table({"x": [1]}), foreign)
+    message = refused("generate", data, "-o", output, *at(server, tokenizer_folder))
+    assert "part-000000.parquet: no job wrote this" in message
+    assert pq.read_table(foreign).num_rows == 1
+
+
+@pytest.mark.parametrize("name", ["", "_lock", "_schema", "_journal-000000", "part-000000.parquet"])
+def test_a_link_where_a_job_keeps_its_files_is_refused_and_not_followed(
+    data, output, tmp_path, name, server, tokenizer_folder
+):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "part-000000.parquet").write_text("mine")
+    link = parts_folder(output) / name if name else parts_folder(output)
+    link.parent.mkdir(exist_ok=True)
+    link.symlink_to(mine / "part-000000.parquet" if name else mine)
+    message = refused("generate", data, "-o", output, *at(server, tokenizer_folder))
+    assert "is a link" in message or "broken" in message
+    assert [path.read_text() for path in mine.iterdir()] == ["mine"]
+
+
+def test_an_output_that_is_a_link_is_one_job_with_the_file_it_leads_to(
+    data, tmp_path, server, tokenizer_folder
+):
+    store, link = tmp_path / "store", tmp_path / "link.parquet"
+    store.mkdir()
+    link.symlink_to(store / "real.parquet")
+    assert parts_folder(link) == parts_folder(store / "real.parquet")
+    succeed("generate", data, "-o", link, *at(server, tokenizer_folder))
+    assert link.is_symlink()
+    assert [path.name for path in store.iterdir()] == ["real.parquet"]
+
+
+def test_what_would_keep_the_file_from_being_written_is_found_before_anything_is_asked(
+    data, server, tokenizer_folder, tmp_path
+):
+    asked = at(server, tokenizer_folder)
+    long = tmp_path / ("x" * 243 + ".parquet")
+    assert "File name too long" in refused("generate", data, "-o", long, *asked)
+    long = tmp_path / ("x" * 240 + ".jsonl")
+    assert "File name too long" in refused("generate", data, "-o", long, *asked)
+    pipe = tmp_path / "pipe.parquet"
+    os.mkfifo(pipe)
+    assert "a device or a pipe" in refused("generate", data, "-o", pipe, *asked)
+    (tmp_path / "dangling.parquet").symlink_to(tmp_path / "no" / "where.parquet")
+    dangling = tmp_path / "dangling.parquet"
+    assert "there is no folder" in refused("generate", data, "-o", dangling, *asked)
+    assert not server.requests
+    succeed("generate", data, "-o", tmp_path / ("x" * 241 + ".parquet"), *asked)
+
+
+def test_a_disk_without_room_for_the_file_is_told_before_anything_is_asked(
+    data, output, server, tokenizer_folder, monkeypatch
+):
+    asked = at(server, tokenizer_folder)
+    succeed("generate", data, "-o", output, *asked)
+    seen = len(server.requests)
+    full = shutil.disk_usage(output.parent)._replace(free=output.stat().st_size - 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: full)
+    message = refused("generate", data, "-o", output, *asked, "--retry-failed")
+    assert "Make room first" in message
+    grader = f"{Path(__file__).with_name('score_graders.py')}::length"
+    assert "Make room first" in refused("score", output, "-e", grader)
+    assert len(server.requests) == seen

@@ -400,7 +400,10 @@ def test_an_output_that_is_there_is_replaced_only_when_asked(tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("output", "words"),
-    [("out.csv", "must end in .parquet, .jsonl or .ndjson"), ("no/out.parquet", "no such folder")],
+    [
+        ("out.csv", "must end in .parquet, .jsonl or .ndjson"),
+        ("no/out.parquet", "no folder"),
+    ],
 )
 def test_an_output_that_cannot_be_is_refused(tmp_path: Path, output: str, words: str):
     file = write(tmp_path / "in.parquet", SMALL)

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import random
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from eval_protocol_rft.batch.dataset import RolloutDataset
 from eval_protocol_rft.batch.files import write_rows
-from eval_protocol_rft.batch.rollouts.rows import to_record_batch
+from eval_protocol_rft.batch.rollouts.format import FileMetadata, RewardSettings, schema
+from eval_protocol_rft.batch.rollouts.jsonl import metadata_path
+from eval_protocol_rft.batch.rollouts.rows import Score, to_record_batch
 from eval_protocol_rft.batch.store.parts import BusyError, PartStore, parts_folder
 from tests.batch.store_crashes import (
     ASKED,
     KEYS_OF,
     SCHEMA,
+    Disk,
     End,
     Fate,
     check,
@@ -145,3 +152,52 @@ def test_a_second_process_is_refused_and_the_first_goes_on(fast_path: Path):
     assert sum(len(keys) for keys, _, _ in store.stored()) == 2
     store.close()
     PartStore(parts_folder(output), SCHEMA, KEYS_OF).close()
+
+
+def write_lines(path: Path, generation: int, *, style: bool) -> None:
+    """JSON lines, with a further reward or without."""
+    rewards = {"reward_style": RewardSettings(evaluator="style", fingerprint="f")} if style else {}
+    rows = [row(pair, generation) for pair in ASKED]
+    for each in rows:
+        each.scores = {name: Score(reward=1.0) for name in ("reward", *rewards)}
+    write_rows(path, schema(FileMetadata(rewards=rewards), {"level": pa.int64()}), rows)
+
+
+def calls_of_writing_lines(path: Path, fate: Fate) -> int:
+    """Replace lines in a child; how many calls of the system it made, or -1 where it died."""
+    if fate.end == "power":
+        fate.disk = Disk(path.parent / "backup")
+        fate.disk.backup.mkdir()
+    child = os.fork()
+    if child == 0:
+        fate.install()
+        write_lines(path, 2, style=True)
+        os._exit(100 + fate.calls)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) - 100
+
+
+def test_lines_and_their_metadata_change_together_wherever_their_writer_dies(fast_path: Path):
+    output = output_in(fast_path / "x").with_suffix(".jsonl")
+    write_lines(output, 1, style=False)
+    calls = calls_of_writing_lines(output, Fate())
+    seen = []
+    output = output_in(fast_path / "base").with_suffix(".jsonl")
+    write_lines(output, 1, style=False)
+    for call, end in zip(range(calls), itertools.cycle(ENDS), strict=False):
+        folder = fast_path / f"{call}-{end}"
+        shutil.copytree(output.parent, folder)
+        output = folder / output.name
+        assert calls_of_writing_lines(output, Fate(end, death=call)) < 0
+        dataset = RolloutDataset(output)
+        rows = list(dataset)
+        is_new = rows[0].seed == 2
+        assert [each.seed for each in rows] == [2 if is_new else 1] * len(ASKED)
+        assert list(dataset.metadata.rewards) == (["reward_style"] if is_new else [])
+        assert {len(each.scores) for each in rows} == {2 if is_new else 1}
+        seen.append(is_new)
+        if call % 5 == 0:
+            write_lines(output, 3, style=True)
+            assert b"replaces" not in metadata_path(output).read_bytes()
+        output = fast_path / "base" / output.name
+    assert seen[0] is False
+    assert seen[-1] is True

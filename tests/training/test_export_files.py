@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from eval_protocol_rft.durable import replacing
 from eval_protocol_rft.training import TrainingBatch, TrainingDatum, build_batch
 from eval_protocol_rft.training.export import ExportError, MissingPackageError, files
-from eval_protocol_rft.training.export.atomic import replacing
 from tests.training_batches import batch_of, prompt_groups
 from tests.training_rows import scored
 
@@ -89,7 +89,7 @@ def test_writing_that_breaks_off_leaves_the_old_file_and_no_other(tmp_path: Path
 
     def break_off() -> None:
         with replacing(path) as unfinished:
-            unfinished.write_text("half of the n")
+            unfinished.write(b"half of the n")
             raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):

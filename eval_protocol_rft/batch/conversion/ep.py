@@ -15,12 +15,12 @@ import pyarrow as pa
 from eval_protocol_rft.batch.conversion.ep_scan import EpScan, numbered_rows
 from eval_protocol_rft.batch.conversion.json_types import NonFinite, text_notes
 from eval_protocol_rft.batch.conversion.types import ConvertError, Rollouts, Written, split_note
-from eval_protocol_rft.batch.durable import replacing
 from eval_protocol_rft.batch.evaluation_rows.from_row import from_row
 from eval_protocol_rft.batch.evaluation_rows.to_row import to_rows
 from eval_protocol_rft.batch.files import tables_of
 from eval_protocol_rft.batch.rollouts.format import metadata_of
 from eval_protocol_rft.batch.rollouts.rows import CompletionRow
+from eval_protocol_rft.durable import replacing
 
 
 def read(path: Path, *, drop_failed_rows: bool) -> Rollouts:

@@ -19,12 +19,12 @@ import pyarrow.parquet as pq
 from eval_protocol_rft.batch.conversion.detect import is_parquet, read_parquet_schema
 from eval_protocol_rft.batch.conversion.json_types import NonFinite, text_notes
 from eval_protocol_rft.batch.conversion.types import ConvertError, Rollouts
-from eval_protocol_rft.batch.durable import DurableFile, replacing
 from eval_protocol_rft.batch.files import tables_of
 from eval_protocol_rft.batch.rollouts.format import FileMetadata, decode_metadata
 from eval_protocol_rft.batch.rollouts.format import schema as rollout_schema
 from eval_protocol_rft.batch.rollouts.parquet import ROW_GROUP_ROWS, ROW_GROUP_TOKENS
 from eval_protocol_rft.batch.rollouts.rows import CompletionRow
+from eval_protocol_rft.durable import DurableFile, replacing
 
 SOURCE_KEY = b"eval_protocol_rft_source"
 """Key in the Parquet file's metadata: what the rollout file said of itself."""

@@ -6,7 +6,7 @@ without a gap. Each appears whole or not at all.
 
 from __future__ import annotations
 
-import re
+import itertools
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -26,10 +26,10 @@ def check_numbered(path: Path, *, overwrite: bool) -> None:
     Raises:
         TargetError: some are there.
     """
-    there = _numbered(path)
-    if there and not overwrite:
+    first = numbered_path(path, 0)
+    if first.exists() and not overwrite:
         raise TargetError(
-            f"{there[0]} is there already, of an earlier run; write elsewhere, or say --overwrite "
+            f"{first} is there already, of an earlier run; write elsewhere, or say --overwrite "
             "(overwrite=True)"
         )
 
@@ -40,7 +40,11 @@ def write_numbered(path: Path, batches: Iterable[TrainingBatch]) -> list[Path]:
     for number, batch in enumerate(batches):
         written.append(numbered_path(path, number))
         write_batch(written[-1], batch)
-    for left in set(_numbered(path)) - set(written):
+    # An earlier run's have no gap: what comes after one is somebody else's.
+    for number in itertools.count(len(written)):
+        left = numbered_path(path, number)
+        if not left.exists():
+            break
         left.unlink()
     return written
 
@@ -49,8 +53,3 @@ def write_batch(path: Path, batch: TrainingBatch) -> None:
     """Write one batch in the format of the extension, `.npz` or `.safetensors`."""
     save = files.save_npz if path.suffix == ".npz" else files.save_safetensors
     save(batch, path)
-
-
-def _numbered(path: Path) -> list[Path]:
-    pattern = re.compile(rf"{re.escape(path.stem)}-\d{{5,}}{re.escape(path.suffix)}")
-    return sorted(found for found in path.parent.iterdir() if pattern.fullmatch(found.name))

@@ -12,8 +12,7 @@ from typing import Any
 
 import msgspec
 
-from eval_protocol_rft.batch.durable import replacing, write_whole
-from eval_protocol_rft.batch.rollouts.jsonl import metadata_path
+from eval_protocol_rft.batch.rollouts.jsonl import replacing_lines
 from eval_protocol_rft.training.batch import TrainingBatch
 from eval_protocol_rft.training.datums import TrainingDatum
 
@@ -27,13 +26,13 @@ def write_datums_jsonl(path: Path, batches: Iterable[TrainingBatch]) -> None:
     encoder = msgspec.json.Encoder()
     shared: dict[str, Any] = {}
     count = 0
-    with replacing(path) as file:
+    with replacing_lines(path) as lines:
         for number, batch in enumerate(batches):
             for datum in batch.datums:
-                file.write(encoder.encode(_line(number, datum)) + b"\n")
+                lines.write(encoder.encode(_line(number, datum)) + b"\n")
             shared = {name: getattr(batch, name) for name in _SHARED}
             shared |= {"batches": number + 1, "datums": (count := count + len(batch))}
-        write_whole(metadata_path(path), msgspec.json.format(encoder.encode(shared), indent=2))
+        lines.metadata = shared
 
 
 def _line(batch: int, datum: TrainingDatum) -> dict[str, Any]:

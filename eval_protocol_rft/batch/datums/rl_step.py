@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from eval_protocol_rft.batch.durable import replacing
+from eval_protocol_rft.durable import replacing
 from eval_protocol_rft.training.errors import EmptyBatchError, TrainingDataError
 from eval_protocol_rft.training.export.rl_step import RLStepData, to_lines
 from eval_protocol_rft.training.rows import row_key

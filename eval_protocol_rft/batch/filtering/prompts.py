@@ -16,9 +16,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from eval_protocol_rft.batch.dataset import is_jsonl
-from eval_protocol_rft.batch.durable import replacing
 from eval_protocol_rft.batch.rollouts.format import ORIGINAL_PREFIX, FormatError, metadata_of
+from eval_protocol_rft.batch.rollouts.jsonl import is_jsonl
+from eval_protocol_rft.durable import replacing
 
 
 def original_columns(schema: pa.Schema) -> list[str]:

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from eval_protocol_rft.backends import Backends
-from eval_protocol_rft.batch.files import check_output
 from eval_protocol_rft.batch.generation.counts import RunCounts
 from eval_protocol_rft.batch.generation.output import Output, OutputJob, find_job
 from eval_protocol_rft.batch.generation.questions import Questions, Selection
@@ -29,6 +28,8 @@ from eval_protocol_rft.batch.ray.nodes import Engine, check_engine
 from eval_protocol_rft.batch.ray.sampling import RaySampler
 from eval_protocol_rft.batch.rollouts.rows import CompletionRow
 from eval_protocol_rft.batch.source.opening import open_source, prompt_column
+from eval_protocol_rft.batch.store.parts import parts_folder
+from eval_protocol_rft.batch.target import check_rollout_file
 from eval_protocol_rft.endpoint import Endpoint
 from eval_protocol_rft.params import parse_completion_params
 from eval_protocol_rft.sampling.adaptive import AdaptiveLimit
@@ -122,6 +123,7 @@ async def agenerate(
     Raises:
         SourceError: the data set, or a row of it, is wrong; nothing was asked yet.
         ParamsError, TokenizerError, PromptError: settings are; nothing was asked yet.
+        TargetError: the output could not be written at the end; nothing was asked yet.
         JobError: the output is there and of another job.
         BusyError: another process writes to the same output.
         RayEngineError: there is no Ray, no cluster, or a node of it cannot do its work.
@@ -129,7 +131,7 @@ async def agenerate(
         OSError: the disk is full or failed. What was stored is safe.
     """
     target = Path(output)
-    check_output(target)
+    check_rollout_file(target, folders=[parts_folder(target)])
     if concurrency is not None and concurrency < 1:
         raise ValueError(f"concurrency must be at least 1, got {concurrency}")
     check_engine(engine)

@@ -24,10 +24,12 @@ from eval_protocol_rft.batch.store.done import DoneIndex
 from eval_protocol_rft.batch.store.merge import KEY_COLUMNS, Keys, SortedInput, row_keys
 from eval_protocol_rft.batch.store.parts import (
     PartStore,
+    part_paths,
     parts_folder,
     read_schema,
     stored_keys,
 )
+from eval_protocol_rft.batch.target import check_room
 from eval_protocol_rft.params import RolloutRequest
 from eval_protocol_rft.sampling.types import TokenIds
 from eval_protocol_rft.tokenizer import LoadedTokenizer
@@ -83,6 +85,7 @@ class OutputJob:
         Raises:
             BusyError: another process has it.
             JobError: another process just finished the file.
+        TargetError: the disk has no room for the file.
         """
         selection, num_rows = self.questions.selection, self.questions.source.num_rows
         position: Keys | None = None
@@ -95,6 +98,8 @@ class OutputJob:
         try:
             if _version(self.target) != self.version:
                 raise JobError(f"{self.target} was written just now: run the same command again")
+            there = [*part_paths(store.folder), *([] if self.base is None else [self.target])]
+            check_room(self.target, sum(path.stat().st_size for path in there))
             done = DoneIndex(num_rows, self.request.n)
             if self.base is not None:
                 for table in self.base.tables([*KEY_COLUMNS, "error"]):

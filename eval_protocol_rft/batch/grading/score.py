@@ -16,12 +16,11 @@ from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import filelock
 import msgspec
 import pyarrow.compute as pc
 
 from eval_protocol_rft.batch.dataset import RolloutDataset
-from eval_protocol_rft.batch.files import OutputError, check_output, write_file
+from eval_protocol_rft.batch.files import write_file
 from eval_protocol_rft.batch.grading.evaluators import load_evaluator
 from eval_protocol_rft.batch.grading.file_index import FileIndex
 from eval_protocol_rft.batch.grading.grade import Graded, grade
@@ -32,8 +31,16 @@ from eval_protocol_rft.batch.progress import reporter
 from eval_protocol_rft.batch.ray.grading import grade_on_ray
 from eval_protocol_rft.batch.ray.nodes import Engine, check_engine
 from eval_protocol_rft.batch.rollouts.format import RewardSettings, reward_column, reward_columns
+from eval_protocol_rft.batch.rollouts.jsonl import is_jsonl
 from eval_protocol_rft.batch.source.files import file_fingerprint
-from eval_protocol_rft.batch.store.parts import BusyError, PartStore, parts_folder, read_schema
+from eval_protocol_rft.batch.store.parts import (
+    BusyError,
+    PartStore,
+    lock_folder,
+    parts_folder,
+    read_schema,
+)
+from eval_protocol_rft.batch.target import TargetError, check_rollout_file, check_room
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +97,7 @@ def score(
         progress: show a bar; None: where stderr is a terminal.
 
     Raises:
-        FormatError, ScoreError, OutputError: the file cannot be read, scored so, or written.
+        FormatError, ScoreError, TargetError: the file cannot be read, scored so, or written.
         EvaluatorNotFoundError, EvaluatorError: the evaluator cannot be had or used.
         GradingError: a worker process cannot load it.
         RayEngineError: there is no Ray, no cluster, or a node of it cannot do its work.
@@ -104,9 +111,12 @@ def score(
     loaded = load_evaluator(evaluator)
     column = reward_column(name)
     target = dataset.path if output is None else Path(output)
-    check_output(target)
+    folders = [parts_folder(target), parts_folder(target, column)]
+    check_rollout_file(target, folders=folders)
     if target.exists() and not target.samefile(dataset.path) and not overwrite:
-        raise OutputError(f"{target}: exists; choose another output, or overwrite it")
+        raise TargetError(f"{target}: exists; choose another output, or overwrite it")
+    if is_jsonl(target) == is_jsonl(dataset.path):
+        check_room(target, dataset.path.stat().st_size)
     with _alone(target):
         # Again: whoever had it until now may have changed it.
         dataset = RolloutDataset(path)
@@ -115,7 +125,7 @@ def score(
         index = FileIndex.of(dataset, column, keep=keep, retry_unscored=retry_unscored)
         job_id = _job_id(dataset.path, column, settings, adapt=adapt)
         schema = SCORES.with_metadata({"job": job_id})
-        folder = target.with_name(f"{target.name}.{column}.parts")
+        folder = parts_folder(target, column)
         known = read_schema(folder)
         stale = known is not None and known.metadata != schema.metadata
         with contextlib.closing(PartStore(folder, schema, index.places, anew=stale)) as store:
@@ -175,11 +185,9 @@ def _alone(target: Path) -> Iterator[None]:
     folder = parts_folder(target)
     if read_schema(folder) is not None:
         raise ScoreError(f"{target}: the job that writes it is not finished: run it to its end")
-    folder.mkdir(exist_ok=True)
-    lock = filelock.FileLock(folder / "_lock", timeout=0, thread_local=False)
     try:
-        lock.acquire()
-    except filelock.Timeout:
+        lock = lock_folder(folder)
+    except BusyError:
         raise BusyError(
             f"{target}: another process samples or scores it; wait for it, or stop it"
         ) from None

@@ -1,12 +1,16 @@
 """Rollouts as JSON lines: the same columns, one completion a line.
 
 Invariant: what Parquet holds of a row, a line holds, and back. JSON has no Arrow types and no place
-for a file's metadata, so both stand in `<file>.metadata.json` beside it.
+for a file's metadata, so both stand in `<file>.metadata.json` beside it. The two change together:
+whoever reads them, also after a crash in between, reads the lines with what was written of them.
 """
 
 from __future__ import annotations
 
 import base64
+import contextlib
+import dataclasses
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,10 +18,10 @@ from typing import Any
 import msgspec
 import pyarrow as pa
 
-from eval_protocol_rft.batch.durable import DurableFile, write_whole
 from eval_protocol_rft.batch.rollouts.format import FormatError, metadata_of, reward_columns
 from eval_protocol_rft.batch.rollouts.jsonl_types import from_json_values, to_json_values
 from eval_protocol_rft.batch.rollouts.parquet import ROW_GROUP_ROWS
+from eval_protocol_rft.durable import DurableFile, link_target, replacing, write_whole
 
 _TABLE_BYTES = 16 * 2**20
 _BATCH_ROWS = 256
@@ -27,18 +31,67 @@ _VALUE = msgspec.json.Decoder()
 _NULL = b"null"
 
 
+def is_jsonl(path: Path) -> bool:
+    """Whether a rollout file of that name holds JSON lines."""
+    return path.suffix in (".jsonl", ".ndjson")
+
+
 def metadata_path(path: Path) -> Path:
-    """The file beside `path` that says what its lines hold."""
-    return path.with_name(path.name + ".metadata.json")
+    """The file beside `path` that says what its lines hold. Where `path` is a link and there is no
+    such file beside it: the one beside the file that it leads to."""
+    beside = path.with_name(path.name + ".metadata.json")
+    if path.is_symlink() and not beside.exists():
+        target = link_target(path)
+        return target.with_name(target.name + ".metadata.json")
+    return beside
 
 
-def write_schema(path: Path, schema: pa.Schema) -> None:
-    """Write the file beside `path`."""
-    values = {
-        "eval_protocol_rft": msgspec.to_builtins(metadata_of(schema)),
-        "arrow_schema": base64.b64encode(schema.serialize()).decode(),
-    }
-    write_whole(metadata_path(path), msgspec.json.format(msgspec.json.encode(values), indent=2))
+@dataclasses.dataclass(slots=True)
+class LinesFile:
+    """Lines on their way to a file, and what is to stand beside it."""
+
+    file: DurableFile
+    metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
+    checksum: int = 0
+
+    def write(self, data: bytes) -> None:
+        """Append whole lines."""
+        self.file.write(data)
+        self.checksum = zlib.crc32(data, self.checksum)
+
+
+@contextlib.contextmanager
+def replacing_lines(path: Path) -> Iterator[LinesFile]:
+    """New lines that take the place of `path`, together with their metadata, once they are whole
+    and on disk; or neither does.
+
+    Two files cannot be replaced in one step. So the metadata first come with a mark of the lines
+    they are of, and with those that were there, which count until these lines are there.
+    """
+    beside = metadata_path(path)
+    with replacing(path) as file:
+        lines = LinesFile(file)
+        yield lines
+        if path.exists():
+            before = None
+            with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError):
+                before = _metadata_there(path)
+            mark = _Mark(file.tell(), lines.checksum, before)
+            write_whole(beside, _formatted({**lines.metadata, _MARK: mark}))
+        else:
+            write_whole(beside, _formatted(lines.metadata))
+    if _MARK in _read(beside):
+        write_whole(beside, _formatted(lines.metadata))
+
+
+def write_file(path: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> int:
+    """Write rows as lines in the place of `path`; returns their number."""
+    with replacing_lines(path) as lines:
+        lines.metadata = {
+            "eval_protocol_rft": msgspec.to_builtins(metadata_of(schema)),
+            "arrow_schema": base64.b64encode(schema.serialize()).decode(),
+        }
+        return _write_tables(lines, schema, tables)
 
 
 def read_schema(path: Path) -> pa.Schema:
@@ -49,18 +102,20 @@ def read_schema(path: Path) -> pa.Schema:
     """
     beside = metadata_path(path)
     try:
-        values = msgspec.json.decode(beside.read_bytes(), type=_Beside)
-        return pa.ipc.read_schema(pa.py_buffer(base64.b64decode(values.arrow_schema)))
-    except FileNotFoundError:
-        raise FormatError(
-            f"{path}: {beside.name} is not beside it, so what its lines hold is unknown"
-        ) from None
-    except (ValueError, pa.ArrowInvalid) as error:
+        values = _metadata_there(path)
+        if values is None:
+            raise FormatError(
+                f"{path}: {beside.name} is not beside it, so what its lines hold is unknown"
+            )
+        found = msgspec.convert(values, _Beside)
+        return pa.ipc.read_schema(pa.py_buffer(base64.b64decode(found.arrow_schema)))
+    except FormatError:
+        raise
+    except (msgspec.DecodeError, ValueError, pa.ArrowInvalid) as error:
         raise FormatError(f"{beside}: broken: {error}") from error
 
 
-def write_tables(file: DurableFile, schema: pa.Schema, tables: Iterable[pa.Table]) -> int:
-    """Write rows as lines; returns their number."""
+def _write_tables(lines: LinesFile, schema: pa.Schema, tables: Iterable[pa.Table]) -> int:
     json_columns = _json_columns(schema)
     encoder = msgspec.json.Encoder()
     names = schema.names
@@ -73,9 +128,9 @@ def write_tables(file: DurableFile, schema: pa.Schema, tables: Iterable[pa.Table
                 else to_json_values(pa.chunked_array([piece.column(name)]))
                 for name in names
             ]
-            lines = [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
-            file.write(encoder.encode_lines(lines))
-            rows += len(lines)
+            values = [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+            lines.write(encoder.encode_lines(values))
+            rows += len(values)
     return rows
 
 
@@ -144,3 +199,45 @@ def _table(
 
 class _Beside(msgspec.Struct):
     arrow_schema: str
+
+
+_MARK = "replaces"
+
+
+class _Mark(msgspec.Struct):
+    """Of lines that may be on their way: they count only where the file is these."""
+
+    size: int
+    crc32: int
+    before: dict[str, Any] | None
+    """The metadata of the lines that were there."""
+
+
+def _metadata_there(path: Path) -> dict[str, Any] | None:
+    """The metadata of the lines that are in `path`; None where there are none."""
+    values = _read(metadata_path(path))
+    if _MARK not in values:
+        return values or None
+    mark = msgspec.convert(values.pop(_MARK), _Mark)
+    if path.stat().st_size == mark.size and _checksum(path) == mark.crc32:
+        return values
+    return mark.before
+
+
+def _read(beside: Path) -> dict[str, Any]:
+    try:
+        return msgspec.json.decode(beside.read_bytes(), type=dict[str, Any])
+    except FileNotFoundError:
+        return {}
+
+
+def _formatted(values: dict[str, Any]) -> bytes:
+    return msgspec.json.format(msgspec.json.encode(values), indent=2)
+
+
+def _checksum(path: Path) -> int:
+    checksum = 0
+    with path.open("rb") as file:
+        while piece := file.read(_TABLE_BYTES):
+            checksum = zlib.crc32(piece, checksum)
+    return checksum

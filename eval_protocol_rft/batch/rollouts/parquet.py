@@ -12,8 +12,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from eval_protocol_rft.batch.durable import DurableFile
 from eval_protocol_rft.batch.rollouts.format import ARRAY_COLUMNS, FormatError
+from eval_protocol_rft.durable import DurableFile
 
 ROW_GROUP_ROWS = 4096
 ROW_GROUP_TOKENS = 2_000_000

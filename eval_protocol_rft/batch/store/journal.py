@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from eval_protocol_rft.batch.durable import DurableFile
+from eval_protocol_rft.durable import DurableFile
 
 _HEADER = struct.Struct("<4sII")
 _MAGIC = b"EPRJ"

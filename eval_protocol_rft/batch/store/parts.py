@@ -2,9 +2,10 @@
 
 Invariant: at any moment, what `append` returned for can be read from here or from the finished
 file. A row that was appended twice counts once, the later one. One process at a time works here.
+Only what a job wrote is deleted: files of its names, and never through a link.
 
     rollouts.parquet.parts/
-      _schema               Arrow schema with the job's metadata; without it the folder is garbage
+      _schema               Arrow schema with the job's metadata; without it the others are garbage
       _lock                 held by the process that writes
       part-000000.parquet   sorted rows, complete
       _journal-000001       rows of the part that is being filled
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -26,26 +28,58 @@ import filelock
 import numpy as np
 import pyarrow as pa
 
-from eval_protocol_rft.batch.durable import replacing, sync_folder, write_whole
-from eval_protocol_rft.batch.rollouts.format import FormatError
+from eval_protocol_rft.batch.rollouts.format import METADATA_KEY, FormatError
 from eval_protocol_rft.batch.rollouts.parquet import (
     ROW_GROUP_ROWS,
     ROW_GROUP_TOKENS,
     count_tokens,
+    open_parquet,
     read_row_groups,
     write_tables,
 )
 from eval_protocol_rft.batch.store.journal import Journal
 from eval_protocol_rft.batch.store.merge import KEY_COLUMNS, Keys, SortedInput, latest, merge_sorted
+from eval_protocol_rft.durable import link_target, replacing, sync_folder, write_whole
+
+_OURS = re.compile(
+    r"_lock|_schema|_journal-(\d{6,})|part-(\d{6,})\.parquet"
+    r"|\.(_schema|part-\d{6,}\.parquet)\.\d+\.tmp"
+)
+"""Names of files that a job writes."""
 
 
 class BusyError(RuntimeError):
     """Another process works on the same output."""
 
 
-def parts_folder(output: Path) -> Path:
-    """Where the unfinished job for `output` lies."""
-    return output.with_name(output.name + ".parts")
+def parts_folder(output: Path, column: str | None = None) -> Path:
+    """Where the unfinished job for `output` lies; with `column`, the one that scores it."""
+    target = link_target(output)
+    middle = "" if column is None else f".{column}"
+    return target.with_name(f"{target.name}{middle}.parts")
+
+
+def lock_folder(folder: Path) -> filelock.BaseFileLock:
+    """Make `folder` where it is not, and hold it.
+
+    Raises:
+        BusyError: another process holds it.
+        FormatError: it, or a job's file in it, is a link, and what that leads to is not ours.
+        OSError: it cannot be made.
+    """
+    _refuse_link(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.iterdir():
+        if _OURS.fullmatch(path.name):
+            _refuse_link(path)
+    lock = filelock.FileLock(folder / "_lock", timeout=0, thread_local=False)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise BusyError(
+            f"{folder}: another process is writing here; wait for it, or stop it"
+        ) from None
+    return lock
 
 
 def read_schema(folder: Path) -> pa.Schema | None:
@@ -66,7 +100,7 @@ def read_schema(folder: Path) -> pa.Schema | None:
 
 def part_paths(folder: Path) -> list[Path]:
     """The complete parts, in order of writing."""
-    return sorted(folder.glob("part-*.parquet"))
+    return [path for path in _job_files(folder) if path.name.startswith("part-")]
 
 
 def stored_keys(table: pa.Table) -> tuple[Keys, Keys, Keys]:
@@ -101,14 +135,7 @@ class PartStore:
         self.folder = folder
         self.schema = schema
         self._keys_of = keys_of
-        folder.mkdir(parents=True, exist_ok=True)
-        self._lock = filelock.FileLock(folder / "_lock", timeout=0, thread_local=False)
-        try:
-            self._lock.acquire()
-        except filelock.Timeout:
-            raise BusyError(
-                f"{folder}: another process is writing here; wait for it, or stop it"
-            ) from None
+        self._lock = lock_folder(folder)
         try:
             self._begin(anew)
         except BaseException:
@@ -195,14 +222,17 @@ class PartStore:
     def _begin(self, anew: bool) -> None:
         known = None if anew else read_schema(self.folder)
         if known is None:
+            for path in part_paths(self.folder):
+                _refuse_foreign_part(path)
             self._sweep()
             write_whole(self.folder / "_schema", self.schema.serialize())
             sync_folder(self.folder.parent)
         elif not known.equals(self.schema, check_metadata=False):
             raise FormatError(f"{self.folder}: its rows have other columns than this job's")
-        for stray in self.folder.glob(".*.tmp"):
-            os.unlink(stray)
-        for path in sorted(self.folder.glob("_journal-*")):
+        for path in _job_files(self.folder):
+            if path.name.startswith("."):
+                os.unlink(path)
+        for path in [path for path in _job_files(self.folder) if path.name.startswith("_journal-")]:
             with contextlib.closing(Journal(path, self.schema)) as journal:
                 if journal.batches:
                     self._write_part(_number(path), journal)
@@ -238,7 +268,7 @@ class PartStore:
     def _sweep(self) -> None:
         """Clear away what a job left that ended before its folder was whole, or after its file
         was."""
-        for path in self.folder.iterdir():
+        for path in _job_files(self.folder):
             if path.name != "_lock":
                 os.unlink(path)
 
@@ -250,6 +280,33 @@ class PartStore:
                 self._journal.remove()
         finally:
             self._lock.release()
+
+
+def _refuse_link(path: Path) -> None:
+    if path.is_symlink():
+        raise FormatError(
+            f"{path} is a link, and a job keeps its files in a folder of its own: delete the link, "
+            "or choose another output"
+        )
+
+
+def _refuse_foreign_part(path: Path) -> None:
+    """A part without its job's `_schema`: either it was left by a job that had come to its end, or
+    somebody has files of such names."""
+    with open_parquet(path) as file:
+        if not {METADATA_KEY, b"job"}.intersection(file.schema_arrow.metadata or {}):
+            raise FormatError(f"{path}: no job wrote this: move it, or choose another output")
+
+
+def _job_files(folder: Path) -> list[Path]:
+    """What a job wrote into `folder`, by name."""
+    if not folder.is_dir():
+        return []
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if _OURS.fullmatch(path.name) and path.is_file() and not path.is_symlink()
+    )
 
 
 def _number(path: Path) -> int:

@@ -16,7 +16,7 @@ from typing import Literal
 
 import msgspec
 
-from eval_protocol_rft.batch.durable import write_whole
+from eval_protocol_rft.durable import write_whole
 
 Phase = Literal["serve", "generate", "upload", "train", "clean", "failed", "done"]
 SCHEMA = 1

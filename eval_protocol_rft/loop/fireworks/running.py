@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eval_protocol_rft.batch.durable import write_whole
+from eval_protocol_rft.durable import write_whole
 from eval_protocol_rft.loop.fireworks.control_plane import ControlPlane
 from eval_protocol_rft.loop.fireworks.generating import Failures, generate
 from eval_protocol_rft.loop.fireworks.job_states import ControlPlaneError, JobFailedError

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 
-from eval_protocol_rft.batch.durable import write_whole
+from eval_protocol_rft.durable import write_whole
 from eval_protocol_rft.loop.trainer import TrainerError
 
 STATE_FILE = "fireworks.json"

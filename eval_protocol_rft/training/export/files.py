@@ -24,9 +24,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from eval_protocol_rft.durable import replacing
 from eval_protocol_rft.training.batch import TrainingBatch
 from eval_protocol_rft.training.datums import TrainingDatum
-from eval_protocol_rft.training.export.atomic import replacing
 from eval_protocol_rft.training.export.errors import ExportError, require
 from eval_protocol_rft.training.export.metadata import read_metadata, write_metadata
 
@@ -53,7 +53,7 @@ Arrays = Mapping[str, NDArray[Any]]
 def save_npz(batch: TrainingBatch, path: str | os.PathLike[str]) -> None:
     """Write `batch` as an uncompressed NPZ file, in place of one that is there."""
     metadata = np.frombuffer(write_metadata(batch), np.uint8)
-    with replacing(path) as unfinished, unfinished.open("wb") as file:
+    with replacing(path) as unfinished, unfinished.path.open("r+b") as file:
         arrays: dict[str, Any] = {**_arrays(batch), "metadata": metadata}
         np.savez(file, **arrays)
 
@@ -84,7 +84,8 @@ def save_safetensors(batch: TrainingBatch, path: str | os.PathLike[str]) -> None
     numpy_api = require("safetensors.numpy", install="eval-protocol-rft[local]")
     with replacing(path) as unfinished:
         metadata = {METADATA_KEY: write_metadata(batch).decode()}
-        numpy_api.save_file(_arrays(batch), unfinished, metadata=metadata)
+        # Not save_file: it puts another file, readable by its owner alone, under the name.
+        unfinished.write(numpy_api.save(_arrays(batch), metadata=metadata))
 
 
 def load_safetensors(path: str | os.PathLike[str]) -> TrainingBatch:

@@ -21,9 +21,9 @@ from typing import Any, Literal, NamedTuple
 
 import msgspec
 
+from eval_protocol_rft.durable import replacing
 from eval_protocol_rft.training.buffers import TokenBuffer
 from eval_protocol_rft.training.errors import EmptyBatchError, TrainingDataError
-from eval_protocol_rft.training.export.atomic import replacing
 from eval_protocol_rft.training.export.errors import ExportError
 from eval_protocol_rft.training.groups import GroupKey
 from eval_protocol_rft.training.rows import (
@@ -102,7 +102,8 @@ def write_jsonl(
     """Write `to_lines(rows)` as a JSONL file, in place of one that is there, and return it."""
     data = to_lines(rows, unscored=unscored, key=key)
     with replacing(path) as unfinished:
-        unfinished.write_bytes(b"".join(msgspec.json.encode(line) + b"\n" for line in data.lines))
+        for line in data.lines:
+            unfinished.write(msgspec.json.encode(line) + b"\n")
     return data
 
 
