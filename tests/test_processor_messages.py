@@ -108,7 +108,8 @@ async def test_a_stop_string_is_in_the_ids_and_not_in_the_text():
     processor = FireworksTrainingRolloutProcessor(tokenizer=chat_tokenizer(), sampler=sampler)
     [row] = await roll_out(processor, row_of(), {"model": "any", "stop": "END"})
     assert row.messages[-1].content == "four "
-    assert record_of_row(row).completion_ids == [ids]
+    # The server names what ended it: what it handed out behind that is no part of it.
+    assert record_of_row(row).completion_ids == [chat_tokenizer().encode("four END")]
 
 
 async def test_control_tokens_inside_the_text_are_kept_for_the_evaluator_to_see():
