@@ -226,6 +226,7 @@ def build_record(
             model=params.model,
             tokenizer=tokenizer.name,
             chat_template_hash=tokenizer.chat_template_hash,
+            chat_template_kwargs=redact_params(request.chat_template_kwargs),
             temperature=params.temperature,
             top_p=params.top_p,
             top_k=params.top_k,

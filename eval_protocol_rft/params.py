@@ -36,17 +36,62 @@ DROPPED_KEYS = frozenset(
         "max_seq_len", "timeout_diagnostic_context", "sampling_context", "r3_ttl_seconds",
         # we read streams our own way
         "stream_options",
-        # they steer a chat endpoint's parser; here the row's tools are in the prompt
-        "tool_choice", "parallel_tool_calls",
     }
 )  # fmt: skip
 
-_ROW_KEYS = {
-    "prompt": "the row's messages are the prompt",
-    "messages": "the row's messages are the prompt",
-    "tools": "put tools on the row",
-    "system_prompt": "put a system message first in the row",
+TEMPLATE_KEYS = ("reasoning_effort", "enable_thinking", "documents")
+"""What chat servers hand to the chat template although it stands beside the messages. Our requests
+hold ids, so it has to reach the template here."""
+
+_MESSAGES = "the row's messages are the prompt"
+_IDS = "the prompt is sent as token ids, whole, and nothing is put before or behind it"
+_ENDS = "the prompt ends where the assistant starts to speak"
+_THINKING = (
+    "a request whose prompt is token ids has no such setting: give the chat template the variable "
+    "that it reads, e.g. completion_params['chat_template_kwargs'] = {'enable_thinking': False}"
+)
+_SHOWN = "thinking is split off here: FireworksTrainingRolloutProcessor(split_reasoning=...)"
+_CALLS = "it steers the parser of a chat endpoint, and requests go to /completions"
+_PROMPT_KEYS: Mapping[str, tuple[tuple[Any, ...], str]] = {
+    **dict.fromkeys(("prompt", "messages", "input", "inputs"), ((), _MESSAGES)),
+    **dict.fromkeys(("input_ids", "text", "conversation"), ((), _MESSAGES)),
+    **dict.fromkeys(("prompt_embeds", "input_embeds"), ((), _MESSAGES)),
+    **dict.fromkeys(
+        ("images", "image_data", "audio_data", "video_data", "multi_modal_data"),
+        ((), "prompts are text"),
+    ),
+    **dict.fromkeys(("mm_processor_kwargs", "modalities"), ((), "prompts are text")),
+    "tools": ((), "put tools on the row"),
+    "functions": ((), "put tools on the row"),
+    "function_call": (("auto",), _CALLS),
+    "tool_choice": (("auto",), f"{_CALLS}; with tools on the row the model may call or answer"),
+    "parallel_tool_calls": ((True,), f"{_CALLS}; all calls that the model writes are read"),
+    "system": ((), "put a system message first in the row"),
+    "system_prompt": ((), "put a system message first in the row"),
+    "instructions": ((), "put a system message first in the row"),
+    "chat_template": ((), "set it on the tokenizer: tokenizer.chat_template"),
+    "chat_template_args": ((), "write chat_template_kwargs"),
+    "template_kwargs": ((), "write chat_template_kwargs"),
+    "add_generation_prompt": ((True,), _ENDS),
+    "continue_final_message": ((False,), _ENDS),
+    "echo": ((False,), "it would put the prompt into the completion"),
+    "echo_last": ((False, 0), "it would put the prompt into the completion"),
+    "suffix": (("",), _IDS),
+    "add_special_tokens": ((False,), _IDS),
+    "truncate_prompt_tokens": ((), _IDS),
+    "truncation_side": ((), _IDS),
+    "prompt_truncate_len": ((), _IDS),
+    "thinking": ((), _THINKING),
+    "thinking_budget": ((), _THINKING),
+    "thinking_token_budget": ((), _THINKING),
+    "reasoning": ((), _THINKING),
+    "reasoning_history": ((), _THINKING),
+    "verbosity": ((), _THINKING),
+    "include_reasoning": ((True,), _SHOWN),
+    "separate_reasoning": ((True,), _SHOWN),
 }
+"""Fields that act on a prompt of messages or text, or on how a chat endpoint shows the answer: the
+values that say what is done anyway, and why others are refused."""
 _TIMEOUT_KEYS = ("http_timeout", "timeout", "request_timeout")
 """Spellings of the seconds that one attempt may take, the first that is given wins."""
 _MUST_BE_TRUE = ("logprobs", "return_token_ids", "raw_output")
@@ -90,17 +135,10 @@ def parse_completion_params(
             f"completion_params['temperature'] is 0 with n={n}: greedy completions are all the "
             "same; use n=1 or a temperature above 0"
         )
-    for key, why in _ROW_KEYS.items():
-        if keys.take(key) is not None:
-            raise ParamsError(f"completion_params[{key!r}] is not accepted: {why}")
+    _refuse_prompt_keys(keys)
     for key in _MUST_BE_TRUE:
         if keys.take(key) is False:
             raise ParamsError(f"completion_params[{key!r}] is False: training data needs it")
-    for key in ("echo", "echo_last"):
-        if keys.take(key):
-            raise ParamsError(
-                f"completion_params[{key!r}] would put the prompt into the completion"
-            )
     endpoint_keys = {
         key: keys.take(key)
         for key in ("api_base", "base_url", "api_key", "extra_headers", "headers")
@@ -112,11 +150,7 @@ def parse_completion_params(
             "completion_params['tokenizer'] must be a folder or hub id; pass a tokenizer object "
             "to FireworksTrainingRolloutProcessor(tokenizer=...)"
         )
-    template_kwargs = keys.take("chat_template_kwargs") or {}
-    if not isinstance(template_kwargs, Mapping):
-        raise ParamsError(
-            f"completion_params['chat_template_kwargs'] must be a dict, got {template_kwargs!r}"
-        )
+    template_kwargs = _template_kwargs(keys)
     seed = keys.integer("seed")
     stream = keys.take("stream")
     if stream is not None and not isinstance(stream, bool):
@@ -146,7 +180,7 @@ def parse_completion_params(
         seed=seed,
         endpoint=None if local else resolve_endpoint(model, endpoint_keys, env=env),
         tokenizer=tokenizer,
-        chat_template_kwargs=dict(template_kwargs),
+        chat_template_kwargs=template_kwargs,
     )
 
 
@@ -228,6 +262,41 @@ def _flatten(params: Mapping[str, Any]) -> dict[str, Any]:
             )
         flat[key] = value
     return flat
+
+
+def template_values(kwargs: Any) -> dict[str, Any]:
+    """`chat_template_kwargs` as plain JSON values, which is what a chat server gets.
+
+    Raises:
+        ParamsError: they are no dict, or no JSON.
+    """
+    if not isinstance(kwargs, Mapping):
+        raise ParamsError(f"'chat_template_kwargs' must be a dict, got {kwargs!r}")
+    return {str(key): _plain_json(f"chat_template_kwargs: {key}", kwargs[key]) for key in kwargs}
+
+
+def _template_kwargs(keys: _Keys) -> dict[str, Any]:
+    kwargs = template_values(keys.take("chat_template_kwargs") or {})
+    for key in TEMPLATE_KEYS:
+        value = keys.take(key)
+        if value is None:
+            continue
+        if kwargs.setdefault(key, value) != value:
+            raise ParamsError(
+                f"completion_params[{key!r}] is {value!r} and chat_template_kwargs has "
+                f"{kwargs[key]!r}: give it once"
+            )
+        kwargs[key] = _plain_json(key, value)
+    return kwargs
+
+
+def _refuse_prompt_keys(keys: _Keys) -> None:
+    for key, (neutral, why) in _PROMPT_KEYS.items():
+        value = keys.take(key)
+        # By type too: 1 is not True here.
+        if value is None or any(value == v and type(value) is type(v) for v in neutral):
+            continue
+        raise ParamsError(f"completion_params[{key!r}] is not accepted: {why}")
 
 
 def _max_tokens(keys: _Keys) -> int | None:

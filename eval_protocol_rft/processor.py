@@ -23,7 +23,7 @@ from eval_protocol_rft.admission import ROWS_AHEAD, Ticket
 from eval_protocol_rft.backends import Backends
 from eval_protocol_rft.commit import commit_group, messages_to_answer
 from eval_protocol_rft.endpoint import Endpoint
-from eval_protocol_rft.params import RolloutRequest, parse_completion_params
+from eval_protocol_rft.params import RolloutRequest, parse_completion_params, template_values
 from eval_protocol_rft.prompts import PromptError, render_prompt
 from eval_protocol_rft.redaction import redact_params
 from eval_protocol_rft.sampling.fanout import Group, derive_seeds, sample_group
@@ -134,7 +134,7 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
     ) -> None:
         if min_completions < 1:
             raise ValueError(f"min_completions must be at least 1, got {min_completions}")
-        self.chat_template_kwargs = dict(chat_template_kwargs or {})
+        self.chat_template_kwargs = template_values(chat_template_kwargs or {})
         self.drop_trailing_assistant_messages = drop_trailing_assistant_messages
         self.split_reasoning = split_reasoning
         self.min_completions = min_completions

@@ -7,8 +7,16 @@ cause. There is no second way to write it down.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
+
+from jinja2 import TemplateError, meta
+from jinja2.ext import Extension, loopcontrols
+from jinja2.nodes import Node
+from jinja2.parser import Parser
+from jinja2.sandbox import SandboxedEnvironment
 
 from eval_protocol_rft.sampling.types import TokenIds
 from eval_protocol_rft.tokenizer import LoadedTokenizer
@@ -86,9 +94,7 @@ def render_chat(
             f"tokenizer {tokenizer.name!r} has no chat template: set tokenizer.chat_template, or "
             "name a tokenizer that has one"
         )
-    taken = _OWN_ARGUMENTS.intersection(chat_template_kwargs)
-    if taken:
-        raise PromptError(f"chat_template_kwargs must not set {', '.join(sorted(taken))}")
+    _check_template_kwargs(tokenizer, tools, chat_template_kwargs)
     chat = [with_parsed_arguments(i, message) for i, message in enumerate(messages)]
     ids = _apply(tokenizer, chat, tools, chat_template_kwargs)
     if not ids:
@@ -101,6 +107,56 @@ def render_chat(
                 "never see what this row holds"
             )
     return TokenIds(ids)
+
+
+def _check_template_kwargs(
+    tokenizer: LoadedTokenizer,
+    tools: Sequence[Mapping[str, Any]] | None,
+    kwargs: Mapping[str, Any],
+) -> None:
+    """A template passes over variables that it does not know: the user would never hear of it."""
+    taken = _OWN_ARGUMENTS.intersection(kwargs)
+    if taken:
+        raise PromptError(f"chat_template_kwargs must not set {', '.join(sorted(taken))}")
+    if not kwargs or not hasattr(tokenizer.tokenizer, "get_chat_template"):
+        return
+    template = tokenizer.tokenizer.get_chat_template(tools=[*map(dict, tools or ())] or None)
+    read = _variables(template)
+    unread = sorted(kwargs.keys() - read) if read is not None else None
+    if unread:
+        known = [name for name in sorted(read or ()) if not _FILLED_IN.fullmatch(name)]
+        raise PromptError(
+            f"the chat template of {tokenizer.name!r} does not read {', '.join(unread)}, so the "
+            f"prompt would be the same without: leave it out of completion_params and "
+            f"chat_template_kwargs. This template reads {', '.join(known) or 'no such variable'}"
+        )
+
+
+_FILLED_IN = re.compile(
+    r"messages|tools|add_generation_prompt|raise_exception|strftime_now|\w+_tokens?"
+)
+"""Variables of a template that transformers fills in."""
+
+
+class _GenerationTag(Extension):
+    """`{% generation %}`, with which templates mark the assistant's part."""
+
+    tags = {"generation"}  # noqa: RUF012 - as jinja2 declares it
+
+    def parse(self, parser: Parser) -> list[Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+@lru_cache(maxsize=16)
+def _variables(template: str) -> frozenset[str] | None:
+    """What a template reads of what it is given; None where it cannot be parsed, which rendering
+    will say better."""
+    environment = SandboxedEnvironment(extensions=[_GenerationTag, loopcontrols])
+    try:
+        return frozenset(meta.find_undeclared_variables(environment.parse(template)))
+    except TemplateError:
+        return None
 
 
 def _without(

@@ -37,6 +37,8 @@ class SamplingRecord(msgspec.Struct, frozen=True, kw_only=True):
     tokenizer: str | None = None
     chat_template_hash: str | None = None
     """First 16 hex digits of the SHA-256 of the chat template."""
+    chat_template_kwargs: dict[str, Any] = {}
+    """What the template was given beside the conversation: `reasoning_effort`, ..."""
     temperature: float
     top_p: float
     top_k: int

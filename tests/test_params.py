@@ -86,6 +86,8 @@ SPELLINGS = [
     ({"metadata": {"a": (1, 2)}}, "extra", {"metadata": {"a": [1, 2]}}),
     ({"logprobs": True, "return_token_ids": True, "raw_output": True}, "extra", {}),
     ({"logprobs": 5, "echo": False, "echo_last": 0}, "extra", {}),
+    ({"tool_choice": "auto", "parallel_tool_calls": True, "suffix": ""}, "extra", {}),
+    ({"add_generation_prompt": True, "add_special_tokens": False}, "extra", {}),
     ({"litellm_metadata": {}, "litellm_call_id": "x"}, "extra", {}),
     ({"top_p": None, "stop": None, "n": None, "anything": None}, "extra", {}),
 ]
@@ -144,6 +146,19 @@ WRONG = [
     ({"prompt": "hi"}, "prompt"),
     ({"messages": []}, "messages"),
     ({"tools": [{}]}, "tools"),
+    ({"tool_choice": "required"}, "tool_choice"),
+    ({"parallel_tool_calls": False}, "parallel_tool_calls"),
+    ({"extra_body": {"add_generation_prompt": False}}, "add_generation_prompt"),
+    ({"continue_final_message": True}, "continue_final_message"),
+    ({"suffix": "}"}, "suffix"),
+    ({"truncate_prompt_tokens": 10}, "truncate_prompt_tokens"),
+    ({"add_special_tokens": True}, "add_special_tokens"),
+    ({"extra_body": {"thinking": {"type": "disabled"}}}, "thinking"),
+    (
+        {"reasoning_effort": "low", "chat_template_kwargs": {"reasoning_effort": "high"}},
+        "reasoning_effort",
+    ),
+    ({"chat_template_kwargs": {"documents": object()}}, "chat_template_kwargs: documents"),
     ({"system_prompt": "be"}, "system_prompt"),
     ({"extra_body": [1]}, "extra_body"),
     ({"extra_body": "{"}, "extra_body"),
@@ -218,3 +233,11 @@ def test_any_dict_is_a_request_or_a_value_error_and_stays_as_it_was(params, mode
     body = json.dumps(dict(request.params.extra), allow_nan=False)
     assert json.loads(body) == request.params.extra
     assert not set(request.params.extra) & {*DROPPED_KEYS, "n", "seed", "api_key", "prompt", "echo"}
+
+
+@pytest.mark.parametrize("place", ["beside", "extra_body", "chat_template_kwargs"])
+def test_what_chat_servers_give_to_the_template_reaches_it_from_wherever_it_stands(place):
+    values = {"reasoning_effort": "high", "enable_thinking": False, "documents": [{"text": "x"}]}
+    request = parse(**(values if place == "beside" else {place: values}))
+    assert request.chat_template_kwargs == values
+    assert request.params.extra == {}

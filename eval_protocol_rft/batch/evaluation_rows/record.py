@@ -27,7 +27,9 @@ OPTIONAL_KEYS = (
 """Keys that a record may be without."""
 EPISODE_KEYS = ("trajectories", "episodes")
 """Lists per completion that no column holds: they travel in `evaluation_row`, by place."""
-_NOT_RECORDED = ("model_fingerprint", "chat_template_kwargs", "system", "seed_given")
+SAMPLING_BY_PLACE = ("retry_causes", "past_end")
+"""The same of `sampling`: lists of lists, empty where there is nothing to say."""
+_NOT_RECORDED = ("model_fingerprint", "system", "seed_given")
 _FAILURE_KINDS = frozenset(get_args(FailureKind))
 
 
@@ -82,8 +84,9 @@ def record_of(
 
     prompt_ids = numbers(survivors[0].prompt_ids)
     told = dict(sampling)
-    if isinstance(causes := told.get("retry_causes"), Mapping):
-        told["retry_causes"] = [causes.get(str(row.sample_idx), []) for row in survivors]
+    for name in SAMPLING_BY_PLACE:
+        if isinstance(values := told.get(name), Mapping):
+            told[name] = [values.get(str(row.sample_idx), []) for row in survivors]
     firsts = [row.first_policy_version for row in survivors]
     ids = [numbers(row.completion_ids) for row in survivors]
     logprobs = [numbers(row.logprobs) for row in survivors]

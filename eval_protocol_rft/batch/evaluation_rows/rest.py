@@ -11,7 +11,12 @@ from typing import Any
 import msgspec
 
 from eval_protocol_rft.batch.evaluation_rows.file_part import FILE_KEY, FilePart, Imported
-from eval_protocol_rft.batch.evaluation_rows.record import EPISODE_KEYS, OPTIONAL_KEYS, trace
+from eval_protocol_rft.batch.evaluation_rows.record import (
+    EPISODE_KEYS,
+    OPTIONAL_KEYS,
+    SAMPLING_BY_PLACE,
+    trace,
+)
 from eval_protocol_rft.batch.evaluation_rows.to_row import FINISHED, INTERNAL
 from eval_protocol_rft.batch.rollouts.format import PromptKind
 from eval_protocol_rft.record import RecordError, RolloutRecord
@@ -88,10 +93,10 @@ def _rest(row: Mapping[str, Any], record: RolloutRecord | None, *, answered: boo
         }
     if record is not None:
         told = record.sampling
-        if told.retry_causes:
-            # By place, as completions may be filtered out of the file.
-            places = map(str, told.indices)
-            kept["sampling"]["retry_causes"] = dict(zip(places, told.retry_causes, strict=True))
+        for name in SAMPLING_BY_PLACE:
+            if values := getattr(told, name):
+                # By place, as completions may be filtered out of the file.
+                kept["sampling"][name] = dict(zip(map(str, told.indices), values, strict=True))
         for key in EPISODE_KEYS:
             if extra.get(key) is not None:
                 kept[key] = dict(zip(map(str, told.indices), extra[key], strict=True))
