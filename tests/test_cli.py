@@ -140,9 +140,9 @@ def test_serve_prints_a_request_that_works_and_ctrl_c_stops_it_with_one_line():
 
 
 def post_as_curl_does(command: str) -> dict:
-    """Send what `curl -s URL -d BODY` would: a POST with curl's content type."""
-    curl, silent, url, flag, body = shlex.split(command)
+    """Send what `curl -s URL -H HEADER -d BODY` would."""
+    curl, silent, url, _, header, flag, body = shlex.split(command)
     assert (curl, silent, flag) == ("curl", "-s", "-d")
     assert json.loads(body)["model"] == "m"
-    form = {"content-type": "application/x-www-form-urlencoded"}
-    return httpx.post(url, content=body, headers=form, timeout=30).raise_for_status().json()
+    headers = dict([header.split(": ")])
+    return httpx.post(url, content=body, headers=headers, timeout=30).raise_for_status().json()

@@ -147,11 +147,11 @@ def _greeting(
 ) -> str:
     """What is served and to whom, and a request to paste, with a chat prompt where the tokenizer
     can make one."""
-    lines = [f"Serving {name} on {url} (Ctrl-C stops it)."]
+    facts = [f"Serving {name} on {url} (Ctrl-C stops it)."]
     if reloads:
-        lines[0] += " It takes new weights from whoever reaches it."
+        facts.append("It takes new weights from whoever reaches it.")
     if not access.loopback_only and access.api_key is None:
-        lines.append(
+        facts.append(
             "WARNING: whoever reaches this machine may use it, web pages in a browser among them: "
             "set --api-key, or listen on 127.0.0.1."
         )
@@ -161,7 +161,7 @@ def _greeting(
     body = {"model": name, "prompt": _chat_prompt(tokenizer), "max_tokens": 16, "logprobs": True}
     options = " ".join(f"-H '{header}'" for header in headers)
     data = shlex.quote(msgspec.json.encode(body).decode())
-    return "\n".join([*lines, "Try:", f"  curl -s {url}/v1/completions {options} -d {data}"])
+    return f"{' '.join(facts)} Try:\n  curl -s {url}/v1/completions {options} -d {data}"
 
 
 def _chat_prompt(tokenizer: PreTrainedTokenizerBase) -> str | list[int]:
