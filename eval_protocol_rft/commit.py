@@ -7,7 +7,7 @@ Invariant: everything is built before the first assignment, so a row never holds
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 from openai.types import CompletionUsage
@@ -19,6 +19,7 @@ from eval_protocol_rft.record import (
     RolloutRecord,
     SamplingRecord,
     TokenTurnTrace,
+    turn_payloads,
 )
 from eval_protocol_rft.redaction import redact_params
 from eval_protocol_rft.sampling.distribution import support_truncated
@@ -61,6 +62,7 @@ def commit_group(
         tail=tail,
     )
     answer = assistant_message(record.completions_text[0], split_reasoning=split_reasoning)
+    said = [*messages, answer]
     prompt_tokens = len(prompt) * len(record)
     completion_tokens = sum(map(len, record.completion_ids))
     usage = CompletionUsage(
@@ -71,9 +73,9 @@ def commit_group(
     metadata = row.execution_metadata
     # A row that was rolled out before may carry an older record, scores included: not of these.
     foreign = {k: v for k, v in (metadata.extra or {}).items() if k not in _OWN_KEYS}
-    extra = {**foreign, **record.to_extra()}
+    extra = {**foreign, **_with_payloads(record, said)}
 
-    row.messages = [*messages, answer]
+    row.messages = said
     metadata.extra = extra
     metadata.usage = usage
     metadata.finish_reason = record.finish_reasons[0]
@@ -122,10 +124,10 @@ def commit_episodes(
     completion_tokens = sum(episode.sampled_tokens for episode in episodes)
     metadata = row.execution_metadata
     foreign = {k: v for k, v in (metadata.extra or {}).items() if k not in _OWN_KEYS}
-    extra = {**foreign, **record.to_extra()}
+    said = [Message(**{"content": None, **m}) for m in episodes[0].record.messages]
+    extra = {**foreign, **_with_payloads(record, said)}
 
-    said = episodes[0].record.messages
-    row.messages = [Message(**{"content": None, **message}) for message in said]
+    row.messages = said
     metadata.extra = extra
     metadata.usage = CompletionUsage(
         prompt_tokens=prompt_tokens,
@@ -135,6 +137,13 @@ def commit_episodes(
     metadata.finish_reason = episodes[0].record.last_finish_reason
     metadata.tool_call_count = sum(len(m.tool_calls or []) for m in row.messages)
     metadata.rollout_duration_seconds = seconds
+
+
+def _with_payloads(record: RolloutRecord, messages: Sequence[Message]) -> dict[str, Any]:
+    """The record as it goes into `extra` of a row with these messages."""
+    extra = record.to_extra()
+    payloads = turn_payloads(extra["token_turn_traces"], messages)
+    return {**extra, "assistant_turn_payloads": payloads}
 
 
 def messages_to_answer(row: EvaluationRow, *, drop_trailing_assistant: bool) -> list[Message]:

@@ -6,7 +6,7 @@ breaks this cannot be built or read: `RecordError` names the field and the compl
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence, Sized
 from typing import Any, Literal
 
 import msgspec
@@ -21,9 +21,19 @@ ARRAY_KEYS = (
     "inference_logprobs",
     "raw_logprobs",
     "token_turn_traces",
+    "assistant_turn_payloads",
     "trajectories",
 )
 """The keys of `extra` that grow with the number of tokens."""
+PUBLISHED_KEYS = (
+    "prompt_ids",
+    "completion_ids",
+    "inference_logprobs",
+    "completions_text",
+    "truncated",
+    "finish_reasons",
+)
+"""What the published contract promises. A row with these alone is read too."""
 
 
 class RecordError(ValueError):
@@ -33,15 +43,16 @@ class RecordError(ValueError):
 class SamplingRecord(msgspec.Struct, frozen=True, kw_only=True):
     """How the completions were sampled. Lists are per surviving completion."""
 
-    model: str
+    model: str | None = None
+    """None, as the four below, where a row that another program wrote does not say."""
     tokenizer: str | None = None
     chat_template_hash: str | None = None
     """First 16 hex digits of the SHA-256 of the chat template."""
     chat_template_kwargs: dict[str, Any] = {}
     """What the template was given beside the conversation: `reasoning_effort`, ..."""
-    temperature: float
-    top_p: float
-    top_k: int
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
     max_tokens: int | None = None
     stop: list[str] = []
     n: int
@@ -95,6 +106,15 @@ class TokenTurnTrace(msgspec.Struct, frozen=True, kw_only=True):
     finish_reason: str
 
 
+class AssistantTurnPayload(msgspec.Struct, frozen=True, kw_only=True):
+    """What was sampled for one message of the assistant, as public converters read it."""
+
+    assistant_turn_index: int
+    """Which of the row's assistant messages it is, from 0; those of the prompt count."""
+    completion_ids: list[int]
+    completion_logprobs: list[float]
+
+
 class CompletionResult(msgspec.Struct, frozen=True, kw_only=True):
     """What the evaluator said of one completion. `score` is None where it said nothing valid."""
 
@@ -126,6 +146,8 @@ class RolloutRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Fal
     """Completions that could not be had, each with its place among those asked for."""
     raw_logprobs: list[list[float] | None] | None = None
     token_turn_traces: list[TokenTurnTrace] = []
+    assistant_turn_payloads: list[AssistantTurnPayload] = []
+    """The same turns by the row's assistant messages, without their prompts."""
     trajectories: list[list[SegmentRecord]] | None = None
     """[G][S_i] the segments of each episode, in order; None for rollouts of one turn."""
     episodes: list[EpisodeRecord] | None = None
@@ -199,23 +221,97 @@ class RolloutRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Fal
         return {key: value for key, value in values.items() if value is not None}
 
     @classmethod
-    def from_extra(cls, extra: Mapping[str, Any] | None) -> RolloutRecord:
+    def from_extra(
+        cls, extra: Mapping[str, Any] | None, params: Mapping[str, Any] | None = None
+    ) -> RolloutRecord:
         """Read the record out of `extra`, which may hold foreign keys beside it.
+
+        Args:
+            extra: with a record, or with the published keys alone; then lengths and scores are
+                what it says, and the completions are numbered as they stand.
+            params: the row's completion params, which say how it was sampled where `extra` does
+                not.
 
         Raises:
             RecordError: there is no record, or a field is missing, mistyped or contradictory.
         """
-        if not extra or "rft_schema" not in extra:
+        if not has_record(extra):
             raise RecordError(
                 "no rollout record in execution_metadata.extra: was the row produced by "
                 "FireworksTrainingRolloutProcessor, and did its rollout succeed?"
             )
+        assert extra is not None  # noqa: S101 - it has a record
         try:
-            return msgspec.convert(extra, cls)
+            return msgspec.convert(extra if is_marked(extra) else _marked(extra, params), cls)
         except msgspec.ValidationError as error:
             raise RecordError(f"invalid rollout record: {error}") from error
 
 
+def has_record(extra: Mapping[str, Any] | None) -> bool:
+    """Whether there is a rollout record in `extra`: ours, or the published keys alone."""
+    return extra is not None and (
+        is_marked(extra) or all(extra.get(k) is not None for k in PUBLISHED_KEYS)
+    )
+
+
+def is_marked(extra: Mapping[str, Any]) -> bool:
+    """Whether the record in `extra` is one of ours, with all that belongs to it."""
+    return "rft_schema" in extra
+
+
+def result_score(result: Any) -> float | None:
+    """The score of an `evaluation_result`, an object or its JSON; None where there is no valid
+    one. It is the reward of a row's only completion where the record has no rewards."""
+
+    def field(name: str) -> Any:
+        return result.get(name) if isinstance(result, Mapping) else getattr(result, name, None)
+
+    return None if field("is_score_valid") is False else field("score")
+
+
+def turn_payloads(
+    traces: Sequence[Mapping[str, Any]], messages: Sequence[Any]
+) -> list[dict[str, Any]]:
+    """`assistant_turn_payloads` of turns whose answers are the last assistant messages of a row.
+
+    Args:
+        traces: the turns, in order, as in `token_turn_traces`.
+        messages: of the row, as objects or as JSON.
+    """
+    roles = [m.get("role") if isinstance(m, Mapping) else m.role for m in messages]
+    first = max(roles.count("assistant") - len(traces), 0)
+    return [
+        {
+            "assistant_turn_index": index,
+            "completion_ids": trace["completion_ids"],
+            "completion_logprobs": trace["completion_logprobs"],
+        }
+        for index, trace in enumerate(traces, start=first)
+    ]
+
+
+def _marked(extra: Mapping[str, Any], params: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The published keys, and what is known beside them, as a record of ours."""
+    size = len(extra["completion_ids"]) if isinstance(extra["completion_ids"], Sized) else 0
+    nothing: list[None] = [None] * size
+    own = {key: extra[key] for key in (*PUBLISHED_KEYS, *_BESIDE) if key in extra}
+    sampling = {
+        **{key: (params or {}).get(key) for key in _HOW_SAMPLED},
+        "n": size,
+        "indices": list(range(size)),
+        "seeds": nothing,
+        "policy_versions": nothing,
+        "request_ids": nothing,
+        "attempts": [1] * size,
+        "seconds": [0.0] * size,
+    }
+    top_p, top_k = sampling["top_p"], sampling["top_k"]
+    sampling["support_truncated"] = top_p not in (None, 1) or top_k not in (None, 0, -1)
+    return {**own, "rft_schema": SCHEMA_VERSION, "sampling": sampling}
+
+
+_BESIDE = ("rewards", "completion_results", "raw_logprobs")
+_HOW_SAMPLED = ("model", "temperature", "top_p", "top_k", "max_tokens")
 _PER_COMPLETION = ("inference_logprobs", "completions_text", "truncated", "finish_reasons")
 _PER_COMPLETION_SAMPLING = (
     "indices",

@@ -13,7 +13,7 @@ from eval_protocol.dataset_logger import default_logger
 from eval_protocol.dataset_logger.dataset_logger import DatasetLogger
 from eval_protocol.models import EvaluationRow
 
-from eval_protocol_rft.record import ARRAY_KEYS
+from eval_protocol_rft.record import ARRAY_KEYS, has_record
 from eval_protocol_rft.redaction import redact_params
 
 
@@ -62,7 +62,7 @@ def _slim(extra: Mapping[str, Any] | None) -> dict[str, Any] | None:
     slim = {key: value for key, value in extra.items() if key not in ARRAY_KEYS}
     if isinstance(extra.get("sampling"), Mapping):
         slim["sampling"] = redact_params(extra["sampling"])
-    if "rft_schema" in extra and "completion_ids" in extra:
+    if has_record(extra) and "completion_ids" in extra:
         slim["token_counts"] = {
             "prompt": len(extra["prompt_ids"]),
             "completions": [len(ids) for ids in extra["completion_ids"]],

@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from eval_protocol_rft.record import RecordError, RolloutRecord
+from eval_protocol_rft.record import RecordError, RolloutRecord, has_record, result_score
 
 
 class RowsFileError(ValueError):
@@ -90,10 +90,14 @@ def _rollouts(file: Path) -> Iterator[StoredRow]:
 def _row(value: Any) -> StoredRow:
     row = msgspec.convert(value, _Row)
     extra = row.execution_metadata.extra
-    if extra is None or "rft_schema" not in extra:
+    if not has_record(extra):
         record, error = None, row.rollout_status.message or "no rollout record"
     else:
-        record, error = RolloutRecord.from_extra(extra), None
+        params = row.input_metadata.completion_params
+        record, error = RolloutRecord.from_extra(extra, params), None
+        if record.rewards is None and len(record) == 1 and row.evaluation_result is not None:
+            score = result_score(row.evaluation_result)
+            record = msgspec.structs.replace(record, rewards=[score])
     asked = row.messages[:-1] if record is not None else row.messages
     if record is not None and record.episodes:
         asked = row.messages[: record.episodes[0].row_messages]
@@ -119,6 +123,7 @@ class _Message(msgspec.Struct):
 
 class _Input(msgspec.Struct):
     row_id: str | None = None
+    completion_params: dict[str, Any] | None = None
 
 
 class _Status(msgspec.Struct):
@@ -133,5 +138,6 @@ class _Execution(msgspec.Struct):
 class _Row(msgspec.Struct):
     messages: list[_Message]
     input_metadata: _Input = msgspec.field(default_factory=_Input)
+    evaluation_result: dict[str, Any] | None = None
     rollout_status: _Status = msgspec.field(default_factory=_Status)
     execution_metadata: _Execution = msgspec.field(default_factory=_Execution)

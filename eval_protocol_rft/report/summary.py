@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
 from eval_protocol_rft.pass_at_k import pass_at_k
 from eval_protocol_rft.report.rows import StoredRow
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,9 +59,13 @@ def summarize_rows(rows: Iterable[StoredRow], *, pass_threshold: float = 1.0) ->
         mean_reward=float(np.mean(rewards)) if rewards else None,
         pass_at_k=_pass_at_k(scored, pass_threshold),
         tokens_per_second=_rate(rows, tokens),
-        models=tuple(sorted({record.sampling.model for record in records})),
-        temperatures=tuple(sorted({record.sampling.temperature for record in records})),
+        models=tuple(sorted(_known(record.sampling.model for record in records))),
+        temperatures=tuple(sorted(_known(record.sampling.temperature for record in records))),
     )
+
+
+def _known(values: Iterable[T | None]) -> set[T]:
+    return {value for value in values if value is not None}
 
 
 def _pass_at_k(scored: list[list[float]], threshold: float) -> dict[int, float]:

@@ -13,7 +13,14 @@ import msgspec
 from eval_protocol.models import EvaluationRow, Message
 
 from eval_protocol_rft.prompts import assistant_message
-from eval_protocol_rft.record import ARRAY_KEYS, SCHEMA_VERSION, RecordError
+from eval_protocol_rft.record import (
+    ARRAY_KEYS,
+    PUBLISHED_KEYS,
+    SCHEMA_VERSION,
+    RecordError,
+    has_record,
+    is_marked,
+)
 
 HIDDEN_KEYS = frozenset({*ARRAY_KEYS, "rft_schema", "rewards", "completion_results", "episodes"})
 """Keys of `extra` that a view has not: token arrays, the record's mark, and earlier scores."""
@@ -41,10 +48,11 @@ class _ScoredPart(msgspec.Struct, frozen=True):
     """The part of a rollout record that scoring needs. Reading no more than this leaves the
     token arrays untouched, and rows that were logged without them can be scored."""
 
-    rft_schema: int
     completions_text: list[str]
     finish_reasons: list[str]
-    sampling: _Sampling
+    rft_schema: int = SCHEMA_VERSION
+    sampling: _Sampling | None = None
+    """None where only the published keys are there."""
     episodes: list[_Episode] | None = None
 
 
@@ -62,12 +70,12 @@ def completion_views(row: EvaluationRow) -> list[EvaluationRow] | None:
             completion.
     """
     extra = row.execution_metadata.extra
-    if not extra or "rft_schema" not in extra or row.rollout_status.is_error():
+    if not extra or row.rollout_status.is_error() or not has_record(extra):
         return None
     record = _read(row, extra)
     if record.episodes is not None:
         return _episode_views(row, extra, record.episodes)
-    split = record.sampling.split_reasoning
+    split = _splits_reasoning(row, record)
     messages = [assistant_message(t, split_reasoning=split) for t in record.completions_text]
     if messages:
         _check_last_message(row, messages[0])
@@ -100,10 +108,20 @@ def _episode_views(
     return views
 
 
+def _splits_reasoning(row: EvaluationRow, record: _ScoredPart) -> bool:
+    """Whether thoughts are apart from content, as in the row's own answer."""
+    if record.sampling is not None:
+        return record.sampling.split_reasoning
+    texts, last = record.completions_text, row.messages[-1:]
+    answers = [assistant_message(text, split_reasoning=True) for text in texts[:1]]
+    return list(map(_said, last)) == list(map(_said, answers))
+
+
 def _read(row: EvaluationRow, extra: dict[str, Any]) -> _ScoredPart:
     where = f"row {row.input_metadata.row_id}"
     try:
-        record = msgspec.convert(extra, _ScoredPart)
+        own = extra if is_marked(extra) else {key: extra[key] for key in PUBLISHED_KEYS}
+        record = msgspec.convert(own, _ScoredPart)
     except msgspec.ValidationError as error:
         raise RecordError(f"{where}: invalid rollout record: {error}") from error
     if record.rft_schema != SCHEMA_VERSION:

@@ -19,6 +19,7 @@ from eval_protocol_rft.record import (
     RecordError,
     RolloutRecord,
     SamplingRecord,
+    result_score,
 )
 from eval_protocol_rft.sampling.types import Failure
 from eval_protocol_rft.training.buffers import TokenBuffer
@@ -128,8 +129,9 @@ def read_row(row: Row, buffer: TokenBuffer) -> RowRollout:
     if field_of(status, "code") == _INTERNAL:
         return RowRollout(name, (), (), str(field_of(status, "message")), None, _asked(row))
     extra = field_of(field_of(row, "execution_metadata"), "extra")
+    params = field_of(field_of(row, "input_metadata"), "completion_params")
     try:
-        record = _without_tokens(extra)
+        record = _without_tokens(extra, params)
     except RecordError as error:
         raise TrainingDataError(f"{name}: {error}") from error
     sampling, firsts = record.sampling, record.sampling.first_policy_versions
@@ -225,7 +227,9 @@ def _asked(row: Row) -> int:
     return n if isinstance(n, int) else 1
 
 
-def _without_tokens(extra: Mapping[str, Any] | None) -> RolloutRecord:
+def _without_tokens(
+    extra: Mapping[str, Any] | None, params: Mapping[str, Any] | None
+) -> RolloutRecord:
     """The record with stand-ins for the token data: everything else in it is validated as always,
     and the tokens, which `read_segments` checks, are not copied on the way."""
     without: dict[str, Any] = {}
@@ -244,7 +248,7 @@ def _without_tokens(extra: Mapping[str, Any] | None) -> RolloutRecord:
                 return RolloutRecord.from_extra(extra)  # likewise
             without["trajectories"] = segments
     rest = {key: value for key, value in (extra or {}).items() if key not in ARRAY_KEYS}
-    return RolloutRecord.from_extra({**rest, **without})
+    return RolloutRecord.from_extra({**rest, **without}, params)
 
 
 def _rewards(row: Row, record: RolloutRecord, name: str) -> list[float | None]:
@@ -257,8 +261,7 @@ def _rewards(row: Row, record: RolloutRecord, name: str) -> list[float | None]:
                 f"{name}: {len(record)} completions without rewards. Put @score_each_completion "
                 "under @evaluation_test, or score the rows with score_rows()"
             )
-        valid = field_of(result, "is_score_valid") is not False
-        rewards = [field_of(result, "score") if valid else None]
+        rewards = [result_score(result)]
     for index, reward in zip(record.sampling.indices, rewards, strict=True):
         problem = reward_problem(reward)
         if problem:

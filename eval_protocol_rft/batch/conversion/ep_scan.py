@@ -26,7 +26,7 @@ from eval_protocol_rft.batch.rollouts.format import (
     schema,
 )
 from eval_protocol_rft.batch.rollouts.rows import CompletionRow
-from eval_protocol_rft.record import RecordError
+from eval_protocol_rft.record import RecordError, has_record, is_marked
 from eval_protocol_rft.training.importing import read_rows
 
 _HOW_SAMPLED = frozenset(SamplingSettings.__struct_fields__)
@@ -98,7 +98,7 @@ class EpScan:
         self.num_rows += 1
         self._add_columns(completions[0])
         self._add_part(index, part, completions)
-        if "sampling" in extra_of(row):
+        if has_record(extra_of(row)):
             self._add_sampling(extra_of(row))
 
     def schema(self) -> pa.Schema:
@@ -165,7 +165,11 @@ class EpScan:
                     self._mixed_rewards.add(name)
 
     def _add_sampling(self, extra: Mapping[str, Any]) -> None:
-        values = {k: v for k, v in extra["sampling"].items() if k in _HOW_SAMPLED}
+        sampling = extra["sampling"] if is_marked(extra) else {}
+        values = {k: v for k, v in sampling.items() if k in _HOW_SAMPLED}
+        if any(values.get(name) is None for name in ("model", "temperature", "top_p", "top_k")):
+            self._one_sampling = False  # another program's row, which does not say
+            return
         settings = msgspec.convert(values, SamplingSettings)
         self._sampling = self._sampling or settings
         self._one_sampling = self._one_sampling and settings == self._sampling

@@ -22,7 +22,7 @@ from eval_protocol_rft.batch.rollouts.format import (
     SamplingSettings,
 )
 from eval_protocol_rft.batch.rollouts.rows import UNSCORED, CompletionRow, Score
-from eval_protocol_rft.record import RecordError
+from eval_protocol_rft.record import RecordError, has_record
 
 FILE_KEY = "rollout_file"
 """Key of `extra`. Inside the column `evaluation_row` it holds something else: see `Imported`."""
@@ -109,7 +109,7 @@ def read_file_part(extra: Mapping[str, Any]) -> FilePart | None:
         part = msgspec.convert(extra[FILE_KEY], FilePart)
     except msgspec.ValidationError as error:
         raise RecordError(f"broken {FILE_KEY!r} in extra: {error}") from error
-    is_survived = "rft_schema" in extra
+    is_survived = has_record(extra)
     ids = extra["completion_ids"] if is_survived else []
     trajectories = extra.get("trajectories") if is_survived else None
     return part if token_checksum(ids, trajectories) == part.tokens else None

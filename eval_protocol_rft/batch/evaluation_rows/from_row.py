@@ -13,11 +13,12 @@ import msgspec
 import numpy as np
 
 from eval_protocol_rft.batch.evaluation_rows.file_part import FilePart, read_file_part
+from eval_protocol_rft.batch.evaluation_rows.record import score_of_result
 from eval_protocol_rft.batch.evaluation_rows.rest import extra_of, row_id_of, shared_fields
 from eval_protocol_rft.batch.evaluation_rows.to_row import INTERNAL
 from eval_protocol_rft.batch.rollouts.format import PromptKind
 from eval_protocol_rft.batch.rollouts.rows import UNSCORED, CompletionRow, Score
-from eval_protocol_rft.record import RecordError, RolloutRecord, SamplingRecord
+from eval_protocol_rft.record import RecordError, RolloutRecord, SamplingRecord, has_record
 
 
 class FailedRolloutError(RecordError):
@@ -52,11 +53,15 @@ def _completions(
     extra = extra_of(row)
     status = row.get("rollout_status") or {}
     failed = status.get("code") == INTERNAL
-    recorded = "rft_schema" in extra and not failed
-    record = RolloutRecord.from_extra(extra) if recorded else None
+    params = (row.get("input_metadata") or {}).get("completion_params")
+    recorded = has_record(extra) and not failed
+    record = RolloutRecord.from_extra(extra, params) if recorded else None
     known = read_file_part(extra)
     if record is not None:
         rows = _from_record(record, known)
+        result = row.get("evaluation_result")
+        if result is not None and len(record) == 1 and not _has_scores(record):
+            rows[0].scores["reward"] = score_of_result(result)
     elif known is not None and failed and not known.survived:
         rows = [_failed(failure) for failure in known.failed]
     else:
@@ -80,6 +85,10 @@ def _from_record(record: RolloutRecord, known: FilePart | None) -> list[Completi
         params = _params(record.sampling)
         failed = [{**msgspec.to_builtins(failure), **params} for failure in record.failures]
     return [*rows, *(_failed(failure) for failure in failed)]
+
+
+def _has_scores(record: RolloutRecord) -> bool:
+    return record.rewards is not None or record.completion_results is not None
 
 
 def _survivor(

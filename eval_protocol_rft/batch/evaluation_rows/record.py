@@ -11,15 +11,16 @@ from typing import Any, get_args
 import msgspec
 
 from eval_protocol_rft.batch.rollouts.format import FileMetadata, SamplingSettings
-from eval_protocol_rft.batch.rollouts.rows import UNSCORED, CompletionRow
+from eval_protocol_rft.batch.rollouts.rows import UNSCORED, CompletionRow, Score
 from eval_protocol_rft.episodes import turn_runs
-from eval_protocol_rft.record import SCHEMA_VERSION, RecordError
+from eval_protocol_rft.record import SCHEMA_VERSION, RecordError, result_score
 from eval_protocol_rft.sampling.distribution import support_truncated
 from eval_protocol_rft.sampling.types import FailureKind, FinishReason, SamplingParams
 
 OPTIONAL_KEYS = (
     "failures",
     "token_turn_traces",
+    "assistant_turn_payloads",
     "raw_logprobs",
     "rewards",
     "completion_results",
@@ -169,6 +170,14 @@ def _scores(survivors: Sequence[CompletionRow]) -> dict[str, Any]:
             for score in scores
         ],
     }
+
+
+def score_of_result(result: Mapping[str, Any]) -> Score:
+    """What an `evaluation_result` says of a row's only completion: the evaluator judged the row as
+    it is, and left no rewards in the record."""
+    reward = result_score(result)
+    error = None if reward is not None else "the evaluator marked the score as invalid"
+    return Score(reward=reward, reason=result.get("reason"), error=error)
 
 
 def _explained(row: CompletionRow) -> bool:

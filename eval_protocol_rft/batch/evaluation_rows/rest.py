@@ -19,7 +19,13 @@ from eval_protocol_rft.batch.evaluation_rows.record import (
 )
 from eval_protocol_rft.batch.evaluation_rows.to_row import FINISHED, INTERNAL
 from eval_protocol_rft.batch.rollouts.format import PromptKind
-from eval_protocol_rft.record import RecordError, RolloutRecord
+from eval_protocol_rft.prompts import answer_fields
+from eval_protocol_rft.record import (
+    RecordError,
+    RolloutRecord,
+    is_marked,
+    turn_payloads,
+)
 
 _DERIVED = frozenset(RolloutRecord.__struct_fields__) - frozenset(EPISODE_KEYS)
 """Keys of `extra` that the columns hold."""
@@ -83,8 +89,13 @@ def _rest(row: Mapping[str, Any], record: RolloutRecord | None, *, answered: boo
     keys the record had, and whose text the last message is."""
     extra = extra_of(row)
     kept = {k: v for k, v in extra.items() if k not in _DERIVED and k != FILE_KEY}
-    if "sampling" in extra:
-        sampling: Mapping[str, Any] = extra["sampling"]
+    sampling: Mapping[str, Any] | None = extra.get("sampling")
+    if record is not None and not is_marked(extra):
+        # Another program's: what it calls by our names is not what we mean by them.
+        kept = {k: v for k, v in kept.items() if k not in EPISODE_KEYS}
+        split = _splits_reasoning(row, record) if answered else True
+        sampling = {**msgspec.to_builtins(record.sampling), "split_reasoning": split}
+    if sampling is not None:
         kept["sampling"] = {
             # An empty list says that no completion has one, and no column would.
             k: v
@@ -98,17 +109,27 @@ def _rest(row: Mapping[str, Any], record: RolloutRecord | None, *, answered: boo
                 # By place, as completions may be filtered out of the file.
                 kept["sampling"][name] = dict(zip(map(str, told.indices), values, strict=True))
         for key in EPISODE_KEYS:
-            if extra.get(key) is not None:
+            if getattr(record, key) is not None:
                 kept[key] = dict(zip(map(str, told.indices), extra[key], strict=True))
-        traces = extra.get("token_turn_traces")
-        if traces and traces != [_first_trace(extra)]:
+        traces = extra.get("token_turn_traces") or [_first_trace(extra)]
+        if traces != [_first_trace(extra)]:
             kept["token_turn_traces"] = traces
+        payloads = extra.get("assistant_turn_payloads")
+        if payloads is not None and payloads != turn_payloads(traces, row.get("messages") or []):
+            kept["assistant_turn_payloads"] = payloads
         kept[FILE_KEY] = Imported(
             keys=[key for key in OPTIONAL_KEYS if extra.get(key) is not None],
             answer=told.indices[0] if answered or record.episodes else None,
         )
     metadata = {**(row.get("execution_metadata") or {}), "extra": kept}
     return msgspec.json.encode({**row, "execution_metadata": metadata}).decode()
+
+
+def _splits_reasoning(row: Mapping[str, Any], record: RolloutRecord) -> bool:
+    """Whether the row's answer has its thoughts apart."""
+    split = answer_fields(record.completions_text[0], split_reasoning=True)
+    answer = row["messages"][-1]
+    return all(answer.get(k) == split.get(k) for k in ("content", "reasoning_content"))
 
 
 def _is_bare(row: Mapping[str, Any]) -> bool:

@@ -19,12 +19,14 @@ from eval_protocol_rft.batch.evaluation_rows.record import (
     episode_traces,
     record_of,
     sampling_of,
+    score_of_result,
+    trace,
 )
 from eval_protocol_rft.batch.rollouts.format import FileMetadata
 from eval_protocol_rft.batch.rollouts.rows import CompletionRow, by_prompt
 from eval_protocol_rft.episodes import EpisodeRecord
 from eval_protocol_rft.prompts import answer_fields
-from eval_protocol_rft.record import RecordError
+from eval_protocol_rft.record import RecordError, turn_payloads
 
 FINISHED = 100
 INTERNAL = 13
@@ -82,6 +84,8 @@ def to_row(
             _put_episode(row, survivors[0], extra, imported)
         else:
             _put_answer(row, survivors[0], imported, split=split)
+        _put_payloads(row, survivors[0], extra, imported)
+        _leave_to_result(row, survivors, extra, imported)
     else:
         if own is not None:
             extra["sampling"] = own
@@ -138,7 +142,7 @@ def _put_episode(
 def _drop_episodes(row: dict[str, Any], extra: dict[str, Any]) -> None:
     """Let the row be one that was asked and not answered."""
     told = [msgspec.convert(episode, EpisodeRecord) for episode in extra.pop("episodes").values()]
-    for key in ("trajectories", "token_turn_traces"):
+    for key in ("trajectories", "token_turn_traces", "assistant_turn_payloads"):
         extra.pop(key, None)
     for key in ("finish_reason", "tool_call_count", "usage"):
         row["execution_metadata"].pop(key, None)
@@ -156,3 +160,39 @@ def _put_answer(
     asked = row["messages"] if answer is None else row["messages"][:-1]
     row["messages"] = [*asked, answer_fields(first.response or "", split_reasoning=split)]
     row["execution_metadata"]["finish_reason"] = first.finish_reason
+
+
+def _put_payloads(
+    row: dict[str, Any],
+    first: CompletionRow,
+    extra: dict[str, Any],
+    imported: Mapping[str, Any],
+) -> None:
+    """Say what was sampled for the row's answers; of an imported row, where it did."""
+    if imported and "assistant_turn_payloads" not in imported["keys"]:
+        return
+    answer = imported.get("answer")
+    if "assistant_turn_payloads" in extra and answer in (None, first.sample_idx):
+        return  # what it said was not what its turns say
+    ids, logprobs = extra["completion_ids"][0], extra["inference_logprobs"][0]
+    own = [trace(extra["prompt_ids"], ids, logprobs, first.finish_reason)]
+    traces = extra.get("token_turn_traces") or own
+    extra["assistant_turn_payloads"] = turn_payloads(traces, row["messages"])
+
+
+def _leave_to_result(
+    row: dict[str, Any],
+    survivors: Sequence[CompletionRow],
+    extra: dict[str, Any],
+    imported: Mapping[str, Any],
+) -> None:
+    """Let an imported row whose only completion has its score as `evaluation_result` be as it was,
+    unless it was scored since."""
+    result = row.get("evaluation_result")
+    if not imported or result is None or len(survivors) != 1:
+        return
+    if {"rewards", "completion_results"}.intersection(imported["keys"]):
+        return
+    if survivors[0].scores.get("reward") == score_of_result(result):
+        extra.pop("rewards", None)
+        extra.pop("completion_results", None)
