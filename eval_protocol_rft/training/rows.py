@@ -87,11 +87,13 @@ class Question(NamedTuple):
     """Those that were there before anything was sampled."""
     tools: Any
     chat_template_hash: str | None
+    chat_template_kwargs: Mapping[str, Any]
 
     def same(self, other: Question) -> bool:
         """Whether both ask the same by the same template; no messages are no question."""
         return bool(self.messages) and (
             self.chat_template_hash == other.chat_template_hash
+            and self.chat_template_kwargs == other.chat_template_kwargs
             and plain(self.tools) == plain(other.tools)
             and list(map(plain_message, self.messages)) == list(map(plain_message, other.messages))
         )
@@ -172,7 +174,12 @@ def read_row(row: Row, buffer: TokenBuffer) -> RowRollout:
         sampling.tokenizer,
         sampling.n,
         len(sampling.cancelled),
-        Question(_asked_messages(row, record), field_of(row, "tools"), sampling.chat_template_hash),
+        Question(
+            _asked_messages(row, record),
+            field_of(row, "tools"),
+            sampling.chat_template_hash,
+            sampling.chat_template_kwargs,
+        ),
     )
 
 

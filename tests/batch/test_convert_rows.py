@@ -233,3 +233,15 @@ def test_a_prompt_of_several_messages_is_no_text() -> None:
     row["messages"].insert(0, {"role": "system", "content": "s"})
     with pytest.raises(RecordError, match="its prompt is 2 messages"):
         from_row(row, 0, prompt_kind="text")
+
+
+def test_what_no_column_holds_of_a_completion_goes_with_it_when_others_are_filtered_out() -> None:
+    row = rolled_out("a", "b", "c")
+    row["execution_metadata"]["extra"]["sampling"] |= {
+        "past_end": [[], [7, 8], []],
+        "retry_causes": [["timeout"], [], ["unavailable 503"]],
+    }
+    rows = from_row(row, 0, prompt_kind="messages")
+    sampling = to_row(rows[1:], BARE)["execution_metadata"]["extra"]["sampling"]
+    assert sampling["past_end"] == [[7, 8], []]
+    assert sampling["retry_causes"] == [[], ["unavailable 503"]]

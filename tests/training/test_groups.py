@@ -83,9 +83,10 @@ def test_one_question_that_was_rendered_twice_is_one_group_and_keeps_both_prompt
     ):
         with pytest.raises(TrainingDataError, match=r"key \('exp', 'a'\) but different prompts"):
             group_rows([scored("a", 0.0), {**tomorrow, **change}])
-    other_template = row("a", record([1.0], prompt=[9], chat_template_hash="0"), run=1)
-    with pytest.raises(TrainingDataError, match="by the same chat template"):
-        group_rows([scored("a", 1.0), other_template])
+    for how in ({"chat_template_hash": "0"}, {"chat_template_kwargs": {"enable_thinking": False}}):
+        otherwise = row("a", record([1.0], prompt=[9], **how), run=1)
+        with pytest.raises(TrainingDataError, match="by the same chat template"):
+            group_rows([scored("a", 1.0), otherwise])
 
 
 def test_rows_of_one_key_with_different_tokenizers_are_refused():
