@@ -385,15 +385,37 @@ async def test_a_step_of_an_async_environment_ends_neither_the_run_nor_its_sibli
         assert said in failure.message
 
 
-async def test_text_that_is_none_costs_its_own_episode() -> None:
-    half = [{"role": "user", "content": "\ud83d"}]
+@pytest.mark.parametrize(
+    "said",
+    [
+        [{"role": "user", "content": "no \ud83d way"}],
+        [Message(role="user", content="no \ud83d way")],
+    ],
+)
+async def test_half_a_surrogate_pair_costs_a_character_and_no_episode(said: Any) -> None:
+    step = Step(messages=said, metrics={"half \ud83d": "\ud83d"})
     row, _ = await roll_out(
-        once(lambda: Step(messages=half)), lambda turn, prompt: "more" if turn < 1 else "end", n=2
+        once(lambda: step), lambda turn, prompt: "more" if turn < 1 else "end", n=2
     )
     record = RolloutRecord.from_extra(row.execution_metadata.extra)
-    (failure,) = record.failures
-    assert "cannot read what was appended" in failure.message
-    assert (failure.kind, len(record)) == ("prompt", 1)
+    assert not record.failures
+    first = record.episodes[0]
+    assert first.messages[2]["content"] == "no \ufffd way"
+    assert first.metrics["half \ufffd"] == "\ufffd"
+    json.dumps(row.model_dump(mode="json"), ensure_ascii=False).encode()
+
+
+async def test_half_a_surrogate_pair_in_what_a_tool_returns_or_raises_costs_a_character() -> None:
+    def look(fails: bool) -> str:
+        if fails:
+            raise ValueError("bad \ud83d")
+        return "seen \ud83d"
+
+    turns = [call("look", fails=False), call("look", fails=True), "end"]
+    row, _ = await roll_out(lambda: ToolLoop(look), lambda turn, prompt: turns[turn])
+    record = RolloutRecord.from_extra(row.execution_metadata.extra)
+    told = [m["content"] for m in record.episodes[0].messages if m["role"] == "tool"]
+    assert told == ["seen \ufffd", "Error: look() raised ValueError: bad \ufffd"]
 
 
 async def test_an_environment_that_cannot_be_made_costs_its_own_episode() -> None:

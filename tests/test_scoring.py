@@ -52,6 +52,7 @@ def test_reason_and_metrics_of_each_completion_are_kept_as_plain_json():
         row.evaluation_result.metrics = {
             "m": MetricResult(score=1, reason="r", data=data),
             "nan": MetricResult(score=float("nan"), reason="r"),
+            "bare": float("inf"),
         }
         return row
 
@@ -62,9 +63,10 @@ def test_reason_and_metrics_of_each_completion_are_kept_as_plain_json():
         "reason": "close",
         "metrics": {
             "m": {"is_score_valid": True, "score": 1.0, "reason": "r", "data": expected},
-            "nan": {"is_score_valid": True, "score": None, "reason": "r", "data": {}},
         },
-        "error": None,
+        "error": "metric 'm' has numbers that are not finite: data.loss; "
+        "metric 'nan' is left out: its score is not a finite number; "
+        "metric 'bare' is left out: its score is not a finite number",
     }
 
 
@@ -80,6 +82,47 @@ def test_a_metric_that_is_no_json_is_left_out_and_named_and_the_score_stays():
     assert rewards(row) == [1.0]
     assert list(results(row)[0]["metrics"]) == ["good"]
     assert "metric 'bad' is left out" in results(row)[0]["error"]
+
+
+def unreadable(row: EvaluationRow) -> EvaluationRow:
+    class UnreadableError(Exception):
+        def __str__(self) -> str:
+            raise OSError("no")
+
+    raise UnreadableError
+
+
+def fails_with_half_a_pair(row: EvaluationRow) -> EvaluationRow:
+    raise ValueError("cannot read \ud83d")
+
+
+def says_half_a_pair(row: EvaluationRow) -> EvaluationRow:
+    give(row, 1.0, reason="said \ud83d")
+    metric = MetricResult(score=1, reason="\ud83d", data={"k\ud83d": "\ude00"})
+    row.evaluation_result.metrics = {"m\ud83d": metric}
+    return row
+
+
+def test_text_that_utf_8_cannot_hold_costs_a_character_of_what_an_evaluator_says():
+    row = score_each_completion(says_half_a_pair)(answered("x"))
+    json.dumps(row.model_dump(mode="json"), ensure_ascii=False).encode()
+    (result,) = results(row)
+    assert (result["score"], result["reason"], result["error"]) == (1.0, "said \ufffd", None)
+    assert result["metrics"]["m\ufffd"]["data"] == {"k\ufffd": "\ufffd"}
+
+
+@pytest.mark.parametrize("evaluator", [fails_with_half_a_pair, unreadable])
+def test_an_exception_of_any_text_costs_its_own_completion(evaluator):
+    row = score_each_completion(evaluator)(answered("x", "y"))
+    json.dumps(row.model_dump(mode="json"), ensure_ascii=False).encode()
+    assert rewards(row) == [None, None]
+    told = results(row)[0]["error"]
+    assert told.startswith(
+        (
+            "ValueError: cannot read \ufffd (",
+            "UnreadableError: (UnreadableError, whose text raised OSError)",
+        )
+    )
 
 
 def test_pass_at_k_and_counts_are_metrics_of_the_row():

@@ -21,6 +21,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from eval_protocol_rft.text import visible
+
 _LINE_EVERY = 15.0
 """Seconds between lines where there is no terminal."""
 
@@ -79,7 +81,7 @@ class _Bar(_Silent):
             TextColumn(what),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[detail]}"),
+            TextColumn("{task.fields[detail]}", markup=False),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
@@ -100,7 +102,7 @@ class _Bar(_Silent):
         self._progress.stop()
 
     def update(self, done: int, *, detail: str) -> None:
-        self._progress.update(self._task, completed=done, detail=detail)
+        self._progress.update(self._task, completed=done, detail=visible(detail))
 
 
 class _Lines(_Silent):
@@ -113,4 +115,5 @@ class _Lines(_Silent):
         now = time.monotonic()
         if now - self._last >= _LINE_EVERY:
             self._last = now
-            print(f"{self._what}: {done}/{self._total}  {detail}", file=sys.stderr, flush=True)
+            line = f"{self._what}: {done}/{self._total}  {visible(detail)}"
+            print(line, file=sys.stderr, flush=True)

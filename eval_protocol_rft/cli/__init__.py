@@ -4,6 +4,7 @@ that `--help` costs nothing, and turns that work's errors into one line and exit
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from importlib import metadata
@@ -14,6 +15,7 @@ import typer
 from eval_protocol_rft.cli.convert import convert
 from eval_protocol_rft.cli.datums import datums
 from eval_protocol_rft.cli.doctor import doctor
+from eval_protocol_rft.cli.failing import say
 from eval_protocol_rft.cli.filter import filter  # noqa: A004 - the command's name
 from eval_protocol_rft.cli.generate import generate
 from eval_protocol_rft.cli.report import report
@@ -22,6 +24,7 @@ from eval_protocol_rft.cli.serve import serve
 from eval_protocol_rft.cli.show import show
 from eval_protocol_rft.cli.stats import stats
 from eval_protocol_rft.cli.train import train
+from eval_protocol_rft.text import visible_lines
 
 app = typer.Typer(
     name="ep-rft",
@@ -47,7 +50,7 @@ for command in (
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"ep-rft {metadata.version('eval-protocol-rft')}")
+        say(f"ep-rft {metadata.version('eval-protocol-rft')}")
         raise typer.Exit
 
 
@@ -69,6 +72,14 @@ def main(
         # Deprecations are of libraries, and nothing that who runs a command could mend. A filter
         # would not do: Eval Protocol puts its own before it.
         if not issubclass(category, DeprecationWarning):
-            show(message, category, *where, **more)
+            show(visible_lines(str(message)), category, *where, **more)
 
     warnings.showwarning = show_if_useful
+    # Warnings that are logged end up here, with what servers said in them.
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(_VisibleFormatter())
+
+
+class _VisibleFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return visible_lines(super().format(record))

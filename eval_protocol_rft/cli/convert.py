@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from eval_protocol_rft.cli.failing import fail
+from eval_protocol_rft.cli.failing import fail, say
 
 
 def convert(
@@ -70,4 +70,4 @@ def convert(
         OSError,
     ) as error:
         fail(str(error))
-    typer.echo(str(summary))
+    say(summary)

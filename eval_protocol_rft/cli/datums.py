@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from eval_protocol_rft.cli.failing import fail
+from eval_protocol_rft.cli.failing import fail, say
 
 if TYPE_CHECKING:
     from eval_protocol_rft.training.options import BatchArguments
@@ -115,16 +115,16 @@ def datums(
         except (FormatError, TargetError, TrainingDataError, MissingPackageError, OSError) as error:
             fail(str(error))
     for warning in seen[:1]:
-        typer.echo(f"ep-rft: warning: {warning.message}", err=True)
+        say(f"ep-rft: warning: {warning.message}", err=True)
     if summary.sampled_tokens is None:
-        typer.echo(f"{summary.datums} samples of {summary.groups} prompts")
+        say(f"{summary.datums} samples of {summary.groups} prompts")
     else:
         batches = f" in {summary.batches} batches" if summary.batches > 1 else ""
-        typer.echo(
+        say(
             f"{summary.datums} datums of {summary.groups} prompts{batches}, "
             f"{summary.sampled_tokens} sampled tokens"
         )
     for reason, count in sorted(summary.dropped.items()):
-        typer.echo(f"dropped {count:>8}  {reason}: {DROP_REASONS[reason]}")
+        say(f"dropped {count:>8}  {reason}: {DROP_REASONS[reason]}")
     first, *others = summary.files
-    typer.echo(f"{first} to {others[-1].name}" if others else str(first))
+    say(f"{first} to {others[-1].name}" if others else str(first))

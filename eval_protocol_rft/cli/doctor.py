@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from eval_protocol_rft.cli.failing import say, say_json
 from eval_protocol_rft.cli.stopping import sigterm_interrupts
 
 _SAMPLING = "Sampling"
@@ -170,15 +171,15 @@ def doctor(
         try:
             diagnosis = examine(setup, progress=not quiet)
         except KeyboardInterrupt:
-            typer.echo("ep-rft: stopped; nothing was decided", err=True)
+            say("ep-rft: stopped; nothing was decided", err=True)
             raise typer.Exit(stopped.exit_code) from None
     if json_output:
-        typer.echo(diagnosis_json(diagnosis))
+        say_json(diagnosis_json(diagnosis))
     else:
         from rich.console import Console
 
         Console().print(diagnosis_table(diagnosis))
-        typer.echo(summary(diagnosis))
+        say(summary(diagnosis))
     if unfit(diagnosis.findings):
         raise typer.Exit(1)
 

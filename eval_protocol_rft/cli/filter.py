@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from eval_protocol_rft.cli.failing import fail
+from eval_protocol_rft.cli.failing import fail, say
 
 
 def filter(  # noqa: A001
@@ -118,13 +118,13 @@ def filter(  # noqa: A001
         summary = filter_rollouts(file, output, rules, prompts=prompts, overwrite=overwrite)
     except (FilterRulesError, FormatError, NothingLeftError, TargetError, OSError) as error:
         fail(str(error))
-    typer.echo(
+    say(
         f"kept {summary.kept} of {summary.completions} completions, {summary.groups_kept} of "
         f"{summary.groups} prompts"
     )
     if summary.mean_band is not None:
-        typer.echo(f"those percentiles are the mean rewards {summary.mean_band}")
+        say(f"those percentiles are the mean rewards {summary.mean_band}")
     for reason, count in summary.dropped.items():
-        typer.echo(f"dropped {count:>8}  {reason}: {REASONS[reason]}")
+        say(f"dropped {count:>8}  {reason}: {REASONS[reason]}")
     what = f"{summary.groups_kept} prompts" if prompts else f"{summary.kept} completions"
-    typer.echo(f"{output}: {what}")
+    say(f"{output}: {what}")

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from eval_protocol_rft.cli.failing import fail
+from eval_protocol_rft.cli.failing import fail, say
 from eval_protocol_rft.cli.generate_options import api_key, check_format, json_object, prices
 from eval_protocol_rft.cli.generate_summary import show
 from eval_protocol_rft.cli.stopping import sigterm_interrupts
@@ -279,6 +279,6 @@ def generate(
         except KeyboardInterrupt:
             folder = parts_folder(output)
             where_it_is = f" What was finished is in {folder}." if folder.exists() else ""
-            typer.echo(f"ep-rft: stopped.{where_it_is} The same command goes on", err=True)
+            say(f"ep-rft: stopped.{where_it_is} The same command goes on", err=True)
             raise typer.Exit(stopped.exit_code) from None
     show(summary, verbose=verbose)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from eval_protocol_rft.cli.failing import fail
+from eval_protocol_rft.cli.failing import fail, say
 
 
 def report(
@@ -90,13 +90,13 @@ def report(
     except OSError as error:
         fail(f"cannot write {output}: {error.strerror or error}")
     for problem in written.problems:
-        typer.echo(f"ep-rft: tokens are shown as ids: {problem}", err=True)
+        say(f"ep-rft: tokens are shown as ids: {problem}", err=True)
     if written.shown_prompts < written.prompts:
-        typer.echo(
+        say(
             f"Texts of the first {written.shown_prompts:,} of {written.prompts:,} prompts are in "
             "the page; --limit takes more. Its statistics are of all."
         )
-    typer.echo(
+    say(
         f"Report of {written.completions:,} completions: {written.path} "
         f"({written.size / 1e6:.1f} MB)"
     )
@@ -113,7 +113,7 @@ def _report_run(folder: Path, output: Path | None) -> None:
     except OSError as error:
         fail(f"cannot write {output or folder / 'report.html'}: {error.strerror or error}")
     curve = "" if written.curve is None else f", {written.curve}"
-    typer.echo(
+    say(
         f"Report of {written.steps:,} steps and {written.evaluations:,} evaluations: "
         f"{written.page} ({written.size / 1e6:.1f} MB){curve}"
     )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from eval_protocol_rft.cli.failing import fail
+from eval_protocol_rft.cli.failing import fail, say
 from eval_protocol_rft.cli.stopping import sigterm_interrupts
 
 if TYPE_CHECKING:
@@ -116,20 +116,20 @@ def score(
             fail(str(error))
         except KeyboardInterrupt:
             what = "The same command goes on with what is not graded"
-            typer.echo(f"ep-rft: stopped. {what}", err=True)
+            say(f"ep-rft: stopped. {what}", err=True)
             raise typer.Exit(stopped.exit_code) from None
     _show(summary)
 
 
 def _show(summary: ScoreSummary) -> None:
     mean = "" if summary.mean is None else f", mean {summary.mean:.4f}"
-    typer.echo(
+    say(
         f"{summary.output}: {summary.scored} completions have {summary.column}{mean} "
         f"({summary.graded} graded by this run)"
     )
     if summary.failed:
-        typer.echo(f"{summary.failed} could not be sampled, so there is nothing to grade")
+        say(f"{summary.failed} could not be sampled, so there is nothing to grade")
     if summary.unscored:
-        typer.echo(f"{summary.unscored.total()} unscored:", err=True)
+        say(f"{summary.unscored.total()} unscored:", err=True)
         for reason, count in summary.unscored.most_common(_SHOWN_REASONS):
-            typer.echo(f"  {count} x {reason}", err=True)
+            say(f"  {count} x {reason}", err=True)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from eval_protocol_rft.cli.failing import fail
+from eval_protocol_rft.cli.failing import fail, say
 
 
 def serve(
@@ -70,7 +70,7 @@ def serve(
             served_model_name=served_model_name,
             reloads=reloads,
             api_key=api_key,
-            say=typer.echo,
+            say=say,
         )
     except ServeError as error:
         fail(str(error))

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from eval_protocol_rft.cli.failing import fail
+from eval_protocol_rft.cli.failing import fail, say_json
 
 
 def stats(
@@ -42,7 +42,7 @@ def stats(
     except (ValueError, OSError) as error:
         fail(str(error))
     if json:
-        typer.echo(msgspec.json.format(msgspec.json.encode(found), indent=2))
+        say_json(msgspec.json.format(msgspec.json.encode(found), indent=2))
         return
     from rich.console import Console
 

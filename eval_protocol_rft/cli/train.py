@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from eval_protocol_rft.cli.failing import say
 from eval_protocol_rft.cli.stopping import sigterm_interrupts
 from eval_protocol_rft.cli.train_run import run_training, show_result
 
@@ -325,6 +326,6 @@ def train(
             )
         except KeyboardInterrupt:
             same = "The same command" + (" without --overwrite" if overwrite else "")
-            typer.echo(f"ep-rft: stopped. {same} goes on in {output}", err=True)
+            say(f"ep-rft: stopped. {same} goes on in {output}", err=True)
             raise typer.Exit(stopped.exit_code) from None
     show_result(result)

@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import typer
-
-from eval_protocol_rft.cli.failing import fail
+from eval_protocol_rft.cli.failing import fail, say
 
 if TYPE_CHECKING:
     from eval_protocol_rft.loop.setup import MakeParts
@@ -46,7 +44,7 @@ def run_training(
             options=LoopOptions(**options, filters=Filters(truncated=truncated)),
             completion_params=given or None,
             parts=_parts(optimizer, **place),
-            warn=lambda text: typer.echo(f"ep-rft: {text}", err=True),
+            warn=lambda text: say(f"ep-rft: {text}", err=True),
             **arguments,
         )
     except (
@@ -117,7 +115,7 @@ def show_result(result: TrainResult) -> None:
         first, last = evaluations[0], evaluations[-1]
         for name, key in (("sampled", "sampled_score"), ("greedy", "greedy_score")):
             if key in first and key in last:
-                typer.echo(f"held out, {name}: {first[key]:.3f} -> {last[key]:.3f}")
+                say(f"held out, {name}: {first[key]:.3f} -> {last[key]:.3f}")
     made = [result.folder / name for name in ("report.html", "model")]
     files = ", ".join(str(path) for path in made if path.exists())
-    typer.echo(f"{len(result.steps)} steps: {files}")
+    say(f"{len(result.steps)} steps: {files}")

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from eval_protocol_rft.doctor.findings import Finding, Verdict, unfit
 from eval_protocol_rft.doctor.run import Diagnosis
-from eval_protocol_rft.report.terminal import visible
+from eval_protocol_rft.text import visible
 
 _STYLES: dict[Verdict, str] = {
     "pass": "green",
@@ -31,7 +31,7 @@ def diagnosis_table(diagnosis: Diagnosis) -> Table:
     table.add_column("measured, bar and advice")
     for finding in diagnosis.findings:
         table.add_row(
-            visible(finding.name),
+            Text(visible(finding.name)),
             Text(finding.verdict, style=_STYLES[finding.verdict]),
             _cell(finding),
         )
@@ -44,7 +44,7 @@ def _cell(finding: Finding) -> Text:
         measured = measured[: _LONGEST - 3] + "..."
     cell = Text(measured)
     if finding.bar:
-        cell.append(f"\nbar: {finding.bar}", style="dim")
+        cell.append(f"\nbar: {visible(finding.bar)}", style="dim")
     if finding.advice:
         cell.append(f"\n→ {visible(finding.advice)}", style=_STYLES[finding.verdict])
     return cell

@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from eval_protocol_rft.environments.environment import EnvironmentFaultError
+from eval_protocol_rft.text import text_of
 
 PATIENCE_SECONDS = 0.002
 """Longer than most calls take, and little beside those that block."""
@@ -39,7 +40,7 @@ async def call(function: Callable[..., Any], *arguments: Any, what: str, seconds
     except Exception as error:
         if limit.expired():
             raise EnvironmentFaultError(f"{what} took longer than {seconds:g} s") from error
-        said = f"{what} raised {type(error).__name__}: {error}"
+        said = f"{what} raised {type(error).__name__}: {text_of(error)}"
         if len(said) > _SHOWN:
             said = f"{said[:_SHOWN]}... ({len(said)} characters)"
         raise EnvironmentFaultError(said) from error
@@ -57,7 +58,7 @@ async def _awaited(found: Awaitable[Any]) -> Any:
 
 def _no_exit(error: BaseException) -> Exception:
     """What would end the caller, as an error that does not."""
-    return RuntimeError(f"{type(error).__name__}: {error}")
+    return RuntimeError(f"{type(error).__name__}: {text_of(error)}")
 
 
 class _Call:

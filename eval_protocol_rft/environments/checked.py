@@ -18,6 +18,7 @@ from eval_protocol_rft.environments.calling import call
 from eval_protocol_rft.environments.environment import Environment, EnvironmentFaultError, Step
 from eval_protocol_rft.environments.limits import EpisodeLimits
 from eval_protocol_rft.environments.transcript import as_messages
+from eval_protocol_rft.text import well_formed_json
 
 if TYPE_CHECKING:
     from eval_protocol.models import EvaluationRow, Message
@@ -100,7 +101,7 @@ class CheckedEnvironment:
             return {}
         try:
             text = json.dumps(dict(metrics), allow_nan=False)
-            plain: dict[str, Any] = json.loads(text)
+            plain: dict[str, Any] = well_formed_json(json.loads(text))
         except (TypeError, ValueError, RecursionError) as error:
             raise EnvironmentFaultError(f"the metrics of a step are no JSON: {error}") from error
         if len(text) > self.limits.observation_characters:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from eval_protocol_rft.conversation import ParseProblem, parse_tool_calls
 from eval_protocol_rft.environments.environment import EnvironmentFaultError
+from eval_protocol_rft.text import well_formed_json
 from eval_protocol_rft.tokenizer import LoadedTokenizer
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def assistant_turn(
 
 
 def as_messages(said: Any) -> list[Message]:
-    """What an environment said, as messages.
+    """What an environment said, as messages; of text that is no UTF-8, a character is lost.
 
     Raises:
         EnvironmentFaultError: they are none.
@@ -65,6 +66,13 @@ def as_messages(said: Any) -> list[Message]:
             f"messages must be a list of messages, not {type(said).__name__}"
         )
     try:
-        return [m if isinstance(m, Message) else Message(**m) for m in said]
+        messages = [m if isinstance(m, Message) else Message(**well_formed_json(m)) for m in said]
+        return [_well_formed(m) for m in messages]
     except (TypeError, ValueError) as error:
         raise EnvironmentFaultError(f"a message is no message: {error}") from error
+
+
+def _well_formed(message: Message) -> Message:
+    values = message.model_dump(exclude_none=True)
+    mended = well_formed_json(values)
+    return message if mended == values else type(message)(**mended)

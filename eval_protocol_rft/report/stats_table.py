@@ -13,7 +13,7 @@ from rich.text import Text
 
 from eval_protocol_rft.batch.stats.distribution import Distribution
 from eval_protocol_rft.batch.stats.types import PromptStats, RolloutStats
-from eval_protocol_rft.report.terminal import visible
+from eval_protocol_rft.text import visible
 
 _BAR_WIDTH = 32
 _LONGEST_PROMPT = 40

@@ -17,6 +17,7 @@ from rich.text import Text
 from eval_protocol_rft.record import RolloutRecord
 from eval_protocol_rft.report.rows import StoredRow
 from eval_protocol_rft.report.summary import RolloutSummary, summarize_rows
+from eval_protocol_rft.text import visible
 
 _SHOWN_COMPLETIONS = 5
 _LONGEST_TEXT = 40
@@ -34,7 +35,7 @@ def rollout_table(
     table.add_column("pass", justify="center")
     table.add_column("tokens", justify="right")
     for row in rows[:limit]:
-        table.add_row(_short(row.prompt), *_cells(row, pass_threshold))
+        table.add_row(Text(_short(row.prompt)), *_cells(row, pass_threshold))
     parts: list[RenderableType] = [table]
     if len(rows) > limit:
         parts.append(Text(f"... and {len(rows) - limit} more rows", style="dim"))
@@ -115,7 +116,8 @@ def _summary_panel(summary: RolloutSummary) -> Panel:
         text.append("\n" + ", ".join(problems), style="yellow")
     models = ", ".join(summary.models) or "no model"
     temperatures = ", ".join(format(t, "g") for t in summary.temperatures)
-    return Panel(text, title=f"{models}, temperature {temperatures}", expand=False)
+    title = Text(visible(f"{models}, temperature {temperatures}"))
+    return Panel(text, title=title, expand=False)
 
 
 def _number(value: float | None) -> str:
@@ -125,7 +127,3 @@ def _number(value: float | None) -> str:
 def _short(text: str) -> str:
     line = visible(" ".join(text.split()))
     return line if len(line) <= _LONGEST_TEXT else line[: _LONGEST_TEXT - 3] + "..."
-
-
-def visible(text: str) -> str:
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -17,6 +17,8 @@ from typing import Any, Literal
 
 import pytest
 
+from eval_protocol_rft.text import text_of
+
 Parameter = Literal["row", "rows"]
 
 _RAISED_BY_EVALUATORS = (Exception, pytest.skip.Exception, pytest.fail.Exception)
@@ -125,7 +127,8 @@ class BoundCall:
         ]
         own = [f for f in frames if f[0] == self.evaluator.code.co_filename]
         file, line = (own or frames)[-1]
-        return CallFailed(error, f"{type(error).__name__}: {error} ({Path(file).name}:{line})")
+        what = f"{type(error).__name__}: {text_of(error)}"
+        return CallFailed(error, f"{what} ({Path(file).name}:{line})")
 
 
 def _resolved_signature(

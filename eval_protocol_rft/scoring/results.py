@@ -1,7 +1,8 @@
 """What an evaluator said of each completion, read strictly.
 
 Invariant: a completion has a score only where the evaluator gave exactly one valid, finite one.
-Otherwise its score is None, with the reason why in `error`; it is never 0.0.
+Otherwise its score is None, with the reason why in `error`; it is never 0.0. All of it is plain
+JSON in text that UTF-8 can hold.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ from typing import Any
 
 import numpy as np
 from eval_protocol.models import EvaluateResult, EvaluationRow
+from pydantic import BaseModel
 from pydantic_core import to_jsonable_python
 
 from eval_protocol_rft.record import CompletionResult
 from eval_protocol_rft.scoring.evaluator import CallFailed
+from eval_protocol_rft.text import text_of, well_formed, well_formed_json
 
 STEP_OUTPUTS = "step_outputs"
 """The metric that holds what an evaluator said of single steps."""
@@ -24,7 +27,7 @@ STEP_OUTPUTS = "step_outputs"
 
 def unscored(error: str) -> CompletionResult:
     """The result of a completion about which nothing valid was said."""
-    return CompletionResult(score=None, error=error)
+    return CompletionResult(score=None, error=well_formed(error))
 
 
 def read_result(returned: Any) -> CompletionResult:
@@ -33,8 +36,10 @@ def read_result(returned: Any) -> CompletionResult:
     That is the view with an `evaluation_result`, a bare `EvaluateResult`, or a number, which is
     the score (True is 1.0; numpy's numbers too). Nothing else is read as a score.
 
-    Score, reason and metrics are kept, metrics as plain JSON: numpy values become Python ones,
-    NaN and infinities null, and a metric that is no JSON at all is left out and named in `error`.
+    Score, reason and metrics are kept, metrics as plain JSON: numpy values become Python ones, and
+    text that UTF-8 cannot hold loses a character. A metric that is no JSON at all, or whose score
+    is no finite number, is left out and named in `error`; NaN and infinities elsewhere in a metric
+    become null, and are named there too.
     `step_outputs` are kept as the metric of that name, for a completion is a whole trajectory;
     `trajectory_info`, `final_control_plane_info` and other changes to the view are dropped.
     """
@@ -59,13 +64,13 @@ def read_result(returned: Any) -> CompletionResult:
     problem = _score_problem(result.score, result.is_score_valid)
     steps = {STEP_OUTPUTS: result.step_outputs} if result.step_outputs else {}
     metrics, dropped = _plain_metrics({**steps, **(result.metrics or {})})
-    said = None if result.error is None else f"the evaluator reported: {result.error}"
+    said = None if result.error is None else f"the evaluator reported: {text_of(result.error)}"
     errors = [text for text in (problem, said, *dropped) if text]
     return CompletionResult(
         score=float(result.score) if problem is None else None,
-        reason=None if result.reason is None else str(result.reason),
+        reason=None if result.reason is None else text_of(result.reason),
         metrics=metrics,
-        error="; ".join(errors) or None,
+        error=well_formed("; ".join(errors)) or None,
     )
 
 
@@ -83,18 +88,47 @@ def _score_problem(score: Any, is_valid: Any) -> str | None:
 
 
 def _plain_metrics(metrics: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Metrics as plain JSON, and what had to be left out."""
+    """Metrics as plain JSON, and what had to be left out or changed."""
     plain: dict[str, Any] = {}
-    dropped: list[str] = []
-    for name, metric in metrics.items():
+    problems: list[str] = []
+    for key, metric in metrics.items():
+        name = text_of(key)
         try:
-            builtin = to_jsonable_python(metric, fallback=_from_numpy)
-        except (TypeError, ValueError) as error:
-            dropped.append(f"metric {name!r} is left out, it is not JSON: {error}")
-        else:
-            # A second pass: in the first a model's own fields keep NaN whatever is asked for.
-            plain[str(name)] = to_jsonable_python(builtin, inf_nan_mode="null")
-    return plain, dropped
+            finite, nulls = _without_nan(_plain(metric))
+        except (TypeError, ValueError, RecursionError) as error:
+            problems.append(f"metric {name!r} is left out, it is not JSON: {text_of(error)}")
+            continue
+        if "score" in nulls or "" in nulls:
+            problems.append(f"metric {name!r} is left out: its score is not a finite number")
+            continue
+        if nulls:
+            problems.append(f"metric {name!r} has numbers that are not finite: {', '.join(nulls)}")
+        plain[name] = finite
+    return plain, problems
+
+
+def _plain(metric: Any) -> Any:
+    """JSON values, NaN still in them: models are taken apart first, for Pydantic makes NaN null in
+    some of their fields, and cannot read half a surrogate pair in a key."""
+    parts = metric if isinstance(metric, list) else [metric]
+    values = [m.model_dump(warnings=False) if isinstance(m, BaseModel) else m for m in parts]
+    plain = to_jsonable_python(well_formed_json(values), fallback=_from_numpy)
+    return plain if isinstance(metric, list) else plain[0]
+
+
+def _without_nan(value: Any, where: str = "") -> tuple[Any, list[str]]:
+    """The value with null for each number that JSON has no form for, and where they were."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None, [where]
+    if not isinstance(value, dict | list):
+        return value, []
+    nulls: list[str] = []
+    pairs = value.items() if isinstance(value, dict) else enumerate(value)
+    kept: dict[Any, Any] = {}
+    for key, item in pairs:
+        kept[key], more = _without_nan(item, f"{where}.{key}" if where else str(key))
+        nulls += more
+    return (kept if isinstance(value, dict) else list(kept.values())), nulls
 
 
 def _from_numpy(value: Any) -> Any:

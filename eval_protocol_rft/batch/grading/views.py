@@ -20,6 +20,7 @@ from eval_protocol_rft.batch.grading.grade import GradingItem
 from eval_protocol_rft.batch.rollouts.format import ARRAY_COLUMNS
 from eval_protocol_rft.batch.rollouts.rows import CompletionRow
 from eval_protocol_rft.record import ARRAY_KEYS
+from eval_protocol_rft.text import text_of, well_formed_json
 
 if TYPE_CHECKING:
     from eval_protocol.models import EvaluationRow
@@ -105,7 +106,16 @@ def _views(
         row = _adapted(row, group[0], adapter)
     views = completion_views(row)
     assert views is not None  # noqa: S101 - it has the record that was put there
-    return [view.model_dump_json(exclude_none=True).encode() for view in views]
+    return [_encoded(view) for view in views]
+
+
+def _encoded(view: EvaluationRow) -> bytes:
+    try:
+        return view.model_dump_json(exclude_none=True).encode()
+    except ValueError:
+        # Half a surrogate pair, which only an adapter can have put there.
+        values = well_formed_json(view.model_dump(exclude_none=True))
+        return type(view).model_validate(values).model_dump_json(exclude_none=True).encode()
 
 
 def _adapted(
@@ -118,7 +128,9 @@ def _adapted(
         made = adapter([dict(completion.original)])
     # It is the user's: it raises whatever its expressions raise.
     except Exception as error:
-        raise ScoreError(f"{where} failed: {type(error).__name__}: {error}; {advice}") from error
+        raise ScoreError(
+            f"{where} failed: {type(error).__name__}: {text_of(error)}; {advice}"
+        ) from error
     if len(made) != 1:
         raise ScoreError(f"{where} made {len(made)} rows of one; {advice}")
     adapted: EvaluationRow = made[0].model_copy(deep=True)
