@@ -363,6 +363,11 @@ def one_byte_in_the_middle(path):
     other.replace(path)
 
 
+def suppressed(path):
+    with contextlib.suppress(ScoreError):
+        run(path, "gated")
+
+
 def something_else(path):
     write_rollouts(path, [["something else"]])
 
@@ -398,7 +403,7 @@ def test_what_was_graded_of_a_file_that_was_replaced_is_forgotten(tmp_path, call
     go = tmp_path / "go"
     monkeypatch.setenv("GO", str(go))
     path = write_rollouts(tmp_path / "rollouts.parquet", [["wait"]])
-    thread = threading.Thread(target=contextlib.suppress(ScoreError)(run), args=(path, "gated"))
+    thread = threading.Thread(target=suppressed, args=(path,))
     thread.start()
     wait_until(lambda: bool(called(calls)))
     something_else(path)
