@@ -55,15 +55,32 @@ def add_lora(model: PreTrainedModel, settings: LoraSettings) -> torch.nn.Module:
         )
     except ValueError as error:
         raise TrainerError(f"LoRA on {type(model).__name__}: {error}") from error
-    if tied := _tied_targets(adapted):
+    check_mergeable(adapted)
+    adapted.train(False)
+    return adapted  # type: ignore[no-any-return]
+
+
+def check_mergeable(adapted: torch.nn.Module) -> None:
+    """Whether `merged_weights` of a peft model are the policy in training.
+
+    Raises:
+        TrainerError: an adapted layer shares its weight, or an adapter is no plain LoRA.
+    """
+    base: Any = adapted.get_base_model()  # type: ignore[operator]
+    if tied := _tied_targets(base):
         raise TrainerError(
             f"LoRA on {', '.join(tied)}: the weight belongs to another layer of "
-            f"{type(model).__name__} as well (tied embeddings), so what is sampled would not be "
+            f"{type(base).__name__} as well (tied embeddings), so what is sampled would not be "
             "what was trained: leave it out of target_modules, or untie the model "
             "(tie_word_embeddings=False in its config) first"
         )
-    adapted.train(False)
-    return adapted  # type: ignore[no-any-return]
+    layers = _adapted_layers(base)
+    variants = [name for name, layer in layers.items() if getattr(layer, "lora_variant", None)]
+    if variants or not layers:
+        raise TrainerError(
+            f"the adapters of {variants[0] if variants else type(adapted).__name__} are no plain "
+            "LoRA, and others are not merged here: use LoraConfig without use_dora"
+        )
 
 
 @torch.no_grad()
@@ -98,10 +115,9 @@ def _adapted_layers(base: torch.nn.Module) -> dict[str, Any]:
     return {name: layer for name, layer in base.named_modules() if isinstance(layer, LoraLayer)}
 
 
-def _tied_targets(adapted: Any) -> list[str]:
+def _tied_targets(base: torch.nn.Module) -> list[str]:
     """Adapted layers whose weight has a second place in the model, under its own name or as the
     same layer twice."""
-    base = adapted.get_base_model()
     layers = _adapted_layers(base)
     places: defaultdict[int, set[str]] = defaultdict(set)
     for name, parameter in base.named_parameters(remove_duplicate=False):

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from eval_protocol_rft.training.arrays import FloatArray
 from eval_protocol_rft.training.datums import TrainingDatum
+from eval_protocol_rft.training.trajectory import Trajectory
 
 WARN_K3 = 2e-3
 FAIL_K3 = 1.5e-2
@@ -34,6 +35,11 @@ class Mismatch:
     k3: float
     max_difference: float
     """Of the logprobs of one token, nats."""
+
+    @property
+    def mean_ratio(self) -> float:
+        """Mean of exp(trainer - sampler), each difference capped: 1 where the policies are one."""
+        return 1.0 + self.k3 - self.k1
 
     @property
     def verdict(self) -> Literal["pass", "warn", "fail"]:
@@ -59,6 +65,27 @@ def _compare(sampler: NDArray[np.float64], trainer: NDArray[np.float64]) -> Mism
         k3=float(k3.mean()),
         max_difference=float(np.abs(difference).max()),
     )
+
+
+def comparable(trajectories: Sequence[Trajectory]) -> list[TrainingDatum]:
+    """Datums to run through a trainer's forward pass, for `sampled_pairs`; all of group 0."""
+    return [
+        TrainingDatum(
+            input_tokens=segment.tokens[:-1],
+            target_tokens=segment.tokens[1:],
+            logprobs=segment.logprobs[1:],
+            advantages=segment.loss_mask[1:],
+            weights=segment.loss_mask[1:],
+            prompt_length=segment.prompt_length,
+            reward=0.0,
+            truncated=trajectory.truncated,
+            group=0,
+            row_id=trajectory.row_id,
+            completion=trajectory.completion,
+        )
+        for trajectory in trajectories
+        for segment in trajectory.segments
+    ]
 
 
 def sampled_pairs(

@@ -52,6 +52,23 @@ async def roll_out(runner: RowRunner, row: EvaluationRow, *, run: int) -> Prompt
     return group
 
 
+def why_fruitless(group: PromptGroup) -> str:
+    """Why a completion of `group` could not be had, or has no score: the first reason there is."""
+    if group.failed_rows:
+        return group.failed_rows[0]
+    for trajectory in group.trajectories:
+        if trajectory.reward is None:
+            said = trajectory.score_error or "the evaluator gave no valid score"
+            return f"row {trajectory.row_id}, completion {trajectory.completion}: {said}"
+    if group.failures:
+        return f"row {_row_id(group)}: {group.failures[0].kind}: {group.failures[0].message}"
+    return f"row {_row_id(group)}: nothing was sampled"
+
+
+def _row_id(group: PromptGroup) -> object:
+    return group.key[-1] if isinstance(group.key, tuple) else group.key
+
+
 async def wave(
     rollouts: Sequence[Coroutine[Any, Any, _T]], *, sampler: LocalSampler | None, per_row: int
 ) -> list[_T]:

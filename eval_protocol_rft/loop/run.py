@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from eval_protocol_rft.loop.data import Draw, RowStream
 from eval_protocol_rft.loop.metrics import Line
 from eval_protocol_rft.loop.options import LoopOptions
-from eval_protocol_rft.loop.rollouts import wave
+from eval_protocol_rft.loop.rollouts import wave, why_fruitless
 from eval_protocol_rft.loop.scheduler import Scheduler
 from eval_protocol_rft.loop.step import StepRunner, Times
 from eval_protocol_rft.training.filters import filter_group
@@ -197,7 +197,7 @@ class Run:
         if self._fruitless >= FRUITLESS_ROWS:
             raise NothingToTrainOnError(
                 f"{FRUITLESS_ROWS} rows in a row gave no scored completion; the last: "
-                f"{_why_fruitless(group)}"
+                f"{why_fruitless(group)}"
             )
         if self._without_gradient >= STUCK_STEPS * self.options.groups_per_step:
             rewards = [t.reward for t in group.trajectories if t.reward is not None]
@@ -270,11 +270,3 @@ async def _finished(step: Coroutine[Any, Any, None]) -> None:
 
 def _rounded(times: Times) -> dict[str, float]:
     return {name: round(seconds, 4) for name, seconds in times.seconds.items()}
-
-
-def _why_fruitless(group: PromptGroup) -> str:
-    if group.failed_rows:
-        return group.failed_rows[0]
-    if group.failures:
-        return f"row {group.key}: {group.failures[0].kind}: {group.failures[0].message}"
-    return f"row {group.key}: the evaluator gave no valid score"

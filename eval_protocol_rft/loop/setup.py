@@ -17,9 +17,11 @@ from eval_protocol_rft.params import LOCAL_PREFIX, RolloutRequest, parse_complet
 from eval_protocol_rft.processor import FireworksTrainingRolloutProcessor
 
 if TYPE_CHECKING:
+    from eval_protocol_rft.endpoint import Endpoint
     from eval_protocol_rft.loop.lora import LoraSettings
     from eval_protocol_rft.loop.options import LoopOptions
     from eval_protocol_rft.loop.trainer import Trainer
+    from eval_protocol_rft.loop.weights import ServedWeights
     from eval_protocol_rft.sampling.local import LocalSampler
 
 
@@ -187,7 +189,7 @@ def assemble(
         RefusedError: there is no such model, or torch is missing.
     """
     from eval_protocol_rft.loop.local_trainer import LocalTrainer
-    from eval_protocol_rft.loop.weights import SamplerWeights, ServedWeights, WeightSink
+    from eval_protocol_rft.loop.weights import SamplerWeights, WeightSink
     from eval_protocol_rft.sampling.local import LocalSampler
 
     request = parse_completion_params(params)
@@ -210,9 +212,7 @@ def assemble(
         sink = SamplerWeights(loaded)
         processor = processor.sampling_from(loaded)
     else:
-        endpoint = request.endpoint
-        key = {"authorization": f"Bearer {endpoint.api_key}"} if endpoint.api_key else {}
-        sink = ServedWeights(endpoint.base_url, headers={**key, **dict(endpoint.headers)})
+        sink = served_weights(request.endpoint)
     chosen = optimizer or Optimizer()
     trainer = LocalTrainer(
         loaded.model,
@@ -240,6 +240,14 @@ def assemble(
         publish_first=not local,
         tokenizer=loaded.tokenizer,
     )
+
+
+def served_weights(endpoint: Endpoint) -> ServedWeights:
+    """Where the weights of the server at `endpoint` go."""
+    from eval_protocol_rft.loop.weights import ServedWeights
+
+    key = {"authorization": f"Bearer {endpoint.api_key}"} if endpoint.api_key else {}
+    return ServedWeights(endpoint.base_url, headers={**key, **dict(endpoint.headers)})
 
 
 _UNBOUNDED = 1 << 20

@@ -152,6 +152,7 @@ def read_row(row: Row, buffer: TokenBuffer) -> RowRollout:
             loss_mask=first.loss_mask,
             more=tuple(more),
             reward=reward,
+            score_error=_score_error(results[i]) if reward is None else None,
             components=_components(results[i]),
             finish_reason=finish_reasons[i],
             policy_version=sampling.policy_versions[i],
@@ -181,6 +182,10 @@ def read_row(row: Row, buffer: TokenBuffer) -> RowRollout:
             sampling.chat_template_kwargs,
         ),
     )
+
+
+def _score_error(result: CompletionResult | None) -> str | None:
+    return None if result is None else result.error or result.reason
 
 
 def _asked_messages(row: Row, record: RolloutRecord) -> Sequence[Any]:

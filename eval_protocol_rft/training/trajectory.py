@@ -91,6 +91,8 @@ class Trajectory(Segment, frozen=True, kw_only=True, eq=False, gc=False):
     """None: not scored, which is not 0.0."""
     more: tuple[Segment, ...] = ()
     """Further segments of the episode, in order."""
+    score_error: str | None = None
+    """Why it has none, where the evaluator, or its exception, said so."""
     components: Mapping[str, float | None] = _NO_COMPONENTS
     """Further scores by name, as `metrics` of the evaluator gave them."""
     finish_reason: FinishReason = "stop"

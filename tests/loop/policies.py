@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from eval_protocol_rft.loop.trl import TrlRollouts
 from eval_protocol_rft.models import bundled_model_path
 from eval_protocol_rft.sampling.local import LocalSampler
 from eval_protocol_rft.training.datums import TrainingDatum
@@ -88,3 +91,36 @@ class KeptWeights:
         self.unchanged.append(unchanged)
         kept = {name: value.detach().clone() for name, value in weights.items()}
         self.published.append((version, copy.deepcopy(kept)))
+
+
+def grpo_trainer(rollouts: TrlRollouts, **changes: Any) -> Any:
+    """What `trl_rollouts` looks at of a `GRPOTrainer`, around a real model."""
+    model = AutoModelForCausalLM.from_pretrained(
+        str(bundled_model_path("arithmetic")), dtype=torch.float32
+    ).train()
+    given = {
+        "model": model,
+        "num_generations": 4,
+        "reward_funcs": [rollouts.reward],
+        "state": SimpleNamespace(global_step=0),
+        "accelerator": SimpleNamespace(num_processes=1, unwrap_model=lambda wrapped: wrapped),
+        "args": SimpleNamespace(temperature=rollouts.temperature, max_completion_length=8),
+        "compute_loss_context_manager": contextlib.nullcontext,
+    }
+    return SimpleNamespace(**(given | changes))
+
+
+def change(model: Any, seed: int = 0) -> None:
+    """As a step of an optimiser does: in place."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.02)
+
+
+def forward_logprobs(model: Any, prompt_ids: list[int], ids: list[int]) -> np.ndarray:
+    """By one forward of nothing but transformers."""
+    model = copy.deepcopy(model).eval()
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt_ids + ids])).logits[0, len(prompt_ids) - 1 : -1]
+    return logits.log_softmax(-1).gather(-1, torch.tensor(ids)[:, None])[:, 0].numpy()

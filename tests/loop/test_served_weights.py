@@ -13,12 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from eval_protocol.models import EvaluationRow, Message
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from eval_protocol_rft.endpoint import Endpoint
+from eval_protocol_rft.loop import trl as loop_trl
 from eval_protocol_rft.loop.local_trainer import LocalTrainer
 from eval_protocol_rft.loop.setup import local_parts
 from eval_protocol_rft.loop.step import TrainingStoppedError
@@ -32,7 +34,15 @@ from eval_protocol_rft.server.app import create_app
 from eval_protocol_rft.server.reloading import ReloadingSampler
 from eval_protocol_rft.training.datums import TrainingDatum
 from examples.arithmetic import test_arithmetic as example
-from tests.loop.policies import arithmetic_sampler, plain_logprobs, tiny_model
+from examples.sums import test_sums as sums
+from tests.loop.policies import (
+    arithmetic_sampler,
+    change,
+    forward_logprobs,
+    grpo_trainer,
+    plain_logprobs,
+    tiny_model,
+)
 from tests.loop.runs import options, sums_file
 from tests.loop.test_live_weights import prompt
 from tests.serving import running
@@ -282,3 +292,22 @@ async def test_only_the_name_may_be_unknown_to_the_server() -> None:
         pytest.raises(TrainerError, match="VLLM_SERVER_DEV_MODE"),
     ):
         await publish(url)
+
+
+def test_a_trainer_of_trl_gives_them_too(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = EvaluationRow(messages=[Message(role="user", content="12+34=")], ground_truth="46")
+    monkeypatch.setattr(loop_trl, "_require_trl", lambda: None)
+    params = {"model": "policy", "api_base": f"{url}/v1", "tokenizer": str(FOLDER)}
+    with loop_trl.trl_rollouts(
+        sums.test_sums, [row], completion_params=params, weights=str(FOLDER)
+    ) as made:
+        trainer = grpo_trainer(made)
+        for step in range(2):
+            change(trainer.model, seed=step)
+            trainer.state.global_step = step
+            result = made([[{"role": "user", "content": "12+34="}]] * 4, trainer)
+            for i in range(4):
+                expected = forward_logprobs(
+                    trainer.model, result["prompt_ids"][i], result["completion_ids"][i]
+                )
+                np.testing.assert_allclose(result["logprobs"][i], expected, atol=1e-4)

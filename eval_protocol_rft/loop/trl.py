@@ -1,0 +1,535 @@
+"""TRL's `GRPOTrainer` (1.0 or newer) on rollouts of an evaluation test.
+
+    rollouts = trl_rollouts(test_answer)
+    trainer = GRPOTrainer(
+        model=rollouts.model,
+        args=GRPOConfig(temperature=rollouts.temperature, max_completion_length=..., ...),
+        train_dataset=rollouts.dataset,
+        rollout_func=rollouts,
+        reward_funcs=rollouts.reward,
+    )
+
+Invariant: every completion that TRL trains on was sampled for the row whose prompt it stands at, by
+the very weights that TRL holds then, and scored by the evaluator with all that the row has. What
+does not fit ends the run before anything is learnt from it.
+
+The seam is TRL's `rollout_func(prompts, trainer)`, called for each batch of generations with the
+prompts alone, each repeated `num_generations` times. TRL sends no weights to samplers other than
+its own vLLM, so this does, before it samples.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import threading
+import warnings
+import weakref
+from collections import Counter
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from importlib import metadata
+from itertools import groupby
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+from eval_protocol.models import EvaluationRow
+from eval_protocol.pytest.default_dataset_adapter import default_dataset_adapter
+
+from eval_protocol_rft.commit import messages_to_answer
+from eval_protocol_rft.loop.data import DataError, load_rows
+from eval_protocol_rft.loop.evaluation import RUN
+from eval_protocol_rft.loop.mismatch import (
+    Mismatch,
+    comparable,
+    looks_shifted,
+    measure,
+    sampled_pairs,
+)
+from eval_protocol_rft.loop.rollouts import roll_out, why_fruitless
+from eval_protocol_rft.loop.run import FRUITLESS_ROWS, NothingToTrainOnError
+from eval_protocol_rft.loop.setup import SetupError, own_processor, served_weights
+from eval_protocol_rft.loop.step import TrainingStoppedError
+from eval_protocol_rft.loop.watch import Trouble, Watch
+from eval_protocol_rft.loop.weights import SamplerWeights, WeightSink, version_name
+from eval_protocol_rft.models import bundled_model_path
+from eval_protocol_rft.params import LOCAL_PREFIX, parse_completion_params
+from eval_protocol_rft.row_runner import RowRunner
+from eval_protocol_rft.training.export.errors import MissingPackageError, require
+from eval_protocol_rft.training.export.trl import recorded_reward, rollout_result
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from eval_protocol_rft.sampling.local import LocalSampler
+    from eval_protocol_rft.training.arrays import FloatArray
+    from eval_protocol_rft.training.datums import TrainingDatum
+    from eval_protocol_rft.training.trajectory import PromptGroup, Trajectory
+
+_T = TypeVar("_T")
+
+INSTALL = "trl>=1.0"
+COMPARED = 8
+"""Completions of a batch on which sampler and trainer are compared."""
+_RUNS_PER_STEP = 1 << 20
+"""Numbers of runs that each step has for itself: a run that is resumed draws anew."""
+
+
+class _Turn(NamedTuple):
+    """One row's place in a batch."""
+
+    row: EvaluationRow
+    completions: int
+    """That TRL expects for it."""
+
+
+def trl_rollouts(
+    evaluator: Callable[..., Any],
+    rows: Sequence[EvaluationRow | Mapping[str, Any]] | None = None,
+    *,
+    model: str | None = None,
+    completion_params: Mapping[str, Any] | None = None,
+    weights: str | os.PathLike[str] | None = None,
+    seed: int = 0,
+    trust_remote_code: bool = False,
+    warn: Callable[[str], None] = warnings.warn,
+) -> TrlRollouts:
+    """Rollouts for `GRPOTrainer(rollout_func=...)`, with the rewards that belong to them.
+
+    Args:
+        evaluator: a function under `@evaluation_test`, or a plain evaluator of `row` or `rows`.
+        rows: what is trained and evaluated on, as `EvaluationRow`s or lines of the data set, which
+            go through the test's adapter; default the test's own data.
+        model: in place of the test's: `local/...`, or the name a server knows.
+        completion_params: joined with the test's, and before them. TRL's `num_generations` takes
+            the place of `n`.
+        weights: folder of the weights that a server serves, where sampling is over HTTP; the server
+            takes new ones as vLLM in its development mode does, or `ep-rft serve --reloads`.
+        seed: of every completion that a model in this process samples, unless completion_params
+            have one.
+        trust_remote_code: let the model's folder run its own code.
+        warn: told what is wrong and not fatal.
+
+    Raises:
+        MissingPackageError: TRL is not installed, or older than 1.0.
+        DataError: there are no rows, or two with one prompt and different answers.
+        SetupError, ParamsError: sampling cannot be set up so.
+        RefusedError: there is no such local model.
+    """
+    _require_trl()
+    test = getattr(evaluator, "__ep_params__", None)
+    if rows is None:
+        found = load_rows(evaluator)
+    else:
+        adapter = getattr(test, "dataset_adapter", None) or default_dataset_adapter
+        found = [row for given in rows for row in _as_rows(given, adapter)]
+    sets = list(getattr(test, "completion_params", None) or [{}])
+    params = {**(sets[0] if len(sets) == 1 else {}), **(completion_params or {})}
+    if model is not None:
+        params["model"] = model
+    request = parse_completion_params(params)
+    if request.params.temperature == 0:
+        raise SetupError("completion_params sample greedily (temperature 0): nothing to learn from")
+    processor = own_processor(evaluator)
+    sampler: LocalSampler | None = None
+    sink: WeightSink
+    if request.endpoint is not None:
+        if weights is None:
+            raise SetupError(
+                f"{request.params.model} is sampled from a server: name the folder of its weights "
+                "(weights=), which TRL trains and which are sent there"
+            )
+        source, sink = str(weights), served_weights(request.endpoint)
+    else:
+        from eval_protocol_rft.sampling.local import LocalSampler
+
+        if weights is not None:
+            raise SetupError("weights= is for a server's; a local/... model names its own")
+        name = request.params.model.removeprefix(LOCAL_PREFIX)
+        source = str(bundled_model_path(name) or name)
+        # One of its own: others that sample from the model keep its weights.
+        sampler = LocalSampler.from_pretrained(source, trust_remote_code=trust_remote_code)
+        processor, sink = processor.sampling_from(sampler), SamplerWeights(sampler)
+        params.setdefault("seed", seed)
+    drop = processor.drop_trailing_assistant_messages
+    prompts = [_prompt(row, drop_trailing_assistant=drop) for row in found]
+    return TrlRollouts(
+        rows=_by_prompt(found, prompts),
+        prompts=prompts,
+        runner=lambda n: RowRunner(
+            evaluator, processor=processor, completion_params={**params, "n": n}
+        ),
+        sink=sink,
+        sampler=sampler,
+        model=source,
+        temperature=request.params.temperature,
+        max_tokens=request.params.max_tokens,
+        warn=warn,
+    )
+
+
+class TrlRollouts:
+    """A `rollout_func`, its reward function, and what else `GRPOTrainer` is to be given. Made by
+    `trl_rollouts`. Belongs to one trainer."""
+
+    def __init__(
+        self,
+        *,
+        rows: Mapping[str, EvaluationRow],
+        prompts: Sequence[list[dict[str, Any]]],
+        runner: Callable[[int], RowRunner],
+        sink: WeightSink,
+        sampler: LocalSampler | None,
+        model: str,
+        temperature: float,
+        max_tokens: int | None,
+        warn: Callable[[str], None],
+    ) -> None:
+        self.model = model
+        """Folder or hub id of the weights that training begins with."""
+        self.temperature = temperature
+        """The one sampled with, for `GRPOConfig(temperature=...)`."""
+        self.last: Mismatch | None = None
+        """Sampler against trainer on the last batch of training."""
+        self._rows = rows
+        self._prompts = prompts
+        self._make_runner = runner
+        self._runners: dict[int, RowRunner] = {}
+        self._sink = sink
+        self._sampler = sampler
+        self._max_tokens = max_tokens
+        self._warn = warn
+        self._watch = Watch()
+        self._trainer: Any = None
+        self._published: tuple[int, int] | None = None
+        self._step = -1
+        self._turns: Counter[str] = Counter()
+        """Of each row within a step."""
+        self._fruitless = 0
+        self._thread = _LoopThread()
+
+    @property
+    def dataset(self) -> Any:
+        """The prompts of all rows, for `GRPOTrainer(train_dataset=...)`: a `datasets.Dataset`."""
+        datasets = require("datasets", install="datasets")
+        return datasets.Dataset.from_list([{"prompt": prompt} for prompt in self._prompts])
+
+    def __call__(self, prompts: Sequence[Any], trainer: Any) -> dict[str, list[Any]]:
+        """Roll out and score what TRL asks for, with the weights that it holds now.
+
+        Raises:
+            SetupError: the trainer's settings contradict how is sampled.
+            DataError: there is no row with such a prompt.
+            TrainerError: the weights did not reach the sampler.
+            TrainingStoppedError: the sampler has other weights than the trainer.
+            NothingToTrainOnError: nothing could be scored.
+            ExportError: a completion could not be had.
+        """
+        self._check(trainer)
+        training = bool(trainer.model.training)
+        count = trainer.num_generations
+        if not training:
+            count = getattr(trainer, "num_generations_eval", None) or count
+        turns = self._find(prompts, count)
+        step = int(trainer.state.global_step)
+        self._publish(trainer, step)
+        groups = self._thread.run(self._sample(turns, step, training=training))
+        self._require_scores(groups)
+        result = rollout_result(groups, prompts=prompts)
+        completions = [t for group in groups for t in group.trajectories]
+        self._require_version(step, completions)
+        if training:
+            self._compare(trainer, step, completions)
+        return result
+
+    def reward(
+        self,
+        *,
+        reward: Sequence[float | None],
+        log_metric: Callable[[str, float], None] | None = None,
+        **columns: Any,
+    ) -> list[float | None]:
+        """The reward function: what the evaluator said of each completion."""
+        if log_metric is not None and self.last is not None:
+            log_metric("sampler/ratio", self.last.mean_ratio)
+            log_metric("sampler/k3", self.last.k3)
+            log_metric("sampler/compared_tokens", float(self.last.tokens))
+        return recorded_reward(reward=reward, **columns)
+
+    def close(self) -> None:
+        """Release sampler and connections. Idempotent."""
+        self._thread.close(self._aclose)
+
+    def __enter__(self) -> TrlRollouts:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    async def _aclose(self) -> None:
+        for runner in self._runners.values():
+            await runner.aclose()
+        if self._sampler is not None:
+            await self._sampler.aclose()
+
+    def _check(self, trainer: Any) -> None:
+        """Once: that the trainer's settings and ours are the same run."""
+        if trainer is self._trainer:
+            return
+        if self._trainer is not None:
+            raise SetupError("trl_rollouts(...) belongs to one trainer: make another for this one")
+        processes = trainer.accelerator.num_processes
+        if processes > 1:
+            raise SetupError(
+                f"the trainer runs in {processes} processes, and trl_rollouts publishes weights "
+                "from one: train in one process"
+            )
+        if self.reward not in trainer.reward_funcs:
+            raise SetupError(
+                "the evaluator's rewards are not used: pass reward_funcs=rollouts.reward"
+            )
+        if float(trainer.args.temperature) != self.temperature:
+            raise SetupError(
+                f"GRPOConfig has temperature={trainer.args.temperature}, and completions are "
+                f"sampled at {self.temperature}: set temperature={self.temperature} there, or in "
+                "completion_params"
+            )
+        most = trainer.args.max_completion_length
+        if most is not None and (self._max_tokens is None or self._max_tokens > most):
+            raise SetupError(
+                f"GRPOConfig has max_completion_length={most}, and completions may have "
+                f"{self._max_tokens or 'any number of'} tokens: set max_tokens in "
+                f"completion_params to at most {most}, or raise it there"
+            )
+        self._trainer = trainer
+
+    def _find(self, prompts: Sequence[Any], count: int) -> list[_Turn]:
+        """Rows behind `prompts`, one for each `count` repetitions."""
+        turns: list[_Turn] = []
+        for key, same in groupby(_key(prompt) for prompt in prompts):
+            times = len(list(same))
+            row = self._rows.get(key)
+            if row is None:
+                raise DataError(
+                    f"no row has the prompt {key[:200]}: train and evaluate on prompts of "
+                    "rollouts.dataset, or give trl_rollouts(rows=...) the rows behind yours"
+                )
+            if times % count:
+                raise DataError(
+                    f"TRL gave the prompt of row {row.input_metadata.row_id} {times} times, which "
+                    f"is no multiple of the {count} generations of a prompt: set the batch size to "
+                    "a multiple of num_generations (num_generations_eval)"
+                )
+            turns += [_Turn(row, count)] * (times // count)
+        return turns
+
+    def _publish(self, trainer: Any, step: int) -> None:
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        # Writes in place count up: weights may change between steps too (`load_best_model_at_end`).
+        state = (step, sum(parameter._version for parameter in model.parameters()))
+        if state == self._published:
+            return
+        base, weights = _own_weights(model)
+        self._thread.run(self._sink.publish(base, weights, step))
+        self._published = state
+
+    async def _sample(
+        self, turns: Sequence[_Turn], step: int, *, training: bool
+    ) -> list[PromptGroup]:
+        if step != self._step:
+            self._step = step
+            self._turns.clear()
+        return list(
+            await asyncio.gather(
+                *(
+                    roll_out(
+                        self._runner(turn.completions), turn.row, run=self._run(turn.row, training)
+                    )
+                    for turn in turns
+                )
+            )
+        )
+
+    def _runner(self, count: int) -> RowRunner:
+        if count not in self._runners:
+            self._runners[count] = self._make_runner(count)
+        return self._runners[count]
+
+    def _run(self, row: EvaluationRow, training: bool) -> int:
+        """Number of a row's run: new in training, always the same one in evaluation."""
+        if not training:
+            return RUN
+        key = str(row.input_metadata.row_id)
+        self._turns[key] += 1
+        return (self._step + 2) * _RUNS_PER_STEP + self._turns[key]
+
+    def _require_scores(self, groups: Sequence[PromptGroup]) -> None:
+        for group in groups:
+            scored = any(t.reward is not None for t in group.trajectories)
+            self._fruitless = 0 if scored else self._fruitless + 1
+        everything = self._fruitless == len(groups) and self.last is None
+        if everything or self._fruitless >= FRUITLESS_ROWS:
+            raise NothingToTrainOnError(
+                f"{self._fruitless} rows in a row gave no scored completion; the last: "
+                f"{why_fruitless(groups[-1])}"
+            )
+
+    def _require_version(self, step: int, completions: Sequence[Trajectory]) -> None:
+        """Where the sampler names its weights, they are those that were published."""
+        expected = version_name(step)
+        for completion in completions:
+            for version in (completion.policy_version, completion.first_policy_version):
+                if version not in (None, expected):
+                    raise TrainingStoppedError(
+                        Trouble(
+                            "stale_weights",
+                            True,
+                            f"step {step}: completion {completion.completion} of row "
+                            f"{completion.row_id} was sampled by {version!r}, and {expected!r} "
+                            "was published: does another process give this server weights?",
+                        )
+                    )
+
+    def _compare(self, trainer: Any, step: int, completions: Sequence[Trajectory]) -> None:
+        """Sampler against trainer on completions from all over the batch."""
+        stride = max(1, len(completions) // COMPARED)
+        datums = comparable(completions[::stride][:COMPARED])
+        pairs = sampled_pairs(datums, _logprobs(trainer, datums, self.temperature), {0})
+        self.last = found = measure(pairs)
+        raw = None
+        if found is not None and found.verdict != "pass" and self.temperature != 1.0:
+            raw = measure(sampled_pairs(datums, _logprobs(trainer, datums, 1.0), {0}))
+        trouble = self._watch.mismatch(step, found, shifted=looks_shifted(pairs), raw=raw)
+        if trouble is not None and trouble.fatal:
+            raise TrainingStoppedError(trouble)
+        if trouble is not None:
+            self._warn(trouble.message)
+
+
+def _require_trl() -> None:
+    """Without importing it, which takes seconds and is the caller's to do."""
+    try:
+        version = metadata.version("trl")
+    except metadata.PackageNotFoundError as error:
+        raise MissingPackageError(f"TRL is not installed: pip install '{INSTALL}'") from error
+    if int(version.split(".")[0]) < 1:
+        raise MissingPackageError(
+            f"trl {version} is installed, and GRPOTrainer's rollout_func is another one before "
+            f"1.0: pip install '{INSTALL}'"
+        )
+
+
+def _as_rows(
+    given: EvaluationRow | Mapping[str, Any], adapter: Callable[..., list[EvaluationRow]]
+) -> list[EvaluationRow]:
+    return [given] if isinstance(given, EvaluationRow) else adapter([dict(given)])
+
+
+def _prompt(row: EvaluationRow, *, drop_trailing_assistant: bool) -> list[dict[str, Any]]:
+    messages = messages_to_answer(row, drop_trailing_assistant=drop_trailing_assistant)
+    return [message.model_dump(mode="json", exclude_none=True) for message in messages]
+
+
+def _key(prompt: Any) -> str:
+    """A prompt as one text. Data sets put nulls where other rows' messages have keys."""
+    return json.dumps(_without_nulls(prompt), sort_keys=True, ensure_ascii=False, default=str)
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list | tuple):
+        return [_without_nulls(item) for item in value]
+    return value
+
+
+def _by_prompt(
+    rows: Sequence[EvaluationRow], prompts: Sequence[list[dict[str, Any]]]
+) -> dict[str, EvaluationRow]:
+    """Rows by their prompts.
+
+    Raises:
+        DataError: one prompt stands for two rows that differ otherwise; or there are none.
+    """
+    found: dict[str, EvaluationRow] = {}
+    for row, prompt in zip(rows, prompts, strict=True):
+        first = found.setdefault(_key(prompt), row)
+        if first is not row and _beside_prompt(first) != _beside_prompt(row):
+            raise DataError(
+                f"rows {first.input_metadata.row_id} and {row.input_metadata.row_id} have the same "
+                "prompt and differ otherwise (ground_truth, tools or columns), and TRL passes on "
+                "prompts alone: leave one of them out, or make the prompts differ"
+            )
+    if not found:
+        raise DataError("no rows to train on")
+    return found
+
+
+def _beside_prompt(row: EvaluationRow) -> Any:
+    return _without_nulls(
+        [row.ground_truth, row.tools, row.input_metadata.dataset_info, row.evaluation_result]
+    )
+
+
+def _own_weights(model: Any) -> tuple[Any, dict[str, Tensor]]:
+    """A transformers model and its weights by its own names, adapters merged in."""
+    if not hasattr(model, "peft_config"):
+        return model, model.state_dict()
+    from eval_protocol_rft.loop.lora import check_mergeable, merged_weights
+
+    check_mergeable(model)
+    return model.get_base_model(), merged_weights(model)
+
+
+def _logprobs(
+    trainer: Any, datums: Sequence[TrainingDatum], temperature: float
+) -> list[FloatArray]:
+    """[T_i] logprobs (nats) by the trainer's model, without dropout."""
+    import torch
+
+    from eval_protocol_rft.training.losses.forward import token_logprobs
+
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    model.train(False)
+    try:
+        with torch.no_grad(), trainer.compute_loss_context_manager():
+            values = token_logprobs(model, datums, temperature=temperature).logprobs
+    finally:
+        model.train(True)
+    return [value.float().cpu().numpy() for value in values]
+
+
+class _LoopThread:
+    """An event loop on a thread of its own: TRL's calls are synchronous, and come from notebooks
+    too, whose thread has a running loop; samplers and clients belong to one loop for good."""
+
+    def __init__(self) -> None:
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stop: Callable[[], object] = lambda: None
+
+    def run(self, work: Coroutine[Any, Any, _T]) -> _T:
+        if self._loop is None:
+            self._loop = asyncio.new_event_loop()
+            threading.Thread(
+                target=_serve, args=(self._loop,), name="trl-rollouts", daemon=True
+            ).start()
+            self._stop = weakref.finalize(self, self._loop.call_soon_threadsafe, self._loop.stop)
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()  # Ctrl-C: what is being sampled is not waited for
+            raise
+
+    def close(self, release: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        if self._loop is None:
+            return
+        self.run(release())
+        self._stop()
+        self._loop = None
+
+
+def _serve(loop: asyncio.AbstractEventLoop) -> None:
+    try:
+        loop.run_forever()
+    finally:
+        loop.close()
