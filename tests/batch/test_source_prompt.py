@@ -61,7 +61,11 @@ def test_without_a_usual_name_the_option_is_named(tmp_path: Path):
     ("prompt", "kind"),
     [
         ("What is 2 plus 2?", "text"),
-        ('[{"role": "user", "content": "hi"}]', "text"),
+        ('[{"role": "user", "content": "hi"}]', "messages"),
+        ('[{"role": "user"}]', "text"),
+        ("[1, 2]", "text"),
+        ("[", "text"),
+        ("[]", "text"),
         ([USER], "messages"),
         ([{"role": "user", "content": [{"type": "text", "text": "hi"}]}], "messages"),
         ([USER, {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}], "messages"),

@@ -7,6 +7,7 @@ fails on is a failure of its completions, and the other rows go on.
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,13 +17,23 @@ import numpy as np
 from eval_protocol_rft.batch.generation.sampling_run import Prompt
 from eval_protocol_rft.batch.rollouts.format import PromptKind
 from eval_protocol_rft.batch.rollouts.rows import CompletionRow
-from eval_protocol_rft.batch.source.opening import Source, SourceError, SourceRow, check_prompt
+from eval_protocol_rft.batch.source.opening import (
+    Source,
+    SourceError,
+    SourceRow,
+    check_prompt,
+    messages_in,
+    tools_in,
+    without_absent,
+)
 from eval_protocol_rft.batch.store.done import DoneIndex
 from eval_protocol_rft.params import RolloutRequest
 from eval_protocol_rft.prompts import PromptError, chat_messages, render_chat
 from eval_protocol_rft.sampling.fanout import derive_seeds
 from eval_protocol_rft.sampling.types import TokenIds
 from eval_protocol_rft.tokenizer import LoadedTokenizer
+
+logger = logging.getLogger(__name__)
 
 _TRIED_ROWS = 16
 
@@ -90,13 +101,24 @@ class Questions:
             SourceError: no row is selected, or a prompt or its tools are wrong.
         """
         kind: PromptKind | None = None
-        count = 0
+        count = in_text = 0
+        key = selection.prompt_key
         for row in source.rows(**selection.rows):
-            kind = check_prompt(row, selection.prompt_key, kind)
-            _tools(row, selection.tools_key)
+            kind = check_prompt(row, key, kind)
+            in_text += kind == "messages" and isinstance(row.values[key], str)
+            _tools(source, row, selection.tools_key)
             count += 1
         if kind is None:
             raise SourceError(f"{source.name}: no row is selected; look at --where and --limit")
+        if in_text:
+            logger.warning(
+                "%s: %d of %d prompts in %r are lists of messages written as JSON text; they are "
+                "asked as the messages that they hold",
+                source.name,
+                in_text,
+                count,
+                key,
+            )
         return cls(source, selection, system, kind, count)
 
     def render_first(self, tokenizer: LoadedTokenizer, request: RolloutRequest) -> None:
@@ -161,7 +183,7 @@ class Questions:
                 data_idx=row.data_idx,
                 sample_idx=0,
                 prompt=self._prompt_to_store(row),
-                tools=_tools(row, self.selection.tools_key),
+                tools=_tools(self.source, row, self.selection.tools_key),
                 ground_truth=row.values.get(self.selection.ground_truth_key or ""),
                 prompt_ids=None if isinstance(ids, PromptError) else np.array(ids, np.int32),
                 temperature=params.temperature,
@@ -177,13 +199,15 @@ class Questions:
 
     def _prompt(self, row: SourceRow) -> Any:
         """What is asked: the text, or the messages up to the last that is not the assistant's."""
-        asked = row.values[self.selection.prompt_key]
+        asked = _value(self.source, row, self.selection.prompt_key)
         if self.kind == "text":
             if self.system is None:
                 return asked
             messages = [{"role": "user", "content": asked}]
         else:
-            messages = chat_messages(asked)
+            messages = chat_messages(
+                (messages_in(asked) or ()) if isinstance(asked, str) else asked
+            )
             while messages and messages[-1]["role"] == "assistant":
                 messages.pop()
         if self.system is not None and messages and messages[0]["role"] != "system":
@@ -204,17 +228,19 @@ class Questions:
             prompt = self._prompt(row)
             if isinstance(prompt, str):
                 prompt = [{"role": "user", "content": prompt}]
-            tools = _tools(row, self.selection.tools_key)
+            tools = _tools(self.source, row, self.selection.tools_key)
             return render_chat(prompt, tools, tokenizer, request.chat_template_kwargs)
         except PromptError as error:
             return PromptError(f"{row.where}: {error}")
 
 
-def _tools(row: SourceRow, key: str | None) -> list[dict[str, Any]] | None:
+def _tools(source: Source, row: SourceRow, key: str | None) -> list[dict[str, Any]] | None:
     """The tools of a row, in the chat API's form."""
-    tools = row.values.get(key) if key is not None else None
-    if not tools:
+    if key is None:
         return None
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise SourceError(f"{row.where}: {key!r} must be a list of tools, objects of the chat API")
-    return tools
+    return tools_in(_value(source, row, key), f"{row.where}: {key!r}")
+
+
+def _value(source: Source, row: SourceRow, key: str) -> Any:
+    (column,) = (column for column in source.columns if column.name == key)
+    return without_absent(row.values[key], column.type)

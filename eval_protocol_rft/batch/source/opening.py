@@ -13,7 +13,14 @@ from pathlib import Path
 from eval_protocol_rft.batch.source.csv import open_csv
 from eval_protocol_rft.batch.source.folder import open_folder, open_parquet
 from eval_protocol_rft.batch.source.json import open_json, open_jsonl
-from eval_protocol_rft.batch.source.prompt import PromptKind, check_prompt, prompt_column
+from eval_protocol_rft.batch.source.prompt import (
+    PromptKind,
+    check_prompt,
+    messages_in,
+    prompt_column,
+    tools_in,
+    without_absent,
+)
 from eval_protocol_rft.batch.source.types import Source, SourceColumn, SourceError, SourceRow
 
 __all__ = [
@@ -23,8 +30,11 @@ __all__ = [
     "SourceError",
     "SourceRow",
     "check_prompt",
+    "messages_in",
     "open_source",
     "prompt_column",
+    "tools_in",
+    "without_absent",
 ]
 
 FORMATS: dict[str, Callable[[Path], Source]] = {

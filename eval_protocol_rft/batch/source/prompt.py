@@ -1,15 +1,19 @@
 """The prompt in a row: which column holds it, and whether it can be asked.
 
-Invariant: a data set's prompts are all text or all message lists; nothing is turned from one into
-the other, and a prompt that cannot be asked is an error before it is sent.
+Invariant: a data set's prompts are all text or all message lists, and a prompt that cannot be asked
+is an error before it is sent. The same rows as Parquet and as JSONL are the same prompts.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import json
+from typing import TYPE_CHECKING, Any, Literal
 
 from eval_protocol_rft.batch.source.filter import listed_columns
 from eval_protocol_rft.batch.source.types import Source, SourceError, SourceRow, type_name
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 PROMPT_COLUMNS = ("prompt", "messages", "question", "problem", "instruction")
 """What prompt columns are usually called; the first that exists is taken."""
@@ -38,8 +42,8 @@ def prompt_column(source: Source, key: str | None = None) -> str:
 
 
 def check_prompt(row: SourceRow, column: str, expected: PromptKind | None) -> PromptKind:
-    """What kind of prompt a row has. Text is never parsed: a message list written as JSON text is
-    a prompt of text.
+    """What kind of prompt a row has. A message list written as JSON text is one of messages, unless
+    the rows before have text.
 
     Args:
         row: the row.
@@ -55,6 +59,8 @@ def check_prompt(row: SourceRow, column: str, expected: PromptKind | None) -> Pr
     """
     prompt = row.values[column]
     place = f"{row.where}: the prompt in {column!r}"
+    if isinstance(prompt, str) and expected != "text":
+        prompt = messages_in(prompt) or prompt
     kind: PromptKind
     if isinstance(prompt, str):
         kind = "text"
@@ -73,6 +79,67 @@ def check_prompt(row: SourceRow, column: str, expected: PromptKind | None) -> Pr
             "must be of one kind"
         )
     return kind
+
+
+def messages_in(text: str) -> list[dict[str, Any]] | None:
+    """The messages of a list of them that was written as JSON text; None: it is text."""
+    if not text.lstrip().startswith("["):
+        return None
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    is_chat = values and all(
+        isinstance(value, dict)
+        and isinstance(value.get("role"), str)
+        and ("content" in value or "tool_calls" in value)
+        for value in values
+    )
+    return values if is_chat else None
+
+
+def without_absent(value: Any, type_: pa.DataType) -> Any:
+    """A value of an Arrow column without the keys that other rows have. A struct has the fields of
+    all rows, so a key that a row lacks reads as a null; a null that was meant reads the same, and
+    in a message or a schema says as much as no key.
+
+    Args:
+        type_: of the column. What is not nested (JSON's columns are text) stays as it is.
+    """
+    import pyarrow as pa
+
+    return _without_nulls(value) if pa.types.is_nested(type_) else value
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_nulls(v) for k, v in value.items() if v is not None}
+    return [_without_nulls(v) for v in value] if isinstance(value, list) else value
+
+
+def tools_in(value: Any, place: str) -> list[dict[str, Any]] | None:
+    """The tools of a row, in the chat API's form: a list of objects, or JSON text of the list or of
+    each of them. None where there are none.
+
+    Raises:
+        SourceError: it is something else; the message begins with `place`.
+    """
+    value = _decoded(value, place)
+    tools = [_decoded(tool, place) for tool in value] if isinstance(value, list) else value
+    if not tools:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise SourceError(f"{place} must be a list of tools, objects of the chat API")
+    return tools
+
+
+def _decoded(value: Any, place: str) -> Any:
+    if not isinstance(value, str) or not value.strip():
+        return value or None
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise SourceError(f"{place} is text that is not JSON: {error}") from error
 
 
 _NAMES: dict[PromptKind, str] = {"text": "text", "messages": "a list of messages"}
