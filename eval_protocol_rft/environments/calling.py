@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from eval_protocol_rft.environments.environment import EnvironmentFaultError
+from eval_protocol_rft.sampling.clock import Deadline
 from eval_protocol_rft.text import text_of
 
 PATIENCE_SECONDS = 0.002
@@ -30,7 +31,7 @@ async def call(function: Callable[..., Any], *arguments: Any, what: str, seconds
     Raises:
         EnvironmentFaultError: it raised, or took longer than `seconds`.
     """
-    limit = asyncio.timeout(seconds)
+    limit = Deadline(seconds)
     try:
         async with limit:
             if inspect.iscoroutinefunction(function):

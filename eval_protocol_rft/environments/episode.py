@@ -7,8 +7,6 @@ that raises or hangs, a history that the template rewrites under `reject`) is a 
 
 from __future__ import annotations
 
-import asyncio
-import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -27,6 +25,7 @@ from eval_protocol_rft.environments.limits import EpisodeLimits
 from eval_protocol_rft.environments.transcript import Transcript, as_messages, assistant_turn
 from eval_protocol_rft.episodes import EpisodeRecord, SegmentRecord
 from eval_protocol_rft.prompts import PromptError
+from eval_protocol_rft.sampling.clock import Deadline, loop_clock, sampling_time
 from eval_protocol_rft.sampling.fanout import Survivor
 from eval_protocol_rft.sampling.types import Completion, Failure, SamplingParams, TokenIds
 
@@ -70,15 +69,18 @@ class EpisodeRun:
     """The model's, where the sampler knows it."""
     on_rewrite: OnRewrite
     sample: SampleTurn
-    _began: float = field(default_factory=time.monotonic)
+    _began: float = field(default_factory=sampling_time)
     _deadline: float | None = None
-    """By the event loop's clock."""
-    _waiting: asyncio.Timeout | None = None
+    _waiting: Deadline | None = None
     _survivors: list[Survivor] = field(default_factory=list)
     _rewards: list[float | None] = field(default_factory=list)
     _metrics: dict[str, Any] = field(default_factory=dict)
 
     async def __call__(self) -> Episode | Failure:
+        with loop_clock().runs():
+            return await self._run_in_world()
+
+    async def _run_in_world(self) -> Episode | Failure:
         try:
             world = await CheckedEnvironment.made(self.environment, self.limits)
             try:
@@ -153,8 +155,11 @@ class EpisodeRun:
         self, prompt_ids: TokenIds, params: SamplingParams
     ) -> Survivor | Failure | None:
         """The next turn; None where the episode's time was up before it came."""
+        left = None if self._deadline is None else self._deadline - sampling_time()
+        if left is not None and left <= 0:
+            return None
         try:
-            async with asyncio.timeout_at(self._deadline) as self._waiting:
+            async with Deadline(left) as self._waiting:
                 turn = len(self._survivors)
                 return await self.sample(turn, prompt_ids, params, self._starts)
         except TimeoutError:
@@ -171,13 +176,13 @@ class EpisodeRun:
     def _starts(self) -> None:
         """A request leaves: from the first on the episode's seconds count."""
         if self._deadline is None:
-            self._deadline = asyncio.get_running_loop().time() + self.limits.seconds
+            self._deadline = sampling_time() + self.limits.seconds
             if self._waiting is not None:
-                self._waiting.reschedule(self._deadline)
+                self._waiting.restart(self.limits.seconds)
 
     @property
     def _seconds(self) -> float:
-        return time.monotonic() - self._began
+        return sampling_time() - self._began
 
     def _ended(
         self, talk: Conversation, first_prompt: TokenIds, said: Transcript, reason: str

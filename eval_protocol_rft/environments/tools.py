@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ import pydantic
 
 from eval_protocol_rft.environments.calling import call
 from eval_protocol_rft.environments.environment import Environment, EnvironmentFaultError, Step
+from eval_protocol_rft.sampling.clock import sampling_time
 
 if TYPE_CHECKING:
     from eval_protocol.models import Message
@@ -54,7 +54,7 @@ class ToolLoop(Environment):
         calls = assistant.tool_calls or []
         if not calls:
             return Step(done=True)
-        deadline = time.monotonic() + self._seconds
+        deadline = sampling_time() + self._seconds
         told = [
             {
                 "role": "tool",
@@ -67,7 +67,7 @@ class ToolLoop(Environment):
         return Step(messages=told, metrics={"tool_calls": len(told)})
 
     async def _run(self, name: str, arguments: str, deadline: float) -> str:
-        left = deadline - time.monotonic()
+        left = deadline - sampling_time()
         if left <= 0:
             return f"Error: not called: the calls before it took {self._seconds:g} s"
         tool = self._tools.get(name)

@@ -1,7 +1,8 @@
 """What became of one request: the event that every machine of reliability learns from, and the
 record of a completion's attempts.
 
-Invariant: one request, one `Attempt`, whatever its end. Times are seconds of one monotonic clock.
+Invariant: one request, one `Attempt`, whatever its end. Times are seconds of the clock of the loop
+that samples, see `clock`.
 """
 
 from __future__ import annotations

@@ -6,11 +6,11 @@ body that was not read to its end is never returned.
 
 from __future__ import annotations
 
-import asyncio
 import re
 
 import aiohttp
 
+from eval_protocol_rft.sampling.clock import Deadline
 from eval_protocol_rft.sampling.types import (
     AttemptTimeoutError,
     ContractError,
@@ -79,34 +79,37 @@ async def read_stream(response: aiohttp.ClientResponse, *, limit: int) -> bytes:
         aiohttp.ClientError, OSError, TimeoutError: it broke off.
     """
     body = bytearray()
-    while True:
-        # Before the first event the request may be waiting in the server's queue.
-        patience = asyncio.timeout(STALL_SECONDS if body else None)
-        try:
-            async with patience:
-                chunk = await response.content.readany()
-        except TimeoutError:
-            if not patience.expired():
-                raise
-            raise AttemptTimeoutError(
-                f"the stream stalled for {STALL_SECONDS:g} s after {len(body)} bytes"
-            ) from None
-        body += chunk
-        if len(body) > limit:
-            raise _too_long(limit)
-        if not chunk:
-            return bytes(body)
-        # Found by its words first: the pattern alone would cost more than parsing the events.
-        at = body.rfind(b"[DONE]", max(0, len(body) - len(chunk) - _LONGEST_DONE))
-        if at >= 0 and _DONE.search(body, max(0, at - _LONGEST_DONE)):
-            await _to_the_end(response)
-            return bytes(body)
-
-
-async def _to_the_end(response: aiohttp.ClientResponse) -> None:
-    """Take what follows `[DONE]`, which is nothing but the end of the body."""
+    # Before the first event the request may be waiting in the server's queue.
+    silence = Deadline(None)
     try:
-        async with asyncio.timeout(_AFTER_DONE_SECONDS):
+        async with silence:
+            while chunk := await response.content.readany():
+                body += chunk
+                if len(body) > limit:
+                    raise _too_long(limit)
+                if _is_done(body, len(chunk)):
+                    break
+                silence.restart(STALL_SECONDS)
+    except TimeoutError:
+        if not silence.expired():
+            raise
+        raise AttemptTimeoutError(
+            f"the stream stalled for {STALL_SECONDS:g} s after {len(body)} bytes"
+        ) from None
+    return bytes(body)
+
+
+def _is_done(body: bytearray, new: int) -> bool:
+    """Whether the last event is among the `new` last bytes."""
+    # Found by its words first: the pattern alone would cost more than parsing the events.
+    at = body.rfind(b"[DONE]", max(0, len(body) - new - _LONGEST_DONE))
+    return at >= 0 and _DONE.search(body, max(0, at - _LONGEST_DONE)) is not None
+
+
+async def read_to_the_end(response: aiohttp.ClientResponse) -> None:
+    """Take what follows `[DONE]`, which is nothing but the end of the body. Never fails."""
+    try:
+        async with Deadline(_AFTER_DONE_SECONDS):
             while await response.content.readany():
                 pass
     except (TimeoutError, aiohttp.ClientError, OSError):

@@ -1,61 +1,91 @@
-"""Which pooled connections may carry a request.
+"""Which connections may carry a request.
 
 Invariant: a connection on which something came in unasked, or over which a reply came that was not
 ours, is closed: HTTP/1.1 has nothing else to tell one request's reply from another's.
+
+Of aiohttp this needs `BaseConnector.connect`, which gives out a connection for each request, and of
+a connection's protocol `should_close`, which also says whether something came in unasked.
 """
 
 from __future__ import annotations
 
 import asyncio
 import select
-from typing import Any
+import weakref
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
 
 import aiohttp
 
+from eval_protocol_rft.sampling.clock import Deadline
 
-class UntrustedConnectionError(Exception):
-    """Something came in on an idle connection. Nothing was sent, and it is out of the pool."""
+if TYPE_CHECKING:
+    from aiohttp.connector import Connection
 
+CONNECT_SECONDS = 30.0
+"""To connect, with what TLS and a proxy need to say first."""
 
-class TracedResponse(aiohttp.ClientResponse):
-    """A reply that knows its connection even after that has gone back to the pool."""
-
-    came_over: asyncio.Transport | None = None
-
-
-class TrustingRequest(aiohttp.ClientRequest):
-    """A request that looks at its connection before it trusts it."""
-
-    async def send(self, conn: Any) -> aiohttp.ClientResponse:
-        if conn.protocol is not None and (
-            conn.protocol.should_close or (_was_used(conn) and _says_something(conn.transport))
-        ):
-            conn.close()
-            raise UntrustedConnectionError
-        transport = conn.transport
-        response = await super().send(conn)
-        if isinstance(response, TracedResponse):
-            response.came_over = transport
-        return response
+last_connection: ContextVar[asyncio.Transport | None] = ContextVar("last_connection", default=None)
+"""What the newest request of this task goes over. A reply forgets its connection at its end."""
 
 
-def distrust(response: aiohttp.ClientResponse) -> None:
-    """Close the connection that `response` came over; a request that is on it already fails, and
-    is made again."""
-    if isinstance(response, TracedResponse) and response.came_over is not None:
-        response.came_over.close()
+class TrustingConnector(aiohttp.TCPConnector):
+    """Looks at a connection before it gives it out; the clock of connecting is the loop's own."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._known: weakref.WeakSet[asyncio.Transport] = weakref.WeakSet()
+        """Carried a request before."""
+
+    async def connect(self, *request: Any, **more: Any) -> Connection:
+        """A connection, from the pool or new, on which nothing has come in unasked.
+
+        Raises:
+            TimeoutError: there was none within `CONNECT_SECONDS`.
+            aiohttp.ClientConnectionError: it could not be made, or the server spoke first.
+        """
+        while True:
+            async with Deadline(CONNECT_SECONDS):
+                connection = await super().connect(*request, **more)
+            transport, protocol = connection.transport, connection.protocol
+            was_used = transport in self._known
+            spoke = protocol is not None and protocol.should_close
+            if not spoke and not (was_used and _says_something(transport)):
+                if transport is not None:
+                    self._known.add(transport)
+                last_connection.set(transport)
+                return connection
+            connection.close()
+            if not was_used:
+                raise aiohttp.ClientConnectionError(
+                    "the server disconnected, or said something, before it was asked"
+                )
 
 
-def _was_used(conn: Any) -> bool:
-    """Whether it carried a request before. A fresh one may have bytes waiting: the tickets of a
-    TLS session."""
-    used = getattr(conn.protocol, "ep_rft_used", False)
-    conn.protocol.ep_rft_used = True
-    return used
+def require_looked_at() -> None:
+    """Check that this task's newest reply came over a connection that was looked at.
+
+    Raises:
+        RuntimeError: aiohttp gives connections out elsewhere; no reply can be trusted then.
+    """
+    if last_connection.get() is None:
+        raise RuntimeError(
+            f"aiohttp {aiohttp.__version__} does not give out connections by "
+            "BaseConnector.connect, so replies cannot be told apart: install an older one, and "
+            "please report it to the authors of eval-protocol-rft"
+        )
+
+
+def distrust(transport: asyncio.Transport | None) -> None:
+    """Close the connection that a reply came over; a request that is on it already fails, and is
+    made again."""
+    if transport is not None:
+        transport.close()
 
 
 def _says_something(transport: asyncio.Transport | None) -> bool:
-    """Whether something waits in the kernel that the event loop has not seen yet."""
+    """Whether something waits in the kernel that the event loop has not seen yet. Not for a new
+    connection, where it may be the tickets of a TLS session."""
     if transport is None:
         return False
     poll = select.poll()

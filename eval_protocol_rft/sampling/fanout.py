@@ -10,12 +10,12 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import random
-import time
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 
 from eval_protocol_rft.sampling.attempts import Attempt, causes
+from eval_protocol_rft.sampling.clock import loop_clock, sampling_time
 from eval_protocol_rft.sampling.events import AttemptEvent, Observer
 from eval_protocol_rft.sampling.guard import RunGuard
 from eval_protocol_rft.sampling.retry import CompletionAttempts, GiveUp, RetryPolicy
@@ -155,7 +155,7 @@ async def sample_group(
         await asyncio.gather(*tasks, return_exceptions=True)
     cut = [index for index in range(len(seeds)) if index not in outcomes]
     if end.reason == "deadline":
-        now = time.monotonic()
+        now = sampling_time()
         outcomes |= {index: straggler(index, attempts[index], tail, now=now) for index in cut}
         cut = []
     ended = [outcome for _, outcome in sorted(outcomes.items())]
@@ -234,14 +234,15 @@ async def sample_one(
                 )
         task = asyncio.current_task()
         if task is not None and task.cancelling():
-            # The sampler made a failure of it, and another attempt would not be cancelled again.
+            # The sampler made a failure of it; another attempt would not be cancelled again.
             raise asyncio.CancelledError
         # Outside `slots`: a pause is nobody's request in flight.
         again = attempts.failed(attempt, uniform=random.random())  # noqa: S311
         tell(attempt, guard.control.in_flight, gives_up=isinstance(again, GiveUp))
         if isinstance(again, GiveUp):
             return _failure(index, failure, attempts)
-        await asyncio.sleep(max(0.0, again.at - time.monotonic()))
+        with loop_clock().runs():
+            await asyncio.sleep(max(0.0, again.at - sampling_time()))
 
 
 def _failure(index: int, error: SamplingError, attempts: CompletionAttempts) -> Failure:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import time
 from collections import deque
 from collections.abc import AsyncIterator, Hashable
 from contextlib import AbstractAsyncContextManager
@@ -19,6 +18,7 @@ from dataclasses import dataclass
 from eval_protocol_rft.sampling.attempts import Attempt, failed_attempt
 from eval_protocol_rft.sampling.breaker import CircuitBreaker
 from eval_protocol_rft.sampling.budget import BudgetMeter, RunBudget
+from eval_protocol_rft.sampling.clock import loop_clock, sampling_time
 from eval_protocol_rft.sampling.concurrency import ConcurrencyLimit, FixedLimit
 from eval_protocol_rft.sampling.control import RunControl
 from eval_protocol_rft.sampling.decisions import Go, Stop
@@ -45,7 +45,7 @@ class Turn:
     def succeeded(self, completion: Completion) -> Attempt:
         self.attempt = Attempt(
             started=self.started,
-            ended=time.monotonic(),
+            ended=sampling_time(),
             tokens=len(completion.token_ids),
             queue_seconds=completion.queue_seconds,
             probe=self.probe,
@@ -57,7 +57,7 @@ class Turn:
         self.attempt = failed_attempt(
             error,
             started=self.started,
-            ended=time.monotonic(),
+            ended=sampling_time(),
             probe=self.probe,
             prompt=self.prompt,
         )
@@ -85,7 +85,7 @@ class RunGuard:
         self.control = RunControl(
             limit=limit or FixedLimit(_NO_LIMIT),
             breaker=CircuitBreaker(patience_seconds=patience_seconds, proven=proven),
-            budget=BudgetMeter(budget or RunBudget(), began=time.monotonic()),
+            budget=BudgetMeter(budget or RunBudget(), began=sampling_time()),
         )
         self._waiting: deque[asyncio.Future[None]] = deque()
 
@@ -103,21 +103,22 @@ class RunGuard:
         Raises:
             RunStoppedError: no further request is made in this run.
         """
-        while True:
-            await self._may_start(retry)
-            async with slots:
-                turn = self._start(retry, prompt)
-                if turn is None:
-                    continue
-                try:
-                    yield turn
-                finally:
-                    if turn.attempt is None:
-                        self.control.abandoned(probe=turn.probe)
-                    else:
-                        self._ended(turn.attempt)
-                    self._wake()
-                return
+        with loop_clock().runs():
+            while True:
+                await self._may_start(retry)
+                async with slots:
+                    turn = self._start(retry, prompt)
+                    if turn is None:
+                        continue
+                    try:
+                        yield turn
+                    finally:
+                        if turn.attempt is None:
+                            self.control.abandoned(probe=turn.probe)
+                        else:
+                            self._ended(turn.attempt)
+                        self._wake()
+                    return
 
     def _ended(self, attempt: Attempt) -> None:
         """Tell the machines, and the user when the server goes away or comes back."""
@@ -135,7 +136,7 @@ class RunGuard:
     async def _may_start(self, retry: bool) -> None:
         """Come back when a request might start, or never could."""
         while True:
-            decision = self.control.may_start(time.monotonic(), retry=retry)
+            decision = self.control.may_start(sampling_time(), retry=retry)
             if isinstance(decision, Stop):
                 raise RunStoppedError(decision.reason)
             if isinstance(decision, Go):
@@ -143,7 +144,7 @@ class RunGuard:
             await self._until(decision.until)
 
     def _start(self, retry: bool, prompt: Hashable) -> Turn | None:
-        now = time.monotonic()
+        now = sampling_time()
         decision = self.control.may_start(now, retry=retry)
         if not isinstance(decision, Go):
             return None
@@ -151,10 +152,10 @@ class RunGuard:
         return Turn(now, decision.probe, prompt)
 
     async def _until(self, when: float) -> None:
-        """Sleep until `when` (monotonic seconds), or until something ends."""
+        """Sleep until `when` (seconds of the loop's clock), or until something ends."""
         woken = asyncio.get_running_loop().create_future()
         self._waiting.append(woken)
-        seconds = None if when == float("inf") else max(0.0, when - time.monotonic())
+        seconds = None if when == float("inf") else max(0.0, when - sampling_time())
         try:
             await asyncio.wait_for(woken, seconds)
         except TimeoutError:

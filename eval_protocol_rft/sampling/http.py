@@ -21,14 +21,16 @@ from eval_protocol_rft.sampling.bodies import (
     ERROR_BYTES,
     read_body,
     read_stream,
+    read_to_the_end,
     reply_limit,
     streams,
 )
+from eval_protocol_rft.sampling.clock import Deadline
 from eval_protocol_rft.sampling.connections import (
-    TracedResponse,
-    TrustingRequest,
-    UntrustedConnectionError,
+    TrustingConnector,
     distrust,
+    last_connection,
+    require_looked_at,
 )
 from eval_protocol_rft.sampling.errors import status_error
 from eval_protocol_rft.sampling.types import (
@@ -45,9 +47,8 @@ from eval_protocol_rft.sampling.wire import decode_reply, decode_stream, request
 
 KEEPALIVE_SECONDS = 4.0
 """uvicorn, and so vLLM and SGLang, closes an idle connection after 5 s, under the next request."""
-CONNECT_SECONDS = 30.0
-MOST_UNTRUSTED = 4096
-"""Connections that one attempt may pass over. All of a large pool can go stale at once."""
+_NO_CLOCKS = aiohttp.ClientTimeout(total=None, sock_connect=None)
+"""aiohttp's run on while the loop is blocked; ours are `Deadline`s."""
 _QUEUE_HEADERS = ("fireworks-prefill-queue-duration", "fireworks-generation-queue-duration")
 _REQUEST_ID_HEADERS = ("x-request-id", "x-fireworks-request-id", "cf-ray")
 
@@ -74,16 +75,7 @@ class HttpSampler:
         """
         prompt = prompt_ids if isinstance(prompt_ids, TokenIds) else TokenIds(prompt_ids)
         try:
-            for _ in range(MOST_UNTRUSTED):
-                try:
-                    return await self._attempt(prompt, params, seed)
-                except UntrustedConnectionError:
-                    # Nothing was sent, and that connection is out of the pool.
-                    continue
-            raise ConnectionFailedError(
-                f"{self._url}: {MOST_UNTRUSTED} connections in a row were closed, or brought "
-                "something unasked, before a request was sent"
-            )
+            return await self._attempt(prompt, params, seed)
         except SamplingError as error:
             error.args = tuple(self._without_secrets(str(arg)) for arg in error.args)
             # What it came from may hold the request with its headers, and so the key.
@@ -103,34 +95,45 @@ class HttpSampler:
         assert self._session is not None  # noqa: S101 - narrows the type
         streamed = streams(params)
         affinity = affinity_of(prompt, params) if self._tells_affinity else None
+        limit = Deadline(params.timeout)
+        last_connection.set(None)
         try:
-            async with self._session.post(
-                self._url,
-                data=request_body(
-                    prompt,
-                    params,
-                    seed,
-                    stream=streamed,
-                    ask_usage=not self._endpoint.is_fireworks,
-                    prompt_cache_key=affinity if self._endpoint.is_fireworks else None,
-                ),
-                headers={AFFINITY_HEADER: affinity} if affinity else None,
-                timeout=aiohttp.ClientTimeout(total=params.timeout, sock_connect=CONNECT_SECONDS),
-                allow_redirects=False,
-                proxy=self._proxy,
-            ) as response:
+            async with (
+                limit,
+                self._session.post(
+                    self._url,
+                    data=request_body(
+                        prompt,
+                        params,
+                        seed,
+                        stream=streamed,
+                        ask_usage=not self._endpoint.is_fireworks,
+                        prompt_cache_key=affinity if self._endpoint.is_fireworks else None,
+                    ),
+                    headers={AFFINITY_HEADER: affinity} if affinity else None,
+                    timeout=_NO_CLOCKS,
+                    allow_redirects=False,
+                    proxy=self._proxy,
+                ) as response,
+            ):
+                require_looked_at()
                 if response.status != 200:
                     body = await read_body(response, limit=ERROR_BYTES)
                 elif streamed:
                     body = await read_stream(response, limit=reply_limit(prompt, params))
+                    # The reply is there: what is left concerns its connection alone.
+                    limit.stop()
+                    await read_to_the_end(response)
                 else:
                     body = await read_body(response, limit=reply_limit(prompt, params))
         except aiohttp.ConnectionTimeoutError as error:
             raise ConnectionFailedError(f"{self._url}: {_text(error)}") from None
-        except TimeoutError:
-            raise AttemptTimeoutError(
-                f"{self._url}: no whole reply within {params.timeout:g} s"
-            ) from None
+        except TimeoutError as error:
+            if limit.expired():
+                raise AttemptTimeoutError(
+                    f"{self._url}: no whole reply within {params.timeout:g} s"
+                ) from None
+            raise ConnectionFailedError(f"{self._url}: {_text(error)}") from None
         except aiohttp.InvalidURL:
             raise RefusedError(f"{self._url} is not a URL") from None
         # OSError: a reset socket can surface unwrapped.
@@ -148,7 +151,7 @@ class HttpSampler:
         except ContractError:
             # It may be the reply to another request: then ours is still to come over this
             # connection, and whoever asked next would take it for theirs.
-            distrust(response)
+            distrust(last_connection.get())
             raise
         queued = _queue_seconds(response)
         return completion if queued is None else replace(completion, queue_seconds=queued)
@@ -160,15 +163,11 @@ class HttpSampler:
 
     def _open(self) -> None:
         # The caller bounds requests in flight; a second bound here would only hide the first.
-        connector = aiohttp.TCPConnector(
-            limit=0, keepalive_timeout=KEEPALIVE_SECONDS, enable_cleanup_closed=False
-        )
+        connector = TrustingConnector(limit=0, keepalive_timeout=KEEPALIVE_SECONDS)
         self._session = aiohttp.ClientSession(
             connector=connector,
             headers={"content-type": "application/json", **endpoint_headers(self._endpoint)},
             cookie_jar=aiohttp.DummyCookieJar(),
-            request_class=TrustingRequest,
-            response_class=TracedResponse,
         )
         self._proxy = proxy_for(self._url)
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eval_protocol_rft.models import bundled_model_path
+from eval_protocol_rft.sampling.clock import Deadline
 from eval_protocol_rft.sampling.local_refusals import check_params, check_prompt, completion_limit
 from eval_protocol_rft.sampling.types import (
     AttemptTimeoutError,
@@ -221,7 +222,7 @@ class LocalSampler:
         )
         self._worker.submit(request)
         try:
-            async with asyncio.timeout(params.timeout):
+            async with Deadline(params.timeout):
                 return await request.future
         except TimeoutError as error:
             raise AttemptTimeoutError(

@@ -13,6 +13,7 @@ import time
 from collections.abc import Hashable, Mapping
 from typing import TYPE_CHECKING
 
+from eval_protocol_rft.sampling.clock import sampling_time
 from eval_protocol_rft.sampling.events import AttemptEvent, Observer
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ def telemetry() -> Observer | None:
     Only OpenTelemetry's API is used: the application configures providers (where to, how many),
     before it calls this. Spans and metrics follow the semantic conventions for generative AI where
     these have a word, `ep_rft.*` otherwise. `gen_ai.provider.name` is absent: it is not known here.
-    Spans lie at the attempt's times, which must be of `time.monotonic`, below the span that is
+    Spans lie at the attempt's times, which must be of the loop's clock, below the span that is
     current when the observer is called.
 
     Returns:
@@ -152,7 +153,7 @@ def _spans(tracer: Tracer) -> Observer:
     def observe(event: AttemptEvent) -> None:
         attempt = event.attempt
         # Mapped anew each time: the wall clock may be set during a run of hours.
-        offset = time.time() - time.monotonic()
+        offset = time.time() - sampling_time()
         span = tracer.start_span(
             f"text_completion {event.model}",
             kind=SpanKind.CLIENT,

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from eval_protocol_rft.sampling.attempts import causes
+from eval_protocol_rft.sampling.clock import Alarm
 from eval_protocol_rft.sampling.retry import CompletionAttempts
 from eval_protocol_rft.sampling.types import Failure
 
@@ -64,13 +65,12 @@ class GroupEnd:
         """One per completion."""
         self._seconds = policy.straggler_seconds
         self._missing = wanted
-        self._timer: asyncio.TimerHandle | None = None
+        self._alarm: Alarm | None = None
 
     def started(self) -> None:
         """A completion got its first slot; the clock runs from the first one."""
-        if self._timer is None and self._seconds is not None:
-            loop = asyncio.get_running_loop()
-            self._timer = loop.call_later(self._seconds, self._end, "deadline")
+        if self._alarm is None and self._seconds is not None:
+            self._alarm = Alarm(self._seconds, lambda: self._end("deadline"))
 
     def survived(self) -> None:
         """A completion was had. The last one that was wanted ends the group."""
@@ -90,8 +90,8 @@ class GroupEnd:
 
     def forget(self) -> None:
         """No deadline any more."""
-        if self._timer is not None:
-            self._timer.cancel()
+        if self._alarm is not None:
+            self._alarm.cancel()
 
     def _end(self, reason: Literal["enough", "deadline"]) -> None:
         if self.reason is not None:

@@ -7,6 +7,7 @@ book's. What a completion holds is compared with the truth, bit by bit, when it 
 from __future__ import annotations
 
 import threading
+import time
 from array import array
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -42,10 +43,11 @@ class Book:
         self.tries = array("H", [0]) * completions
         """By completion: how many requests the package says it took."""
         self.ended = 0
-        self.attempts = (array("l"), bytearray(), bytearray())
-        """By attempt, each completion's in order: its number, how it ended, flags."""
-        self.requests = (array("l"), array("H"), array("H"), bytearray())
-        """By request: completion, which of its requests, fault, flags."""
+        self.attempts = (array("l"), bytearray(), bytearray(), array("d"))
+        """By attempt, each completion's in order: its number, how it ended, flags, when it did."""
+        self.requests = (array("l"), array("H"), array("H"), bytearray(), array("d"))
+        """By request: completion, which of its requests, fault, flags, when its answer had left.
+        Times are of the monotonic clock."""
         self.fault_names = ("", *FAULTS)
         """By the number that stands for it."""
         self.at_accept: Counter[str] = Counter()
@@ -71,10 +73,11 @@ class Book:
             self.wrong(number, f"tried with seed {seed}, not {self._seeds[number]}")
         if kind == "timeout" and seconds < 0.99 * self.patience:
             self.wrong(number, f"timed out after {seconds} s: {message}")
-        of, ends, flags = self.attempts
+        of, ends, flags, times = self.attempts
         of.append(number)
         ends.append(_END_OF[kind or "accept"])
         flags.append(NEVER_CONNECTED if "Cannot connect" in message else 0)
+        times.append(time.monotonic())
 
     def told(self, fields: Mapping[str, Any], number: int) -> None:
         """The same, as the package's log has it."""
@@ -122,11 +125,12 @@ class Book:
         if request.seed not in seeds:
             self.wrong(prompt * GROUP, f"nobody asked {request.prompt} with seed {request.seed}")
             return
-        of, which, faults, flags = self.requests
+        of, which, faults, flags, times = self.requests
         of.append(prompt * GROUP + seeds.index(request.seed))
         which.append(request.attempt)
         faults.append(self._fault_of[entry.fault])
         flags.append(WHOLE * entry.whole + CUT * entry.cut + CROSSED * entry.crossed)
+        times.append(entry.written_at)
 
     def wrong(self, number: int, what: str) -> None:
         """Note what must not be."""

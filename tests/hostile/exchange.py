@@ -13,6 +13,7 @@ import random
 import socket
 import struct
 import termios
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -80,6 +81,8 @@ class Exchange:
         self.keep_open = True
         """Whether the connection serves another request afterwards."""
         self.whole = False
+        self.written_at = 0.0
+        """When the last piece was given to the socket, on the monotonic clock."""
         self.surplus = False
         """A reply that nobody asked for was sent on a connection that stays open."""
         self.sent = 0
@@ -147,6 +150,7 @@ class Exchange:
         except OSError:
             raise ClientGoneError from None
         self.sent += len(data)
+        self.written_at = time.monotonic()
 
     async def drip(self, data: bytes, *, pause: float, size: int = 1) -> None:
         """A little at a time."""

@@ -31,6 +31,8 @@ class Entry:
     """The true reply went out to its last byte, rightly framed."""
     sent: int = 0
     """Bytes of the answer that were given to the socket."""
+    written_at: float = 0.0
+    """When the last of them were, on the monotonic clock."""
     done: bool = False
     """The server has finished with it; False while it answers or stalls."""
     cut: bool = False

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import random
 import resource
 import time
 from collections import Counter
@@ -38,6 +39,10 @@ COSTLY_WEIGHT = 0.2
 """How often faults that move many bytes strike, against 1 for the others."""
 LONG_RUN = 10_000
 """Completions from which every fault must have struck and memory must be flat."""
+EVALUATOR_EVERY = 0.1
+"""Seconds between calls of an evaluator on the loop, on average."""
+SLOW_SHARE = 0.02
+"""Of these calls, those that take up to twice the patience; the others some milliseconds."""
 BROKEN_SHARE = 0.01
 """Of requests, most that may be lost on a connection which the server ended at that moment."""
 
@@ -71,6 +76,8 @@ def run(
     in_flight: int = 64,
     deaths: int = 3,
     without: tuple[str, ...] = (),
+    evaluator: bool = False,
+    slow_share: float = SLOW_SHARE,
 ) -> Outcome:
     """Ask for `completions` in one of the ways of `CLIENTS`, and settle accounts.
 
@@ -83,6 +90,8 @@ def run(
         in_flight: most requests at once.
         deaths: how often the server dies.
         without: faults that the seed's plan leaves out.
+        evaluator: run a synchronous one on the client's loop, which sleeps at random.
+        slow_share: of its calls, those that outlast the patience.
     """
     assert completions % GROUP == 0, f"{completions} is no multiple of {GROUP}"
     book, memory, before = Book(completions, patience=patience), Memory(), Held.now()
@@ -104,7 +113,10 @@ def run(
             retry=RetryPolicy(base_seconds=0.02, cap_seconds=0.3),
         )
         began = time.monotonic()
-        left = asyncio.run(_watched(CLIENTS[through](ask, book), memory))
+        work = CLIENTS[through](ask, book)
+        if evaluator:
+            work = _beside_evaluator(work, random.Random(seed), patience, slow_share)
+        left = asyncio.run(_watched(work, memory))
         seconds = time.monotonic() - began
         server.wait_until(lambda: server.open_connections == 0)
     account = settle(book)
@@ -113,6 +125,8 @@ def run(
     account.problems += [f"left over: {what}" for what in after.more_than(before)]
     if account.broken > account.at_accept + deaths * in_flight + BROKEN_SHARE * account.requests:
         account.problems.append(f"{account.broken} attempts never arrived")
+    if account.thrown_away:
+        account.problems.append(f"{account.thrown_away} replies that had arrived were thrown away")
     if completions >= LONG_RUN:
         account.problems += [grown] if (grown := memory.growth()) else []
         account.problems += _never_struck(account, without)
@@ -136,6 +150,25 @@ async def _watched(work: Coroutine[Any, Any, None], memory: Memory) -> list[str]
     return [str(task) for task in asyncio.all_tasks() - {asyncio.current_task()}]
 
 
+async def _beside_evaluator(
+    work: Coroutine[Any, Any, None], rng: random.Random, patience: float, slow_share: float
+) -> None:
+    """The work, and calls on its loop that block it, as evaluators do under Eval Protocol."""
+
+    async def evaluate() -> None:
+        while True:
+            await asyncio.sleep(rng.expovariate(1 / EVALUATOR_EVERY))
+            slow = rng.random() < slow_share
+            time.sleep(rng.uniform(0.5, 2) * patience if slow else rng.uniform(0, 0.02))  # noqa: ASYNC251
+
+    evaluating = asyncio.create_task(evaluate())
+    try:
+        await work
+    finally:
+        evaluating.cancel()
+        await asyncio.wait([evaluating])
+
+
 def _never_struck(account: Account, without: tuple[str, ...]) -> list[str]:
     return [
         f"{name} never struck"
@@ -154,7 +187,10 @@ def report(outcome: Outcome) -> None:
         f"{account.attempts} attempts + {account.cancelled} cancelled = {account.requests} requests"
         f" + {account.refused} refused + {account.broken} broken off unread"
     )
-    print(f"{account.at_accept} faults at accept, late {account.late}, crossed {account.crossed}")
+    print(
+        f"{account.at_accept} faults at accept, late {account.late}, of these thrown away "
+        f"{account.thrown_away}, crossed {account.crossed}"
+    )
     print(f"{len(+account.struck - Counter(none=1 << 40))} of {len(FAULTS)} faults struck")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
     quarters = ", ".join(f"{mib:.1f}" for mib in outcome.memory.quarters())
@@ -174,6 +210,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--patience", type=float, default=2.0, metavar="SECONDS")
     parser.add_argument("--deaths", type=int, default=3)
+    parser.add_argument("--evaluator", action="store_true", help="one that sleeps on the loop")
     parser.add_argument("--without", nargs="*", default=[], metavar="FAULT")
     options = parser.parse_args()
     outcome = run(
@@ -183,6 +220,7 @@ def main() -> None:
         patience=options.patience,
         deaths=options.deaths,
         without=tuple(options.without),
+        evaluator=options.evaluator,
     )
     report(outcome)
     raise SystemExit(bool(outcome.account.problems))

@@ -249,5 +249,5 @@ class HostileServer:
             return False
         finally:
             entry.whole, entry.sent, entry.done = exchange.whole, exchange.sent, True
-            entry.surplus = exchange.surplus
+            entry.surplus, entry.written_at = exchange.surplus, exchange.written_at
         return exchange.keep_open

@@ -14,10 +14,16 @@ from typing import NamedTuple
 from tests.hostile.book import CROSSED, CUT, ENDS, NEVER_CONNECTED, WHOLE, Book
 from tests.hostile.faults import ACCEPTED, FAULTS
 
+UNDERWAY = 0.1
+"""Seconds between the end of a reply, where it leaves, and its end at the client, on a machine that
+has other things to do."""
+
 
 class Attempt(NamedTuple):
     end: str
     connected: bool
+    at: float = 0.0
+    """When it ended, on the monotonic clock."""
 
 
 class Seen(NamedTuple):
@@ -25,6 +31,8 @@ class Seen(NamedTuple):
 
     fault: str
     flags: int
+    at: float = 0.0
+    """When the last of its answer had left the server, on the same clock."""
 
 
 @dataclass(slots=True)
@@ -48,6 +56,8 @@ class Account:
     """Connections that a fault met before their first request."""
     late: int = 0
     """Timeouts that no fault explains: the machine was too slow for the patience given."""
+    thrown_away: int = 0
+    """Those of them whose true reply had left the server to its last byte `UNDERWAY` before."""
     crossed: int = 0
     """Requests that met, underway, a reply which nobody had asked for, and failed of it: over
     HTTP/1.1 nothing tells it from theirs."""
@@ -95,6 +105,8 @@ def _wrong(
             account.broken += attempt.connected
         elif not _due(attempt.end, one):
             account.late += attempt.end == "timeout"
+            arrived = bool(one.flags & WHOLE) and one.at + UNDERWAY < attempt.at
+            account.thrown_away += attempt.end == "timeout" and arrived
             account.crossed += bool(one.flags & CROSSED)
 
 
@@ -140,14 +152,14 @@ def _fits(end: str, one: Seen) -> bool:
 
 def _attempts(book: Book) -> dict[int, list[Attempt]]:
     found: dict[int, list[Attempt]] = defaultdict(list)
-    for number, end, flags in zip(*book.attempts, strict=True):
-        found[number].append(Attempt(ENDS[end], not flags & NEVER_CONNECTED))
+    for number, end, flags, at in zip(*book.attempts, strict=True):
+        found[number].append(Attempt(ENDS[end], not flags & NEVER_CONNECTED, at))
     return found
 
 
 def _requests(book: Book) -> dict[int, list[Seen]]:
     """In the order in which they came; they were noted in that of their ends."""
     found: dict[int, list[Seen]] = defaultdict(list)
-    for number, _which, fault, flags in sorted(zip(*book.requests, strict=True)):
-        found[number].append(Seen(book.fault_names[fault], flags))
+    for number, _which, fault, flags, at in sorted(zip(*book.requests, strict=True)):
+        found[number].append(Seen(book.fault_names[fault], flags, at))
     return found
