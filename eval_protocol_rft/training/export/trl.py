@@ -1,10 +1,5 @@
-"""What TRL's `GRPOTrainer(rollout_func=...)` wants back.
-
-    def rollout_func(prompts, trainer):
-        groups = ...  # one for each distinct prompt, in order
-        return trl.rollout_result(groups, prompts=prompts)
-
-    GRPOTrainer(..., rollout_func=rollout_func, reward_funcs=trl.recorded_reward)
+"""What TRL's `GRPOTrainer(rollout_func=...)` (1.0 or newer) wants back. What makes a whole
+`rollout_func` of an evaluation test, weights included, is `loop.trl.trl_rollouts`.
 
 Invariant: one completion for each prompt that TRL gave, in its order, as it matches them by
 position; a completion that is not scored keeps its place and has the reward None, which TRL leaves
