@@ -203,7 +203,9 @@ def pkpo(rewards: ArrayLike, *, k: int) -> Array:
     if k < 2:
         raise ValueError(f"pkpo needs k >= 2, got {k}: for k = 1, the mean reward, use rloo")
     values = stats.read(rewards)
-    above_worst = values - stats.low(values)  # so that equal rewards give exactly 0.0
+    worst = stats.low(values)
+    same = stats.equal(worst, stats.high(values))
+    above_worst = np.where(same & ~np.isnan(values), 0.0, values - worst)
     order = np.argsort(above_worst, axis=-1)  # NaN last
     ranked = np.take_along_axis(above_worst, order, axis=-1)
     n = stats.count(values)

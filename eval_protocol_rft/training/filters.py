@@ -15,6 +15,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from eval_protocol_rft.training import reward_stats as stats
 from eval_protocol_rft.training.errors import TrainingDataError
 from eval_protocol_rft.training.trajectory import PromptGroup, Trajectory
 
@@ -29,7 +30,7 @@ DROP_REASONS = {
     "truncated": 'cut off at max_tokens, with truncated="drop"',
     "too_long": "longer than a length limit",
     "small_group": "fewer than min_group_size completions of its group are left",
-    "zero_variance": "all rewards of its group are equal: no gradient",
+    "zero_variance": "all rewards of its group are equal, up to rounding: no gradient",
     "masked": 'cut off at max_tokens, with truncated="mask": counts in its group, trains nothing',
 }
 
@@ -69,7 +70,9 @@ _CHOICES: Mapping[str, tuple[str | None, ...]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Filters:
-    """What trains. Applied in the order of `DROP_REASONS`; the penalty comes before variance."""
+    """What trains. Applied in the order of `DROP_REASONS`; the penalty on length comes last. DAPO
+    filters on what the answers earned (eq. 11), and shapes what is left (eq. 13): the penalty makes
+    no signal where all answers earned the same."""
 
     truncated: Literal["keep", "mask", "drop"] = "keep"
     """Completions cut off at max_tokens. mask: they count in the group's statistics and give no
@@ -84,8 +87,8 @@ class Filters:
     """Fewest completions of a group. Default: 2 where the estimator compares within the group,
     else 1."""
     zero_variance: Literal["keep", "drop"] | None = None
-    """Groups whose rewards are all equal. Default: drop where the estimator compares within the
-    group (it would make them 0.0), else keep."""
+    """Groups whose rewards are all equal, before any shaping. Default: drop where the estimator
+    compares within the group (it would make them 0.0), else keep."""
     max_staleness: int | None = None
     """Most policy versions that a completion may be behind, by the oldest that sampled a part of
     it; needs `policy_versions`."""
@@ -145,13 +148,13 @@ def filter_group(
         cancelled=group.cancelled,
     )
     kept = PromptGroup(key=group.key, trajectories=left, tokenizer=group.tokenizer)
-    rewards = kept.rewards
-    if filters.soft_overlong is not None:
-        rewards = rewards + filters.soft_overlong.penalty([t.total_sampled for t in left])
-    group_reason = _group_reason(kept, rewards, filters, relative, components)
+    group_reason = _group_reason(kept, filters, relative, components)
     if group_reason is not None:
         dropped[group_reason] += len(kept)
         return None, +dropped
+    rewards = kept.rewards
+    if filters.soft_overlong is not None:
+        rewards = rewards + filters.soft_overlong.penalty([t.total_sampled for t in left])
     trains = (True,) * len(left)
     if filters.truncated == "mask":
         trains = tuple(not trajectory.truncated for trajectory in left)
@@ -185,7 +188,6 @@ def _reason(trajectory: Trajectory, filters: Filters) -> str | None:
 
 def _group_reason(
     group: PromptGroup,
-    rewards: NDArray[np.float64],
     filters: Filters,
     relative: bool,
     components: tuple[str, ...],
@@ -196,8 +198,10 @@ def _group_reason(
         return "small_group"
     default = "drop" if relative else "keep"
     if (filters.zero_variance or default) == "drop":
-        scores = group.components(components) if components else rewards[:, None]
+        scores = (group.components(components) if components else group.rewards[:, None]).T
         # One NaN among equal scores is a difference, as it will not train like the others.
-        if np.all((scores == scores[0]) | (np.isnan(scores) & np.isnan(scores[0]))):
+        missing = np.isnan(scores)
+        same = stats.equal(stats.low(scores), stats.high(scores))[:, 0]
+        if np.all((same & ~missing.any(axis=1)) | missing.all(axis=1)):
             return "zero_variance"
     return None

@@ -14,6 +14,11 @@ Array = NDArray[np.float64]
 LARGEST = 1e150
 """Rewards beyond this overflow when squared, and a deviation of infinity is NaN further on."""
 
+ROUNDING = 1e-7
+"""Relative; the distance of two neighbours in float32 is up to 1.2e-7."""
+_NOTHING = 1e-12
+"""What sums that should be 0 come to."""
+
 
 def read(rewards: ArrayLike) -> Array:
     """[..., G] float64, NaN for None.
@@ -54,14 +59,20 @@ def mean(values: Array, *, axis: int | None = -1) -> Array:
     return np.asarray(total / np.maximum(count(values, axis=axis), 1.0))
 
 
-def center(values: Array, *, axis: int | None = -1) -> Array:
-    """values - mean in the shape of `values`; exactly 0.0 where all are equal, and where missing.
+def equal(low: Array, high: Array) -> NDArray[np.bool_]:
+    """Whether rewards that lie between `low` and `high` are the same number but for rounding: sums
+    of the same parts in another order, or values that were float32 on their way."""
+    return np.asarray(high - low <= ROUNDING * np.maximum(abs(low), abs(high)) + _NOTHING)
 
-    The mean of equal floats can differ from them in the last digit, and dividing that noise by a
-    small epsilon would make an advantage of it.
+
+def center(values: Array, *, axis: int | None = -1) -> Array:
+    """values - mean in the shape of `values`; exactly 0.0 where all are `equal`, and where missing.
+
+    Rewards that mean the same can differ in their last digits, as can the mean of equal ones from
+    them, and dividing that noise by a small epsilon would make an advantage of it.
     """
-    equal = low(values, axis=axis) >= high(values, axis=axis)
-    return np.where(equal, 0.0, zero_missing(values - mean(values, axis=axis)))
+    same = equal(low(values, axis=axis), high(values, axis=axis))
+    return np.where(same, 0.0, zero_missing(values - mean(values, axis=axis)))
 
 
 def deviation(centered: Array, values: Array, *, axis: int | None = -1, ddof: int) -> Array:

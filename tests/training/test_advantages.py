@@ -247,6 +247,15 @@ def test_equal_rewards_and_groups_of_one_have_exactly_zero_advantage(name, rewar
     assert not EVERY[name]([reward] * size + [None] * gaps).any()
 
 
+@pytest.mark.parametrize("name", RELATIVE)
+@pytest.mark.parametrize(
+    "rewards", [[0.1 + 0.2, 0.3, 0.3], [0.1, float(np.float32(0.1))], [0.3 - 0.1 - 0.2, 0.0]]
+)
+def test_rewards_that_differ_by_rounding_have_exactly_zero_advantage(name, rewards):
+    assert not EVERY[name](np.maximum(rewards, 0.0) if name == "maxrl" else rewards).any()
+    assert EVERY[name]([0.3, 0.3001]).any()
+
+
 @pytest.mark.parametrize("name", EVERY)
 @given(rewards=rewards_with_gaps)
 def test_a_group_with_gaps_is_the_group_without_them(name, rewards):

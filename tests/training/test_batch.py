@@ -131,12 +131,12 @@ def test_gdpo_reads_the_named_metrics():
 
 def test_the_overlong_penalty_shapes_rewards_and_not_the_statistics():
     made = [completion(0, 4), completion(1, 8)]
-    rows = [scored("a", 1.0, 1.0, completions=made)]
+    rows = [scored("a", 0.5, 1.0, completions=made)]
     shaping = Filters(soft_overlong=SoftOverlong(max_tokens=8, cache_tokens=4))
     batch = build_batch(rows, algorithm="dr_grpo", filters=shaping)
-    assert [d.reward for d in batch.datums] == [1.0, 0.0]
-    assert [float(d.advantages[-1]) for d in batch.datums] == [0.5, -0.5]
-    assert batch.stats.reward_mean == 1.0
+    assert [d.reward for d in batch.datums] == [0.5, 0.0]
+    assert [float(d.advantages[-1]) for d in batch.datums] == [0.25, -0.25]
+    assert batch.stats.reward_mean == 0.75
 
 
 def test_masked_completions_count_in_the_baseline_and_give_no_datum():

@@ -139,13 +139,33 @@ def test_completions_that_span_versions_can_be_left_out():
 def test_the_soft_overlong_penalty_by_hand():
     shaping = SoftOverlong(max_tokens=10, cache_tokens=4)
     assert shaping.penalty([1, 6, 7, 8, 10, 11]).tolist() == [0.0, 0.0, -0.25, -0.5, -1.0, -1.0]
-    made = group(1.0, 1.0, completions=lengths(6, 8))
+    made = group(1.0, 0.0, completions=lengths(8, 6))
     left, _ = left_of(made, soft_overlong=shaping)
-    assert left is not None, "the penalty makes a difference where the rewards did not"
-    assert left.rewards.tolist() == [1.0, 0.5]
-    assert made.rewards.tolist() == [1.0, 1.0]
+    assert left is not None
+    assert left.rewards.tolist() == [0.5, 0.0]
+    assert made.rewards.tolist() == [1.0, 0.0]
     with pytest.raises(TrainingDataError, match="cache_tokens must lie between 1 and"):
         SoftOverlong(max_tokens=4, cache_tokens=5)
+
+
+def test_the_overlong_penalty_makes_no_signal_of_answers_that_earned_the_same():
+    """DAPO (arXiv:2503.14476) filters on what a group earned, and shapes what is left."""
+    shaping = SoftOverlong(max_tokens=10, cache_tokens=4)
+    for reward in (0.0, 1.0):
+        same = group(reward, reward, completions=lengths(6, 8))
+        assert left_of(same, soft_overlong=shaping) == (None, {"zero_variance": 2})
+        kept, _ = left_of(same, soft_overlong=shaping, zero_variance="keep")
+        assert kept is not None
+        assert kept.rewards.tolist() == [reward, reward - 0.5]
+
+
+@pytest.mark.parametrize(
+    "rewards", [(0.1 + 0.2, 0.3), (0.1, float(np.float32(0.1))), (0.3 - 0.1 - 0.2, 0.0)]
+)
+def test_rewards_that_differ_by_rounding_are_equal(rewards):
+    assert rewards[0] != rewards[1]
+    assert left_of(group(*rewards)) == (None, {"zero_variance": 2})
+    assert left_of(group(0.3, 0.3001))[0] is not None
 
 
 def test_the_soft_overlong_penalty_agrees_with_trl():

@@ -20,6 +20,7 @@ from eval_protocol_rft.batch.numbers import (
     token_counts,
     truncated_flags,
 )
+from eval_protocol_rft.training.reward_stats import equal
 
 Codes = NDArray[np.int8]
 _CODES = {reason: code for code, reason in enumerate(REASONS, start=1)}
@@ -69,7 +70,7 @@ def _rows_to_drop(numbers: GroupNumbers, rules: FilterRules, found: Survey) -> d
         if band is not None:
             drop[reason] = ~((values >= band.low) & (values <= band.high))
     if rules.drop_zero_variance:
-        drop["zero_variance"] = rewards.low == rewards.high
+        drop["zero_variance"] = equal(rewards.low, rewards.high)
     return drop
 
 
