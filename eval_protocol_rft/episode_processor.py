@@ -23,6 +23,7 @@ from eval_protocol_rft.conversation import OnRewrite, Openings
 from eval_protocol_rft.environments.environment import Environment
 from eval_protocol_rft.environments.episode import Episode, EpisodeRun
 from eval_protocol_rft.environments.limits import EpisodeLimits
+from eval_protocol_rft.evaluation_run import observe_attempt
 from eval_protocol_rft.processor import (
     FireworksTrainingRolloutProcessor,
     RolloutError,
@@ -30,7 +31,6 @@ from eval_protocol_rft.processor import (
     _LoopState,
 )
 from eval_protocol_rft.sampling.fanout import Group, Survivor, derive_seeds, sample_one
-from eval_protocol_rft.sampling.observing import log_attempt
 from eval_protocol_rft.sampling.types import Failure, SamplingParams, TokenIds
 
 
@@ -143,7 +143,7 @@ class EpisodeRolloutProcessor(FireworksTrainingRolloutProcessor):
                 retry=self.retry,
                 guard=job.guard,
                 prompt=job.row_key,
-                observe=log_attempt,
+                observe=observe_attempt,
                 on_start=starts,
                 read=lambda completion: job.tokenizer.read(completion, params),
             )

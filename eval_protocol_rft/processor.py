@@ -23,13 +23,13 @@ from eval_protocol_rft.admission import ROWS_AHEAD, Ticket
 from eval_protocol_rft.backends import Backends
 from eval_protocol_rft.commit import commit_group, messages_to_answer
 from eval_protocol_rft.endpoint import Endpoint
+from eval_protocol_rft.evaluation_run import observe_attempt, watched
 from eval_protocol_rft.params import RolloutRequest, parse_completion_params, template_values
 from eval_protocol_rft.prompts import PromptError, render_prompt
 from eval_protocol_rft.redaction import redact_params
 from eval_protocol_rft.sampling.fanout import Group, derive_seeds, sample_group
 from eval_protocol_rft.sampling.guard import RunGuard
 from eval_protocol_rft.sampling.http import HttpSampler
-from eval_protocol_rft.sampling.observing import log_attempt
 from eval_protocol_rft.sampling.retry import RetryPolicy
 from eval_protocol_rft.sampling.tails import TailPolicy
 from eval_protocol_rft.sampling.types import Failure, LogprobsMode, Sampler, TokenIds
@@ -150,7 +150,7 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
         self, rows: list[EvaluationRow], config: RolloutProcessorConfig
     ) -> list[asyncio.Task[EvaluationRow]]:
         """Start one task per row, in row order."""
-        state = self._state()
+        state, evaluation = self._state(), watched()
         admission = asyncio.Semaphore(ROWS_AHEAD)
         tasks = []
         for row in rows:
@@ -162,6 +162,8 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
             task = asyncio.create_task(self._rollout(row, config, state, admission, run))
             state.tasks.add(task)
             task.add_done_callback(state.tasks.discard)
+            if evaluation is not None:
+                evaluation.started(row, task)
             tasks.append(task)
         return tasks
 
@@ -237,7 +239,7 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
                 retry=self.retry,
                 guard=job.guard,
                 prompt=job.row_key,
-                observe=log_attempt,
+                observe=observe_attempt,
                 on_start=ticket.used,
                 tail=self.tail,
                 read=lambda completion: job.tokenizer.read(completion, job.request.params),

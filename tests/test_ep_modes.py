@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import Counter, defaultdict
@@ -21,6 +22,7 @@ from tests.stub_server import Seen, Status, StubServer
 BEGAN_WITH = {"row-0": 1, "row-1": 1, "row-2": 3, "row-again": 1}
 """Messages of each row."""
 N = {"case-a": 4, "case-b": 2}
+PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "eval_protocol_rft.pytest_plugin"]
 REPOSITORY = Path(__file__).parent.parent
 
 
@@ -45,7 +47,7 @@ def run_pytest(tmp: Path, tokenizer: Path, *arguments: str, **environment: str) 
     with StubServer() as server:
         server.script = refuse_once
         done = subprocess.run(
-            [sys.executable, "-m", "pytest", "tests/ep_modes.py", "-q", *arguments],
+            [*PYTEST, "tests/ep_modes.py", *arguments],
             cwd=REPOSITORY,
             env={
                 **os.environ,
@@ -83,7 +85,9 @@ def default_run(tmp_path_factory, tokenizer_folder) -> Run:
 @pytest.fixture(scope="module")
 def priority_run(tmp_path_factory, tokenizer_folder) -> Run:
     tmp = tmp_path_factory.mktemp("priority")
-    return run_pytest(tmp, tokenizer_folder, EP_USE_PRIORITY_SCHEDULER="1")
+    # mode="all" is never evaluated there, which fails a test unless it is allowed.
+    allowed = "--ep-rft-allow-unscored"
+    return run_pytest(tmp, tokenizer_folder, allowed, EP_USE_PRIORITY_SCHEDULER="1")
 
 
 def finished(rows: list[EvaluationRow]) -> list[EvaluationRow]:
@@ -203,6 +207,8 @@ def test_nothing_is_left_open_or_unawaited(run, request):
 def test_xdist_runs_the_cases_in_several_processes(tmp_path, tokenizer_folder):
     run = run_pytest(tmp_path, tokenizer_folder, "-n", "2", "-k", "pointwise_3")
     assert run.processes == 2
+    told = re.findall(r"test_pointwise_3\S+: 9 rows, (\d+) completions, (\d+) scored", run.output)
+    assert sorted(told) == [("18", "18"), ("36", "36")]
     rows = run.rows["test_pointwise_3"]
     assert cases(rows) == each_of(3, *THREE)
     for row in rows:

@@ -9,6 +9,7 @@ import pytest
 
 LIGHT = [
     "import eval_protocol_rft",
+    "import eval_protocol_rft.pytest_plugin",
     "import eval_protocol_rft.record",
     "import eval_protocol_rft.sampling.http",
     "import eval_protocol_rft.sampling.fanout",

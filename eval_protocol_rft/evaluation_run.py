@@ -1,0 +1,215 @@
+"""What became of the rows of one evaluation test: rolled out, failed, scored, and why not.
+
+Eval Protocol passes a test whose rows all failed: failed rows go to the evaluator like any other,
+and its priority scheduler drops evaluators that raise with the rows they had. So the processor
+tells the run that is being watched of its rows, and who watches reads them when the test is over.
+
+Invariant: watching changes nothing, and a row counts as scored only where a valid score of a
+rollout that succeeded is on it. What cannot be known is told apart from what was not scored.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from eval_protocol_rft.sampling.events import AttemptEvent
+from eval_protocol_rft.sampling.observing import log_attempt
+from eval_protocol_rft.sampling.run_summary import RunSummary
+
+if TYPE_CHECKING:
+    from eval_protocol.models import EvaluationRow
+
+REASON_LENGTH = 400
+"""Characters of a reason that are shown: servers send whole pages."""
+
+_watching: EvaluationRun | None = None
+
+
+@dataclass(slots=True)
+class _Rollout:
+    row: EvaluationRow
+    error: str | None = None
+    """Why it failed; None while it runs and where it succeeded."""
+
+
+@dataclass(slots=True)
+class _Tally:
+    """So many, and what was said of the first."""
+
+    count: int = 0
+    reason: str | None = None
+
+    def add(self, count: int, reason: object) -> None:
+        if count and self.reason is None:
+            self.reason = _shown(str(reason))
+        self.count += count
+
+    def line(self, what: str) -> str:
+        return f"{self.count:,} {what}, first: {self.reason}"
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What a watched run came to."""
+
+    rows: int = 0
+    completions: int = 0
+    """Those that survived, of all rows that did."""
+    scored: int = 0
+    """Completions with a score; of rows that were judged as a whole, rows."""
+    whole_rows: int = 0
+    """Rows whose evaluator judged them as a whole, by their first completion."""
+    failed_rows: _Tally = field(default_factory=_Tally)
+    failed_completions: _Tally = field(default_factory=_Tally)
+    """Of rows that survived."""
+    unscored: _Tally = field(default_factory=_Tally)
+    unseen: int = 0
+    """Rows that survived and hold no word of an evaluator."""
+    retries: list[tuple[str, int]] = field(default_factory=list)
+    """Causes of failed attempts that were followed by another, most frequent first."""
+    tokens: int = 0
+    """Of completions, those of turns and of rows that failed later included."""
+    drops_rows: bool = False
+    """Whether the scheduler drops rows whose evaluator raises, or that it has no evaluator for."""
+
+    @property
+    def problem(self) -> str | None:
+        """Why the run says nothing, or None where it does say something."""
+        if not self.rows:
+            return "no row was rolled out: the data set is empty, or the processor was not called"
+        if self.failed_rows.count == self.rows:
+            return f"no row was rolled out: {self.failed_rows.line(f'of {self.rows:,} failed')}"
+        if self.scored or (self.unseen and not self.drops_rows):
+            return None
+        if self.unscored.count:
+            return f"nothing was scored: {self.unscored.line('without a score')}"
+        return f"nothing was scored: {self._unseen_line()}"
+
+    def lines(self) -> list[str]:
+        """The run for a terminal: one line, and one more for each kind of trouble."""
+        counts = [
+            f"{self.rows:,} rows",
+            f"{self.completions:,} completions",
+            f"{self.whole_rows:,} rows judged by their first completion" if self.whole_rows else "",
+            f"{self.scored:,} scored",
+            f"{sum(count for _, count in self.retries):,} retries",
+            f"{self.tokens:,} tokens",
+        ]
+        lines = [", ".join(filter(None, counts))]
+        tallies = (
+            (self.failed_rows, "rows failed"),
+            (self.failed_completions, "completions failed"),
+            (self.unscored, "without a score"),
+        )
+        lines += [tally.line(what) for tally, what in tallies if tally.count]
+        if self.unseen:
+            lines.append(self._unseen_line())
+        if self.retries:
+            lines.append("retries: " + ", ".join(f"{n:,}x {cause}" for cause, n in self.retries))
+        return lines
+
+    def _unseen_line(self) -> str:
+        if self.drops_rows:
+            return (
+                f"{self.unseen:,} rows were not judged: Eval Protocol's priority scheduler drops "
+                'rows whose evaluator raises, and has none for mode="all"'
+            )
+        return f"{self.unseen:,} rows hold no result: none was given, or to copies of them"
+
+
+class EvaluationRun:
+    """Rows of a test as the processor starts them."""
+
+    def __init__(self) -> None:
+        self._rollouts: dict[int, _Rollout] = {}
+        """By the row's identity: Eval Protocol rolls a row out again as the object it is."""
+        self._attempts = RunSummary()
+
+    def attempted(self, event: AttemptEvent) -> None:
+        """An attempt of a completion ended."""
+        self._attempts.add(event)
+
+    def started(self, row: EvaluationRow, task: asyncio.Task[Any]) -> None:
+        """A rollout of `row` runs as `task`."""
+        rollout = self._rollouts[id(row)] = _Rollout(row)
+
+        def ended(task: asyncio.Task[Any]) -> None:
+            # The text alone: an exception would keep the frames it went through alive.
+            if task.cancelled():
+                rollout.error = "cancelled"
+            elif error := task.exception():
+                rollout.error = str(error) or type(error).__name__
+
+        task.add_done_callback(ended)
+
+    def outcome(self) -> Outcome:
+        """What the rows that were started are worth, now that the test is over."""
+        found = Outcome(
+            retries=self._attempts.retries.most_common(),
+            tokens=self._attempts.tokens,
+            drops_rows=os.environ.get("EP_USE_PRIORITY_SCHEDULER") == "1",
+        )
+        for rollout in self._rollouts.values():
+            _count(found, rollout)
+        return found
+
+
+def _count(found: Outcome, rollout: _Rollout) -> None:
+    row = rollout.row
+    found.rows += 1
+    if rollout.error is not None:
+        found.failed_rows.add(1, rollout.error)
+        return
+    extra = row.execution_metadata.extra or {}
+    found.completions += len(extra.get("completion_ids") or ())
+    failures = extra.get("failures") or ()
+    if failures:
+        found.failed_completions.add(len(failures), failures[0].get("message"))
+    rewards, result = extra.get("rewards"), row.evaluation_result
+    if rewards is not None:
+        scored = sum(reward is not None for reward in rewards)
+        found.scored += scored
+        for reward, said in zip(rewards, extra.get("completion_results") or (), strict=False):
+            if reward is None:
+                found.unscored.add(1, said.get("error"))
+    elif result is None:
+        found.unseen += 1
+    else:
+        found.whole_rows += 1
+        found.scored += result.is_score_valid
+        if not result.is_score_valid:
+            found.unscored.add(1, result.reason or "the evaluator marked the score as invalid")
+
+
+def _shown(text: str) -> str:
+    """One line that no terminal takes for a command, not too long."""
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return line if len(line) <= REASON_LENGTH else f"{line[:REASON_LENGTH]}..."
+
+
+def watched() -> EvaluationRun | None:
+    """The run that is being watched, if one is."""
+    return _watching
+
+
+def observe_attempt(event: AttemptEvent) -> None:
+    """Log an attempt, and count it where a run is being watched. An `Observer`."""
+    log_attempt(event)
+    if _watching is not None:
+        _watching.attempted(event)
+
+
+@contextmanager
+def watch() -> Iterator[EvaluationRun]:
+    """Watch the rollouts of this process; one test runs at a time."""
+    global _watching  # noqa: PLW0603 - a test's loop, threads and tasks share no context
+    before, _watching = _watching, EvaluationRun()
+    try:
+        yield _watching
+    finally:
+        _watching = before
