@@ -21,8 +21,12 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 def generate(
     data: Annotated[
-        Path,
-        typer.Argument(help="Parquet, JSONL, JSON or CSV, or a folder saved by `datasets`."),
+        list[Path],
+        typer.Argument(
+            metavar="DATA...",
+            help="Parquet, JSONL, JSON, CSV or TSV, text also as .gz or .zst: files, folders, "
+            "patterns; or a folder saved by `datasets`.",
+        ),
     ],
     output: Annotated[Path, typer.Option("-o", "--output", help="A .parquet or .jsonl file.")],
     model: Annotated[
@@ -221,6 +225,7 @@ def generate(
         --model accounts/fireworks/models/qwen3-8b --tokenizer Qwen/Qwen3-8B
       ep-rft generate math.jsonl -o rollouts.parquet -n 8 --prompt-key problem \\
         --model Qwen/Qwen3-8B --base-url http://localhost:8000 --where "level >= 3"
+      ep-rft generate easy.jsonl.gz 'shards/*.jsonl' -o rollouts.parquet --model local/arithmetic
     """
     params: dict[str, Any] = {
         "model": model,

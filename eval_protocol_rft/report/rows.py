@@ -46,7 +46,8 @@ def newest_rows_file(path: Path) -> Path:
         return path
     if not path.is_dir():
         raise RowsFileError(f"{path}: no such file or folder")
-    files = sorted(path.rglob("*.jsonl"), key=lambda file: file.stat().st_mtime)
+    visible = [file for file in path.rglob("*.jsonl") if not file.name.startswith((".", "_"))]
+    files = sorted(visible, key=lambda file: file.stat().st_mtime)
     if not files:
         raise RowsFileError(
             f"{path}: no .jsonl file inside. Eval Protocol writes one per test case when "

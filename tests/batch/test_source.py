@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import hashlib
 import json
 import os
@@ -68,9 +69,49 @@ def write_saved(folder: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
+def write_tsv(folder: Path, rows: list[dict[str, Any]]) -> Path:
+    path = folder / "problems.tsv"
+    lines = [list(rows[0]), *(list(row.values()) for row in rows)]
+    path.write_text("".join("\t".join(map(str, line)) + "\n" for line in lines))
+    return path
+
+
+def write_jsonl_folder(folder: Path, rows: list[dict[str, Any]]) -> Path:
+    path = folder / "problems"
+    path.mkdir()
+    for part, first in enumerate(range(0, len(rows), 600)):
+        write_jsonl(path, rows[first : first + 600]).rename(path / f"part-{part}.jsonl")
+    return path
+
+
+def write_gz(folder: Path, rows: list[dict[str, Any]]) -> Path:
+    path = folder / "problems.jsonl.gz"
+    content = write_jsonl(folder, rows).read_bytes()
+    # Of two members, as `cat a.gz b.gz` leaves.
+    half = len(content) // 2
+    path.write_bytes(gzip.compress(content[:half]) + gzip.compress(content[half:]))
+    return path
+
+
+def write_zst(folder: Path, rows: list[dict[str, Any]]) -> Path:
+    path = folder / "problems.json.zst"
+    with pa.output_stream(path, compression="zstd") as file:
+        file.write(write_json(folder, rows).read_bytes())
+    return path
+
+
 Write = Callable[[Path, list[dict[str, Any]]], Path]
-TYPED = [write_jsonl, write_json, write_parquet, write_parquet_folder, write_saved]
-ALL = [*TYPED, write_csv]
+TYPED = [
+    write_jsonl,
+    write_json,
+    write_parquet,
+    write_parquet_folder,
+    write_saved,
+    write_jsonl_folder,
+    write_gz,
+    write_zst,
+]
+ALL = [*TYPED, write_csv, write_tsv]
 
 
 def texts(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
@@ -84,7 +125,7 @@ def numbers(source: Source, **options: Any) -> list[int]:
 @pytest.mark.parametrize("write", ALL)
 def test_every_format_gives_the_same_rows_each_time(write: Write, tmp_path: Path):
     source = open_source(write(tmp_path, ROWS))
-    expected = texts(ROWS) if write is write_csv else ROWS
+    expected = texts(ROWS) if write in (write_csv, write_tsv) else ROWS
     assert (source.name, source.num_rows) == ("problems", 1300)
     assert [column.name for column in source.columns] == ["prompt", "answer", "level"]
     for _ in range(2):
@@ -96,7 +137,7 @@ def test_every_format_gives_the_same_rows_each_time(write: Write, tmp_path: Path
 @pytest.mark.parametrize("write", ALL)
 def test_a_shuffle_has_numpys_order_and_rows_keep_their_numbers(write: Write, tmp_path: Path):
     source = open_source(write(tmp_path, ROWS))
-    expected = texts(ROWS) if write is write_csv else ROWS
+    expected = texts(ROWS) if write in (write_csv, write_tsv) else ROWS
     rows = list(source.rows(shuffle_seed=7))
     assert [row.data_idx for row in rows] == list(np.random.default_rng(7).permutation(1300))
     assert all(row.values == expected[row.data_idx] for row in rows)
@@ -229,10 +270,12 @@ def test_the_current_folder_has_its_own_name(tmp_path: Path, monkeypatch: pytest
     assert open_source(".").name == "problems"
 
 
-@pytest.mark.parametrize("name", ["problems.txt", "problems", "problems.jsonl.gz"])
+@pytest.mark.parametrize("name", ["problems.txt", "problems", "problems.parquet.gz"])
 def test_an_unknown_format_is_answered_with_those_that_are_known(name: str, tmp_path: Path):
     (tmp_path / name).write_text("{}")
-    with pytest.raises(SourceError, match=r"\.parquet, \.jsonl, \.ndjson, \.json, \.csv, a folder"):
+    with pytest.raises(
+        SourceError, match=r"\.parquet, \.jsonl, \.ndjson, \.csv, \.tsv, \.json, of text"
+    ):
         open_source(tmp_path / name)
 
 
@@ -255,3 +298,123 @@ def test_a_parquet_file_without_rows_is_refused(tmp_path: Path):
     pq.write_table(pa.table({"prompt": pa.array([], pa.string())}), tmp_path / "a.parquet")
     with pytest.raises(SourceError, match=r"a\.parquet: no rows"):
         open_source(tmp_path / "a.parquet")
+
+
+def prompts(source: Source) -> list[Any]:
+    return [row.values["prompt"] for row in source.rows()]
+
+
+def shards(folder: Path, *names: str, write: Write = write_jsonl) -> list[Path]:
+    """A file per name, with one row that holds the name."""
+    paths = [folder / name for name in names]
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(path.parent, [{"prompt": path.name}]).rename(path)
+    return paths
+
+
+@pytest.mark.parametrize(
+    ("suffix", "write"), [("parquet", write_parquet), ("jsonl", write_jsonl), ("tsv", write_tsv)]
+)
+def test_hidden_files_in_a_folder_are_nobodys_data(suffix: str, write: Write, tmp_path: Path):
+    shards(tmp_path, f"a.{suffix}", f"b.{suffix}", write=write)
+    for name in (f"._a.{suffix}", f".b.{suffix}.tmp.{suffix}", f"_tmp.{suffix}", "_SUCCESS"):
+        (tmp_path / name).write_bytes(b"Mac")
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / ".cache" / f"c.{suffix}").write_bytes(b"Mac")
+    (tmp_path / "README.md").write_text("about")
+    (tmp_path / "dataset_infos.json").write_text("{}")
+    expected = [f"a.{suffix}", f"b.{suffix}"]
+    assert prompts(open_source(tmp_path)) == expected
+    assert prompts(open_source(tmp_path / f"*.{suffix}")) == expected
+
+
+def test_a_hidden_file_that_is_named_is_read(tmp_path: Path):
+    [path] = shards(tmp_path, "_mine.jsonl")
+    assert prompts(open_source(path)) == ["_mine.jsonl"]
+
+
+def test_patterns_and_several_inputs_are_read_one_after_the_other(tmp_path: Path):
+    shards(tmp_path, "b/2.jsonl", "b/1.jsonl", "b/3.jsonl.gz", "a/0.jsonl", write=write_jsonl)
+    content = (tmp_path / "b" / "3.jsonl.gz").read_bytes()
+    (tmp_path / "b" / "3.jsonl.gz").write_bytes(gzip.compress(content))
+    source = open_source([tmp_path / "b" / "*.jsonl*", tmp_path / "a"])
+    assert prompts(source) == ["1.jsonl", "2.jsonl", "3.jsonl.gz", "0.jsonl"]
+    assert [row.where for row in source.rows()] == [
+        "b/1.jsonl:1",
+        "b/2.jsonl:1",
+        "b/3.jsonl.gz:1",
+        "a/0.jsonl:1",
+    ]
+    assert source.name == tmp_path.name
+    assert prompts(open_source(str(tmp_path / "**" / "[01].jsonl"))) == ["0.jsonl", "1.jsonl"]
+
+
+def test_columns_are_those_of_all_files_and_their_types(tmp_path: Path):
+    for name, row in (("a", {"x": None, "y": 1}), ("b", {"x": 2}), ("c", {"y": 1.5, "z": "z"})):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    source = open_source(tmp_path)
+    columns = {column.name: (column.type, column.is_json) for column in source.columns}
+    assert columns == {
+        "x": (pa.int64(), False),
+        "y": (pa.string(), True),
+        "z": (pa.string(), False),
+    }
+    rows = [
+        {"x": None, "y": 1, "z": None},
+        {"x": 2, "y": None, "z": None},
+        {"x": None, "y": 1.5, "z": "z"},
+    ]
+    assert [row.values for row in source.rows()] == rows
+    order = np.random.default_rng(3).permutation(3)
+    assert [row.values for row in source.rows(shuffle_seed=3)] == [rows[i] for i in order]
+
+
+def test_two_readers_of_one_compressed_file_do_not_disturb_each_other(tmp_path: Path):
+    source = open_source(write_gz(tmp_path, ROWS))
+    both = list(zip(source.rows(shuffle_seed=1), source.rows(shuffle_seed=2), strict=True))
+    for seed in (1, 2):
+        assert [pair[seed - 1] for pair in both] == list(source.rows(shuffle_seed=seed))
+
+
+def test_what_is_compressed_is_the_same_data_set(tmp_path: Path):
+    packed = write_gz(tmp_path, ROWS[:3])
+    assert open_source(packed).fingerprint == open_source(tmp_path / "problems.jsonl").fingerprint
+    assert open_source(packed).name == "problems"
+
+
+@pytest.mark.parametrize("keep", [0.5, 0.99])
+def test_a_compressed_file_that_was_cut_off_is_refused(keep: float, tmp_path: Path):
+    content = gzip.compress(os.urandom(1000))
+    (tmp_path / "a.jsonl.gz").write_bytes(content[: int(len(content) * keep)])
+    with pytest.raises(SourceError, match=r"^a\.jsonl\.gz: cannot be decompressed: Truncated"):
+        open_source(tmp_path / "a.jsonl.gz")
+
+
+@pytest.mark.parametrize(
+    ("names", "given", "message"),
+    [
+        (["a.jsonl"], ["*.csv"], r"\*\.csv: no file has such a name"),
+        (["a.jsonl"], ["a.jsonl", "*"], r"a\.jsonl is named twice"),
+        (["a.jsonl", "b.csv"], ["a.jsonl", "b.csv"], r"a\.jsonl \(JSON\) and b\.csv \(CSV\)"),
+        (["d/a.jsonl", "d/b.csv"], ["d"], r"two formats, such as a\.jsonl and b\.csv: name .*\*"),
+        (["d/a.txt"], ["d"], r"neither data files in it"),
+        ([], [], "no data set is named"),
+    ],
+)
+def test_inputs_that_make_no_data_set_are_refused(
+    names: list[str], given: list[str], message: str, tmp_path: Path
+):
+    shards(tmp_path, *names)
+    with pytest.raises(SourceError, match=message):
+        open_source([tmp_path / name for name in given])
+
+
+def test_tsv_files_with_other_columns_are_refused(tmp_path: Path):
+    (tmp_path / "a.tsv").write_text("x\ty\n1\t2\n")
+    (tmp_path / "b.tsv").write_text("y\tx\n1\t2\n")
+    with pytest.raises(SourceError, match=r"b\.tsv has the columns y, x, but .*a\.tsv has x, y"):
+        open_source(tmp_path)
+    (tmp_path / "b.tsv").write_text("x\ty\n1\n")
+    with pytest.raises(SourceError, match=r"b\.tsv:2: 1 fields .* a tab or a quote"):
+        open_source(tmp_path)

@@ -175,9 +175,7 @@ def test_files_of_a_folder_that_do_not_fit_together_are_refused(
 def test_a_folder_that_could_be_meant_in_two_ways_is_refused(tmp_path: Path):
     (tmp_path / "more").mkdir()
     parquet(tmp_path / "more", {"x": [1]}, "b.parquet")
-    with pytest.raises(
-        SourceError, match=r"neither Parquet files in it .* there are some in .*more"
-    ):
+    with pytest.raises(SourceError, match=r"neither data files in it .* there are some in .*more"):
         open_source(tmp_path)
     parquet(tmp_path, {"x": [1]}, "a.parquet")
     with pytest.raises(SourceError, match=r"a\.parquet.*more.b\.parquet.*name the folder"):

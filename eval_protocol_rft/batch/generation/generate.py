@@ -13,7 +13,7 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from eval_protocol_rft.batch.progress import reporter
 from eval_protocol_rft.batch.ray.nodes import Engine, check_engine
 from eval_protocol_rft.batch.ray.sampling import RaySampler
 from eval_protocol_rft.batch.rollouts.rows import CompletionRow
-from eval_protocol_rft.batch.source.opening import open_source, prompt_column
+from eval_protocol_rft.batch.source.opening import PathOrGlob, open_source, prompt_column
 from eval_protocol_rft.batch.store.parts import parts_folder
 from eval_protocol_rft.batch.target import check_rollout_file
 from eval_protocol_rft.endpoint import Endpoint
@@ -66,7 +66,7 @@ class GenerateSummary:
 
 
 def generate(
-    data: str | os.PathLike[str],
+    data: PathOrGlob | Sequence[PathOrGlob],
     output: str | os.PathLike[str],
     completion_params: Mapping[str, Any],
     **options: Any,
@@ -76,7 +76,7 @@ def generate(
 
 
 async def agenerate(
-    data: str | os.PathLike[str],
+    data: PathOrGlob | Sequence[PathOrGlob],
     output: str | os.PathLike[str],
     completion_params: Mapping[str, Any],
     *,
@@ -100,7 +100,9 @@ async def agenerate(
     """Sample n completions for every row of a data set.
 
     Args:
-        data: a Parquet, JSONL, JSON or CSV file, or a folder that `datasets` saved.
+        data: a file, a folder, a pattern such as `shards/*.jsonl`, or several of them: Parquet,
+            JSONL, JSON, CSV or TSV, text also as .gz or .zst, or what `datasets` saved; see
+            `open_source`.
         output: `.parquet` or `.jsonl`. Where a job for it was begun, it is continued.
         completion_params: as for the processor: `model`, `n`, `temperature`, `max_tokens`, ...
         prompt_key: column of the prompts; default the first of `prompt`, `messages`, `question`,

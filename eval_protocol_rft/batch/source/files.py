@@ -38,10 +38,15 @@ def file_fingerprint(path: Path) -> str:
 
 
 def files_fingerprint(paths: Sequence[Path]) -> str:
-    """Hex SHA-256 of one file's bytes, or of the SHA-256s of several in their order."""
-    if len(paths) == 1:
-        return file_fingerprint(paths[0])
+    """`joint_fingerprint` of files."""
+    return joint_fingerprint([file_fingerprint(path) for path in paths])
+
+
+def joint_fingerprint(fingerprints: Sequence[str]) -> str:
+    """One file's own fingerprint, or hex SHA-256 of those of several in their order."""
+    if len(fingerprints) == 1:
+        return fingerprints[0]
     whole = hashlib.sha256()
-    for path in paths:
-        whole.update(bytes.fromhex(file_fingerprint(path)))
+    for fingerprint in fingerprints:
+        whole.update(bytes.fromhex(fingerprint))
     return whole.hexdigest()

@@ -1,5 +1,4 @@
-"""Data sets in folders: what `Dataset.save_to_disk` leaves, or Parquet files side by side; and
-single Parquet files.
+"""Data sets in folders: what `Dataset.save_to_disk` leaves, or files side by side; Parquet files.
 
 Invariant: which files are read, and in which order, follows from the folder alone; a folder that
 could be meant in two ways is refused.
@@ -7,14 +6,15 @@ could be meant in two ways is refused.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from eval_protocol_rft.batch.source.arrow import BATCH_ROWS, ArrowFile, ArrowSource
+from eval_protocol_rft.batch.source.arrow import BATCH_ROWS, ArrowFile
 from eval_protocol_rft.batch.source.files import FileState
+from eval_protocol_rft.batch.source.text import plain_name
 from eval_protocol_rft.batch.source.types import SourceError
 
 if TYPE_CHECKING:
@@ -24,42 +24,90 @@ STATE_FILE = "state.json"
 SPLITS_FILE = "dataset_dict.json"
 
 
-def open_parquet(path: Path) -> ArrowSource:
-    """Open a Parquet file.
+def parquet_file(path: Path, label: str) -> ArrowFile:
+    """A Parquet file.
 
     Raises:
-        SourceError: it is not readable as Parquet, or has columns that cannot be read.
+        SourceError: it is not readable as Parquet.
     """
-    state = FileState.of(path)
-    return ArrowSource(path.stem, [_parquet_file(path, path.name)], [state])
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            schema, num_rows = file.schema_arrow, file.metadata.num_rows
+    except (pa.ArrowException, OSError) as error:
+        raise SourceError(f"{label} cannot be read as Parquet: {error}") from error
+    return ArrowFile(path, label=label, schema=schema, num_rows=num_rows, read=_parquet_batches)
 
 
-def open_folder(folder: Path) -> ArrowSource:
-    """Open a folder that `Dataset.save_to_disk` wrote, or one of Parquet files, read by name.
+def is_saved(folder: Path) -> bool:
+    """Whether `Dataset.save_to_disk` wrote the folder.
 
     Raises:
-        SourceError: it is neither or both, holds several splits, or its files do not fit together.
+        SourceError: it holds several splits.
     """
     if (folder / SPLITS_FILE).is_file():
         raise SourceError(_name_a_split(folder))
-    if (folder / STATE_FILE).is_file():
-        return _open_saved(folder)
-    paths = sorted(folder.glob("*.parquet"))
-    deeper = sorted(folder.glob("*/**/*.parquet"))
-    if paths and deeper:
+    return (folder / STATE_FILE).is_file()
+
+
+def is_hidden(path: Path) -> bool:
+    """Whether a file or folder is nobody's data: names that begin with a dot or an underscore are
+    of file systems (`._part.parquet` of a Mac) or of those who write (`_SUCCESS`), and no reader of
+    shards takes them."""
+    return path.name.startswith((".", "_"))
+
+
+def shards(folder: Path, suffixes: Sequence[str]) -> list[Path]:
+    """The files of a data set in `folder`, by name: those of one format, hidden ones passed over.
+
+    Args:
+        folder: what the user named.
+        suffixes: of data files, in lower case, those that other files may have as well last: files
+            of these count where there are no others.
+
+    Raises:
+        SourceError: there are none, files of several formats, or some in folders below as well.
+    """
+    visible = [path for path in _walk(folder) if plain_name(path).suffix.lower() in suffixes]
+    if any(_format(path) != suffixes[-1] for path in visible):
+        visible = [path for path in visible if _format(path) != suffixes[-1]]
+    here = [path for path in visible if path.parent == folder]
+    deeper = [path for path in visible if path.parent != folder]
+    if here and deeper:
         raise SourceError(
-            f"{folder}: Parquet files in the folder ({paths[0].name}) and in folders below "
+            f"{folder}: data files in the folder ({here[0].name}) and in folders below "
             f"({deeper[0].relative_to(folder)}): name the folder that is meant"
         )
-    if not paths:
+    if not here:
         found = f"; there are some in {deeper[0].parent}" if deeper else ""
         raise SourceError(
-            f"{folder}: neither Parquet files in it nor the {STATE_FILE} of a saved Hugging Face "
-            f"data set{found}"
+            f"{folder}: neither data files in it ({', '.join(suffixes)}) nor the {STATE_FILE} of a "
+            f"saved Hugging Face data set{found}"
         )
-    states = [FileState.of(path) for path in paths]
-    files = [_parquet_file(path, f"{folder.name}/{path.name}") for path in paths]
-    return ArrowSource(folder.name, files, states)
+    for path in here:
+        if _format(path) != _format(here[0]):
+            raise SourceError(
+                f"{folder} holds files of two formats, such as {here[0].name} and {path.name}: "
+                f"name those that are meant, as '{folder / ('*' + here[0].suffix)}'"
+            )
+    return here
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    for path in sorted(folder.iterdir()):
+        if is_hidden(path):
+            continue
+        if not path.is_dir():
+            yield path
+        elif not path.is_symlink():  # which may lead in circles
+            yield from _walk(path)
+
+
+def _format(path: Path) -> str:
+    suffix = plain_name(path).suffix.lower()
+    return ".jsonl" if suffix == ".ndjson" else suffix
 
 
 class _DataFile(msgspec.Struct):
@@ -90,7 +138,12 @@ def _name_a_split(folder: Path) -> str:
     )
 
 
-def _open_saved(folder: Path) -> ArrowSource:
+def saved_files(folder: Path) -> tuple[list[ArrowFile], list[FileState]]:
+    """The files that `Dataset.save_to_disk` wrote, and their state with that of their list.
+
+    Raises:
+        SourceError: the list or a file is damaged.
+    """
     try:
         state = msgspec.json.decode((folder / STATE_FILE).read_bytes(), type=_State)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -107,19 +160,7 @@ def _open_saved(folder: Path) -> ArrowSource:
     if missing:
         raise SourceError(f"{folder}: {STATE_FILE} lists {missing[0]}, which is not there")
     states = [FileState.of(path) for path in (folder / STATE_FILE, *paths)]
-    return ArrowSource(folder.name, [_stream_file(folder, path) for path in paths], states)
-
-
-def _parquet_file(path: Path, label: str) -> ArrowFile:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(path) as file:
-            schema, num_rows = file.schema_arrow, file.metadata.num_rows
-    except (pa.ArrowException, OSError) as error:
-        raise SourceError(f"{label} cannot be read as Parquet: {error}") from error
-    return ArrowFile(path, label=label, schema=schema, num_rows=num_rows, read=_parquet_batches)
+    return [_stream_file(folder, path) for path in paths], states
 
 
 def _parquet_batches(path: Path) -> Iterator[pa.RecordBatch]:

@@ -6,97 +6,105 @@ Infinity are no JSON. Of a key that stands twice in an object the last value cou
 
 from __future__ import annotations
 
+import hashlib
 import mmap
-from pathlib import Path
+import os
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 
 from eval_protocol_rft.batch.source.columns import ColumnTypes
-from eval_protocol_rft.batch.source.files import FileState, file_fingerprint
 from eval_protocol_rft.batch.source.text import (
     BYTE_ORDER_MARK,
     HashedLines,
-    RowDecoder,
     RowIndex,
+    TextFile,
+    TextPart,
     TextSource,
+    plain_name,
 )
-from eval_protocol_rft.batch.source.types import SourceError, SourceFacts
+from eval_protocol_rft.batch.source.types import SourceError
 
 WHITESPACE = b" \t\r\n"
 """What JSON takes for space."""
 
 
-def open_jsonl(path: Path) -> TextSource:
-    """Open a file of one object per line. Blank lines hold no row, but count as lines.
+def open_json(name: str, files: Sequence[TextFile]) -> TextSource:
+    """Open files of objects as one data set called `name`: JSONL, or `.json` with one array.
+
+    The columns are those of all files together. Of an array, while it is opened, about 100 bytes of
+    memory are needed per row; the file itself is mapped, not read into memory.
 
     Raises:
-        SourceError: a line is not UTF-8, not JSON or not an object.
+        SourceError: a line is not UTF-8, not JSON or not an object; a file is no array of them.
     """
-    state = FileState.of(path)
-    index, types = RowIndex(), ColumnTypes()
+    types = ColumnTypes()
+    parts = []
+    for file in files:
+        is_array = plain_name(file.path).suffix.lower() == ".json"
+        parts.append((_array_part if is_array else _lines_part)(file, types))
+    columns = types.columns()
+    names = [column.name for column in columns]
     decoder = msgspec.json.Decoder(dict[str, Any])
-    with path.open("rb") as file:
-        lines = HashedLines(file)
+
+    def decode(row: bytes) -> dict[str, Any]:
+        # What follows a row until the next one starts.
+        found = decoder.decode(row.rstrip(WHITESPACE + b","))
+        return {name: found.get(name) for name in names}
+
+    return TextSource(name, parts, columns, decode)
+
+
+def _lines_part(file: TextFile, types: ColumnTypes) -> TextPart:
+    """A file of one object per line. Blank lines hold no row, but count as lines."""
+    index = RowIndex()
+    decoder = msgspec.json.Decoder(dict[str, Any])
+    with file.open() as content:
+        lines = HashedLines(content)
         for line in lines:
             if not line.strip(WHITESPACE):
                 continue
-            types.add(_decoded(decoder, line, f"{path.name}:{lines.number}"))
+            types.add(_decoded(decoder, line, f"{file.label}:{lines.number}"))
             index.starts.append(lines.start)
             index.lines.append(lines.number)
     index.end = lines.end
-    columns = types.columns()
-    facts = SourceFacts(path.stem, lines.fingerprint(), columns, len(index.starts), files=(state,))
-    names = [column.name for column in columns]
-    return TextSource(facts, path, index, _row_decoder(names, WHITESPACE))
+    return TextPart(file, index, lines.fingerprint())
 
 
-def open_json(path: Path) -> TextSource:
-    """Open a file that is one array of objects.
-
-    While it is opened, about 100 bytes of memory are needed per row; the file itself is mapped, not
-    read into memory.
-
-    Raises:
-        SourceError: the file is not UTF-8, not JSON, or something else than an array of objects.
-    """
-    state = FileState.of(path)
-    index, types = RowIndex(), ColumnTypes()
+def _array_part(file: TextFile, types: ColumnTypes) -> TextPart:
+    """A file that is one array of objects."""
+    index = RowIndex()
     decoder = msgspec.json.Decoder(dict[str, Any])
-    if state.size == 0:
-        raise SourceError(f"{path.name}: the file is empty, not an array of objects")
-    with path.open("rb") as file:
+    with file.open() as opened:
+        if os.fstat(opened.fileno()).st_size == 0:
+            raise SourceError(f"{file.label}: the file is empty, not an array of objects")
         # Closed when nothing points into it any more, which after an error its traceback may.
-        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        content = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
     start = len(BYTE_ORDER_MARK) if content[:3] == BYTE_ORDER_MARK else 0
-    sizes = [memoryview(element).nbytes for element in _elements(path, content, start)]
+    sizes = [memoryview(element).nbytes for element in _elements(file.label, content, start)]
     position = content.find(b"[", start) + 1
     for number, size in enumerate(sizes):
         # Between two elements of valid JSON are one comma and white space, nothing else.
         while content[position] in WHITESPACE + b",":
             position += 1
         row = content[position : position + size]
-        types.add(_decoded(decoder, row, f"{path.name}, row {number}"))
+        types.add(_decoded(decoder, row, f"{file.label}, row {number}"))
         index.starts.append(position)
         position += size
     index.end = position
-    columns = types.columns()
-    facts = SourceFacts(
-        path.stem, file_fingerprint(path), columns, len(index.starts), files=(state,)
-    )
-    names = [column.name for column in columns]
-    return TextSource(facts, path, index, _row_decoder(names, WHITESPACE + b","))
+    return TextPart(file, index, hashlib.sha256(content).hexdigest())
 
 
-def _elements(path: Path, content: mmap.mmap, start: int) -> list[msgspec.Raw]:
+def _elements(label: str, content: mmap.mmap, start: int) -> list[msgspec.Raw]:
     """The elements of an array as they are written, without space around them."""
     hint = "; where each line is an object the file is JSONL: call it .jsonl"
     try:
         return msgspec.json.decode(memoryview(content)[start:], type=list[msgspec.Raw])
     except msgspec.ValidationError as error:
-        raise SourceError(f"{path.name} is not an array of objects: {error}{hint}") from error
+        raise SourceError(f"{label} is not an array of objects: {error}{hint}") from error
     except (msgspec.DecodeError, RecursionError) as error:
-        raise SourceError(f"{path.name}: {error}{hint}") from error
+        raise SourceError(f"{label}: {error}{hint}") from error
 
 
 def _decoded(
@@ -108,13 +116,3 @@ def _decoded(
         raise SourceError(f"{where}: not UTF-8: {error}") from error
     except (msgspec.DecodeError, RecursionError) as error:
         raise SourceError(f"{where}: not a JSON object: {error}") from error
-
-
-def _row_decoder(names: list[str], after: bytes) -> RowDecoder:
-    decoder = msgspec.json.Decoder(dict[str, Any])
-
-    def decode(row: bytes) -> dict[str, Any]:
-        found = decoder.decode(row.rstrip(after))
-        return {name: found.get(name) for name in names}
-
-    return decode
