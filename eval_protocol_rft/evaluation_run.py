@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from eval_protocol_rft.sampling.events import AttemptEvent
 from eval_protocol_rft.sampling.observing import log_attempt
 from eval_protocol_rft.sampling.run_summary import RunSummary
+from eval_protocol_rft.text import text_of, visible
 
 if TYPE_CHECKING:
     from eval_protocol.models import EvaluationRow
@@ -46,7 +47,7 @@ class _Tally:
 
     def add(self, count: int, reason: object) -> None:
         if count and self.reason is None:
-            self.reason = _shown(str(reason))
+            self.reason = _shown(reason)
         self.count += count
 
     def line(self, what: str) -> str:
@@ -143,7 +144,7 @@ class EvaluationRun:
             if task.cancelled():
                 rollout.error = "cancelled"
             elif error := task.exception():
-                rollout.error = str(error) or type(error).__name__
+                rollout.error = text_of(error) or type(error).__name__
 
         task.add_done_callback(ended)
 
@@ -186,9 +187,9 @@ def _count(found: Outcome, rollout: _Rollout) -> None:
             found.unscored.add(1, result.reason or "the evaluator marked the score as invalid")
 
 
-def _shown(text: str) -> str:
+def _shown(reason: object) -> str:
     """One line that no terminal takes for a command, not too long."""
-    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    line = visible(text_of(reason))
     return line if len(line) <= REASON_LENGTH else f"{line[:REASON_LENGTH]}..."
 
 

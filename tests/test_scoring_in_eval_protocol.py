@@ -7,7 +7,7 @@ import asyncio
 import runpy
 
 import pytest
-from eval_protocol.models import EvaluationRow
+from eval_protocol.models import EvaluationRow, Status
 from eval_protocol.pytest import evaluation_test
 
 from eval_protocol_rft.record import RolloutRecord
@@ -95,31 +95,68 @@ def test_every_row_comes_out_finished_with_a_reward_per_completion(
         assert RolloutRecord.from_extra(row.execution_metadata.extra).rewards == EXPECTED[question]
 
 
-def test_a_failed_rollout_reaches_the_evaluator_once_and_the_other_rows_keep_their_rewards():
+@pytest.mark.parametrize("scheduler", ["0", "1"])
+@pytest.mark.parametrize("is_async", [False, True])
+@pytest.mark.parametrize("mode", ["pointwise", "groupwise", "all"])
+def test_a_failed_rollout_is_not_judged_and_says_so(mode, is_async, scheduler, monkeypatch):
+    monkeypatch.setenv("EP_USE_PRIORITY_SCHEDULER", scheduler)
     seen = []
 
-    @score_each_completion
-    def evaluator(row: EvaluationRow) -> EvaluationRow:
-        seen.append((row.messages[0].content, row.rollout_status.is_error()))
-        return give(row, 0.0, is_score_valid=not row.rollout_status.is_error())
-
-    rows = evaluate(evaluator, answers={"1+1?": ("2", "3"), "2+2?": None})
-    assert sorted(seen) == [("1+1?", False), ("1+1?", False), ("2+2?", True)]
-    good, failed = sorted(rows, key=lambda row: row.rollout_status.is_error())
-    assert rewards(good) == [0.0, 0.0]
-    assert not failed.evaluation_result.is_score_valid
-    assert "rewards" not in (failed.execution_metadata.extra or {})
-
-
-def test_an_evaluator_that_raises_on_a_failed_rollout_fails_the_test_as_without_the_decorator():
-    @score_each_completion
-    def evaluator(row: EvaluationRow) -> EvaluationRow:
-        if row.rollout_status.is_error():
-            raise LookupError("nothing to judge")
+    def one(row: EvaluationRow) -> EvaluationRow:
+        seen.append(row.messages[0].content)
         return give(row, 1.0)
 
-    with pytest.raises(LookupError, match="nothing to judge"):
-        evaluate(evaluator, answers={"1+1?": ("2", "3"), "2+2?": None})
+    async def one_async(row: EvaluationRow) -> EvaluationRow:
+        return one(row)
+
+    def many(rows: list[EvaluationRow]) -> list[EvaluationRow]:
+        return [one(row) for row in rows]
+
+    async def many_async(rows: list[EvaluationRow]) -> list[EvaluationRow]:
+        return many(rows)
+
+    pointwise = one_async if is_async else one
+    evaluator = pointwise if mode == "pointwise" else many_async if is_async else many
+    answers = {"1+1?": ("2", "3"), "2+2?": None, "3+3?": None}
+    rows = evaluate(score_each_completion(evaluator), answers=answers, mode=mode)
+    if mode == "all" and scheduler == "1":
+        return  # Eval Protocol evaluates nothing there
+    assert seen == ["1+1?", "1+1?"]
+    assert len(rows) == 3
+    good, *failed = sorted(rows, key=lambda row: row.rollout_status.is_error())
+    assert rewards(good) == [1.0, 1.0]
+    for row in failed:
+        assert not row.evaluation_result.is_score_valid
+        reason = "not judged, because the rollout failed: no completion survived"
+        assert row.evaluation_result.reason == reason
+        assert "rewards" not in (row.execution_metadata.extra or {})
+
+
+def test_an_evaluator_is_not_called_where_all_rollouts_failed_and_no_threshold_is_passed():
+    @score_each_completion
+    def evaluator(rows: list[EvaluationRow]) -> list[EvaluationRow]:
+        raise AssertionError("there is nothing to judge")
+
+    answers = {"1+1?": None, "2+2?": None}
+    rows = evaluate(evaluator, answers=answers, mode="groupwise")
+    assert [row.evaluation_result.is_score_valid for row in rows] == [False, False]
+    with pytest.raises(AssertionError, match="below threshold"):
+        evaluate(evaluator, answers=answers, mode="groupwise", passed_threshold=0.5)
+
+
+@pytest.mark.parametrize("code", [Status.Code.UNAVAILABLE, Status.Code.RESPONSE_QUALITY_ERROR])
+def test_every_error_status_is_a_failed_rollout(code):
+    row = answered("2")
+    row.rollout_status = Status(code=code, message="gone")
+    score_each_completion(judge)(row)
+    assert row.evaluation_result.reason == "not judged, because the rollout failed: gone"
+
+
+@pytest.mark.parametrize("code", [Status.Code.OK, Status.Code.FINISHED, Status.Code.RUNNING])
+def test_other_statuses_are_none(code):
+    row = answered("2")
+    row.rollout_status = Status(code=code, message="")
+    assert rewards(score_each_completion(judge)(row)) == [1.0]
 
 
 def test_evaluation_kwargs_reach_every_call_also_by_way_of_kwargs():

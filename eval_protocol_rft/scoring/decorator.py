@@ -54,8 +54,9 @@ def score_each_completion(
     The row gets `extra["rewards"]` (score or None per completion), `extra["completion_results"]`
     (score, reason, metrics, error) and an `evaluation_result` that sums them up; its messages
     stay. A completion for which the evaluator raises (`pytest.skip` and `pytest.fail` too) or
-    gives no valid, finite score has the reward None. Rows without a rollout record go through the
-    evaluator once, as they are.
+    gives no valid, finite score has the reward None. The evaluator is not called on a row whose
+    rollout failed: its `evaluation_result` is marked invalid and says why. Rows without a rollout
+    record (of other processors) go through the evaluator once, as they are.
 
     Args:
         evaluator: the function below the decorator, when it is used without options.

@@ -50,7 +50,7 @@ def score_rows(
 
     Returns:
         The rows in their order; a row without a rollout record is replaced by what the evaluator
-        returned for it.
+        returned for it, and one whose rollout failed is marked invalid.
 
     Raises:
         RunningLoopError: an event loop is running here; await `ascore_rows` instead.

@@ -1,8 +1,9 @@
 """Runs an evaluator once per completion and writes the outcome to the rows.
 
-Invariant: a row without a rollout record reaches the evaluator as it is, once, and what the
-evaluator then does is Eval Protocol's to handle. A row with one is changed when all its
-completions have been judged, or not at all.
+Invariant: a row whose rollout failed never reaches the evaluator: there is nothing to judge but the
+user's own words. A row without a rollout record reaches it as it is, once, and what the evaluator
+then does is Eval Protocol's to handle. A row with one is changed when all its completions have been
+judged, or not at all.
 """
 
 from __future__ import annotations
@@ -17,8 +18,12 @@ from eval_protocol.models import EvaluationRow
 from eval_protocol_rft.scoring.batch import Place, lay_out, sort_answers
 from eval_protocol_rft.scoring.evaluator import BoundCall, CallFailed, Evaluator
 from eval_protocol_rft.scoring.results import read_result
-from eval_protocol_rft.scoring.summary import ScoringOptions, commit_scores
-from eval_protocol_rft.scoring.views import completion_views
+from eval_protocol_rft.scoring.summary import (
+    ScoringOptions,
+    commit_failed_rollout,
+    commit_scores,
+)
+from eval_protocol_rft.scoring.views import completion_views, rollout_failed
 
 T = TypeVar("T")
 
@@ -26,7 +31,7 @@ T = TypeVar("T")
 @dataclass(frozen=True, slots=True)
 class _Plan:
     values: list[Any]
-    """What the evaluator is to be called with, one call each."""
+    """What the evaluator is to be called with, one call each; none where nothing can be judged."""
     finish: Callable[[list[Any]], Any]
     """Takes the outcomes in the order of `values`, writes to the rows, and returns what the
     caller of the evaluator gets."""
@@ -64,17 +69,21 @@ class Scorer:
         return plan.finish(await run_all([_attempt(call, v, slots) for v in plan.values]))
 
     def _plan(self, call: BoundCall) -> _Plan | None:
-        """What to call and what to do with the outcomes; None where no row has a record."""
+        """What to call and what to do with the outcomes; None where the evaluator is to be
+        called on what it was given, because no row has a record or failed."""
         if self.evaluator.parameter == "row":
             row: EvaluationRow = call.given
+            if rollout_failed(row):
+                return _Plan([], lambda _: commit_failed_rollout(row))
             own = completion_views(row)
             return None if own is None else _Plan(own, lambda got: self._commit(row, got))
         rows: list[EvaluationRow] = call.given
-        views = [completion_views(row) for row in rows]
+        views = [[] if rollout_failed(row) else completion_views(row) for row in rows]
         if all(own is None for own in views):
             return None
         layout = lay_out(rows, views)
-        return _Plan([list(layout.values())], lambda got: self._settle(rows, layout, got[0]))
+        calls = [list(layout.values())] if layout else []
+        return _Plan(calls, lambda got: self._settle(rows, layout, got[0] if got else []))
 
     def _commit(self, row: EvaluationRow, outcomes: Sequence[Any]) -> EvaluationRow:
         commit_scores(row, [read_result(outcome) for outcome in outcomes], self.options)
@@ -91,6 +100,8 @@ class Scorer:
         for i, row in enumerate(rows):
             if (i, None) in layout:
                 settled.extend(answers.passed[i])
+            elif rollout_failed(row):
+                settled.append(commit_failed_rollout(row))
             else:
                 commit_scores(row, answers.results.get(i, []), self.options)
                 settled.append(row)

@@ -61,6 +61,18 @@ def commit_scores(
     row.evaluation_result = evaluation_result
 
 
+def commit_failed_rollout(row: EvaluationRow) -> EvaluationRow:
+    """Mark the score of a row whose rollout failed as invalid, and say why. Its 0.0 is only there
+    because the type wants a float."""
+    status = row.rollout_status
+    row.evaluation_result = EvaluateResult(
+        score=0.0,
+        is_score_valid=False,
+        reason=f"not judged, because the rollout failed: {status.message}",
+    )
+    return row
+
+
 def summarize(
     results: Sequence[CompletionResult], failed: int, options: ScoringOptions
 ) -> EvaluateResult:

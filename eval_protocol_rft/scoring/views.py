@@ -25,6 +25,10 @@ from eval_protocol_rft.record import (
 HIDDEN_KEYS = frozenset({*ARRAY_KEYS, "rft_schema", "rewards", "completion_results", "episodes"})
 """Keys of `extra` that a view has not: token arrays, the record's mark, and earlier scores."""
 
+_FIRST_OWN_CODE = 100
+"""`Status.Code`: gRPC's codes are below, Eval Protocol's own from here on (finished, running)."""
+_RESPONSE_QUALITY_ERROR = 103
+
 
 class _Sampling(msgspec.Struct, frozen=True):
     split_reasoning: bool = True
@@ -56,9 +60,16 @@ class _ScoredPart(msgspec.Struct, frozen=True):
     episodes: list[_Episode] | None = None
 
 
+def rollout_failed(row: EvaluationRow) -> bool:
+    """Whether the row's status is one of the errors: those of gRPC and Eval Protocol's own for
+    responses that it refuses. `Status.is_error` knows INTERNAL alone."""
+    code = int(row.rollout_status.code)
+    return 0 < code < _FIRST_OWN_CODE or code == _RESPONSE_QUALITY_ERROR
+
+
 def completion_views(row: EvaluationRow) -> list[EvaluationRow] | None:
     """A view of `row` per completion, in order; None where the row has no rollout record, or has
-    one that an earlier rollout left and failed to replace.
+    one that an earlier rollout left and this one failed to replace.
 
     A view is the row with the completion as its last message, no evaluation_result, that
     completion's finish reason, and an `extra` that has `completion_index` and `finish_reason` but
@@ -70,7 +81,7 @@ def completion_views(row: EvaluationRow) -> list[EvaluationRow] | None:
             completion.
     """
     extra = row.execution_metadata.extra
-    if not extra or row.rollout_status.is_error() or not has_record(extra):
+    if not extra or rollout_failed(row) or not has_record(extra):
         return None
     record = _read(row, extra)
     if record.episodes is not None:
