@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import msgspec
 from openai.types import CompletionUsage
 
+from eval_protocol_rft.conversation import AnswerReader
 from eval_protocol_rft.params import RolloutRequest
-from eval_protocol_rft.prompts import assistant_message
+from eval_protocol_rft.prompts import as_message, chat_finish_reason, is_same_answer
 from eval_protocol_rft.record import (
     RecordError,
     RolloutRecord,
@@ -50,18 +51,20 @@ def commit_group(
     seconds: float,
     tail: TailPolicy = WAIT_FOR_ALL,
 ) -> None:
-    """Put the group on its row. `messages` are the ones that were rendered; the first survivor
-    follows them as the assistant's. `tail` is what the group was sampled with."""
+    """Put the group on its row. `messages` are the ones that were rendered, with the row's tools;
+    the first survivor follows them as the assistant's. `tail` is what the group was sampled
+    with."""
     record = build_record(
         group,
         prompt,
         request,
         tokenizer,
+        reader=AnswerReader(prompt, tokenizer, tools=row.tools, split_reasoning=split_reasoning),
         split_reasoning=split_reasoning,
         began_at=began_at,
         tail=tail,
     )
-    answer = assistant_message(record.completions_text[0], split_reasoning=split_reasoning)
+    answer = as_message(record.answers()[0])
     said = [*messages, answer]
     prompt_tokens = len(prompt) * len(record)
     completion_tokens = sum(map(len, record.completion_ids))
@@ -78,7 +81,7 @@ def commit_group(
     row.messages = said
     metadata.extra = extra
     metadata.usage = usage
-    metadata.finish_reason = record.finish_reasons[0]
+    metadata.finish_reason = chat_finish_reason(record.finish_reasons[0], answer.tool_calls)
     metadata.tool_call_count = len(answer.tool_calls or [])
     metadata.rollout_duration_seconds = seconds
 
@@ -101,6 +104,7 @@ def commit_episodes(
         episodes[0].first_prompt,
         request,
         tokenizer,
+        reader=None,
         split_reasoning=split_reasoning,
         began_at=began_at,
     )
@@ -177,14 +181,7 @@ def _is_answered(row: EvaluationRow) -> bool:
     except RecordError:
         return False
     last = row.messages[-1] if row.messages else None
-    answer = assistant_message(
-        record.completions_text[0], split_reasoning=record.sampling.split_reasoning
-    )
-    return last is not None and (last.role, last.content, last.reasoning_content) == (
-        answer.role,
-        answer.content,
-        answer.reasoning_content,
-    )
+    return last is not None and is_same_answer(last, as_message(record.answers()[0]))
 
 
 def first_policy_versions(completions: Sequence[Completion]) -> list[str | None]:
@@ -203,14 +200,17 @@ def build_record(
     request: RolloutRequest,
     tokenizer: LoadedTokenizer,
     *,
+    reader: AnswerReader | None,
     split_reasoning: bool,
     began_at: float,
     tail: TailPolicy = WAIT_FOR_ALL,
 ) -> RolloutRecord:
     """The record of a group with at least one survivor, completions as `LoadedTokenizer.read` gives
-    them."""
+    them; without a `reader` it holds no messages."""
     params, survivors = request.params, group.survivors
     completions = [survivor.completion for survivor in survivors]
+    texts = [completion.text or "" for completion in completions]
+    messages = [reader.read_to_record(text) for text in texts] if reader else []
     prompt_ids = list(prompt)
     raw = [completion.raw_logprobs for completion in completions]
     first = completions[0]
@@ -218,7 +218,8 @@ def build_record(
         prompt_ids=prompt_ids,
         completion_ids=[completion.token_ids for completion in completions],
         inference_logprobs=[completion.logprobs for completion in completions],
-        completions_text=[completion.text or "" for completion in completions],
+        completions_text=texts,
+        completion_messages=messages if any(messages) else None,
         truncated=[completion.truncated for completion in completions],
         finish_reasons=[completion.finish_reason for completion in completions],
         raw_logprobs=raw if any(values is not None for values in raw) else None,

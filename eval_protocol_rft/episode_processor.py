@@ -159,6 +159,7 @@ class EpisodeRolloutProcessor(FireworksTrainingRolloutProcessor):
             context_length=getattr(job.sampler, "context_length", None),
             on_rewrite=self.on_rewrite,
             sample=sample,
+            split_reasoning=self.split_reasoning,
         )
         return await run_episode()
 

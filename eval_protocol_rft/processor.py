@@ -97,7 +97,7 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
         chat_template_kwargs: passed to the chat template (`enable_thinking=False`, ...).
         drop_trailing_assistant_messages: sample an answer to the last message that is not the
             assistant's.
-        split_reasoning: put a closed `<think>` block into `Message.reasoning_content`.
+        split_reasoning: put thinking into `Message.reasoning_content`.
         min_completions: a row with fewer survivors is an error; the default keeps what there is.
         logprobs_mode: what a server that sends one unnamed logprob per token means by it:
             "processed_logprobs" if vLLM runs with `--logprobs-mode processed_logprobs`.

@@ -173,22 +173,53 @@ def _without(
             yield f"the role {message['role']!r}", chat[:index] + chat[index + 1 :], tools
 
 
+def recorded_answers(
+    texts: Sequence[str],
+    messages: Sequence[Mapping[str, Any] | None] | None,
+    *,
+    split_reasoning: bool,
+) -> list[dict[str, Any]]:
+    """The assistant's message of each completion of a record: its own where it has one
+    (`completion_messages`), else what `answer_fields` reads out of its text."""
+    return [
+        dict(own) if own is not None else answer_fields(text, split_reasoning=split_reasoning)
+        for text, own in zip(texts, messages or [None] * len(texts), strict=True)
+    ]
+
+
 def assistant_message(text: str, *, split_reasoning: bool) -> Message:
     """`answer_fields` as an Eval Protocol message."""
+    return as_message(answer_fields(text, split_reasoning=split_reasoning))
+
+
+def as_message(fields: Mapping[str, Any]) -> Message:
+    """An assistant's message in the chat API's form as Eval Protocol's."""
     from eval_protocol.models import Message
 
-    fields = answer_fields(text, split_reasoning=split_reasoning)
-    return Message(
-        role="assistant",
-        content=fields["content"],
-        reasoning_content=fields.get("reasoning_content"),
-    )
+    return Message(**{"content": "", **fields})
 
 
-def answer_fields(text: str, *, split_reasoning: bool) -> dict[str, str]:
-    """An assistant message of the completion's text. With `split_reasoning` a closed
-    `<think>...</think>` block at its start (opened in the text, or by the prompt as some templates
-    do) goes to `reasoning_content`; a block that was never closed stays in the content.
+def is_same_answer(message: Message, other: Message) -> bool:
+    """Whether two messages say and call the same."""
+    return _said(message) == _said(other)
+
+
+def _said(message: Message) -> tuple[Any, ...]:
+    calls = [(call.function.name, call.function.arguments) for call in message.tool_calls or ()]
+    return message.role, message.content or "", message.reasoning_content, calls
+
+
+def chat_finish_reason(finish_reason: str, tool_calls: Sequence[Any] | None) -> str:
+    """As a chat server says it: `tool_calls` where the model stopped to have tools called. What
+    was cut off stays `length`, whatever was called before."""
+    return "tool_calls" if tool_calls and finish_reason == "stop" else finish_reason
+
+
+def answer_fields(text: str, *, split_reasoning: bool) -> dict[str, Any]:
+    """An assistant message of the completion's text alone, where nothing is known of its prompt.
+    With `split_reasoning` a closed `<think>...</think>` block at its start (opened in the text, or
+    by the prompt as some templates do) goes to `reasoning_content`; a block that was never closed
+    stays in the content. `conversation.read_answer` knows more.
     """
     if split_reasoning:
         before, closed, after = text.partition("</think>")
@@ -243,7 +274,7 @@ def _chat_message(index: int, message: Message | Mapping[str, Any]) -> dict[str,
             "use tool_calls"
         )
     chat: dict[str, Any] = {"role": role, "content": _text(index, content)}
-    for name in ("reasoning_content", "name", "tool_call_id"):
+    for name in ("reasoning_content", "thinking", "name", "tool_call_id"):
         if fields[name] is not None:
             chat[name] = fields[name]
     if calls:
@@ -254,7 +285,8 @@ def _chat_message(index: int, message: Message | Mapping[str, Any]) -> dict[str,
 
 
 _MESSAGE_FIELDS = (
-    "role", "content", "reasoning_content", "name", "tool_call_id", "tool_calls", "function_call",
+    "role", "content", "reasoning_content", "thinking", "name", "tool_call_id", "tool_calls",
+    "function_call",
 )  # fmt: skip
 
 

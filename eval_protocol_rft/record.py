@@ -12,6 +12,7 @@ from typing import Any, Literal
 import msgspec
 
 from eval_protocol_rft.episodes import EpisodeRecord, SegmentRecord, episodes_problem
+from eval_protocol_rft.prompts import recorded_answers
 from eval_protocol_rft.sampling.types import Failure, FinishReason, token_data_problem
 
 SCHEMA_VERSION = 1
@@ -92,7 +93,7 @@ class SamplingRecord(msgspec.Struct, frozen=True, kw_only=True):
     support_truncated: bool = False
     """True where top_p, top_k or another setting kept part of the vocabulary from being drawn."""
     split_reasoning: bool = True
-    """True where a closed `<think>` block of the text goes to `Message.reasoning_content`."""
+    """True where thinking goes to `Message.reasoning_content`."""
     other: dict[str, Any] = {}
     """Further request fields that were sent."""
 
@@ -141,7 +142,12 @@ class RolloutRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Fal
     """[G] decoded from the ids, without the end-of-turn token and without a stop string."""
     truncated: list[bool]
     finish_reasons: list[FinishReason]
+    """[G] as the sampler said it."""
     sampling: SamplingRecord
+    completion_messages: list[dict[str, Any] | None] | None = None
+    """[G] the assistant's message (content, `reasoning_content`, `tool_calls`), read when the
+    completion came; None where it is what `prompts.answer_fields` reads out of the text. Left out
+    where that is so of all of them."""
     failures: list[Failure] = []
     """Completions that could not be had, each with its place among those asked for."""
     raw_logprobs: list[list[float] | None] | None = None
@@ -185,7 +191,7 @@ class RolloutRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Fal
         if not self.prompt_ids:
             return "prompt_ids is empty"
         size = len(self.completion_ids)
-        for name in (*_PER_COMPLETION, "raw_logprobs", "rewards", "completion_results"):
+        for name in (*_PER_COMPLETION, *_PER_COMPLETION_OR_NONE):
             values = getattr(self, name)
             if values is not None and len(values) != size:
                 return f"{name} has {len(values)} entries for {size} completions"
@@ -211,6 +217,14 @@ class RolloutRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Fal
             completion_ids=self.completion_ids,
             logprobs=self.inference_logprobs,
             finish_reasons=self.finish_reasons,
+        )
+
+    def answers(self) -> list[dict[str, Any]]:
+        """[G] the assistant's message of each completion; of episodes, of each first turn."""
+        return recorded_answers(
+            self.completions_text,
+            self.completion_messages,
+            split_reasoning=self.sampling.split_reasoning,
         )
 
     def to_extra(self) -> dict[str, Any]:
@@ -313,6 +327,7 @@ def _marked(extra: Mapping[str, Any], params: Mapping[str, Any] | None) -> dict[
 _BESIDE = ("rewards", "completion_results", "raw_logprobs")
 _HOW_SAMPLED = ("model", "temperature", "top_p", "top_k", "max_tokens")
 _PER_COMPLETION = ("inference_logprobs", "completions_text", "truncated", "finish_reasons")
+_PER_COMPLETION_OR_NONE = ("completion_messages", "raw_logprobs", "rewards", "completion_results")
 _PER_COMPLETION_SAMPLING = (
     "indices",
     "seeds",

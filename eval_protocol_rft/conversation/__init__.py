@@ -4,6 +4,8 @@ Invariant: what was sampled is kept as it was; what stands between is the chat t
 checked to continue what was sent. Nothing here does I/O, knows of rows, or imports Eval Protocol.
 """
 
+from eval_protocol_rft.conversation.answers import Answer, AnswerReader
+from eval_protocol_rft.conversation.call_formats import ParseProblem, ToolFormat
 from eval_protocol_rft.conversation.conversation import (
     Conversation,
     OnRewrite,
@@ -22,14 +24,11 @@ from eval_protocol_rft.conversation.template_report import (
     TemplateReport,
     template_report,
 )
-from eval_protocol_rft.conversation.tool_calls import (
-    ParseProblem,
-    ToolFormat,
-    parse_tool_calls,
-    tool_format,
-)
+from eval_protocol_rft.conversation.tool_calls import parse_tool_calls, tool_format
 
 __all__ = [
+    "Answer",
+    "AnswerReader",
     "Conversation",
     "ConversationError",
     "HistoryRewrittenError",

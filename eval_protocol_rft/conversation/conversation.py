@@ -27,8 +27,10 @@ from eval_protocol_rft.conversation.errors import (
     UnfinishedTurnError,
     first_difference,
 )
+from eval_protocol_rft.conversation.harmony import read_harmony
 from eval_protocol_rft.conversation.rendering import ChatText
 from eval_protocol_rft.conversation.segments import OpenSegment, Segment, Turn
+from eval_protocol_rft.conversation.tool_calls import tool_format
 from eval_protocol_rft.prompts import answer_fields, chat_messages, render_chat
 from eval_protocol_rft.sampling.types import Completion, TokenIds
 from eval_protocol_rft.tokenizer import LoadedTokenizer
@@ -162,12 +164,6 @@ class Conversation:
         return list(self._messages)
 
     @property
-    def sampled_text(self) -> str:
-        """What was sampled last, without the token that ended it; empty where something was
-        appended since."""
-        return self._last.text if self._last else ""
-
-    @property
     def sent_tokens(self) -> int:
         """Tokens of all requests that were answered, each with its whole prompt."""
         return sum(start for segment in self._segments for start, _ in segment.turns)
@@ -186,9 +182,9 @@ class Conversation:
             completion: what the sampler returned.
             message: the answer as the template shall be given it. Without one it is the sampled
                 text, tool calls in it as the model wrote them, and thinking too unless the template
-                reads `reasoning_content`. With one, whose tool calls are fields, the template
-                writes their arguments in its own way: where the model wrote them in another, that
-                is a rewrite.
+                reads `reasoning_content`; the channels of gpt-oss are fields. With one, whose tool
+                calls are fields, the template writes their arguments in its own way: where the
+                model wrote them in another, that is a rewrite.
 
         Returns:
             The message that the template is given.
@@ -272,15 +268,18 @@ class Conversation:
         return sum(len(segment.turns) for segment in self._segments)
 
 
-def _as_sampled(text: str, prompt: str, tokenizer: LoadedTokenizer) -> dict[str, str]:
+def _as_sampled(text: str, prompt: str, tokenizer: LoadedTokenizer) -> dict[str, Any]:
     """The sampled text as a message that a template is most likely to render as it was."""
-    if _reads_thinking(str(tokenizer.tokenizer.chat_template)):
+    if tool_format(tokenizer) == "harmony":
+        return read_harmony(text).for_template()
+    bare = prompt.rstrip()
+    opened = prompt[len(bare) - len("<think>") :] if bare.endswith("<think>") else ""
+    thinks = opened or text.lstrip().startswith("<think>")
+    if thinks and _reads_thinking(str(tokenizer.tokenizer.chat_template)):
         fields = answer_fields(text, split_reasoning=True)
         if "reasoning_content" in fields:
             return fields
     # A think tag that the prompt opened is a part of the answer to those templates that keep it.
-    bare = prompt.rstrip()
-    opened = prompt[len(bare) - len("<think>") :] if bare.endswith("<think>") else ""
     return {"role": "assistant", "content": opened + text}
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from eval_protocol_rft.conversation import (
+    AnswerReader,
     Conversation,
     ConversationError,
     OnRewrite,
@@ -22,9 +23,9 @@ from eval_protocol_rft.conversation import (
 from eval_protocol_rft.environments.checked import CheckedEnvironment
 from eval_protocol_rft.environments.environment import Environment, EnvironmentFaultError, Step
 from eval_protocol_rft.environments.limits import EpisodeLimits
-from eval_protocol_rft.environments.transcript import Transcript, as_messages, assistant_turn
+from eval_protocol_rft.environments.transcript import Transcript, as_messages
 from eval_protocol_rft.episodes import EpisodeRecord, SegmentRecord
-from eval_protocol_rft.prompts import PromptError
+from eval_protocol_rft.prompts import PromptError, as_message
 from eval_protocol_rft.sampling.clock import Deadline, loop_clock, sampling_time
 from eval_protocol_rft.sampling.fanout import Survivor
 from eval_protocol_rft.sampling.types import Completion, Failure, SamplingParams, TokenIds
@@ -69,6 +70,8 @@ class EpisodeRun:
     """The model's, where the sampler knows it."""
     on_rewrite: OnRewrite
     sample: SampleTurn
+    split_reasoning: bool = True
+    """Show thinking as `reasoning_content`, not in the content."""
     _began: float = field(default_factory=sampling_time)
     _deadline: float | None = None
     _waiting: Deadline | None = None
@@ -130,8 +133,11 @@ class EpisodeRun:
             self._survivors.append(outcome)
             completion = outcome.completion
             talk.sampled(completion)
-            text = tokenizer.answer(talk.sampled_text, completion, params)
-            assistant, problem = assistant_turn(text, tokenizer, calls=bool(tools))
+            reader = AnswerReader(
+                talk.prompt_ids, tokenizer, tools=tools, split_reasoning=self.split_reasoning
+            )
+            answer = reader.read(completion.text or "")
+            assistant, problem = as_message(answer.message), answer.problem
             history = said.shown
             said.add([assistant])
             if completion.truncated:

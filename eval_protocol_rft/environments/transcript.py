@@ -8,10 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from eval_protocol_rft.conversation import ParseProblem, parse_tool_calls
 from eval_protocol_rft.environments.environment import EnvironmentFaultError
 from eval_protocol_rft.text import well_formed_json
-from eval_protocol_rft.tokenizer import LoadedTokenizer
 
 if TYPE_CHECKING:
     from eval_protocol.models import Message
@@ -34,23 +32,6 @@ class Transcript:
         self.shown = [*self.shown, *added]
         self.kept += kept
         return kept
-
-
-def assistant_turn(
-    text: str, tokenizer: LoadedTokenizer, *, calls: bool
-) -> tuple[Message, ParseProblem | None]:
-    """The turn as an environment is shown it; `calls`: there are tools to call."""
-    from eval_protocol.models import Message
-
-    if not calls:
-        return Message(role="assistant", content=text), None
-    content, called = parse_tool_calls(text, tokenizer)
-    if isinstance(called, ParseProblem):
-        return Message(role="assistant", content=text), called
-    message: dict[str, Any] = {"role": "assistant", "content": content}
-    if called:
-        message["tool_calls"] = called
-    return Message(**message), None
 
 
 def as_messages(said: Any) -> list[Message]:

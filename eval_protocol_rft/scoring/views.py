@@ -12,7 +12,13 @@ from typing import Any
 import msgspec
 from eval_protocol.models import EvaluationRow, Message
 
-from eval_protocol_rft.prompts import assistant_message
+from eval_protocol_rft.prompts import (
+    as_message,
+    assistant_message,
+    chat_finish_reason,
+    is_same_answer,
+    recorded_answers,
+)
 from eval_protocol_rft.record import (
     ARRAY_KEYS,
     PUBLISHED_KEYS,
@@ -22,7 +28,9 @@ from eval_protocol_rft.record import (
     is_marked,
 )
 
-HIDDEN_KEYS = frozenset({*ARRAY_KEYS, "rft_schema", "rewards", "completion_results", "episodes"})
+HIDDEN_KEYS = frozenset(
+    {*ARRAY_KEYS, "rft_schema", "rewards", "completion_results", "completion_messages", "episodes"}
+)
 """Keys of `extra` that a view has not: token arrays, the record's mark, and earlier scores."""
 
 _FIRST_OWN_CODE = 100
@@ -57,6 +65,7 @@ class _ScoredPart(msgspec.Struct, frozen=True):
     rft_schema: int = SCHEMA_VERSION
     sampling: _Sampling | None = None
     """None where only the published keys are there."""
+    completion_messages: list[dict[str, Any] | None] | None = None
     episodes: list[_Episode] | None = None
 
 
@@ -86,13 +95,17 @@ def completion_views(row: EvaluationRow) -> list[EvaluationRow] | None:
     record = _read(row, extra)
     if record.episodes is not None:
         return _episode_views(row, extra, record.episodes)
-    split = _splits_reasoning(row, record)
-    messages = [assistant_message(t, split_reasoning=split) for t in record.completions_text]
+    answers = recorded_answers(
+        record.completions_text,
+        record.completion_messages,
+        split_reasoning=_splits_reasoning(row, record),
+    )
+    messages = [as_message(answer) for answer in answers]
     if messages:
         _check_last_message(row, messages[0])
     template = _template(row, extra)
     return [
-        _view(template, index, [message], finish_reason)
+        _view(template, index, [message], chat_finish_reason(finish_reason, message.tool_calls))
         for index, (message, finish_reason) in enumerate(
             zip(messages, record.finish_reasons, strict=True)
         )
@@ -123,9 +136,10 @@ def _splits_reasoning(row: EvaluationRow, record: _ScoredPart) -> bool:
     """Whether thoughts are apart from content, as in the row's own answer."""
     if record.sampling is not None:
         return record.sampling.split_reasoning
-    texts, last = record.completions_text, row.messages[-1:]
-    answers = [assistant_message(text, split_reasoning=True) for text in texts[:1]]
-    return list(map(_said, last)) == list(map(_said, answers))
+    if not row.messages or not record.completions_text:
+        return True
+    split = assistant_message(record.completions_text[0], split_reasoning=True)
+    return is_same_answer(row.messages[-1], split)
 
 
 def _read(row: EvaluationRow, extra: dict[str, Any]) -> _ScoredPart:
@@ -144,22 +158,23 @@ def _read(row: EvaluationRow, extra: dict[str, Any]) -> _ScoredPart:
             f"{where}: {len(record.completions_text)} completions_text but "
             f"{len(record.finish_reasons)} finish_reasons"
         )
+    if len(record.completion_messages or record.completions_text) != len(record.completions_text):
+        raise RecordError(
+            f"{where}: {len(record.completions_text)} completions_text but "
+            f"{len(record.completion_messages or ())} completion_messages"
+        )
     return record
 
 
 def _check_last_message(row: EvaluationRow, first: Message) -> None:
     """The prompt is everything before the last message, so that one must be the completion."""
     last = row.messages[-1] if row.messages else None
-    if last is None or _said(last) != _said(first):
+    if last is None or not is_same_answer(last, first):
         raise RecordError(
             f"row {row.input_metadata.row_id}: its last message is not its completion 0, so the "
             f"prompt cannot be told from the answer: {_shown(last)} against {_shown(first)}; "
             "restore row.messages as the rollout left them"
         )
-
-
-def _said(message: Message) -> tuple[Any, ...]:
-    return message.role, message.content, message.reasoning_content
 
 
 def _shown(message: Message | None) -> str:
@@ -186,6 +201,7 @@ def _view(
     view.messages.extend(messages)
     metadata = view.execution_metadata
     metadata.finish_reason = finish_reason
+    metadata.tool_call_count = sum(len(message.tool_calls or []) for message in messages)
     metadata.extra = {
         **(metadata.extra or {}),
         "completion_index": index,

@@ -136,9 +136,65 @@ def test_llama_calls_are_the_whole_answer():
     assert [name for name, _ in functions(calls)] == ["add", "add"]
 
 
-@pytest.mark.parametrize("text", ["20", '{"answer": 20}', "{x | x > 0}", 'Use {"name": "f"}.', ""])
-def test_what_does_not_begin_as_a_llama_call_is_an_answer(text):
+@pytest.mark.parametrize(
+    "text",
+    [
+        "20", '{"answer": 20}', "{x | x > 0}", 'Use {"name": "f"}.', "", "[1, 2]", "[f(x)]", "[",
+        '[{"name": "Bob"}]', 'He is {"name": "Bob", "age": }', '{"a": {"b": ', "{" * 2_000,
+        '{"a": ' * 2_000, '{"type": "circle", "parameters": {"r": 1}}',
+    ],
+)  # fmt: skip
+def test_what_is_no_llama_call_is_an_answer(text):
     assert llama(text) == (text, [])
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        '{"type": "function", "name": "add", "parameters": {"a": 1}}',
+        '{"parameters": {"a": 1}, "name": "add"}',
+        '{"name": "add", "parameters": {"a": 1}, "type": "function"}',
+        '[{"name": "add", "parameters": {"a": 1}}]',
+        '[ {"type": "function", "name": "add", "parameters": {"a": 1}} ]',
+    ],
+)
+def test_llama_calls_in_any_order_of_keys_and_as_a_list_and_after_text(call):
+    for before in ("", "\n", "<|python_tag|>"):
+        assert llama(f"{before}{call}") == ("", llama(call)[1])
+    content, calls = llama(f"The set {{1}} is small.\n\n{call}")
+    assert content == "The set {1} is small."
+    assert functions(calls) == [("add", '{"a": 1}')]
+
+
+def test_several_llama_calls_in_a_list():
+    call = '{"parameters": {"a": 1}, "name": "add"}'
+    content, calls = llama(f"I add. [{call}, {call}]; {call}")
+    assert (content, functions(calls)) == ("I add. ", [("add", '{"a": 1}')] * 3)
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ('{"type": "function", "function": {"name": "f", "parameters": {}}}', "shape"),
+        ('{"function": "f", "parameters": {}}', "shape"),
+        ('[{"name": "f", "arguments": {}}]', "shape"),
+        ('[{"name": "f", "parameters": {}}, {"name": "f", "parameters": []}]', "shape"),
+        ('[{"name": "f", "parameters": {}}; {"name": "f", "parameters": {}}', "stray"),
+        ('[{"name": "f", "parameters": {}}, {"name": "f", "param', "json"),
+        ('So: {"type": "function", "name": "f", "parameters": {"a": }}', "json"),
+        ('So: {"name": "f", "parameters": {}} was called', "stray"),
+        ("<function=f>{}</function>", "shape"),
+        ('I call <function=f>{"a": 1}</function>', "shape"),
+        ("[f()]", "shape"),
+        ("[f(a=1), f(a=2)]", "shape"),
+    ],
+)
+def test_what_plainly_means_a_llama_call_is_no_answer(text, kind):
+    content, problem = llama(text)
+    assert content == text
+    assert isinstance(problem, ParseProblem)
+    assert problem.kind == kind
+    assert kind == "stray" or '{"name": "...", "parameters": {...}}' in problem.message
 
 
 @pytest.mark.parametrize(
@@ -207,6 +263,11 @@ def test_any_call_comes_back(name, arguments, indent, escaped):
         ("<|im_start|>", "hermes"),
         ("<|start_header_id|>", "llama3_json"),
         ("<|im_start|><tool_call><function=name>", None),
+        ("<|im_start|><tool_call><function=name><parameter=key>", "qwen3_coder"),
+        ("<tool_call>name<arg_key>", "glm"),
+        ("[INST] [TOOL_CALLS]", "mistral"),
+        ("<｜tool▁call▁begin｜>", "deepseek"),
+        ("<|start|>assistant<|channel|>", "harmony"),
         ("[INST]", None),
     ],
 )

@@ -1,0 +1,160 @@
+"""A sampled turn as the assistant's message: thinking, content and tool calls, each in its field.
+
+Invariant: no text is lost, and the same turn gives the same message wherever it is read (single
+turns, episodes, scores of stored rollouts). What was not opened, by the text or by the prompt, is
+not closed: the tag is text then. Where calls are malformed there are none, and all is content.
+
+A chat server reads answers so when it is started with the parsers of its model: docs/parity.md
+compares them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from eval_protocol_rft.conversation.call_formats import CallProblemError, ParseProblem, as_calls
+from eval_protocol_rft.conversation.harmony import read_harmony
+from eval_protocol_rft.conversation.tool_calls import (
+    read_calls,
+    tool_format,
+    unknown_format,
+)
+from eval_protocol_rft.prompts import PromptError, answer_fields
+from eval_protocol_rft.tokenizer import LoadedTokenizer
+
+_LOG = logging.getLogger(__name__)
+_TAGS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))
+_PROMPT_TAIL = 16
+"""Tokens that the end of a prompt is read of: an opened think tag and the blanks behind it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What became of a sampled turn."""
+
+    message: dict[str, Any]
+    """In the chat API's form: role and content, and where there are any, `reasoning_content` and
+    `tool_calls`."""
+    problem: ParseProblem | None = None
+    """Why what was written as tool calls is none."""
+
+
+class AnswerReader:
+    """Reads the answers to one prompt.
+
+    Args:
+        prompt_ids: what was answered; they say whether it begins inside a think block.
+        tokenizer: its chat template tells how the model writes calls.
+        tools: those that the prompt offered. Without any, nothing is a call.
+        split_reasoning: put thinking into `reasoning_content`; else it stays in the content.
+    """
+
+    def __init__(
+        self,
+        prompt_ids: Sequence[int],
+        tokenizer: LoadedTokenizer,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None,
+        split_reasoning: bool = True,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._tools = tools
+        self._split = split_reasoning
+        self._format = tool_format(tokenizer)
+        self._opened = opens_thought(prompt_ids, tokenizer)
+
+    def read(self, text: str) -> Answer:
+        """The turn as a message.
+
+        Args:
+            text: what was sampled, as `LoadedTokenizer.read` gives it.
+
+        Raises:
+            PromptError: there are tools, and how the model calls them cannot be told.
+        """
+        if self._tools and self._format is None:
+            raise PromptError(unknown_format(self._tokenizer.name))
+        return self._read(text, self._tools)
+
+    def read_to_record(self, text: str) -> dict[str, Any] | None:
+        """The message as a record holds it: None where it is what `answer_fields` reads out of the
+        text alone. Where it cannot be told how the model writes calls, they stay text, as with a
+        chat server that was started without a parser for them; that is logged, once."""
+        tools = self._tools
+        if tools and self._format is None:
+            _log_unknown(self._tokenizer.name)
+            tools = None
+        message = self._read(text, tools).message
+        return None if message == answer_fields(text, split_reasoning=self._split) else message
+
+    def _read(self, text: str, tools: Sequence[Mapping[str, Any]] | None) -> Answer:
+        if self._format == "harmony":
+            return _harmony(text, tools=tools, split_reasoning=self._split)
+        thought, reasoning, answer = split_thought(text, opened=self._opened)
+        message: dict[str, Any] = {"role": "assistant", "content": answer}
+        if reasoning is not None and self._split:
+            message["reasoning_content"] = reasoning
+        elif thought:
+            message["content"] = text
+        if not tools or self._format is None:
+            return Answer(message=message)
+        content, called = read_calls(answer, self._format, tools)
+        if isinstance(called, ParseProblem):
+            return Answer(message=message, problem=called)
+        if called:
+            message["content"] = content if self._split else thought + content
+            message["tool_calls"] = called
+        return Answer(message=message)
+
+
+@lru_cache
+def _log_unknown(name: str) -> None:
+    _LOG.warning("%s: evaluators see what the model calls as text. %s", name, unknown_format(name))
+
+
+def opens_thought(prompt_ids: Sequence[int], tokenizer: LoadedTokenizer) -> bool:
+    """Whether the prompt ends inside a think block, so that the turn begins with thinking."""
+    tail = tokenizer.decode(list(prompt_ids[-_PROMPT_TAIL:])).rstrip()
+    return tail.endswith(tuple(opening for opening, _ in _TAGS))
+
+
+def split_thought(text: str, *, opened: bool) -> tuple[str, str | None, str]:
+    """A text in two: its think block as it stands there, and the answer, without the line breaks in
+    front of it. Between them what the block holds, None where there is no block. One that is not
+    closed goes on to the end."""
+    bare = text.lstrip()
+    begun = next((tags for tags in _TAGS if bare.startswith(tags[0])), None)
+    if begun is None and not opened:
+        return "", None, text
+    inside = len(text) - len(bare) + len(begun[0]) if begun else 0
+    closing = begun[1] if begun else next((c for _, c in _TAGS if c in text), _TAGS[0][1])
+    end = text.find(closing, inside)
+    if end < 0:
+        return text, text[inside:].strip("\n"), ""
+    after = end + len(closing)
+    return text[:after], text[inside:end].strip("\n"), text[after:].lstrip("\n")
+
+
+def _harmony(
+    text: str, *, tools: Sequence[Mapping[str, Any]] | None, split_reasoning: bool
+) -> Answer:
+    channels = read_harmony(text)
+    reasoning = channels.reasoning
+    message: dict[str, Any] = {"role": "assistant", "content": channels.content}
+    if not split_reasoning and reasoning is not None:
+        message["content"] = text
+    elif reasoning is not None:
+        message["reasoning_content"] = reasoning
+    if not channels.has_calls:
+        return Answer(message=message)
+    if not tools:
+        return Answer(message={**message, "content": channels.unread})
+    try:
+        message["tool_calls"] = as_calls(channels.calls(), "harmony")
+    except CallProblemError as found:
+        return Answer(message={**message, "content": channels.unread}, problem=found.problem)
+    return Answer(message=message)

@@ -1,0 +1,171 @@
+"""What an evaluator sees of single turns that call tools, or think."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import pytest
+from eval_protocol.models import EvaluateResult, EvaluationRow
+
+from eval_protocol_rft import FireworksTrainingRolloutProcessor
+from eval_protocol_rft.scoring import ascore_rows, score_each_completion
+from tests.rollouts import TOOLS, chat_tokenizer, record_of_row, roll_out, row_of, scripted
+
+CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 2, "b": 3}}\n</tool_call>'
+ADD = ("add", {"a": 2, "b": 3})
+
+
+async def answered(text: str, finish_reason: str = "stop", *, template: str = "", **fields):
+    """A row of one completion that says `text`; `fields` are the row's, but for two."""
+    options = {k: fields.pop(k) for k in ("split_reasoning",) if k in fields}
+    params = {"model": "any", **fields.pop("params", {})}
+    tokenizer = chat_tokenizer()
+    tokenizer.chat_template = template or tokenizer.chat_template
+    processor = FireworksTrainingRolloutProcessor(
+        tokenizer=tokenizer, sampler=scripted(text, finish_reason), **options
+    )
+    [row] = await roll_out(processor, row_of(**fields), params)
+    return row
+
+
+def functions(message) -> list[tuple[str, dict]]:
+    calls = message.tool_calls or []
+    return [(call.function.name, json.loads(call.function.arguments)) for call in calls]
+
+
+async def test_calls_are_fields_of_the_message_and_the_record_keeps_the_text():
+    row = await answered(f"I add.\n{CALL}\n{CALL}", tools=TOOLS)
+    message, metadata = row.messages[-1], row.execution_metadata
+    assert message.content == "I add."
+    assert functions(message) == [ADD, ADD]
+    assert [call.id for call in message.tool_calls] == ["call_0", "call_1"]
+    assert (metadata.finish_reason, metadata.tool_call_count) == ("tool_calls", 2)
+    record = record_of_row(row)
+    assert record.completions_text == [f"I add.\n{CALL}\n{CALL}"]
+    assert record.finish_reasons == ["stop"]
+    assert record.token_turn_traces[0].finish_reason == "stop"
+
+
+async def test_a_row_without_tools_has_no_calls():
+    row = await answered(CALL)
+    assert (row.messages[-1].content, row.messages[-1].tool_calls) == (CALL, None)
+    assert row.execution_metadata.finish_reason == "stop"
+    assert row.execution_metadata.tool_call_count == 0
+    assert "completion_messages" not in row.execution_metadata.extra
+
+
+@pytest.mark.parametrize("text", [f"{CALL}<tool_call>{{", "<tool_call>add(2, 3)</tool_call>"])
+async def test_calls_of_which_one_is_broken_are_text(text):
+    row = await answered(text, tools=TOOLS)
+    assert (row.messages[-1].content, row.messages[-1].tool_calls) == (text, None)
+    assert row.execution_metadata.finish_reason == "stop"
+
+
+async def test_what_was_cut_off_stays_cut_off_though_it_called():
+    row = await answered(f"{CALL}\nand", "length", tools=TOOLS)
+    assert functions(row.messages[-1]) == [ADD]
+    assert row.execution_metadata.finish_reason == "length"
+    assert record_of_row(row).truncated == [True]
+
+
+async def test_every_completion_of_a_row_is_judged_by_its_own_calls():
+    row = await answered("none", tools=TOOLS, params={"n": 2, "temperature": 1.0})
+    extra = row.execution_metadata.extra
+    called = {**row.messages[-1].model_dump(exclude_none=True), "content": ""}
+    called["tool_calls"] = [
+        {"id": "call_0", "type": "function", "function": {"name": "add", "arguments": "{}"}}
+    ]
+    extra["completion_messages"] = [None, called]
+    seen = []
+
+    @score_each_completion
+    def judge(row: EvaluationRow) -> EvaluationRow:
+        metadata = row.execution_metadata
+        seen.append(
+            (
+                row.messages[-1].content,
+                functions(row.messages[-1]),
+                metadata.finish_reason,
+                metadata.tool_call_count,
+                "completion_messages" in metadata.extra,
+            )
+        )
+        row.evaluation_result = EvaluateResult(score=float(bool(row.messages[-1].tool_calls)))
+        return row
+
+    [scored] = await ascore_rows([row], judge)
+    assert seen == [
+        ("none", [], "stop", 0, False),
+        ("", [("add", {})], "tool_calls", 1, False),
+    ]
+    assert record_of_row(scored).rewards == [0.0, 1.0]
+
+
+async def test_a_row_that_called_and_is_rolled_out_again_has_one_answer():
+    tokenizer = chat_tokenizer()
+    processor = FireworksTrainingRolloutProcessor(
+        tokenizer=tokenizer, sampler=scripted(CALL), drop_trailing_assistant_messages=False
+    )
+    row, prompts = row_of(tools=TOOLS), []
+    for _ in range(2):
+        [row] = await roll_out(processor, row, {"model": "any"})
+        prompts.append(record_of_row(row).prompt_ids)
+        assert [message.role for message in row.messages] == ["user", "assistant"]
+    assert prompts[0] == prompts[1]
+
+
+OPENED = {"chat_template_kwargs": {"enable_thinking": True}}
+
+
+@pytest.mark.parametrize(
+    ("text", "opened", "content", "reasoning"),
+    [
+        ("First try: 4</think>5", False, "First try: 4</think>5", None),
+        ("\nFirst try: 4\n</think>\n\n5", True, "5", "First try: 4"),
+        ("<think>4</think>5", False, "5", "4"),
+        ("<think>4</think>5", True, "5", "4"),
+        ("so <think>4</think>5", False, "so <think>4</think>5", None),
+        ("<think>4, or is it", False, "", "4, or is it"),
+        ("4, or is it", True, "", "4, or is it"),
+        ("5</think>", True, "", "5"),
+        ("5", False, "5", None),
+    ],
+)
+async def test_a_think_block_is_one_that_the_text_or_the_prompt_opened(
+    text, opened, content, reasoning
+):
+    row = await answered(text, "length", params=OPENED if opened else {})
+    message = row.messages[-1]
+    assert (message.content, message.reasoning_content) == (content, reasoning)
+    seen = []
+
+    def judge(row: EvaluationRow) -> float:
+        seen.append((row.messages[-1].content, row.messages[-1].reasoning_content))
+        return 1.0
+
+    await ascore_rows([EvaluationRow.model_validate_json(row.model_dump_json())], judge)
+    assert seen == [(content, reasoning)]
+
+
+async def test_what_is_thought_about_is_not_called():
+    text = f"perhaps {CALL}</think>\n\n{CALL}"
+    row = await answered(text, tools=TOOLS, params=OPENED)
+    message = row.messages[-1]
+    assert (message.content, message.reasoning_content) == ("", f"perhaps {CALL}")
+    assert functions(message) == [ADD]
+    row = await answered(text, tools=TOOLS, params=OPENED, split_reasoning=False)
+    message = row.messages[-1]
+    assert (message.content, message.reasoning_content) == (f"perhaps {CALL}</think>", None)
+    assert functions(message) == [ADD]
+
+
+async def test_a_model_whose_calls_cannot_be_told_calls_in_text_and_that_is_logged_once(caplog):
+    template = "{{ tools }}{{ messages[0].content }}"
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            row = await answered(CALL, tools=TOOLS, template=template)
+    assert (row.messages[-1].content, row.messages[-1].tool_calls) == (CALL, None)
+    said = [r.getMessage() for r in caplog.records if "writes tool calls" in r.getMessage()]
+    assert len(said) == 1
+    assert "evaluators see what the model calls as text" in said[0]
