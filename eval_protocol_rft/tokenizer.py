@@ -11,7 +11,7 @@ import math
 import threading
 import time
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -180,6 +180,12 @@ class LoadedTokenizer:
         for token in self.special_texts:
             text = text.replace(token, "")
         return text.removeprefix(" ")
+
+    def decode_after(self, before: Sequence[int], ids: Sequence[int]) -> str:
+        """What `ids` add to the text of `before`. Tokenizers that write word starts as a leading
+        blank (SentencePiece) leave that blank out where a text begins, and only there."""
+        shown, whole = self.decode(list(before)), self.decode([*before, *ids])
+        return whole[len(shown) :] if whole.startswith(shown) else self.decode(list(ids))
 
     def decode(self, ids: list[int]) -> str:
         """Text of `ids`, control tokens included, no clean-up of spaces."""

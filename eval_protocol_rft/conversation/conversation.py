@@ -43,6 +43,11 @@ class _Said(NamedTuple):
 
     text: str
     """Without the token that ended it."""
+    kept: str
+    """The same as it stands behind the prompt: where it begins a text, a tokenizer may leave out
+    its first blank."""
+    again: dict[str, Any] | None
+    """The message that holds `kept`, where `text` is another and the message was made of it."""
     ender: int | None
     """The token that ended it, where one was sampled."""
     cut_off: bool
@@ -197,8 +202,13 @@ class Conversation:
             raise ConversationError("two turns in a row: append what came between them first")
         tokenizer = self._chat.tokenizer
         ender, body = tokenizer.ender(completion), tokenizer.decode_body(completion)
+        ids = completion.token_ids
+        # Four tokens settle how the next is decoded: no character takes more.
+        kept = tokenizer.decode_after(self._prompt_ids[-4:], ids if ender is None else ids[:-1])
+        again = None
         if message is None:
             message = _as_sampled(body, self._text, tokenizer)
+            again = None if kept == body else _as_sampled(kept, self._text, tokenizer)
         (given,) = chat_messages([message])
         if given["role"] != "assistant":
             raise ConversationError(f"an answer is the assistant's, not {given['role']!r}'s")
@@ -207,7 +217,7 @@ class Conversation:
             self._opens_segment = False
         self._segments[-1].add(self._new_ids, completion)
         self._messages.append(given)
-        self._last = _Said(body, ender, completion.truncated)
+        self._last = _Said(body, kept, again, ender, completion.truncated)
         self._new_ids = ()
         return dict(given)
 
@@ -228,8 +238,8 @@ class Conversation:
             raise ConversationError("nothing was sampled since the last append: call sampled first")
         if not messages:
             raise ConversationError("no messages to append")
-        body, ender, truncated = self._last
-        if truncated:
+        last = self._last
+        if last.cut_off:
             raise UnfinishedTurnError(
                 f"turn {self._turns} was cut off at its token limit: nothing can be said after a "
                 "turn that has no end. End the episode, or allow more tokens per turn"
@@ -238,10 +248,19 @@ class Conversation:
         chat = [*self._messages, *new]
         text = self._chat.render(chat)
         self._chat.check_seen(chat, len(new) + 1, text)
-        ended = "" if ender is None else self._chat.text_of(ender)
-        kept = self._text + body + ended
+        ender = last.ender
+        kept = self._text + last.kept + ("" if ender is None else self._chat.text_of(ender))
+        if last.again is not None and not text.startswith(kept):
+            blank = [*self._messages[:-1], last.again, *new]
+            if (other := self._chat.render(blank)).startswith(kept):
+                chat, text = blank, other
         if text.startswith(kept):
-            new_ids = self._chat.ids_after(ender, text[len(kept) :])
+            more, sampled = text[len(kept) :], self._segments[-1].ids
+            new_ids = (
+                self._chat.ids_behind(sampled, more)
+                if ender is None
+                else self._chat.ids_after(ender, more)
+            )
             prompt_ids = TokenIds((*self._segments[-1].ids, *new_ids))
         else:
             rewrite = first_difference(kept, text, self._turns)

@@ -17,6 +17,11 @@ from typing import Any
 from eval_protocol_rft.prompts import PromptError, with_parsed_arguments
 from eval_protocol_rft.tokenizer import LoadedTokenizer
 
+_CONTEXT = 4
+"""Tokens before a text that settle how it is decoded: no character takes more."""
+_ANCHORS = ("a", ".", "0", "\n")
+"""What a text is read behind where the token before it would merge with it."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatText:
@@ -105,8 +110,25 @@ class ChatText:
             self._texts[control] = self.tokenizer.decode([control])
         return self._texts[control]
 
-    def ids_after(self, ender: int | None, text: str) -> list[int]:
-        """Ids of `text` where it follows the control token `ender`; None: where it follows text.
+    def ids_behind(self, before: Sequence[int], text: str) -> list[int]:
+        """Ids of `text` where it follows the text of `before`, which keeps its own.
+
+        A tokenizer may begin every text with a blank of its own (SentencePiece); then it is read
+        behind something else, which is cut off again.
+        """
+        tokenizer, context = self.tokenizer, before[-_CONTEXT:]
+        alone = self.ids(text)
+        if tokenizer.decode_after(context, alone) == text:
+            return alone
+        for anchor in (tokenizer.decode(list(before[-1:])), *_ANCHORS):
+            head, both = self.ids(anchor), self.ids(anchor + text)
+            ids = both[len(head) :]
+            if both[: len(head)] == head and tokenizer.decode_after(context, ids) == text:
+                return ids
+        return alone  # a tokenizer that reads texts otherwise than they are
+
+    def ids_after(self, ender: int, text: str) -> list[int]:
+        """Ids of `text` where it follows the control token `ender`.
 
         They are read together: a tokenizer may treat the start of a text in its own way, and a
         control token may swallow the blanks around it.
@@ -114,8 +136,6 @@ class ChatText:
         Raises:
             PromptError: the tokenizer does not read the control token's own text as that token.
         """
-        if ender is None:
-            return self.ids(text)
         shown = self.text_of(ender)
         ids = self.ids(shown + text)
         if ids[:1] != [ender]:

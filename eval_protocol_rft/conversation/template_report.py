@@ -128,7 +128,8 @@ def _case(
         if chat.render([_QUESTION]).rstrip().endswith("<think>"):
             # such a model thinks before it says anything
             thought = (thought or _THOUGHT).removeprefix("<think>\n")
-        completion = _completion(tokenizer, (thought or own) + said, ender)
+        ids = chat.ids_behind(talk.prompt_ids, (thought or own) + said)
+        completion = _completion(ids, ender)
         thinking = {"reasoning_content": _THINKING} if thought else {}
         talk.sampled(completion, {**answer, **thinking} if as_fields else None)
         talk.append([more])
@@ -164,7 +165,6 @@ def _as_written(
     return own, text[len(before) : len(text) - len(after)], ender
 
 
-def _completion(tokenizer: LoadedTokenizer, text: str, ender: int | None) -> Completion:
-    ids = tokenizer.tokenizer(text, add_special_tokens=False)["input_ids"]
+def _completion(ids: list[int], ender: int | None) -> Completion:
     ids = [*ids, ender] if ender is not None else ids
     return Completion(token_ids=ids, logprobs=[-1.0] * len(ids), finish_reason="stop")
