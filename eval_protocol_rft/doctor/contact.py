@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from eval_protocol_rft.doctor.ask_echo import ask_echo
+from eval_protocol_rft.doctor.ask_echo import ask_echo, served_models
 from eval_protocol_rft.doctor.completion_checks import PROMPT_ECHO, prompt_echo
 from eval_protocol_rft.doctor.findings import Finding, skipped
 from eval_protocol_rft.doctor.probe import Probe
@@ -24,9 +24,10 @@ EXACT_REPLY = "exact replies"
 _BAR = "every reply is exact token data; a request that fails for another reason warns"
 _ATTEMPTS = 3
 
+_SHOWN_MODELS = 8
 _ADVICE: dict[str, str] = {
-    "refused": "Check the model's name, the key (--api-key-env), and what the message names.",
-    "unavailable": "The server is loading or overloaded: try again when it answers.",
+    "refused": "Change what the message names.",
+    "unavailable": "The server failed: its log says why.",
     "connection": "Is the server running, and is --base-url its address?",
     "timeout": "The server is too slow for --timeout, or hangs: look at its log.",
     "contract": "Its replies are not exact token data, so nothing can be trained from them: "
@@ -34,6 +35,29 @@ _ADVICE: dict[str, str] = {
     "internal": "The model failed: check its weights and dtype.",
     "prompt": "The prompt cannot be rendered.",
 }
+"""By kind of failure, where its status and words say no more."""
+_ADVICE_BY_STATUS: dict[int, str] = {
+    401: "The key is missing or wrong: --api-key-env NAME says which variable holds it.",
+    403: "The key is not allowed this model: another key (--api-key-env) or another model.",
+    413: "The request is too large for the server or for a proxy before it.",
+    425: "The server is loading weights: try again when it has them.",
+    429: "The server turns requests away, as too many or over a quota: try again later, with a "
+    "lower --concurrency.",
+    502: "A proxy answered for the server, which is away: is it running?",
+    503: "The server is loading or overloaded: try again when it answers.",
+    504: "A proxy answered for the server, which is too slow or away: look at its log.",
+}
+_ADVICE_BY_WORDS: tuple[tuple[str, str], ...] = (
+    (
+        "certificate",
+        "The server's certificate is not trusted here: name its authority's file in SSL_CERT_FILE, "
+        "or mend the host's name in --base-url.",
+    ),
+    ("[ssl:", "What answers there speaks no TLS: write http:// in --base-url."),
+    ("name or service not known", "There is no host of that name: check --base-url."),
+    ("nodename nor servname", "There is no host of that name: check --base-url."),
+)
+"""Words of connections that failed, in lower case."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +89,7 @@ async def first_contact(
         verdict="fail",
         measured=f"the first request failed: {outcome.message}",
         bar=_BAR,
-        advice=_ADVICE.get(outcome.kind, ""),
+        advice=await _advice(outcome, params.model, endpoint),
     )
     findings = [failed]
     if outcome.kind == "contract" and endpoint is not None:
@@ -74,6 +98,28 @@ async def first_contact(
         findings += [echo] if echo.verdict == "fail" else []
     others = skipped("all other checks", "no completion came back, so nothing else was asked")
     return Contact([*findings, others], completed=False)
+
+
+async def _advice(failure: Failure, model: str, endpoint: Endpoint | None) -> str:
+    """What to do about the first request's failure."""
+    if failure.status == 404 and endpoint is not None:
+        served = await served_models(endpoint)
+        if not served:
+            return (
+                "Nothing answers there: --base-url names the server without /completions, as "
+                "http://host:8000 or http://host:8000/v1."
+            )
+        if model not in served:
+            more = len(served) - _SHOWN_MODELS
+            names = ", ".join(
+                [*served[:_SHOWN_MODELS], *([f"and {more} more"] if more > 0 else [])]
+            )
+            return f"The server has no model {model}. Name with --model what it serves: {names}."
+        return f"The server lists {model} but does not complete with it: is it still loading?"
+    if failure.kind == "connection" and failure.status is None:
+        words = failure.message.lower()
+        return next((say for part, say in _ADVICE_BY_WORDS if part in words), _ADVICE["connection"])
+    return _ADVICE_BY_STATUS.get(failure.status or 0) or _ADVICE.get(failure.kind, "")
 
 
 async def _echo_finding(

@@ -60,7 +60,7 @@ class Probe:
             params,
             seeds=[seed],
             slots=contextlib.nullcontext(),
-            retry=RetryPolicy(max_attempts=attempts),
+            retry=RetryPolicy(max_attempts=attempts, max_seconds=PATIENCE_SECONDS),
             guard=self._fresh_guard(),
         )
         self.on_done(1)

@@ -27,6 +27,8 @@ from eval_protocol_rft.sampling.types import Sampler, SamplingError, TokenIds
 from eval_protocol_rft.tokenizer import LoadedTokenizer, TokenizerError
 
 SETUP = "setup"
+_TELL_EVERY = 5.0
+"""Seconds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +50,7 @@ def examine(setup: Setup, *, progress: bool | None = None) -> Diagnosis:
 async def aexamine(
     setup: Setup, *, progress: bool | None = None, sampler: Sampler | None = None
 ) -> Diagnosis:
-    """Make every check that can be made.
+    """Make every check that can be made. Ctrl-C ends it; nothing is decided then.
 
     Args:
         setup: what to examine.
@@ -84,24 +86,48 @@ async def aexamine(
     )
 
 
+@dataclass(slots=True)
+class _Shown:
+    """How far the examination is, told again and again: a server may be long in answering."""
+
+    bar: Reporter
+    done: int = 0
+    stage: str = "first completion"
+
+    def settled(self, count: int) -> None:
+        self.done += count
+        self.tell()
+
+    def tell(self) -> None:
+        self.bar.update(self.done, detail=self.stage)
+
+    async def keep_telling(self) -> None:
+        while True:
+            self.tell()
+            await asyncio.sleep(_TELL_EVERY)
+
+
 async def _examined(
     setup: Setup, sampler: Sampler, tokenizer: LoadedTokenizer, bar: Reporter
+) -> list[Finding]:
+    shown = _Shown(bar)
+    telling = asyncio.create_task(shown.keep_telling())
+    try:
+        return await _checked(setup, sampler, tokenizer, shown)
+    finally:
+        telling.cancel()
+
+
+async def _checked(
+    setup: Setup, sampler: Sampler, tokenizer: LoadedTokenizer, shown: _Shown
 ) -> list[Finding]:
     request = setup.request
     findings = [
         await asyncio.to_thread(round_trip, tokenizer),
         *await asyncio.to_thread(template_checks, tokenizer, request.chat_template_kwargs),
     ]
-    done = 0
-    stage = "first completion"
-
-    def settled(count: int) -> None:
-        nonlocal done
-        done += count
-        bar.update(done, detail=stage)
-
     seed = DEFAULT_SEED if request.seed is None else request.seed
-    probe = Probe(sampler, setup.in_flight, seed, settled)
+    probe = Probe(sampler, setup.in_flight, seed, shown.settled)
     prompts = _prompts(tokenizer, setup)
     at_one = replace(request.params, temperature=1.0, logprobs_mode=None)
     contact = await first_contact(probe, prompts[0], at_one, request.endpoint)
@@ -119,10 +145,10 @@ async def _examined(
     made = list(contact.findings)
     try:
         for name, check in stages.in_order():
-            stage = name
+            shown.stage = name
             made += await check()
     except RunStoppedError as error:
-        made.append(skipped("the other checks", f"the run was stopped in {stage!r}: {error}"))
+        made.append(skipped("the other checks", f"the run was stopped in {shown.stage!r}: {error}"))
     return [*findings, exact_replies(probe), *made]
 
 
