@@ -30,9 +30,16 @@ from eval_protocol_rft.redaction import redact_params
 from eval_protocol_rft.sampling.fanout import Group, derive_seeds, sample_group
 from eval_protocol_rft.sampling.guard import RunGuard
 from eval_protocol_rft.sampling.http import HttpSampler
+from eval_protocol_rft.sampling.logprob_kind import PROBE_TEXTS, check_told_kind, needs_check
 from eval_protocol_rft.sampling.retry import RetryPolicy
 from eval_protocol_rft.sampling.tails import TailPolicy
-from eval_protocol_rft.sampling.types import Failure, LogprobsMode, Sampler, TokenIds
+from eval_protocol_rft.sampling.types import (
+    Failure,
+    LogprobsMode,
+    Sampler,
+    SamplingError,
+    TokenIds,
+)
 from eval_protocol_rft.tokenizer import LoadedTokenizer
 
 
@@ -59,6 +66,8 @@ class _LoopState:
     guards: dict[Endpoint | None, RunGuard] = field(default_factory=dict)
     """One circuit breaker and budget per server."""
     tasks: set[asyncio.Task[EvaluationRow]] = field(default_factory=set)
+    checks: dict[tuple[Endpoint | None, str], asyncio.Task[None]] = field(default_factory=dict)
+    """Of what the user says of a model's logprobs."""
     runs: dict[tuple[str | None, str | None], list[str | None]] = field(default_factory=dict)
     """(experiment, row) -> rollout ids in order of appearance: the place is the run's number."""
 
@@ -100,7 +109,9 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
         split_reasoning: put thinking into `Message.reasoning_content`.
         min_completions: a row with fewer survivors is an error; the default keeps what there is.
         logprobs_mode: what a server that sends one unnamed logprob per token means by it:
-            "processed_logprobs" if vLLM runs with `--logprobs-mode processed_logprobs`.
+            "processed_logprobs" if vLLM runs with `--logprobs-mode processed_logprobs`. It is
+            checked with a few requests of one token before the first completion, where a wrong word
+            would give wrong logprobs.
         retry: budget of attempts per completion.
         over_sample: k: ask for n + k completions, keep the first n that survive and cancel the
             others, which the server then stops to generate. Favours short completions.
@@ -113,8 +124,8 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
     Raises (from a row's task, so that the row fails and not the run):
         ValueError: wrong completion_params, tokenizer or messages.
         RolloutError: too few completions survived.
-        RunStoppedError: the server refuses every request, or answers none for half an hour; no
-            further row asks it.
+        RunStoppedError: the server refuses every request, or answers none for half an hour; or its
+            logprobs are not what `logprobs_mode` says. No further row asks it.
     """
 
     def __init__(
@@ -181,7 +192,7 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
         if state is None:
             return
         # Eval Protocol calls this with rollouts in flight when an evaluator raises.
-        tasks = list(state.tasks)
+        tasks = [*state.tasks, *state.checks.values()]
         for task in tasks:
             task.cancel()
         try:
@@ -282,10 +293,34 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
             began_at=began_at,
             began=began,
         )
+        await self._check_logprobs(job, state, config)
         row_key = row.input_metadata.row_id or self._render(row, job).json.decode()
         asked = request.n + self.tail.over_sample
         seeds = derive_seeds(request.seed, row_key, asked, run=run)
         return replace(job, row_key=row_key, seeds=seeds)
+
+    async def _check_logprobs(
+        self, job: RowJob, state: _LoopState, config: RolloutProcessorConfig
+    ) -> None:
+        """What the user says of a server's logprobs is seen once before its first completion."""
+        params = job.request.params
+        if not (isinstance(job.sampler, HttpSampler) and needs_check(params)):
+            return
+        key = (job.request.endpoint, params.model)
+        check = state.checks.get(key)
+        if check is None or (check.done() and isinstance(check.exception(), SamplingError)):
+            check = state.checks[key] = asyncio.create_task(
+                check_told_kind(
+                    job.sampler,
+                    [TokenIds(job.tokenizer.tokenizer.encode(text)) for text in PROBE_TEXTS],
+                    params,
+                    slots=config.semaphore,
+                    retry=self.retry,
+                    guard=job.guard,
+                )
+            )
+        # Other rows wait for it too.
+        await asyncio.shield(check)
 
     def _request(self, config: RolloutProcessorConfig) -> RolloutRequest:
         request = parse_completion_params(config.completion_params)

@@ -22,7 +22,7 @@ from eval_protocol_rft.doctor.findings import (
     p_value_verdict,
     skipped,
 )
-from eval_protocol_rft.doctor.logprob_kind import FirstTokens
+from eval_protocol_rft.sampling.logprob_kind import FirstTokens
 
 FREQUENCY = "token frequency"
 SIMULATIONS = 20_000

@@ -16,18 +16,13 @@ import numpy as np
 from eval_protocol_rft.doctor.completion_checks import end_of_turn
 from eval_protocol_rft.doctor.findings import Finding, skipped
 from eval_protocol_rft.doctor.frequency import frequency_finding, measure_frequency
-from eval_protocol_rft.doctor.logprob_kind import (
-    KIND,
-    LOWER_TEMPERATURE,
-    FirstTokens,
-    kind_finding,
-    measure_kind,
-)
+from eval_protocol_rft.doctor.kind_finding import KIND, kind_finding
 from eval_protocol_rft.doctor.probe import Probe, there
 from eval_protocol_rft.doctor.seed_checks import EQUAL_SEEDS, different_seeds, equal_seeds
 from eval_protocol_rft.doctor.setup import PerPrompt, Setup
 from eval_protocol_rft.doctor.tokenizer_checks import same_tokenizer
 from eval_protocol_rft.doctor.trainer_gap import log_ratios, trainer_findings, trainer_skipped
+from eval_protocol_rft.sampling.logprob_kind import LOWER_TEMPERATURE, FirstTokens, measure_kind
 from eval_protocol_rft.sampling.types import Completion, Failure, SamplingParams, TokenIds
 from eval_protocol_rft.tokenizer import LoadedTokenizer
 

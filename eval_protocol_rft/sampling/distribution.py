@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from eval_protocol_rft.sampling.types import SamplingParams
@@ -51,6 +52,12 @@ def reshaped_by(params: SamplingParams) -> list[str]:
     if params.temperature != 1.0:
         settings.append(f"temperature={params.temperature:g}")
     return settings + _cuts(params) + _extra(params, frozenset(_NEUTRAL) - _TRUNCATING)
+
+
+def plain(params: SamplingParams) -> SamplingParams:
+    """The same without any of them: at temperature 1, from the model's own distribution."""
+    extra = {name: value for name, value in params.extra.items() if name not in _NEUTRAL}
+    return replace(params, temperature=1.0, top_p=1.0, top_k=0, extra=extra)
 
 
 def support_truncated(params: SamplingParams) -> bool:

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from eval_protocol_rft.doctor.completion_checks import Echo, end_of_turn, prompt_echo
 from eval_protocol_rft.doctor.findings import FAIL_LEVEL, Finding, graded, p_value_verdict, unfit
 from eval_protocol_rft.doctor.frequency import frequency_finding, measure_frequency
-from eval_protocol_rft.doctor.logprob_kind import FirstTokens, measure_kind
 from eval_protocol_rft.doctor.seed_checks import different_seeds, equal_seeds, repeats_p_value
 from eval_protocol_rft.doctor.trainer_gap import log_ratios, trainer_findings
+from eval_protocol_rft.sampling.logprob_kind import FirstTokens, measure_kind
 from eval_protocol_rft.sampling.types import Completion
 
 EOS = 9

@@ -34,13 +34,20 @@ from eval_protocol_rft.endpoint import Endpoint
 from eval_protocol_rft.params import parse_completion_params
 from eval_protocol_rft.sampling.adaptive import AdaptiveLimit
 from eval_protocol_rft.sampling.concurrency import ConcurrencyLimit, FixedLimit
+from eval_protocol_rft.sampling.guard import RunGuard
 from eval_protocol_rft.sampling.http import HttpSampler
+from eval_protocol_rft.sampling.logprob_kind import (
+    PROBE_DRAWS,
+    PROBE_TEXTS,
+    check_told_kind,
+    needs_check,
+)
 from eval_protocol_rft.sampling.observing import observers
 from eval_protocol_rft.sampling.retry import RetryPolicy
 from eval_protocol_rft.sampling.run_summary import Prices, RunSummary
 from eval_protocol_rft.sampling.server_metrics import polling
 from eval_protocol_rft.sampling.tuning import HIGHEST
-from eval_protocol_rft.sampling.types import Sampler
+from eval_protocol_rft.sampling.types import Sampler, TokenIds
 from eval_protocol_rft.tokenizer import LoadedTokenizer
 
 DEFAULT_CONCURRENCY = 96
@@ -130,6 +137,7 @@ async def agenerate(
         BusyError: another process writes to the same output.
         RayEngineError: there is no Ray, no cluster, or a node of it cannot do its work.
         HopelessError: the first completions all failed.
+        RunStoppedError: the server's logprobs are not what `logprobs_mode` says; nothing was kept.
         OSError: the disk is full or failed. What was stored is safe.
     """
     target = Path(output)
@@ -158,6 +166,15 @@ async def agenerate(
         output_job = find_job(target, questions, request, own_tokenizer, overwrite=overwrite)
         if output_job.known is None and request.seed is None and backends.seeds_are_free(request):
             output_job = output_job.seeded(secrets.randbits(31))
+        if isinstance(chosen, HttpSampler) and needs_check(request.params):
+            await check_told_kind(
+                chosen,
+                [TokenIds(own_tokenizer.tokenizer.encode(text)) for text in PROBE_TEXTS],
+                request.params,
+                slots=asyncio.Semaphore(PROBE_DRAWS),
+                retry=retry or RetryPolicy(),
+                guard=RunGuard(),
+            )
         if engine == "ray":
             remote = RaySampler(
                 request, trust_remote_code, concurrency or DEFAULT_CONCURRENCY, ray_address

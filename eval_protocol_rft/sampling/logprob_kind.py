@@ -1,4 +1,4 @@
-"""Which logprobs a server tells: raw ones, or those of sampling. Pure.
+"""Which logprobs a server tells: raw ones, or those of sampling; and a check of what the user says.
 
 First tokens of one prompt are sampled at temperature 1 and at a lower one. For a token i with
 logprob l_i at temperature 1, the other one tells
@@ -13,25 +13,46 @@ the difference of two tokens Z cancels.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from eval_protocol_rft.doctor.findings import Finding, skipped
-from eval_protocol_rft.sampling.types import LogprobsMode
+from eval_protocol_rft.sampling.distribution import plain, reshaped_by
+from eval_protocol_rft.sampling.fanout import sample_group
+from eval_protocol_rft.sampling.guard import RunGuard, RunStoppedError
+from eval_protocol_rft.sampling.retry import RetryPolicy
+from eval_protocol_rft.sampling.types import (
+    Failure,
+    Sampler,
+    SamplingError,
+    SamplingParams,
+    TokenIds,
+)
 
 Kind = Literal["sampling", "raw", "neither", "unknown"]
 
-KIND = "logprob kind"
 LOWER_TEMPERATURE = 0.5
 TOLERANCE = 0.05
 """Mean nats: half-precision servers differ from themselves by up to as much."""
 SEPARATION = 0.15
 """Mean nats by which the two must differ before anything is said."""
+PROBE_TEXTS = (
+    "51+29=",
+    "Name an animal, any animal. Answer with one word:",
+    "Pick a number between 1 and 100:",
+    "The",
+)
+"""Likely to go on in several ways. No chat template around them: it may open with a token that is
+certain (`<think>`), and whose logprob is 0 whatever is told."""
+PROBE_DRAWS = 16
+"""First tokens of a text, at each temperature."""
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,85 +153,80 @@ def _log_z(known: Mapping[int, float], temperature: float) -> tuple[float, float
     return math.log(total), math.log(total + left**power)
 
 
-def kind_finding(
-    measured: KindMeasured, *, named: bool, told: LogprobsMode | None, temperature: float
-) -> Finding:
-    """The verdict, and the exact setting.
+def needs_check(params: SamplingParams) -> bool:
+    """Whether sampling logprobs would be wrong if what the user says of the server were."""
+    told = params.logprobs_mode == "processed_logprobs"
+    return told and params.temperature > 0 and bool(reshaped_by(params))
+
+
+async def check_told_kind(
+    sampler: Sampler,
+    prompts: Sequence[TokenIds],
+    params: SamplingParams,
+    *,
+    slots: AbstractAsyncContextManager[object],
+    retry: RetryPolicy,
+    guard: RunGuard,
+) -> None:
+    """See for oneself whether unnamed logprobs are those of sampling, where the user says so: a few
+    requests of one token, until it is clear.
 
     Args:
-        named: the server sends a logprob that it calls the one of sampling.
-        told: what the user said of the server.
-        temperature: the one to train at.
+        sampler: of the server.
+        prompts: ids of `PROBE_TEXTS`.
+        params: how will be sampled.
+        slots, retry, guard: as for `sample_group`.
+
+    Raises:
+        RunStoppedError: they are not.
+        SamplingError: the server gives no completions to see it by.
     """
-    told_by = "named as such" if named else "unnamed"
-    errors = (
-        f"{measured.tokens} tokens at temperatures 1 and {LOWER_TEMPERATURE:g} differ from "
-        f"sampling logprobs by {measured.sampling_error:.2g} nats, from raw ones by "
-        f"{measured.raw_error:.2g}"
-    )
-    numbers = {"tokens": float(measured.tokens)}
-    if measured.tokens:
-        numbers |= {"sampling_error": measured.sampling_error, "raw_error": measured.raw_error}
-    verdict, advice = _judged(measured.kind, named=named, told=told, temperature=temperature)
-    if verdict == "skipped":
-        return skipped(KIND, f"first tokens are too certain to tell; {told_by}", advice)
-    return Finding(
-        name=KIND,
-        verdict=verdict,
-        measured=f"{measured.kind}, {told_by}: {errors}",
-        bar=f"sampling within {TOLERANCE:g} nats, or raw at temperature 1",
-        advice=advice,
-        numbers=numbers,
-    )
-
-
-_SAY_PROCESSED = (
-    '--logprobs-mode processed_logprobs (completion_params: "logprobs_mode": "processed_logprobs")'
-)
-_START_PROCESSED = (
-    f"start it as `vllm serve MODEL --logprobs-mode processed_logprobs` and pass {_SAY_PROCESSED}"
-)
-
-
-def _judged(
-    kind: str, *, named: bool, told: LogprobsMode | None, temperature: float
-) -> tuple[Literal["pass", "warn", "fail", "skipped"], str]:
-    at_one = temperature == 1.0
-    if kind == "neither":
-        return "fail", (
-            "They belong to neither distribution: does the server cut or reshape it (top_p, top_k, "
-            "penalties of its own), or serve replicas of different weights? Importance ratios made "
-            "of them would be wrong."
-        )
-    if kind == "unknown":
-        if at_one or named:
-            return "skipped", "At temperature 1 the two are equal." if at_one else ""
-        return (
-            "warn",
-            f"They may be raw: sample at temperature 1, or {_START_PROCESSED}.",
-        )
-    if kind == "sampling":
-        if told == "raw_logprobs":
-            return (
-                "fail",
-                f"raw_logprobs is wrong of this server: pass {_SAY_PROCESSED}.",
+    # Alone: other settings cut the two distributions differently.
+    one_token = replace(plain(params), stop=(), max_tokens=1, stream=None)
+    drawn: dict[float, list[FirstTokens]] = {1.0: [], LOWER_TEMPERATURE: []}
+    for prompt in prompts:
+        for temperature, found in drawn.items():
+            group = await sample_group(
+                sampler,
+                prompt,
+                replace(one_token, temperature=temperature),
+                seeds=[None] * PROBE_DRAWS,
+                slots=slots,
+                retry=retry,
+                guard=guard,
+                prompt="logprobs probe",
             )
-        if named or told == "processed_logprobs":
-            return "pass", ""
-        return ("pass" if at_one else "warn"), f"For any temperature but 1 pass {_SAY_PROCESSED}."
-    if named:
-        return "fail", (
-            "The server calls them the logprobs of sampling, but the temperature is not in them. "
-            "Sample at temperature 1, where the two are equal."
-        )
-    if told == "processed_logprobs":
-        return "fail", (
-            "--logprobs-mode processed_logprobs is wrong of this server: leave it out and sample "
-            f"at temperature 1, or {_START_PROCESSED}."
-        )
-    if at_one:
-        return (
-            "pass",
-            f"Right at temperature 1. For any other {_START_PROCESSED}.",
-        )
-    return "fail", f"Sample at temperature 1, or {_START_PROCESSED}."
+            if group.failures:
+                raise SamplingError(f"logprobs cannot be checked: {_first(group.failures)}")
+            completions = [survivor.completion for survivor in group.survivors]
+            found.append(
+                FirstTokens(
+                    np.array([c.token_ids[0] for c in completions], np.int64),
+                    np.array([c.logprobs[0] for c in completions], np.float64),
+                )
+            )
+        measured = measure_kind(drawn[1.0], drawn[LOWER_TEMPERATURE], temperature=LOWER_TEMPERATURE)
+        if measured.kind == "sampling":
+            return
+        if measured.kind == "raw" or measured.sampling_error > SEPARATION:
+            raise RunStoppedError(_contradiction(measured))
+    logger.warning(
+        "whether the server of %s tells the logprobs of sampling, as logprobs_mode says, could not "
+        "be seen: `ep-rft doctor` looks closer",
+        params.model,
+    )
+
+
+def _contradiction(measured: KindMeasured) -> str:
+    are = "raw ones" if measured.kind == "raw" else "no logprobs of sampling"
+    return (
+        f"logprobs_mode is 'processed_logprobs', and the server's logprobs are {are}: over "
+        f"{measured.tokens} tokens at temperatures 1 and {LOWER_TEMPERATURE:g} they differ by "
+        f"{measured.sampling_error:.2g} nats from those of sampling, by {measured.raw_error:.2g} "
+        "from raw ones. Start it as `vllm serve MODEL --logprobs-mode processed_logprobs`, or "
+        "leave logprobs_mode out and sample at temperature 1, top_p 1 and top_k off"
+    )
+
+
+def _first(failures: Sequence[Failure]) -> str:
+    return f"{failures[0].kind}: {failures[0].message}"
