@@ -21,6 +21,8 @@ from tests.hostile.server import HostileServer
 
 PROMPT = TokenIds([1, 2, 3, 151644])
 SEED = 5
+LONGEST_ERROR = 800
+"""Characters that a person is told of one failure."""
 BOUND = 1 << 26
 """Bytes of one reply that a bounded client may take at the very most."""
 
@@ -80,7 +82,10 @@ async def test_a_fault_is_the_right_failure_and_leaves_the_next_request_alone(
         if isinstance(outcome, Completion):
             assert "accept" in fault.sees, f"accepted in spite of {name}"
             assert exact(outcome) == exact_truth(truth_of(PROMPT, SEED, 64))
+            assert (outcome.request_id or "").encode()  # what is no UTF-8 costs its characters
         else:
+            assert len(str(outcome)) < LONGEST_ERROR, str(outcome)
+            assert str(outcome).isprintable(), repr(str(outcome))
             assert outcome.kind in fault.sees, f"{outcome.kind}: {outcome}"
             assert re.search(fault.says, str(outcome), re.IGNORECASE), str(outcome)
         await until(lambda: server.ledger[0].done)

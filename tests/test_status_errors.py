@@ -161,3 +161,18 @@ def test_an_error_inside_a_reply(body, kind):
 def test_any_body_is_a_message(body):
     assert str(error_of(400, body)).startswith("HTTP 400: ")
     error_in_body(body)
+
+
+def test_a_page_is_told_by_its_words_on_one_line():
+    page = (
+        b"\n<!DOCTYPE html><html><head><title>502 Bad Gateway</title><style>p {color: red}</style>"
+        b"<script>alert('x < y')</script></head><body><!-- a comment -->\n<h1>No &amp; never</h1>"
+        b"</body></html>"
+    )
+    assert str(error_of(502, page)) == "HTTP 502: 502 Bad Gateway No & never"
+
+
+def test_a_servers_words_move_no_terminal_and_are_short():
+    error = error_of(400, b'{"error": {"message": "\\u001b[2Jgone\\u202e\\r\\nnew line"}}')
+    assert str(error) == "HTTP 400: \\x1b[2Jgone\\u202e new line"
+    assert len(str(error_of(500, b"x" * 10_000))) < 600

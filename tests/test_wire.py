@@ -469,3 +469,23 @@ def test_what_the_user_adds_travels_and_wins() -> None:
     assert body["context_length_exceeded_behavior"] == "truncate"
     assert body["return_tokens_as_token_ids"] is True
     assert "seed" not in body
+
+
+@pytest.mark.parametrize(
+    ("escaped", "text"),
+    [
+        (r"a\ud800b", "a\ufffdb"),
+        (r"\udc00", "\ufffd"),
+        (r"\ud83d\ude00 \ud83d", "\U0001f600 \ufffd"),
+        (r"\\ud800 \ud800", r"\ud800" + " \ufffd"),
+    ],
+)
+def test_half_of_a_surrogate_pair_costs_its_character(escaped: str, text: str) -> None:
+    reply = fireworks_reply()
+    reply["choices"][0]["text"] = "TEXT"
+    body = json.dumps(reply).replace("TEXT", escaped).encode()
+    [completion] = decode_reply(body, TokenIds([1, 2, 3]), SamplingParams(model="m"))
+    assert completion.text == text
+    assert completion.token_ids == [19, 20, 19, 151645]
+    with pytest.raises(ConnectionFailedError, match="cut off"):
+        decode_reply(body[:-20], TokenIds([1, 2, 3]), SamplingParams(model="m"))

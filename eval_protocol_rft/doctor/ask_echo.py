@@ -42,20 +42,19 @@ async def ask_echo(endpoint: Endpoint, prompt: TokenIds, params: SamplingParams)
         SamplingError: no reply of a completion's shape came. No secret is in its message: it holds
             nothing that was sent.
     """
-    headers = {"content-type": "application/json"}
-    if endpoint.api_key:
-        headers["authorization"] = f"Bearer {endpoint.api_key}"
-    headers.update((name.lower(), value) for name, value in endpoint.headers)
+    url = f"{endpoint.base_url}/completions"
     try:
         async with (
             aiohttp.ClientSession(
-                headers=headers, trust_env=True, cookie_jar=aiohttp.DummyCookieJar()
+                headers={"content-type": "application/json", **endpoint_headers(endpoint)},
+                cookie_jar=aiohttp.DummyCookieJar(),
             ) as session,
             session.post(
-                f"{endpoint.base_url}/completions",
+                url,
                 data=request_body(prompt, params, None),
                 timeout=aiohttp.ClientTimeout(total=params.timeout),
                 allow_redirects=False,
+                proxy=proxy_for(url),
             ) as response,
         ):
             if response.status != 200:

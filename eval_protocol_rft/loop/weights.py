@@ -117,7 +117,7 @@ class ServedWeights:
 
         name = version_name(version)
         folder = await asyncio.to_thread(self._make_folder, name)
-        timeout = aiohttp.ClientTimeout(total=RELOAD_SECONDS, sock_connect=CONNECT_SECONDS)
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS)
         try:
             await asyncio.to_thread(_write_untied, model, weights, folder, name)
             # A session per version: servers close idle connections while a step is taken.
@@ -175,13 +175,25 @@ class ServedWeights:
     async def _post(self, session: aiohttp.ClientSession, path: str, body: Any) -> tuple[int, str]:
         import aiohttp
 
+        from eval_protocol_rft.sampling.clock import Deadline
+        from eval_protocol_rft.sampling.errors import short
+        from eval_protocol_rft.sampling.http import error_text, proxy_for
+
         try:
-            async with session.post(self._url + path, json=body) as response:
+            async with (
+                Deadline(RELOAD_SECONDS),
+                session.post(
+                    self._url + path,
+                    json=body,
+                    allow_redirects=False,
+                    proxy=proxy_for(self._url),
+                ) as response,
+            ):
                 return response.status, await response.text(errors="replace")
         except (aiohttp.ClientError, TimeoutError) as error:
             raise TrainerError(
                 f"{self._url}{path}: no answer, so the sampler may have the old weights "
-                f"({type(error).__name__}: {error}); is the server running, and for how long does "
+                f"({short(error_text(error))}); is the server running, and for how long does "
                 f"it read weights? After {RELOAD_SECONDS:g} s it is given up"
             ) from error
 

@@ -11,7 +11,9 @@ import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from html import unescape
 from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 
 import msgspec
 
@@ -21,6 +23,7 @@ from eval_protocol_rft.sampling.types import (
     SamplingError,
     UnavailableError,
 )
+from eval_protocol_rft.text import visible
 
 TRANSIENT_STATUSES = frozenset({408, 409, 425, 429})
 PERMANENT_SERVER_ERRORS = frozenset({501, 505})
@@ -29,8 +32,13 @@ _HINTS = {
     401: "check the API key (FIREWORKS_API_KEY or completion_params['api_key'])",
     403: "the API key has no access to this model",
     404: "check the model's name and the base URL",
+    407: "the proxy of the environment wants credentials: http://user:password@host:port",
 }
 _LONGEST_MESSAGE = 500
+_LONGEST_ERROR = 700
+"""Characters of an error's text, whatever a server or a library put into it."""
+_MARKUP = re.compile(r"<(script|style)\b.*?</\1\s*>|<!--.*?-->|<[^>]*>", re.IGNORECASE | re.DOTALL)
+_REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _LOADING = re.compile(
     r"not[ _]ready|hot[ _-]?load|scaling[ _]up|being loaded|\b(?:is|are|still|currently) loading\b"
     r"|: loading (?:model|snapshot|weights)\b",
@@ -47,6 +55,12 @@ def status_error(
 ) -> SamplingError:
     """The error that an HTTP status other than 200 stands for. `now` dates `Retry-After`."""
     message = f"HTTP {status}: {_message(body) or 'no message'}"
+    if status in _REDIRECTS:
+        return RefusedError(
+            f"HTTP {status}: redirected to {_place(headers)}, which is not followed: the key is "
+            "not meant for another address. If it is the right one, make it the base URL",
+            status=status,
+        )
     wait = retry_after(headers, now=now)
     if _is_loading(status, message):
         return LoadingError(message, status=status, retry_after=wait)
@@ -54,6 +68,24 @@ def status_error(
         return UnavailableError(message, status=status, retry_after=wait)
     hint = _HINTS.get(status)
     return RefusedError(f"{message} ({hint})" if hint else message, status=status)
+
+
+def short(text: str) -> str:
+    """An error's text as a person can read it: one line, printable, of some hundred characters."""
+    text = visible(" ".join(text.split()))
+    return text if len(text) <= _LONGEST_ERROR else f"{text[:_LONGEST_ERROR]}..."
+
+
+def _place(headers: Mapping[str, str]) -> str:
+    """Where a redirect leads, without what may be secret in it."""
+    place = headers.get("Location", "").strip()
+    try:
+        parts = urlsplit(place)
+    except ValueError:
+        return "what is no URL"
+    host = parts.netloc.rpartition("@")[2]
+    shown = urlunsplit((parts.scheme, host, parts.path, "", ""))
+    return visible(shown[:200]) or "nowhere (it has no Location)"
 
 
 def error_in_body(body: bytes) -> SamplingError | None:
@@ -133,5 +165,7 @@ def _message(body: bytes) -> str:
         if isinstance(value, dict) and value.get(key):
             value = value[key]
     text = value if isinstance(value, str) else msgspec.json.encode(value).decode()
-    text = " ".join(text.split())
+    if text.lstrip().startswith("<"):
+        text = unescape(_MARKUP.sub(" ", text))
+    text = visible(" ".join(text.split()))
     return text if len(text) <= _LONGEST_MESSAGE else f"{text[:_LONGEST_MESSAGE]}..."

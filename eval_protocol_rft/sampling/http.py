@@ -6,12 +6,14 @@ whatever goes wrong leaves as a `SamplingError` in which no secret appears.
 
 from __future__ import annotations
 
+import contextlib
+import ipaddress
 import math
 import urllib.request
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
 
 import aiohttp
 
@@ -32,7 +34,7 @@ from eval_protocol_rft.sampling.connections import (
     last_connection,
     require_looked_at,
 )
-from eval_protocol_rft.sampling.errors import status_error
+from eval_protocol_rft.sampling.errors import short, status_error
 from eval_protocol_rft.sampling.types import (
     AttemptTimeoutError,
     Completion,
@@ -44,12 +46,14 @@ from eval_protocol_rft.sampling.types import (
     TokenIds,
 )
 from eval_protocol_rft.sampling.wire import decode_reply, decode_stream, request_body
+from eval_protocol_rft.text import well_formed
 
 KEEPALIVE_SECONDS = 4.0
 """uvicorn, and so vLLM and SGLang, closes an idle connection after 5 s, under the next request."""
 _NO_CLOCKS = aiohttp.ClientTimeout(total=None, sock_connect=None)
 """aiohttp's run on while the loop is blocked; ours are `Deadline`s."""
 _QUEUE_HEADERS = ("fireworks-prefill-queue-duration", "fireworks-generation-queue-duration")
+_LONGEST_REQUEST_ID = 256
 _REQUEST_ID_HEADERS = ("x-request-id", "x-fireworks-request-id", "cf-ray")
 
 
@@ -62,6 +66,7 @@ class HttpSampler:
         self._tells_affinity = not has_own_affinity(endpoint.headers)
         self._session: aiohttp.ClientSession | None = None
         self._proxy: str | None = None
+        self._secrets = endpoint.secrets
 
     async def sample(
         self, prompt_ids: Sequence[int], params: SamplingParams, *, seed: int | None = None
@@ -77,7 +82,8 @@ class HttpSampler:
         try:
             return await self._attempt(prompt, params, seed)
         except SamplingError as error:
-            error.args = tuple(self._without_secrets(str(arg)) for arg in error.args)
+            # Secrets first: what is cut short could leave the first half of one.
+            error.args = tuple(short(self._without_secrets(str(arg))) for arg in error.args)
             # What it came from may hold the request with its headers, and so the key.
             error.__cause__ = error.__context__ = None
             raise
@@ -91,6 +97,8 @@ class HttpSampler:
         self, prompt: TokenIds, params: SamplingParams, seed: int | None
     ) -> Completion:
         if self._session is None:
+            self._proxy = proxy_for(self._url)
+            self._secrets = (*self._endpoint.secrets, *_password_of(self._proxy))
             self._open()
         assert self._session is not None  # noqa: S101 - narrows the type
         streamed = streams(params)
@@ -126,19 +134,21 @@ class HttpSampler:
                     await read_to_the_end(response)
                 else:
                     body = await read_body(response, limit=reply_limit(prompt, params))
+        except aiohttp.ClientHttpProxyError as error:
+            raise _proxy_error(error) from None
         except aiohttp.ConnectionTimeoutError as error:
-            raise ConnectionFailedError(f"{self._url}: {_text(error)}") from None
+            raise ConnectionFailedError(f"{self._url}: {error_text(error)}") from None
         except TimeoutError as error:
             if limit.expired():
                 raise AttemptTimeoutError(
                     f"{self._url}: no whole reply within {params.timeout:g} s"
                 ) from None
-            raise ConnectionFailedError(f"{self._url}: {_text(error)}") from None
+            raise ConnectionFailedError(f"{self._url}: {error_text(error)}") from None
         except aiohttp.InvalidURL:
             raise RefusedError(f"{self._url} is not a URL") from None
         # OSError: a reset socket can surface unwrapped.
         except (aiohttp.ClientError, OSError) as error:
-            raise ConnectionFailedError(f"{self._url}: {_text(error)}") from None
+            raise ConnectionFailedError(f"{self._url}: {error_text(error)}") from None
         if response.status != 200:
             # Before the message is shortened, which could leave the first half of a secret.
             text = self._without_secrets(body.decode("utf-8", errors="replace"))
@@ -157,7 +167,7 @@ class HttpSampler:
         return completion if queued is None else replace(completion, queue_seconds=queued)
 
     def _without_secrets(self, text: str) -> str:
-        for secret in self._endpoint.secrets:
+        for secret in self._secrets:
             text = text.replace(secret, "***")
         return text
 
@@ -169,7 +179,6 @@ class HttpSampler:
             headers={"content-type": "application/json", **endpoint_headers(self._endpoint)},
             cookie_jar=aiohttp.DummyCookieJar(),
         )
-        self._proxy = proxy_for(self._url)
 
 
 def endpoint_headers(endpoint: Endpoint) -> dict[str, str]:
@@ -181,15 +190,64 @@ def endpoint_headers(endpoint: Endpoint) -> dict[str, str]:
 
 
 def proxy_for(url: str) -> str | None:
-    """The proxy of the environment, looked up once and not for every request."""
+    """The proxy that the environment names for `url`: `HTTP_PROXY` or `HTTPS_PROXY` by its scheme,
+    else `ALL_PROXY`, unless `NO_PROXY` has its host. Look it up once, not for every request.
+
+    Raises:
+        RefusedError: it is no HTTP proxy.
+    """
     parts = urlsplit(url)
-    if urllib.request.proxy_bypass(parts.hostname or ""):
+    named = urllib.request.getproxies()
+    scheme = parts.scheme if named.get(parts.scheme) else "all"
+    proxy = named.get(scheme)
+    if not proxy or _goes_direct(parts, named.get("no", "")):
         return None
-    return urllib.request.getproxies().get(parts.scheme)
+    if "://" not in proxy:
+        proxy = f"http://{proxy}"
+    if urlsplit(proxy).scheme not in ("http", "https"):
+        host = urlsplit(proxy).netloc.rpartition("@")[2]
+        raise RefusedError(
+            f"{scheme.upper()}_PROXY names a proxy that is not supported "
+            f"({urlsplit(proxy).scheme}://{host}): name one that speaks HTTP, or have "
+            f"{parts.hostname} in NO_PROXY"
+        )
+    return proxy
 
 
-def _text(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+def _goes_direct(url: SplitResult, exceptions: str) -> bool:
+    """Whether `NO_PROXY` names this host: by its name, a domain, `host:port`, or as curl takes it
+    too, by a network (10.0.0.0/8)."""
+    if urllib.request.proxy_bypass(url.netloc.rpartition("@")[2]):
+        return True
+    try:
+        address = ipaddress.ip_address(url.hostname or "")
+    except ValueError:
+        return False
+    for exception in exceptions.split(","):
+        with contextlib.suppress(ValueError):
+            if address in ipaddress.ip_network(exception.strip().strip("[]"), strict=False):
+                return True
+    return False
+
+
+def _password_of(proxy: str | None) -> tuple[str, ...]:
+    parts = urlsplit(proxy or "")
+    return (parts.password, unquote(parts.password)) if parts.password else ()
+
+
+def _proxy_error(error: aiohttp.ClientHttpProxyError) -> SamplingError:
+    """The proxy did not connect us."""
+    told = status_error(error.status, b"", error.headers or {}, now=datetime.now(UTC))
+    message = f"the proxy answered {error.status} {error.message}"
+    return type(told)(message, status=error.status, retry_after=told.retry_after)
+
+
+def error_text(error: Exception) -> str:
+    """What aiohttp says went wrong, without the parts of a reply that some of its errors carry."""
+    if isinstance(error, aiohttp.ServerDisconnectedError):
+        return "ServerDisconnectedError: the server disconnected before its reply was whole"
+    name = type(error).__name__
+    return f"{name}: {error}" if str(error) else name
 
 
 def _queue_seconds(response: aiohttp.ClientResponse) -> float | None:
@@ -204,4 +262,6 @@ def _queue_seconds(response: aiohttp.ClientResponse) -> float | None:
 
 def _request_id(response: aiohttp.ClientResponse) -> str | None:
     names = (name for name in _REQUEST_ID_HEADERS if name in response.headers)
-    return next((response.headers[name] for name in names), None)
+    text = next((response.headers[name] for name in names), None)
+    # aiohttp decodes bytes that are no UTF-8 to halves of surrogate pairs.
+    return text and well_formed(text)[:_LONGEST_REQUEST_ID]

@@ -10,8 +10,8 @@ from collections.abc import Hashable
 
 from eval_protocol_rft.sampling.attempts import Attempt
 
-ACCOUNT_STATUSES = frozenset({401, 402, 403, 404, 405, 412})
-"""Key, bill, access, model, path, suspended account: no prompt makes a difference."""
+ACCOUNT_STATUSES = frozenset({401, 402, 403, 404, 405, 407, 412})
+"""Key, bill, access, model, path, proxy, suspended account: no prompt makes a difference."""
 
 ACCOUNT_STREAK = 8
 """So many of them in a row end the run, or half of those in flight where that is more: with one of

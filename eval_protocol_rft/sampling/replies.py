@@ -6,6 +6,7 @@ what the same server would have sent whole, or it is an error.
 
 from __future__ import annotations
 
+import re
 from typing import Any, NamedTuple
 
 import msgspec
@@ -67,6 +68,13 @@ class Reply(msgspec.Struct):
     error: msgspec.Raw = ABSENT
 
 
+_HALVES = re.compile(
+    rb"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}"
+    rb"|\\u[dD][89a-fA-F][0-9a-fA-F]{2}|\\.",
+    re.DOTALL,
+)
+"""Escapes of JSON: a surrogate pair, half of one, any other. A half is no text, and costs its
+character: ids and logprobs are in ASCII."""
 _DECODER = msgspec.json.Decoder(Reply)
 
 
@@ -88,6 +96,9 @@ def parse_reply(body: bytes) -> Reply:
     except RecursionError as problem:
         raise ContractError("the reply is nested too deeply to read") from problem
     except (msgspec.DecodeError, UnicodeDecodeError) as problem:
+        mended = _HALVES.sub(_whole_or_replaced, body)
+        if mended != body:
+            return parse_reply(mended)
         if not body.strip() or _ends_too_soon(body, str(problem)):
             raise ConnectionFailedError(
                 f"the reply is cut off after {len(body)} bytes"
@@ -102,6 +113,10 @@ def parse_reply(body: bytes) -> Reply:
     return reply
 
 
+def _whole_or_replaced(escape: re.Match[bytes]) -> bytes:
+    return rb"\ufffd" if len(escape[0]) == len(rb"\ufffd") else escape[0]
+
+
 def _ends_too_soon(body: bytes, problem: str) -> bool:
     """Whether the decoder ran out of bytes; within a number it only says where it stopped."""
     at_end = problem.endswith(f"(byte {len(body)})") and "trailing" not in problem
@@ -114,6 +129,9 @@ def _kind(body: bytes) -> str:
     return f" (its object is {named!r})" if named else ""
 
 
+_KEEPALIVES = frozenset({"ping", "keepalive", "keep-alive", "keep_alive", "heartbeat"})
+"""Names of events, and `type`s of their data, that gateways send to keep an idle connection open.
+Where one stood in place of tokens, the usage and the ids would show it."""
 _OTHER_FIELDS = frozenset({b"", b"event", b"id", b"retry"})
 """What may stand in an event beside its data. The empty name: a comment, or a line left blank."""
 
@@ -144,6 +162,8 @@ def parse_stream(body: bytes) -> Streamed:
     merged: Reply | None = None
     models: dict[int, list[str]] = {}
     for event in events[:-1]:
+        if _says_nothing(event):
+            continue
         chunk = parse_reply(event)
         if chunk.model:
             _note_model(chunk.model, chunk.choices, models)
@@ -152,7 +172,7 @@ def parse_stream(body: bytes) -> Streamed:
         else:
             _merge(merged, chunk)
     if merged is None:
-        raise ContractError("the event stream holds nothing but [DONE]")
+        raise ContractError("the event stream holds no reply, only [DONE]")
     return Streamed(merged, models)
 
 
@@ -166,25 +186,35 @@ def _note_model(model: str, choices: list[Choice], models: dict[int, list[str]])
 
 
 def _events(body: bytes) -> list[bytes]:
-    """The data of each event; several `data:` lines are one payload (HTML standard, 9.2.6). An
-    event that no blank line ends did not arrive whole."""
+    """The data of each event that has some; several `data:` lines are one payload (HTML standard,
+    9.2.6). An event that no blank line ends did not arrive whole."""
     normal = body.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
     *whole, _rest = normal.split(b"\n\n")
-    return [b"\n".join(data) for data in map(_data, whole) if data]
+    return [data for data in map(_data, whole) if data.strip()]
 
 
-def _data(block: bytes) -> list[bytes]:
-    data = []
+def _data(block: bytes) -> bytes:
+    data, event = [], b""
     for line in block.split(b"\n"):
         name, _, value = line.partition(b":")
         if name == b"data":
             data.append(value.removeprefix(b" "))
+        elif name == b"event":
+            event = value.strip()
         elif name not in _OTHER_FIELDS:
             # The standard lets readers skip it; it may be what is left of an event with tokens.
             raise ContractError(
                 f"the event stream holds a line that is no field of an event: {line[:80]!r}"
             )
-    return data
+    return b"" if event.decode("latin-1").lower() in _KEEPALIVES else b"\n".join(data)
+
+
+def _says_nothing(event: bytes) -> bool:
+    """Whether it is a keep-alive under no name of its own, such as `{"type": "ping"}`."""
+    if b'"choices"' in event or b'"type"' not in event:
+        return False
+    value = loads(event)
+    return isinstance(value, dict) and str(value.get("type")) in _KEEPALIVES
 
 
 def _merge(reply: Reply, chunk: Reply) -> None:

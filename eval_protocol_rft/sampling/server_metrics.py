@@ -19,8 +19,10 @@ import aiohttp
 
 from eval_protocol_rft.endpoint import Endpoint
 from eval_protocol_rft.sampling.adaptive import AdaptiveLimit, ServerLoad
+from eval_protocol_rft.sampling.clock import Deadline
 from eval_protocol_rft.sampling.concurrency import ConcurrencyLimit
 from eval_protocol_rft.sampling.http import endpoint_headers, proxy_for
+from eval_protocol_rft.sampling.types import RefusedError
 
 POLL_SECONDS = 2.0
 """A page costs the server some milliseconds."""
@@ -116,16 +118,20 @@ async def polling(
 
 async def _poll(endpoint: Endpoint, limit: AdaptiveLimit, every: float) -> None:
     url = f"{endpoint.base_url.removesuffix('/v1')}/metrics"
+    try:
+        proxy = proxy_for(url)
+    except RefusedError:
+        return  # requests for completions say so
     queue: StandingQueue | None = None
     async with aiohttp.ClientSession(
         headers=endpoint_headers(endpoint),
         cookie_jar=aiohttp.DummyCookieJar(),
         # A connection that waits for seconds is often closed from there; a new one costs nothing.
         connector=aiohttp.TCPConnector(force_close=True),
-        timeout=aiohttp.ClientTimeout(total=ANSWER_SECONDS),
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=None),
     ) as session:
         while True:
-            now = await _ask(session, url)
+            now = await _ask(session, url, proxy)
             if now is not None:
                 queue = queue or StandingQueue()
                 limit.observe(queue.saw(now))
@@ -136,10 +142,13 @@ async def _poll(endpoint: Endpoint, limit: AdaptiveLimit, every: float) -> None:
             await asyncio.sleep(every)
 
 
-async def _ask(session: aiohttp.ClientSession, url: str) -> Gauges | None:
+async def _ask(session: aiohttp.ClientSession, url: str, proxy: str | None) -> Gauges | None:
     """One poll; None for whatever is no page of metrics."""
     try:
-        async with session.get(url, allow_redirects=False, proxy=proxy_for(url)) as response:
+        async with (
+            Deadline(ANSWER_SECONDS),
+            session.get(url, allow_redirects=False, proxy=proxy) as response,
+        ):
             if response.status != 200:
                 return None
             page = bytearray()

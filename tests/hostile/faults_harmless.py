@@ -217,3 +217,30 @@ async def silence_after_done(exchange: Exchange) -> None:
 @pieces("accept", modes=STREAM)
 def words_after_done(events: list[bytes], rng: random.Random) -> list[bytes]:
     return [*events, b": bye\n\n"]
+
+
+_KEEPALIVES = (
+    b": ping\n\n",
+    b"data:\n\n",
+    b"event: ping\ndata:\n\n",
+    b'event: ping\ndata: {"type": "ping"}\n\n',
+    b'data: {"type": "ping"}\n\n',
+    b"event: keep-alive\ndata: {}\n\n",
+    b"retry: 3000\n\n",
+)
+
+
+@pieces("accept", modes=STREAM)
+def keepalive_events(events: list[bytes], rng: random.Random) -> list[bytes]:
+    """What gateways put between events, so that no idle connection is closed."""
+    *told, done = events
+    for event in _KEEPALIVES:
+        told.insert(rng.randint(0, len(told)), event)
+    return [*told, done]
+
+
+@fault("accept")
+async def request_id_of_odd_bytes(exchange: Exchange) -> None:
+    """A header that is no UTF-8, as a proxy's Latin-1."""
+    await exchange.answer(exchange.pieces(), headers=[("x-request-id", "req\xe9\x85\xff")])
+    exchange.whole = True
