@@ -18,7 +18,12 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from eval_protocol_rft.sampling.types import LOGPROB_NOISE, FinishReason
+from eval_protocol_rft.sampling.types import (
+    LOGPROB_NOISE,
+    LOWEST_LOGPROB,
+    FinishReason,
+    logprob_problem,
+)
 
 T = TypeVar("T")
 
@@ -142,8 +147,11 @@ def _segment_problem(segment: SegmentRecord) -> str | None:
         return "loss_mask[0] is 1: the first token follows nothing, so nothing predicts it"
     if min(tokens) < 0:
         return _at("tokens", tokens, lambda t: t < 0, "not a token id")
-    if max(logprobs) > LOGPROB_NOISE or not all(map(math.isfinite, logprobs)):
-        return _at("logprobs", logprobs, _no_logprob, "not a finite logprob <= 0")
+    if not (min(logprobs) >= LOWEST_LOGPROB and max(logprobs) <= LOGPROB_NOISE) or any(
+        map(math.isnan, logprobs)
+    ):
+        index = next(i for i, value in enumerate(logprobs) if logprob_problem(value))
+        return f"logprobs[{index}] is {logprobs[index]!r}: {logprob_problem(logprobs[index])}"
     if any(compress(logprobs, map(operator.not_, mask))):
         index = next(i for i, (v, m) in enumerate(zip(logprobs, mask, strict=True)) if v and not m)
         return (
@@ -151,10 +159,6 @@ def _segment_problem(segment: SegmentRecord) -> str | None:
             "policy sampled nothing"
         )
     return None
-
-
-def _no_logprob(value: float) -> bool:
-    return not math.isfinite(value) or value > LOGPROB_NOISE
 
 
 def _first_turn_problem(

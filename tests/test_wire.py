@@ -333,6 +333,10 @@ BREAKS = {
         lambda r: r["choices"][0]["raw_output"].update(prompt_token_ids=[1, 2]),
         "raw_output.prompt_token_ids.*at index 2: nothing against 3",
     ),
+    "a stand-in for a logprob of -inf": (
+        lambda r: _content(r)[1].update(sampling_logprob=-9999.0),
+        r"logprobs\[1\] is -9999\.0: .*it stands for -inf",
+    ),
     "a positive logprob": (
         lambda r: _content(r)[1].update(sampling_logprob=0.5),
         r"logprobs\[1\] is 0\.5",

@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from eval_protocol_rft.batch.evaluation_rows.to_row import to_rows
 from eval_protocol_rft.batch.rollouts import jsonl
+from eval_protocol_rft.batch.rollouts.checking import in_order
 from eval_protocol_rft.batch.rollouts.format import FileMetadata, FormatError, metadata_of
 from eval_protocol_rft.batch.rollouts.parquet import open_parquet, read_row_groups
 from eval_protocol_rft.batch.rollouts.rows import CompletionRow, from_record_batch
@@ -61,12 +62,20 @@ class RolloutDataset:
 
         Args:
             columns: read these alone; default all.
+
+        Raises:
+            FormatError: while iterating, at what is broken, at a completion that is there twice, or
+                at a data row whose completions do not stand together.
         """
         if not self.finished:
             return self._parts(columns)
+        wanted = _with_keys(columns)
         if jsonl.is_jsonl(self.path):
-            return jsonl.read_tables(self.path, self.schema, columns)
-        return read_row_groups(self.path, columns)
+            tables = jsonl.read_tables(self.path, self.schema, wanted)
+        else:
+            tables = read_row_groups(self.path, wanted)
+        tables = in_order(tables, str(self.path))
+        return tables if columns is None else (table.select(columns) for table in tables)
 
     def rows(self, columns: list[str] | None = None) -> Iterator[CompletionRow]:
         """All completions, failed ones included.
@@ -113,10 +122,13 @@ class RolloutDataset:
         return self.num_rows
 
     def _parts(self, columns: list[str] | None) -> Iterator[pa.Table]:
-        wanted = None if columns is None else list(dict.fromkeys([*KEY_COLUMNS, *columns]))
-        inputs = [_part(path, wanted) for path in part_paths(self._folder)]
+        inputs = [_part(path, _with_keys(columns)) for path in part_paths(self._folder)]
         for table in merge_sorted(inputs, lambda table: row_keys(table, None)):
             yield table if columns is None else table.select(columns)
+
+
+def _with_keys(columns: list[str] | None) -> list[str] | None:
+    return None if columns is None else list(dict.fromkeys([*KEY_COLUMNS, *columns]))
 
 
 def _file_schema(path: Path) -> pa.Schema:

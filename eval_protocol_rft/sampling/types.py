@@ -46,6 +46,10 @@ TOKEN_ID_LIMIT = 2**31
 LOGPROB_NOISE = 1e-4
 """How far above zero a logprob may lie and still be float noise (half-precision log-softmax)."""
 
+LOWEST_LOGPROB = -744.5
+"""Below the logarithm of the smallest positive double (5e-324) no sampler draws anything: what lies
+there is a stand-in for -inf, such as -9999.0."""
+
 
 class TokenIds(tuple[int, ...]):
     """Prompt token ids that remember their JSON, so a group pays for encoding once, not n times."""
@@ -200,6 +204,15 @@ class Sampler(Protocol):
         ...
 
 
+def logprob_problem(value: float) -> str | None:
+    """Say why this is not the logprob of a token that was sampled, or None."""
+    if not math.isfinite(value) or value > LOGPROB_NOISE:
+        return "not a finite logprob <= 0"
+    if value < LOWEST_LOGPROB:
+        return "no sampler draws a token of this logprob: it stands for -inf"
+    return None
+
+
 def token_data_problem(
     token_ids: Sequence[int], logprobs: Sequence[float], raw_logprobs: Sequence[float] | None
 ) -> str | None:
@@ -214,11 +227,12 @@ def token_data_problem(
             continue
         if len(values) != len(token_ids):
             return f"{len(token_ids)} token ids but {len(values)} {name}"
-        if max(values) > LOGPROB_NOISE or not all(map(math.isfinite, values)):
-            index = next(
-                i for i, v in enumerate(values) if not math.isfinite(v) or v > LOGPROB_NOISE
-            )
-            return f"{name}[{index}] is {values[index]!r}: not a finite logprob <= 0"
+        # NaN fails every comparison, so it is looked for by itself.
+        if not (min(values) >= LOWEST_LOGPROB and max(values) <= LOGPROB_NOISE) or any(
+            map(math.isnan, values)
+        ):
+            index = next(i for i, value in enumerate(values) if logprob_problem(value))
+            return f"{name}[{index}] is {values[index]!r}: {logprob_problem(values[index])}"
     if min(token_ids) < 0 or max(token_ids) >= TOKEN_ID_LIMIT:
         index = next(i for i, t in enumerate(token_ids) if not 0 <= t < TOKEN_ID_LIMIT)
         return f"token_ids[{index}] is {token_ids[index]}: not a token id"

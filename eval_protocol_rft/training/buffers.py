@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from eval_protocol_rft.sampling.types import LOGPROB_NOISE
+from eval_protocol_rft.sampling.types import LOGPROB_NOISE, LOWEST_LOGPROB, logprob_problem
 from eval_protocol_rft.training.arrays import FloatArray, IntArray
 
 BLOCK_TOKENS = 1 << 22
@@ -172,20 +172,16 @@ def _check_values(room: Slab, slabs: Sequence[Slab], prompt_length: int) -> None
     if not slabs or (
         room.tokens.min() >= 0
         and room.logprobs.max() <= LOGPROB_NOISE
-        and room.logprobs.min() > -np.inf  # False for NaN as well
+        and room.logprobs.min() >= LOWEST_LOGPROB  # False for NaN as well
     ):
         return
     for i, slab in enumerate(slabs):
         ids, values = slab.tokens[prompt_length:], slab.logprobs[prompt_length:]
-        for name, array, wrong, rule in (
-            ("completion_ids", ids, ids < 0, "a token id"),
-            (
-                "inference_logprobs",
-                values,
-                ~((values <= LOGPROB_NOISE) & (values > -np.inf)),
-                "a finite logprob <= 0",
-            ),
-        ):
-            if wrong.any():
-                index = int(wrong.argmax())
-                raise TokenDataError(i, f"{name}[{index}] is {array[index]}: not {rule}")
+        outside = ~((values <= LOGPROB_NOISE) & (values >= LOWEST_LOGPROB))
+        if (ids < 0).any():
+            index = int((ids < 0).argmax())
+            raise TokenDataError(i, f"completion_ids[{index}] is {ids[index]}: not a token id")
+        if outside.any():
+            index = int(outside.argmax())
+            problem = logprob_problem(float(values[index]))
+            raise TokenDataError(i, f"inference_logprobs[{index}] is {values[index]}: {problem}")

@@ -19,7 +19,13 @@ import numpy as np
 from msgspec.structs import force_setattr
 from numpy.typing import NDArray
 
-from eval_protocol_rft.sampling.types import LOGPROB_NOISE, Failure, FinishReason
+from eval_protocol_rft.sampling.types import (
+    LOGPROB_NOISE,
+    LOWEST_LOGPROB,
+    Failure,
+    FinishReason,
+    logprob_problem,
+)
 from eval_protocol_rft.training.arrays import FloatArray, IntArray
 from eval_protocol_rft.training.errors import TrainingDataError
 
@@ -212,10 +218,10 @@ def _value_problem(tokens: IntArray, logprobs: FloatArray, mask: FloatArray) -> 
     if tokens.min() < 0:
         index = int((tokens < 0).argmax())
         return f"tokens[{index}] is {tokens[index]}: not a token id"
-    wrong = ~((logprobs <= LOGPROB_NOISE) & (logprobs > -np.inf))
+    wrong = ~((logprobs <= LOGPROB_NOISE) & (logprobs >= LOWEST_LOGPROB))
     if wrong.any():
         index = int(wrong.argmax())
-        return f"logprobs[{index}] is {logprobs[index]}: not a finite logprob <= 0"
+        return f"logprobs[{index}] is {logprobs[index]}: {logprob_problem(logprobs[index])}"
     stray = (logprobs != 0) & (mask == 0)
     if stray.any():
         index = int(stray.argmax())

@@ -14,9 +14,12 @@ from eval_protocol.pytest.types import RolloutProcessorConfig
 from typer.testing import CliRunner
 
 from eval_protocol_rft import EpisodeRolloutProcessor, score_rows
+from eval_protocol_rft.batch.conversion import ConvertError, convert
 from eval_protocol_rft.batch.dataset import RolloutDataset
 from eval_protocol_rft.batch.evaluation_rows.from_row import from_row
+from eval_protocol_rft.batch.evaluation_rows.rest import extra_of
 from eval_protocol_rft.batch.evaluation_rows.to_row import to_row
+from eval_protocol_rft.batch.files import write_rows
 from eval_protocol_rft.batch.rollouts.format import FileMetadata
 from eval_protocol_rft.batch.rollouts.rows import Score
 from eval_protocol_rft.cli import app
@@ -192,3 +195,31 @@ def test_the_commands_take_episodes_as_they_take_completions(
     records = [RolloutRecord.from_extra(row["execution_metadata"]["extra"]) for row in rows]
     assert f"{sum(sum(record.sampled_counts) for record in records)} tokens" in told
     assert " | " in told, "no episode of two turns is shown"
+
+
+@pytest.mark.parametrize(("to", "name"), [("trl", "t.parquet"), ("verl", "v.parquet")])
+def test_an_episode_is_not_converted_to_its_first_turn_with_the_reward_of_all(
+    rows: list[dict[str, Any]], tmp_path: Path, to: Any, name: str
+) -> None:
+    lines, file = tmp_path / "rows.jsonl", tmp_path / "r.parquet"
+    lines.write_bytes(b"".join(msgspec.json.encode(row) + b"\n" for row in rows))
+    convert(lines, file)
+    with pytest.raises(ConvertError, match=r"an episode of 2 turns, .*--to ep"):
+        convert(file, tmp_path / name, to_format=to)
+    assert not (tmp_path / name).exists()
+    convert(file, tmp_path / "again.jsonl", to_format="ep")
+    again = map(msgspec.json.decode, (tmp_path / "again.jsonl").read_bytes().splitlines())
+    for row, back in zip(rows, again, strict=True):
+        extra, whole = (r["execution_metadata"]["extra"] for r in (row, back))
+        assert whole["trajectories"] == extra["trajectories"]
+    # What ended at once is all in its first turn.
+    ended = [
+        completion
+        for i, row in enumerate(rows)
+        for completion, episode in zip(
+            from_row(row, i, prompt_kind="messages"), extra_of(row)["episodes"], strict=True
+        )
+        if episode["turns"] == 1
+    ]
+    write_rows(file, RolloutDataset(file).schema, ended)
+    assert convert(file, tmp_path / name, to_format=to).completions == len(ended) > 0

@@ -12,8 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eval_protocol_rft.training import TrainingDataError, group_rows
+from eval_protocol_rft.episodes import EpisodeRecord, SegmentRecord, episodes_problem
+from eval_protocol_rft.record import RecordError, RolloutRecord
+from eval_protocol_rft.training import TrainingDataError, build_batch, group_rows
 from eval_protocol_rft.training.buffers import TokenBuffer, store_completions
+from eval_protocol_rft.training.trajectory import Segment
 from tests.training_rows import completion, contents_of, record, row, scored
 
 
@@ -168,3 +171,25 @@ def test_a_record_with_any_field_replaced_is_read_exactly_or_refused(key, value)
         sampled = t.logprobs[len(extra["prompt_ids"]) :]
         assert np.array_equal(sampled, np.array(values, np.float32))
         assert t.reward == reward
+
+
+@pytest.mark.parametrize("stand_in", [-9999.0, -1e9, float(np.finfo(np.float32).min)])
+def test_a_stand_in_for_minus_infinity_is_no_logprob_of_a_sampled_token(stand_in):
+    broken = scored("a", 1.0, completions=[([7, 8], [-0.5, stand_in])])
+    with pytest.raises(TrainingDataError, match=r"row 'a'.*completion 0.*\[1\].*stands for -inf"):
+        build_batch([broken])
+    with pytest.raises(RecordError, match=r"completion 0: logprobs\[1\] .*stands for -inf"):
+        RolloutRecord.from_extra(broken["execution_metadata"]["extra"])
+    with pytest.raises(TrainingDataError, match=r"logprobs\[1\] .*stands for -inf"):
+        Segment(tokens=[1, 2], logprobs=[0.0, stand_in], loss_mask=[0, 1])
+    segment = SegmentRecord(tokens=[1, 2], logprobs=[0.0, stand_in], loss_mask=[0, 1])
+    problem = episodes_problem(
+        [[segment]],
+        [EpisodeRecord(turns=1, stop_reason="done")],
+        prompt_ids=[1],
+        completion_ids=[[2]],
+        logprobs=[[-0.5]],
+        finish_reasons=["stop"],
+    )
+    assert problem is not None
+    assert "episode 0, segment 0: logprobs[1]" in problem

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from eval_protocol_rft.batch.conversion.types import (
 )
 from eval_protocol_rft.batch.dataset import RolloutDataset
 from eval_protocol_rft.batch.files import write_file
+from eval_protocol_rft.batch.rollouts.checking import in_order, with_token_data
 from eval_protocol_rft.batch.target import check_target
 
 _ENDINGS: dict[Format, tuple[str, ...]] = {
@@ -70,7 +72,7 @@ def convert(
     if data_source is not None and to_format != "verl":
         raise ConvertError("data_source is verl's: convert to verl, or leave it out")
     found = from_format or detect_format(path)
-    rollouts = _read(path, found, drop_failed_rows=drop_failed_rows)
+    rollouts = _checked(_read(path, found, drop_failed_rows=drop_failed_rows))
     if to_format == "ep":
         written = ep.write(rollouts, output)
     elif to_format == "verl":
@@ -100,6 +102,12 @@ def _read(path: Path, found: Format, *, drop_failed_rows: bool) -> Rollouts:
     data = RolloutDataset(path)
     unfinished = () if data.finished else ("the job of this file is not finished",)
     return Rollouts(path, data.schema, data.tables, unfinished)
+
+
+def _checked(rollouts: Rollouts) -> Rollouts:
+    """The same, but what cannot be trained on is an error where it is read."""
+    where = str(rollouts.path)
+    return replace(rollouts, read=lambda: with_token_data(in_order(rollouts.read(), where), where))
 
 
 def _write_rollouts(rollouts: Rollouts, target: Path) -> Written:

@@ -4,7 +4,8 @@
 (huggingface.co/docs/trl/dataset_formats); `prompt_ids`, `completion_ids` and `logprobs` have the
 names of what a `rollout_func` returns. Further columns reach reward functions as they are.
 
-Invariant: `completion` is the text as sampled; ids and logprobs beside it are exact.
+Invariant: `completion` is the text as sampled; ids and logprobs beside it are exact. An episode of
+several turns is refused, as there is a place for one answer.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from eval_protocol_rft.batch.conversion.types import Rollouts, Written
 from eval_protocol_rft.batch.conversion.values import (
     as_messages,
     as_prompt,
+    check_one_turn,
     from_json_text,
     json_text,
     read_truth,
@@ -85,6 +87,7 @@ def _rows(rollouts: Rollouts, names: list[str], count: _Count) -> Iterator[dict[
     metadata = rollouts.metadata
     for group in rollouts.groups():
         survivors = [row for row in group if not row.failed]
+        check_one_turn(survivors, rollouts.path, "TRL")
         count.data_rows += bool(survivors)
         count.completions += len(survivors)
         for row in survivors:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from eval_protocol_rft.batch.conversion.types import ConvertError
+from eval_protocol_rft.batch.evaluation_rows.rest import extra_of
 from eval_protocol_rft.batch.rollouts.format import FileMetadata, PromptKind
-from eval_protocol_rft.batch.rollouts.rows import ChatMessages
+from eval_protocol_rft.batch.rollouts.rows import ChatMessages, CompletionRow
 
 
 def as_messages(prompt: str | ChatMessages) -> ChatMessages:
@@ -41,3 +44,28 @@ def stored_truth(value: Any, metadata: FileMetadata) -> Any:
 def read_truth(value: Any, metadata: FileMetadata) -> Any:
     """`stored_truth` undone."""
     return from_json_text(value) if "ground_truth" in metadata.json_columns else value
+
+
+def check_one_turn(rows: Sequence[CompletionRow], path: Path, target: str) -> None:
+    """Refuse completions of a data row that are the first of several turns: `target` has a place
+    for one prompt and one answer, and the reward is that of all turns.
+
+    Raises:
+        ConvertError: one of them is.
+    """
+    texts = {row.evaluation_row for row in rows if row.evaluation_row is not None}
+    episodes = {text: _episodes(text) for text in texts if '"episodes"' in text}
+    for row in rows:
+        own = episodes.get(row.evaluation_row or "", {}).get(str(row.sample_idx))
+        if own is not None and own["turns"] > 1:
+            raise ConvertError(
+                f"{path}: data row {row.data_idx}, completion {row.sample_idx}: an episode of "
+                f"{own['turns']} turns, and a row for {target} is a prompt with one answer; the "
+                "reward is that of all turns. Train on `ep-rft datums` of the file, which hold "
+                "every turn, or convert to Eval Protocol's rows (--to ep)"
+            )
+
+
+def _episodes(text: str) -> dict[str, Any]:
+    row: dict[str, Any] = msgspec.json.decode(text)
+    return extra_of(row).get("episodes") or {}

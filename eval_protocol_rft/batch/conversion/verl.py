@@ -7,7 +7,8 @@ one for each prompt where completions of a data row were sampled behind several.
 Where the data set had one of these columns itself, it is passed on.
 
 Invariant: lists of a row are of one length and order, one entry for each completion that did not
-fail; an entry of `rewards` is null where the completion has no valid score.
+fail; an entry of `rewards` is null where the completion has no valid score. An episode of several
+turns is refused, as there is a place for one answer.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from eval_protocol_rft.batch.conversion.types import ConvertError, Rollouts, Wri
 from eval_protocol_rft.batch.conversion.values import (
     as_messages,
     as_prompt,
+    check_one_turn,
     from_json_text,
     json_text,
     read_truth,
@@ -130,6 +132,7 @@ class _Writer:
     def rows(self) -> Iterator[dict[str, Any]]:
         for group in self.rollouts.groups():
             survivors = [row for row in group if not row.failed]
+            check_one_turn(survivors, self.rollouts.path, "verl")
             if not survivors:
                 self.without += 1
                 continue

@@ -48,11 +48,14 @@ def write_tables(file: DurableFile, schema: pa.Schema, tables: Iterable[pa.Table
     rows = 0
     # Pages of short columns are a few bytes each.
     stream = pa.BufferedOutputStream(pa.PythonFile(file, mode="w"), _BUFFER_BYTES)
-    with writer(stream, schema) as target:
-        for table in row_groups(tables):
-            target.write_table(table, row_group_size=len(table))
-            rows += len(table)
-    stream.detach()  # writes what is left, and leaves the file open
+    try:
+        with writer(stream, schema) as target:
+            for table in row_groups(tables):
+                target.write_table(table, row_group_size=len(table))
+                rows += len(table)
+    finally:
+        # Writes what is left, and leaves the file open: it would be closed when Arrow tries.
+        stream.detach()
     return rows
 
 

@@ -1,0 +1,128 @@
+"""Files whose token data or order break the format are refused by every command that reads them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from eval_protocol_rft.batch.dataset import RolloutDataset
+from eval_protocol_rft.batch.rollouts.checking import in_order
+from eval_protocol_rft.batch.rollouts.format import FormatError
+from tests.batch import score_graders
+from tests.batch.rollout_files import write_rollouts
+from tests.batch.servers import refused
+
+BREAKS: dict[str, tuple[dict[str, Any], str]] = {
+    "more logprobs than ids": ({"logprobs": [-0.5] * 5}, "2 token ids but 5 logprobs"),
+    "NaN": ({"logprobs": [-0.5, float("nan")]}, "logprobs[1] is nan"),
+    "minus infinity": ({"logprobs": [float("-inf"), -0.5]}, "logprobs[0] is -inf"),
+    "a stand-in for it": ({"logprobs": [-0.5, -9999.0]}, "logprobs[1] is -9999.0"),
+    "a probability above 1": ({"logprobs": [5.0, -0.5]}, "logprobs[0] is 5.0"),
+    "raw logprobs of another length": ({"raw_logprobs": [-0.5]}, "2 token ids but 1 raw_logprobs"),
+    "a token below 0": ({"completion_ids": [7, -1]}, "token_ids[1] is -1"),
+    "a prompt token below 0": ({"prompt_ids": [-5, 1]}, "prompt_ids[0] is -5"),
+    "no prompt": ({"prompt_ids": []}, "prompt_ids is empty"),
+    "nothing sampled": (
+        {"completion_ids": [], "logprobs": [], "raw_logprobs": []},
+        "no tokens",
+    ),
+    "a null among the ids": ({"completion_ids": [7, None]}, "completion_ids[1] is null"),
+    "no ids": ({"completion_ids": None}, "it has no completion_ids"),
+    "no text": ({"response": None}, "it has no response"),
+    "another end": ({"finish_reason": "tool_calls"}, "finish_reason is 'tool_calls'"),
+}
+
+
+def changed(path: Path, change: Callable[[list[dict[str, Any]]], Any]) -> Path:
+    write_rollouts(path, [["a", "b"], [None, "c"], ["d", "e"]])
+    table = pq.read_table(path)
+    rows = table.to_pylist()
+    change(rows)
+    pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), path)
+    return path
+
+
+@pytest.mark.parametrize("name", BREAKS)
+def test_what_cannot_be_trained_on_is_converted_to_nothing(name: str, tmp_path: Path) -> None:
+    values, said = BREAKS[name]
+    source = changed(tmp_path / "r.parquet", lambda rows: rows[3].update(values))
+    for to, ending in (
+        ("verl", "parquet"), ("trl", "jsonl"), ("ep", "jsonl"), ("rollouts", "jsonl"),
+    ):  # fmt: skip
+        target = tmp_path / f"{to}.{ending}"
+        message = refused("convert", source, target, "--to", to)
+        assert f"data row 1, completion 1: {said}" in message
+        assert not target.exists()
+
+
+ORDERS: dict[str, tuple[Callable[[list[dict[str, Any]]], Any], str]] = {
+    "twice in a row": (
+        lambda rows: rows.insert(2, rows[1]),
+        "data row 0 has its completion 1 twice",
+    ),
+    "twice": (lambda rows: rows.insert(2, rows[0]), "data row 0 has its completion 0 twice"),
+    "scattered": (lambda rows: rows.append(rows.pop(0)), "completions of data row 0 do not stand"),
+    "again at the end": (
+        lambda rows: rows.append(rows[0]),
+        "completions of data row 0 do not stand",
+    ),
+}
+COMMANDS = {
+    "stats": [],
+    "report": ["-o", "page.html"],
+    "filter": ["-o", "f.parquet", "--drop-truncated"],
+    "score": ["-e", f"{score_graders.__file__}::note", "--name", "again"],
+    "datums": ["-o", "d.npz"],
+    "convert to verl": ["v.parquet", "--to", "verl"],
+    "convert to trl": ["t.jsonl", "--to", "trl"],
+    "convert to ep": ["e.jsonl", "--to", "ep"],
+    "convert to rollouts": ["r2.parquet"],
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_completions_that_are_there_twice_or_scattered_are_refused_by_every_command(
+    order: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    change, said = ORDERS[order]
+    broken = write_rollouts(Path("r.parquet"), [["a", "b"], [None, "c"], ["d", "e"]])
+    table = pq.read_table(broken)
+    rows = table.to_pylist()
+    for row in rows:
+        row["reward"] = None if row["error"] else float(row["sample_idx"])
+    change(rows)
+    pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), broken, row_group_size=2)
+    before = sorted(path.name for path in Path().iterdir())
+    for name, arguments in COMMANDS.items():
+        assert said in refused(name.split()[0], broken, *arguments), name
+        assert sorted(path.name for path in Path().iterdir()) == before, name
+    assert capfd.readouterr().err == ""
+    with pytest.raises(FormatError, match=re.escape(said)):
+        list(RolloutDataset(broken).training_rows())
+
+
+def numbered(*pairs: tuple[int, int]) -> pa.Table:
+    data, samples = zip(*pairs, strict=True)
+    return pa.table({"data_idx": pa.array(data), "sample_idx": pa.array(samples)})
+
+
+def test_a_shuffled_file_is_in_order_wherever_its_tables_end() -> None:
+    pairs = [(7, 0), (7, 2), (3, 0), (3, 1), (3, 5), (9, 0), (1, 1), (1, 0)]
+    for cut in range(1, len(pairs)):
+        tables = [numbered(*pairs[:cut]), numbered(*pairs[cut:])]
+        assert list(in_order(tables, "f")) == tables
+        again = [*tables, numbered((8, 0)), numbered(pairs[0])]
+        with pytest.raises(FormatError, match="f: the completions of data row 7 do not"):
+            list(in_order(again, "f"))
+        for place in range(cut, len(pairs)):
+            if pairs[place][0] == pairs[cut - 1][0]:
+                twice = [tables[0], numbered(*pairs[cut : place + 1], pairs[cut - 1])]
+                with pytest.raises(FormatError, match=f"completion {pairs[cut - 1][1]} twice"):
+                    list(in_order(twice, "f"))
