@@ -34,6 +34,8 @@ floats = st.floats(-1e3, 1e3, allow_subnormal=False)
 logprob = st.floats(-50, 0, width=32)
 prompt_ids = st.lists(st.integers(0, 99), min_size=1, max_size=3)
 CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+CALLING = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+THINKING = {"role": "assistant", "content": "b", "reasoning_content": "a"}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
 PROMPTS: list[list[dict[str, Any]]] = [
     [{"role": "user", "content": "q"}],
@@ -126,6 +128,7 @@ def completions(draw: st.DrawFn, *, failed: bool, shared: dict[str, Any]) -> Com
     return CompletionRow(
         **common,
         response=draw(words),
+        message=draw(st.none() | st.sampled_from([CALLING, THINKING])),
         completion_ids=np.array(ids, np.int32),
         logprobs=np.array(arrays[0], np.float32),
         raw_logprobs=np.array(arrays[1], np.float32) if maybe else None,

@@ -4,8 +4,9 @@
 (huggingface.co/docs/trl/dataset_formats); `prompt_ids`, `completion_ids` and `logprobs` have the
 names of what a `rollout_func` returns. Further columns reach reward functions as they are.
 
-Invariant: `completion` is the text as sampled; ids and logprobs beside it are exact. An episode of
-several turns is refused, as there is a place for one answer.
+Invariant: `completion` is the text as sampled; ids and logprobs beside it are exact. Where it was
+read as more than text (calls, thinking), `message` says as what. An episode of several turns is
+refused, as there is a place for one answer.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def write(rollouts: Rollouts, target: Path) -> Written:
     survey = Survey.of(rollouts)
     metadata = rollouts.metadata
     rewards = {name: reward_columns(name)[0] for name in ("reward", *metadata.rewards)}
-    carried = [*_KEPT, "prompt", "response", "tools", "ground_truth", *rewards.values()]
+    carried = [*_KEPT, "prompt", "response", "message", "tools", "ground_truth", *rewards.values()]
     types: dict[str, pa.DataType] = {"prompt": survey.messages, "completion": _COMPLETION}
     known = {name: rollouts.schema.field(name).type for name in rollouts.schema.names}
     own = [name for name in carried if name not in ("prompt", "response")]
@@ -96,6 +97,7 @@ def _rows(rollouts: Rollouts, names: list[str], count: _Count) -> Iterator[dict[
                 "completion": [{"role": "assistant", "content": row.response}],
                 **{name: getattr(row, name) for name in own},
                 "tools": json_text(row.tools),
+                "message": json_text(row.message),
                 "ground_truth": stored_truth(row.ground_truth, metadata),
                 **{name: score.reward for name, score in row.scores.items()},
             }
@@ -110,6 +112,7 @@ def _completion(row: dict[str, Any], metadata: FileMetadata) -> CompletionRow:
         **values,
         prompt=as_prompt(row["prompt"], metadata.prompt_kind),
         response=row["completion"][0]["content"],
+        message=from_json_text(row.get("message")),
         tools=from_json_text(row.get("tools")),
         ground_truth=read_truth(row.get("ground_truth"), metadata),
         scores={name: score for name, score in scores.items() if score != UNSCORED},

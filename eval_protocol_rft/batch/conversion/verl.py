@@ -42,6 +42,7 @@ _LOGPROBS = pa.list_(pa.float32())
 _LISTS: dict[str, tuple[str, pa.DataType]] = {
     "sample_idx": ("sample_idx", pa.int32()),
     "responses": ("response", pa.string()),
+    "response_messages": ("message", pa.string()),
     "response_ids": ("completion_ids", _IDS),
     "response_logprobs": ("logprobs", _LOGPROBS),
     "response_raw_logprobs": ("raw_logprobs", _LOGPROBS),
@@ -162,7 +163,9 @@ class _Writer:
         if name in self.rewards:
             column = self.rewards[name]
             return [row.scores.get(column, UNSCORED).reward for row in survivors]
-        return [getattr(row, _LISTS[name][0]) for row in survivors]
+        column = _LISTS[name][0]
+        values = [getattr(row, column) for row in survivors]
+        return list(map(json_text, values)) if column == "message" else values
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,9 +195,11 @@ class _Reader:
                 for name in ("reward", *metadata.rewards)
                 if _rewards_column(name) in row
             }
+            message = from_json_text(lists.pop("message", None))
             yield CompletionRow(
                 **once,
                 **lists,
+                message=message,
                 truncated=lists["finish_reason"] == "length",
                 scores={name: score for name, score in scores.items() if score != UNSCORED},
             )

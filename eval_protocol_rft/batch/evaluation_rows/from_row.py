@@ -102,6 +102,7 @@ def _survivor(
         **_NO_KEYS,
         sample_idx=sampling.indices[i],
         response=record.completions_text[i],
+        message=record.completion_messages[i] if record.completion_messages else None,
         prompt_ids=prompt_ids,
         completion_ids=_ids(record.completion_ids[i], f"completion {i}: completion_ids"),
         logprobs=np.array(record.inference_logprobs[i], np.float32),

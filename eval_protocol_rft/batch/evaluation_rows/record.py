@@ -96,6 +96,7 @@ def record_of(
         "completion_ids": ids,
         "inference_logprobs": logprobs,
         "completions_text": [row.response for row in survivors],
+        "completion_messages": [row.message for row in survivors],
         "truncated": [row.truncated for row in survivors],
         "finish_reasons": [row.finish_reason for row in survivors],
         "failures": [failure(row) for row in group if row.failed],
@@ -117,6 +118,7 @@ def record_of(
     said = {
         "failures": any(row.failed for row in group),
         "token_turn_traces": False,
+        "completion_messages": any(row.message is not None for row in survivors),
         "raw_logprobs": any(row.raw_logprobs is not None for row in survivors),
         "rewards": any("reward" in row.scores for row in survivors),
         "completion_results": any(_explained(row) for row in survivors),

@@ -40,7 +40,7 @@ _OF_A_GENERATED_ROW = frozenset(
     | {"created_at", "pid"}
 )
 _OF_ITS_METADATA = frozenset(
-    {"row_id", "dataset_info", "extra", "finish_reason"}
+    {"row_id", "dataset_info", "extra", "finish_reason", "tool_call_count"}
     | {"invocation_id", "experiment_id", "rollout_id"}
 )
 """What `to_row` writes, and what Eval Protocol's models add by themselves."""

@@ -25,7 +25,7 @@ from eval_protocol_rft.batch.evaluation_rows.record import (
 from eval_protocol_rft.batch.rollouts.format import FileMetadata
 from eval_protocol_rft.batch.rollouts.rows import CompletionRow, by_prompt
 from eval_protocol_rft.episodes import EpisodeRecord
-from eval_protocol_rft.prompts import answer_fields
+from eval_protocol_rft.prompts import chat_finish_reason, recorded_answers
 from eval_protocol_rft.record import RecordError, turn_payloads
 
 FINISHED = 100
@@ -158,8 +158,12 @@ def _put_answer(
     if first.evaluation_row is not None and answer in (None, first.sample_idx):
         return
     asked = row["messages"] if answer is None else row["messages"][:-1]
-    row["messages"] = [*asked, answer_fields(first.response or "", split_reasoning=split)]
-    row["execution_metadata"]["finish_reason"] = first.finish_reason
+    (said,) = recorded_answers([first.response or ""], [first.message], split_reasoning=split)
+    row["messages"] = [*asked, said]
+    calls = said.get("tool_calls") or []
+    metadata = row["execution_metadata"]
+    metadata["finish_reason"] = chat_finish_reason(first.finish_reason or "stop", calls)
+    metadata["tool_call_count"] = len(calls)
 
 
 def _put_payloads(

@@ -20,6 +20,7 @@ import numpy as np
 
 from eval_protocol_rft.batch.rollouts.rows import CompletionRow, to_record_batch
 from eval_protocol_rft.batch.store.parts import PartStore
+from eval_protocol_rft.conversation import AnswerReader
 from eval_protocol_rft.prompts import PromptError
 from eval_protocol_rft.sampling.concurrency import ConcurrencyLimit
 from eval_protocol_rft.sampling.events import Observer
@@ -153,7 +154,7 @@ class SamplingRun:
                 on_start=started,
                 read=lambda completion: self.tokenizer.read(completion, self.params),
             )
-            self._fill(row, outcome)
+            self._fill(row, outcome, prompt.ids)
         self._finished.put_nowait(row)
 
     def _observer(self, prompt_tokens: int) -> Observer | None:
@@ -163,7 +164,7 @@ class SamplingRun:
             return None
         return lambda event: observe(replace(event, prompt_tokens=prompt_tokens))
 
-    def _fill(self, row: CompletionRow, outcome: Survivor | Failure) -> None:
+    def _fill(self, row: CompletionRow, outcome: Survivor | Failure, prompt: TokenIds) -> None:
         row.attempts, row.seconds = outcome.attempts, outcome.seconds
         if isinstance(outcome, Failure):
             row.error, row.error_kind = outcome.message, outcome.kind
@@ -171,7 +172,10 @@ class SamplingRun:
             return
         completion = outcome.completion
         raw = completion.raw_logprobs
-        row.response = completion.text
+        row.response = completion.text or ""
+        row.message = AnswerReader(prompt, self.tokenizer, tools=row.tools).read_to_record(
+            row.response
+        )
         row.completion_ids = np.array(completion.token_ids, np.int32)
         row.logprobs = np.array(completion.logprobs, np.float32)
         row.raw_logprobs = None if raw is None else np.array(raw, np.float32)

@@ -56,6 +56,7 @@ FIXED_COLUMNS: dict[str, pa.DataType] = {
     "tools": pa.string(),
     "ground_truth": pa.string(),
     "response": pa.string(),
+    "message": pa.string(),
     "prompt_ids": _IDS,
     "completion_ids": _IDS,
     "logprobs": _LOGPROBS,
@@ -83,7 +84,7 @@ FIXED_COLUMNS: dict[str, pa.DataType] = {
     "evaluation_row": pa.string(),
 }
 """Column -> Arrow type, in file order. Every column but the first three can be null. `tools`,
-`metrics` and `evaluation_row` are JSON text."""
+`message`, `metrics` and `evaluation_row` are JSON text."""
 
 ARRAY_COLUMNS = ("prompt_ids", "completion_ids", "logprobs", "raw_logprobs")
 

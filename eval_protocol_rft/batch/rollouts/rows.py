@@ -52,6 +52,8 @@ class CompletionRow(msgspec.Struct, kw_only=True, eq=False):
     tools: list[dict[str, Any]] | None = None
     ground_truth: Any = None
     response: str | None = None
+    message: dict[str, Any] | None = None
+    """The assistant's, where it is not what `response` alone says; see `completion_messages`."""
     prompt_ids: Ids | None = None
     completion_ids: Ids | None = None
     logprobs: Logprobs | None = None
@@ -119,8 +121,8 @@ def to_record_batch(rows: Sequence[CompletionRow], schema: pa.Schema) -> pa.Reco
             columns[name] = _list_array([getattr(row, name) for row in rows], kind)
         elif name == "prompt":
             columns[name] = pa.array([row.prompt for row in rows], kind)
-        elif name == "tools":
-            columns[name] = _json_array([row.tools for row in rows])
+        elif name in ("tools", "message"):
+            columns[name] = _json_array([getattr(row, name) for row in rows])
         elif name == "ground_truth":
             truths = [row.ground_truth for row in rows]
             columns[name] = _json_array(truths) if name in json_columns else pa.array(truths, kind)
@@ -155,7 +157,8 @@ def from_record_batch(
     for name in ARRAY_COLUMNS:
         fields[name] = _arrays(batch.column(name)) if name in names else [None] * size
     json_columns = frozenset(metadata.json_columns)
-    fields["tools"] = _from_json(batch.column("tools")) if "tools" in names else [None] * size
+    for name in ("tools", "message"):
+        fields[name] = _from_json(batch.column(name)) if name in names else [None] * size
     if "ground_truth" in names:
         fields["ground_truth"] = _values(batch, "ground_truth", json_columns)
     fields["scores"] = _scores(batch, metadata, names)
