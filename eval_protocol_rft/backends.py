@@ -11,6 +11,7 @@ import os
 from typing import Any
 
 from eval_protocol_rft.endpoint import Endpoint
+from eval_protocol_rft.fireworks_models import hub_id_of
 from eval_protocol_rft.params import LOCAL_PREFIX, RolloutRequest
 from eval_protocol_rft.sampling.http import HttpSampler
 from eval_protocol_rft.sampling.types import Sampler
@@ -32,6 +33,8 @@ class Backends:
         self._trust_remote_code = trust_remote_code
         self._wrapped: LoadedTokenizer | None = None
         self._local: dict[str, LoadedTokenizer] = {}
+        self._asked: dict[str, asyncio.Future[tuple[str | None, str]]] = {}
+        """Models of Fireworks -> what the service says of their tokenizers."""
 
     def sampling_from(self, sampler: Sampler) -> Backends:
         """The same with another sampler."""
@@ -79,13 +82,7 @@ class Backends:
     async def _tokenizer_for(self, request: RolloutRequest, own: Any) -> LoadedTokenizer:
         chosen = request.tokenizer or self._tokenizer or own
         if chosen is None:
-            if request.params.model.startswith("accounts/"):
-                raise TokenizerError(
-                    f"model {request.params.model!r} names no tokenizer: give the base model's, "
-                    'as completion_params["tokenizer"] = "Qwen/Qwen3-8B" or '
-                    "FireworksTrainingRolloutProcessor(tokenizer=...)"
-                )
-            chosen = request.params.model
+            chosen = await self._by_model(request)
         if isinstance(chosen, LoadedTokenizer):
             return chosen
         if isinstance(chosen, os.PathLike):
@@ -97,3 +94,24 @@ class Backends:
         if self._wrapped is None or self._wrapped.tokenizer is not chosen:
             self._wrapped = LoadedTokenizer.wrap(chosen)
         return self._wrapped
+
+    async def _by_model(self, request: RolloutRequest) -> str:
+        """The tokenizer of a request that names none: what Fireworks says of its model, else the
+        model's name as a hub id."""
+        model, endpoint = request.params.model, request.endpoint
+        if not model.startswith("accounts/"):
+            return model
+        hub_id, why = None, "and the sampler brings none"
+        if endpoint is not None:
+            # One question for all rows that start together; shielded, as any of them may end.
+            asked = self._asked.get(model)
+            if asked is None or asked.get_loop() is not asyncio.get_running_loop():
+                asked = self._asked[model] = asyncio.ensure_future(hub_id_of(model, endpoint))
+            hub_id, why = await asyncio.shield(asked)
+        if hub_id is None:
+            raise TokenizerError(
+                f"model {model!r} names no tokenizer ({why}): give the base model's, as "
+                'completion_params["tokenizer"] = "Qwen/Qwen3-8B" or '
+                'FireworksTrainingRolloutProcessor(tokenizer="Qwen/Qwen3-8B")'
+            )
+        return hub_id

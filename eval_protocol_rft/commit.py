@@ -14,7 +14,12 @@ from openai.types import CompletionUsage
 
 from eval_protocol_rft.conversation import AnswerReader
 from eval_protocol_rft.params import RolloutRequest
-from eval_protocol_rft.prompts import as_message, chat_finish_reason, is_same_answer
+from eval_protocol_rft.prompts import (
+    as_message,
+    chat_finish_reason,
+    is_same_answer,
+    rendered_otherwise,
+)
 from eval_protocol_rft.record import (
     RecordError,
     RolloutRecord,
@@ -60,6 +65,7 @@ def commit_group(
         request,
         tokenizer,
         reader=AnswerReader(prompt, tokenizer, tools=row.tools, split_reasoning=split_reasoning),
+        asked=messages,
         split_reasoning=split_reasoning,
         began_at=began_at,
         tail=tail,
@@ -105,6 +111,7 @@ def commit_episodes(
         request,
         tokenizer,
         reader=None,
+        asked=row.messages,
         split_reasoning=split_reasoning,
         began_at=began_at,
     )
@@ -201,6 +208,7 @@ def build_record(
     tokenizer: LoadedTokenizer,
     *,
     reader: AnswerReader | None,
+    asked: Sequence[Message],
     split_reasoning: bool,
     began_at: float,
     tail: TailPolicy = WAIT_FOR_ALL,
@@ -237,6 +245,7 @@ def build_record(
             tokenizer=tokenizer.name,
             chat_template_hash=tokenizer.chat_template_hash,
             chat_template_kwargs=redact_params(request.chat_template_kwargs),
+            rendered_as=rendered_otherwise(asked, tokenizer),
             temperature=params.temperature,
             top_p=params.top_p,
             top_k=params.top_k,

@@ -133,7 +133,7 @@ def parse_completion_params(
     if temperature == 0 and n > 1:
         raise ParamsError(
             f"completion_params['temperature'] is 0 with n={n}: greedy completions are all the "
-            "same; use n=1 or a temperature above 0"
+            'same. Write "temperature": 1.0 to train on them, or "n": 1 to have one greedy answer'
         )
     _refuse_prompt_keys(keys)
     for key in _MUST_BE_TRUE:

@@ -55,18 +55,58 @@ def render_prompt(
     Raises:
         PromptError: as `chat_messages` and `render_chat`.
     """
-    return render_chat(chat_messages(messages), tools, tokenizer, chat_template_kwargs)
+    chat = chat_messages(messages, tokenizer)
+    return render_chat(chat, tools, tokenizer, chat_template_kwargs)
 
 
-def chat_messages(messages: Sequence[Message | Mapping[str, Any]]) -> list[dict[str, Any]]:
+def chat_messages(
+    messages: Sequence[Message | Mapping[str, Any]], tokenizer: LoadedTokenizer | None = None
+) -> list[dict[str, Any]]:
     """Messages as the chat API has them, without empty fields and those that no template reads.
-    Arguments of tool calls are JSON text, content is text.
+    Arguments of tool calls are JSON text, content is text: several text parts are joined by line
+    breaks, as vLLM joins them.
+
+    Args:
+        messages: Eval Protocol's, or the chat API's.
+        tokenizer: for its chat template the role `developer` becomes `system`, where it has no such
+            role.
 
     Raises:
-        PromptError: content that has no one text (images, several text parts), a tool call without
-            a name, or a message without anything.
+        PromptError: content that is no text (images, audio), a tool call without a name, or a
+            message without anything.
     """
-    return [_chat_message(i, message) for i, message in enumerate(messages)]
+    chat = [_chat_message(i, message) for i, message in enumerate(messages)]
+    for message in chat:
+        if message["role"] == "developer" and tokenizer and not _knows_developer(tokenizer):
+            message["role"] = "system"
+    return chat
+
+
+def rendered_otherwise(
+    messages: Sequence[Message | Mapping[str, Any]], tokenizer: LoadedTokenizer
+) -> list[str]:
+    """What `chat_messages` wrote in another way than it stands in `messages`, for the record."""
+    notes = []
+    for i, (message, chat) in enumerate(
+        zip(messages, chat_messages(messages, tokenizer), strict=True)
+    ):
+        role, content = _field(message, "role"), _field(message, "content")
+        if role != chat["role"]:
+            notes.append(f"messages[{i}]: the role {role} as {chat['role']}")
+        if isinstance(content, list) and len(content) > 1:
+            notes.append(f"messages[{i}]: {len(content)} text parts, joined by line breaks")
+    return notes
+
+
+@lru_cache(maxsize=16)
+def _knows_developer(tokenizer: LoadedTokenizer) -> bool:
+    """Whether the chat template renders what a developer says."""
+    said = "Speak plainly."
+    chat = [{"role": "developer", "content": said}, {"role": "user", "content": "Hi."}]
+    try:
+        return said in tokenizer.decode(_apply(tokenizer, chat, None, {}))
+    except PromptError:
+        return False
 
 
 def render_chat(
@@ -273,10 +313,14 @@ def _chat_message(index: int, message: Message | Mapping[str, Any]) -> dict[str,
             f"messages[{index}] has a function_call, which chat templates do not render: "
             "use tool_calls"
         )
-    chat: dict[str, Any] = {"role": role, "content": _text(index, content)}
+    chat: dict[str, Any] = {"role": role, "content": text_of(index, content)}
     for name in ("reasoning_content", "thinking", "name", "tool_call_id"):
         if fields[name] is not None:
             chat[name] = fields[name]
+    if calls and not isinstance(calls, list | tuple):
+        raise PromptError(
+            f"messages[{index}].tool_calls is a {type(calls).__name__}, not a list of tool calls"
+        )
     if calls:
         chat["tool_calls"] = [_tool_call(index, _plain(call)) for call in calls]
     elif content is None:
@@ -298,25 +342,37 @@ def _plain(value: Any) -> Any:
     return value.model_dump() if hasattr(value, "model_dump") else value
 
 
-def _text(index: int, content: Any) -> str:
+def text_of(index: int, content: Any) -> str:
+    """The content of message `index` as text.
+
+    Raises:
+        PromptError: it has parts that are no text.
+    """
     if content is None:
         return ""
     if isinstance(content, str):
         return content
     kinds = [str(_field(part, "type") or type(part).__name__) for part in content]
-    if kinds == ["text"]:
-        return str(_field(content[0], "text"))
+    if content and all(
+        kind in _TEXT_PARTS and isinstance(_field(part, "text"), str)
+        for kind, part in zip(kinds, content, strict=True)
+    ):
+        return "\n".join(_field(part, "text") for part in content)
     raise PromptError(
-        f"messages[{index}].content has the parts {kinds}: only a string or a single text part "
-        "has one exact rendering; join text parts in the dataset adapter"
+        f"messages[{index}].content has the parts {kinds}: prompts are token ids of text, so "
+        "images, audio and files cannot be sent; leave such rows out, or say in words what matters"
     )
+
+
+_TEXT_PARTS = frozenset({"text", "input_text", "output_text"})
+"""What the chat and the responses API call a part of text."""
 
 
 def _tool_call(index: int, call: Mapping[str, Any]) -> dict[str, Any]:
     """A tool call with its arguments as JSON text, as the chat API carries them; data sets often
     hold them as an object."""
-    function = call.get("function") or {}
-    if not isinstance(function.get("name"), str):
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise PromptError(f"messages[{index}] has a tool call without a function's name")
     arguments = function.get("arguments")
     if not isinstance(arguments, str):

@@ -51,6 +51,9 @@ class SamplingRecord(msgspec.Struct, frozen=True, kw_only=True):
     """First 16 hex digits of the SHA-256 of the chat template."""
     chat_template_kwargs: dict[str, Any] = {}
     """What the template was given beside the conversation: `reasoning_effort`, ..."""
+    rendered_as: list[str] = []
+    """What of the row's messages the prompt writes otherwise, as chat servers do: several text
+    parts joined, the role developer as system."""
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None

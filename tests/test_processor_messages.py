@@ -160,7 +160,7 @@ async def test_the_tokenizer_of_a_hub_model_is_looked_for_by_the_models_own_name
     processor = FireworksTrainingRolloutProcessor()
     with pytest.raises(ValueError, match="cannot load tokenizer 'nobody/nothing'"):
         await roll_out(processor, row_of(), params_for(server, model="nobody/nothing"))
-    with pytest.raises(ValueError, match="names no tokenizer: give the base model's"):
+    with pytest.raises(ValueError, match=r"names no tokenizer .*: give the base model's"):
         await roll_out(processor, row_of(), params_for(server, model="accounts/a/models/b"))
     assert server.requests == []
 

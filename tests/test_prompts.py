@@ -8,7 +8,13 @@ from typing import Any
 import pytest
 from eval_protocol.models import Message
 
-from eval_protocol_rft.prompts import PromptError, assistant_message, render_prompt
+from eval_protocol_rft.prompts import (
+    PromptError,
+    assistant_message,
+    chat_messages,
+    render_prompt,
+    rendered_otherwise,
+)
 from eval_protocol_rft.sampling.types import TokenIds
 from eval_protocol_rft.tokenizer import LoadedTokenizer
 from tests.rollouts import TOOLS, chat_tokenizer
@@ -96,11 +102,6 @@ BROKEN = {
         [USER, Message(role="user", content=[TEXT, IMAGE])],
         {},
         r"messages\[1\].content has the parts \['text', 'image_url'\]",
-    ),
-    "several text parts": (
-        [Message(role="user", content=[TEXT, TEXT])],
-        {},
-        "join text parts in the dataset adapter",
     ),
     "no text part": ([Message(role="user", content=[])], {}, r"messages\[0\].content"),
     "nothing said": (
@@ -218,8 +219,36 @@ def test_a_closed_think_block_at_the_start_is_the_reasoning(text, content, reaso
 
 
 def test_a_role_that_the_template_drops_is_refused():
-    template = "{% for m in messages if m.role != 'developer' %}{{ m.content }}{% endfor %}"
+    template = "{% for m in messages if m.role != 'critic' %}{{ m.content }}{% endfor %}"
+    critic = Message(role="critic", content="be brief")
+    with pytest.raises(PromptError, match="does not render the role 'critic'"):
+        render(critic, USER, template=template)
+    assert "be brief" in render(critic, USER)
+
+
+DROPS = "{% for m in messages if m.role != 'developer' %}{{ m.role }}: {{ m.content }};{% endfor %}"
+RAISES = (
+    "{% for m in messages %}{% if m.role == 'developer' %}{{ raise_exception('role') }}{% endif %}"
+    "{{ m.role }}: {{ m.content }};{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("template", [DROPS, RAISES])
+def test_a_developer_is_the_system_to_a_template_without_that_role(template):
     developer = Message(role="developer", content="be brief")
-    with pytest.raises(PromptError, match="does not render the role 'developer'"):
-        render(developer, USER, template=template)
-    assert "be brief" in render(developer, USER)
+    assert render(developer, USER, template=template) == "system: be brief;user: hi;"
+    assert rendered_otherwise([developer, USER], loaded(template)) == [
+        "messages[0]: the role developer as system"
+    ]
+    assert render(developer, USER).startswith("<|im_start|>developer\nbe brief")
+    assert rendered_otherwise([developer, USER], loaded()) == []
+
+
+def test_text_parts_are_joined_by_line_breaks_as_vllm_joins_them():
+    parts = [{"type": "text", "text": "a"}, {"type": "input_text", "text": "b"}]
+    message = Message(role="user", content=[TEXT, TEXT])
+    assert render(message) == render(Message(role="user", content="a\na"))
+    assert rendered_otherwise([USER, message], loaded()) == [
+        "messages[1]: 2 text parts, joined by line breaks"
+    ]
+    assert chat_messages([{"role": "user", "content": parts}])[0]["content"] == "a\nb"

@@ -79,7 +79,7 @@ class Opening:
             PromptError: as `prompts.render_chat`.
         """
         kwargs = dict(template_kwargs or {})
-        given = chat_messages(messages)
+        given = chat_messages(messages, tokenizer)
         ids = render_chat(given, tools, tokenizer, kwargs)
         chat = ChatText(tokenizer=tokenizer, tools=tools, template_kwargs=kwargs)
         return cls(chat=chat, messages=given, prompt_ids=ids, text=chat.render(given))
@@ -103,7 +103,7 @@ class Openings:
         Raises:
             PromptError: as `Opening.render`.
         """
-        last, given = self._last, chat_messages(messages)
+        last, given = self._last, chat_messages(messages, self.tokenizer)
         if last is None or (given, tools) != (last.messages, last.chat.tools):
             self._last = last = Opening.render(given, tools, self.tokenizer, self._kwargs)
         return last
@@ -244,7 +244,7 @@ class Conversation:
                 f"turn {self._turns} was cut off at its token limit: nothing can be said after a "
                 "turn that has no end. End the episode, or allow more tokens per turn"
             )
-        new = chat_messages(messages)
+        new = chat_messages(messages, self._chat.tokenizer)
         chat = [*self._messages, *new]
         text = self._chat.render(chat)
         self._chat.check_seen(chat, len(new) + 1, text)

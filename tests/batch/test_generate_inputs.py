@@ -258,13 +258,20 @@ ODD_CALL = [
 ]
 
 
+@pytest.mark.parametrize("written", [list, json.dumps])
+def test_an_image_is_refused_before_anything_is_asked(written, tmp_path, server, tokenizer_folder):
+    rows = [{"messages": written(messages)} for messages in (MESSAGES[0], IMAGE)]
+    data = write_jsonl(tmp_path / "d.jsonl", rows)
+    output = tmp_path / "out.parquet"
+    said = refused("generate", data, "-o", output, *at(server, tokenizer_folder))
+    assert "d.jsonl:2: the prompt in 'messages': messages[0].content has the parts" in said
+    assert not server.requests
+
+
 @pytest.mark.parametrize("place", [0, 1])
-@pytest.mark.parametrize("bad", [IMAGE, ODD_CALL], ids=["an image", "broken arguments"])
-def test_a_prompt_that_cannot_be_rendered_fails_alone(
-    bad, place, tmp_path, server, tokenizer_folder
-):
+def test_a_prompt_that_cannot_be_rendered_fails_alone(place, tmp_path, server, tokenizer_folder):
     prompts = [MESSAGES[0], MESSAGES[1]]
-    prompts.insert(place, bad)
+    prompts.insert(place, ODD_CALL)
     data = write_jsonl(tmp_path / "d.jsonl", [{"messages": messages} for messages in prompts])
     output = tmp_path / "out.parquet"
     result = succeed("generate", data, "-o", output, "-n", 2, *at(server, tokenizer_folder))

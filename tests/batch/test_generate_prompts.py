@@ -96,9 +96,15 @@ def test_messages_and_tools_as_json_text_are_read_and_that_is_said(
 @pytest.mark.parametrize(
     ("tools", "message"),
     [
-        ("{broken", "'tools' is text that is not JSON"),
+        (
+            "{broken",
+            "or the JSON text of one; its text is no JSON",
+        ),
         ('"add"', "'tools' must be a list of tools"),
-        (["add"], "'tools' is text that is not JSON"),
+        (
+            ["add"],
+            "or the JSON text of one; its text is no JSON",
+        ),
         ('{"name": "add"}', "'tools' must be a list of tools"),
     ],
 )
@@ -107,5 +113,6 @@ def test_tools_that_are_none_are_refused_before_anything_is_asked(
 ):
     data = write_jsonl(tmp_path / "d.jsonl", [{"prompt": "hi", "tools": tools}])
     said = refused("generate", data, "-o", tmp_path / "o.parquet", *at(server, tokenizer_folder))
-    assert f"d.jsonl:1: {message}" in said
+    assert "d.jsonl:1: 'tools' must be a list of tools" in said
+    assert message in said
     assert not server.requests

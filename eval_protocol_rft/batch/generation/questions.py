@@ -28,7 +28,7 @@ from eval_protocol_rft.batch.source.opening import (
 )
 from eval_protocol_rft.batch.store.done import DoneIndex
 from eval_protocol_rft.params import RolloutRequest
-from eval_protocol_rft.prompts import PromptError, chat_messages, render_chat
+from eval_protocol_rft.prompts import PromptError, chat_messages, render_chat, text_of
 from eval_protocol_rft.sampling.fanout import derive_seeds
 from eval_protocol_rft.sampling.types import TokenIds
 from eval_protocol_rft.tokenizer import LoadedTokenizer
@@ -106,6 +106,8 @@ class Questions:
         for row in source.rows(**selection.rows):
             kind = check_prompt(row, key, kind)
             in_text += kind == "messages" and isinstance(row.values[key], str)
+            if kind == "messages":
+                _check_parts(row, key)
             _tools(source, row, selection.tools_key)
             count += 1
         if kind is None:
@@ -182,7 +184,7 @@ class Questions:
                 row_id=f"{name}-{row.data_idx}",
                 data_idx=row.data_idx,
                 sample_idx=0,
-                prompt=self._prompt_to_store(row),
+                prompt=self._prompt_to_store(row, tokenizer),
                 tools=_tools(self.source, row, self.selection.tools_key),
                 ground_truth=row.values.get(self.selection.ground_truth_key or ""),
                 prompt_ids=None if isinstance(ids, PromptError) else np.array(ids, np.int32),
@@ -197,7 +199,7 @@ class Questions:
         # Looks whether the files are still those that were opened.
         self.source.rows(limit=0)
 
-    def _prompt(self, row: SourceRow) -> Any:
+    def _prompt(self, row: SourceRow, tokenizer: LoadedTokenizer) -> Any:
         """What is asked: the text, or the messages up to the last that is not the assistant's."""
         asked = _value(self.source, row, self.selection.prompt_key)
         if self.kind == "text":
@@ -205,19 +207,18 @@ class Questions:
                 return asked
             messages = [{"role": "user", "content": asked}]
         else:
-            messages = chat_messages(
-                (messages_in(asked) or ()) if isinstance(asked, str) else asked
-            )
+            said = (messages_in(asked) or ()) if isinstance(asked, str) else asked
+            messages = chat_messages(said, tokenizer)
             while messages and messages[-1]["role"] == "assistant":
                 messages.pop()
         if self.system is not None and messages and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.system}, *messages]
         return messages
 
-    def _prompt_to_store(self, row: SourceRow) -> Any:
+    def _prompt_to_store(self, row: SourceRow, tokenizer: LoadedTokenizer) -> Any:
         """The prompt, without messages where they are none that the file could hold."""
         try:
-            return self._prompt(row)
+            return self._prompt(row, tokenizer)
         except PromptError:
             return []
 
@@ -225,13 +226,25 @@ class Questions:
         self, row: SourceRow, tokenizer: LoadedTokenizer, request: RolloutRequest
     ) -> TokenIds | PromptError:
         try:
-            prompt = self._prompt(row)
+            prompt = self._prompt(row, tokenizer)
             if isinstance(prompt, str):
                 prompt = [{"role": "user", "content": prompt}]
             tools = _tools(self.source, row, self.selection.tools_key)
             return render_chat(prompt, tools, tokenizer, request.chat_template_kwargs)
         except PromptError as error:
             return PromptError(f"{row.where}: {error}")
+
+
+def _check_parts(row: SourceRow, key: str) -> None:
+    """Images and sounds are refused here: asked row by row, they would come up after much was paid
+    for."""
+    value = row.values[key]
+    messages = messages_in(value) if isinstance(value, str) else value
+    for i, message in enumerate(messages or ()):
+        try:
+            text_of(i, message.get("content"))
+        except PromptError as error:
+            raise SourceError(f"{row.where}: the prompt in {key!r}: {error}") from error
 
 
 def _tools(source: Source, row: SourceRow, key: str | None) -> list[dict[str, Any]] | None:

@@ -129,7 +129,7 @@ def tools_in(value: Any, place: str) -> list[dict[str, Any]] | None:
     if not tools:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise SourceError(f"{place} must be a list of tools, objects of the chat API")
+        raise SourceError(f"{place} {_TOOLS}")
     return tools
 
 
@@ -139,8 +139,10 @@ def _decoded(value: Any, place: str) -> Any:
     try:
         return json.loads(value)
     except (ValueError, RecursionError) as error:
-        raise SourceError(f"{place} is text that is not JSON: {error}") from error
+        raise SourceError(f"{place} {_TOOLS}; its text is no JSON: {error}") from error
 
+
+_TOOLS = "must be a list of tools, objects of the chat API, or the JSON text of one"
 
 _NAMES: dict[PromptKind, str] = {"text": "text", "messages": "a list of messages"}
 
