@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 
 from eval_protocol_rft.sampling.concurrency import FixedLimit
 from eval_protocol_rft.sampling.guard import RunGuard, RunStoppedError
@@ -78,6 +79,20 @@ async def test_while_the_server_is_away_nearly_nobody_asks_and_the_user_is_told(
     assert "the server is back" in caplog.text
     for task in asked:
         task.cancel()
+
+
+async def test_what_is_wrong_for_all_completions_is_one_warning(server, processor, caplog):
+    caplog.set_level(logging.INFO, logger="eval_protocol_rft.attempts")
+    server.script = lambda seen: Status(400, {"error": f"request {seen.place} has no such model"})
+    rows = [row_of(f"question {i}") for i in range(4)]
+    await asyncio.gather(
+        *processor(rows, config_of(params_for(server, n=3))), return_exceptions=True
+    )
+    await processor.acleanup()
+    attempts = [one for one in caplog.records if one.name == "eval_protocol_rft.attempts"]
+    assert len(attempts) == len(server.requests) > 1
+    [warning] = [one for one in attempts if one.levelno >= logging.WARNING]
+    assert "has no such model" in warning.getMessage()
 
 
 async def test_rows_that_come_after_a_wrong_key_was_found_ask_nothing(server, processor):

@@ -1,6 +1,8 @@
 """Scoring rows again later, outside of a test."""
 
 import asyncio
+import itertools
+import threading
 
 import pytest
 from eval_protocol.models import EvaluationRow
@@ -201,3 +203,24 @@ def test_no_rows_are_no_work():
     assert score_rows([], judge) == []
     assert score_rows([], judge_async) == []
     assert score_rows([], rank, mode="all") == []
+
+
+async def test_the_loop_turns_between_two_calls_of_a_sync_evaluator():
+    """And they come in order, in the main thread, where `signal.alarm` works."""
+    turns, calls = [], []
+
+    def evaluator(row: EvaluationRow) -> float:
+        assert threading.current_thread() is threading.main_thread()
+        calls.append(len(turns))
+        return 1.0
+
+    async def other() -> None:
+        for turn in range(100):
+            turns.append(turn)
+            await asyncio.sleep(0)
+
+    beside = asyncio.ensure_future(other())
+    await ascore_rows([answered("1", "2"), answered("3", "4")], evaluator)
+    beside.cancel()
+    assert len(calls) == 4
+    assert all(before < after for before, after in itertools.pairwise(calls))

@@ -28,6 +28,8 @@ class AttemptEvent:
     """Requests of the run that have not ended, this one not counted."""
     gives_up: bool
     """It failed, and there will be no other attempt."""
+    repeated: bool = False
+    """It failed for good of what another completion of the run had failed for good of before."""
 
 
 Observer = Callable[[AttemptEvent], None]

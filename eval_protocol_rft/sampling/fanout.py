@@ -205,6 +205,7 @@ async def sample_one(
                     request_id=request_id,
                     in_flight=others,
                     gives_up=gives_up,
+                    repeated=gives_up and guard.has_met(attempt),
                 )
             )
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import re
 from collections import deque
 from collections.abc import AsyncIterator, Hashable
 from contextlib import AbstractAsyncContextManager
@@ -25,6 +26,9 @@ from eval_protocol_rft.sampling.decisions import Go, Stop
 from eval_protocol_rft.sampling.types import Completion, SamplingError
 
 _NO_LIMIT = 1 << 30
+_NUMBER = re.compile(r"[0-9]+")
+_MOST_MET = 256
+"""Kinds of failures that are kept in mind."""
 logger = logging.getLogger(__name__)
 
 
@@ -87,6 +91,7 @@ class RunGuard:
             breaker=CircuitBreaker(patience_seconds=patience_seconds, proven=proven),
             budget=BudgetMeter(budget or RunBudget(), began=sampling_time()),
         )
+        self._met: set[str] = set()
         self._waiting: deque[asyncio.Future[None]] = deque()
 
     @contextlib.asynccontextmanager
@@ -119,6 +124,14 @@ class RunGuard:
                             self._ended(turn.attempt)
                         self._wake()
                     return
+
+    def has_met(self, attempt: Attempt) -> bool:
+        """Whether a failure like this one, numbers in its message aside, was asked about before."""
+        failure = f"{attempt.cause}: {_NUMBER.sub('0', attempt.message)}"
+        met = failure in self._met
+        if len(self._met) < _MOST_MET:
+            self._met.add(failure)
+        return met
 
     def _ended(self, attempt: Attempt) -> None:
         """Tell the machines, and the user when the server goes away or comes back."""

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from opentelemetry.trace import Tracer
 
 LOGGER = "eval_protocol_rft.attempts"
-"""One record per attempt: DEBUG a completion, INFO a failure with another attempt to come, WARNING
-one without."""
+"""One record per attempt: DEBUG a completion, INFO a failure. WARNING where it was the last attempt
+and the run's first failure for good of this cause: what is wrong for all of a run is said once."""
 
 SECONDS_BUCKETS = tuple(0.01 * 2**power for power in range(17))
 """Bounds of the duration histogram: those of the GenAI conventions (0.01 s to 81.92 s), doubled on
@@ -63,7 +63,8 @@ def log_attempt(event: AttemptEvent) -> None:
     dict of plain JSON values (`attempt_fields`). Where the logger is off this does nothing.
     """
     failed = event.attempt.kind is not None
-    level = logging.DEBUG if not failed else logging.WARNING if event.gives_up else logging.INFO
+    is_news = event.gives_up and not event.repeated
+    level = logging.DEBUG if not failed else logging.WARNING if is_news else logging.INFO
     if not _attempts.isEnabledFor(level):
         return
     fields = attempt_fields(event)

@@ -192,14 +192,13 @@ async def _score_async(rows: Sequence[EvaluationRow], job: _Job) -> list[Evaluat
 
     async def work() -> None:
         for i, call in waiting:
-            if job.scorer.evaluator.is_async:
-                answers[i] = await job.scorer.score_async(**call)
-            else:
-                answers[i] = job.scorer.score(**call)
-                await asyncio.sleep(0)
+            answers[i] = await job.scorer.score_async(**call)
+            await asyncio.sleep(0)
 
-    # Few workers rather than a task per row: views are made when a row's turn comes.
-    await run_all([work() for _ in range(min(len(calls), job.scorer.options.max_concurrency))])
+    # Few workers rather than a task per row: views are made when a row's turn comes. A sync
+    # evaluator sees one row after the other.
+    workers = job.scorer.options.max_concurrency if job.scorer.evaluator.is_async else 1
+    await run_all([work() for _ in range(min(len(calls), workers))])
     return job.in_order(rows, answers)
 
 
