@@ -75,7 +75,7 @@ class EpisodeRolloutProcessor(FireworksTrainingRolloutProcessor):
         config: RolloutProcessorConfig,
         state: _LoopState,
         admission: asyncio.Semaphore,
-        run: int,
+        run: int | str,
     ) -> EvaluationRow:
         async with Ticket(admission) as ticket:
             job = await self._prepare(row, config, state, run)
@@ -120,8 +120,9 @@ class EpisodeRolloutProcessor(FireworksTrainingRolloutProcessor):
         openings: Openings,
     ) -> Episode | Failure:
         seed = job.seeds[index]
-        run = row.execution_metadata.rollout_id or ""
-        session = hashlib.blake2b(f"{job.row_key}\0{run}\0{index}".encode(), digest_size=8)
+        # Both: a caller's rollouts may all have one id, and its runs numbers given twice.
+        rollout = f"{row.execution_metadata.rollout_id or ''}\0{job.run}"
+        session = hashlib.blake2b(f"{job.row_key}\0{rollout}\0{index}".encode(), digest_size=8)
 
         async def sample(
             turn: int, prompt: TokenIds, params: SamplingParams, on_start: Callable[[], None]

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import hashlib
 import secrets
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from eval_protocol.models import EvaluationRow
+from eval_protocol.models import EvaluationRow, Message
 from eval_protocol.pytest.rollout_processor import RolloutProcessor
 from eval_protocol.pytest.types import RolloutProcessorConfig
 
@@ -41,6 +43,9 @@ from eval_protocol_rft.sampling.types import (
     TokenIds,
 )
 from eval_protocol_rft.tokenizer import LoadedTokenizer
+
+RUN_KEYWORD = "rft_run"
+"""In `RolloutProcessorConfig.kwargs`: the number of the run, of callers that number their own."""
 
 
 class RolloutError(RuntimeError):
@@ -68,8 +73,6 @@ class _LoopState:
     tasks: set[asyncio.Task[EvaluationRow]] = field(default_factory=set)
     checks: dict[tuple[Endpoint | None, str], asyncio.Task[None]] = field(default_factory=dict)
     """Of what the user says of a model's logprobs."""
-    runs: dict[tuple[str | None, str | None], list[str | None]] = field(default_factory=dict)
-    """(experiment, row) -> rollout ids in order of appearance: the place is the run's number."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +89,8 @@ class RowJob:
     """Unix seconds."""
     began: float
     """Of the performance counter."""
+    run: int | str
+    """Names this rollout among those of its row."""
     row_key: str = ""
     """Names the row among all rows."""
     seeds: list[int | None] = field(default_factory=list)
@@ -156,6 +161,7 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
             tokenizer=tokenizer, sampler=sampler, trust_remote_code=trust_remote_code
         )
         self._loops: dict[asyncio.AbstractEventLoop, _LoopState] = {}
+        self._runs = _Runs()
 
     def __call__(
         self, rows: list[EvaluationRow], config: RolloutProcessorConfig
@@ -169,8 +175,7 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
             row.input_metadata.completion_params = redact_params(
                 row.input_metadata.completion_params or {}
             )
-            run = _run_number(state, row)
-            task = asyncio.create_task(self._rollout(row, config, state, admission, run))
+            task = asyncio.create_task(self._rollout(row, config, state, admission))
             state.tasks.add(task)
             task.add_done_callback(state.tasks.discard)
             if evaluation is not None:
@@ -183,6 +188,7 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
         other = copy.copy(self)
         other._backends = self._backends.sampling_from(sampler)
         other._loops = {}
+        other._runs = _Runs()
         return other
 
     async def acleanup(self) -> None:
@@ -195,6 +201,7 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
         tasks = [*state.tasks, *state.checks.values()]
         for task in tasks:
             task.cancel()
+        self._runs.forget_rollouts()
         try:
             await asyncio.gather(*tasks, return_exceptions=True)
         finally:
@@ -215,10 +222,14 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
         config: RolloutProcessorConfig,
         state: _LoopState,
         admission: asyncio.Semaphore,
-        run: int,
     ) -> EvaluationRow:
         """Roll out one row; what is raised is a ValueError or a RuntimeError."""
         try:
+            # Before anything is waited for: tasks start in the order of rows and calls.
+            messages = messages_to_answer(
+                row, drop_trailing_assistant=self.drop_trailing_assistant_messages
+            )
+            run = self._runs.of(row, messages, config)
             return await self._roll_out(row, config, state, admission, run)
         except Exception as error:
             if isinstance(error, ValueError | RuntimeError) and not isinstance(error, OSError):
@@ -235,7 +246,7 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
         config: RolloutProcessorConfig,
         state: _LoopState,
         admission: asyncio.Semaphore,
-        run: int,
+        run: int | str,
     ) -> EvaluationRow:
         async with Ticket(admission) as ticket:
             job = await self._prepare(row, config, state, run)
@@ -271,7 +282,11 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
         return row
 
     async def _prepare(
-        self, row: EvaluationRow, config: RolloutProcessorConfig, state: _LoopState, run: int
+        self,
+        row: EvaluationRow,
+        config: RolloutProcessorConfig,
+        state: _LoopState,
+        run: int | str,
     ) -> RowJob:
         """Everything that is known before the first request for a row."""
         request = self._request(config)
@@ -281,7 +296,8 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
         )
         began_at, began = time.time(), time.perf_counter()
         if request.seed is None and self._backends.seeds_are_free(request):
-            request = replace(request, seed=secrets.randbits(31))
+            # Of this call alone: given again, it draws this again.
+            request, run = replace(request, seed=secrets.randbits(31)), 0
         job = RowJob(
             request=request,
             sampler=sampler,
@@ -292,6 +308,7 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
             ),
             began_at=began_at,
             began=began,
+            run=run,
         )
         await self._check_logprobs(job, state, config)
         row_key = row.input_metadata.row_id or self._render(row, job).json.decode()
@@ -355,14 +372,50 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
         )
 
 
-def _run_number(state: _LoopState, row: EvaluationRow) -> int:
-    """Which repetition of its row this is (`num_runs`). The priority scheduler says so; otherwise
-    count the rollout ids seen for the row, which a retry of Eval Protocol keeps."""
-    metadata = row.execution_metadata
-    index = (metadata.extra or {}).get("run_index")
-    if isinstance(index, int):
-        return index
-    seen = state.runs.setdefault((metadata.experiment_id, row.input_metadata.row_id), [])
-    if metadata.rollout_id not in seen:
-        seen.append(metadata.rollout_id)
-    return seen.index(metadata.rollout_id)
+class _Runs:
+    """Names the run of a row that a call is: successive calls on a row draw anew.
+
+    Eval Protocol's retry of a rollout is the run that it was, and so is a run that its caller
+    numbers (`RUN_KEYWORD`). All others are counted per row of an experiment, in order of call.
+    Outside of Eval Protocol's tests rows may get a new experiment id each time they are made, or
+    all have one; there the row alone counts, and one without an id by its messages.
+    """
+
+    def __init__(self) -> None:
+        self._calls: Counter[tuple[Any, ...]] = Counter()
+        self._rollouts: dict[str, int | str] = {}
+        """Rollout id -> the run it was named, for retries."""
+
+    def of(
+        self, row: EvaluationRow, messages: Sequence[Message], config: RolloutProcessorConfig
+    ) -> int | str:
+        keywords = config.kwargs or {}
+        if RUN_KEYWORD in keywords:
+            run: int | str = keywords[RUN_KEYWORD]
+            return run
+        metadata = row.execution_metadata
+        rollout = metadata.rollout_id or ""
+        # So Eval Protocol marks a retry.
+        if keywords.get("start_server") is False and rollout in self._rollouts:
+            return self._rollouts[rollout]
+        index = (metadata.extra or {}).get("run_index")
+        index = index if isinstance(index, int) else None
+        experiment = metadata.experiment_id if row.eval_metadata is not None else None
+        row_key = row.input_metadata.row_id or _digest(messages)
+        # With another seed a call draws otherwise anyway, and repeats what that seed once drew.
+        seed = (config.completion_params or {}).get("seed")
+        key = (experiment, row_key, index, repr(seed))
+        call, self._calls[key] = self._calls[key], self._calls[key] + 1
+        # The priority scheduler numbers runs, but not the rows that are alike within one.
+        run = call if index is None else f"{index}.{call}" if call else index
+        self._rollouts[rollout] = run
+        return run
+
+    def forget_rollouts(self) -> None:
+        """No rollout so far is tried again."""
+        self._rollouts.clear()
+
+
+def _digest(messages: Sequence[Message]) -> str:
+    dumps = [message.model_dump_json(exclude_none=True) for message in messages]
+    return hashlib.sha256("\0".join(dumps).encode(errors="surrogatepass")).hexdigest()

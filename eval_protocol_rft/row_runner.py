@@ -20,6 +20,7 @@ from eval_protocol.pytest.rollout_processor import RolloutProcessor
 from eval_protocol.pytest.types import RolloutProcessorConfig
 
 from eval_protocol_rft.params import parse_completion_params
+from eval_protocol_rft.processor import RUN_KEYWORD
 from eval_protocol_rft.redaction import redact_params
 from eval_protocol_rft.sampling.distribution import support_truncated
 from eval_protocol_rft.sampling.tails import TailPolicy
@@ -130,7 +131,8 @@ class RowRunner:
             self._processor.setup()
             self._is_set_up = True
         prepared = self._prepared(row, run)
-        tasks = self._processor([prepared], self._config())
+        number = (prepared.execution_metadata.extra or {})["run_index"]
+        tasks = self._processor([prepared], self._config(number))
         if len(tasks) != 1:
             raise ValueError(f"the rollout processor made {len(tasks)} tasks of one row")
         rolled_out = await tasks[0]
@@ -149,7 +151,7 @@ class RowRunner:
         await self._processor.acleanup()
         self._processor.cleanup()
 
-    def _config(self) -> RolloutProcessorConfig:
+    def _config(self, run: int) -> RolloutProcessorConfig:
         loop = asyncio.get_running_loop()
         if self._semaphore is None or self._semaphore[0] is not loop:
             self._semaphore = (loop, asyncio.Semaphore(self._slots))
@@ -160,7 +162,7 @@ class RowRunner:
             semaphore=self._semaphore[1],
             server_script_path=self._test.server_script_path,
             steps=self._test.steps,
-            kwargs=dict(self._test.rollout_processor_kwargs or {}),
+            kwargs={**(self._test.rollout_processor_kwargs or {}), RUN_KEYWORD: run},
             exception_handler_config=self._test.exception_handler_config,
             **logger,
         )

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
+from eval_protocol.models import EvalMetadata, EvaluationRow
+
 from eval_protocol_rft import FireworksTrainingRolloutProcessor, RolloutRecord
+from eval_protocol_rft.processor import RUN_KEYWORD
 from tests.rollouts import (
     assert_is_what_the_server_sampled,
     chat_tokenizer,
@@ -101,30 +105,120 @@ async def test_repeated_runs_of_a_row_differ_and_repeat_themselves(server, token
 
 
 async def test_the_priority_schedulers_run_index_tells_runs_apart(server, processor):
-    rows = [row_of(), row_of(), row_of()]
-    for row, run in zip(rows, (0, 1, 1), strict=True):
+    # Rows that are alike share their id and have every number once each.
+    rows = [row_of(), row_of(), row_of(), row_of()]
+    for row, run in zip(rows, (0, 1, 0, 1), strict=True):
         row.execution_metadata.extra = {"run_index": run}
     done = await roll_out(processor, rows, params_for(server, n=1, seed=3))
     seeds = [record_of_row(row).sampling.seeds[0] for row in done]
-    assert seeds[0] != seeds[1]
-    assert seeds[1] == seeds[2]
+    assert len(set(seeds)) == 4
+    plain = await roll_out(processor, [row_of(), row_of()], params_for(server, n=1, seed=3))
+    assert seeds[:2] == [record_of_row(row).sampling.seeds[0] for row in plain]
 
 
-async def test_the_retry_of_a_row_repeats_its_run(server, processor):
-    row = row_of()
+def call_as_recipes_do(row: EvaluationRow) -> EvaluationRow:
+    """fw-ai/cookbook's adapter: a deep copy of the row for each call, all its ids included."""
+    return row.model_copy(deep=True)
+
+
+def call_with_a_new_row(row: EvaluationRow) -> EvaluationRow:
+    """Made anew, with other random ids; what a notebook does."""
+    return EvaluationRow(messages=row.messages)
+
+
+def call_on_the_row_itself(row: EvaluationRow) -> EvaluationRow:
+    return row
+
+
+def call_on_a_row_of_an_earlier_run(row: EvaluationRow) -> EvaluationRow:
+    """As the priority scheduler left it in a results file."""
+    copy = row.model_copy(deep=True)
+    copy.eval_metadata = EvalMetadata(name="t", num_runs=1, aggregation_method="mean")
+    copy.execution_metadata.extra = {"run_index": 0}
+    return copy
+
+
+@pytest.mark.parametrize("row_id", ["row-1", None])
+@pytest.mark.parametrize(
+    "row_for_call",
+    [
+        call_as_recipes_do,
+        call_with_a_new_row,
+        call_on_the_row_itself,
+        call_on_a_row_of_an_earlier_run,
+    ],
+)
+def test_successive_calls_on_a_row_draw_anew_and_the_same_program_the_same(
+    server, tokenizer_folder, row_for_call, row_id
+):
+    def program() -> list[list[list[int]]]:
+        processor = FireworksTrainingRolloutProcessor(tokenizer=str(tokenizer_folder))
+        row, drawn = row_of(row_id=row_id), []
+        for clean_up in (False, False, True, True):
+
+            async def call(clean_up: bool = clean_up) -> EvaluationRow:
+                config = config_of(params_for(server, n=2, seed=7))
+                (done,) = await asyncio.gather(*processor([row_for_call(row)], config))
+                if clean_up:
+                    await processor.acleanup()
+                return done
+
+            # Each in a loop of its own, as `asyncio.run` in a notebook or in a trainer's thread.
+            drawn.append(record_of_row(asyncio.run(call())).completion_ids)
+        return drawn
+
+    drawn = program()
+    assert len({tuple(ids) for completions in drawn for ids in completions}) == 8
+    assert program() == drawn
+
+
+async def test_calls_on_other_rows_change_no_draw(server, tokenizer_folder):
+    async def program(*others: str) -> list[int | None]:
+        processor = FireworksTrainingRolloutProcessor(tokenizer=str(tokenizer_folder))
+        rows = [row_of("a", row_id=None), *(row_of(text, row_id=None) for text in others)]
+        config = config_of(params_for(server, n=1, seed=7))
+        copies = [row.model_copy(deep=True) for _ in range(2) for row in reversed(rows)]
+        calls = [processor([row], config) for row in copies]
+        done = await asyncio.gather(*(task for tasks in calls for task in tasks))
+        await processor.acleanup()
+        return [
+            record_of_row(row).sampling.seeds[0] for row in done if row.messages[0].content == "a"
+        ]
+
+    alone = await program()
+    assert len(set(alone)) == 2
+    assert await program("b", "c") == alone
+
+
+async def test_eval_protocols_retry_of_a_rollout_repeats_its_run(server, processor):
     params = params_for(server, n=2, seed=3)
     seeds = []
-    for _ in range(2):
-        [row] = await asyncio.gather(*processor([row], config_of(params)))
+    for rollout in ("first", "second"):
+        row = row_of()
+        row.execution_metadata.rollout_id = rollout
+        for kwargs in ({}, {"start_server": False}, {"start_server": False}):
+            [row] = await asyncio.gather(*processor([row], config_of(params, kwargs=kwargs)))
+            seeds.append(tuple(record_of_row(row).sampling.seeds))
+    await processor.acleanup()
+    assert seeds[0] == seeds[1] == seeds[2]
+    assert seeds[3] == seeds[4] == seeds[5]
+    assert not {*seeds[0]} & {*seeds[3]}
+
+
+async def test_a_run_that_its_caller_numbers_is_the_same_each_time(server, processor):
+    params = params_for(server, n=2, seed=3)
+    seeds = []
+    for run in (5, 0, 5):
+        config = config_of(params, kwargs={RUN_KEYWORD: run})
+        [row] = await asyncio.gather(*processor([row_of()], config))
         seeds.append(record_of_row(row).sampling.seeds)
     await processor.acleanup()
-    assert seeds[0] == seeds[1]
+    assert seeds[0] == seeds[2] != seeds[1]
 
 
 async def test_a_row_without_an_id_is_told_apart_by_its_prompt(server, processor):
     rows = [row_of("a", row_id=None), row_of("b", row_id=None), row_of("a", row_id=None)]
     done = await roll_out(processor, rows, params_for(server, n=1, seed=3))
     seeds = [record_of_row(row).sampling.seeds[0] for row in done]
-    assert seeds[0] != seeds[1]
-    assert seeds[0] == seeds[2]
+    assert len(set(seeds)) == 3
     assert [row.input_metadata.row_id for row in done] == [None] * 3

@@ -58,11 +58,11 @@ class Group:
     """Indices of the surplus that over-sampling cancelled, because n had survived."""
 
 
-def derive_seeds(seed: int | None, row_id: str, n: int, *, run: int = 0) -> list[int | None]:
+def derive_seeds(seed: int | None, row_id: str, n: int, *, run: int | str = 0) -> list[int | None]:
     """Seeds of n completions: the same for the same (seed, row, index), and unrelated between them.
 
-    In [0, 2^31), which every backend takes. `run` tells repeated runs of a row apart. Without a
-    seed to derive them from there are none.
+    In [0, 2^31), which every backend takes. `run` tells repeated runs of a row apart, by a number
+    or a name without a slash. Without a seed to derive them from there are none.
     """
     if seed is None:
         return [None] * n
