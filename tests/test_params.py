@@ -158,7 +158,7 @@ WRONG = [
         {"reasoning_effort": "low", "chat_template_kwargs": {"reasoning_effort": "high"}},
         "reasoning_effort",
     ),
-    ({"chat_template_kwargs": {"documents": object()}}, "chat_template_kwargs: documents"),
+    ({"chat_template_kwargs": {"documents": ...}}, "chat_template_kwargs: documents"),
     ({"system_prompt": "be"}, "system_prompt"),
     ({"extra_body": [1]}, "extra_body"),
     ({"extra_body": "{"}, "extra_body"),
