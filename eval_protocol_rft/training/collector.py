@@ -22,7 +22,7 @@ from eval_protocol_rft.training.errors import (
 from eval_protocol_rft.training.filters import FilteredGroup
 from eval_protocol_rft.training.options import BatchOptions
 from eval_protocol_rft.training.stats import BatchStats, GroupStats, batch_stats
-from eval_protocol_rft.training.trajectory import PromptGroup, Trajectory
+from eval_protocol_rft.training.trajectory import NO_COMPONENTS, PromptGroup, Trajectory
 
 
 class Collector:
@@ -83,7 +83,15 @@ class Collector:
         options = self._options
         advantages = self._advantages().tolist()
         examples = [
-            Example(trajectory, advantage, reward, p)
+            Example(
+                trajectory,
+                advantage,
+                reward,
+                p,
+                {name: trajectory.components.get(name) for name in options.components}
+                if options.components
+                else NO_COMPONENTS,
+            )
             for p, kept in enumerate(self._kept)
             for trajectory, advantage, reward, trains in zip(
                 kept.group.trajectories,

@@ -23,7 +23,7 @@ beside the advantage (dro): send that one unweighted.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import msgspec
@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from eval_protocol_rft.training.arrays import FloatArray, IntArray
-from eval_protocol_rft.training.trajectory import Segment, Trajectory
+from eval_protocol_rft.training.trajectory import NO_COMPONENTS, Segment, Trajectory
 
 Normalization = Literal["none", "token", "sequence", "constant"]
 """Factor of the weights of a sequence with T_i sampled tokens, in a batch of S sequences. An
@@ -82,6 +82,9 @@ class TrainingDatum(msgspec.Struct, frozen=True, kw_only=True, eq=False, gc=Fals
     """Place among the completions asked for in that row's rollout."""
     segment: int = 0
     """Place among the segments of its episode."""
+    components: Mapping[str, float | None] = NO_COMPONENTS
+    """The further scores that the advantage came from, by name; None where there is none. Empty
+    where it came from the reward, and in batches that were read from files."""
 
     def __len__(self) -> int:
         """T, the number of targets."""
@@ -105,6 +108,7 @@ class Example(NamedTuple):
     advantage: float
     reward: float
     group: int
+    components: Mapping[str, float | None] = NO_COMPONENTS
 
 
 def pack(
@@ -130,7 +134,9 @@ def pack(
     weights = np.zeros(0 if normalization == "none" else size, np.float32)
     datums: list[TrainingDatum] = []
     stop = 0
-    for (trajectory, advantage, reward, group), factor in zip(examples, factors, strict=True):
+    for (trajectory, advantage, reward, group, components), factor in zip(
+        examples, factors, strict=True
+    ):
         for place, segment in enumerate(trajectory.segments):
             start, stop = stop, stop + len(segment.tokens) - 1
             if normalization != "none":
@@ -152,6 +158,7 @@ def pack(
                     row_id=trajectory.row_id,
                     completion=trajectory.completion,
                     segment=place,
+                    components=components,
                 )
             )
     return datums

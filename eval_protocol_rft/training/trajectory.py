@@ -29,7 +29,7 @@ from eval_protocol_rft.sampling.types import (
 from eval_protocol_rft.training.arrays import FloatArray, IntArray
 from eval_protocol_rft.training.errors import TrainingDataError
 
-_NO_COMPONENTS: Mapping[str, float | None] = MappingProxyType({})
+NO_COMPONENTS: Mapping[str, float | None] = MappingProxyType({})
 
 
 class Segment(msgspec.Struct, frozen=True, kw_only=True, eq=False, gc=False):
@@ -99,7 +99,7 @@ class Trajectory(Segment, frozen=True, kw_only=True, eq=False, gc=False):
     """Further segments of the episode, in order."""
     score_error: str | None = None
     """Why it has none, where the evaluator, or its exception, said so."""
-    components: Mapping[str, float | None] = _NO_COMPONENTS
+    components: Mapping[str, float | None] = NO_COMPONENTS
     """Further scores by name, as `metrics` of the evaluator gave them."""
     finish_reason: FinishReason = "stop"
     """Of the last turn. Turns before it ended by themselves, as one that is cut off is the last."""

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from eval_protocol_rft.training import Trajectory, build_batch
+from eval_protocol_rft.training import Filters, Trajectory, advantages, build_batch
 from eval_protocol_rft.training.export import ExportError, MissingPackageError, verl
 from eval_protocol_rft.training.trajectory import PromptGroup
 from tests.training_batches import batch_of, prompt_groups
+from tests.training_rows import scored
 
 torch = pytest.importorskip("torch")
 
@@ -117,6 +118,72 @@ def test_verls_own_code_computes_our_advantages() -> None:
         data, algos.AdvantageEstimator.GRPO, norm_adv_by_std_in_grpo=False
     )
     np.testing.assert_allclose(theirs.batch["advantages"], ours, atol=1e-6)
+
+
+def test_a_reward_stands_on_the_last_sampled_token_not_on_what_was_said_behind_it() -> None:
+    ends_masked = Trajectory(
+        tokens=[1, 2, 3, 4], logprobs=[0, -1, 0, 0], loss_mask=[0, 1, 0, 0], reward=0.5
+    )
+    other = Trajectory(tokens=[1, 2], logprobs=[0, -1], loss_mask=[0, 1], reward=1.0)
+    batch = build_batch([PromptGroup(key="k", trajectories=(ends_masked, other))])
+    tensors, _, _ = verl.to_tensors(batch, pad_token_id=9)
+    assert tensors["responses"].tolist() == [[2, 3, 4], [2, 9, 9]]
+    for name in ("rm_scores", "token_level_scores", "token_level_rewards"):
+        assert tensors[name].tolist() == [[0.5, 0, 0], [1, 0, 0]]
+        assert not tensors[name][tensors["response_mask"] == 0].any()
+
+
+def test_completions_that_count_in_the_baseline_alone_are_refused() -> None:
+    """verl computes the baseline from the rows that it has: 0.5 here, and ours is 1/3."""
+    rows = [scored("a", 1.0, 0.0, 0.0, truncated=[2])]
+    masked = build_batch(rows, algorithm="dr_grpo", filters=Filters(truncated="mask"))
+    with pytest.raises(ExportError, match=r'1 completions .* \(truncated="mask"\)'):
+        verl.to_tensors(masked, pad_token_id=0)
+    for kept in ("keep", "drop"):
+        batch = build_batch(rows, algorithm="dr_grpo", filters=Filters(truncated=kept))
+        tensors, _, _ = verl.to_tensors(batch, pad_token_id=0)
+        rewards = tensors["token_level_rewards"].sum(dim=1)
+        ours = tensors["advantages"][:, 0]
+        np.testing.assert_allclose(ours, rewards - rewards.mean(), atol=1e-6)
+
+
+METRICS = [{"right": 1.0, "short": 0.0}, {"right": 0.0, "short": 1.0}, {"right": 0.0, "short": 0.5}]
+
+
+def by_components(metrics: list[dict[str, float]]) -> Any:
+    rows = [scored(name, 1.0, 0.5, 0.25, metrics=metrics) for name in "ab"]
+    names = tuple(metrics[0])
+    return build_batch(rows, estimator=advantages.gdpo, components=names)
+
+
+def test_components_stand_under_their_names() -> None:
+    _, non_tensors, _ = verl.to_tensors(by_components(METRICS), pad_token_id=0)
+    assert non_tensors["right"].tolist() == [1.0, 0.0, 0.0] * 2
+    assert non_tensors["short"].tolist() == [0.0, 1.0, 0.5] * 2
+    assert "right" not in verl.to_tensors(two_datums(), pad_token_id=0).non_tensors
+    lacking = by_components([METRICS[0], METRICS[1], {"right": 0.0}])
+    with pytest.raises(ExportError, match="row 'a', completion 2: it has no component 'short'"):
+        verl.to_tensors(lacking, pad_token_id=0)
+    with pytest.raises(ExportError, match="called 'uid'"):
+        verl.to_tensors(by_components([{"uid": m["right"]} for m in METRICS]), pad_token_id=0)
+
+
+def test_verls_own_gdpo_reads_them() -> None:
+    pytest.importorskip("verl", reason="needs verl")
+    algos = pytest.importorskip("verl.trainer.ppo.core_algos")
+    data = verl.to_data_proto(by_components(METRICS), pad_token_id=0)
+    theirs, _ = algos.compute_gdpo_outcome_advantage(
+        token_level_rewards=data.batch["token_level_rewards"],
+        response_mask=data.batch["response_mask"],
+        index=data.non_tensor_batch["uid"],
+        config={"gdpo_reward_keys": ["right", "short"]},
+        non_tensor_batch=data.non_tensor_batch,
+        batch=data.batch,
+    )
+    # Both whiten over the batch, with different denominators.
+    ratio = (theirs / data.batch["advantages"])[data.batch["response_mask"].bool()]
+    np.testing.assert_allclose(ratio, ratio[0], rtol=1e-4)
+    assert ratio[0] == pytest.approx(1.0, rel=0.2)
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

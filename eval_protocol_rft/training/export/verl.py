@@ -10,6 +10,7 @@ a rollout, so an episode of several segments would count several times; it is re
 from __future__ import annotations
 
 import uuid
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,11 +28,12 @@ class VerlData(NamedTuple):
     """`prompts` [D, P] and `responses` [D, R] int64; `input_ids`, `attention_mask`,
     `position_ids` [D, P + R] int64; `response_mask` [D, R] int64, 1 on sampled tokens;
     `rollout_log_probs` [D, R] float32, sampling logprobs; `rm_scores`, `token_level_scores`,
-    `token_level_rewards` [D, R] float32, the reward at the last token of the response;
+    `token_level_rewards` [D, R] float32, the reward at the last sampled token of the response;
     `advantages`, `returns` [D, R] float32."""
     non_tensors: dict[str, NDArray[Any]]
     """`uid` [D], the same for datums of a prompt group and unique beyond this batch; `row_id` and
-    `completion` [D]."""
+    `completion` [D]; and the components [D] that the advantages came from, by name
+    (`algorithm.gdpo_reward_keys`)."""
     meta_info: dict[str, Any]
 
 
@@ -52,8 +54,9 @@ def to_tensors(
 
     Raises:
         MissingPackageError: torch is not installed.
-        ExportError: the batch is normalised, an episode has several segments, or a prompt or
-            response is longer than asked for.
+        ExportError: the batch is normalised, an episode has several segments, completions count
+            in baselines alone (`truncated="mask"`), a component is missing, or a prompt or response
+            is longer than asked for.
     """
     torch = require("torch", install="eval-protocol-rft[local]")
     if batch.normalization != "none":
@@ -62,6 +65,12 @@ def to_tensors(
             'by loss_agg_mode: build it with normalization="none"'
         )
     _check_segments(batch.datums)
+    if batch.dropped.get("masked"):
+        raise ExportError(
+            f"{batch.dropped['masked']} completions count in the baseline of their group and have "
+            'no datum (truncated="mask"): verl would compute its baseline without them. Build the '
+            'batch with truncated="keep" or "drop"'
+        )
     arrays = _arrays(batch.datums, pad_token_id, prompt_length, response_length)
     call = uuid.uuid4().hex[:12]
     non_tensors = {
@@ -69,6 +78,7 @@ def to_tensors(
         "row_id": np.array([datum.row_id for datum in batch.datums], object),
         "completion": np.array([datum.completion for datum in batch.datums], object),
     }
+    non_tensors |= _components(batch.datums, non_tensors)
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
     return VerlData(tensors, non_tensors, {})
 
@@ -117,7 +127,8 @@ def _arrays(
         mask[i, :size] = datum.mask[first:]
         logprobs[i, :size] = datum.logprobs[first:]
         advantages[i, :size] = datum.advantages[first:]
-        rewards[i, size - 1] = datum.reward
+        # What the environment said behind the last turn is masked: no reward may stand there.
+        rewards[i, int(np.flatnonzero(mask[i])[-1])] = datum.reward
     return {
         "prompts": input_ids[:, :columns_P].copy(),
         "responses": input_ids[:, columns_P:].copy(),
@@ -132,6 +143,24 @@ def _arrays(
         "advantages": advantages,
         "returns": advantages.copy(),
     }
+
+
+def _components(datums: list[TrainingDatum], taken: Collection[str]) -> dict[str, NDArray[Any]]:
+    """[D] scores by name, where the advantages came from several, as for GDPO."""
+    columns: dict[str, NDArray[Any]] = {}
+    for name in datums[0].components if datums else ():
+        if name in taken:
+            raise ExportError(f"a component is called {name!r}, which has another meaning for verl")
+        scores = [datum.components.get(name) for datum in datums]
+        if None in scores:
+            datum = datums[scores.index(None)]
+            raise ExportError(
+                f"row {datum.row_id!r}, completion {datum.completion}: it has no component {name!r}"
+                ", and verl has no place for a missing one: let the evaluator give it, or leave "
+                "the completion out"
+            )
+        columns[name] = np.array(scores, object)
+    return columns
 
 
 def _check_segments(datums: list[TrainingDatum]) -> None:
