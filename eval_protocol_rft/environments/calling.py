@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from eval_protocol_rft.environments.environment import EnvironmentFaultError
+from eval_protocol_rft.forks import end_copy_of
 from eval_protocol_rft.sampling.clock import Deadline
 from eval_protocol_rft.text import text_of
 
@@ -81,10 +82,12 @@ class _Call:
         """In a thread."""
         if self.future.done():
             return  # nobody waits any more
+        process = os.getpid()
         try:
             outcome, error = self.function(*self.arguments), None
         except BaseException as raised:  # noqa: BLE001 - the caller has it
             outcome, error = None, raised
+        end_copy_of(process)
         try:
             self.loop.call_soon_threadsafe(_answer, self.future, outcome, error)
         except RuntimeError:

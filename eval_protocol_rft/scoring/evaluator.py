@@ -8,8 +8,9 @@ cancellation and `pytest.exit`.
 from __future__ import annotations
 
 import inspect
+import os
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine, Generator
 from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType
@@ -17,6 +18,7 @@ from typing import Any, Literal
 
 import pytest
 
+from eval_protocol_rft.forks import end_copy_of
 from eval_protocol_rft.text import text_of
 
 Parameter = Literal["row", "rows"]
@@ -103,17 +105,20 @@ class BoundCall:
 
     def attempt(self, value: Any) -> Any:
         """What the evaluator returns for `value`, or a `CallFailed`."""
+        process = os.getpid()
         try:
             return self(value)
         except pytest.exit.Exception:
             raise
         except _RAISED_BY_EVALUATORS as error:
             return self._failed(error)
+        finally:
+            end_copy_of(process)
 
     async def attempt_async(self, value: Any) -> Any:
         """What the async evaluator returns for `value`, or a `CallFailed`."""
         try:
-            return await self(value)
+            return await _InOneProcess(self(value))
         except pytest.exit.Exception:
             raise
         except _RAISED_BY_EVALUATORS as error:
@@ -129,6 +134,32 @@ class BoundCall:
         file, line = (own or frames)[-1]
         what = f"{type(error).__name__}: {text_of(error)}"
         return CallFailed(error, f"{what} ({Path(file).name}:{line})")
+
+
+class _InOneProcess:
+    """A coroutine of the user's. A copy of this process that it forks ends at its next `await`,
+    before the copy of the event loop goes on with what it shares with ours."""
+
+    def __init__(self, coroutine: Coroutine[Any, Any, Any]) -> None:
+        self._coroutine = coroutine
+
+    def __await__(self) -> Generator[Any, Any, Any]:
+        process = os.getpid()
+        step, value = self._coroutine.send, None
+        while True:
+            try:
+                waits_for = step(value)
+            except StopIteration as end:
+                return end.value
+            finally:
+                end_copy_of(process)
+            try:
+                step, value = self._coroutine.send, (yield waits_for)
+            except GeneratorExit:
+                self._coroutine.close()
+                raise
+            except BaseException as error:  # noqa: BLE001 - it is the coroutine's
+                step, value = self._coroutine.throw, error
 
 
 def _resolved_signature(

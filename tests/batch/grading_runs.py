@@ -57,8 +57,8 @@ def errors(graded: Graded) -> list[str | None]:
     return [result.error for result in graded.results]
 
 
-def is_gone(pid: int, *, within: float = 5.0) -> bool:
-    """Whether a process ends in this many seconds."""
+def is_gone(pid: int, *, within: float = 120.0) -> bool:
+    """Whether a process ends; `within` so many seconds, or it never will."""
     deadline = time.monotonic() + within
     while time.monotonic() < deadline:
         try:

@@ -18,6 +18,12 @@ def note(row: EvaluationRow) -> None:
             file.write(f"{row.ground_truth} {said(row)}\n")
 
 
+def has_enough() -> bool:
+    """Whether as many calls were made as a test waits for: then none ends any more."""
+    most = os.environ.get("HANG_AFTER")
+    return bool(most) and len(Path(os.environ["CALLS"]).read_bytes().splitlines()) > int(most)
+
+
 def length(row: EvaluationRow) -> float:
     note(row)
     if said(row) == "hang":
@@ -43,13 +49,13 @@ async def right(row: EvaluationRow) -> EvaluateResult:
 
 async def slow(row: EvaluationRow) -> float:
     note(row)
-    await asyncio.sleep(0.02)
+    await asyncio.sleep(600 if has_enough() else 0.02)
     return float(len(said(row)))
 
 
 def slow_sync(row: EvaluationRow) -> float:
     note(row)
-    time.sleep(0.02)
+    time.sleep(600 if has_enough() else 0.02)
     return float(len(said(row)))
 
 

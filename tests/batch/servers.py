@@ -171,7 +171,7 @@ class Zygote:
         self.process.wait(10)
 
 
-def wait_until(true: Callable[[], bool], *, seconds: float = 60.0) -> None:
+def wait_until(true: Callable[[], bool], *, seconds: float = 300.0) -> None:
     deadline = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < deadline, "it never came to that"

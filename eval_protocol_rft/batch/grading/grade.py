@@ -29,10 +29,12 @@ def grade(
     """Call `evaluator` once per item, many at a time.
 
     A sync evaluator runs in worker processes, each of which loads it once and is replaced when a
-    call takes too long or ends the process. Ended with a worker is what its evaluator started, as
-    far as it stayed in the worker's process group. Workers are forked from a server process that
-    outlives them and ends with this one. A script that calls this needs the usual
-    `if __name__ == "__main__"`. POSIX only.
+    call takes too long or ends the process. Ended with a worker is all that its evaluator started
+    (where there is no /proc: as far as it stayed in the worker's process group). A call whose
+    worker dies is made once more, in a new worker, where the old one had run other calls before,
+    for one of those may have been the reason. Workers are forked from a server process that
+    outlives them and ends with this one; they import nothing of a script that calls this. POSIX
+    only.
 
     An async evaluator runs in this process, in one event loop. One that blocks the loop without
     awaiting holds up all calls and cannot be interrupted; make it sync instead.

@@ -1,8 +1,9 @@
 """Sync evaluators in worker processes, which may hang or die without harm to others.
 
 Invariant: every item gets one `Graded`, whatever becomes of the workers. An item is in one worker
-at a time, and each worker has a pipe of its own, so a death says which item it was and no other
-item is lost or judged twice.
+at a time, and each worker has a channel of its own, so a death says which item it was. It is held
+against that item only where the worker had run nothing else: what an earlier call left behind (a
+thread, a child that kills, an alarm) costs no later one, which a new worker is given instead.
 
 A pool of our own: `concurrent.futures` gives up all items at the first death, and pebble loses
 the item of an evaluator that ends its process with exit code 0, and has its workers share a lock.
@@ -13,11 +14,13 @@ from __future__ import annotations
 import atexit
 import os
 import selectors
+import sys
 import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 
+from eval_protocol_rft.batch.grading.channel import RubbishError
 from eval_protocol_rft.batch.grading.evaluators import LoadedEvaluator
 from eval_protocol_rft.batch.grading.items import (
     Graded,
@@ -26,11 +29,13 @@ from eval_protocol_rft.batch.grading.items import (
     all_unscored,
     late,
 )
-from eval_protocol_rft.batch.grading.process import WorkerProcess, in_words, start_fork_server
+from eval_protocol_rft.batch.grading.process import WorkerProcess, in_words
 from eval_protocol_rft.batch.grading.worker import Answer, Ended, Ready, Setup
 
 GOODBYE_SECONDS = 2.0
 """How long workers without work may take to end: time for exit handlers, no more."""
+MOST_FAILED_STARTS = 3
+"""So many workers may die one after the other while they load what others have loaded."""
 
 
 def grade_in_processes(
@@ -60,26 +65,31 @@ class Pool:
         self._size = size
         self._timeout = timeout
         self._setup = Setup(
-            spec=evaluator.spec,
+            spec=os.fsencode(evaluator.spec),
             fingerprint=evaluator.fingerprint,
-            cwd=str(Path.cwd()),
-            environ=dict(os.environ),
+            cwd=os.fsencode(Path.cwd()),
+            environ=dict(os.environb),
+            path=[os.fsencode(folder) for folder in sys.path],
+            argv=[os.fsencode(argument) for argument in sys.argv],
         )
         self._workers: set[WorkerProcess] = set()
         self._events = selectors.DefaultSelector()
         self._waiting: deque[GradingItem] = deque()
         """Read, and in no worker: never more than there may be workers."""
+        self._suspects: deque[GradingItem] = deque()
+        """Their worker died, and had run others before them."""
+        self._failed_starts: int | None = None
+        """In a row; None: no worker has loaded the evaluator yet."""
 
     def run(self, items: Iterator[GradingItem]) -> Iterator[Graded]:
         """Grade all items, in the order in which they finish."""
-        start_fork_server()
         while True:
             self._fill(items)
             busy = sum(worker.item is not None for worker in self._workers)
-            if not busy and not self._waiting:
+            wanted = busy + len(self._waiting) + len(self._suspects)
+            if not wanted:
                 return
-            while len(self._workers) < min(self._size, busy + len(self._waiting)):
-                self._add_worker()
+            self._make_room(wanted)
             self._hand_out()
             for worker in self._next_events():
                 yield from self._attend(worker)
@@ -89,10 +99,10 @@ class Pool:
         """Let workers that have nothing left to do end by themselves."""
         idle = [worker for worker in self._workers if worker.is_ready]
         for worker in idle:
-            worker.connection.close()
+            worker.let_go()
         deadline = time.monotonic() + GOODBYE_SECONDS
         for worker in idle:
-            worker.process.join(max(0.0, deadline - time.monotonic()))
+            worker.wait(max(0.0, deadline - time.monotonic()))
 
     def kill(self) -> None:
         """End all workers at once. May be called again."""
@@ -106,29 +116,45 @@ class Pool:
         while len(self._waiting) < self._size and (item := next(items, None)) is not None:
             self._waiting.append(item)
 
+    def _make_room(self, wanted: int) -> None:
+        """As many workers as there is work for; for a suspect, one that has run nothing."""
+        while len(self._workers) < min(self._size, wanted):
+            self._add_worker()
+        if self._suspects and all(worker.answered for worker in self._workers):
+            idle = [worker for worker in self._workers if worker.item is None]
+            if len(self._workers) == self._size and idle:
+                self._remove(idle[0])
+            if len(self._workers) < self._size:
+                self._add_worker()
+
     def _add_worker(self) -> None:
         worker = WorkerProcess(self._setup)
         self._workers.add(worker)
-        self._events.register(worker.connection, selectors.EVENT_READ, worker)
-        # As well as the pipe, which a process that the evaluator forked may keep open.
-        self._events.register(worker.process.sentinel, selectors.EVENT_READ, worker)
+        self._events.register(worker.channel, selectors.EVENT_READ, worker)
+        # As well as the channel, which a process that the evaluator forked may keep open.
+        self._events.register(worker.life, selectors.EVENT_READ, worker)
 
     def _remove(self, worker: WorkerProcess) -> int | None:
         self._workers.discard(worker)
-        self._events.unregister(worker.connection)
-        self._events.unregister(worker.process.sentinel)
+        self._events.unregister(worker.channel)
+        self._events.unregister(worker.life)
         worker.kill()
         return worker.bury()
 
     def _hand_out(self) -> None:
         for worker in self._workers:
-            if self._waiting and worker.is_ready and worker.item is None:
-                item = self._waiting.popleft()
-                if not worker.give(item):
-                    self._waiting.appendleft(item)
+            if worker.is_ready and worker.item is None:
+                if self._suspects and not worker.answered:
+                    worker.give(self._suspects.popleft())
+                elif self._waiting:
+                    worker.give(self._waiting.popleft())
 
     def _next_events(self) -> set[WorkerProcess]:
         """Wait until a worker says something or dies, or an item's time is up."""
+        for worker in self._workers:
+            wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if worker.has_unsent else 0)
+            if self._events.get_key(worker.channel).events != wanted:
+                self._events.modify(worker.channel, wanted, worker)
         seconds = None
         busy = [worker.began for worker in self._workers if worker.item is not None]
         if busy and self._timeout is not None:
@@ -136,31 +162,51 @@ class Pool:
         return {key.data for key, _ in self._events.select(seconds)}
 
     def _attend(self, worker: WorkerProcess) -> Iterator[Graded]:
-        message, item = worker.read(), worker.item
+        worker.send()
+        try:
+            message, item = worker.read(), worker.item
+        except RubbishError:
+            yield from self._lose(worker, "someone wrote into the channel of its answers")
+            return
         match message:
-            case Ready():
+            case None if worker.is_over:
+                yield from self._lose(worker, None)
+            case Ready() if not worker.is_ready:
                 worker.is_ready = True
-            case Answer(results, seconds) if item is not None:
+                self._failed_starts = 0
+            case Answer(results, seconds) if item is not None and len(results) == len(item.views):
                 worker.item = None
+                worker.answered += 1
                 yield Graded(item.key, results, seconds)
             case Ended(reason):
                 raise GradingError(f"{self._name}: {reason}")
-            case _:
-                how = in_words(self._remove(worker))
-                if item is not None:
-                    seconds = time.monotonic() - worker.began
-                    yield all_unscored(item, f"the worker process died ({how})", seconds)
-                elif not worker.is_ready:
-                    raise GradingError(
-                        f"{self._name}: a worker process died while it loaded the evaluator ({how})"
-                    )
+
+    def _lose(self, worker: WorkerProcess, why: str | None) -> Iterator[Graded]:
+        """`why`: None where it died by itself."""
+        item, seconds = worker.item, time.monotonic() - worker.began
+        code = self._remove(worker)
+        how = in_words(code) if why is None else why
+        if item is not None and worker.answered:
+            self._suspects.append(item)
+        elif item is not None:
+            yield all_unscored(item, f"the worker process died ({how})", seconds)
+        elif not worker.is_ready:
+            if self._failed_starts is not None:
+                self._failed_starts += 1
+            if self._failed_starts in (None, MOST_FAILED_STARTS):
+                raise GradingError(
+                    f"{self._name}: a worker process died while it loaded the evaluator ({how})"
+                )
 
     def _give_up_late_ones(self) -> Iterator[Graded]:
         if self._timeout is None:
             return
         for worker in tuple(self._workers):
-            item, seconds = worker.item, time.monotonic() - worker.began
+            if worker.item is None or time.monotonic() - worker.began < self._timeout:
+                continue
             # An answer that came while the caller held us up is an answer.
-            if item is not None and seconds >= self._timeout and not worker.connection.poll():
+            yield from self._attend(worker)
+            item, seconds = worker.item, time.monotonic() - worker.began
+            if item is not None and worker in self._workers:
                 self._remove(worker)
                 yield all_unscored(item, late(self._timeout), seconds)

@@ -5,83 +5,244 @@ Invariant: a worker that was ended is gone when `bury` returns, with what its ev
 
 from __future__ import annotations
 
+import atexit
 import contextlib
-import multiprocessing
 import os
+import secrets
+import selectors
 import signal
+import socket
+import subprocess
+import sys
+import threading
 import time
-from multiprocessing import forkserver, resource_tracker
 
-from eval_protocol_rft.batch.grading.items import GradingItem
-from eval_protocol_rft.batch.grading.worker import Message, Setup, work
+import msgspec
+
+from eval_protocol_rft.batch.grading.channel import Frames, RubbishError, frame
+from eval_protocol_rft.batch.grading.fork_server import NUMBER
+from eval_protocol_rft.batch.grading.items import GradingError, GradingItem
+from eval_protocol_rft.batch.grading.worker import LOADING, Message, Setup, longest_answer
+
+_CHUNK = 1 << 20
+_DECODER: msgspec.json.Decoder[Message] = msgspec.json.Decoder(Message)
+_BURIAL_SECONDS = 5.0
+"""How long a guard may take to end a worker before it is ended itself."""
 
 
 class WorkerProcess:
-    """A worker and the item that it has. `start_fork_server` comes first."""
+    """A worker and the item that it has."""
 
     def __init__(self, setup: Setup) -> None:
-        context = multiprocessing.get_context("forkserver")
-        self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=work, args=(theirs, setup), name="grading-worker")
-        self.process.start()
-        theirs.close()
+        key = secrets.token_bytes(32)
+        self.channel, channel_theirs = socket.socketpair()
+        self.life, life_theirs = socket.socketpair()
+        try:
+            _SERVER.fork_worker(life_theirs, channel_theirs)
+        finally:
+            channel_theirs.close()
+            life_theirs.close()
+        self.channel.setblocking(False)
+        self.life.setblocking(False)
         self.is_ready = False
         self.item: GradingItem | None = None
         self.began = 0.0
         """When it got its item, on the monotonic clock."""
+        self.answered = 0
+        """Calls."""
+        self._frames = Frames(key)
+        self._number = LOADING
+        self._told = bytearray()
+        """By the guard."""
+        self._is_buried = False
+        """The guard is gone, and so is the worker."""
+        self._has_ended = False
+        """Nothing more will come through the channel."""
+        body = msgspec.msgpack.encode(msgspec.structs.replace(setup, key=key))
+        self._unsent = memoryview(frame(b"", LOADING, body))
+        self.send()
 
-    def give(self, item: GradingItem) -> bool:
-        """Hand over an item; False where the worker is dead already."""
-        try:
-            self.connection.send(item.views)
-        except OSError:
-            return False
+    @property
+    def has_unsent(self) -> bool:
+        return bool(self._unsent)
+
+    def give(self, item: GradingItem) -> None:
+        """Hand over an item."""
+        self._number += 1
         self.item, self.began = item, time.monotonic()
-        return True
+        self._unsent = memoryview(frame(b"", self._number, msgspec.msgpack.encode(item.views)))
+        self.send()
+
+    def send(self) -> None:
+        """Send what it takes now; a worker that hangs takes nothing."""
+        try:
+            while self._unsent:
+                self._unsent = self._unsent[self.channel.send(self._unsent[:_CHUNK]) :]
+        except BlockingIOError:
+            pass
+        except OSError:
+            self._unsent = memoryview(b"")  # it is dead, as reading will tell
 
     def read(self) -> Message | None:
-        """What it says; None where it will say nothing more."""
-        try:
-            return self.connection.recv() if self.connection.poll() else None
-        except (EOFError, OSError):
+        """What it says; None: nothing yet, or nothing more, which `is_over` tells apart.
+
+        Raises:
+            RubbishError: someone wrote into its channel.
+        """
+        self._listen()
+        with contextlib.suppress(BlockingIOError):
+            while not self._has_ended:
+                data = self._received()
+                self._frames.feed(data)
+                self._has_ended = not data
+        is_asked = self.item is not None or not self.is_ready
+        if not is_asked:
+            if len(self._frames):
+                raise RubbishError
             return None
+        longest = longest_answer(len(self.item.views) if self.item else 1)
+        body = self._frames.take(self._number, longest=longest)
+        if body is None:
+            return None
+        try:
+            return _DECODER.decode(body)
+        except (msgspec.DecodeError, RecursionError) as error:
+            raise RubbishError from error
+
+    def _received(self) -> bytes:
+        try:
+            return self.channel.recv(_CHUNK)
+        except BlockingIOError:
+            raise
+        except OSError:
+            return b""
+
+    @property
+    def is_over(self) -> bool:
+        return self._has_ended
+
+    def _listen(self) -> None:
+        """Read what the guard says; a guard that is gone has ended its worker."""
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                try:
+                    data = self.life.recv(64)
+                except ConnectionError:
+                    data = b""
+                self._told += data
+                if not data or len(self._told) >= 2 * NUMBER.size:
+                    self._is_buried = True
+                    return
+
+    def let_go(self) -> None:
+        """There is no more to do: let it end by itself."""
+        with contextlib.suppress(OSError):
+            self.channel.shutdown(socket.SHUT_WR)
 
     def kill(self) -> None:
-        """Ask the system to end it and whatever its evaluator started; `bury` comes next."""
-        if self.process.is_alive():
-            try:
-                os.killpg(self.process.pid or 0, signal.SIGKILL)
-            except ProcessLookupError:
-                # Too young to have a group of its own.
-                self.process.kill()
+        """Have its guard end it and whatever its evaluator started; `bury` comes next."""
+        with contextlib.suppress(OSError):
+            self.life.shutdown(socket.SHUT_WR)
 
     def bury(self) -> int | None:
         """Wait until it is gone, and free what it held here; its exit code."""
-        self.process.join()
-        code = self.process.exitcode
-        self.connection.close()
-        self.process.close()
+        self._listen()
+        # Told nothing, there is no process yet: it will find that we are gone.
+        if self._told and not self.wait(_BURIAL_SECONDS):
+            (guard,) = NUMBER.unpack_from(self._told)
+            for number in (signal.SIGCONT, signal.SIGKILL):
+                with contextlib.suppress(OSError):
+                    os.kill(guard, number)
+            self.wait(_BURIAL_SECONDS)
+        self.channel.close()
+        self.life.close()
+        if len(self._told) < 2 * NUMBER.size:
+            return None
+        code: int = NUMBER.unpack_from(self._told, NUMBER.size)[0]
         return code
 
+    def wait(self, seconds: float) -> bool:
+        """Whether it is gone within so many seconds."""
+        deadline = time.monotonic() + seconds
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.life, selectors.EVENT_READ)
+            while not self._is_buried:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    return False
+                selector.select(left)
+                self._listen()
+        return True
 
-def start_fork_server() -> None:
-    """Start the process that workers are forked from, with Eval Protocol in it, so that replacing
-    a worker does not cost importing that. It and its children inherit that SIGINT is blocked:
-    Ctrl-C while they import must not print their tracebacks."""
-    forkserver.set_forkserver_preload(["eval_protocol_rft.batch.grading.preload"])
-    # The fork server starts it otherwise, and starting it unblocks SIGINT.
-    resource_tracker.ensure_running()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        forkserver.ensure_running()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+class _ForkServer:
+    """The one of this process; started when the first worker is needed, and again if it dies."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._control: socket.socket | None = None
+
+    def fork_worker(self, life: socket.socket, channel: socket.socket) -> None:
+        """Have a worker forked that has these ends.
+
+        Raises:
+            GradingError: no fork server can be started.
+        """
+        with self._lock:
+            for _ in range(2):
+                if self._process is None or self._process.poll() is not None:
+                    self._start()
+                assert self._control is not None  # noqa: S101 - narrows the type
+                try:
+                    socket.send_fds(self._control, [b"w"], [life.fileno(), channel.fileno()])
+                    return
+                except OSError:
+                    self.stop()
+        raise GradingError("the process that grading workers are forked from dies at once")
+
+    def _start(self) -> None:
+        self.stop()
+        self._control, theirs = socket.socketpair()
+        code = (
+            f"import sys; sys.path[:] = {sys.path!r}; "
+            "from eval_protocol_rft.batch.grading.fork_server import main; main()"
+        )
+        flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
+        # A session of its own: Ctrl-C is for us alone, and workers have no terminal.
+        self._process = subprocess.Popen(  # noqa: S603
+            [sys.executable, *flags, "-c", code], stdin=theirs.fileno(), start_new_session=True
+        )
+        theirs.close()
+
+    def stop(self) -> None:
+        """It ends when it finds that nobody is there."""
+        if self._control is not None:
+            self._control.close()
+        if self._process is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(1.0)
+        self._control = self._process = None
+
+    def forget(self) -> None:
+        """After a fork it is the parent's."""
+        if self._control is not None:
+            self._control.close()
+        self._lock = threading.Lock()
+        self._control = self._process = None
+
+
+_SERVER = _ForkServer()
+atexit.register(_SERVER.stop)
+os.register_at_fork(after_in_child=_SERVER.forget)
 
 
 def in_words(code: int | None) -> str:
     """An exit code in words; a negative one is the signal that ended the process."""
+    if code is None:
+        return "with the process that guards it"
     name = ""
-    if code is not None and code < 0:
+    if code < 0:
         with contextlib.suppress(ValueError):
             name = f", {signal.Signals(-code).name}"
     return f"exit code {code}{name}"

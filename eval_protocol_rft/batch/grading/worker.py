@@ -1,49 +1,53 @@
-"""The worker process: loads the evaluator once, then answers calls until its pipe closes.
+"""The worker process: loads the evaluator once, then answers calls until its channel closes.
 
-Invariant: one answer per call, sent before the next is read. So when a worker dies, the call that
-it died in is the one without an answer.
+Invariant: one answer per call, with its number, sent before the next is read. So when a worker
+dies, the call that it died in is the one without an answer.
 """
 
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
-import signal
-import threading
+import socket
+import sys
 import time
-from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
 from typing import Any
 
+import msgspec
+
+from eval_protocol_rft.batch.grading.channel import WorkerChannel
 from eval_protocol_rft.record import CompletionResult
 
+LOADING = 0
+"""The number of the call that says what to load; others follow."""
 
-@dataclass(frozen=True, slots=True)
-class Setup:
-    """What a worker needs to be like the process that asked for it."""
 
-    spec: str
+class Setup(msgspec.Struct, frozen=True, kw_only=True):
+    """What a worker needs to be like the process that asked for it: bytes as the system has them,
+    for paths and the environment need not be UTF-8."""
+
+    key: bytes = b""
+    """Seals its answers."""
+    spec: bytes
     fingerprint: str
-    cwd: str
-    environ: dict[str, str]
+    cwd: bytes
+    environ: dict[bytes, bytes]
+    path: list[bytes]
+    argv: list[bytes]
 
 
-@dataclass(frozen=True, slots=True)
-class Ready:
+class Ready(msgspec.Struct, frozen=True, tag=True):
     """The evaluator is loaded; the first call may come."""
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(msgspec.Struct, frozen=True, tag=True):
     """What became of one call."""
 
     results: tuple[CompletionResult, ...]
     seconds: float
 
 
-@dataclass(frozen=True, slots=True)
-class Ended:
+class Ended(msgspec.Struct, frozen=True, tag=True):
     """No more answers will come from here, and why; the run should end."""
 
     reason: str
@@ -52,37 +56,24 @@ class Ended:
 Message = Ready | Answer | Ended
 
 
-def work(connection: Connection, setup: Setup) -> None:
-    """Run a worker. It reads tuples of views from `connection` and writes `Message`s."""
-    _leave_the_terminal()
-    threading.Thread(target=_end_with_parent, name="end-with-parent", daemon=True).start()
-    os.chdir(setup.cwd)
-    os.environ.update(setup.environ)
-    from eval_protocol_rft.batch.grading import preload  # noqa: F401
+def longest_answer(views: int) -> int:
+    """Bytes that an answer for so many completions may have."""
+    return (64 << 20) + (64 << 10) * views
 
-    _reseed()
-    # The other end is closed when there is no more to do, which may be before we are ready.
-    with contextlib.suppress(EOFError, ConnectionError):
-        judge = _load(connection, setup)
+
+def work(ours: socket.socket) -> None:
+    """Run a worker: read calls from `ours`, the views of one each, and write a `Message` each."""
+    channel = WorkerChannel(ours)
+    # The other end is closed when there is no more to do, which may be before we are ready; and an
+    # evaluator may have closed ours.
+    with contextlib.suppress(EOFError, OSError):
+        setup = msgspec.msgpack.decode(channel.receive()[1], type=Setup)
+        channel.seal_with(setup.key)
+        _reseed()
+        judge = _load(channel, setup)
         if judge is not None:
-            connection.send(Ready())
-            _answer_calls(connection, judge)
-
-
-def _leave_the_terminal() -> None:
-    """A process group of our own: Ctrl-C goes to the parent alone, which ends us, and what the
-    evaluator starts can be ended together with us."""
-    os.setpgid(0, 0)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-
-
-def _end_with_parent() -> None:
-    """A parent that was killed cannot end a worker whose evaluator hangs."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        wait([parent.sentinel])
-        os.killpg(0, signal.SIGKILL)
+            _send(channel, LOADING, Ready())
+            _answer_calls(channel, judge)
 
 
 def _reseed() -> None:
@@ -93,32 +84,53 @@ def _reseed() -> None:
     np.random.seed()
 
 
-def _load(connection: Connection, setup: Setup) -> Any:
+def _load(channel: WorkerChannel, setup: Setup) -> Any:
     """The judge, or None after saying why there is none."""
     from eval_protocol_rft.batch.grading.call import Judge
     from eval_protocol_rft.batch.grading.evaluators import EvaluatorNotFoundError, load_evaluator
     from eval_protocol_rft.scoring.evaluator import EvaluatorError
 
+    os.environ.clear()
+    os.environb.update(setup.environ)
+    for name in ("EP_NO_UPLOAD", "LITELLM_LOCAL_MODEL_COST_MAP"):
+        os.environ.setdefault(name, "1" if name == "EP_NO_UPLOAD" else "True")
+    sys.path[:] = map(os.fsdecode, setup.path)
+    sys.argv[:] = map(os.fsdecode, setup.argv)
+    spec = os.fsdecode(setup.spec)
     try:
-        loaded = load_evaluator(setup.spec)
-    except (EvaluatorNotFoundError, EvaluatorError) as error:
-        connection.send(Ended(f"a worker cannot load the evaluator: {error}"))
+        os.chdir(setup.cwd)
+        loaded = load_evaluator(spec)
+    except (EvaluatorNotFoundError, EvaluatorError, OSError) as error:
+        _send(channel, LOADING, Ended(f"a worker cannot load the evaluator: {error}"))
         return None
     if loaded.fingerprint != setup.fingerprint:
-        connection.send(Ended(f"{setup.spec} was changed while it was grading: start again"))
+        _send(channel, LOADING, Ended(f"{spec} was changed while it was graded: start again"))
         return None
     return Judge.of(loaded)
 
 
-def _answer_calls(connection: Connection, judge: Any) -> None:
+def _answer_calls(channel: WorkerChannel, judge: Any) -> None:
     import pytest
 
     while True:
-        views = connection.recv()
+        number, body = channel.receive()
+        views = msgspec.msgpack.decode(body, type=list[bytes])
         began = time.monotonic()
         try:
             results = judge.judge(views)
         except pytest.exit.Exception as error:
-            connection.send(Ended(f"the evaluator ended the run: {error}"))
+            _send(channel, number, Ended(f"the evaluator ended the run: {error}"))
             return
-        connection.send(Answer(results, time.monotonic() - began))
+        _send(channel, number, Answer(results, time.monotonic() - began), views=len(views))
+
+
+def _send(channel: WorkerChannel, number: int, message: Message, *, views: int = 1) -> None:
+    try:
+        body = msgspec.json.encode(message)
+        problem = f"is {len(body)} bytes long" if len(body) > longest_answer(views) else None
+    except (TypeError, ValueError, RecursionError) as error:
+        body, problem = b"", f"cannot be written as JSON: {type(error).__name__}"
+    if problem is not None:
+        result = CompletionResult(score=None, error=f"what the evaluator said {problem}")
+        body = msgspec.json.encode(Answer((result,) * views, 0.0))
+    channel.send(number, body)

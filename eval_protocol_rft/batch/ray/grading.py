@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import queue
-import sys
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future
@@ -175,8 +174,6 @@ class PoolGrader(_Grader):
 
     def ready(self) -> None:
         loaded = self.load()
-        # Workers would run it again, as multiprocessing does: Ray's script, and import Ray for it.
-        sys.modules["__main__"].__file__ = None
         self._pools = queue.SimpleQueue[Pool]()
         for _ in range(self.workers):
             self._pools.put(Pool(loaded, 1, self.timeout))

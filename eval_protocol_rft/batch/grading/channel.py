@@ -1,0 +1,129 @@
+"""Frames between the caller and a worker, over a socket that what a worker runs should not meet.
+
+Invariant: what `Frames.take` gives was sent by the worker itself, for the call of that number.
+Whatever else was written there (a forked evaluator that comes back, code that writes into every
+descriptor) is `RubbishError`. Nothing is unpickled, and nothing is read beyond its limit.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import random
+import resource
+import socket
+import struct
+
+_HEAD = struct.Struct("<QQ16s")
+"""Number of the call, length of the body, and the seal of both."""
+_HIGHEST_DESCRIPTOR = 4096
+
+
+class RubbishError(ValueError):
+    """Someone else wrote into the channel."""
+
+
+def frame(key: bytes, number: int, body: bytes) -> bytes:
+    return _HEAD.pack(number, len(body), _seal(key, number, body)) + body
+
+
+def _seal(key: bytes, number: int, body: bytes) -> bytes:
+    return hashlib.blake2b(number.to_bytes(8, "little") + body, key=key, digest_size=16).digest()
+
+
+class Frames:
+    """Bytes in, frames out."""
+
+    def __init__(self, key: bytes) -> None:
+        self._key = key
+        self._buffer = bytearray()
+
+    def __len__(self) -> int:
+        return len(self._buffer)
+
+    def feed(self, data: bytes) -> None:
+        self._buffer += data
+
+    def take(self, number: int, *, longest: int) -> bytes | None:
+        """The body of the frame that was asked for, once all of it is there.
+
+        Raises:
+            RubbishError: what is there is no such frame.
+        """
+        if len(self._buffer) < _HEAD.size:
+            return None
+        found, length, seal = _HEAD.unpack_from(self._buffer)
+        if found != number or length > longest:
+            raise RubbishError
+        end = _HEAD.size + length
+        if len(self._buffer) < end:
+            return None
+        body = bytes(self._buffer[_HEAD.size : end])
+        if _seal(self._key, number, body) != seal:
+            raise RubbishError
+        del self._buffer[:end]
+        return body
+
+
+class WorkerChannel:
+    """The worker's end. It is this process's alone: a fork closes it, another program never gets
+    it, and its number is none that a loop over descriptors begins with."""
+
+    def __init__(self, ours: socket.socket) -> None:
+        self._socket = _out_of_the_way(ours)
+        self._pid = os.getpid()
+        status = os.fstat(self._socket.fileno())
+        self._identity = status.st_dev, status.st_ino
+        os.register_at_fork(after_in_child=self._socket.close)
+        self._key = b""
+
+    def receive(self) -> tuple[int, bytes]:
+        """The next call.
+
+        Raises:
+            EOFError: there are no more.
+        """
+        self._end_if_not_ours()
+        number, length, _ = _HEAD.unpack(self._exactly(_HEAD.size))
+        return number, self._exactly(length)
+
+    def seal_with(self, key: bytes) -> None:
+        self._key = key
+
+    def send(self, number: int, body: bytes) -> None:
+        self._end_if_not_ours()
+        self._socket.sendall(frame(self._key, number, body))
+
+    def _exactly(self, size: int) -> bytes:
+        data = bytearray(size)
+        view = memoryview(data)
+        while view:
+            count = self._socket.recv_into(view)
+            if not count:
+                raise EOFError
+            view = view[count:]
+        return bytes(data)
+
+    def _end_if_not_ours(self) -> None:
+        """A copy of the worker that came back from an evaluator must not answer for it, and a
+        worker whose evaluator closed the channel cannot."""
+        try:
+            status = os.fstat(self._socket.fileno())
+            ours = self._pid == os.getpid() and self._identity == (status.st_dev, status.st_ino)
+            os.set_blocking(self._socket.fileno(), True)
+        except OSError:
+            ours = False
+        if not ours:
+            os._exit(0)
+
+
+def _out_of_the_way(ours: socket.socket) -> socket.socket:
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    top = (
+        _HIGHEST_DESCRIPTOR if limit == resource.RLIM_INFINITY else min(limit, _HIGHEST_DESCRIPTOR)
+    )
+    lowest = random.randrange(top // 2, top - 8) if top >= 64 else 3  # noqa: S311
+    moved = fcntl.fcntl(ours.fileno(), fcntl.F_DUPFD_CLOEXEC, lowest)
+    ours.close()
+    return socket.socket(fileno=moved)

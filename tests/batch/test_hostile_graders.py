@@ -1,0 +1,68 @@
+"""Graders that fork, exec, kill, hang, print, allocate, write into every descriptor and leave
+children: each costs its own completion at most, and nothing of them stays."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+from pathlib import Path
+
+import pytest
+
+from eval_protocol_rft.batch.grading.evaluators import load_evaluator
+from eval_protocol_rft.batch.grading.grade import grade
+from tests.batch.grading_runs import is_gone, one_each, scores
+from tests.batch.hostile_graders import DEADLY, HANGING, HARMLESS, LATE, MISDEEDS, reward
+
+GRADERS = Path(__file__).with_name("hostile_graders.py")
+
+
+@pytest.fixture
+def left(tmp_path, monkeypatch):
+    """The file with the ids of processes that graders left."""
+    file = tmp_path / "left"
+    file.touch()
+    monkeypatch.setenv("LEFT", str(file))
+    yield file
+    for pid in file.read_text().split():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(pid), 9)
+
+
+def check(texts: list[str], left: Path, *, timeout: float) -> None:
+    """Grade them all with two workers."""
+    evaluator = load_evaluator(f"{GRADERS}::judge")
+    done = {}
+    for graded in grade(one_each(texts), evaluator, workers=2, timeout=timeout):
+        assert graded.key not in done
+        (done[graded.key],) = scores(graded)
+    assert set(done) == set(texts)
+    wrong = {text: found for text, found in done.items() if found not in (None, reward(text))}
+    assert not wrong
+    costly = {*DEADLY, *HANGING, "stop the guard", *(misdeed.__name__ for misdeed in LATE)}
+    lost = {text for text, found in done.items() if found is None}
+    assert {text for text in lost if text.partition(" #")[0] not in costly} == set()
+    sure = {*DEADLY, *HANGING, "stop the guard"} - {"write"}
+    assert {text for text in texts if text.partition(" #")[0] in sure} <= lost
+    started = [int(pid) for pid in left.read_text().split()]
+    assert started
+    assert [pid for pid in started if not is_gone(pid)] == []
+
+
+def test_each_costs_its_own_completion_and_leaves_nothing(left):
+    harmful = [*(misdeed.__name__ for misdeed in [*HARMLESS, *LATE]), *DEADLY, "write and hang"]
+    texts = []
+    for i, name in enumerate(harmful):
+        texts += [f"{name} #{i}", f"fine #{i}", f"fine too #{i}"]
+    check(texts, left, timeout=15)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_two_hundred_of_them_among_as_many_others(left, seed):
+    draw = random.Random(seed)
+    texts = [f"{draw.choice([*MISDEEDS])} #{i}" for i in range(200)]
+    texts += [f"fine #{i}" for i in range(200)]
+    draw.shuffle(texts)
+    check(texts, left, timeout=10)
