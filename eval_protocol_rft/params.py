@@ -10,7 +10,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -25,6 +25,9 @@ DEFAULT_TIMEOUT = 600.0
 
 DEFAULT_MAX_TOKENS = 2048
 """Sent where the user gives none: servers differ (vLLM stops after 16), training data must not."""
+
+DEFAULT_STEPS = 30
+"""What Eval Protocol hands to every processor where the user says nothing."""
 
 DROPPED_KEYS = frozenset(
     {
@@ -113,6 +116,45 @@ class RolloutRequest:
     """Where to sample; None: in this process, model `params.model` without its `local/`."""
     tokenizer: str | None = None
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+
+def refuse_unused(
+    *,
+    mcp_config_path: str | None,
+    server_script_path: str | None,
+    steps: int,
+    keywords: Mapping[str, Any],
+    known: Collection[str],
+) -> None:
+    """Refuse what `@evaluation_test` hands to every rollout processor and this one has no use for.
+
+    Args:
+        keywords: `rollout_processor_kwargs`.
+        known: those of them that mean something here.
+
+    Raises:
+        ParamsError: one of them is given; the message names it and what to do instead.
+    """
+    servers = {"mcp_config_path": mcp_config_path, "server_script_path": server_script_path}
+    for name, value in servers.items():
+        if value:
+            raise ParamsError(
+                f"@evaluation_test({name}=...) is not used by this rollout processor, so the model "
+                "would not have its tools: give EpisodeRolloutProcessor a ToolLoop with the tools, "
+                f"or leave {name} away"
+            )
+    if steps != DEFAULT_STEPS:
+        raise ParamsError(
+            f"@evaluation_test(steps={steps}) is not used by this rollout processor: bound the "
+            "turns of an episode with EpisodeRolloutProcessor(limits=EpisodeLimits(turns=...)), or "
+            "leave steps away"
+        )
+    unknown = sorted(set(keywords) - set(known))
+    if unknown:
+        raise ParamsError(
+            f"rollout_processor_kwargs[{unknown[0]!r}] is not used by this rollout processor: its "
+            "options are arguments of its own"
+        )
 
 
 def parse_completion_params(

@@ -26,7 +26,12 @@ from eval_protocol_rft.backends import Backends
 from eval_protocol_rft.commit import commit_group, messages_to_answer
 from eval_protocol_rft.endpoint import Endpoint
 from eval_protocol_rft.evaluation_run import observe_attempt, watched
-from eval_protocol_rft.params import RolloutRequest, parse_completion_params, template_values
+from eval_protocol_rft.params import (
+    RolloutRequest,
+    parse_completion_params,
+    refuse_unused,
+    template_values,
+)
 from eval_protocol_rft.prompts import PromptError, render_prompt
 from eval_protocol_rft.redaction import redact_params
 from eval_protocol_rft.sampling.fanout import Group, derive_seeds, sample_group
@@ -46,6 +51,8 @@ from eval_protocol_rft.tokenizer import LoadedTokenizer
 
 RUN_KEYWORD = "rft_run"
 """In `RolloutProcessorConfig.kwargs`: the number of the run, of callers that number their own."""
+RETRY_KEYWORD = "start_server"
+"""There too, and False: so Eval Protocol marks a retry."""
 
 
 class RolloutError(RuntimeError):
@@ -340,6 +347,13 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
         await asyncio.shield(check)
 
     def _request(self, config: RolloutProcessorConfig) -> RolloutRequest:
+        refuse_unused(
+            mcp_config_path=config.mcp_config_path,
+            server_script_path=config.server_script_path,
+            steps=config.steps,
+            keywords=config.kwargs or {},
+            known=(RUN_KEYWORD, RETRY_KEYWORD),
+        )
         request = parse_completion_params(config.completion_params)
         if request.params.logprobs_mode is None and self.logprobs_mode is not None:
             params = replace(request.params, logprobs_mode=self.logprobs_mode)
@@ -395,8 +409,7 @@ class _Runs:
             return run
         metadata = row.execution_metadata
         rollout = metadata.rollout_id or ""
-        # So Eval Protocol marks a retry.
-        if keywords.get("start_server") is False and rollout in self._rollouts:
+        if keywords.get(RETRY_KEYWORD) is False and rollout in self._rollouts:
             return self._rollouts[rollout]
         index = (metadata.extra or {}).get("run_index")
         index = index if isinstance(index, int) else None

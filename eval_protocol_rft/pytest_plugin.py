@@ -40,6 +40,7 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
     from eval_protocol_rft.evaluation_run import watch
     from eval_protocol_rft.processor import FireworksTrainingRolloutProcessor
 
+    _refuse_several_models(item, test)
     with watch() as run:
         try:
             result = yield
@@ -51,6 +52,25 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
     if (outcome.rows or ours) and not _is_allowed(item.config):
         _require_scores(outcome)
     return result
+
+
+def _refuse_several_models(item: Any, test: Any) -> None:
+    """Before anything is paid for; the scorer would refuse its groups afterwards."""
+    from eval_protocol_rft.params import ParamsError, parse_completion_params
+    from eval_protocol_rft.scoring.decorator import OPTIONS_ATTRIBUTE
+    from eval_protocol_rft.scoring.scorer import several_models_problem
+
+    sets = test.completion_params or []
+    if test.mode != "groupwise" or len(sets) < 2:
+        return
+    if not hasattr(getattr(item.obj, "_origin_func", None), OPTIONS_ATTRIBUTE):
+        return
+    try:
+        most = max(parse_completion_params(params).n for params in sets)
+    except ParamsError:
+        return  # its rows say so
+    if most > 1:
+        pytest.fail(several_models_problem(len(sets), most), pytrace=False)
 
 
 def _is_allowed(config: pytest.Config) -> bool:

@@ -19,6 +19,11 @@ COMPLETION_PARAMS = [
     {**SHARED, "model": "case-a", "n": 4, "seed": 1},
     {**SHARED, "model": "case-b", "n": 2, "seed": 2, "temperature": 0.5},
 ]
+ONE_OF_EACH = [
+    {**SHARED, "model": "case-c", "seed": 3},
+    {**SHARED, "model": "case-d", "seed": 4, "temperature": 0.5},
+]
+"""For groups, which have one row per set: more completions of each cannot be told apart there."""
 HISTORY = [
     Message(role="user", content="hi"),
     Message(role="assistant", content="hello"),
@@ -53,7 +58,7 @@ processor = FireworksTrainingRolloutProcessor(tokenizer=os.environ["EP_MODES_TOK
 def case(mode: str, num_runs: int, *more_rows: EvaluationRow, **options):
     return evaluation_test(
         input_rows=[[*ROWS, *more_rows]],
-        completion_params=COMPLETION_PARAMS,
+        completion_params=ONE_OF_EACH if mode == "groupwise" else COMPLETION_PARAMS,
         rollout_processor=processor,
         mode=mode,
         num_runs=num_runs,

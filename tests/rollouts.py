@@ -79,9 +79,8 @@ def config_of(
 ) -> RolloutProcessorConfig:
     return RolloutProcessorConfig(
         completion_params=params,  # type: ignore[arg-type] - the very object that a user wrote
-        mcp_config_path="",
         semaphore=asyncio.Semaphore(slots),
-        **fields,
+        **{"mcp_config_path": "", **fields},
     )
 
 

@@ -21,7 +21,8 @@ from tests.stub_server import Seen, Status, StubServer
 
 BEGAN_WITH = {"row-0": 1, "row-1": 1, "row-2": 3, "row-again": 1}
 """Messages of each row."""
-N = {"case-a": 4, "case-b": 2}
+N = {"case-a": 4, "case-b": 2, "case-c": 1, "case-d": 1}
+MODELS = {"pointwise": ("case-a", "case-b"), "groupwise": ("case-c", "case-d")}
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "eval_protocol_rft.pytest_plugin"]
 REPOSITORY = Path(__file__).parent.parent
 
@@ -120,8 +121,8 @@ def cases(rows: list[EvaluationRow]) -> Counter[tuple[str, str]]:
     )
 
 
-def each_of(times: int, *row_ids: str) -> dict[tuple[str, str], int]:
-    return {(row_id, model): times for row_id in row_ids for model in N}
+def each_of(times: int, *row_ids: str, mode: str = "pointwise") -> dict[tuple[str, str], int]:
+    return {(row_id, model): times for row_id in row_ids for model in MODELS[mode]}
 
 
 THREE = ("row-0", "row-1", "row-2")
@@ -141,7 +142,7 @@ def test_groupwise_rolls_out_every_case_in_every_case(default_run, num_runs):
     # Eval Protocol's own: groups are over completion_params, and each parametrized case rolls all
     # of them out. So both cases show up twice, once per experiment.
     rows = finished(default_run.rows[f"test_groupwise_{num_runs}"])
-    assert cases(rows) == each_of(2 * num_runs, *THREE)
+    assert cases(rows) == each_of(2 * num_runs, *THREE, mode="groupwise")
     experiments = Counter(row.execution_metadata.experiment_id for row in rows)
     assert sorted(experiments.values()) == [6 * num_runs, 6 * num_runs]
     for row in rows:
@@ -152,7 +153,7 @@ def test_groupwise_rolls_out_every_case_in_every_case(default_run, num_runs):
 @pytest.mark.parametrize("mode", ["pointwise", "groupwise"])
 def test_every_row_comes_out_whole_with_the_priority_scheduler(priority_run, mode, num_runs):
     rows = finished(priority_run.rows[f"test_{mode}_{num_runs}"])
-    assert cases(rows) == each_of(num_runs, *THREE)
+    assert cases(rows) == each_of(num_runs, *THREE, mode=mode)
     for row in rows:
         assert_complete(row)
     indices = Counter(row.execution_metadata.extra["run_index"] for row in rows)

@@ -9,7 +9,9 @@ from itertools import pairwise
 
 import pytest
 
-from eval_protocol_rft import FireworksTrainingRolloutProcessor
+from eval_protocol_rft import EpisodeRolloutProcessor, FireworksTrainingRolloutProcessor
+from eval_protocol_rft.environments.environment import Environment
+from eval_protocol_rft.params import ParamsError
 from eval_protocol_rft.processor import RolloutError
 from tests.rollouts import (
     assert_is_what_the_server_sampled,
@@ -211,9 +213,7 @@ async def test_headers_of_the_users_are_sent_with_every_request(server, processo
 async def test_what_eval_protocol_and_the_cookbook_put_into_a_config_does_not_matter(
     server, processor
 ):
-    config = config_of(
-        params_for(server), logger=None, kwargs={"start_server": False, "anything": object()}
-    )
+    config = config_of(params_for(server), logger=None, kwargs={"start_server": False})
     [row] = await asyncio.gather(*processor([row_of()], config))
     await processor.acleanup()
     assert len(record_of_row(row)) == 1
@@ -240,3 +240,30 @@ async def test_the_servers_meaning_of_its_logprobs_can_be_told(server):
     [row] = await roll_out(aware, row_of(), params | {"temperature": 1.0})
     assert_is_what_the_server_sampled(record_of_row(row))
     assert record_of_row(row).raw_logprobs is None
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        ({"mcp_config_path": "tools.json"}, r"mcp_config_path=\.\.\.\).*ToolLoop"),
+        ({"server_script_path": "server.py"}, r"server_script_path=\.\.\.\).*ToolLoop"),
+        ({"steps": 5}, r"steps=5\).*EpisodeLimits\(turns="),
+        ({"kwargs": {"start_server": False, "tmperature": 2}}, r"rollout_processor_kwargs\['tmp"),
+    ],
+)
+@pytest.mark.parametrize("episodes", [False, True])
+async def test_what_has_no_use_here_is_refused_by_name_before_anything_is_sampled(
+    server, field, message, episodes
+):
+    options = {"tokenizer": chat_tokenizer()}
+    processor = (
+        EpisodeRolloutProcessor(Environment, **options)
+        if episodes
+        else FireworksTrainingRolloutProcessor(**options)
+    )
+    config = config_of(params_for(server), **{"mcp_config_path": "", **field})
+    (task,) = processor([row_of()], config)
+    with pytest.raises(ParamsError, match=message):
+        await task
+    await processor.acleanup()
+    assert server.requests == []

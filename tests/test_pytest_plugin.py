@@ -213,6 +213,49 @@ def test_what_is_not_known_fails_nothing_and_no_rows_do(run):
     assert "test_another_kind: " not in output
 
 
+GROUPS = """
+@case(sets=2, mode="groupwise")
+def test_one_row_per_model(rows: list[EvaluationRow]) -> list[EvaluationRow]:
+    assert [row.input_metadata.completion_params["top_k"] for row in rows] == [0, 1]
+    assert [len(row.execution_metadata.extra["completion_ids"]) for row in rows] == [4, 4]
+    return [give(row, 1.0) for row in rows]
+
+@case(sets=2, mode="groupwise", n=1)
+@score_each_completion
+def test_one_completion_per_model(rows: list[EvaluationRow]) -> list[EvaluationRow]:
+    assert [row.input_metadata.completion_params["top_k"] for row in rows] == [0, 1]
+    return [give(row, 1.0) for row in rows]
+
+@case(mode="groupwise")
+@score_each_completion
+def test_all_completions_of_one_model(rows: list[EvaluationRow]) -> list[EvaluationRow]:
+    assert len(rows) == 4
+    return [give(row, 1.0) for row in rows]
+"""
+MIXED = """
+@case(sets=2, mode="groupwise")
+@score_each_completion
+def test_mixed(rows: list[EvaluationRow]) -> list[EvaluationRow]:
+    return [give(row, 1.0) for row in rows]
+"""
+
+
+def test_groups_of_several_models_have_a_row_for_each(run):
+    output = run(GROUPS, ended="5 passed")
+    assert_lines(
+        output,
+        r".*test_one_row_per_model.*: 6 rows, 24 completions, 6 rows judged .*, 6 scored, .*",
+        r".*test_one_completion_per_model.*: 6 rows, 6 completions, 6 scored, .*",
+        r".*test_all_completions_of_one_model.*: 3 rows, 12 completions, 12 scored, .*",
+    )
+
+
+def test_groups_of_several_completions_of_several_models_are_refused_unpaid(run, server):
+    output = run(MIXED, ended="2 failed")
+    assert_lines(output, r"@score_each_completion with 2 sets of completion_params and n=4 in .*")
+    assert server.requests == []
+
+
 def test_failures_and_retries_are_told_with_their_causes_and_without_control_sequences(run, server):
     def script(seen: Seen) -> Status | None:
         if seen.place % 4 == 0 and seen.attempt == 1:

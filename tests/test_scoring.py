@@ -132,9 +132,14 @@ def test_pass_at_k_and_counts_are_metrics_of_the_row():
     assert metric(row, "pass@1") == pytest.approx(2 / 5)
     assert metric(row, "pass@2") == pytest.approx(1 - 3 / 10)  # 3 of 10 pairs are both wrong
     assert metric(row, "pass@5") == 1.0
-    assert metric(row, "completions_scored") == 5
+    assert metric(row, "completions_scored") == 5 / 8
     assert metric(row, "completions_unscored") == 0
-    assert metric(row, "completions_failed") == 3
+    assert metric(row, "completions_failed") == 3 / 8
+    scored = row.evaluation_result.metrics["completions_scored"]
+    assert (scored.reason, scored.data) == (
+        "5 of 8 completions have a valid score",
+        {"count": 5},
+    )
     assert metric(row, "reward_mean") == pytest.approx(0.4)
     assert (metric(row, "reward_min"), metric(row, "reward_max")) == (0.0, 1.0)
     assert "3 could not be sampled" in row.evaluation_result.reason
@@ -184,7 +189,7 @@ def test_where_the_evaluator_raises_the_completion_has_no_score_and_the_others_k
     row = evaluator(answered("good", "bad", "good"))
     assert rewards(row) == [1.0, None, 1.0]
     assert row.evaluation_result.score == 1.0
-    assert metric(row, "completions_unscored") == 1
+    assert metric(row, "completions_unscored") == 1 / 3
     error = results(row)[1]["error"]
     assert error.startswith("ZeroDivisionError: no luck (test_scoring.py:")
     assert f"1 unscored, first completion 1: {error}" in row.evaluation_result.reason

@@ -7,7 +7,7 @@ from eval_protocol.models import EvaluationRow
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eval_protocol_rft.scoring import score_each_completion
+from eval_protocol_rft.scoring import EvaluatorError, score_each_completion
 from tests.scored_rows import answered, asked, give, results, rewards, said
 
 
@@ -131,3 +131,32 @@ def test_rows_of_which_none_has_a_record_are_handed_over_as_they_are():
 
     group = [asked(), asked()]
     assert evaluator(group) == group[:1]
+
+
+def test_a_group_of_several_completions_of_several_models_is_refused():
+    rows = [answered("a", "b"), answered("c", "d")]
+    for row, model in zip(rows, ("one", "two"), strict=True):
+        row.input_metadata.row_id = "same"
+        row.input_metadata.completion_params = {"model": model}
+    evaluator = score_each_completion(first_gets_one)
+    with pytest.raises(EvaluatorError, match=r"2 sets of completion_params and n=2.*rows\[1\]"):
+        evaluator(rows)
+    rows[1].input_metadata.row_id = "another row of a data set"
+    evaluator(rows)
+
+
+def first_gets_one(rows: list[EvaluationRow]) -> list[EvaluationRow]:
+    return [give(row, float(i == 0)) for i, row in enumerate(rows)]
+
+
+@pytest.mark.parametrize("scores", [(0.0, 1.0), (-1.0, 2.0), (3.0, None), (None, None)])
+def test_eval_protocols_page_takes_every_metric(scores):
+    @score_each_completion
+    def evaluator(rows: list[EvaluationRow]) -> list[EvaluationRow]:
+        return [give(row, score) for row, score in zip(rows, scores, strict=True)]
+
+    row = answered("a", "b", num_failed=1)
+    evaluator([row])
+    assert all(0.0 <= metric.score <= 1.0 for metric in row.evaluation_result.metrics.values())
+    if scores == (-1.0, 2.0):
+        assert ", from -1 to 2" in row.evaluation_result.reason

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from eval_protocol.models import EvaluationRow
 
 from eval_protocol_rft.scoring.batch import Place, lay_out, sort_answers
-from eval_protocol_rft.scoring.evaluator import BoundCall, CallFailed, Evaluator
+from eval_protocol_rft.scoring.evaluator import BoundCall, CallFailed, Evaluator, EvaluatorError
 from eval_protocol_rft.scoring.results import read_result
 from eval_protocol_rft.scoring.summary import (
     ScoringOptions,
@@ -90,6 +90,7 @@ class Scorer:
             own = completion_views(row)
             return None if own is None else _Plan(own, lambda got: self._commit(row, got))
         rows: list[EvaluationRow] = call.given
+        _refuse_several_models(rows)
         views = [[] if rollout_failed(row) else completion_views(row) for row in rows]
         if all(own is None for own in views):
             return None
@@ -128,6 +129,33 @@ class Scorer:
             self._slots = {known: s for known, s in self._slots.items() if not known.is_closed()}
             self._slots[loop] = asyncio.Semaphore(self.options.max_concurrency)
         return self._slots[loop]
+
+
+def _refuse_several_models(rows: Sequence[EvaluationRow]) -> None:
+    """A group of Eval Protocol has one row per set of completion parameters, and its evaluators
+    take `rows[1]` for the second model's. With n completions of each it would be another one of
+    the first model's, and the scores would compare the wrong answers."""
+    if len({row.input_metadata.row_id for row in rows}) != 1:
+        return  # not a group but a whole data set
+    sets: list[Any] = []
+    for row in rows:
+        if row.input_metadata.completion_params not in sets:
+            sets.append(row.input_metadata.completion_params)
+    counts = [
+        len((row.execution_metadata.extra or {}).get("completions_text") or ()) for row in rows
+    ]
+    if len(sets) > 1 and max(counts) > 1:
+        raise EvaluatorError(several_models_problem(len(sets), max(counts)))
+
+
+def several_models_problem(sets: int, n: int) -> str:
+    """What to say of a groupwise evaluator of n completions for each of several models."""
+    return (
+        f"@score_each_completion with {sets} sets of completion_params and n={n} in a group: the "
+        "evaluator would get all completions in one list, where rows[1] is the first model's "
+        "second one and not the second model's. Use n=1 in each set, one set per evaluation test, "
+        'mode="pointwise", or leave @score_each_completion away: a group then has one row per model'
+    )
 
 
 async def _attempt(call: BoundCall, value: Any, slots: asyncio.Semaphore) -> Any:

@@ -83,15 +83,21 @@ def summarize(
         failed: completions that could not be sampled.
 
     Returns:
-        The aggregate of the valid scores with counts, their mean, min and max, and pass@k for
-        k = 1, 2, 4, ... up to the number of valid scores, and that number itself. Without a valid
-        score it is marked invalid; its score of 0.0 is only there because the type wants a float.
+        The aggregate of the valid scores; as metrics the shares of completions that were scored,
+        were not, and could not be sampled, with their counts in `data`, the mean, min and max of
+        the scores, and pass@k for k = 1, 2, 4, ... up to the number of valid scores, and that
+        number itself. Without a valid score it is marked invalid; its score of 0.0 is only there
+        because the type wants a float.
+
+    Every metric is in [0, 1]: Eval Protocol's page refuses others, and shows none of its rows then.
+    Where the scores themselves are not, their range is told in the reason.
     """
     scores = [result.score for result in results if result.score is not None]
+    asked = len(results) + failed
     metrics = {
-        "completions_scored": _metric(len(scores), f"of {len(results)} completions"),
-        "completions_unscored": _metric(len(results) - len(scores), "no valid score"),
-        "completions_failed": _metric(failed, "could not be sampled"),
+        "completions_scored": _share(len(scores), asked, "have a valid score"),
+        "completions_unscored": _share(len(results) - len(scores), asked, "have no valid score"),
+        "completions_failed": _share(failed, asked, "could not be sampled"),
     }
     problems = _problems(results, failed)
     if not scores:
@@ -102,6 +108,8 @@ def summarize(
             metrics=metrics,
         )
     reason = f"{options.aggregation} of {len(scores)} scored completions"
+    if not _in_range(scores):
+        reason += f", from {min(scores):g} to {max(scores):g}"
     return EvaluateResult(
         score=_aggregate(scores, options.aggregation),
         reason=f"{reason}; {problems}" if problems else reason,
@@ -141,12 +149,28 @@ def _score_metrics(scores: Sequence[float], threshold: float) -> dict[str, Metri
     passed = sum(score >= threshold for score in scores)
     ks = sorted({n, *(2**i for i in range(n.bit_length()))})
     why = f"{passed} of {n} scored completions reached {threshold:g}"
+    over = f"over {n} scored completions"
+    rewards = {
+        "reward_mean": _metric(_aggregate(scores, "mean"), over),
+        "reward_min": _metric(min(scores), over),
+        "reward_max": _metric(max(scores), over),
+    }
     return {
-        "reward_mean": _metric(_aggregate(scores, "mean"), f"over {n} scored completions"),
-        "reward_min": _metric(min(scores), f"over {n} scored completions"),
-        "reward_max": _metric(max(scores), f"over {n} scored completions"),
+        **(rewards if _in_range(scores) else {}),
         **{f"pass@{k}": _metric(pass_at_k(n, passed, k), why) for k in ks},
     }
+
+
+def _in_range(scores: Sequence[float]) -> bool:
+    return min(scores) >= 0.0 and max(scores) <= 1.0
+
+
+def _share(count: int, of: int, what: str) -> MetricResult:
+    return MetricResult(
+        score=count / of if of else 0.0,
+        reason=f"{count} of {of} completions {what}",
+        data={"count": count},
+    )
 
 
 def _metric(score: float, reason: str) -> MetricResult:
