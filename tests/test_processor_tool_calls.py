@@ -160,6 +160,22 @@ async def test_what_is_thought_about_is_not_called():
     assert functions(message) == [ADD]
 
 
+XML = "<tool_call>\n<function=add>\n<parameter=a>\n2\n</parameter>\n</function>\n</tool_call>"
+
+
+async def test_a_call_in_tags_ends_thinking_that_was_not_closed():
+    template = chat_tokenizer().chat_template + "{# <parameter= #}"
+    row = await answered(f"I add.\n{XML}", tools=TOOLS, params=OPENED, template=template)
+    message = row.messages[-1]
+    assert (message.content, message.reasoning_content) == ("", "I add.")
+    assert functions(message) == [("add", {"a": 2})]
+    for thought in (f"{XML}?</think>", "I write <tool_call> then"):
+        row = await answered(thought, tools=TOOLS, params=OPENED, template=template)
+        message = row.messages[-1]
+        assert (message.content, message.tool_calls) == ("", None)
+        assert message.reasoning_content == thought.removesuffix("</think>")
+
+
 async def test_a_model_whose_calls_cannot_be_told_calls_in_text_and_that_is_logged_once(caplog):
     template = "{{ tools }}{{ messages[0].content }}"
     with caplog.at_level(logging.WARNING):

@@ -11,6 +11,7 @@ compares them.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -95,6 +96,8 @@ class AnswerReader:
         if self._format == "harmony":
             return _harmony(text, tools=tools, split_reasoning=self._split)
         thought, reasoning, answer = split_thought(text, opened=self._opened)
+        if tools and self._format == "qwen3_coder" and reasoning is not None and not answer:
+            thought, reasoning, answer = _ended_by_call(thought, reasoning)
         message: dict[str, Any] = {"role": "assistant", "content": answer}
         if reasoning is not None and self._split:
             message["reasoning_content"] = reasoning
@@ -120,6 +123,19 @@ def opens_thought(prompt_ids: Sequence[int], tokenizer: LoadedTokenizer) -> bool
     """Whether the prompt ends inside a think block, so that the turn begins with thinking."""
     tail = tokenizer.decode(list(prompt_ids[-_PROMPT_TAIL:])).rstrip()
     return tail.endswith(tuple(opening for opening, _ in _TAGS))
+
+
+_CALL_BEGINS = re.compile(r"<tool_call>\s*<function=")
+
+
+def _ended_by_call(thought: str, reasoning: str) -> tuple[str, str, str]:
+    """`split_thought` of a text that is all thought: models that write calls in tags begin one
+    without closing the block. A tag that is only spoken of is followed by no function."""
+    begun, ends = _CALL_BEGINS.search(thought), _CALL_BEGINS.search(reasoning)
+    if not begun or not ends or "</think>" in thought[begun.start() :]:
+        return thought, reasoning, ""
+    inside = reasoning[: ends.start()].strip("\n")
+    return thought[: begun.start()], inside, thought[begun.start() :]
 
 
 def split_thought(text: str, *, opened: bool) -> tuple[str, str | None, str]:

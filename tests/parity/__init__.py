@@ -1,0 +1,1 @@
+"""What an evaluator sees here, beside what it sees behind a chat server."""
