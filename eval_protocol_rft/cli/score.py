@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,7 +12,7 @@ from eval_protocol_rft.cli.failing import fail, say
 from eval_protocol_rft.cli.stopping import sigterm_interrupts
 
 if TYPE_CHECKING:
-    from eval_protocol_rft.batch.grading.score import ScoreSummary
+    from eval_protocol_rft.batch.grading.summary import ScoreSummary
 
 _SHOWN_REASONS = 5
 
@@ -69,6 +70,10 @@ def score(
             show_default="RAY_ADDRESS, else this machine",
         ),
     ] = None,
+    allow_unscored: Annotated[
+        bool,
+        typer.Option("--allow-unscored", help="Exit with 0 though no completion has a reward."),
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
 ) -> None:
     """Grade every completion of a file with your own evaluator.
@@ -119,17 +124,26 @@ def score(
             say(f"ep-rft: stopped. {what}", err=True)
             raise typer.Exit(stopped.exit_code) from None
     _show(summary)
+    if not summary.scored and not allow_unscored:
+        fail("no completion has a reward (--allow-unscored if that is right)")
 
 
 def _show(summary: ScoreSummary) -> None:
     mean = "" if summary.mean is None else f", mean {summary.mean:.4f}"
     say(
-        f"{summary.output}: {summary.scored} completions have {summary.column}{mean} "
-        f"({summary.graded} graded by this run)"
+        f"{summary.output}: {summary.scored} of {summary.completions} completions of "
+        f"{summary.rows} rows have {summary.column}{mean} ({summary.graded} graded by this run)"
     )
     if summary.failed:
         say(f"{summary.failed} could not be sampled, so there is nothing to grade")
-    if summary.unscored:
-        say(f"{summary.unscored.total()} unscored:", err=True)
-        for reason, count in summary.unscored.most_common(_SHOWN_REASONS):
+    _show_reasons(summary.unscored, "unscored")
+    _show_reasons(summary.remarks, "scored, but")
+    for warning in summary.warnings:
+        say(f"ep-rft: warning: {warning}", err=True)
+
+
+def _show_reasons(reasons: Counter[str], what: str) -> None:
+    if reasons:
+        say(f"{reasons.total()} {what}:", err=True)
+        for reason, count in reasons.most_common(_SHOWN_REASONS):
             say(f"  {count} x {reason}", err=True)

@@ -110,7 +110,7 @@ def test_several_evaluators_side_by_side_leave_everything_else_as_it_was(suffix,
     before = pa.concat_tables(RolloutDataset(path).tables())
     result = succeed("score", path, "-e", grader("right"), "--quiet")
     assert result.stdout.splitlines() == [
-        f"{path}: 8 completions have reward, mean 0.3750 (8 graded by this run)",
+        f"{path}: 8 of 12 completions of 4 rows have reward, mean 0.3750 (8 graded by this run)",
         "4 could not be sampled, so there is nothing to grade",
     ]
     succeed("score", path, "-e", grader("length"), "--name", "length", "--quiet", "--workers", 2)

@@ -11,13 +11,10 @@ import contextlib
 import functools
 import hashlib
 import os
-from collections import Counter
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
-import pyarrow.compute as pc
 
 from eval_protocol_rft.batch.dataset import RolloutDataset
 from eval_protocol_rft.batch.files import write_file
@@ -26,11 +23,12 @@ from eval_protocol_rft.batch.grading.file_index import FileIndex
 from eval_protocol_rft.batch.grading.grade import Graded, grade
 from eval_protocol_rft.batch.grading.graded_store import GradedStore
 from eval_protocol_rft.batch.grading.reward_files import SCORES, schema_with_reward, with_scores
+from eval_protocol_rft.batch.grading.summary import ScoreSummary, summarize_rewards
 from eval_protocol_rft.batch.grading.views import ScoreError, grading_items
 from eval_protocol_rft.batch.progress import reporter
 from eval_protocol_rft.batch.ray.grading import grade_on_ray
 from eval_protocol_rft.batch.ray.nodes import Engine, check_engine
-from eval_protocol_rft.batch.rollouts.format import RewardSettings, reward_column, reward_columns
+from eval_protocol_rft.batch.rollouts.format import RewardSettings, reward_column
 from eval_protocol_rft.batch.rollouts.jsonl import is_jsonl
 from eval_protocol_rft.batch.source.files import file_fingerprint
 from eval_protocol_rft.batch.store.parts import (
@@ -41,24 +39,6 @@ from eval_protocol_rft.batch.store.parts import (
     read_schema,
 )
 from eval_protocol_rft.batch.target import TargetError, check_rollout_file, check_room
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ScoreSummary:
-    """What a call of `score` did, and what the column holds now."""
-
-    output: Path
-    column: str
-    graded: int
-    """Completions graded by this call."""
-    scored: int
-    """Completions with a reward."""
-    mean: float | None
-    """Of the rewards."""
-    unscored: Counter[str] = field(default_factory=Counter)
-    """Why a completion has none -> how many."""
-    failed: int = 0
-    """Completions that could not be sampled, so there is nothing to grade."""
 
 
 def score(
@@ -152,7 +132,7 @@ def score(
                 )
                 write_file(target, wanted, tables)
             store.remove()
-    return _summary(target, column, graded)
+    return summarize_rewards(target, column, graded, loaded, adapt=adapt)
 
 
 def _grade_missing(
@@ -223,26 +203,3 @@ def _job_id(path: Path, column: str, settings: RewardSettings, *, adapt: bool) -
     """Tells whether rewards that an interrupted call left are of the same file and evaluator."""
     asked = f"{file_fingerprint(path)}\0{column}\0{adapt}\0".encode()
     return hashlib.sha256(asked + msgspec.json.encode(settings)).hexdigest().encode()
-
-
-def _summary(target: Path, column: str, graded: int) -> ScoreSummary:
-    """What the column holds."""
-    dataset = RolloutDataset(target)
-    error_column = reward_columns(column)[3]
-    scored, failed, total = 0, 0, 0.0
-    unscored: Counter[str] = Counter()
-    for table in dataset.tables([column, error_column, "error"]):
-        rewards = table.column(column)
-        scored += len(rewards) - rewards.null_count
-        total += float(pc.sum(rewards, min_count=0).as_py())
-        failed += len(table) - table.column("error").null_count
-        unscored.update(why for why in table.column(error_column).to_pylist() if why)
-    return ScoreSummary(
-        output=target,
-        column=column,
-        graded=graded,
-        scored=scored,
-        mean=total / scored if scored else None,
-        unscored=unscored,
-        failed=failed,
-    )
