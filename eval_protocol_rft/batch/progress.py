@@ -37,25 +37,33 @@ class Reporter(Protocol):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None: ...
-    def update(self, done: int, *, detail: str) -> None:
-        """`done` of the total are finished; `detail` says more."""
+    def update(self, done: int, *, detail: str, now: bool = False) -> None:
+        """`done` of the total are finished; `detail` says more, and is worth a line if `now`."""
         ...
 
 
-def reporter(what: str, total: int, *, done: int = 0, show: bool | None = None) -> Reporter:
+def reporter(
+    what: str,
+    total: int,
+    *,
+    done: int = 0,
+    show: bool | None = None,
+    every: float = _LINE_EVERY,
+) -> Reporter:
     """The fitting reporter.
 
     Args:
         what: what is being done: "generate".
         total: how much there is to do.
         done: how much of it was done before.
+        every: seconds between lines.
         show: False for none; None for what stderr can show; True for lines where it is no terminal.
     """
     if show is False:
         return _Silent()
     if sys.stderr.isatty():
         return _Bar(what, total, done)
-    return _Lines(what, total) if show else _Silent()
+    return _Lines(what, total, every) if show else _Silent()
 
 
 class _Silent:
@@ -70,7 +78,7 @@ class _Silent:
     ) -> None:
         pass
 
-    def update(self, done: int, *, detail: str) -> None:
+    def update(self, done: int, *, detail: str, now: bool = False) -> None:
         pass
 
 
@@ -101,19 +109,20 @@ class _Bar(_Silent):
     ) -> None:
         self._progress.stop()
 
-    def update(self, done: int, *, detail: str) -> None:
+    def update(self, done: int, *, detail: str, now: bool = False) -> None:
         self._progress.update(self._task, completed=done, detail=visible(detail))
 
 
 class _Lines(_Silent):
-    def __init__(self, what: str, total: int) -> None:
+    def __init__(self, what: str, total: int, every: float) -> None:
         self._what = what
         self._total = total
+        self._every = every
         self._last = time.monotonic()
 
-    def update(self, done: int, *, detail: str) -> None:
-        now = time.monotonic()
-        if now - self._last >= _LINE_EVERY:
-            self._last = now
+    def update(self, done: int, *, detail: str, now: bool = False) -> None:
+        moment = time.monotonic()
+        if now or moment - self._last >= self._every:
+            self._last = moment
             line = f"{self._what}: {done}/{self._total}  {visible(detail)}"
             print(line, file=sys.stderr, flush=True)

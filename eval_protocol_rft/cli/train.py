@@ -239,6 +239,14 @@ def train(
             metavar="stop|warn", rich_help_panel=_EVAL, help="When sampler and trainer disagree."
         ),
     ] = "stop",
+    on_unscored: Annotated[
+        str,
+        typer.Option(
+            metavar="stop|warn",
+            rich_help_panel=_EVAL,
+            help="When nothing of an evaluation could be scored.",
+        ),
+    ] = "stop",
     overwrite: Annotated[
         bool,
         typer.Option(
@@ -293,6 +301,7 @@ def train(
                     "checkpoint_every": checkpoint_every,
                     "seed": seed,
                     "on_mismatch": on_mismatch,
+                    "on_unscored": on_unscored,
                 },
                 truncated=truncated,
                 optimizer={
@@ -321,7 +330,7 @@ def train(
                     "held_out": held_out,
                     "overwrite": overwrite,
                     "log_to": log_to or [],
-                    "progress": False if quiet else None,
+                    "progress": not quiet,
                 },
             )
         except KeyboardInterrupt:

@@ -26,7 +26,7 @@ def run_training(
     """Train, and turn what goes wrong into one line and exit code 1."""
     from eval_protocol_rft.batch.grading.evaluators import load_evaluator
     from eval_protocol_rft.loop.options import LoopOptions
-    from eval_protocol_rft.loop.run import NothingToTrainOnError
+    from eval_protocol_rft.loop.rollouts import NothingToTrainOnError
     from eval_protocol_rft.loop.step import TrainingStoppedError
     from eval_protocol_rft.loop.train import train
     from eval_protocol_rft.loop.trainer import TrainerError
@@ -108,14 +108,24 @@ def _parts(
     )
 
 
+_SCORES = {"sampled": "sampled_score", "greedy": "greedy_score"}
+
+
+def _shown(score: float | None) -> str:
+    return "not scored" if score is None else f"{score:.3f}"
+
+
 def show_result(result: TrainResult) -> None:
     """What came of it, in a few lines."""
     evaluations = result.evaluations
     if evaluations:
         first, last = evaluations[0], evaluations[-1]
-        for name, key in (("sampled", "sampled_score"), ("greedy", "greedy_score")):
-            if key in first and key in last:
-                say(f"held out, {name}: {first[key]:.3f} -> {last[key]:.3f}")
+        for name, key in _SCORES.items():
+            if key in first or key in last:
+                before, after = (_shown(line.get(key)) for line in (first, last))
+                say(f"held out, {name}: {before} -> {after}")
+        if not any(key in line for line in (first, last) for key in _SCORES.values()):
+            say("held out: nothing was scored")
     made = [result.folder / name for name in ("report.html", "model")]
     files = ", ".join(str(path) for path in made if path.exists())
     say(f"{len(result.steps)} steps: {files}")

@@ -12,7 +12,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from eval_protocol_rft.loop.metrics import Line, eval_line
-from eval_protocol_rft.loop.rollouts import roll_out, wave
+from eval_protocol_rft.loop.options import OnUnscored
+from eval_protocol_rft.loop.rollouts import (
+    NothingToTrainOnError,
+    roll_out,
+    wave,
+    why_fruitless,
+)
 from eval_protocol_rft.row_runner import RowRunner
 from eval_protocol_rft.training.errors import BiasedSamplingWarning
 from eval_protocol_rft.training.trajectory import PromptGroup
@@ -36,6 +42,8 @@ class Evaluation:
     parts: Parts
     pass_threshold: float
     per_row: int
+    on_unscored: OnUnscored = "stop"
+    warn: Callable[[str], None] = print
 
     @classmethod
     def of(
@@ -46,6 +54,8 @@ class Evaluation:
         *,
         completions: int,
         pass_threshold: float,
+        on_unscored: OnUnscored = "stop",
+        warn: Callable[[str], None] = print,
     ) -> Evaluation | None:
         """None where nothing is held out."""
         if not rows:
@@ -69,12 +79,27 @@ class Evaluation:
             parts=parts,
             pass_threshold=pass_threshold,
             per_row=completions,
+            on_unscored=on_unscored,
+            warn=warn,
         )
 
     async def __call__(self, step: int) -> Line:
         greedy = await self._groups(self.greedy, 1)
         sampled = [] if self.sampled is None else await self._groups(self.sampled, self.per_row)
+        self._require_scores(step, [*greedy, *sampled])
         return eval_line(step, greedy, sampled, pass_threshold=self.pass_threshold)
+
+    def _require_scores(self, step: int, groups: Sequence[PromptGroup]) -> None:
+        """A curve without points is no curve: say so, and why."""
+        if any(t.reward is not None for group in groups for t in group.trajectories):
+            return
+        message = (
+            f"step {step}: nothing of {len(self.rows)} held-out rows could be scored; the first: "
+            f"{why_fruitless(groups[0])}"
+        )
+        if self.on_unscored == "stop":
+            raise NothingToTrainOnError(f"{message}. To train all the same: --on-unscored warn")
+        self.warn(message)
 
     async def _groups(self, runner: RowRunner, per_row: int) -> list[PromptGroup]:
         return await wave(

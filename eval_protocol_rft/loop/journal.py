@@ -18,7 +18,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from eval_protocol_rft.durable import DurableFile, sync_folder, write_whole
 
@@ -27,6 +27,14 @@ _PREFIX = "step-"
 
 class RunFolderError(ValueError):
     """The folder is of another run, or damaged; the message says what differs."""
+
+
+class Checkpoint(NamedTuple):
+    """A checkpoint that the trainer has loaded."""
+
+    step: int
+    state: dict[str, Any]
+    """The loop's own, see `Run.restore`."""
 
 
 class RunFolder:
@@ -47,6 +55,11 @@ class RunFolder:
         if not path.exists() or (path.is_dir() and not any(path.iterdir())):
             return
         known = _known(path)
+        if known is None and _has_begun(path):
+            raise RunFolderError(
+                f"{path / 'settings.json'} is missing or damaged, so the run there cannot be "
+                "continued: name another folder"
+            )
         if known is None:
             raise RunFolderError(f"{path} holds something that is no training run: name another")
         if not overwrite and _has_begun(path):
@@ -61,7 +74,7 @@ class RunFolder:
         """
         cls.check(path, settings, overwrite=overwrite)
         if _known(path) is not None and (overwrite or not _has_begun(path)):
-            shutil.rmtree(path)
+            _remove_run(path)
         path.mkdir(parents=True, exist_ok=True)
         if _known(path) is None:
             text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
@@ -73,12 +86,64 @@ class RunFolder:
         if not self.metrics_path.exists():
             return []
         whole = self.metrics_path.read_bytes().rpartition(b"\n")[0]
-        return [json.loads(line) for line in whole.splitlines()]
+        return [self._line(n, line) for n, line in enumerate(whole.split(b"\n"), 1) if line]
+
+    def _line(self, number: int, text: bytes) -> dict[str, Any]:
+        try:
+            line = json.loads(text)
+            if isinstance(line["step"], int) and isinstance(line["kind"], str):
+                return line  # type: ignore[no-any-return]
+        except (ValueError, TypeError, LookupError, RecursionError):
+            pass
+        raise RunFolderError(
+            f"{self.metrics_path}:{number}: no line of metrics: take it out, or begin anew with "
+            "--overwrite"
+        )
+
+    def checkpoints(self) -> list[tuple[int, Path]]:
+        """Step and folder of each checkpoint, the newest first."""
+        found = (self.path / "checkpoints").glob(f"{_PREFIX}*")
+        names = [(p.name.removeprefix(_PREFIX), p) for p in found if p.is_dir()]
+        return sorted(((int(n), p) for n, p in names if n.isdecimal()), reverse=True)
 
     def latest(self) -> tuple[int, Path] | None:
-        """Step and folder of the newest whole checkpoint."""
-        found = [(int(p.name[len(_PREFIX) :]), p) for p in self._checkpoints()]
-        return max(found, default=None)
+        """Step and folder of the newest checkpoint."""
+        return next(iter(self.checkpoints()), None)
+
+    def state(self, checkpoint: Path) -> dict[str, Any]:
+        """The loop's own state in a checkpoint.
+
+        Raises:
+            RunFolderError: it is missing or damaged.
+        """
+        path = checkpoint / "state.json"
+        try:
+            state = json.loads(path.read_bytes())
+        except OSError as error:
+            raise RunFolderError(f"{path} cannot be read ({error.strerror})") from error
+        except (ValueError, RecursionError) as error:
+            raise RunFolderError(f"{path} is no JSON") from error
+        counts = isinstance(state, dict) and [state.get(k) for k in ("version", "taken")]
+        draws = isinstance(state, dict) and state.get("put_back")
+        if not (
+            counts
+            and all(isinstance(count, int) and count >= 0 for count in counts)
+            and isinstance(draws, list)
+            and all(
+                isinstance(draw, list) and len(draw) == 2 and all(isinstance(n, int) for n in draw)
+                for draw in draws
+            )
+        ):
+            raise RunFolderError(f"{path} is not what a checkpoint holds")
+        return state  # type: ignore[no-any-return]
+
+    def set_aside(self, step: int) -> None:
+        """Checkpoints newer than `step` are damaged: keep them under names that count no more."""
+        for newer, path in self.checkpoints():
+            if newer > step:
+                aside = path.with_name(f"damaged-{path.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                os.replace(path, aside)
 
     def cut(self, step: int) -> None:
         """Forget metrics of steps behind `step`."""
@@ -111,16 +176,13 @@ class RunFolder:
             shutil.rmtree(target)
         os.replace(unfinished, target)
         sync_folder(parent)
-        for old in sorted(self._checkpoints())[:-keep]:
+        for _, old in self.checkpoints()[keep:]:
             shutil.rmtree(old, ignore_errors=True)
 
     def close(self) -> None:
         if self._metrics is not None:
             self._metrics.close()
             self._metrics = None
-
-    def _checkpoints(self) -> list[Path]:
-        return list((self.path / "checkpoints").glob(f"{_PREFIX}*"))
 
 
 def _known(path: Path) -> dict[str, Any] | None:
@@ -130,6 +192,23 @@ def _known(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return settings if isinstance(settings, dict) and "groups_per_step" in settings else None
+
+
+_OWN = (
+    *("metrics.jsonl", "checkpoints", "model", "report.html", "curve.svg"),
+    *("tensorboard", "wandb", "wandb.json", "settings.json"),
+)
+"""What a run writes; `settings.json`, which says that there is one, goes last."""
+
+
+def _remove_run(path: Path) -> None:
+    """Remove what a run wrote, and nothing else that lies beside it."""
+    for name in _OWN:
+        own = path / name
+        if own.is_dir() and not own.is_symlink():
+            shutil.rmtree(own)
+        else:
+            own.unlink(missing_ok=True)
 
 
 def _has_begun(path: Path) -> bool:

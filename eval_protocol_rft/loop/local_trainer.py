@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import pickle
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch import Tensor
 from eval_protocol_rft.loop.folding import fold_metrics
 from eval_protocol_rft.loop.lora import LoraSettings, add_lora, merged_names, merged_weights
 from eval_protocol_rft.loop.trainer import (
+    DamagedCheckpointError,
     ForwardBackward,
     LossFunction,
     NamedLoss,
@@ -38,6 +40,9 @@ if TYPE_CHECKING:
     from eval_protocol_rft.loop.weights import WeightSink
 
 _T = TypeVar("_T")
+
+_UNREADABLE = (OSError, RuntimeError, ValueError, EOFError, LookupError, pickle.UnpicklingError)
+"""What torch raises of files that are cut off, empty or of something else."""
 
 SMALL_MODEL_PARAMETERS = 20_000_000
 """Below this a second torch thread costs more than it saves."""
@@ -126,10 +131,11 @@ class LocalTrainer:
 
     async def publish(self, version: int) -> None:
         weights = await self._run(self.weights)
-        unchanged: frozenset[str] = frozenset()
         if self._lora is not None and self._has_published:
             unchanged = frozenset(weights) - merged_names(self._module)
-        await self._sink.publish(self._base, weights, version, unchanged=unchanged)
+            await self._sink.publish(self._base, weights, version, unchanged=unchanged)
+        else:
+            await self._sink.publish(self._base, weights, version)
         self._has_published = True
 
     def weights(self) -> dict[str, Tensor]:
@@ -250,15 +256,20 @@ class LocalTrainer:
         torch.save(state, folder / "trainer.pt")
 
     def _load(self, folder: Path) -> None:
-        state = torch.load(folder / "trainer.pt", weights_only=True)
+        path = folder / "trainer.pt"
+        try:
+            state = torch.load(path, weights_only=True)
+            saved, optimizer = state["parameters"], state["optimizer"]
+        except _UNREADABLE as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise DamagedCheckpointError(f"{path} cannot be read ({reason[:200]})") from error
         own = {n: p for n, p in self._module.named_parameters() if p.requires_grad}
-        saved = state["parameters"]
         if own.keys() != saved.keys() or any(own[n].shape != saved[n].shape for n in own):
             raise TrainerError(f"{folder} holds other parameters than this model's")
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(saved[name])
-        self._optimizer.load_state_dict(state["optimizer"])
+        self._optimizer.load_state_dict(optimizer)
         self._optimizer.zero_grad(set_to_none=True)
         self._gathered = False
 

@@ -17,6 +17,7 @@ from eval_protocol_rft.training.options import BatchOptions
 
 Schedule = Literal["constant", "linear", "cosine"]
 OnMismatch = Literal["stop", "warn"]
+OnUnscored = Literal["stop", "warn"]
 
 
 class OptionsError(ValueError):
@@ -70,6 +71,9 @@ class LoopOptions:
     on_mismatch: OnMismatch = "stop"
     """What happens when sampler and trainer disagree about on-policy tokens."""
 
+    on_unscored: OnUnscored = "stop"
+    """What happens when nothing at all of an evaluation on held-out rows could be scored."""
+
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):
             raise OptionsError("give steps or epochs, one of them")
@@ -85,7 +89,11 @@ class LoopOptions:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise OptionsError(f"{name} must be above 0, got {value}")
-        for name, allowed in (("schedule", Schedule), ("on_mismatch", OnMismatch)):
+        for name, allowed in (
+            ("schedule", Schedule),
+            ("on_mismatch", OnMismatch),
+            ("on_unscored", OnUnscored),
+        ):
             if getattr(self, name) not in get_args(allowed):
                 words = ", ".join(get_args(allowed))
                 raise OptionsError(f"{name} must be one of {words}, got {getattr(self, name)!r}")
@@ -129,7 +137,7 @@ class LoopOptions:
     def settings(self) -> dict[str, Any]:
         """What two runs must have in common to be one; plain JSON values."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        for name in ("checkpoint_every", "keep_checkpoints", "on_mismatch"):
+        for name in ("checkpoint_every", "keep_checkpoints", "on_mismatch", "on_unscored"):
             del values[name]
         return {**values, "filters": asdict(self.filters)}
 

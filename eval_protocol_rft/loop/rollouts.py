@@ -28,6 +28,10 @@ GATHERING_SECONDS = 30.0
 expected would otherwise keep it waiting."""
 
 
+class NothingToTrainOnError(RuntimeError):
+    """Rows give no completions, no scores, or none with a gradient; the message says why."""
+
+
 async def roll_out(runner: RowRunner, row: EvaluationRow, *, run: int) -> PromptGroup:
     """Sample and score one row; `run` numbers its repetitions, and is part of the seeds.
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from eval_protocol_rft.loop.data import Draw, RowStream
 from eval_protocol_rft.loop.metrics import Line
 from eval_protocol_rft.loop.options import LoopOptions
-from eval_protocol_rft.loop.rollouts import wave, why_fruitless
+from eval_protocol_rft.loop.rollouts import NothingToTrainOnError, wave, why_fruitless
 from eval_protocol_rft.loop.scheduler import Scheduler
 from eval_protocol_rft.loop.step import StepRunner, Times
 from eval_protocol_rft.training.filters import filter_group
@@ -29,10 +29,6 @@ FRUITLESS_ROWS = 64
 """So many rows in a row of which nothing could be sampled or scored end the run."""
 STUCK_STEPS = 20
 """So many steps' worth of groups in a row without a gradient end the run."""
-
-
-class NothingToTrainOnError(RuntimeError):
-    """Rows give no completions, or none with a gradient; the message says why."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -194,12 +190,13 @@ class Run:
         self._without_gradient += 1
         scored = any(t.reward is not None for t in group.trajectories)
         self._fruitless = 0 if scored else self._fruitless + 1
-        if self._fruitless >= FRUITLESS_ROWS:
+        stuck = STUCK_STEPS * self.options.groups_per_step
+        if self._fruitless >= min(FRUITLESS_ROWS, stuck):
             raise NothingToTrainOnError(
-                f"{FRUITLESS_ROWS} rows in a row gave no scored completion; the last: "
+                f"{self._fruitless} rows in a row gave no scored completion; the last: "
                 f"{why_fruitless(group)}"
             )
-        if self._without_gradient >= STUCK_STEPS * self.options.groups_per_step:
+        if self._without_gradient >= stuck:
             rewards = [t.reward for t in group.trajectories if t.reward is not None]
             mean = sum(rewards) / len(rewards) if rewards else None
             raise NothingToTrainOnError(

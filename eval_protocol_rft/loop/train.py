@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import json
 import math
 import warnings
@@ -21,7 +20,12 @@ from typing import TYPE_CHECKING, Any
 from eval_protocol_rft.batch.progress import Reporter, reporter
 from eval_protocol_rft.loop.data import Draw, RowStream, load_rows, split_rows
 from eval_protocol_rft.loop.evaluation import Evaluation
-from eval_protocol_rft.loop.journal import RunFolder
+from eval_protocol_rft.loop.fingerprints import (
+    code_fingerprints,
+    rows_fingerprint,
+    weights_fingerprint,
+)
+from eval_protocol_rft.loop.journal import Checkpoint, RunFolder, RunFolderError
 from eval_protocol_rft.loop.metrics import Line
 from eval_protocol_rft.loop.options import LoopOptions
 from eval_protocol_rft.loop.rollouts import roll_out
@@ -29,6 +33,7 @@ from eval_protocol_rft.loop.run import Run
 from eval_protocol_rft.loop.setup import MakeParts, Parts, local_parts, rollout_params
 from eval_protocol_rft.loop.sinks import MetricSink, open_sinks, require_sinks
 from eval_protocol_rft.loop.step import StepRunner, TrainingStoppedError
+from eval_protocol_rft.loop.trainer import DamagedCheckpointError
 from eval_protocol_rft.loop.watch import Watch
 from eval_protocol_rft.redaction import redact_params
 from eval_protocol_rft.row_runner import RowRunner
@@ -39,6 +44,8 @@ if TYPE_CHECKING:
     from eval_protocol_rft.training.trajectory import PromptGroup
 
 DEFAULT_HELD_OUT = 0.1
+_LINE_EVERY = 5.0
+"""Seconds between lines of progress where there is no terminal; evaluations have their own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,8 +126,12 @@ async def atrain(
         "completion_params": redact_params(params),
         "train_rows": len(train_rows),
         "eval_rows": len(eval_rows),
-        "rows": _digest([*train_rows, *eval_rows]),
+        "rows": await asyncio.to_thread(rows_fingerprint, [*train_rows, *eval_rows]),
         "evaluator": f"{evaluator.__module__}.{evaluator.__name__}",
+        "evaluator_code": code_fingerprints(evaluator),
+        "initial_weights": await asyncio.to_thread(
+            weights_fingerprint, params["model"], chosen.settings.get("weights")
+        ),
     }
     RunFolder.check(Path(output), settings, overwrite=overwrite)
     steps = options.steps or math.ceil(
@@ -129,18 +140,20 @@ async def atrain(
     assembled = await chosen.make(evaluator, params, options)
     folder = RunFolder.open(Path(output), settings, overwrite=overwrite)
     stopped: str | None = None
+    readable = True
     try:
         with (
             contextlib.ExitStack() as closing,
-            reporter("train", steps, done=_done(folder), show=progress) as shown,
+            reporter("train", steps, done=_done(folder), show=progress, every=_LINE_EVERY) as shown,
         ):
-            sinks = await asyncio.to_thread(_sinks, log_to, folder)
+            checkpoint = await _load_newest(assembled, folder, warn)
+            sinks = await asyncio.to_thread(_sinks, log_to, folder, checkpoint)
             for sink in sinks:
                 closing.callback(sink.close)
             logged = _Logged(folder, shown, on_line, sinks)
             run = _run(evaluator, train_rows, eval_rows, assembled, options, steps, folder, warn)
             run.on_line = logged
-            await _resume(run, assembled, folder)
+            await _resume(run, assembled, folder, checkpoint)
             await run()
         export = getattr(assembled.trainer, "export", None)
         if export is not None:
@@ -148,12 +161,14 @@ async def atrain(
         return TrainResult(folder.path, folder.lines())
     except BaseException as error:
         stopped = _why_stopped(error)
+        readable = not isinstance(error, RunFolderError)
         raise
     finally:
         folder.close()
         await assembled.trainer.aclose()
         await assembled.processor.acleanup()
-        _report(folder, stopped, warn)
+        if readable:
+            _report(folder, stopped, warn)
 
 
 def _run(
@@ -178,6 +193,8 @@ def _run(
         parts,
         completions=options.eval_completions,
         pass_threshold=options.pass_threshold,
+        on_unscored=options.on_unscored,
+        warn=warn,
     )
 
     async def one(draw: Draw) -> PromptGroup:
@@ -215,28 +232,54 @@ def _run(
     )
 
 
-async def _resume(run: Run, parts: Parts, folder: RunFolder) -> None:
-    """Go on from the newest checkpoint, or evaluate what training begins with."""
-    latest = folder.latest()
-    if latest is None:
+async def _load_newest(
+    parts: Parts, folder: RunFolder, warn: Callable[[str], None]
+) -> Checkpoint | None:
+    """Load the newest checkpoint that is whole; None where there is none at all.
+
+    Raises:
+        RunFolderError: there are some, and none of them can be read.
+    """
+    damaged: list[str] = []
+    for step, path in folder.checkpoints():
+        try:
+            state = folder.state(path)
+            await parts.trainer.load(path)
+        except (RunFolderError, DamagedCheckpointError) as error:
+            damaged.append(str(error))
+            continue
+        if damaged:
+            folder.set_aside(step)
+            warn(f"{'; '.join(damaged)}: going on from the one before, step {step}")
+        if step and not folder.lines():
+            warn(f"{folder.metrics_path} is missing: what was measured up to step {step} is lost")
+        return Checkpoint(step, state)
+    if damaged:
+        raise RunFolderError(
+            f"{'; '.join(damaged)}: no checkpoint is left to go on from. Begin anew with "
+            "--overwrite"
+        )
+    return None
+
+
+async def _resume(run: Run, parts: Parts, folder: RunFolder, loaded: Checkpoint | None) -> None:
+    """Go on from what was loaded, or evaluate what training begins with."""
+    if loaded is None:
         folder.cut(-1)
         if parts.publish_first:
             await parts.trainer.publish(0)
         await run.begin()
         return
-    step, checkpoint = latest
-    folder.cut(step)
-    await parts.trainer.load(checkpoint)
-    await parts.trainer.publish(step)
-    run.restore(json.loads((checkpoint / "state.json").read_text()))
+    folder.cut(loaded.step)
+    await parts.trainer.publish(loaded.step)
+    run.restore(loaded.state)
     for line in folder.lines():
         run.seen(line)
 
 
-def _sinks(names: Sequence[str], folder: RunFolder) -> list[MetricSink]:
+def _sinks(names: Sequence[str], folder: RunFolder, loaded: Checkpoint | None) -> list[MetricSink]:
     """Loggers, told of the lines that the run goes on from."""
-    latest = folder.latest()
-    lines = [] if latest is None else [n for n in folder.lines() if n["step"] <= latest[0]]
+    lines = [] if loaded is None else [n for n in folder.lines() if n["step"] <= loaded.step]
     settings = json.loads((folder.path / "settings.json").read_text())
     return open_sinks(names, folder.path, settings=settings, lines=lines)
 
@@ -260,12 +303,6 @@ def _why_stopped(error: BaseException) -> str:
     if isinstance(error, TrainingStoppedError):
         return str(error)
     return f"{type(error).__name__}, see what the command printed"
-
-
-def _digest(rows: Sequence[EvaluationRow]) -> str:
-    """Which rows, in which order."""
-    ids = "\n".join(str(row.input_metadata.row_id) for row in rows)
-    return f"sha256 {hashlib.sha256(ids.encode()).hexdigest()[:16]}"
 
 
 def _done(folder: RunFolder) -> int:
@@ -302,7 +339,7 @@ class _Logged:
         if line["kind"] == "eval":
             told = {"sampled": line.get("sampled_score"), "greedy": line.get("greedy_score")}
             scores = ", ".join(f"{k} {v:.3f}" for k, v in told.items() if v is not None)
-            self._evaluated = detail = f"held out: {scores}"
+            self._evaluated = detail = f"held out: {scores or 'nothing was scored'}"
         elif "reward_mean" in line:
             detail = f"reward {line['reward_mean']:.3f}  {self._evaluated}"
-        self.shown.update(self._step, detail=detail)
+        self.shown.update(self._step, detail=detail, now=line["kind"] == "eval")

@@ -26,6 +26,10 @@ class TrainerError(RuntimeError):
     """A trainer that cannot do what was asked; the message says what to do next."""
 
 
+class DamagedCheckpointError(TrainerError):
+    """What was saved cannot be read back; an older checkpoint may."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NamedLoss:
     """A loss by its name on the wire, with what may be added to it."""
@@ -113,7 +117,12 @@ class Trainer(Protocol):
         ...
 
     async def load(self, folder: Path) -> None:
-        """Go back to what `save` wrote, exactly."""
+        """Go back to what `save` wrote, exactly.
+
+        Raises:
+            DamagedCheckpointError: it is incomplete or damaged.
+            TrainerError: it is of another model, or the trainer cannot do it now.
+        """
         ...
 
     async def aclose(self) -> None:

@@ -45,8 +45,8 @@ from eval_protocol_rft.loop.mismatch import (
     measure,
     sampled_pairs,
 )
-from eval_protocol_rft.loop.rollouts import roll_out, why_fruitless
-from eval_protocol_rft.loop.run import FRUITLESS_ROWS, NothingToTrainOnError
+from eval_protocol_rft.loop.rollouts import NothingToTrainOnError, roll_out, why_fruitless
+from eval_protocol_rft.loop.run import FRUITLESS_ROWS
 from eval_protocol_rft.loop.setup import SetupError, own_processor, served_weights
 from eval_protocol_rft.loop.step import TrainingStoppedError
 from eval_protocol_rft.loop.watch import Trouble, Watch

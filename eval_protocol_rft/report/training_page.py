@@ -226,7 +226,7 @@ def _table(evaluations: Measured) -> dict[str, list[list[str]]]:
 def _read_json(text: bytes, where: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ReportError(f"{where}: no JSON ({error})") from error
     if not isinstance(value, dict):
         raise ReportError(f"{where}: no JSON object")

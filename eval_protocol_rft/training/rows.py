@@ -185,7 +185,8 @@ def read_row(row: Row, buffer: TokenBuffer) -> RowRollout:
 
 
 def _score_error(result: CompletionResult | None) -> str | None:
-    return None if result is None else result.error or result.reason
+    parts = [] if result is None else [part for part in (result.error, result.reason) if part]
+    return ": ".join(dict.fromkeys(parts)) or None
 
 
 def _asked_messages(row: Row, record: RolloutRecord) -> Sequence[Any]:

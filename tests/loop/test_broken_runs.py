@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from eval_protocol_rft.loop.run import NothingToTrainOnError
+from eval_protocol_rft.loop.rollouts import NothingToTrainOnError
 from eval_protocol_rft.loop.setup import Parts
 from eval_protocol_rft.loop.step import TrainingStoppedError
 from eval_protocol_rft.sampling.types import Completion

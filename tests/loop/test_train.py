@@ -15,7 +15,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from eval_protocol_rft.loop.journal import RunFolder, RunFolderError
-from eval_protocol_rft.loop.run import NothingToTrainOnError
+from eval_protocol_rft.loop.rollouts import NothingToTrainOnError
 from eval_protocol_rft.loop.setup import Optimizer, local_parts
 from eval_protocol_rft.loop.train import atrain
 from eval_protocol_rft.sampling.types import RefusedError

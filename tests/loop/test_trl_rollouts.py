@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from eval_protocol_rft.loop import trl as loop_trl
 from eval_protocol_rft.loop.data import DataError
-from eval_protocol_rft.loop.run import NothingToTrainOnError
+from eval_protocol_rft.loop.rollouts import NothingToTrainOnError
 from eval_protocol_rft.loop.setup import SetupError
 from eval_protocol_rft.loop.step import TrainingStoppedError
 from eval_protocol_rft.loop.trainer import TrainerError
