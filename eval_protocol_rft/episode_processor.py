@@ -30,6 +30,7 @@ from eval_protocol_rft.processor import (
     RowJob,
     _LoopState,
 )
+from eval_protocol_rft.prompts import PROMPT_IDS_KEY, PromptError, prompt_ids_of
 from eval_protocol_rft.sampling.fanout import Group, Survivor, derive_seeds, sample_one
 from eval_protocol_rft.sampling.types import Failure, SamplingParams, TokenIds
 
@@ -77,6 +78,11 @@ class EpisodeRolloutProcessor(FireworksTrainingRolloutProcessor):
         admission: asyncio.Semaphore,
         run: int | str,
     ) -> EvaluationRow:
+        if prompt_ids_of(row) is not None:
+            raise PromptError(
+                f"row {row.input_metadata.row_id}: it brings its prompt as {PROMPT_IDS_KEY}, and "
+                "an episode renders its turns from messages: give the row messages"
+            )
         async with Ticket(admission) as ticket:
             job = await self._prepare(row, config, state, run)
             ticket.good_for(len(job.seeds))

@@ -32,7 +32,7 @@ from eval_protocol_rft.params import (
     refuse_unused,
     template_values,
 )
-from eval_protocol_rft.prompts import PromptError, render_prompt
+from eval_protocol_rft.prompts import PromptError, given_prompt, prompt_ids_of, render_prompt
 from eval_protocol_rft.redaction import redact_params
 from eval_protocol_rft.sampling.fanout import Group, derive_seeds, sample_group
 from eval_protocol_rft.sampling.guard import RunGuard
@@ -367,7 +367,10 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
         return replace(request, chat_template_kwargs=kwargs)
 
     def _render(self, row: EvaluationRow, job: RowJob) -> TokenIds:
+        ids = prompt_ids_of(row)
         try:
+            if ids is not None:
+                return given_prompt(ids, job.tokenizer)
             return render_prompt(
                 job.messages, row.tools, job.tokenizer, job.request.chat_template_kwargs
             )

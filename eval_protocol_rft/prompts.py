@@ -1,7 +1,7 @@
 """Messages and tools in, exact prompt token ids out; completion text in, assistant message out.
 
-Invariant: a prompt is what the model's own chat template renders, or it is an error that names the
-cause. There is no second way to write it down.
+Invariant: a prompt is what the model's own chat template renders, or the ids that the row brings,
+or it is an error that names the cause. There is no other way to write it down.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from eval_protocol_rft.sampling.types import TokenIds
 from eval_protocol_rft.tokenizer import LoadedTokenizer
 
 if TYPE_CHECKING:
-    from eval_protocol.models import Message
+    from eval_protocol.models import EvaluationRow, Message
 
 _OWN_ARGUMENTS = frozenset(
     {
@@ -57,6 +57,37 @@ def render_prompt(
     """
     chat = chat_messages(messages, tokenizer)
     return render_chat(chat, tools, tokenizer, chat_template_kwargs)
+
+
+PROMPT_IDS_KEY = "prompt_token_ids"
+"""What a row that brings its prompt as token ids calls them."""
+
+
+def prompt_ids_of(row: EvaluationRow) -> Any:
+    """The prompt ids that a row brings, as a field of its own or among the data set's columns; None
+    where its messages are its prompt."""
+    info: Any = row.input_metadata.dataset_info or {}
+    return (row.model_extra or {}).get(PROMPT_IDS_KEY, info.get(PROMPT_IDS_KEY))
+
+
+def given_prompt(ids: Any, tokenizer: LoadedTokenizer) -> TokenIds:
+    """Prompt ids as a row brings them, to be sampled from as they are: no template, no tokenizing.
+
+    Raises:
+        PromptError: they are no list of ids of the tokenizer's vocabulary.
+    """
+    if not isinstance(ids, list | tuple) or not ids:
+        raise PromptError(f"{PROMPT_IDS_KEY} must be a list of token ids, not empty")
+    size = len(tokenizer.tokenizer)
+    for index, token in enumerate(ids):
+        if isinstance(token, bool) or not isinstance(token, int):
+            raise PromptError(f"{PROMPT_IDS_KEY}[{index}] is {token!r}, not a token id")
+        if not 0 <= token < size:
+            raise PromptError(
+                f"{PROMPT_IDS_KEY}[{index}] is {token}, and tokenizer {tokenizer.name!r} has the "
+                f"ids 0 to {size - 1}: the ids are another tokenizer's"
+            )
+    return TokenIds(ids)
 
 
 def chat_messages(

@@ -18,9 +18,16 @@ import pyarrow as pa
 from eval_protocol_rft.batch.evaluation_rows.to_row import to_rows
 from eval_protocol_rft.batch.rollouts import jsonl
 from eval_protocol_rft.batch.rollouts.checking import in_order
-from eval_protocol_rft.batch.rollouts.format import FileMetadata, FormatError, metadata_of
+from eval_protocol_rft.batch.rollouts.format import (
+    FIXED_COLUMNS,
+    MESSAGES,
+    FileMetadata,
+    FormatError,
+    metadata_of,
+)
 from eval_protocol_rft.batch.rollouts.parquet import open_parquet, read_row_groups
 from eval_protocol_rft.batch.rollouts.rows import CompletionRow, from_record_batch
+from eval_protocol_rft.batch.source.arrow_types import plain_type
 from eval_protocol_rft.batch.store.merge import KEY_COLUMNS, SortedInput, merge_sorted, row_keys
 from eval_protocol_rft.batch.store.parts import part_paths, parts_folder, read_schema
 
@@ -73,7 +80,8 @@ class RolloutDataset:
         if jsonl.is_jsonl(self.path):
             tables = jsonl.read_tables(self.path, self.schema, wanted)
         else:
-            tables = read_row_groups(self.path, wanted)
+            found = read_row_groups(self.path, wanted)
+            tables = (_as_documented(table, self.schema, self.path) for table in found)
         tables = in_order(tables, str(self.path))
         return tables if columns is None else (table.select(columns) for table in tables)
 
@@ -135,7 +143,33 @@ def _file_schema(path: Path) -> pa.Schema:
     if jsonl.is_jsonl(path):
         return jsonl.read_schema(path)
     with open_parquet(path) as file:
-        return file.schema_arrow
+        found = file.schema_arrow
+    fields = [field.with_type(_documented(field)) for field in found]
+    return pa.schema(fields).with_metadata(found.metadata)
+
+
+def _documented(field: pa.Field) -> pa.DataType:
+    """The type that a column has here: who writes a file anew may take wider ones, or views."""
+    wanted = FIXED_COLUMNS.get(field.name)
+    if field.name == "prompt" and pa.types.is_nested(field.type):
+        wanted = MESSAGES
+    if wanted is None or field.name == "ground_truth":
+        return plain_type(field.type)
+    try:
+        pa.schema([field]).empty_table().cast(pa.schema([field.with_type(wanted)]))
+    except pa.ArrowException:
+        return field.type
+    return wanted
+
+
+def _as_documented(table: pa.Table, schema: pa.Schema, where: Path) -> pa.Table:
+    target = pa.schema([schema.field(name) for name in table.schema.names])
+    if table.schema.types == target.types:
+        return table
+    try:
+        return table.cast(target.with_metadata(table.schema.metadata))
+    except pa.ArrowException as error:
+        raise FormatError(f"{where}: a value does not fit its column: {error}") from error
 
 
 def _part(path: Path, columns: list[str] | None) -> SortedInput:

@@ -52,8 +52,10 @@ def generate(
     prompt_key: Annotated[
         str | None,
         typer.Option(
-            help="Column of the prompts: text, or lists of chat messages.",
-            show_default="the first of prompt, messages, question, problem, instruction",
+            help="Column of the prompts: text, lists of chat messages, or (prompt_token_ids) ids "
+            "that are sampled from as they are.",
+            show_default="the first of prompt_token_ids, prompt, messages, question, problem, "
+            "instruction",
             rich_help_panel=_DATA,
         ),
     ] = None,

@@ -112,8 +112,9 @@ async def agenerate(
             `open_source`.
         output: `.parquet` or `.jsonl`. Where a job for it was begun, it is continued.
         completion_params: as for the processor: `model`, `n`, `temperature`, `max_tokens`, ...
-        prompt_key: column of the prompts; default the first of `prompt`, `messages`, `question`,
-            `problem` and `instruction`. Text, or lists of chat messages.
+        prompt_key: column of the prompts; default the first of `prompt_token_ids`, `prompt`,
+            `messages`, `question`, `problem` and `instruction`. Text, lists of chat messages, or
+            (in `prompt_token_ids`) token ids that are sampled from as they are.
         system: system message for prompts that have none.
         limit, shuffle_seed, where: which rows, see `Source.rows`.
         concurrency: most requests in flight. None: found out as the run goes, by what the server

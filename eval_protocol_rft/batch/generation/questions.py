@@ -18,6 +18,9 @@ from eval_protocol_rft.batch.generation.sampling_run import Prompt
 from eval_protocol_rft.batch.rollouts.format import PromptKind
 from eval_protocol_rft.batch.rollouts.rows import CompletionRow
 from eval_protocol_rft.batch.source.opening import (
+    PromptKind as SourceKind,
+)
+from eval_protocol_rft.batch.source.opening import (
     Source,
     SourceError,
     SourceRow,
@@ -28,7 +31,14 @@ from eval_protocol_rft.batch.source.opening import (
 )
 from eval_protocol_rft.batch.store.done import DoneIndex
 from eval_protocol_rft.params import RolloutRequest
-from eval_protocol_rft.prompts import PromptError, chat_messages, render_chat, text_of
+from eval_protocol_rft.prompts import (
+    PROMPT_IDS_KEY,
+    PromptError,
+    chat_messages,
+    given_prompt,
+    render_chat,
+    text_of,
+)
 from eval_protocol_rft.sampling.fanout import derive_seeds
 from eval_protocol_rft.sampling.types import TokenIds
 from eval_protocol_rft.tokenizer import LoadedTokenizer
@@ -83,14 +93,16 @@ class Questions:
     source: Source
     selection: Selection
     system: str | None
-    kind: PromptKind
+    kind: SourceKind
     """Of the data set's prompts."""
     count: int
     """Selected rows."""
 
     @property
     def asked_kind(self) -> PromptKind:
-        """Of the prompts as they are asked."""
+        """Of the prompts as they are asked; ids are stored beside the text that they are of."""
+        if self.kind == "ids":
+            return "text"
         return self.kind if self.system is None else "messages"
 
     @classmethod
@@ -100,7 +112,7 @@ class Questions:
         Raises:
             SourceError: no row is selected, or a prompt or its tools are wrong.
         """
-        kind: PromptKind | None = None
+        kind: SourceKind | None = None
         count = in_text = 0
         key = selection.prompt_key
         for row in source.rows(**selection.rows):
@@ -112,6 +124,12 @@ class Questions:
             count += 1
         if kind is None:
             raise SourceError(f"{source.name}: no row is selected; look at --where and --limit")
+        if kind == "ids" and system is not None:
+            raise SourceError(
+                f"{source.name}: the prompts in {key!r} are sampled from as they are, and a system "
+                "message would not reach them: leave it out, or name a column of text or messages "
+                "with --prompt-key"
+            )
         if in_text:
             logger.warning(
                 "%s: %d of %d prompts in %r are lists of messages written as JSON text; they are "
@@ -185,7 +203,7 @@ class Questions:
                 data_idx=row.data_idx,
                 sample_idx=0,
                 prompt=self._prompt_to_store(row, tokenizer),
-                tools=_tools(self.source, row, self.selection.tools_key),
+                tools=self._tools(row),
                 ground_truth=row.values.get(self.selection.ground_truth_key or ""),
                 prompt_ids=None if isinstance(ids, PromptError) else np.array(ids, np.int32),
                 temperature=params.temperature,
@@ -199,9 +217,16 @@ class Questions:
         # Looks whether the files are still those that were opened.
         self.source.rows(limit=0)
 
+    def _tools(self, row: SourceRow) -> list[dict[str, Any]] | None:
+        """What is rendered into the prompt."""
+        return None if self.kind == "ids" else _tools(self.source, row, self.selection.tools_key)
+
     def _prompt(self, row: SourceRow, tokenizer: LoadedTokenizer) -> Any:
-        """What is asked: the text, or the messages up to the last that is not the assistant's."""
+        """What is asked: the text, that of the ids, or the messages up to the last that is not the
+        assistant's."""
         asked = _value(self.source, row, self.selection.prompt_key)
+        if self.kind == "ids":
+            return tokenizer.decode(list(given_prompt(asked, tokenizer)))
         if self.kind == "text":
             if self.system is None:
                 return asked
@@ -220,16 +245,24 @@ class Questions:
         try:
             return self._prompt(row, tokenizer)
         except PromptError:
-            return []
+            return "" if self.kind == "ids" else []
 
     def _render(
         self, row: SourceRow, tokenizer: LoadedTokenizer, request: RolloutRequest
     ) -> TokenIds | PromptError:
         try:
+            if self.kind == "ids":
+                if request.chat_template_kwargs:
+                    raise PromptError(
+                        f"{PROMPT_IDS_KEY} are sampled from as they are, and "
+                        f"{', '.join(request.chat_template_kwargs)} would reach no chat template: "
+                        "leave it out"
+                    )
+                return given_prompt(_value(self.source, row, self.selection.prompt_key), tokenizer)
             prompt = self._prompt(row, tokenizer)
             if isinstance(prompt, str):
                 prompt = [{"role": "user", "content": prompt}]
-            tools = _tools(self.source, row, self.selection.tools_key)
+            tools = self._tools(row)
             return render_chat(prompt, tools, tokenizer, request.chat_template_kwargs)
         except PromptError as error:
             return PromptError(f"{row.where}: {error}")

@@ -1,7 +1,8 @@
 """The prompt in a row: which column holds it, and whether it can be asked.
 
-Invariant: a data set's prompts are all text or all message lists, and a prompt that cannot be asked
-is an error before it is sent. The same rows as Parquet and as JSONL are the same prompts.
+Invariant: a data set's prompts are all text, all message lists or all token ids, and a prompt that
+cannot be asked is an error before it is sent. The same rows as Parquet and as JSONL are the same
+prompts.
 """
 
 from __future__ import annotations
@@ -11,14 +12,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from eval_protocol_rft.batch.source.filter import listed_columns
 from eval_protocol_rft.batch.source.types import Source, SourceError, SourceRow, type_name
+from eval_protocol_rft.prompts import PROMPT_IDS_KEY
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-PROMPT_COLUMNS = ("prompt", "messages", "question", "problem", "instruction")
+PROMPT_COLUMNS = (PROMPT_IDS_KEY, "prompt", "messages", "question", "problem", "instruction")
 """What prompt columns are usually called; the first that exists is taken."""
 
-PromptKind = Literal["text", "messages"]
+PromptKind = Literal["text", "messages", "ids"]
 
 
 def prompt_column(source: Source, key: str | None = None) -> str:
@@ -52,17 +54,21 @@ def check_prompt(row: SourceRow, column: str, expected: PromptKind | None) -> Pr
 
     Returns:
         "messages" for a list of objects, each with a `role` and `content` (or, for a call of tools,
-        `tool_calls`); "text" for text.
+        `tool_calls`); "text" for text; "ids" for a list of token ids, in the column of that name.
 
     Raises:
         SourceError: the prompt is empty, of neither kind, or of another kind than `expected`.
     """
     prompt = row.values[column]
     place = f"{row.where}: the prompt in {column!r}"
-    if isinstance(prompt, str) and expected != "text":
+    if isinstance(prompt, str) and expected != "text" and column != PROMPT_IDS_KEY:
         prompt = messages_in(prompt) or prompt
     kind: PromptKind
-    if isinstance(prompt, str):
+    if column == PROMPT_IDS_KEY:
+        if not isinstance(prompt, list) or not all(type(token) is int for token in prompt):
+            raise SourceError(f"{place} is {type_name(prompt)}, not a list of token ids")
+        kind = "ids"
+    elif isinstance(prompt, str):
         kind = "text"
     elif isinstance(prompt, list):
         kind = "messages"
@@ -144,7 +150,11 @@ def _decoded(value: Any, place: str) -> Any:
 
 _TOOLS = "must be a list of tools, objects of the chat API, or the JSON text of one"
 
-_NAMES: dict[PromptKind, str] = {"text": "text", "messages": "a list of messages"}
+_NAMES: dict[PromptKind, str] = {
+    "text": "text",
+    "messages": "a list of messages",
+    "ids": "a list of token ids",
+}
 
 
 def _check_message(message: Any, place: str) -> None:
