@@ -184,14 +184,14 @@ class StubServer:
     def outcomes(self) -> list[str]:
         return [seen.outcome for seen in self.requests]
 
-    def wait_until(self, true: Callable[[], bool], *, seconds: float = 5.0) -> None:
+    def wait_until(self, true: Callable[[], bool], *, seconds: float = 60.0) -> None:
         """Block until the server has seen it; it learns of closed sockets late."""
         deadline = time.monotonic() + seconds
         while not true():
             assert time.monotonic() < deadline, f"still not so: {self.outcomes()}"
             time.sleep(0.002)
 
-    async def until(self, true: Callable[[], bool], *, seconds: float = 5.0) -> None:
+    async def until(self, true: Callable[[], bool], *, seconds: float = 60.0) -> None:
         """`wait_until` for a test that runs on a loop."""
         await asyncio.to_thread(self.wait_until, true, seconds=seconds)
 

@@ -66,7 +66,7 @@ async def test_a_pause_between_attempts_holds_no_slot(server, processor):
 
 async def test_many_rows_get_through_a_single_slot(server, processor):
     rows = await asyncio.wait_for(
-        roll_out(processor, rows_of(60), params_for(server, n=3), slots=1), timeout=30
+        roll_out(processor, rows_of(60), params_for(server, n=3), slots=1), timeout=120
     )
     assert [len(record_of_row(row)) for row in rows] == [3] * 60
     assert server.peak == 1
@@ -77,7 +77,7 @@ async def test_rows_that_fail_before_their_first_request_do_not_stop_the_others(
     for row in rows[:30]:
         row.messages = []
     tasks = processor(rows, config_of(params_for(server), slots=1))
-    outcomes = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), timeout=30)
+    outcomes = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), timeout=120)
     assert [isinstance(outcome, ValueError) for outcome in outcomes] == [True] * 30 + [False] * 10
 
 
@@ -86,7 +86,7 @@ async def test_rows_that_are_cancelled_while_they_wait_do_not_stop_the_others(se
     await asyncio.sleep(0)
     for task in tasks[:30]:
         task.cancel()
-    outcomes = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), timeout=30)
+    outcomes = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), timeout=120)
     assert all(isinstance(outcome, asyncio.CancelledError) for outcome in outcomes[:30])
     assert [len(record_of_row(row)) for row in outcomes[30:]] == [1] * 10
 

@@ -107,7 +107,7 @@ class HostileServer:
         """Listen again, on the same port."""
         self._do(self._rise())
 
-    def wait_until(self, true: Callable[[], bool], *, seconds: float = 5.0) -> None:
+    def wait_until(self, true: Callable[[], bool], *, seconds: float = 60.0) -> None:
         """Block until it is so; the server learns late of what its clients did."""
         deadline = time.monotonic() + seconds
         while not true():
