@@ -1,13 +1,15 @@
 """`EpisodeRolloutProcessor`: an `EvaluationRow` in, the same row with n episodes of several turns.
 
 Invariant: as for single completions: a row is changed in one step or not at all, an episode keeps
-its place and its seeds, and one that cannot be had is a failure. Episodes run independently; a slot
-is held for one request of one turn.
+its place and its seeds, and one that cannot be had is a failure. Episodes run independently, and as
+many at once as Eval Protocol allows rollouts: one holds a slot from before its environment is made
+until that is closed.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import time
 from collections.abc import Callable
@@ -146,7 +148,7 @@ class EpisodeRolloutProcessor(FireworksTrainingRolloutProcessor):
                 params,
                 index=index,
                 seed=own,
-                slots=config.semaphore,
+                slots=contextlib.nullcontext(),  # the episode's own holds for its requests
                 retry=self.retry,
                 guard=job.guard,
                 prompt=job.row_key,
@@ -155,20 +157,21 @@ class EpisodeRolloutProcessor(FireworksTrainingRolloutProcessor):
                 read=lambda completion: job.tokenizer.read(completion, params),
             )
 
-        run_episode = EpisodeRun(
-            index=index,
-            environment=self.environment,
-            row=row,
-            messages=job.messages,
-            openings=openings,
-            params=replace(job.request.params, session=session.hexdigest()),
-            limits=self.limits,
-            context_length=getattr(job.sampler, "context_length", None),
-            on_rewrite=self.on_rewrite,
-            sample=sample,
-            split_reasoning=self.split_reasoning,
-        )
-        return await run_episode()
+        async with config.semaphore:
+            run_episode = EpisodeRun(
+                index=index,
+                environment=self.environment,
+                row=row,
+                messages=job.messages,
+                openings=openings,
+                params=replace(job.request.params, session=session.hexdigest()),
+                limits=self.limits,
+                context_length=getattr(job.sampler, "context_length", None),
+                on_rewrite=self.on_rewrite,
+                sample=sample,
+                split_reasoning=self.split_reasoning,
+            )
+            return await run_episode()
 
 
 def _require_one_prompt(row: EvaluationRow, episodes: list[Episode]) -> None:

@@ -107,7 +107,7 @@ async def roll_out_from(
         mcp_config_path="",
         semaphore=asyncio.Semaphore(slots),
         server_script_path=None,
-        steps=1,
+        steps=30,
     )
     (task,) = processor([row or a_row()], config)
     try:
@@ -283,6 +283,37 @@ async def test_waiting_for_a_slot_is_not_the_episodes_time() -> None:
     record = RolloutRecord.from_extra(row.execution_metadata.extra)
     assert record.episodes is not None
     assert [episode.stop_reason for episode in record.episodes] == ["done"] * 4
+
+
+async def test_no_more_environments_are_alive_than_rollouts_are_allowed() -> None:
+    alive, most, made = 0, 0, 0
+
+    class Counted(Talk):
+        def __init__(self) -> None:
+            nonlocal alive, most, made
+            alive, made = alive + 1, made + 1
+            most = max(most, alive)
+
+        def close(self) -> None:
+            nonlocal alive
+            alive -= 1
+
+    processor = EpisodeRolloutProcessor(
+        Counted, sampler=Scripted(lambda t, p: "more" if t else "a")
+    )
+    config = RolloutProcessorConfig(
+        completion_params={"model": "any", "n": 4, "max_tokens": 200},
+        mcp_config_path="",
+        semaphore=asyncio.Semaphore(3),
+        server_script_path=None,
+        steps=30,
+    )
+    rows = [a_row() for _ in range(6)]
+    for number, row in enumerate(rows):
+        row.input_metadata.row_id = str(number)
+    await asyncio.gather(*processor(rows, config))
+    await processor.acleanup()
+    assert (made, most, alive) == (24, 3, 0)
 
 
 async def test_a_turn_that_is_cut_off_ends_the_episode() -> None:

@@ -103,7 +103,7 @@ async def rolled_out(
         mcp_config_path="",
         semaphore=asyncio.Semaphore(1),
         server_script_path=None,
-        steps=1,
+        steps=30,
     )
     (task,) = processor([row], config)
     try:
