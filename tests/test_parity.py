@@ -8,12 +8,18 @@ import os
 from pathlib import Path
 from typing import Any
 
+import pytest
 from aiohttp.test_utils import TestServer
 from eval_protocol.models import EvaluationRow, InputMetadata, Message
 from eval_protocol.pytest import SingleTurnRolloutProcessor
+from eval_protocol.rewards.function_calling import exact_tool_match_reward
 
 from eval_protocol_rft import FireworksTrainingRolloutProcessor
-from tests.parity.families import FAMILIES, SCENARIOS, TOOLS
+from eval_protocol_rft.conversation import AnswerReader
+from eval_protocol_rft.sampling.types import Completion, SamplingParams
+from eval_protocol_rft.tokenizer import LoadedTokenizer
+from tests.conversation import templates
+from tests.parity.families import CALL, FAMILIES, SCENARIOS, TOOLS
 from tests.parity.servers import Servers, asked, tokenizer_of
 from tests.rollouts import config_of
 
@@ -71,10 +77,14 @@ def rows_of(name: str) -> list[EvaluationRow]:
 
 
 def seen_of(row: EvaluationRow) -> Seen:
-    """What of a row this is about; calls without their ids, which no two servers give alike."""
+    """What of a row this is about, with what a reward of Eval Protocol's own says of it; calls
+    without their ids, which no two servers give alike."""
     message, metadata = row.messages[-1], row.execution_metadata
     calls = [(call.function.name, call.function.arguments) for call in message.tool_calls or []]
+    calling = {"type": "function", "function": {"name": CALL[0], "arguments": CALL[1]}}
+    judged = exact_tool_match_reward(row.messages, {"tool_calls": [calling]})
     return {
+        "score": judged.score,
         "content": message.content,
         "reasoning_content": message.reasoning_content,
         "tool_calls": calls,
@@ -174,6 +184,9 @@ async def test_evaluators_see_what_a_chat_server_shows_or_the_page_says_why():
         beyond = differing(served, ours, lines=False)
         if bool(beyond) != (case in DIFFERENCES):
             unexplained.append((case, beyond, served, ours))
+        assert served["score"] == ours["score"] == (case[1] in ("one call", "call after text")), (
+            case
+        )
         letters = [LINES] if differing(served, ours, lines=True) - beyond else []
         marks[case] = " ".join([*letters, *DIFFERENCES.get(case, "")]) or "="
     assert not unexplained
@@ -182,3 +195,34 @@ async def test_evaluators_see_what_a_chat_server_shows_or_the_page_says_why():
         PAGE.write_text(page)
     assert PAGE.read_text() == page, "EP_RFT_WRITE_DOCS=1 pytest tests/test_parity.py writes it"
     assert set("".join(marks.values())) - {"=", " "} == set(REASONS)
+
+
+REAL = {"qwen2_5": "Qwen2.5", "qwen3": "Qwen3", "llama3_1": "Llama 3.1", "gptoss": "gpt-oss"}
+
+
+@pytest.mark.real_tokenizers
+@pytest.mark.parametrize("folder", REAL)
+async def test_real_tokenizers_and_templates_show_the_same(folder):
+    tokenizer = templates.real(folder)
+    if tokenizer is None or tokenizer.chat_template_hash is None:
+        pytest.skip(f"EP_RFT_TOKENIZERS names no folder with {folder}/ (CONTRIBUTING.md)")
+    name, small = REAL[folder], LoadedTokenizer.wrap(tokenizer_of(FAMILIES[REAL[folder]]))
+    prompt = tokenizer.tokenizer.apply_chat_template(
+        [{"role": "user", "content": "2+3?"}],
+        tools=TOOLS,
+        add_generation_prompt=True,
+        return_dict=False,
+    )
+    params = SamplingParams(model="m")
+    for scenario, case in FAMILIES[name].cases.items():
+        ids = templates.ids_of(tokenizer, case.text)
+        if case.finish_reason == "stop":
+            ender = case.ender or FAMILIES[name].ender
+            ids.append(tokenizer.tokenizer.convert_tokens_to_ids(ender))
+        completion = Completion(
+            token_ids=ids, logprobs=[-0.5] * len(ids), finish_reason=case.finish_reason
+        )
+        text = tokenizer.read(completion, params).text
+        here = AnswerReader(prompt, tokenizer, tools=TOOLS).read(text)
+        assert text == case.text, scenario
+        assert here == AnswerReader([0], small, tools=TOOLS).read(case.text), scenario
