@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from eval_protocol_rft.batch.evaluation_rows.to_row import to_rows
 from eval_protocol_rft.batch.rollouts import jsonl
@@ -28,19 +29,35 @@ from eval_protocol_rft.batch.rollouts.format import (
 from eval_protocol_rft.batch.rollouts.parquet import open_parquet, read_row_groups
 from eval_protocol_rft.batch.rollouts.rows import CompletionRow, from_record_batch
 from eval_protocol_rft.batch.source.arrow_types import plain_type
-from eval_protocol_rft.batch.store.merge import KEY_COLUMNS, SortedInput, merge_sorted, row_keys
-from eval_protocol_rft.batch.store.parts import part_paths, parts_folder, read_schema
+from eval_protocol_rft.batch.store.merge import (
+    KEY_COLUMNS,
+    SortedInput,
+    latest,
+    merge_sorted,
+    row_keys,
+)
+from eval_protocol_rft.batch.store.parts import (
+    journal_tables,
+    part_number,
+    part_paths,
+    parts_folder,
+    read_schema,
+)
 
 if TYPE_CHECKING:
     from eval_protocol.models import EvaluationRow
+
+
+_NEEDED = ("row_id", "data_idx", "sample_idx", "prompt")
+"""Columns that every file has, without a null."""
 
 
 class RolloutDataset:
     """The rollouts of a file: Parquet, JSON lines, or what an unfinished job has put aside.
 
     Args:
-        path: the file. Where it is not there yet, the parts of the job that is to write it. Rows
-            that such a job holds in its journal are not seen.
+        path: the file. Where it is not there yet, what is stored of the job that is to write it,
+            which may be running.
 
     Raises:
         FormatError: there is no such file, or it is no rollout file.
@@ -58,6 +75,9 @@ class RolloutDataset:
             if found is None:
                 raise FormatError(f"{path}: no such rollout file, and no unfinished job for it")
             self.schema = found
+        missing = [name for name in _NEEDED if name not in self.schema.names]
+        if missing:
+            raise FormatError(f"{path}: no rollout file: it has no column {missing[0]!r}")
         self._folder = folder
         self.metadata: FileMetadata = metadata_of(self.schema, where=str(path))
 
@@ -75,14 +95,14 @@ class RolloutDataset:
                 at a data row whose completions do not stand together.
         """
         if not self.finished:
-            return self._parts(columns)
+            return self._checked(self._stored(columns))
         wanted = _with_keys(columns)
         if jsonl.is_jsonl(self.path):
             tables = jsonl.read_tables(self.path, self.schema, wanted)
         else:
             found = read_row_groups(self.path, wanted)
             tables = (_as_documented(table, self.schema, self.path) for table in found)
-        tables = in_order(tables, str(self.path))
+        tables = in_order(self._checked(tables), str(self.path))
         return tables if columns is None else (table.select(columns) for table in tables)
 
     def rows(self, columns: list[str] | None = None) -> Iterator[CompletionRow]:
@@ -92,7 +112,7 @@ class RolloutDataset:
             columns: read these alone, those without a default among them; default all.
         """
         for table in self.tables(columns):
-            yield from from_record_batch(table, self.metadata)
+            yield from from_record_batch(table, self.metadata, where=str(self.path))
 
     def __iter__(self) -> Iterator[CompletionRow]:
         return self.rows()
@@ -129,10 +149,45 @@ class RolloutDataset:
     def __len__(self) -> int:
         return self.num_rows
 
-    def _parts(self, columns: list[str] | None) -> Iterator[pa.Table]:
-        inputs = [_part(path, _with_keys(columns)) for path in part_paths(self._folder)]
-        for table in merge_sorted(inputs, lambda table: row_keys(table, None)):
+    def _stored(self, columns: list[str] | None) -> Iterator[pa.Table]:
+        """What the job has put aside, in the order of its data rows."""
+        wanted = _with_keys(columns)
+        journals = journal_tables(self._folder, self.schema)
+        parts = [(part_number(path), path) for path in part_paths(self._folder)]
+        # Of a part and the journal of its number, the rows of the journal count.
+        inputs = [(number, 0, _part(path, wanted)) for number, path in parts]
+        inputs += [
+            (number, 1, _held(table if wanted is None else table.select(wanted)))
+            for number, table in journals
+        ]
+        ordered = [each for *_, each in sorted(inputs, key=lambda found: found[:2])]
+        for table in merge_sorted(ordered, lambda table: row_keys(table, None)):
             yield table if columns is None else table.select(columns)
+
+    def _checked(self, tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
+        """The same tables, if what no row may lack is there.
+
+        Raises:
+            FormatError: it is not; the message says in which row.
+        """
+        count = 0
+        for table in tables:
+            names = set(table.schema.names)
+            for name in names.intersection(_NEEDED):
+                if table.column(name).null_count:
+                    row = count + int(pc.index(table.column(name).is_null(), True).as_py())
+                    raise FormatError(f"{self.path}: row {row}: {name} is null: it was damaged")
+            if names.issuperset(("completion_ids", "error")):
+                nothing = pc.and_(
+                    table.column("completion_ids").is_null(), table.column("error").is_null()
+                )
+                if (row := int(pc.index(nothing, True).as_py())) >= 0:
+                    raise FormatError(
+                        f"{self.path}: row {count + row}: neither a completion nor an error why "
+                        "there is none: it was damaged"
+                    )
+            count += len(table)
+            yield table
 
 
 def _with_keys(columns: list[str] | None) -> list[str] | None:
@@ -181,3 +236,9 @@ def _part(path: Path, columns: list[str] | None) -> SortedInput:
 
     keys = pa.concat_tables(read_row_groups(path, KEY_COLUMNS))
     return SortedInput(int(row_keys(keys, None).min()), tables)
+
+
+def _held(table: pa.Table) -> SortedInput:
+    """The rows of a journal, of which a later one may be in the place of an earlier one."""
+    keys = row_keys(table, None)
+    return SortedInput(int(keys.min()), lambda: iter([table.take(latest(keys))]))

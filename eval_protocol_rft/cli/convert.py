@@ -7,9 +7,10 @@ from typing import Annotated, Literal
 
 import typer
 
-from eval_protocol_rft.cli.failing import fail, say
+from eval_protocol_rft.cli.failing import one_line, say
 
 
+@one_line
 def convert(
     source: Annotated[Path, typer.Argument(metavar="IN", help="File to convert.")],
     target: Annotated[
@@ -44,30 +45,15 @@ def convert(
       ep-rft convert rollouts.parquet train.parquet --to verl --data-source openai/gsm8k
       ep-rft convert rollouts.parquet sft.parquet --to trl
     """
-    from eval_protocol_rft.batch.conversion import ConvertError
     from eval_protocol_rft.batch.conversion import convert as run
-    from eval_protocol_rft.batch.rollouts.format import FormatError
-    from eval_protocol_rft.batch.target import TargetError
-    from eval_protocol_rft.record import RecordError
-    from eval_protocol_rft.training.errors import TrainingDataError
 
-    try:
-        summary = run(
-            source,
-            target,
-            from_format=None if from_ == "auto" else from_,
-            to_format=to,
-            drop_failed_rows=drop_failed_rows,
-            data_source=data_source,
-            overwrite=overwrite,
-        )
-    except (
-        ConvertError,
-        TargetError,
-        FormatError,
-        RecordError,
-        TrainingDataError,
-        OSError,
-    ) as error:
-        fail(str(error))
+    summary = run(
+        source,
+        target,
+        from_format=None if from_ == "auto" else from_,
+        to_format=to,
+        drop_failed_rows=drop_failed_rows,
+        data_source=data_source,
+        overwrite=overwrite,
+    )
     say(summary)

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from eval_protocol_rft.cli.failing import fail, say
+from eval_protocol_rft.cli.failing import one_line, say
 
 if TYPE_CHECKING:
     from eval_protocol_rft.training.options import BatchArguments
 
 
+@one_line
 def datums(
     file: Annotated[Path, typer.Argument(help="Scored rollout file.")],
     output: Annotated[
@@ -81,10 +82,7 @@ def datums(
     import warnings
 
     from eval_protocol_rft.batch.datums.write import write_datums
-    from eval_protocol_rft.batch.rollouts.format import FormatError
-    from eval_protocol_rft.batch.target import TargetError
-    from eval_protocol_rft.training.errors import BiasedSamplingWarning, TrainingDataError
-    from eval_protocol_rft.training.export.errors import MissingPackageError
+    from eval_protocol_rft.training.errors import BiasedSamplingWarning
     from eval_protocol_rft.training.filters import DROP_REASONS, Filters
 
     options: BatchArguments = {}
@@ -101,19 +99,16 @@ def datums(
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("ignore")
         warnings.simplefilter("always", BiasedSamplingWarning)
-        try:
-            summary = write_datums(
-                file,
-                output,
-                format=format,
-                reward=reward,
-                max_groups=max_groups,
-                max_tokens=max_tokens,
-                overwrite=overwrite,
-                **options,
-            )
-        except (FormatError, TargetError, TrainingDataError, MissingPackageError, OSError) as error:
-            fail(str(error))
+        summary = write_datums(
+            file,
+            output,
+            format=format,
+            reward=reward,
+            max_groups=max_groups,
+            max_tokens=max_tokens,
+            overwrite=overwrite,
+            **options,
+        )
     for warning in seen[:1]:
         say(f"ep-rft: warning: {warning.message}", err=True)
     if summary.sampled_tokens is None:

@@ -9,13 +9,14 @@ from typing import Annotated, Any
 
 import typer
 
-from eval_protocol_rft.cli.failing import say, say_json
+from eval_protocol_rft.cli.failing import one_line, say, say_json
 from eval_protocol_rft.cli.stopping import sigterm_interrupts
 
 _SAMPLING = "Sampling"
 _RUN = "Run"
 
 
+@one_line
 def doctor(
     model: Annotated[
         str,

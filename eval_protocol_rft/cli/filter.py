@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
-from eval_protocol_rft.cli.failing import fail, say
+from eval_protocol_rft.cli.failing import one_line, say
 
 
+@one_line
 def filter(  # noqa: A001
     file: Annotated[Path, typer.Argument(help="Rollout file.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Where to: .parquet or .jsonl.")],
@@ -87,37 +88,29 @@ def filter(  # noqa: A001
       ep-rft filter in.parquet -o middle.jsonl --reward-percentile 25:75
       ep-rft filter in.parquet -o prompts.jsonl --prompts --pass-rate :0.9
     """
-    from eval_protocol_rft.batch.filtering.filters import NothingLeftError, filter_rollouts
-    from eval_protocol_rft.batch.filtering.rules import (
-        REASONS,
-        FilterRules,
-        FilterRulesError,
-        parse_band,
-    )
-    from eval_protocol_rft.batch.rollouts.format import FormatError
-    from eval_protocol_rft.batch.target import TargetError
+    from eval_protocol_rft.batch.filtering.filters import filter_rollouts
+    from eval_protocol_rft.batch.filtering.rules import REASONS, FilterRules, parse_band
 
-    try:
-        rules = FilterRules(
-            reward=reward,
-            pass_threshold=pass_threshold,
-            dedupe_prompts=dedupe_prompts,
-            pass_rate=None if pass_rate is None else parse_band(pass_rate),
-            reward_percentile=None if reward_percentile is None else parse_band(reward_percentile),
-            drop_zero_variance=drop_zero_variance,
-            drop_failed=drop_failed,
-            drop_unscored=drop_unscored,
-            drop_truncated=drop_truncated,
-            min_tokens=min_tokens,
-            max_tokens=max_tokens,
-            reward_min=reward_min,
-            reward_max=reward_max,
-            dedupe_completions=dedupe_completions,
-            min_completions=min_completions,
-        )
-        summary = filter_rollouts(file, output, rules, prompts=prompts, overwrite=overwrite)
-    except (FilterRulesError, FormatError, NothingLeftError, TargetError, OSError) as error:
-        fail(str(error))
+    rules = FilterRules(
+        reward=reward,
+        pass_threshold=pass_threshold,
+        dedupe_prompts=dedupe_prompts,
+        pass_rate=None if pass_rate is None else parse_band(pass_rate),
+        reward_percentile=None if reward_percentile is None else parse_band(reward_percentile),
+        drop_zero_variance=drop_zero_variance,
+        drop_failed=drop_failed,
+        drop_unscored=drop_unscored,
+        drop_truncated=drop_truncated,
+        min_tokens=min_tokens,
+        max_tokens=max_tokens,
+        reward_min=reward_min,
+        reward_max=reward_max,
+        dedupe_completions=dedupe_completions,
+        min_completions=min_completions,
+    )
+    summary = filter_rollouts(file, output, rules, prompts=prompts, overwrite=overwrite)
+    if not summary.finished:
+        say(f"ep-rft: {file}: its job is not finished; this is of what is stored so far", err=True)
     say(
         f"kept {summary.kept} of {summary.completions} completions, {summary.groups_kept} of "
         f"{summary.groups} prompts"

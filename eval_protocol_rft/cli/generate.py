@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from eval_protocol_rft.cli.failing import fail, say
+from eval_protocol_rft.cli.failing import fail, one_line, say
 from eval_protocol_rft.cli.generate_options import api_key, check_format, json_object, prices
 from eval_protocol_rft.cli.generate_summary import show
 from eval_protocol_rft.cli.stopping import sigterm_interrupts
@@ -19,6 +19,7 @@ _RUN = "Run"
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+@one_line
 def generate(
     data: Annotated[
         list[Path],
@@ -250,11 +251,8 @@ def generate(
     known_prices = prices(price_in, price_out)
 
     from eval_protocol_rft.batch.generation.generate import generate as run
-    from eval_protocol_rft.batch.ray.nodes import RayEngineError
-    from eval_protocol_rft.batch.store.parts import BusyError, parts_folder
-    from eval_protocol_rft.sampling.guard import RunStoppedError
+    from eval_protocol_rft.batch.store.parts import parts_folder
     from eval_protocol_rft.sampling.retry import RetryPolicy
-    from eval_protocol_rft.sampling.types import SamplingError
 
     with sigterm_interrupts() as stopped:
         try:
@@ -277,15 +275,16 @@ def generate(
                 prices=known_prices,
                 progress=not quiet,
             )
-        except (ValueError, BusyError, RunStoppedError, RayEngineError, SamplingError) as error:
-            fail(str(error))
         except OSError as error:
-            full = error.errno in _NO_ROOM
-            safe = ". What was stored is safe: make room, and run the same command" if full else ""
-            fail(f"{output}: {error}{safe}")
+            if error.errno not in _NO_ROOM:
+                raise
+            safe = "What was stored is safe: make room, and run the same command"
+            fail(f"{output}: {error.strerror}. {safe}")
         except KeyboardInterrupt:
             folder = parts_folder(output)
             where_it_is = f" What was finished is in {folder}." if folder.exists() else ""
             say(f"ep-rft: stopped.{where_it_is} The same command goes on", err=True)
             raise typer.Exit(stopped.exit_code) from None
     show(summary, verbose=verbose)
+    if summary.failed == summary.total:
+        raise typer.Exit(1)

@@ -37,5 +37,5 @@ def show(summary: GenerateSummary, *, verbose: bool) -> None:
     if run.failures:
         kinds = ", ".join(f"{count} {kind}" for kind, count in run.failures.most_common())
         say(f"failed: {kinds}; the first, {run.first_failure}", err=True)
-    if summary.failed:
+    if summary.may_succeed:
         say("the same command with --retry-failed tries the failed ones again", err=True)

@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
-from eval_protocol_rft.cli.failing import fail, say
+from eval_protocol_rft.cli.failing import fail, one_line, say
 
 
+@one_line
 def report(
     path: Annotated[
         Path,
@@ -61,9 +62,7 @@ def report(
       ep-rft report run -o training.html
     """
     from eval_protocol_rft.batch.dataset import RolloutDataset
-    from eval_protocol_rft.batch.rollouts.format import FormatError
     from eval_protocol_rft.report.page import write_report
-    from eval_protocol_rft.report.page_detail import ReportError
     from eval_protocol_rft.report.training_page import is_run_folder
 
     if is_run_folder(path):
@@ -85,8 +84,6 @@ def report(
             limit=limit,
             tokenizer=tokenizer,
         )
-    except (FormatError, ReportError) as error:
-        fail(str(error))
     except OSError as error:
         fail(f"cannot write {output}: {error.strerror or error}")
     for problem in written.problems:
@@ -103,13 +100,10 @@ def report(
 
 
 def _report_run(folder: Path, output: Path | None) -> None:
-    from eval_protocol_rft.report.page_detail import ReportError
     from eval_protocol_rft.report.training_page import write_training_report
 
     try:
         written = write_training_report(folder, output)
-    except ReportError as error:
-        fail(str(error))
     except OSError as error:
         fail(f"cannot write {output or folder / 'report.html'}: {error.strerror or error}")
     curve = "" if written.curve is None else f", {written.curve}"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from eval_protocol_rft.cli.failing import fail, say
+from eval_protocol_rft.cli.failing import fail, one_line, say
 from eval_protocol_rft.cli.stopping import sigterm_interrupts
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 _SHOWN_REASONS = 5
 
 
+@one_line
 def score(
     rollouts: Annotated[Path, typer.Argument(help="A file that `ep-rft generate` wrote.")],
     evaluator: Annotated[
@@ -87,11 +88,7 @@ def score(
       ep-rft score rollouts.parquet -e my_package.rewards:short_answer --name short
       ep-rft score rollouts.parquet -e judge.py::judge --concurrency 16 -o judged.parquet
     """
-    from eval_protocol_rft.batch.grading.grade import GradingError
     from eval_protocol_rft.batch.grading.score import score as run
-    from eval_protocol_rft.batch.ray.nodes import RayEngineError
-    from eval_protocol_rft.batch.store.parts import BusyError
-    from eval_protocol_rft.scoring.evaluator import EvaluatorError
 
     with sigterm_interrupts() as stopped:
         try:
@@ -110,15 +107,6 @@ def score(
                 ray_address=ray_address,
                 progress=not quiet,
             )
-        except (
-            ValueError,
-            EvaluatorError,
-            GradingError,
-            RayEngineError,
-            BusyError,
-            OSError,
-        ) as error:
-            fail(str(error))
         except KeyboardInterrupt:
             what = "The same command goes on with what is not graded"
             say(f"ep-rft: stopped. {what}", err=True)

@@ -6,9 +6,10 @@ from typing import Annotated
 
 import typer
 
-from eval_protocol_rft.cli.failing import fail, say
+from eval_protocol_rft.cli.failing import fail, one_line, say
 
 
+@one_line
 def serve(
     model: Annotated[
         str,

@@ -7,14 +7,16 @@ from typing import Annotated
 
 import typer
 
-from eval_protocol_rft.cli.failing import fail
+from eval_protocol_rft.cli.failing import one_line, say
 
 
+@one_line
 def show(
     paths: Annotated[
         list[Path],
         typer.Argument(
-            help="Rows of Eval Protocol (.jsonl, or a folder of them), or rollouts (.parquet)."
+            help="Rows of Eval Protocol (.jsonl, or a folder of them), or rollouts, also of a job "
+            "that is not finished."
         ),
     ],
     limit: Annotated[int, typer.Option(min=0, help="Rows to show of each file.")] = 10,
@@ -31,13 +33,13 @@ def show(
     """
     from rich.console import Console
 
-    from eval_protocol_rft.report.rows import RowsFileError, newest_rows_file, read_rows
+    from eval_protocol_rft.report.rows import newest_rows_file, read_rows
     from eval_protocol_rft.report.terminal import rollout_table
 
     console = Console()
     for path in paths:
-        try:
-            rows = list(read_rows(newest_rows_file(path)))
-        except RowsFileError as error:
-            fail(str(error))
+        file = newest_rows_file(path)
+        rows = list(read_rows(file))
+        if not file.is_file():
+            say(f"{path}: the job is not finished: this is what is stored of it so far", err=True)
         console.print(rollout_table(rows, limit=limit, pass_threshold=pass_threshold))

@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
-from eval_protocol_rft.cli.failing import fail, say_json
+from eval_protocol_rft.cli.failing import one_line, say_json
 
 
+@one_line
 def stats(
     file: Annotated[Path, typer.Argument(help="Rollout file, or that of an unfinished job.")],
     reward: Annotated[
@@ -37,10 +38,7 @@ def stats(
 
     from eval_protocol_rft.batch.stats.rollout_stats import rollout_stats
 
-    try:
-        found = rollout_stats(file, reward=reward, pass_threshold=pass_threshold)
-    except (ValueError, OSError) as error:
-        fail(str(error))
+    found = rollout_stats(file, reward=reward, pass_threshold=pass_threshold)
     if json:
         say_json(msgspec.json.format(msgspec.json.encode(found), indent=2))
         return

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from eval_protocol_rft.cli.failing import say
+from eval_protocol_rft.cli.failing import one_line, say
 from eval_protocol_rft.cli.stopping import sigterm_interrupts
 from eval_protocol_rft.cli.train_run import run_training, show_result
 
@@ -18,6 +18,7 @@ _EVAL = "Evaluation and files"
 _FIREWORKS = "On Fireworks"
 
 
+@one_line
 def train(
     evaluator: Annotated[
         str,

@@ -37,12 +37,12 @@ class StoredRow:
 
 
 def newest_rows_file(path: Path) -> Path:
-    """`path` itself, or the newest JSONL file below it where it is a folder.
+    """`path` itself, or the newest JSONL file below it where it is a folder of Eval Protocol's.
 
     Raises:
         RowsFileError: nothing is there.
     """
-    if path.is_file():
+    if path.is_file() or is_rollouts(path):
         return path
     if not path.is_dir():
         raise RowsFileError(f"{path}: no such file or folder")
@@ -56,14 +56,25 @@ def newest_rows_file(path: Path) -> Path:
     return files[-1]
 
 
+def is_rollouts(path: Path) -> bool:
+    """Whether `path` is a rollout file, that of an unfinished job, or such a job's folder."""
+    from eval_protocol_rft.batch.rollouts.jsonl import metadata_path
+    from eval_protocol_rft.batch.store.parts import parts_folder, read_schema
+
+    if path.is_file():
+        return path.suffix == ".parquet" or metadata_path(path).is_file()
+    return read_schema(path if path.is_dir() else parts_folder(path)) is not None
+
+
 def read_rows(file: Path) -> Iterator[StoredRow]:
-    """Read a file row by row: JSON lines of Eval Protocol's rows, or rollouts in Parquet.
+    """Read a file row by row: JSON lines of Eval Protocol's rows, or rollouts, in Parquet or JSON
+    lines, or what is stored of an unfinished job.
 
     Raises:
         RowsFileError: a line is not UTF-8 JSON, not a row, or holds a record that contradicts
             itself; or it is Parquet, and not rollouts.
     """
-    if file.suffix == ".parquet":
+    if is_rollouts(file):
         yield from _rollouts(file)
         return
     with file.open("rb") as lines:
@@ -71,7 +82,7 @@ def read_rows(file: Path) -> Iterator[StoredRow]:
             if line.strip():
                 try:
                     yield _row(msgspec.json.decode(line))
-                except (msgspec.DecodeError, UnicodeDecodeError, RecordError) as error:
+                except (ValueError, RecursionError) as error:
                     raise RowsFileError(f"{file}:{number}: {error}") from error
 
 
@@ -84,7 +95,9 @@ def _rollouts(file: Path) -> Iterator[StoredRow]:
         dataset = RolloutDataset(file)
         for group in dataset.groups():
             yield from map(_row, to_rows(group, dataset.metadata))
-    except (FormatError, RecordError) as error:
+    except FormatError as error:
+        raise RowsFileError(str(error)) from error
+    except RecordError as error:
         raise RowsFileError(f"{file}: {error}") from error
 
 

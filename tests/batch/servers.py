@@ -168,10 +168,10 @@ class Zygote:
     def close(self) -> None:
         assert self.process.stdin is not None
         self.process.stdin.close()
-        self.process.wait(10)
+        self.process.wait()
 
 
-def wait_until(true: Callable[[], bool], *, seconds: float = 300.0) -> None:
+def wait_until(true: Callable[[], bool], *, seconds: float = 600.0) -> None:
     deadline = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < deadline, "it never came to that"

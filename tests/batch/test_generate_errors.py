@@ -14,7 +14,7 @@ from eval_protocol_rft.batch.rollouts.rows import to_record_batch
 from eval_protocol_rft.batch.store.merge import row_keys
 from eval_protocol_rft.batch.store.parts import PartStore, part_paths, parts_folder
 from tests.batch.servers import at, refused, sampled, succeed, texts, write_jsonl
-from tests.stub_server import StubServer
+from tests.stub_server import Status, StubServer
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def test_wrong_options_are_refused(arguments, said, data, server, tokenizer_fold
             "d.jsonl:2: the prompt in 'prompt' is a list of messages, but the rows before have",
         ),
         ("d.jsonl", b'{"prompt": "a"}\n{"prompt": null}\n', "d.jsonl:2: the prompt"),
-        ("d.jsonl", b'{"prompt": "a", "tools": "x"}\n', "d.jsonl:1: 'tools' must be a list"),
+        ("d.jsonl", b'{"prompt": "a", "tools": 3}\n', "d.jsonl:1: 'tools' must be a list"),
         ("d.jsonl", b'{"prompt": "\\ud800"}\n', "d.jsonl:1: "),
         ("d.jsonl", b"", "no rows"),
         ("d.json", b'{"prompt": "a"}', "d.json"),
@@ -160,3 +160,14 @@ def test_a_broken_part_is_named_and_without_it_the_job_goes_on(data, server, tok
     succeed(*asked)
     assert len(server.requests) == 3
     assert sampled(output) == whole
+
+
+def test_what_will_fail_again_is_not_proposed_to_be_tried_again(
+    data, server, tokenizer_folder, tmp_path
+):
+    asked = ("generate", data, "-o", tmp_path / "out.parquet", *at(server, tokenizer_folder))
+    server.script = lambda seen: Status(400, {"error": "long"}) if seen.place == 1 else None
+    result = succeed(*asked)
+    assert "1 of them failed" in result.stdout
+    assert "HTTP 400" in result.stderr
+    assert "--retry-failed" not in result.stderr

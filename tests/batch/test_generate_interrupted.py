@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from eval_protocol_rft.batch.dataset import RolloutDataset
 from eval_protocol_rft.batch.store.parts import parts_folder
 from tests.batch.servers import (
     Command,
@@ -20,11 +21,12 @@ from tests.batch.servers import (
     pairs,
     sampled,
     stored,
+    succeed,
     texts,
     wait_until,
     write_jsonl,
 )
-from tests.stub_server import Hang, Late, StubServer
+from tests.stub_server import Hang, Late, Seen, Status, StubServer
 
 PROMPTS, N = 50, 4
 
@@ -186,3 +188,57 @@ def test_a_second_process_is_refused_and_the_first_goes_on(
     assert first.wait() == 0, first.said
     assert len(server.requests) == PROMPTS * N
     assert sampled(output) == whole
+
+
+@pytest.mark.parametrize(
+    ("status", "prompts"), [(401, 2), (401, 40), (400, 2), (400, 40), (503, 2)]
+)
+def test_where_nothing_succeeds_the_cause_is_one_line_and_the_exit_status_says_so(
+    zygote, output, server, tokenizer_folder, status, prompts
+):
+    data = write_jsonl(output.with_name("few.jsonl"), texts(prompts))
+    server.script = lambda seen: Status(status, {"error": {"message": "no"}})
+    command = zygote.start(
+        *("generate", data, "-o", output, *at(server, tokenizer_folder), "--max-attempts", 1)
+    )
+    assert command.wait() == 1, command.said
+    assert len([line for line in command.said.splitlines() if f"HTTP {status}" in line]) == 1
+    assert "Traceback" not in command.said
+
+
+def test_what_is_stored_of_a_running_job_can_be_looked_at_from_the_first_completion_on(
+    zygote, data, output, server, tokenizer_folder
+):
+    hanging = threading.Event()
+
+    def first_alone(seen: Seen) -> Hang | None:
+        if seen.place < 3:
+            return None
+        hanging.set()
+        return Hang()
+
+    server.script = first_alone
+    command = start(zygote, data, output, *at(server, tokenizer_folder))
+    hanging.wait()
+    wait_until(lambda: len(stored(output)) == 3)
+    assert len(RolloutDataset(output)) == 3
+    assert "3 completions" in succeed("stats", output).stdout
+    assert "not finished" in succeed("stats", output).stdout
+    assert "not finished" in succeed("show", output).stderr
+    assert "not finished" in succeed("show", parts_folder(output)).stderr
+    page = output.with_suffix(".html")
+    assert "3 completions" in succeed("report", output, "-o", page).stdout
+    kept = output.with_name("kept.parquet")
+    message = succeed("filter", output, "-o", kept, "--min-tokens", 1).stderr
+    assert "its job is not finished" in message
+    assert len(RolloutDataset(kept)) == 3
+    nothing = zygote.start(
+        *("filter", output, "-o", output.with_name("x.parquet"), "--min-tokens", 9999)
+    )
+    assert nothing.wait() == 1
+    assert "nothing is left of 3 completions" in nothing.said
+    assert "Traceback" not in nothing.said
+    command.kill()
+    server.script = lambda seen: None
+    finish(zygote, data, output, *at(server, tokenizer_folder))
+    assert len(RolloutDataset(output)) == PROMPTS * N

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 
@@ -19,6 +20,7 @@ from eval_protocol_rft.batch.files import write_file, write_rows
 from eval_protocol_rft.batch.rollouts.format import FileMetadata, FormatError, schema
 from eval_protocol_rft.batch.rollouts.jsonl import metadata_path
 from eval_protocol_rft.batch.rollouts.rows import CompletionRow, from_record_batch, to_record_batch
+from tests.batch.servers import refused
 from tests.batch.strategies import RolloutFile, exactly, rollout_files
 
 PATIENTLY = settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
@@ -94,7 +96,7 @@ def test_types_that_json_lacks_keep_their_values_in_lines(
     kind: pa.DataType, values: list[Any], tmp_path: Path
 ):
     made = schema(FileMetadata(), {"x": kind})
-    rows = [simple_row(original={"x": value}) for value in values]
+    rows = [simple_row(original={"x": value}, error="none") for value in values]
     for i, row in enumerate(rows):
         row.sample_idx = i
     write_rows(tmp_path / "a.jsonl", made, rows)
@@ -140,7 +142,10 @@ def test_a_null_among_token_ids_is_an_error_and_not_a_number():
         ('{"data_idx": 0', "a.jsonl:2: .*truncated"),
         ('{"row_id": "\\ud800"}', "a.jsonl:2: "),
         ('{"data_idx": "x"}', "a.jsonl:1-2: column 'data_idx'"),
-        ('{"logprobs": [0.5, "NaX"]}', "a.jsonl:1-2: column 'logprobs'"),
+        (
+            '{"row_id": "r", "data_idx": 0, "sample_idx": 1, "logprobs": [0.5, "NaX"]}',
+            "a.jsonl:1-2: column 'logprobs'",
+        ),
         ("[1]", "a.jsonl:2: "),
     ],
 )
@@ -173,3 +178,55 @@ SCHEMA = schema(FileMetadata(), {})
 
 def simple_row(**values: object) -> CompletionRow:
     return CompletionRow(row_id="r", data_idx=0, sample_idx=0, prompt="p", **values)
+
+
+BROKEN = {
+    "no JSON": ({"metrics": "{broken"}, "completion 0 of row r0: metrics is no JSON"),
+    "deep JSON": (
+        {"metrics": '{"a":' * 5000 + "1" + "}" * 5000},
+        "completion 0 of row r0: metrics is no JSON",
+    ),
+    "broken tools": ({"tools": "[1,"}, "completion 0 of row r0: tools is no JSON"),
+    "no row id": ({"row_id": None}, "row 0: row_id is null"),
+    "no prompt": ({"prompt": None}, "row 0: prompt is null"),
+    "nothing": (
+        {"completion_ids": None, "logprobs": None, "response": None},
+        "row 0: neither a completion nor an error",
+    ),
+}
+
+
+@pytest.mark.parametrize(("values", "message"), BROKEN.values(), ids=BROKEN)
+def test_a_value_that_cannot_be_is_named_with_file_and_row(
+    values: dict[str, Any], message: str, tmp_path: Path
+):
+    path = tmp_path / "rollouts.parquet"
+    wanted = schema(FileMetadata(), {})
+    row = CompletionRow(
+        row_id="r0",
+        data_idx=0,
+        sample_idx=0,
+        prompt="q",
+        response="a",
+        prompt_ids=np.array([1], np.int32),
+        completion_ids=np.array([2], np.int32),
+        logprobs=np.array([-1.0], np.float32),
+    )
+    table = pa.Table.from_batches([to_record_batch([row], wanted)])
+    changed = [{**values_of_row, **values} for values_of_row in table.to_pylist()]
+    pq.write_table(pa.Table.from_pylist(changed, schema=table.schema), path)
+    with pytest.raises(FormatError, match=rf"^{path}: {message}"):
+        list(RolloutDataset(path).rows())
+    for command in (["show"], ["report", "-o", tmp_path / "o.html"]):
+        [name, *options] = command
+        assert message in refused(name, path, *options)
+
+
+def test_a_table_without_the_columns_of_a_rollout_file_is_refused(tmp_path: Path):
+    metadata = {b"eval_protocol_rft": FileMetadata().encode()}
+    table = pa.table({"row_id": ["a"]}).replace_schema_metadata(metadata)
+    pq.write_table(table, tmp_path / "x.parquet")
+    with pytest.raises(
+        FormatError, match=r"x\.parquet: no rollout file: it has no column 'data_idx'"
+    ):
+        RolloutDataset(tmp_path / "x.parquet")

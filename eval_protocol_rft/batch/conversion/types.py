@@ -57,7 +57,9 @@ class Rollouts:
     def groups(self) -> Iterator[list[CompletionRow]]:
         """The completions of one data row after the other."""
         metadata = self.metadata
-        rows = (row for table in self.read() for row in from_record_batch(table, metadata))
+        where = str(self.path)
+        tables = (from_record_batch(table, metadata, where=where) for table in self.read())
+        rows = itertools.chain.from_iterable(tables)
         for _, group in itertools.groupby(rows, key=lambda row: row.data_idx):
             yield list(group)
 

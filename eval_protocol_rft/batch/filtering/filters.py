@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -41,6 +41,8 @@ class FilterSummary:
     """Data rows."""
     groups_kept: int
     """Those of which something is kept."""
+    finished: bool = True
+    """False where the file's job is not: it may yet have more."""
     mean_band: Band | None
     """The mean rewards that `reward_percentile` came to."""
 
@@ -88,7 +90,7 @@ def filter_rollouts(
         write_prompts(target, dataset.schema, tables)
     else:
         write_file(target, dataset.schema, tables)
-    return run.summary()
+    return replace(run.summary(), finished=dataset.finished)
 
 
 class FilterRun:

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from eval_protocol_rft.backends import Backends
 from eval_protocol_rft.batch.generation.counts import RunCounts
@@ -43,6 +43,7 @@ from eval_protocol_rft.sampling.logprob_kind import (
     needs_check,
 )
 from eval_protocol_rft.sampling.observing import observers
+from eval_protocol_rft.sampling.refusals import ACCOUNT_STATUSES
 from eval_protocol_rft.sampling.retry import RetryPolicy
 from eval_protocol_rft.sampling.run_summary import Prices, RunSummary
 from eval_protocol_rft.sampling.server_metrics import polling
@@ -51,6 +52,7 @@ from eval_protocol_rft.sampling.types import Sampler, TokenIds
 from eval_protocol_rft.tokenizer import LoadedTokenizer
 
 DEFAULT_CONCURRENCY = 96
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
@@ -64,6 +66,9 @@ class GenerateSummary:
     """Completions asked for, over all runs."""
     failed: int
     """Completions that failed for good, over all runs."""
+    may_succeed: int
+    """Those of them that another try may bring: what a server refuses for what it is, or a template
+    cannot render, will fail again."""
     run: RunCounts
     """Of this call alone."""
     seconds: float
@@ -257,12 +262,13 @@ async def _run(
             )
             await run.run(prompts)
         seconds = time.perf_counter() - began
-        failed = await _to_its_end(output.finish)
+        reasons = await _to_its_end(output.finish)
     return GenerateSummary(
         output=job.target,
         prompts=job.questions.count,
         total=total,
-        failed=failed,
+        failed=reasons.total(),
+        may_succeed=sum(count for reason, count in reasons.items() if _may_succeed(*reason)),
         run=counts,
         seconds=seconds,
         attempts=attempts,
@@ -288,7 +294,11 @@ def _tell_other_prompts(output: Output, tokenizer: LoadedTokenizer) -> None:
         )
 
 
-async def _to_its_end(work: Callable[[], int]) -> int:
+def _may_succeed(kind: str | None, status: int | None) -> bool:
+    return kind != "prompt" and (kind != "refused" or status in ACCOUNT_STATUSES)
+
+
+async def _to_its_end(work: Callable[[], T]) -> T:
     """Run `work` in a thread. Cancelled, wait for it all the same: our caller closes the store
     that it works on."""
     task = asyncio.ensure_future(asyncio.to_thread(work))

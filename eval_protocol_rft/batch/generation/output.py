@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,6 +37,11 @@ from eval_protocol_rft.tokenizer import LoadedTokenizer
 
 _COMPARED_ROWS = 16
 """Data rows whose prompts are rendered again when a job goes on."""
+
+
+FailedFor = tuple[str | None, int | None]
+"""`error_kind` and `error_status` of a completion."""
+_REASON = ["error_kind", "error_status"]
 
 
 class JobError(ValueError):
@@ -133,8 +139,9 @@ class Output:
                     prompts.setdefault(number.as_py(), TokenIds(ids.as_py()))
         return prompts
 
-    def finish(self) -> int:
-        """Make the file of what is stored, and return how many of its completions failed."""
+    def finish(self) -> Counter[FailedFor]:
+        """Make the file of what is stored, and return why completions of it failed: how many for
+        each kind and HTTP status."""
         job = self.job
         for keys in self.store.stored():
             self.done.add(*keys)
@@ -144,7 +151,12 @@ class Output:
             base = [] if job.base is None else [self._sorted(job.base)]
             write_file(job.target, job.schema, self.store.merged(base))
         self.store.remove()
-        return self.done.failed
+        reasons: Counter[FailedFor] = Counter()
+        if self.done.failed:
+            for table in RolloutDataset(job.target).tables(["error", *_REASON]):
+                failed = table.filter(table.column("error").is_valid()).select(_REASON)
+                reasons.update(tuple(row.values()) for row in failed.to_pylist())
+        return reasons
 
     def _sorted(self, base: RolloutDataset) -> SortedInput:
         first = next(base.tables(KEY_COLUMNS))

@@ -175,7 +175,7 @@ def _raw(column: pa.Array) -> list[Any]:
 def _decode(line: bytes, where: str) -> dict[str, msgspec.Raw]:
     try:
         return _LINE.decode(line)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise FormatError(f"{where}: {error}") from error
 
 
@@ -192,7 +192,7 @@ def _table(
                 columns.append(pa.array(values, field.type))
             else:
                 columns.append(from_json_values(list(map(_VALUE.decode, texts)), field.type))
-        except (pa.ArrowInvalid, pa.ArrowTypeError, ValueError, TypeError) as error:
+        except (pa.ArrowException, ValueError, TypeError, RecursionError) as error:
             raise FormatError(f"{where}: column {field.name!r}: {error}") from error
     return pa.Table.from_arrays(columns, schema=schema)
 

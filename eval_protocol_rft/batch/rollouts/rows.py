@@ -141,13 +141,23 @@ def to_record_batch(rows: Sequence[CompletionRow], schema: pa.Schema) -> pa.Reco
 
 
 def from_record_batch(
-    batch: pa.RecordBatch | pa.Table, metadata: FileMetadata
+    batch: pa.RecordBatch | pa.Table, metadata: FileMetadata, *, where: str = "a rollout file"
 ) -> list[CompletionRow]:
     """The rows of a batch. Columns that the format does not know are left out.
 
     Raises:
-        FormatError: token data lacks a number.
+        FormatError: token data lacks a number, or a column of JSON text holds none; the message
+            begins with `where`.
     """
+    try:
+        return _from_record_batch(batch, metadata)
+    except FormatError as error:
+        raise FormatError(f"{where}: {error}") from error
+
+
+def _from_record_batch(
+    batch: pa.RecordBatch | pa.Table, metadata: FileMetadata
+) -> list[CompletionRow]:
     names = frozenset(batch.schema.names)
     size = batch.num_rows
     fields: dict[str, list[Any]] = {
@@ -158,7 +168,7 @@ def from_record_batch(
         fields[name] = _arrays(batch.column(name)) if name in names else [None] * size
     json_columns = frozenset(metadata.json_columns)
     for name in ("tools", "message"):
-        fields[name] = _from_json(batch.column(name)) if name in names else [None] * size
+        fields[name] = _from_json(batch, name) if name in names else [None] * size
     if "ground_truth" in names:
         fields["ground_truth"] = _values(batch, "ground_truth", json_columns)
     fields["scores"] = _scores(batch, metadata, names)
@@ -257,7 +267,7 @@ def _scores(
         parts = (
             batch.column(number).to_pylist(),
             batch.column(reason).to_pylist(),
-            _from_json(batch.column(metrics)),
+            _from_json(batch, metrics),
             batch.column(error).to_pylist(),
         )
         for own, (value, why, further, problem) in zip(
@@ -269,8 +279,7 @@ def _scores(
 
 
 def _values(batch: pa.RecordBatch | pa.Table, name: str, json_columns: frozenset[str]) -> list[Any]:
-    column = batch.column(name)
-    return _from_json(column) if name in json_columns else list(column.to_pylist())
+    return _from_json(batch, name) if name in json_columns else list(batch.column(name).to_pylist())
 
 
 def _json_array(values: Sequence[Any]) -> pa.Array:
@@ -278,5 +287,19 @@ def _json_array(values: Sequence[Any]) -> pa.Array:
     return pa.array(texts, pa.string())
 
 
-def _from_json(column: pa.Array | pa.ChunkedArray) -> list[Any]:
-    return [None if text is None else msgspec.json.decode(text) for text in column.to_pylist()]
+def _from_json(batch: pa.RecordBatch | pa.Table, name: str) -> list[Any]:
+    values: list[Any] = []
+    for text in batch.column(name).to_pylist():
+        try:
+            values.append(None if text is None else msgspec.json.decode(text))
+        except (msgspec.DecodeError, RecursionError) as error:
+            place = (
+                f"completion {batch.column('sample_idx')[len(values)]}"
+                if ("sample_idx" in batch.schema.names)
+                else "a completion"
+            )
+            row = batch.column("row_id")[len(values)]
+            raise FormatError(
+                f"{place} of row {row}: {name} is no JSON that can be read: {error}"
+            ) from error
+    return values

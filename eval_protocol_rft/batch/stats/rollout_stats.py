@@ -74,7 +74,8 @@ def summarize_tables(
         seen.add(table)
     groups = seen.groups
     if groups is None:
-        raise FormatError(f"{path}: it holds no completions")
+        nothing = "it holds no completions" if finished else "no completion is stored yet"
+        raise FormatError(f"{path}: {nothing}")
     failed, scored = int(groups.failed.sum()), int(groups.scored.sum())
     completions, truncated = int(groups.completions.sum()), int(groups.truncated.sum())
     sampled = completions - failed

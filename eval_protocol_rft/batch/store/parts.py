@@ -37,7 +37,7 @@ from eval_protocol_rft.batch.rollouts.parquet import (
     read_row_groups,
     write_tables,
 )
-from eval_protocol_rft.batch.store.journal import Journal
+from eval_protocol_rft.batch.store.journal import Journal, read_journal
 from eval_protocol_rft.batch.store.merge import KEY_COLUMNS, Keys, SortedInput, latest, merge_sorted
 from eval_protocol_rft.durable import link_target, replacing, sync_folder, write_whole
 
@@ -101,6 +101,19 @@ def read_schema(folder: Path) -> pa.Schema | None:
 def part_paths(folder: Path) -> list[Path]:
     """The complete parts, in order of writing."""
     return [path for path in _job_files(folder) if path.name.startswith("part-")]
+
+
+def journal_tables(folder: Path, schema: pa.Schema) -> list[tuple[int, pa.Table]]:
+    """What the journals in `folder` hold, with their numbers, whoever may be writing there. To see
+    all rows, read these first and the parts then: a part is complete before its journal goes."""
+    tables = []
+    for path in _job_files(folder):
+        if path.name.startswith("_journal-"):
+            with contextlib.suppress(FileNotFoundError):
+                batches, _ = read_journal(path.read_bytes(), schema)
+                if batches:
+                    tables.append((part_number(path), pa.Table.from_batches(batches, schema)))
+    return tables
 
 
 def stored_keys(table: pa.Table) -> tuple[Keys, Keys, Keys]:
@@ -235,9 +248,9 @@ class PartStore:
         for path in [path for path in _job_files(self.folder) if path.name.startswith("_journal-")]:
             with contextlib.closing(Journal(path, self.schema)) as journal:
                 if journal.batches:
-                    self._write_part(_number(path), journal)
+                    self._write_part(part_number(path), journal)
                 journal.remove()
-        self._open_journal(max(map(_number, part_paths(self.folder)), default=-1) + 1)
+        self._open_journal(max(map(part_number, part_paths(self.folder)), default=-1) + 1)
 
     def _write_part(self, number: int, journal: Journal) -> None:
         path = self._part(number)
@@ -309,6 +322,6 @@ def _job_files(folder: Path) -> list[Path]:
     )
 
 
-def _number(path: Path) -> int:
+def part_number(path: Path) -> int:
     """Of a part or a journal."""
     return int(path.stem.rpartition("-")[2])
