@@ -59,7 +59,6 @@ async def rolled_out(sampler: Any, rows: list[EvaluationRow]) -> list[Evaluation
         mcp_config_path="",
         semaphore=asyncio.Semaphore(64),
         server_script_path=None,
-        steps=1,
     )
     done = await asyncio.gather(*processor(rows, config))
     await processor.acleanup()

@@ -45,7 +45,6 @@ async def sampled_rows(temperature: float) -> list[EvaluationRow]:
         mcp_config_path="",
         semaphore=asyncio.Semaphore(256),
         server_script_path=None,
-        steps=1,
     )
     processor = FireworksTrainingRolloutProcessor()
     try:
