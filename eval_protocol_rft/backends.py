@@ -33,6 +33,8 @@ class Backends:
         self._trust_remote_code = trust_remote_code
         self._wrapped: LoadedTokenizer | None = None
         self._local: dict[str, LoadedTokenizer] = {}
+        self._alike: set[tuple[int, int]] = set()
+        """Tokenizers, by identity, that were compared."""
         self._asked: dict[str, asyncio.Future[tuple[str | None, str]]] = {}
         """Models of Fireworks -> what the service says of their tokenizers."""
 
@@ -83,6 +85,12 @@ class Backends:
         chosen = request.tokenizer or self._tokenizer or own
         if chosen is None:
             chosen = await self._by_model(request)
+        loaded = await self._loaded(chosen)
+        if own is not None and chosen is not own:
+            await asyncio.to_thread(self._refuse_other, loaded, own)
+        return loaded
+
+    async def _loaded(self, chosen: Any) -> LoadedTokenizer:
         if isinstance(chosen, LoadedTokenizer):
             return chosen
         if isinstance(chosen, os.PathLike):
@@ -94,6 +102,22 @@ class Backends:
         if self._wrapped is None or self._wrapped.tokenizer is not chosen:
             self._wrapped = LoadedTokenizer.wrap(chosen)
         return self._wrapped
+
+    def _refuse_other(self, loaded: LoadedTokenizer, own: Any) -> None:
+        """A sampler that brings its tokenizer says which ids its model has: they mean the same."""
+        own = own if isinstance(own, LoadedTokenizer) else LoadedTokenizer.wrap(own)
+        pair = (id(loaded.tokenizer), id(own.tokenizer))
+        if pair in self._alike:
+            return
+        ours, theirs = ({v: k for k, v in t.tokenizer.get_vocab().items()} for t in (loaded, own))
+        other = next((i for i in sorted(ours) if theirs.get(i, ours[i]) != ours[i]), None)
+        if other is not None:
+            raise TokenizerError(
+                f"tokenizer {loaded.name!r} is not the one of the model, {own.name!r}: id {other} "
+                f"is {ours[other]!r} to one and {theirs[other]!r} to the other. Leave the "
+                "tokenizer out, or name one with the model's vocabulary"
+            )
+        self._alike.add(pair)
 
     async def _by_model(self, request: RolloutRequest) -> str:
         """The tokenizer of a request that names none: what Fireworks says of its model, else the

@@ -32,7 +32,8 @@ def token(index: int, token_id: int, logprob: float, model: str | None, at: int)
         "sampling_logprob": logprob,
         "text_offset": at,
     }
-    choice = {"index": index, "text": "x", "logprobs": {"content": [entry]}}
+    text = chr(token_id + 33) if token_id < 256 else ""
+    choice = {"index": index, "text": text, "logprobs": {"content": [entry]}}
     return {"id": "c", "object": "text_completion", "model": model, "choices": [choice]}
 
 

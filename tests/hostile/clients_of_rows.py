@@ -10,12 +10,14 @@ import asyncio
 import json
 import tempfile
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from eval_protocol_rft.sampling.fanout import derive_seeds
 from tests.hostile.ask import Ask, listening
 from tests.hostile.book import GROUP, Book
+from tests.hostile.replies import END_OF_TURN
 
 ROWS_AT_ONCE = 256
 """Rows of one call of the processor. It leaves what was sampled on them, so all of a long run's
@@ -29,9 +31,9 @@ async def through_processor(ask: Ask, book: Book) -> None:
     """The rollout processor as Eval Protocol calls it, with rows of its own."""
     from eval_protocol_rft import FireworksTrainingRolloutProcessor
     from eval_protocol_rft.processor import RolloutError
-    from tests.rollouts import chat_tokenizer, config_of, record_of_row, row_of
+    from tests.rollouts import config_of, record_of_row, row_of
 
-    tokenizer = chat_tokenizer()
+    tokenizer = servers_tokenizer()
     processor = FireworksTrainingRolloutProcessor(tokenizer=tokenizer, retry=ask.retry)
 
     def tell(prompt: int, row: Any) -> None:
@@ -79,9 +81,8 @@ async def through_generate(ask: Ask, book: Book) -> None:
     """`agenerate`, and what its files hold."""
     from eval_protocol_rft.batch.dataset import RolloutDataset
     from eval_protocol_rft.batch.generation.generate import agenerate
-    from tests.rollouts import chat_tokenizer
 
-    tokenizer = chat_tokenizer()
+    tokenizer = servers_tokenizer()
     size = -(-len(ask.prompts) // JOBS)
     with tempfile.TemporaryDirectory() as folder:
         for job in range(JOBS):
@@ -107,6 +108,26 @@ async def through_generate(ask: Ask, book: Book) -> None:
                 )
             for row in RolloutDataset(output).rows():
                 _tell_row(book, number(row.row_id, row.sample_idx), row)
+
+
+@cache
+def servers_tokenizer() -> Any:
+    """Reads the ids as the server does, which is compared; prompts are bytes above them."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from tests.rollouts import CHAT_TEMPLATE
+
+    vocab = {f"<{token}>": token for token in range(END_OF_TURN)} | {"<|im_end|>": END_OF_TURN}
+    for letter in sorted(pre_tokenizers.ByteLevel.alphabet()):
+        vocab[letter] = len(vocab)
+    backend = Tokenizer(models.BPE(vocab, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken("<|im_end|>", special=True)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<|im_end|>", chat_template=CHAT_TEMPLATE
+    )
 
 
 def _tell_row(book: Book, number: int, row: Any) -> None:

@@ -135,7 +135,7 @@ def optional_fields_left_out(reply: Any, rng: random.Random) -> None:
 
 @change("accept")
 def text_of_replacement_characters(reply: Any, rng: random.Random) -> None:
-    reply["choices"][0]["text"] = "\ufffd\x00\u2028\U0001f600"
+    reply["choices"][0]["text"] = "\ufffd\u3000\u2028\ufffd"
 
 
 @pieces("accept", modes=WHOLE)
@@ -151,7 +151,8 @@ def keys_in_another_order(body: list[bytes], rng: random.Random) -> list[bytes]:
 @pieces("accept", modes=WHOLE)
 def text_not_escaped(body: list[bytes], rng: random.Random) -> list[bytes]:
     reply = json.loads(body[0])
-    reply["choices"][0]["text"] = "\u65e5\u672c\u8a9e \u2028 \U0001f600"
+    reply["choices"][0]["text"] += " \u2028 \u3000"
+    reply["system_fingerprint"] = "\u65e5\u672c\u8a9e \U0001f600"
     return [json.dumps(reply, ensure_ascii=False).encode()]
 
 
@@ -187,8 +188,8 @@ def pieces_of_any_size(events: list[bytes], rng: random.Random) -> list[bytes]:
 
 @fault("accept", modes=STREAM)
 async def text_that_says_done(exchange: Exchange) -> None:
-    """The words that end a stream, within the text of its first event; then a pause."""
-    exchange.reply["choices"][0]["text"] = "data: [DONE]\n\n" * 2
+    """The words that end a stream, within a string of its first event; then a pause."""
+    exchange.reply["system_fingerprint"] = "data: [DONE]\n\n" * 2
     first, *rest = exchange.pieces()
     start = head(200, [exchange.kind_header(), ("Transfer-Encoding", "chunked")])
     await exchange.write(start + chunk(first))

@@ -126,7 +126,8 @@ def chunks_of(reply: Mapping[str, Any], *, counts: bool) -> list[Any]:
     """The chunks of a whole reply: one token each, the last with `raw_output` where the dialect has
     it; then the `counts`, which vLLM sends only on request."""
     [choice] = reply["choices"]
-    shared = {key: reply[key] for key in ("id", "object", "created", "model")}
+    names = ("id", "object", "created", "model", "system_fingerprint")
+    shared = {name: reply[name] for name in names if name in reply}
     logprobs = choice["logprobs"]
     steps = max(len(choice["token_ids"]), *map(len, logprobs.values()))
     chunks = []
