@@ -354,7 +354,21 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
             keywords=config.kwargs or {},
             known=(RUN_KEYWORD, RETRY_KEYWORD),
         )
-        request = parse_completion_params(config.completion_params)
+        return self.request_of(config.completion_params)
+
+    async def sampler_of(self, request: RolloutRequest) -> Sampler:
+        """What completions of `request` are sampled from in the running event loop; the
+        processor's to close."""
+        sampler, _ = await self._backends.resolve(request, self._state().clients)
+        return sampler
+
+    def request_of(self, completion_params: Mapping[str, Any] | None) -> RolloutRequest:
+        """completion_params, with what this processor was made with.
+
+        Raises:
+            ValueError: they are wrong.
+        """
+        request = parse_completion_params(completion_params)
         if request.params.logprobs_mode is None and self.logprobs_mode is not None:
             params = replace(request.params, logprobs_mode=self.logprobs_mode)
             request = replace(request, params=params)

@@ -7,22 +7,34 @@ failure or a failed row. Rows of one wave give the same bits in whatever order t
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Sequence
+import contextlib
+from collections.abc import Coroutine, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
+
+from eval_protocol_rft.sampling.fanout import sample_group
 from eval_protocol_rft.sampling.guard import RunStoppedError
+from eval_protocol_rft.sampling.retry import RetryPolicy
+from eval_protocol_rft.sampling.types import TokenIds
 from eval_protocol_rft.training.errors import TrainingDataError
 from eval_protocol_rft.training.groups import group_rows
-from eval_protocol_rft.training.trajectory import PromptGroup
+from eval_protocol_rft.training.trajectory import PromptGroup, Trajectory
 
 if TYPE_CHECKING:
     from eval_protocol.models import EvaluationRow
 
+    from eval_protocol_rft.processor import FireworksTrainingRolloutProcessor
     from eval_protocol_rft.row_runner import RowRunner
     from eval_protocol_rft.sampling.local import LocalSampler
 
 _T = TypeVar("_T")
 
+PROBE_TOKENS = 32
+"""Most tokens of a completion that is sampled for a comparison alone."""
+PROBE_RETRY = RetryPolicy(max_attempts=2, max_seconds=60.0)
+"""A step waits for it."""
 GATHERING_SECONDS = 30.0
 """How long a wave waits until all its requests are at the sampler. A row that asks for fewer than
 expected would otherwise keep it waiting."""
@@ -54,6 +66,50 @@ async def roll_out(runner: RowRunner, row: EvaluationRow, *, run: int) -> Prompt
             "FireworksTrainingRolloutProcessor)"
         ) from error
     return group
+
+
+async def sample_prompts(
+    processor: FireworksTrainingRolloutProcessor,
+    completion_params: Mapping[str, Any],
+    prompts: Sequence[Sequence[int]],
+) -> list[Trajectory]:
+    """A short completion of each prompt, unscored, from what `processor` samples from; those that
+    fail are left out."""
+    request = processor.request_of(completion_params)
+    sampler = await processor.sampler_of(request)
+    most = min(request.params.max_tokens or PROBE_TOKENS, PROBE_TOKENS)
+    try:
+        groups = await asyncio.gather(
+            *(
+                sample_group(
+                    sampler,
+                    TokenIds(prompt),
+                    replace(request.params, max_tokens=most),
+                    seeds=[None],
+                    slots=contextlib.nullcontext(),
+                    retry=PROBE_RETRY,
+                )
+                for prompt in prompts
+            )
+        )
+    except RunStoppedError:
+        return []  # rollouts meet the same server, and say so
+    return [
+        Trajectory(
+            tokens=np.array([*prompt, *one.completion.token_ids], np.int64),
+            logprobs=np.array([0.0] * len(prompt) + one.completion.logprobs, np.float32),
+            loss_mask=np.repeat(
+                np.array([0.0, 1.0], np.float32), [len(prompt), len(one.completion.token_ids)]
+            ),
+            reward=None,
+            finish_reason=one.completion.finish_reason,
+            policy_version=one.completion.policy_version,
+            first_policy_version=one.completion.first_policy_version,
+            row_id="of a probe",
+        )
+        for prompt, group in zip(prompts, groups, strict=True)
+        for one in group.survivors
+    ]
 
 
 def why_fruitless(group: PromptGroup) -> str:

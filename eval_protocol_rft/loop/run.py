@@ -107,6 +107,8 @@ class Run:
             if not self.scheduler.training:
                 await self._save()
             raise
+        finally:
+            self.step.end()
         if self._dropped:
             dropped = len(self._dropped)
             self.on_line({"kind": "end", "step": self.scheduler.version, "groups_dropped": dropped})

@@ -7,16 +7,18 @@ sampler has the new weights.
 
 from __future__ import annotations
 
+import asyncio
 import time
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Coroutine, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from eval_protocol_rft.loop.metrics import Line, step_line
 from eval_protocol_rft.loop.mismatch import (
     Mismatch,
+    comparable,
     looks_shifted,
     measure,
     missing_eos,
@@ -27,10 +29,16 @@ from eval_protocol_rft.loop.trainer import ForwardBackward, NamedLoss, Trainer
 from eval_protocol_rft.loop.watch import Trouble, Watch
 from eval_protocol_rft.training.batch import TrainingBatch, build_batch
 from eval_protocol_rft.training.errors import BiasedSamplingWarning
-from eval_protocol_rft.training.trajectory import PromptGroup
+from eval_protocol_rft.training.filters import filter_group
+from eval_protocol_rft.training.trajectory import PromptGroup, Trajectory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+
+Probe = Callable[[Sequence[Sequence[int]]], Coroutine[Any, Any, "list[Trajectory]"]]
+"""Prompts in, a completion of each out, as far as they can be had."""
+PROBED_PROMPTS = 4
 
 
 class TrainingStoppedError(RuntimeError):
@@ -70,7 +78,12 @@ class StepRunner:
     stops: bool = False
     """Completions may end at stop strings."""
     temperature: float = 1.0
+    sample: Probe | None = None
+    """Samples a little with the weights that were just published: where sampling runs ahead, a
+    batch may hold nothing that they sampled."""
     warn: Callable[[str], None] = print
+    _probe: asyncio.Task[list[Trajectory]] | None = None
+    """Of the weights in training, for the next step."""
 
     async def __call__(
         self,
@@ -107,12 +120,15 @@ class StepRunner:
                 )
                 if not number:
                     found = await self._compare(step, batch, told, staleness)
+                    self._check_versions(step, groups, staleness)
                 passes.append(told)
                 optimizer = await self.trainer.optim_step(
                     learning_rate=self.options.learning_rate_at(step, self.steps)
                 )
         with times.of("publish"):
             await self.trainer.publish(step)
+        if self.sample is not None and self.options.max_staleness and step < self.steps:
+            self._probe = asyncio.create_task(self.sample(_prompts(groups)))
         line = step_line(
             step,
             batch,
@@ -127,6 +143,11 @@ class StepRunner:
             self.watch.reward(step, line.get("reward_mean"), optimizer.get("learning_rate", 0.0))
         )
         return line
+
+    def end(self) -> None:
+        """No further step is taken."""
+        if self._probe is not None:
+            self._probe.cancel()
 
     def seen(self, line: Line) -> None:
         """A line of this run from before it was stopped: what the watch knows, it knows again."""
@@ -157,19 +178,48 @@ class StepRunner:
     ) -> Mismatch | None:
         on_policy = {group for group, behind in enumerate(staleness) if behind == 0}
         pairs = sampled_pairs(batch.datums, told.logprobs, on_policy)
+        probed = comparable(await self._probed(step))
+        if probed:
+            pairs += sampled_pairs(probed, await self.trainer.forward(probed), {0})
         found = measure(pairs)
+        if found is None:
+            self._say(self.watch.uncompared(step))
         missing = missing_eos(batch.datums, self.eos_token_ids, stops=self.stops)
         self._say(self.watch.endings(step, missing, len(batch.datums)))
         if found is not None and found.verdict != "pass":
             raw = None
             if self.temperature != 1.0:
                 own = await self.trainer.forward(batch.datums, temperature=1.0)
-                raw = measure(sampled_pairs(batch.datums, own, on_policy))
+                own_pairs = sampled_pairs(batch.datums, own, on_policy)
+                if probed:
+                    own = await self.trainer.forward(probed, temperature=1.0)
+                    own_pairs += sampled_pairs(probed, own, {0})
+                raw = measure(own_pairs)
             trouble = self.watch.mismatch(step, found, shifted=looks_shifted(pairs), raw=raw)
             self._say(trouble)
         else:
             self.watch.mismatch(step, found)
         return found
+
+    async def _probed(self, step: int) -> list[Trajectory]:
+        """What was sampled since the last step published its weights."""
+        task, self._probe = self._probe, None
+        if task is None:
+            return []
+        completions = await task
+        self._say(self.watch.versions(step, completions, step - 1))
+        return completions
+
+    def _check_versions(
+        self, step: int, groups: Sequence[PromptGroup], staleness: Sequence[int]
+    ) -> None:
+        """Nothing is older than the sampler's weights were when its row was admitted."""
+        behind = iter(staleness)
+        options = self.options.batch
+        for group in groups:
+            if filter_group(group, options.filters, relative=options.relative)[0] is not None:
+                oldest = step - 1 - next(behind)
+                self._say(self.watch.versions(step, group.trajectories, oldest))
 
     def _say(self, trouble: Trouble | None) -> None:
         if trouble is None:
@@ -177,6 +227,12 @@ class StepRunner:
         if trouble.fatal and self.options.on_mismatch == "stop":
             raise TrainingStoppedError(trouble)
         self.warn(trouble.message)
+
+
+def _prompts(groups: Sequence[PromptGroup]) -> list[list[int]]:
+    """Token ids of a few prompts."""
+    firsts = [group.trajectories[0] for group in groups if group.trajectories]
+    return [first.tokens[: first.prompt_length].tolist() for first in firsts[:PROBED_PROMPTS]]
 
 
 def _mismatch_fields(found: Mismatch | None) -> dict[str, float]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import math
 import warnings
@@ -28,7 +29,7 @@ from eval_protocol_rft.loop.fingerprints import (
 from eval_protocol_rft.loop.journal import Checkpoint, RunFolder, RunFolderError
 from eval_protocol_rft.loop.metrics import Line
 from eval_protocol_rft.loop.options import LoopOptions
-from eval_protocol_rft.loop.rollouts import roll_out
+from eval_protocol_rft.loop.rollouts import roll_out, sample_prompts
 from eval_protocol_rft.loop.run import Run
 from eval_protocol_rft.loop.setup import MakeParts, Parts, local_parts, rollout_params
 from eval_protocol_rft.loop.sinks import MetricSink, open_sinks, require_sinks
@@ -222,6 +223,7 @@ def _run(
             eos_token_ids=parts.eos_token_ids,
             stops=bool(sampling.stop),
             temperature=sampling.temperature,
+            sample=functools.partial(sample_prompts, parts.processor, parts.params),
             warn=warn,
         ),
         evaluate=evaluate,

@@ -6,10 +6,13 @@ Invariant: a warning names its cause and what to do about it, and comes once per
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from eval_protocol_rft.loop.mismatch import FAIL_K3, WARN_K3, Mismatch
+from eval_protocol_rft.loop.weights import named_version
+from eval_protocol_rft.training.trajectory import Trajectory
 
 WINDOW = 5
 """Steps over which rewards are averaged."""
@@ -17,7 +20,14 @@ COLLAPSED = 0.5
 """A mean reward below this share of the best one is a collapse."""
 
 Cause = Literal[
-    "stale_weights", "raw_logprobs", "shifted_logprobs", "missing_eos", "mismatch", "collapse"
+    "stale_weights",
+    "raw_logprobs",
+    "shifted_logprobs",
+    "missing_eos",
+    "mismatch",
+    "collapse",
+    "unnamed_versions",
+    "uncompared",
 ]
 
 _ADVICE: dict[str, str] = {
@@ -39,6 +49,14 @@ _ADVICE: dict[str, str] = {
     "mismatch": (
         "look at the weights (same file?), the precision, the temperature and the prompt's tokens; "
         "`ep-rft doctor` checks them one by one"
+    ),
+    "unnamed_versions": (
+        "that it samples from the newest weights shows in the logprobs alone, and how old a "
+        "completion is is counted from when its row was admitted"
+    ),
+    "uncompared": (
+        "a fault of the sampler would show later, on the first token that the weights in training "
+        "sampled"
     ),
     "collapse": "lower the learning rate, or clip harder; go back to an earlier checkpoint",
 }
@@ -106,6 +124,39 @@ class Watch:
             f"step {step}: sampler and trainer disagree, mean k3 {found.k3:.2g} over "
             f"{found.tokens} tokens ({bar})",
         )
+
+    def uncompared(self, step: int) -> Trouble | None:
+        """No token of a step, and of its probe, was sampled by the weights in training."""
+        return self._trouble(
+            "uncompared", False, f"step {step}: sampler and trainer could not be compared"
+        )
+
+    def versions(self, step: int, completions: Sequence[Trajectory], oldest: int) -> Trouble | None:
+        """Which weights completions say that they were sampled by.
+
+        Args:
+            step: from 1 on.
+            completions: of one group.
+            oldest: the version that the sampler had when the group was admitted.
+        """
+        for completion in completions:
+            named = (completion.policy_version, completion.first_policy_version)
+            known = [v for name in named if (v := named_version(name)) is not None]
+            if not known:
+                return self._trouble(
+                    "unnamed_versions",
+                    False,
+                    f"step {step}: the sampler does not name the weights of completions",
+                )
+            if min(known) < oldest:
+                return self._trouble(
+                    "stale_weights",
+                    True,
+                    f"step {step}: completion {completion.completion} of row {completion.row_id} "
+                    f"was sampled by version {min(known)}, and the sampler had version {oldest} "
+                    "before it began",
+                )
+        return None
 
     def agreed(self, k3: float | None) -> None:
         """The mean k3 of an earlier step."""

@@ -62,6 +62,12 @@ def version_name(version: int) -> str:
     return f"step-{version}"
 
 
+def named_version(name: str | None) -> int | None:
+    """The version that `version_name` named; None where others did, or nobody."""
+    number = (name or "").removeprefix("step-")
+    return int(number) if number != name and number.isdecimal() else None
+
+
 class SamplerWeights:
     """Copies weights into a `LocalSampler` in place."""
 

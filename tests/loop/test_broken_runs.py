@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from eval_protocol_rft.loop.rollouts import NothingToTrainOnError
 from eval_protocol_rft.loop.setup import Parts
 from eval_protocol_rft.loop.step import TrainingStoppedError
+from eval_protocol_rft.loop.watch import Watch
 from eval_protocol_rft.sampling.types import Completion
 from tests.loop.runs import altered, options, run
 
@@ -97,3 +99,51 @@ async def test_an_honest_run_at_another_temperature_agrees(tmp_path: Path) -> No
     )
     assert not told
     assert max(line["mismatch_k3"] for line in result.steps) < 1e-5
+
+
+@pytest.mark.parametrize("staleness", [1, 2])
+async def test_every_step_compares_tokens_also_where_sampling_runs_ahead(
+    staleness: int, tmp_path: Path
+) -> None:
+    result = await run(tmp_path / "run", options(steps=8, max_staleness=staleness, eval_every=0))
+    for line in result.steps:
+        assert line["mismatch_tokens"] > 0, line
+        assert line["mismatch_k3"] < 1e-8
+
+
+async def test_weights_that_are_stale_show_where_sampling_runs_ahead(tmp_path: Path) -> None:
+    """The probe is of the weights that were published last: the first step after shows it."""
+    chosen = options(steps=6, learning_rate=3e-3, eval_every=0, max_staleness=1)
+    with pytest.raises(TrainingStoppedError) as stopped:
+        await run(tmp_path / "run", chosen, broken=with_stale_weights)
+    assert stopped.value.trouble.cause == "stale_weights"
+
+
+def with_names(name: str | None) -> Callable[[Completion], Completion]:
+    return lambda completion: replace(completion, policy_version=name, first_policy_version=None)
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+async def test_completions_of_weights_older_than_the_bound_stop_the_run(
+    staleness: int, tmp_path: Path
+) -> None:
+    chosen = options(steps=4, eval_every=0, max_staleness=staleness)
+    with pytest.raises(TrainingStoppedError, match="was sampled by version 0, and the sampler had"):
+        await run(tmp_path / "run", chosen, broken=altered(with_names("step-0")))
+
+
+@pytest.mark.parametrize("name", [None, "of others"])
+async def test_a_sampler_that_names_no_versions_is_said_once(
+    name: str | None, tmp_path: Path
+) -> None:
+    warned: list[str] = []
+    chosen = options(steps=3, eval_every=0)
+    await run(tmp_path / "run", chosen, broken=altered(with_names(name)), warn=warned.append)
+    [said] = [text for text in warned if "does not name the weights" in text]
+    assert "counted from when its row was admitted" in said
+
+
+def test_a_step_that_compares_nothing_is_said_once() -> None:
+    watch = Watch()
+    assert "could not be compared" in watch.uncompared(3).message
+    assert watch.uncompared(4) is None
