@@ -38,6 +38,11 @@ class Backends:
         self._asked: dict[str, asyncio.Future[tuple[str | None, str]]] = {}
         """Models of Fireworks -> what the service says of their tokenizers."""
 
+    @property
+    def names_tokenizer(self) -> bool:
+        """Whether requests that name no tokenizer have one of the caller's."""
+        return self._tokenizer is not None
+
     def sampling_from(self, sampler: Sampler) -> Backends:
         """The same with another sampler."""
         return Backends(

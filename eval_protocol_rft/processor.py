@@ -356,6 +356,11 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
         )
         return self.request_of(config.completion_params)
 
+    @property
+    def names_tokenizer(self) -> bool:
+        """Whether it was made with a tokenizer, for requests that name none."""
+        return self._backends.names_tokenizer
+
     async def sampler_of(self, request: RolloutRequest) -> Sampler:
         """What completions of `request` are sampled from in the running event loop; the
         processor's to close."""

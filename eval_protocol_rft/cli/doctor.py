@@ -137,6 +137,10 @@ def doctor(
             f"{model} is a model in this process, which asks no server. Name the model as the "
             "server does: ep-rft serve --served-model-name NAME",
         )
+    if tokenizer is None and weights is not None and not model.startswith("local/"):
+        from eval_protocol_rft.models import has_tokenizer
+
+        tokenizer = str(weights) if has_tokenizer(weights) else None
     params: dict[str, Any] = {
         "model": model,
         "base_url": base_url,

@@ -7,12 +7,13 @@ server that the user named; no other user of a shared sampler sees its weights c
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eval_protocol_rft.models import bundled_model_path
+from eval_protocol_rft.models import bundled_model_path, has_tokenizer
 from eval_protocol_rft.params import LOCAL_PREFIX, RolloutRequest, parse_completion_params
 from eval_protocol_rft.processor import FireworksTrainingRolloutProcessor
 
@@ -202,6 +203,9 @@ def assemble(
             f"{request.params.model} is sampled from a server: name the folder of its weights "
             "(--weights), which are trained here and sent there"
         )
+    if weights is not None:
+        params = with_tokenizer_of(weights, params, processor)
+        request = parse_completion_params(params)
     name = request.params.model.removeprefix(LOCAL_PREFIX)
     source = (bundled_model_path(name) or name) if local else str(weights)
     loaded = LocalSampler.from_pretrained(
@@ -240,6 +244,24 @@ def assemble(
         publish_first=not local,
         tokenizer=loaded.tokenizer,
     )
+
+
+def with_tokenizer_of(
+    weights: str | os.PathLike[str],
+    params: dict[str, Any],
+    processor: FireworksTrainingRolloutProcessor,
+) -> dict[str, Any]:
+    """completion_params with the tokenizer that lies beside the weights, where none is named.
+
+    Raises:
+        SetupError: there is no such folder.
+    """
+    if not os.path.isdir(weights):
+        raise SetupError(f"{os.fspath(weights)}: no folder of weights is there (--weights)")
+    named = parse_completion_params(params).tokenizer is not None or processor.names_tokenizer
+    if named or not has_tokenizer(weights):
+        return params
+    return {**params, "tokenizer": os.fspath(weights)}
 
 
 def served_weights(endpoint: Endpoint) -> ServedWeights:

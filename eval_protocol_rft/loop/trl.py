@@ -47,7 +47,12 @@ from eval_protocol_rft.loop.mismatch import (
 )
 from eval_protocol_rft.loop.rollouts import NothingToTrainOnError, roll_out, why_fruitless
 from eval_protocol_rft.loop.run import FRUITLESS_ROWS
-from eval_protocol_rft.loop.setup import SetupError, own_processor, served_weights
+from eval_protocol_rft.loop.setup import (
+    SetupError,
+    own_processor,
+    served_weights,
+    with_tokenizer_of,
+)
 from eval_protocol_rft.loop.step import TrainingStoppedError
 from eval_protocol_rft.loop.watch import Trouble, Watch
 from eval_protocol_rft.loop.weights import SamplerWeights, WeightSink, version_name
@@ -138,6 +143,7 @@ def trl_rollouts(
                 f"{request.params.model} is sampled from a server: name the folder of its weights "
                 "(weights=), which TRL trains and which are sent there"
             )
+        params = with_tokenizer_of(weights, params, processor)
         source, sink = str(weights), served_weights(request.endpoint)
     else:
         from eval_protocol_rft.sampling.local import LocalSampler

@@ -6,6 +6,7 @@ Invariant: a bundled model loads from its folder alone, without a network and wi
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 
 BUNDLED = ("arithmetic",)
@@ -15,6 +16,14 @@ BUNDLED = ("arithmetic",)
 def bundled_model_path(name: str) -> Path | None:
     """Folder of the bundled model `name`, or None where no such model ships with the package."""
     return Path(__file__).parent / name if name in BUNDLED else None
+
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+
+
+def has_tokenizer(folder: str | os.PathLike[str]) -> bool:
+    """Whether a folder of weights brings its tokenizer."""
+    return any(os.path.isfile(os.path.join(folder, name)) for name in _TOKENIZER_FILES)
 
 
 _PARTS_OF_MODELS = frozenset(

@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 from eval_protocol.models import EvaluateResult, EvaluationRow
 
+from eval_protocol_rft import FireworksTrainingRolloutProcessor
 from eval_protocol_rft.batch.grading.evaluators import load_evaluator
 from eval_protocol_rft.batch.progress import reporter
 from eval_protocol_rft.cli.train_run import show_result
 from eval_protocol_rft.loop.fingerprints import code_fingerprints, weights_fingerprint
 from eval_protocol_rft.loop.journal import RunFolder, RunFolderError
 from eval_protocol_rft.loop.rollouts import NothingToTrainOnError
-from eval_protocol_rft.loop.setup import SetupError
+from eval_protocol_rft.loop.setup import SetupError, local_parts, with_tokenizer_of
 from eval_protocol_rft.loop.train import TrainResult, atrain
 from eval_protocol_rft.models import bundled_model_path
 from tests.loop.runs import options, run, sums_file, without_times
@@ -297,3 +298,29 @@ def test_wrong_words_are_refused() -> None:
     with pytest.raises(ValueError, match="on_unscored"):
         options(on_unscored="ignore")
     assert issubclass(SetupError, ValueError)
+
+
+async def test_a_folder_of_weights_that_is_not_there_is_said_at_once(tmp_path: Path) -> None:
+    with pytest.raises(SetupError, match=r"nowhere: no folder of weights is there"):
+        await atrain(
+            never,
+            tmp_path / "run",
+            options=options(**ONE),
+            completion_params={"model": "m", "api_base": "http://127.0.0.1:9/v1"},
+            parts=local_parts(weights=tmp_path / "nowhere"),
+            data=[sums_file(tmp_path / "sums.jsonl")],
+            progress=False,
+        )
+
+
+def test_the_tokenizer_beside_the_weights_is_used_where_none_is_named(tmp_path: Path) -> None:
+    weights = str(bundled_model_path("arithmetic"))
+    params = {"model": "m", "api_base": "http://127.0.0.1:9/v1"}
+    plain = FireworksTrainingRolloutProcessor()
+    assert with_tokenizer_of(weights, params, plain)["tokenizer"] == weights
+    named = params | {"tokenizer": "mine"}
+    assert with_tokenizer_of(weights, named, plain) == named
+    own = FireworksTrainingRolloutProcessor(tokenizer="mine")
+    assert with_tokenizer_of(weights, params, own) == params
+    (tmp_path / "config.json").write_text("{}")
+    assert with_tokenizer_of(tmp_path, params, plain) == params

@@ -142,7 +142,7 @@ async def over_http(folder: Path, url: str, **changes: Any) -> TrainResult:
         folder,
         options=options(**changes),
         model="policy",
-        completion_params={"api_base": url, "tokenizer": str(FOLDER), "seed": 0},
+        completion_params={"api_base": url, "seed": 0},
         parts=local_parts(weights=FOLDER),
         data=[sums_file(folder.parent / "sums.jsonl")],
         held_out=8,
@@ -297,7 +297,7 @@ async def test_only_the_name_may_be_unknown_to_the_server() -> None:
 def test_a_trainer_of_trl_gives_them_too(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     row = EvaluationRow(messages=[Message(role="user", content="12+34=")], ground_truth="46")
     monkeypatch.setattr(loop_trl, "_require_trl", lambda: None)
-    params = {"model": "policy", "api_base": f"{url}/v1", "tokenizer": str(FOLDER)}
+    params = {"model": "policy", "api_base": f"{url}/v1"}
     with loop_trl.trl_rollouts(
         sums.test_sums, [row], completion_params=params, weights=str(FOLDER)
     ) as made:
