@@ -145,7 +145,9 @@ def commit_episodes(
         completion_tokens=completion_tokens,
         total_tokens=prompt_tokens + completion_tokens,
     )
-    metadata.finish_reason = episodes[0].record.last_finish_reason
+    metadata.finish_reason = chat_finish_reason(
+        episodes[0].record.last_finish_reason, said[-1].tool_calls
+    )
     metadata.tool_call_count = sum(len(m.tool_calls or []) for m in row.messages)
     metadata.rollout_duration_seconds = seconds
 

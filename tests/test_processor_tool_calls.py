@@ -8,7 +8,8 @@ import logging
 import pytest
 from eval_protocol.models import EvaluateResult, EvaluationRow
 
-from eval_protocol_rft import FireworksTrainingRolloutProcessor
+from eval_protocol_rft import EpisodeRolloutProcessor, FireworksTrainingRolloutProcessor
+from eval_protocol_rft.environments import Environment, EpisodeLimits, Step
 from eval_protocol_rft.scoring import ascore_rows, score_each_completion
 from tests.rollouts import TOOLS, chat_tokenizer, record_of_row, roll_out, row_of, scripted
 
@@ -185,3 +186,52 @@ async def test_a_model_whose_calls_cannot_be_told_calls_in_text_and_that_is_logg
     said = [r.getMessage() for r in caplog.records if "writes tool calls" in r.getMessage()]
     assert len(said) == 1
     assert "evaluators see what the model calls as text" in said[0]
+
+
+class Watching(Environment):
+    """Keeps what it is shown of each turn."""
+
+    def __init__(self, seen: list, *, done: bool, tools: list | None) -> None:
+        self.seen, self.done, self.tools = seen, done, tools
+
+    def step(self, messages, assistant):
+        self.seen.append((assistant.content, assistant.reasoning_content, functions(assistant)))
+        return Step(done=self.done, messages=[{"role": "user", "content": "on"}])
+
+
+@pytest.mark.parametrize(
+    ("text", "opened", "tools", "shown"),
+    [
+        (f"hm {CALL}</think>\n\nI add.\n{CALL}", True, TOOLS, ("I add.", f"hm {CALL}", [ADD])),
+        (f"<think>\nhm\n</think>\n\n{CALL}", False, TOOLS, ("", "hm", [ADD])),
+        ("First try: 4</think>5", False, TOOLS, ("First try: 4</think>5", None, [])),
+        ("First try: 4</think>5", False, None, ("First try: 4</think>5", None, [])),
+        ("4</think>5", True, None, ("5", "4", [])),
+    ],
+)
+@pytest.mark.parametrize("done", [True, False])
+async def test_episodes_show_the_same_as_single_turns(text, opened, tools, shown, done):
+    seen: list = []
+    processor = EpisodeRolloutProcessor(
+        lambda: Watching(seen, done=done, tools=tools),
+        tokenizer=chat_tokenizer(),
+        sampler=scripted(text),
+        limits=EpisodeLimits(turns=1),
+    )
+    params = OPENED if opened else {}
+    [episode] = await roll_out(processor, row_of(tools=tools), {"model": "any", **params})
+    single = await answered(text, tools=tools, params=params)
+    assert seen == [shown]
+    for row in (episode, single):
+        message, metadata = row.messages[-1], row.execution_metadata
+        assert (message.content, message.reasoning_content, functions(message)) == shown
+        assert metadata.finish_reason == ("tool_calls" if shown[2] else "stop")
+        assert metadata.tool_call_count == len(shown[2])
+    finish_reasons = []
+
+    def judge(row: EvaluationRow) -> float:
+        finish_reasons.append(row.execution_metadata.finish_reason)
+        return 1.0
+
+    await ascore_rows([episode, single], judge)
+    assert finish_reasons == ["tool_calls" if shown[2] else "stop"] * 2

@@ -7,7 +7,8 @@ escapes, so no completion can draw on the terminal.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.panel import Panel
@@ -87,10 +88,17 @@ def _texts(record: RolloutRecord) -> list[str]:
     texts = list(record.completions_text)
     for i, episode in enumerate(record.episodes or ()):
         told = episode.messages[episode.row_messages or 0 :]
-        said = [str(m.get("content") or "") for m in told if m.get("role") == "assistant"]
+        said = [_said(message) for message in told if message.get("role") == "assistant"]
         if len(said) == episode.turns:  # else some are the environment's
             texts[i] = " | ".join(said)
     return texts
+
+
+def _said(message: Mapping[str, Any]) -> str:
+    """What the assistant said and called."""
+    functions = [call["function"] for call in message.get("tool_calls") or ()]
+    called = [f"{function['name']}({function['arguments']})" for function in functions]
+    return " ".join([*filter(None, [str(message.get("content") or "")]), *called])
 
 
 def _summary_panel(summary: RolloutSummary) -> Panel:

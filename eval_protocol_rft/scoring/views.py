@@ -120,7 +120,9 @@ def _episode_views(
     views = []
     for index, episode in enumerate(episodes):
         messages = [Message(**message) for message in episode.messages]
-        view = _view(template, index, messages, episode.last_finish_reason)
+        called = messages[-1].tool_calls if messages else None
+        last = chat_finish_reason(episode.last_finish_reason, called)
+        view = _view(template, index, messages, last)
         told = {
             "turns": episode.turns,
             "stop_reason": episode.stop_reason,

@@ -135,7 +135,8 @@ def _put_episode(
     row["messages"] = [{"content": None, **message} for message in episode.messages]
     calls = sum(len(message.get("tool_calls") or []) for message in episode.messages)
     last = episode.last_finish_reason
-    row["execution_metadata"] |= {"finish_reason": last, "tool_call_count": calls}
+    shown = chat_finish_reason(last, episode.messages[-1].get("tool_calls"))
+    row["execution_metadata"] |= {"finish_reason": shown, "tool_call_count": calls}
     extra["token_turn_traces"] = episode_traces(extra["trajectories"][0], last)
 
 
