@@ -22,16 +22,19 @@ _PAGE_MIB = os.sysconf("SC_PAGE_SIZE") / (1 << 20)
 
 
 def held_mib() -> float:
-    """Memory of this process that is in RAM, in MiB, after garbage is collected and free pages are
-    given back: a reply of 128 MiB that was refused leaves arenas of free memory behind, by chance
-    some 50 MiB more or less, in which a leak would not show."""
+    """Memory of this process's own that is in RAM, in MiB, after garbage is collected and free
+    pages are given back: a reply of 128 MiB that was refused leaves arenas of free memory behind,
+    by chance some 50 MiB more or less, in which a leak would not show. Pages of files (libraries,
+    what is mapped to be read) do not count: they come when code is first used and go when others
+    need the room."""
     gc.collect()
     if _trim is not None:
         _trim(0)
     if "pyarrow" in sys.modules:  # it has an allocator of its own
         sys.modules["pyarrow"].default_memory_pool().release_unused()
     with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * _PAGE_MIB
+        _, resident, of_files, *_ = file.read().split()
+    return (int(resident) - int(of_files)) * _PAGE_MIB
 
 
 @dataclass(frozen=True, slots=True)
