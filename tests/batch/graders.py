@@ -134,6 +134,10 @@ async def length_async(row: EvaluationRow) -> float:
         except asyncio.CancelledError:
             cancelled.append(row.messages[0].content)
             raise
+    if text == "wait":
+        await asyncio.sleep(0.02)
+    if text == "block":
+        time.sleep(1.0)  # noqa: ASYNC251 - others are called beside it
     if text == "time out by itself":
         raise TimeoutError("the judge is slow")
     if text == "be cancelled":

@@ -45,6 +45,11 @@ def test_a_late_raising_or_ending_call_costs_its_own_item_and_no_other():
     assert 0.5 <= done["hang"].seconds < 3
 
 
+def test_a_call_that_blocks_the_loop_makes_no_other_late():
+    done = outcomes("length_async", one_each(["wait", "block"]), timeout=0.25)
+    assert {text: scores(graded) for text, graded in done.items()} == {"wait": [4], "block": [5]}
+
+
 def test_groups_are_judged_in_one_call():
     items = [group("g1", ["a", "ccc", "bb"]), group("g2", ["zz"])]
     done = outcomes("test_rank_async", items)

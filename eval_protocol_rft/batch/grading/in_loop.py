@@ -23,6 +23,7 @@ from eval_protocol_rft.batch.grading.items import (
     all_unscored,
     late,
 )
+from eval_protocol_rft.sampling.clock import Deadline
 
 if TYPE_CHECKING:
     from eval_protocol_rft.batch.grading.call import Judge
@@ -70,7 +71,7 @@ def grade_in_loop(
 async def grade_one(item: GradingItem, judge: Judge, limit: float | None) -> Graded:
     began = time.monotonic()
     try:
-        async with asyncio.timeout(limit):
+        async with Deadline(limit):  # a call that blocks the loop makes no other late
             results = await judge.judge_async(item.views)
     except TimeoutError:
         # Only ours gets here: one that the evaluator raised is a result by now.
