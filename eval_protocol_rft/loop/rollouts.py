@@ -36,8 +36,8 @@ PROBE_TOKENS = 32
 PROBE_RETRY = RetryPolicy(max_attempts=2, max_seconds=60.0)
 """A step waits for it."""
 GATHERING_SECONDS = 30.0
-"""How long a wave waits until all its requests are at the sampler. A row that asks for fewer than
-expected would otherwise keep it waiting."""
+"""How long a wave waits for the next of its requests to be at the sampler. A row that asks for
+fewer than expected would otherwise keep it waiting."""
 
 
 class NothingToTrainOnError(RuntimeError):
@@ -156,8 +156,10 @@ async def _gathered(
 ) -> None:
     """Wait until every row that still runs has its requests at the sampler."""
     loop = asyncio.get_running_loop()
-    end = loop.time() + GATHERING_SECONDS
+    seen, end = -1, 0.0
     while sampler.pending < per_row * sum(not task.done() for task in tasks):
-        if loop.time() > end:
+        if sampler.pending != seen:
+            seen, end = sampler.pending, loop.time() + GATHERING_SECONDS
+        elif loop.time() > end:
             return
         await asyncio.sleep(0.0005)

@@ -156,5 +156,5 @@ def _running(app: Starlette) -> Iterator[str]:
             yield f"http://127.0.0.1:{listener.getsockname()[1]}"
         finally:
             server.should_exit = True
-            thread.join(timeout=10)
+            thread.join(timeout=120)
             assert not thread.is_alive(), "the server did not stop"

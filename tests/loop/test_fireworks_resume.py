@@ -174,7 +174,7 @@ async def test_interrupted_while_it_samples_a_run_ends_in_the_same_place(
     task = asyncio.create_task(go(emulator, tmp_path))
     # The sampler of the first step's model is made when that is served, and holds what it is asked.
     made = len(SAMPLERS)
-    await asyncio.to_thread(lambda: _next_sampler(made).waiting.acquire(timeout=30))
+    await asyncio.to_thread(lambda: _next_sampler(made).waiting.acquire(timeout=HANGS))
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
@@ -183,8 +183,12 @@ async def test_interrupted_while_it_samples_a_run_ends_in_the_same_place(
     assert ending(emulator, tmp_path) == undisturbed
 
 
+HANGS = 300.0
+"""Seconds after which what a test waits for never comes."""
+
+
 def _next_sampler(made: int) -> ScriptedSampler:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + HANGS
     while len(SAMPLERS) == made and time.monotonic() < deadline:
         time.sleep(0.01)
     return SAMPLERS[made]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import threading
 
 import numpy as np
 import pytest
@@ -14,6 +16,8 @@ from eval_protocol_rft.loop.weights import SamplerWeights
 from eval_protocol_rft.sampling.types import Completion, RefusedError, SamplingParams
 from tests.loop.policies import arithmetic_sampler
 
+HANGS = 300.0
+"""Seconds after which what a test waits for never comes."""
 PARAMS = SamplingParams(model="local/arithmetic", max_tokens=8)
 LONG = SamplingParams(
     model="local/arithmetic", max_tokens=200, temperature=5.0, extra={"ignore_eos": True}
@@ -48,11 +52,23 @@ async def test_completions_carry_the_version_that_sampled_them() -> None:
 
 async def test_a_completion_that_spans_two_versions_says_so() -> None:
     sampler = arithmetic_sampler(policy_version="old")
+    drawn, queued = threading.Event(), threading.Event()
+    forwards = itertools.count()
+
+    def wait_at_the_fifth(*_: object) -> None:
+        if next(forwards) == 5:
+            drawn.set()
+            queued.wait(HANGS)
+
+    hook = sampler.model.register_forward_hook(wait_at_the_fifth)
+    weights = noisy(sampler)
     running = asyncio.create_task(sampler.sample(prompt(sampler), LONG, seed=3))
-    while sampler.pending:  # noqa: ASYNC110
-        await asyncio.sleep(0)
-    await asyncio.sleep(0.02)
-    await sampler.load_weights(noisy(sampler), policy_version="new")
+    assert await asyncio.to_thread(drawn.wait, HANGS)
+    loading = asyncio.create_task(sampler.load_weights(weights, policy_version="new"))
+    await asyncio.sleep(0)  # it is queued: the thread is in the middle of a step
+    queued.set()
+    await loading
+    hook.remove()
     spanning = await running
     assert isinstance(spanning, Completion)
     assert (spanning.first_policy_version, spanning.policy_version) == ("old", "new")

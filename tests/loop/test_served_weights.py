@@ -64,7 +64,7 @@ def url() -> Iterator[str]:
             yield found[1]
         finally:
             server.terminate()
-            server.communicate(timeout=10)
+            server.communicate(timeout=120)
 
 
 @pytest.fixture
