@@ -22,7 +22,6 @@ from eval_protocol_rft.batch.progress import Reporter, reporter
 from eval_protocol_rft.loop.data import Draw, RowStream, load_rows, split_rows
 from eval_protocol_rft.loop.evaluation import Evaluation
 from eval_protocol_rft.loop.fingerprints import (
-    code_fingerprints,
     rows_fingerprint,
     weights_fingerprint,
 )
@@ -38,6 +37,7 @@ from eval_protocol_rft.loop.trainer import DamagedCheckpointError
 from eval_protocol_rft.loop.watch import Watch
 from eval_protocol_rft.redaction import redact_params
 from eval_protocol_rft.row_runner import RowRunner
+from eval_protocol_rft.scoring.code import code_fingerprints
 
 if TYPE_CHECKING:
     from eval_protocol.models import EvaluationRow

@@ -237,3 +237,56 @@ def test_a_function_that_is_no_evaluator_is_refused_by_name(project, text, told)
     project(judges=text)
     with pytest.raises(EvaluatorError, match=rf"^judges\.py::f: .*{told}"):
         load_evaluator("judges.py::f")
+
+
+def test_an_edit_outdates_the_evaluators_that_it_concerns_and_no_others(project):
+    source = """
+        import json
+        from parts import SCORE
+
+        LIMIT = 3
+
+        def cut(text):
+            return text[:LIMIT]
+
+        def short(row):
+            return float(len(cut(row)))
+
+        def other(row):
+            return SCORE
+        """
+    project(judged=source, parts="SCORE = 1.0\n")
+    file = Path("judged.py")
+    text = file.read_text()
+
+    def code(name: str) -> dict[str, str]:
+        return dict(load_evaluator(f"judged.py::{name}").code)
+
+    short, other = code("short"), code("other")
+    assert (set(short), set(other)) == ({"judged.py"}, {"judged.py", "parts.py"})
+    file.write_text(text.replace("LIMIT = 3", "LIMIT = 4  # longer"))
+    assert code("short")["judged.py"] != short["judged.py"]
+    assert code("other") == other
+    file.write_text("# by hand\n" + text.replace("return SCORE", "return SCORE + 1"))
+    assert code("short") == short
+    assert code("other")["judged.py"] != other["judged.py"]
+    file.write_text(text + "\njson.loads = None\n")
+    assert code("short") != short
+    file.write_text(text)
+    Path("parts.py").write_text("SCORE = 2.0\n")
+    assert code("short") == short
+    assert code("other")["parts.py"] != other["parts.py"]
+    assert code("other")["judged.py"] == other["judged.py"]
+
+
+def test_what_an_evaluation_test_rolls_out_does_not_outdate_its_scores(project):
+    source = HEADER + dedent("""
+        @evaluation_test(num_runs=1, evaluation_test_kwargs=[{"right": "2"}], **OPTIONS)
+        def test_one(row: EvaluationRow, right: str) -> EvaluationRow: ...
+        """)
+    project(judged_test=source)
+    before = load_evaluator("judged_test.py::test_one").code
+    project(judged_test=source.replace("num_runs=1", "num_runs=4"))
+    assert load_evaluator("judged_test.py::test_one").code == before
+    project(judged_test=source.replace('"right": "2"', '"right": "3"'))
+    assert load_evaluator("judged_test.py::test_one").code != before

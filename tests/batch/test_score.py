@@ -209,11 +209,14 @@ def test_a_changed_or_another_evaluator_is_refused_unless_it_may_replace(rollout
     before = rollouts.read_bytes()
     own.write_text("def grade(row):\n    return 2.0\n")
     message = refused(*asked)
-    assert "'reward' has rewards of an earlier version of its file" in message
+    assert "rewards of an earlier version of its file (changed: changing_grader.py)" in message
     assert "--name" in message
     assert "--overwrite" in message
     assert f"rewards of {own}::grade" in refused("score", rollouts, "-e", grader("right"))
     assert rollouts.read_bytes() == before
+    own.write_text("# anew\ndef other(row):\n    return 2.0\ndef grade(row):\n    return 1.0\n")
+    assert "(0 graded by this run)" in succeed(*asked).stdout
+    own.write_text("def grade(row):\n    return 2.0\n")
     succeed("score", rollouts, "-e", grader("right"), "--overwrite", "--quiet")
     assert rewards(rollouts) == RIGHT
     assert {row["metrics"] is None for row in rows_by_pair(rollouts).values()} == {True, False}

@@ -16,12 +16,13 @@ from eval_protocol_rft import FireworksTrainingRolloutProcessor
 from eval_protocol_rft.batch.grading.evaluators import load_evaluator
 from eval_protocol_rft.batch.progress import reporter
 from eval_protocol_rft.cli.train_run import show_result
-from eval_protocol_rft.loop.fingerprints import code_fingerprints, weights_fingerprint
+from eval_protocol_rft.loop.fingerprints import weights_fingerprint
 from eval_protocol_rft.loop.journal import RunFolder, RunFolderError
 from eval_protocol_rft.loop.rollouts import NothingToTrainOnError
 from eval_protocol_rft.loop.setup import SetupError, local_parts, with_tokenizer_of
 from eval_protocol_rft.loop.train import TrainResult, atrain
 from eval_protocol_rft.models import bundled_model_path
+from eval_protocol_rft.scoring.code import code_fingerprints
 from tests.loop.runs import options, run, sums_file, without_times
 
 ONE = {"steps": 2, "eval_every": 0, "groups_per_step": 2, "keep_checkpoints": 3}

@@ -48,6 +48,8 @@ class LoadedEvaluator:
     """That of the evaluation test; None where it is Eval Protocol's default."""
     fingerprint: str
     """Hex SHA-256 of its module's source file. Files that this one imports are not in it."""
+    code: Mapping[str, str]
+    """Of each file that its scores depend on, a fingerprint of what they depend on."""
 
 
 def load_evaluator(spec: str) -> LoadedEvaluator:
@@ -179,6 +181,7 @@ def _evaluators_in(module: ModuleType) -> list[str]:
 def _look_at(place: _Place, function: Callable[..., Any]) -> LoadedEvaluator:
     from eval_protocol.pytest.default_dataset_adapter import default_dataset_adapter
 
+    from eval_protocol_rft.scoring.code import code_fingerprints
     from eval_protocol_rft.scoring.evaluator import EvaluatorError
     from eval_protocol_rft.scoring.offline import inner_evaluator, mode_of, own_kwargs
 
@@ -205,6 +208,7 @@ def _look_at(place: _Place, function: Callable[..., Any]) -> LoadedEvaluator:
         kwargs=kwargs,
         dataset_adapter=None if adapter is default_dataset_adapter else adapter,
         fingerprint=_fingerprint(place),
+        code=code_fingerprints(inner.function, name=place.function),
     )
 
 

@@ -100,7 +100,9 @@ def score(
     with _alone(target):
         # Again: whoever had it until now may have changed it.
         dataset = RolloutDataset(path)
-        settings = RewardSettings(evaluator=loaded.name, fingerprint=loaded.fingerprint)
+        settings = RewardSettings(
+            evaluator=loaded.name, fingerprint=loaded.fingerprint, code=dict(loaded.code)
+        )
         keep = _keeps_old(dataset, column, settings, overwrite=overwrite)
         index = FileIndex.of(dataset, column, keep=keep, retry_unscored=retry_unscored)
         job_id = _job_id(dataset.path, column, settings, adapt=adapt)
@@ -187,11 +189,13 @@ def _keeps_old(
     known = dataset.metadata.rewards.get(column)
     if overwrite:
         return False
-    if known == settings:
-        return True
     if known is not None:
-        changed = known.evaluator == settings.evaluator
-        why = "an earlier version of its file" if changed else known.evaluator
+        why = known.evaluator
+        if known.evaluator == settings.evaluator:
+            files = _changed_files(known, settings)
+            if not files:
+                return True
+            why = f"an earlier version of its file (changed: {', '.join(files)})"
         raise ScoreError(
             f"{dataset.path}: {column!r} has rewards of {why}. Choose a name (--name) to keep "
             "both, or replace them with --overwrite"
@@ -199,7 +203,17 @@ def _keeps_old(
     return False
 
 
+def _changed_files(known: RewardSettings, settings: RewardSettings) -> list[str]:
+    """Files in which there is another version of what the rewards depend on."""
+    if known.code:
+        both = {*known.code, *settings.code}
+        return sorted(name for name in both if known.code.get(name) != settings.code.get(name))
+    return [] if known.fingerprint == settings.fingerprint else [settings.evaluator]
+
+
 def _job_id(path: Path, column: str, settings: RewardSettings, *, adapt: bool) -> bytes:
     """Tells whether rewards that an interrupted call left are of the same file and evaluator."""
     asked = f"{file_fingerprint(path)}\0{column}\0{adapt}\0".encode()
+    if settings.code:  # what else is in the file does not matter
+        settings = msgspec.structs.replace(settings, fingerprint="")
     return hashlib.sha256(asked + msgspec.json.encode(settings)).hexdigest().encode()

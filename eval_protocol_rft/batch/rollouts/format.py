@@ -144,6 +144,9 @@ class RewardSettings(msgspec.Struct, frozen=True, kw_only=True):
     evaluator: str
     fingerprint: str
     """SHA-256 of the evaluator's source file, hex."""
+    code: dict[str, str] = {}
+    """Of each file that its scores depend on, a fingerprint of what they depend on: where it is
+    known, it decides whether the rewards are of this version."""
 
 
 class FileMetadata(msgspec.Struct, frozen=True, kw_only=True):
