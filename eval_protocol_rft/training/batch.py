@@ -25,7 +25,7 @@ from eval_protocol_rft.training.stats import BatchStats
 from eval_protocol_rft.training.trajectory import PromptGroup
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
 class TrainingBatch:
     """One batch, in no trainer's types yet; `eval_protocol_rft.training.export` has those."""
 
@@ -47,6 +47,17 @@ class TrainingBatch:
     def __len__(self) -> int:
         """Datums."""
         return len(self.datums)
+
+    def __repr__(self) -> str:
+        """One line; the numbers are in `stats`, the datums in `datums`."""
+        dropped = ", ".join(f"{count} {reason}" for reason, count in self.dropped.items())
+        mean = self.stats.reward_mean
+        return (
+            f"TrainingBatch({self.algorithm}: {len(self.datums)} datums of "
+            f"{self.stats.groups_trained} groups, {self.stats.sampled_tokens} sampled tokens, "
+            f"mean reward {'unknown' if mean is None else format(mean, '.4g')}, "
+            f"dropped: {dropped or 'none'})"
+        )
 
 
 def build_batch(

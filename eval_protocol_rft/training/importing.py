@@ -34,11 +34,28 @@ def read_rows(*paths: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
                     continue
                 try:
                     row = decoder.decode(line)
-                except msgspec.DecodeError as error:
+                except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
                     raise TrainingDataError(f"{path}, line {number}: {error}") from error
                 if "execution_metadata" not in row:
                     raise TrainingDataError(
                         f"{path}, line {number}: no row of Eval Protocol, it has no "
                         f"execution_metadata (but {', '.join(list(row)[:8]) or 'nothing'})"
                     )
+                _check_shape(row, f"{path}, line {number}")
                 yield row
+
+
+def _check_shape(row: dict[str, Any], where: str) -> None:
+    """Refuse what is no object where Eval Protocol's rows have one."""
+    for name in ("input_metadata", "execution_metadata", "rollout_status", "evaluation_result"):
+        _check_object(row.get(name), name, where)
+    metadata = row["execution_metadata"] or {}
+    _check_object(metadata.get("extra"), "execution_metadata.extra", where)
+    messages = row.get("messages") or []
+    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
+        raise TrainingDataError(f"{where}: messages is no list of objects")
+
+
+def _check_object(value: Any, name: str, where: str) -> None:
+    if value is not None and not isinstance(value, dict):
+        raise TrainingDataError(f"{where}: {name} is {type(value).__name__}, not an object")

@@ -33,7 +33,7 @@ BREAKS: dict[str, tuple[dict[str, Any], str]] = {
         "no tokens",
     ),
     "a null among the ids": ({"completion_ids": [7, None]}, "completion_ids[1] is null"),
-    "no ids": ({"completion_ids": None}, "it has no completion_ids"),
+    "no logprobs": ({"logprobs": None}, "it has no logprobs"),
     "no text": ({"response": None}, "it has no response"),
     "another end": ({"finish_reason": "tool_calls"}, "finish_reason is 'tool_calls'"),
 }
@@ -126,3 +126,55 @@ def test_a_shuffled_file_is_in_order_wherever_its_tables_end() -> None:
                 twice = [tables[0], numbered(*pairs[cut : place + 1], pairs[cut - 1])]
                 with pytest.raises(FormatError, match=f"completion {pairs[cut - 1][1]} twice"):
                     list(in_order(twice, "f"))
+
+
+DEEP = "[" * 100_000 + "]" * 100_000
+EVALUATION_ROWS = {
+    "no JSON": "{oops",
+    "a list": "[]",
+    "deep": '{"execution_metadata": {"extra": {"foreign": ' + DEEP + "}}}",
+    "no object inside": '{"execution_metadata": 5}',
+    "episodes that are none": '{"execution_metadata": {"extra": {"episodes": {"0": 3}}}}',
+    "without this episode": '{"execution_metadata": {"extra": {"episodes": {"7": {"turns": 1, '
+    '"stop_reason": "done"}}, "trajectories": {"7": []}}}}',
+}
+
+
+@pytest.mark.parametrize("name", EVALUATION_ROWS)
+def test_a_broken_evaluation_row_is_one_line_in_every_command_that_reads_it(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def change(rows: list[dict[str, Any]]) -> None:
+        for row in rows:
+            row["evaluation_row"] = EVALUATION_ROWS[name]
+            row["reward"] = None if row["error"] else float(row["sample_idx"])
+
+    monkeypatch.chdir(tmp_path)
+    changed(Path("r.parquet"), change)
+    for command in ("datums", "score", "convert to ep"):
+        message = refused(command.split()[0], "r.parquet", *COMMANDS[command])
+        assert "evaluation_row" in message, command
+        assert message.count("\n") == 1, command
+
+
+ROWS = {
+    "deep": '{"messages": ' + DEEP + "}",
+    "extra is list": '{"messages": [], "execution_metadata": {"extra": [1]}}',
+    "input_metadata is int": '{"messages": [], "input_metadata": 5, "execution_metadata": {}}',
+    "messages is no list of objects": '{"messages": "x", "execution_metadata": {}}',
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_broken_row_of_eval_protocol_is_one_line(name: str, tmp_path: Path) -> None:
+    source = tmp_path / "rows.jsonl"
+    source.write_text(ROWS[name] + "\n")
+    message = refused("convert", source, tmp_path / "r.parquet", "--from", "ep")
+    assert message.count("\n") == 1
+    assert (name if name != "deep" else "recursion") in message
+
+
+def test_a_negative_number_is_no_place_in_a_file(tmp_path: Path) -> None:
+    source = changed(tmp_path / "r.parquet", lambda rows: rows[0].update(data_idx=-5))
+    grader = f"{score_graders.__file__}::length"
+    assert "a row has the data_idx -5" in refused("score", source, "-e", grader)

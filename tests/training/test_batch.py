@@ -360,3 +360,11 @@ def test_building_a_batch_imports_neither_eval_protocol_nor_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_batch_is_printed_in_one_line():
+    batch = build_batch([scored("a", 1.0, 0.0, None), scored("b", 1.0, 1.0)])
+    assert repr(batch) == (
+        "TrainingBatch(grpo: 2 datums of 1 groups, 4 sampled tokens, mean reward 0.75, "
+        "dropped: 1 unscored, 2 zero_variance)"
+    )

@@ -10,6 +10,7 @@ import msgspec
 
 from eval_protocol_rft.batch.conversion.types import ConvertError
 from eval_protocol_rft.batch.evaluation_rows.rest import extra_of
+from eval_protocol_rft.batch.evaluation_rows.to_row import stored_row
 from eval_protocol_rft.batch.rollouts.format import FileMetadata, PromptKind
 from eval_protocol_rft.batch.rollouts.rows import ChatMessages, CompletionRow
 
@@ -53,10 +54,14 @@ def check_one_turn(rows: Sequence[CompletionRow], path: Path, target: str) -> No
     Raises:
         ConvertError: one of them is.
     """
-    texts = {row.evaluation_row for row in rows if row.evaluation_row is not None}
-    episodes = {text: _episodes(text) for text in texts if '"episodes"' in text}
+    episodes: dict[str, Any] = {}
     for row in rows:
-        own = episodes.get(row.evaluation_row or "", {}).get(str(row.sample_idx))
+        text = row.evaluation_row
+        if text is None or '"episodes"' not in text:
+            continue
+        if text not in episodes:
+            episodes[text] = extra_of(stored_row(row)).get("episodes") or {}
+        own = episodes[text].get(str(row.sample_idx))
         if own is not None and own["turns"] > 1:
             raise ConvertError(
                 f"{path}: data row {row.data_idx}, completion {row.sample_idx}: an episode of "
@@ -64,8 +69,3 @@ def check_one_turn(rows: Sequence[CompletionRow], path: Path, target: str) -> No
                 "reward is that of all turns. Train on `ep-rft datums` of the file, which hold "
                 "every turn, or convert to Eval Protocol's rows (--to ep)"
             )
-
-
-def _episodes(text: str) -> dict[str, Any]:
-    row: dict[str, Any] = msgspec.json.decode(text)
-    return extra_of(row).get("episodes") or {}

@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from eval_protocol_rft.batch.evaluation_rows.file_part import FILE_KEY, file_part
+from eval_protocol_rft.batch.evaluation_rows.file_part import FILE_KEY, Imported, file_part
 from eval_protocol_rft.batch.evaluation_rows.record import (
     EPISODE_KEYS,
     episode_traces,
@@ -22,7 +22,7 @@ from eval_protocol_rft.batch.evaluation_rows.record import (
     score_of_result,
     trace,
 )
-from eval_protocol_rft.batch.rollouts.format import FileMetadata
+from eval_protocol_rft.batch.rollouts.format import FileMetadata, FormatError
 from eval_protocol_rft.batch.rollouts.rows import CompletionRow, by_prompt
 from eval_protocol_rft.episodes import EpisodeRecord
 from eval_protocol_rft.prompts import chat_finish_reason, recorded_answers
@@ -78,7 +78,7 @@ def to_row(
         record = record_of(group, survivors, sampling, imported.get("keys"), arrays=arrays)
         for key in EPISODE_KEYS:
             if key in extra:
-                extra[key] = [extra[key][str(row.sample_idx)] for row in survivors]
+                extra[key] = [_of_place(extra[key], row, key) for row in survivors]
         extra = {**record, **extra}
         if "episodes" in extra:
             _put_episode(row, survivors[0], extra, imported)
@@ -103,8 +103,7 @@ def to_row(
 def _base(first: CompletionRow, metadata: FileMetadata) -> dict[str, Any]:
     """The row without what is said per completion."""
     if first.evaluation_row is not None:
-        row: dict[str, Any] = msgspec.json.decode(first.evaluation_row)
-        return row
+        return stored_row(first)
     prompt = first.prompt
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     row = {
@@ -119,6 +118,52 @@ def _base(first: CompletionRow, metadata: FileMetadata) -> dict[str, Any]:
     if first.ground_truth is not None:
         row["ground_truth"] = first.ground_truth
     return row
+
+
+def stored_row(completion: CompletionRow) -> dict[str, Any]:
+    """What a row that came from Eval Protocol has kept in `evaluation_row`.
+
+    Raises:
+        FormatError: it is nothing that a conversion writes.
+    """
+    text = completion.evaluation_row or ""
+    try:
+        msgspec.json.decode(text, type=_StoredRow)
+        row: dict[str, Any] = msgspec.json.decode(text)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise FormatError(
+            f"data row {completion.data_idx}, completion {completion.sample_idx}: evaluation_row "
+            f"is none that `ep-rft convert` wrote: {error}"
+        ) from error
+    return row
+
+
+def _of_place(values: Mapping[str, Any], completion: CompletionRow, key: str) -> Any:
+    try:
+        return values[str(completion.sample_idx)]
+    except KeyError:
+        raise FormatError(
+            f"data row {completion.data_idx}, completion {completion.sample_idx}: evaluation_row "
+            f"has no {key} of it"
+        ) from None
+
+
+class _StoredExtra(msgspec.Struct):
+    rollout_file: Imported | None = None
+    sampling: dict[str, Any] | None = None
+    episodes: dict[str, EpisodeRecord] | None = None
+    trajectories: dict[str, list[dict[str, Any]]] | None = None
+
+
+class _StoredExecution(msgspec.Struct):
+    extra: _StoredExtra | None = None
+
+
+class _StoredRow(msgspec.Struct):
+    """As much of it as is looked at here."""
+
+    execution_metadata: _StoredExecution
+    messages: list[dict[str, Any]] = []
 
 
 def _put_episode(

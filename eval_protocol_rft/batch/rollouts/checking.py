@@ -69,6 +69,9 @@ class _DataRows:
         """All of them, once they do not come by ascending `data_idx`."""
 
     def add(self, data_idx: _Ints, sample_idx: _Ints) -> None:
+        for name, numbers in (("data_idx", data_idx), ("sample_idx", sample_idx)):
+            if (lowest := int(numbers.min())) < 0:
+                raise FormatError(f"{self._where}: a row has the {name} {lowest}: they begin at 0")
         starts = np.flatnonzero(np.append(True, data_idx[1:] != data_idx[:-1]))
         goes_on = bool(data_idx[0] == self._last)
         self._add_rows(data_idx[starts[goes_on:]])
