@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from eval_protocol_rft.cli.failing import one_line, say
+from eval_protocol_rft.cli.rows import rollout_file
 
 if TYPE_CHECKING:
     from eval_protocol_rft.training.options import BatchArguments
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 @one_line
 def datums(
-    file: Annotated[Path, typer.Argument(help="Scored rollout file.")],
+    file: Annotated[Path, typer.Argument(help="Scored rollout file, or what a test wrote.")],
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Where to: .npz, .safetensors or .jsonl.")
     ],
@@ -96,11 +97,11 @@ def datums(
         options["filters"] = Filters(
             truncated=truncated or "keep", mixed_versions=mixed_versions or "keep"
         )
-    with warnings.catch_warnings(record=True) as seen:
+    with rollout_file(file) as source, warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("ignore")
         warnings.simplefilter("always", BiasedSamplingWarning)
         summary = write_datums(
-            file,
+            source,
             output,
             format=format,
             reward=reward,

@@ -8,11 +8,12 @@ from typing import Annotated
 import typer
 
 from eval_protocol_rft.cli.failing import one_line, say
+from eval_protocol_rft.cli.rows import rollout_file
 
 
 @one_line
 def filter(  # noqa: A001
-    file: Annotated[Path, typer.Argument(help="Rollout file.")],
+    file: Annotated[Path, typer.Argument(help="Rollout file, or what a test wrote.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Where to: .parquet or .jsonl.")],
     prompts: Annotated[
         bool,
@@ -108,7 +109,8 @@ def filter(  # noqa: A001
         dedupe_completions=dedupe_completions,
         min_completions=min_completions,
     )
-    summary = filter_rollouts(file, output, rules, prompts=prompts, overwrite=overwrite)
+    with rollout_file(file) as source:
+        summary = filter_rollouts(source, output, rules, prompts=prompts, overwrite=overwrite)
     if not summary.finished:
         say(f"ep-rft: {file}: its job is not finished; this is of what is stored so far", err=True)
     say(

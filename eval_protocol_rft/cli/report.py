@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from eval_protocol_rft.cli.failing import fail, one_line, say
+from eval_protocol_rft.cli.rows import rollout_file
 
 
 @one_line
@@ -15,7 +16,8 @@ def report(
     path: Annotated[
         Path,
         typer.Argument(
-            metavar="FILE", help="Rollout file (Parquet or JSONL), or folder of a training run."
+            metavar="FILE",
+            help="Rollout file, what a test wrote, or folder of a training run.",
         ),
     ],
     output: Annotated[
@@ -77,13 +79,14 @@ def report(
         return
     output = output or path.with_suffix(".html")
     try:
-        written = write_report(
-            RolloutDataset(path),
-            output,
-            pass_threshold=1.0 if pass_threshold is None else pass_threshold,
-            limit=limit,
-            tokenizer=tokenizer,
-        )
+        with rollout_file(path) as file:
+            written = write_report(
+                RolloutDataset(file),
+                output,
+                pass_threshold=1.0 if pass_threshold is None else pass_threshold,
+                limit=limit,
+                tokenizer=tokenizer,
+            )
     except OSError as error:
         fail(f"cannot write {output}: {error.strerror or error}")
     for problem in written.problems:

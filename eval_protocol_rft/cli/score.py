@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from eval_protocol_rft.cli.failing import fail, one_line, say
+from eval_protocol_rft.cli.rows import rollout_file
 from eval_protocol_rft.cli.stopping import sigterm_interrupts
 
 if TYPE_CHECKING:
@@ -19,7 +20,9 @@ _SHOWN_REASONS = 5
 
 @one_line
 def score(
-    rollouts: Annotated[Path, typer.Argument(help="A file that `ep-rft generate` wrote.")],
+    rollouts: Annotated[
+        Path, typer.Argument(help="A rollout file, or what a test wrote (then with -o).")
+    ],
     evaluator: Annotated[
         str,
         typer.Option(
@@ -90,10 +93,12 @@ def score(
     """
     from eval_protocol_rft.batch.grading.score import score as run
 
-    with sigterm_interrupts() as stopped:
+    with sigterm_interrupts() as stopped, rollout_file(rollouts) as source:
+        if source != rollouts and output is None:
+            fail(f"{rollouts}: a test wrote this, and it stays as it is: name another file with -o")
         try:
             summary = run(
-                rollouts,
+                source,
                 evaluator,
                 output=output,
                 name=name,

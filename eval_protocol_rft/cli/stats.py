@@ -8,11 +8,14 @@ from typing import Annotated
 import typer
 
 from eval_protocol_rft.cli.failing import one_line, say_json
+from eval_protocol_rft.cli.rows import rollout_file
 
 
 @one_line
 def stats(
-    file: Annotated[Path, typer.Argument(help="Rollout file, or that of an unfinished job.")],
+    file: Annotated[
+        Path, typer.Argument(help="Rollout file, also of an unfinished job, or what a test wrote.")
+    ],
     reward: Annotated[
         str | None, typer.Option(help="Name of a further reward.", show_default="the main one")
     ] = None,
@@ -34,11 +37,15 @@ def stats(
       ep-rft stats rollouts.parquet --reward style --pass-threshold 0.5
       ep-rft stats rollouts.parquet --json | jq '.pass_at_k'
     """
+    import dataclasses
+
     import msgspec
 
     from eval_protocol_rft.batch.stats.rollout_stats import rollout_stats
 
-    found = rollout_stats(file, reward=reward, pass_threshold=pass_threshold)
+    with rollout_file(file) as path:
+        found = rollout_stats(path, reward=reward, pass_threshold=pass_threshold)
+    found = dataclasses.replace(found, path=str(file))
     if json:
         say_json(msgspec.json.format(msgspec.json.encode(found), indent=2))
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import functools
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ from eval_protocol_rft.batch.target import TargetError
 from eval_protocol_rft.training import build_batch
 from eval_protocol_rft.training.errors import TrainingDataError
 from eval_protocol_rft.training.importing import read_rows
+from tests.batch.rollout_files import write_rollouts
+from tests.batch.servers import refused, succeed
 from tests.convert_rows import REWARD_B, SAMPLING, evaluated, files, rounded, same
 from tests.training_rows import failed_row, scored
 
@@ -334,3 +337,31 @@ def test_the_command_says_what_it_did_and_what_is_wrong(tmp_path: Path) -> None:
     assert wrong.exit_code == 1
     assert "only Parquet that" in wrong.stderr
     assert run(app, [source, target, "--to", "tinker"]).exit_code == 2
+
+
+def test_commands_on_rollouts_take_what_a_test_wrote(tmp_path: Path) -> None:
+    results = tmp_path / "results" / "case"
+    results.mkdir(parents=True)
+    rollouts = write_rollouts(tmp_path / "r.parquet", [["0", "aa"], ["b", ""]])
+    grader = f"{Path(__file__).with_name('score_graders.py')}::length"
+    score = ("-e", grader, "--workers", 1, "--quiet", "--overwrite")
+    succeed("score", rollouts, *score)
+    convert(rollouts, results / "run.jsonl", to_format="ep")
+    with (results / "run.jsonl").open("a") as lines:
+        lines.write(json.dumps(failed_row("c")) + "\n")
+    (results / "._run.jsonl").write_bytes(b"Mac")
+    before = (results / "run.jsonl").read_bytes()
+    for path in (tmp_path / "results", results / "run.jsonl"):
+        done = succeed("stats", path)
+        assert "2 prompts, 4 completions" in done.stdout
+        assert "1 rows whose rollout failed" in done.stderr
+        assert "4 completions" in succeed("report", path, "-o", tmp_path / "x.html").stdout
+        assert "4 datums" in succeed("datums", path, "-o", tmp_path / "x.npz", "--overwrite").stdout
+        kept = ("filter", path, "-o", tmp_path / "x.parquet", "--overwrite", "--reward-min", 1)
+        assert "kept 3 of 4" in succeed(*kept).stdout
+        assert "name another file with -o" in refused("score", path, *score)
+        scored_again = succeed("score", path, *score, "-o", tmp_path / "s.parquet").stdout
+        assert "4 of 4 completions" in scored_again
+    assert (results / "run.jsonl").read_bytes() == before
+    (tmp_path / "empty").mkdir()
+    assert "no .jsonl file inside" in refused("stats", tmp_path / "empty")
