@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -79,6 +80,9 @@ async def test_a_fault_is_the_right_failure_and_leaves_the_next_request_alone(
     asked = params(stream=mode == "stream", timeout=0.1 if "timeout" in fault.sees else 20.0)
     async with sampler_of(server) as sampler:
         outcome = await outcome_of(sampler.sample(PROMPT, asked, seed=SEED))
+        while "timeout" in fault.sees and not await was_read(server):
+            asked = dataclasses.replace(asked, timeout=4 * asked.timeout)
+            outcome = await outcome_of(sampler.sample(PROMPT, asked, seed=SEED))
         if isinstance(outcome, Completion):
             assert "accept" in fault.sees, f"accepted in spite of {name}"
             assert exact(outcome) == exact_truth(truth_of(PROMPT, SEED, 64))
@@ -98,6 +102,12 @@ async def test_a_fault_is_the_right_failure_and_leaves_the_next_request_alone(
     first, second = server.ledger
     assert (first.whole, second.whole) == (fault.harmless, True)
     assert first.sent < BOUND
+
+
+async def was_read(server: HostileServer) -> bool:
+    """Whether a request that timed out had reached the server: on a busy machine it need not."""
+    await until(lambda: bool(server.ledger) or not server.open_connections)
+    return bool(server.ledger)
 
 
 async def until(true: Callable[[], bool]) -> None:
