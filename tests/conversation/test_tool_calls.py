@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+from typing import get_args
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eval_protocol_rft.conversation import ParseProblem, parse_tool_calls, tool_format
+from eval_protocol_rft.conversation import (
+    ParseProblem,
+    ToolFormat,
+    parse_tool_calls,
+    tool_format,
+)
 from eval_protocol_rft.prompts import PromptError
 from tests.conversation import templates
 
@@ -224,6 +230,110 @@ def test_no_text_raises(text):
             assert content == text
         else:
             assert all(isinstance(json.loads(a), dict) for _, a in functions(calls))
+
+
+PIECES = [
+    "<tool_call>", "</tool_call>", "<function=f>", "</function>", "<parameter=a>", "</parameter>",
+    "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>", "[TOOL_CALLS]", "[ARGS]", "[", "]",
+    "<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>", "function<｜tool▁sep｜>", "f\n```json\n",
+    "```", "<｜tool▁call▁end｜>", "<｜tool▁calls▁end｜>", "<|start|>assistant", "<|end|>",
+    "<|channel|>analysis", "<|channel|>final", "<|message|>",
+    "<|channel|>commentary to=functions.f",
+    '{"name": "f", "arguments": {}}', '{"name": "f", "parameters": {}}', "{}", "f", "\n", "1e999",
+    ",", ";", "\ud800", "é", "null",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("form", get_args(ToolFormat))
+@settings(max_examples=60)
+@given(text=st.lists(st.sampled_from(PIECES), max_size=14).map("".join))
+def test_no_text_of_any_format_raises(form, text):
+    content, calls = parse_tool_calls(text, TOKENIZER, format=form)
+    if isinstance(calls, ParseProblem) or not calls:
+        assert content == text
+    else:
+        assert all(isinstance(json.loads(a), dict) for _, a in functions(calls))
+
+
+NESTED = {
+    "type": "function",
+    "function": {
+        "name": "f",
+        "parameters": {
+            "properties": {
+                "text": {"type": "string"},
+                "maybe": {"anyOf": [{"type": "string"}, {"type": "null"}]},
+                "whole": {"type": "integer"},
+                "flag": {"type": ["boolean", "null"]},
+                "items": {"type": "array", "items": {"type": "integer"}},
+            }
+        },
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("values", "arguments"),
+    [
+        ({"text": "42", "whole": "42"}, {"text": "42", "whole": 42}),
+        ({"text": "null", "maybe": "None"}, {"text": "null", "maybe": None}),
+        ({"flag": "True", "items": "[1, 2]"}, {"flag": True, "items": [1, 2]}),
+        ({"whole": "forty", "items": "[1,"}, {"whole": "forty", "items": "[1,"}),
+        ({"text": 'a\n</b> "c"'}, {"text": 'a\n</b> "c"'}),
+        ({}, {}),
+    ],
+)
+def test_arguments_in_tags_have_the_types_of_the_schema(values, arguments):
+    xml = "".join(f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in values.items())
+    glm = "".join(
+        f"<arg_key>{key}</arg_key>\n<arg_value>{value}</arg_value>\n"
+        for key, value in values.items()
+    )
+    for form, text in (
+        ("qwen3_coder", f"<tool_call>\n<function=f>\n{xml}</function>\n</tool_call>"),
+        ("qwen3_coder", f"<function=f>\n{xml}</function>"),
+        ("glm", f"<tool_call>f\n{glm}</tool_call>"),
+    ):
+        content, calls = parse_tool_calls(f"So.\n{text}", TOKENIZER, format=form, tools=[NESTED])
+        assert content == "So."
+        [(name, got)] = functions(calls)
+        assert (name, json.loads(got)) == ("f", arguments)
+
+
+def test_what_no_schema_knows_is_a_string_in_one_form_and_json_in_the_other():
+    xml = "<tool_call><function=f><parameter=a>1</parameter></function></tool_call>"
+    glm = "<tool_call>f<arg_key>a</arg_key><arg_value>1</arg_value></tool_call>"
+    assert functions(parse_tool_calls(xml, TOKENIZER, format="qwen3_coder")[1]) == [
+        ("f", '{"a": "1"}')
+    ]
+    assert functions(parse_tool_calls(glm, TOKENIZER, format="glm")[1]) == [("f", '{"a": 1}')]
+
+
+MISTRAL = [("f", '{"a": 1}'), ("g", "{}")]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '[TOOL_CALLS] [{"name": "f", "arguments": {"a": 1}}, {"name": "g", "arguments": {}}]',
+        '[TOOL_CALLS]f{"a": 1}[TOOL_CALLS]g{}',
+        '[TOOL_CALLS]f[ARGS]{"a": 1}[TOOL_CALLS]g[ARGS]{}',
+        '[TOOL_CALLS]f[CALL_ID]abcdef123[ARGS]{"a": 1}[TOOL_CALLS]g[CALL_ID]abcdef124[ARGS]{}',
+    ],
+)
+def test_all_generations_of_mistral_are_read(text):
+    content, calls = parse_tool_calls(text, TOKENIZER, format="mistral")
+    assert (content, functions(calls)) == ("", MISTRAL)
+    assert all(len(call["id"]) == 9 and call["id"].isalnum() for call in calls)
+
+
+def test_both_generations_of_deepseek_are_read():
+    old = 'function<｜tool▁sep｜>f\n```json\n{"a": 1}\n```'
+    for inside in (old, 'f<｜tool▁sep｜>{"a": 1}'):
+        call = f"<｜tool▁call▁begin｜>{inside}<｜tool▁call▁end｜>"
+        text = f"So.<｜tool▁calls▁begin｜>{call}{call}<｜tool▁calls▁end｜>"
+        content, calls = parse_tool_calls(text, TOKENIZER, format="deepseek")
+        assert (content, functions(calls)) == ("So.", [("f", '{"a": 1}')] * 2)
 
 
 def json_values():
