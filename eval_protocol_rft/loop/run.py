@@ -98,6 +98,8 @@ class Run:
                 await self._ahead()
             else:
                 await self._by_turns()
+            if not self.scheduler.version:
+                raise NothingToTrainOnError(self._why_no_step())
             await self._save()  # before the last evaluation, which may take long
             if self.scheduler.version not in self._evaluated:
                 await self._evaluate(self.scheduler.version)
@@ -207,6 +209,20 @@ class Run:
                 "dropped them. Use easier or harder prompts, or more completions per prompt."
                 f"{self.step.watch.stuck(mean)}"
             )
+
+    def _why_no_step(self) -> str:
+        """The data is used up, and not one group was left to train on."""
+        groups = list(self._dropped.values())
+        rewards = [t.reward for g in groups for t in g.trajectories if t.reward is not None]
+        if rewards:
+            why = (
+                "the completions of each prompt got the same reward (the last "
+                f"{rewards[-1]:g}), or filters dropped them: use easier or harder prompts, or more "
+                "completions per prompt"
+            )
+        else:
+            why = f"none gave a scored completion; the last: {why_fruitless(groups[-1])}"
+        return f"no step was taken on all {len(groups)} groups: {why}"
 
     async def _take_step(self, numbers: list[int]) -> None:
         version, times = self.scheduler.version, Times()

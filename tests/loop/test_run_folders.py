@@ -249,6 +249,33 @@ async def test_an_evaluation_without_a_score_ends_the_run_with_the_reason(tmp_pa
         await unscored(tmp_path)
 
 
+@pytest.mark.parametrize("staleness", [0, 1])
+@pytest.mark.parametrize(
+    ("judge", "said"),
+    [
+        (never, r"all 4 groups: none gave a scored completion; .*the judge is away"),
+        (lambda row: EvaluateResult(score=0.5), r"all 4 groups: .* same reward \(the last 0\.5\)"),
+    ],
+    ids=["unscored", "all the same"],
+)
+async def test_data_that_ends_before_a_step_was_taken_is_an_error(
+    judge: Any, said: str, staleness: int, tmp_path: Path
+) -> None:
+    with pytest.raises(NothingToTrainOnError, match=said):
+        await atrain(
+            judge,
+            tmp_path / "run",
+            options=options(
+                steps=None, epochs=1.0, groups_per_step=2, eval_every=0, max_staleness=staleness
+            ),
+            completion_params={"model": "local/arithmetic", "max_tokens": 8},
+            data=[sums_file(tmp_path / "sums.jsonl", [(a, 11) for a in range(10, 14)])],
+            held_out=0,
+            progress=False,
+            warn=print,
+        )
+
+
 async def test_or_is_warned_of_and_stands_in_the_metrics(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
