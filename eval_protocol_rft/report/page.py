@@ -109,6 +109,9 @@ def write_report(
             lines.append(group_line(group, stats, columns))
             details.append(packed(detail))
         totals.add(stats)
+        for row in group:
+            for name, score in row.scores.items():
+                totals.columns[name].metrics.add(score.metrics)
     if not totals.prompts:
         raise ReportError(f"{dataset.path}: no completions to report")
     index = PageIndex(columns=columns, pass_threshold=pass_threshold, groups=lines)

@@ -126,6 +126,7 @@ def _column(name: str, metadata: FileMetadata, totals: ReportTotals) -> ColumnVi
         ("mean reward", "none" if column.mean is None else f"{column.mean:.3f}"),
         *((f"pass@{p.k}", f"{p.estimate:.3f}") for p in points if p.k in shown),
         ("unscored", f"{totals.unscored(name):,}"),
+        *((f"mean {metric}", f"{mean:.3f}") for metric, mean in column.metrics.means.items()),
     ]
     settings = metadata.rewards.get(name)
     return ColumnView(

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eval_protocol_rft.batch.rollouts.rows import UNSCORED, CompletionRow
+from eval_protocol_rft.batch.stats.metrics import MetricMeans
 from eval_protocol_rft.pass_at_k import pass_at_k
 
 
@@ -120,6 +121,8 @@ class ColumnTotals:
     values: array[float] = field(default_factory=lambda: array("d"))
     groups: Counter[tuple[int, int]] = field(default_factory=Counter)
     """(scored, passed) -> prompts with these numbers."""
+    metrics: MetricMeans = field(default_factory=MetricMeans)
+    """What the evaluator measured beside the reward."""
 
     def add(self, rewards: GroupRewards) -> None:
         self.values.extend(rewards.rewards)

@@ -25,6 +25,9 @@ def stats_table(stats: RolloutStats, *, limit_groups: int = 20) -> RenderableTyp
     if stats.rewards is not None:
         parts.append(_spread(stats.rewards, stats.reward))
         parts.append(_pass_at_k(stats))
+    if stats.metrics:
+        means = "  ".join(f"{visible(name)} {mean:.4g}" for name, mean in stats.metrics.items())
+        parts.append(Text(f"\nmean of  {means}"))
     if stats.lengths is not None:
         parts.append(_spread(stats.lengths, "sampled tokens"))
     problems = [

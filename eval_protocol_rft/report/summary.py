@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from eval_protocol_rft.batch.stats.metrics import MetricMeans
 from eval_protocol_rft.pass_at_k import pass_at_k
 from eval_protocol_rft.report.rows import StoredRow
 
@@ -31,6 +32,8 @@ class RolloutSummary:
     """Sampled tokens."""
     mean_reward: float | None
     """Over scored completions."""
+    metrics: dict[str, float]
+    """Mean of each of the evaluator's own metrics."""
     pass_at_k: dict[int, float]
     """k -> mean over the rows that have k scored completions; a pass is a reward at or above the
     threshold."""
@@ -48,6 +51,10 @@ def summarize_rows(rows: Iterable[StoredRow], *, pass_threshold: float = 1.0) ->
     rewards = [reward for group in scored for reward in group]
     completions = sum(len(record) for record in records)
     tokens = sum(sum(record.sampled_counts) for record in records)
+    metrics = MetricMeans()
+    for record in records:
+        for result in record.completion_results or []:
+            metrics.add(result.metrics)
     return RolloutSummary(
         rows=len(rows),
         failed_rows=len(rows) - len(records),
@@ -57,6 +64,7 @@ def summarize_rows(rows: Iterable[StoredRow], *, pass_threshold: float = 1.0) ->
         truncated=sum(sum(record.ends_truncated) for record in records),
         tokens=tokens,
         mean_reward=float(np.mean(rewards)) if rewards else None,
+        metrics=metrics.means,
         pass_at_k=_pass_at_k(scored, pass_threshold),
         tokens_per_second=_rate(rows, tokens),
         models=tuple(sorted(_known(record.sampling.model for record in records))),

@@ -105,6 +105,7 @@ def _summary_panel(summary: RolloutSummary) -> Panel:
     parts = [
         f"{summary.rows} prompts, {summary.completions} completions, {summary.tokens} tokens",
         f"mean reward {_number(summary.mean_reward)}",
+        *(f"{visible(name)} {value:.3f}" for name, value in summary.metrics.items()),
         *(f"pass@{k} {value:.3f}" for k, value in summary.pass_at_k.items()),
     ]
     if summary.tokens_per_second is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import statistics
 from collections import Counter
 from collections.abc import Iterable
@@ -23,6 +24,7 @@ from typer.testing import CliRunner
 from eval_protocol_rft.batch.rollouts.format import FormatError
 from eval_protocol_rft.batch.stats.collector import MOST_REASONS, OTHER_REASONS
 from eval_protocol_rft.batch.stats.distribution import BARS, distribution
+from eval_protocol_rft.batch.stats.metrics import MetricMeans
 from eval_protocol_rft.batch.stats.rollout_stats import (
     pass_at_every_k,
     rollout_stats,
@@ -31,6 +33,8 @@ from eval_protocol_rft.batch.stats.rollout_stats import (
 from eval_protocol_rft.batch.stats.types import RolloutStats
 from eval_protocol_rft.cli.stats import stats as stats_command
 from eval_protocol_rft.report.stats_table import stats_table
+from tests.batch.rollout_files import write_rollouts
+from tests.batch.servers import succeed
 from tests.scored_files import FAILED, Sampled, cut, groups_of_completions, table_of, write
 
 COMMAND = typer.Typer()
@@ -304,3 +308,27 @@ def test_the_command_ends_with_one_line_where_there_is_no_such_file(tmp_path: Pa
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr.startswith("ep-rft: ")
     assert result.stderr.count("\n") == 1
+
+
+def test_a_metric_is_averaged_over_the_completions_for_which_it_is_valid():
+    means = MetricMeans()
+    for metrics in (
+        {"format": {"score": 1.0, "is_score_valid": True}, "length": 4, "note": "text"},
+        {"format": {"score": 0.0, "is_score_valid": True}, "length": 8, "right": True},
+        {"format": {"score": 7.0, "is_score_valid": False}, "length": math.inf},
+        None,
+    ):
+        means.add(metrics)
+    means.add_json(['{"length": 3}', None, "{broken", "[1]"])
+    assert means.means == {"format": 0.5, "length": 5.0}
+
+
+def test_the_evaluators_own_metrics_are_averaged_wherever_scores_are(tmp_path: Path):
+    path = write_rollouts(tmp_path / "r.parquet", [["0", "aa"], ["b", None]])
+    grader = f"{Path(__file__).with_name('score_graders.py')}::right"
+    succeed("score", path, "-e", grader, "--quiet")
+    assert rollout_stats(path).metrics == {"size": 0.5}
+    assert "size 0.5" in succeed("stats", path).stdout
+    assert "size 0.500" in succeed("show", path).stdout
+    succeed("report", path, "-o", tmp_path / "r.html")
+    assert re.search(r"mean size\b.*?0\.500", (tmp_path / "r.html").read_text(), re.DOTALL)

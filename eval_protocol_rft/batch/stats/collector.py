@@ -23,6 +23,7 @@ from eval_protocol_rft.batch.numbers import (
     truncated_flags,
 )
 from eval_protocol_rft.batch.rollouts.format import reward_columns
+from eval_protocol_rft.batch.stats.metrics import MetricMeans
 from eval_protocol_rft.batch.stats.types import (
     PROMPT_CHARACTERS,
     REASON_CHARACTERS,
@@ -71,6 +72,7 @@ class StatsCollector:
         self._rewards: list[Floats] = []
         self._failures: Counter[str] = Counter()
         self._reasons: Counter[str | None] = Counter()
+        self._metrics = MetricMeans()
         self.lengths: Ints = np.zeros(0, np.int64)
         """[longest + 1] completions with that many sampled tokens; failed ones are left out."""
 
@@ -98,6 +100,9 @@ class StatsCollector:
         lengths[: len(self.lengths)] += self.lengths
         self.lengths = lengths
         self._count_reasons(table)
+        metrics = reward_columns(self._reward)[2]
+        if metrics in table.schema.names:
+            self._metrics.add_json(table.column(metrics).drop_null().to_pylist())
 
     @property
     def groups(self) -> GroupColumns | None:
@@ -110,6 +115,11 @@ class StatsCollector:
     def rewards(self) -> Floats:
         """Of all scored completions."""
         return np.concatenate(self._rewards)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Mean of each metric beside the reward."""
+        return self._metrics.means
 
     @property
     def failures(self) -> dict[str, int]:

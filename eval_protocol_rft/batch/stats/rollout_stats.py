@@ -47,7 +47,8 @@ def rollout_stats(
         raise ValueError(f"pass_threshold must be finite, got {pass_threshold}")
     dataset = RolloutDataset(path)
     column = chosen_reward(dataset, reward)
-    tables = dataset.tables([*_COLUMNS, column, reward_columns(column)[3]])
+    further = [name for name in reward_columns(column)[2:] if name in dataset.schema.names]
+    tables = dataset.tables([*_COLUMNS, column, *further])
     sampling = dataset.metadata.sampling
     return summarize_tables(
         tables,
@@ -96,6 +97,7 @@ def summarize_tables(
         tokens=int(groups.tokens.sum()),
         rewards=distribution(rewards, times, percents=_REWARD_PERCENTS),
         lengths=distribution(lengths, seen.lengths[lengths], percents=_LENGTH_PERCENTS),
+        metrics=seen.metrics,
         pass_at_k=pass_at_every_k(groups.scored, groups.passed),
         failures=seen.failures,
         unscored_reasons=seen.unscored_reasons,

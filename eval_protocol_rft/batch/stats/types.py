@@ -79,6 +79,8 @@ class RolloutStats:
     """Over scored completions."""
     lengths: Distribution | None
     """Sampled tokens, over completions that were sampled."""
+    metrics: dict[str, float]
+    """Mean of each of the evaluator's own metrics, over the completions for which it is valid."""
     pass_at_k: list[PassAtK]
     """For every k up to the most scored completions of a data row."""
     failures: dict[str, int]
