@@ -3,6 +3,7 @@
 import asyncio
 import copy
 import json
+import os
 from fractions import Fraction
 
 import numpy as np
@@ -342,3 +343,20 @@ def test_pytest_exit_passes_through():
 
     with pytest.raises(pytest.exit.Exception, match="enough"):
         evaluator(answered("a"))
+
+
+def test_a_copy_of_this_process_that_an_evaluator_forks_ends_with_its_call(tmp_path):
+    @score_each_completion
+    def forks(row: EvaluationRow) -> EvaluationRow:
+        child = os.fork()
+        with (tmp_path / "went on").open("a") as file:
+            file.write(f"{child}\n")
+        return give(row, float(said(row)))
+
+    row = forks(answered("1", "2", "3"))
+    assert rewards(row) == [1.0, 2.0, 3.0]
+    written = (tmp_path / "went on").read_text().split()
+    children = [int(pid) for pid in written if pid != "0"]
+    # Each child comes back from one call, and makes no other.
+    assert [os.waitpid(pid, 0)[1] for pid in children] == [0, 0, 0]
+    assert sorted((tmp_path / "went on").read_text().split()).count("0") == 3

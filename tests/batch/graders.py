@@ -68,9 +68,9 @@ def as_nothing(row: EvaluationRow) -> None:
 
 
 def process_id(row: EvaluationRow) -> int:
-    if said(row) == "hang":
+    if said(row) in ("hang", "hang in C"):
         Path("hanging").write_text(str(os.getpid()))
-        time.sleep(600)
+        MISDEEDS.get(said(row), MISDEEDS["sleep"])()
     return os.getpid()
 
 
@@ -126,6 +126,11 @@ def test_scaled(row: EvaluationRow, factor: int) -> EvaluationRow:
     return give(row, float(factor * len(said(row))))
 
 
+def fork_and_remember(file: Path) -> None:
+    if child := os.fork():
+        file.write_text(str(child))
+
+
 async def length_async(row: EvaluationRow) -> float:
     text = said(row)
     if text == "hang":
@@ -138,6 +143,9 @@ async def length_async(row: EvaluationRow) -> float:
         await asyncio.sleep(0.02)
     if text == "block":
         time.sleep(1.0)  # noqa: ASYNC251 - others are called beside it
+    if text.startswith("fork "):
+        fork_and_remember(Path(text.partition(" ")[2]))
+        await asyncio.sleep(0)
     if text == "time out by itself":
         raise TimeoutError("the judge is slow")
     if text == "be cancelled":

@@ -290,3 +290,18 @@ def test_what_an_evaluation_test_rolls_out_does_not_outdate_its_scores(project):
     assert load_evaluator("judged_test.py::test_one").code == before
     project(judged_test=source.replace('"right": "2"', '"right": "3"'))
     assert load_evaluator("judged_test.py::test_one").code != before
+
+
+def test_a_script_that_scores_with_its_own_evaluator_is_told_to_guard_that(project):
+    project(
+        script="""
+        from eval_protocol_rft.batch.grading.evaluators import load_evaluator
+
+        def judge(row):
+            return 1.0
+
+        load_evaluator("script.py::judge")
+        """
+    )
+    with pytest.raises(EvaluatorNotFoundError, match="belongs under `if __name__ == '__main__':`"):
+        load_evaluator("script.py::judge")

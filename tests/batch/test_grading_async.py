@@ -9,7 +9,16 @@ from itertools import islice
 import pytest
 
 from eval_protocol_rft.batch.grading.grade import GradingError, GradingItem, grade
-from tests.batch.grading_runs import errors, grader, group, one_each, outcomes, scores, view
+from tests.batch.grading_runs import (
+    errors,
+    grader,
+    group,
+    is_gone,
+    one_each,
+    outcomes,
+    scores,
+    view,
+)
 
 
 def test_every_completion_gets_the_score_of_a_direct_call():
@@ -111,3 +120,11 @@ def test_no_items_are_no_work():
 async def test_it_works_inside_a_running_event_loop():
     done = outcomes("length_async", one_each(["ab"]))
     assert scores(done["ab"]) == [2.0]
+
+
+def test_a_copy_that_an_async_evaluator_forks_ends_and_answers_for_nobody(tmp_path):
+    files = [tmp_path / str(i) for i in range(3)]
+    texts = [text for i, file in enumerate(files) for text in ("x" * (i + 1), f"fork {file}")]
+    done = outcomes("length_async", one_each(texts))
+    assert {text: scores(graded) for text, graded in done.items()} == {t: [len(t)] for t in texts}
+    assert all(is_gone(int(file.read_text())) for file in files)

@@ -15,17 +15,18 @@ import pytest
 from tests.batch.grading_runs import is_gone
 
 PROGRAM = """
+# No `if __name__ == "__main__"`: workers import nothing of this.
 import sys
 from tests.batch.grading_runs import grader, one_each
 from eval_protocol_rft.batch.grading.grade import grade
 
-if __name__ == "__main__":
-    running = grade(one_each(["a", "hang", "b"]), grader("process_id"), workers=2, timeout=None)
-    print(int(next(running).results[0].score), flush=True)
-    if sys.argv[1:] == ["leave"]:
-        sys.exit()
-    next(running)
-    next(running)
+hang = "hang in C" if sys.argv[1:] == ["in C"] else "hang"
+running = grade(one_each(["a", hang, "b"]), grader("process_id"), workers=2, timeout=None)
+print(int(next(running).results[0].score), flush=True)
+if sys.argv[1:] == ["leave"]:
+    sys.exit()
+next(running)
+next(running)
 """
 ROOT = Path(__file__).parents[2]
 
@@ -50,7 +51,7 @@ def start(tmp_path):
         started.append(program)
         assert program.stdout is not None
         workers = [int(program.stdout.readline())]
-        if not arguments:
+        if arguments != ("leave",):
             while not (tmp_path / "hanging").exists() or not (tmp_path / "hanging").read_text():
                 time.sleep(0.02)
             workers.append(int((tmp_path / "hanging").read_text()))
@@ -79,7 +80,7 @@ def test_ctrl_c_ends_it_at_once_and_only_the_caller_says_so(start):
 
 
 def test_a_caller_that_was_killed_leaves_no_worker_behind(start):
-    program, workers = start()
+    program, workers = start("in C")  # nothing else of that worker runs meanwhile
     os.kill(program.pid, signal.SIGKILL)
     assert all(is_gone(pid) for pid in workers)
 

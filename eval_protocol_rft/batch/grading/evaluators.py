@@ -128,6 +128,11 @@ def _import(place: _Place) -> ModuleType:
         raise EvaluatorNotFoundError(
             f"{place.name}: importing {place.module} failed: {_told(error)}"
         ) from error
+    if getattr(module.__spec__, "_initializing", False):
+        raise EvaluatorNotFoundError(
+            f"{place.name}: {place.module} is still being imported: what scores with an evaluator "
+            "of the same file belongs under `if __name__ == '__main__':`"
+        )
     source = inspect.getsourcefile(module)
     if place.file is not None and (source is None or not place.file.samefile(source)):
         raise EvaluatorNotFoundError(
