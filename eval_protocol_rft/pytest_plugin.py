@@ -40,7 +40,9 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
     from eval_protocol_rft.evaluation_run import watch
     from eval_protocol_rft.processor import FireworksTrainingRolloutProcessor
 
-    _refuse_several_models(item, test)
+    ours = isinstance(test.rollout_processor, FireworksTrainingRolloutProcessor)
+    if ours:
+        _refuse_several_models(item, test)
     with watch() as run:
         try:
             result = yield
@@ -48,7 +50,6 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
             outcome = run.outcome()
             if outcome.rows:
                 item.stash[_SUMMARY] = outcome.lines()
-    ours = isinstance(test.rollout_processor, FireworksTrainingRolloutProcessor)
     if (outcome.rows or ours) and not _is_allowed(item.config):
         _require_scores(outcome)
     return result

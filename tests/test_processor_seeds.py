@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
 import pytest
-from eval_protocol.models import EvalMetadata, EvaluationRow
+from eval_protocol.models import EvalMetadata, EvaluationRow, Message
 
-from eval_protocol_rft import FireworksTrainingRolloutProcessor, RolloutRecord
+from eval_protocol_rft import (
+    EpisodeRolloutProcessor,
+    FireworksTrainingRolloutProcessor,
+    RolloutRecord,
+)
+from eval_protocol_rft.environments.environment import Environment, Step
 from eval_protocol_rft.processor import RUN_KEYWORD
 from tests.rollouts import (
     assert_is_what_the_server_sampled,
@@ -222,3 +228,21 @@ async def test_a_row_without_an_id_is_told_apart_by_its_prompt(server, processor
     seeds = [record_of_row(row).sampling.seeds[0] for row in done]
     assert len(set(seeds)) == 3
     assert [row.input_metadata.row_id for row in done] == [None] * 3
+
+
+class OneTurn(Environment):
+    async def step(self, messages: Sequence[Message], assistant: Message) -> Step:
+        return Step(done=True, reward=1.0)
+
+
+async def test_successive_calls_draw_other_episodes_and_a_retry_the_same(server):
+    processor = EpisodeRolloutProcessor(OneTurn, tokenizer=chat_tokenizer())
+    params = params_for(server, n=2, seed=7)
+    drawn = []
+    for kwargs in ({}, {}, {"start_server": False}):
+        row = row_of()
+        row.execution_metadata.rollout_id = "one id for all"
+        [row] = await asyncio.gather(*processor([row], config_of(params, kwargs=kwargs)))
+        drawn.append(record_of_row(row).completion_ids)
+    await processor.acleanup()
+    assert drawn[0] != drawn[1] == drawn[2]
