@@ -413,3 +413,16 @@ def test_a_disk_without_room_for_the_file_is_told_before_anything_is_asked(
     grader = f"{Path(__file__).with_name('score_graders.py')}::length"
     assert "Make room first" in refused("score", output, "-e", grader)
     assert len(server.requests) == seen
+
+
+def test_a_job_whose_state_is_broken_is_one_line_with_what_to_do(
+    data, output, server, tokenizer_folder
+):
+    parts_folder(output).mkdir()
+    (parts_folder(output) / "_schema").write_text("rubbish")
+    asked = ("generate", data, "-o", output, *at(server, tokenizer_folder))
+    for command in (asked, (*asked, "--overwrite"), ("stats", output), ("show", output)):
+        message = refused(*command)
+        assert "to begin it anew" in message
+        assert len(message.splitlines()) == 1
+    assert not server.requests

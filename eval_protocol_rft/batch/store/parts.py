@@ -95,7 +95,10 @@ def read_schema(folder: Path) -> pa.Schema | None:
     try:
         return pa.ipc.read_schema(pa.py_buffer(data))
     except (pa.ArrowInvalid, OSError) as error:
-        raise FormatError(f"{folder / '_schema'}: broken: {error}") from error
+        raise FormatError(
+            f"{folder / '_schema'}: broken, so what the job was is unknown: move {folder} away to "
+            f"begin it anew ({error})"
+        ) from error
 
 
 def part_paths(folder: Path) -> list[Path]:
