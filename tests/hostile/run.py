@@ -27,7 +27,7 @@ from tests.hostile.clients_of_rows import through_generate, through_processor
 from tests.hostile.faults import FAULTS
 from tests.hostile.ledger import Death, Plan
 from tests.hostile.plan import FaultPlan
-from tests.hostile.resources import Held, Memory
+from tests.hostile.resources import Held, Memory, one_arena
 from tests.hostile.server import HostileServer
 from tests.hostile.settle import Account, settle
 
@@ -93,6 +93,8 @@ def run(
         evaluator: run a synchronous one on the client's loop, which sleeps at random.
         slow_share: of its calls, those that outlast the patience.
     """
+    if completions >= LONG_RUN:
+        one_arena()
     assert completions % GROUP == 0, f"{completions} is no multiple of {GROUP}"
     book, memory, before = Book(completions, patience=patience), Memory(), Held.now()
     with HostileServer(
