@@ -12,7 +12,8 @@ from typing import Any
 
 from eval_protocol_rft.endpoint import Endpoint
 from eval_protocol_rft.fireworks_models import hub_id_of
-from eval_protocol_rft.params import LOCAL_PREFIX, RolloutRequest
+from eval_protocol_rft.models import LOCAL_PREFIX
+from eval_protocol_rft.params import RolloutRequest
 from eval_protocol_rft.sampling.http import HttpSampler
 from eval_protocol_rft.sampling.types import Sampler
 from eval_protocol_rft.tokenizer import LoadedTokenizer, TokenizerError, load_tokenizer

@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from eval_protocol_rft.endpoint import Endpoint, resolve_endpoint
+from eval_protocol_rft.models import LOCAL_PREFIX
 from eval_protocol_rft.sampling.types import SamplingParams
 
 _T = TypeVar("_T")
 
-LOCAL_PREFIX = "local/"
 DEFAULT_TIMEOUT = 600.0
 """Seconds for one attempt. Long on purpose: a timeout drops the long answers first."""
 
@@ -203,6 +203,13 @@ def parse_completion_params(
             f"completion_params['prompt_cache_affinity'] must be true or false, got {affinity!r}"
         )
     local = model.startswith(LOCAL_PREFIX)
+    given = [key for key, value in endpoint_keys.items() if value]
+    if local and given:
+        raise ParamsError(
+            f"completion_params[{given[0]!r}] is given with the model {model!r}, which is sampled "
+            f"in this process and asks no server: leave {', '.join(given)} out, or name the model "
+            "as the server does"
+        )
     params = SamplingParams(
         model=model.removeprefix("fireworks_ai/"),
         max_tokens=_max_tokens(keys) or (None if local else DEFAULT_MAX_TOKENS),

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from eval_protocol_rft.models import LOCAL_PREFIX, NoSuchModelError, local_model_folder
 from eval_protocol_rft.sampling.types import (
     TOKEN_ID_LIMIT,
     Completion,
@@ -278,7 +279,8 @@ _LOADING = threading.Lock()
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> LoadedTokenizer:
-    """Load a tokenizer by folder or hub id, once per process. Blocks: call it in a thread.
+    """Load a tokenizer by folder, hub id, or as `local/...` names models, once per process. Blocks:
+    call it in a thread.
 
     Raises:
         TokenizerError: there is no such tokenizer, or its files cannot be read.
@@ -291,7 +293,10 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> LoadedToken
         if time.monotonic() - failed_at < FAILURE_SECONDS:
             raise TokenizerError(message)
         try:
-            _LOADED[key] = LoadedTokenizer.wrap(_from_pretrained(name, trust_remote_code), name)
+            folder = str(local_model_folder(name)) if name.startswith(LOCAL_PREFIX) else name
+            _LOADED[key] = LoadedTokenizer.wrap(_from_pretrained(folder, trust_remote_code), name)
+        except NoSuchModelError as error:
+            raise TokenizerError(f"cannot load tokenizer {name!r}: {error}") from error
         except TokenizerError as error:
             _FAILED[key] = (time.monotonic(), str(error))
             raise

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from eval_protocol_rft.models import bundled_model_path
-from eval_protocol_rft.params import LOCAL_PREFIX, RolloutRequest
+from eval_protocol_rft.models import LOCAL_PREFIX, local_model_folder
+from eval_protocol_rft.params import RolloutRequest
 
 DEFAULT_REQUESTS = 400
 FEWEST_REQUESTS = 40
@@ -40,8 +40,7 @@ class Setup:
         model = self.request.params.model
         if self.weights is not None or not model.startswith(LOCAL_PREFIX):
             return self.weights
-        name = model.removeprefix(LOCAL_PREFIX)
-        return bundled_model_path(name) or name
+        return local_model_folder(model)
 
     def per_prompt(self, prompts: int) -> PerPrompt:
         """How many probes each of `prompts` prompts gets."""

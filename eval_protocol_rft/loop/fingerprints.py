@@ -11,8 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from eval_protocol_rft.models import bundled_model_path, model_folder_fingerprint
-from eval_protocol_rft.params import LOCAL_PREFIX
+from eval_protocol_rft.models import LOCAL_PREFIX, bundled_model_path, model_folder_fingerprint
 
 if TYPE_CHECKING:
     from eval_protocol.models import EvaluationRow

@@ -13,9 +13,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eval_protocol_rft.models import bundled_model_path, has_tokenizer
-from eval_protocol_rft.params import LOCAL_PREFIX, RolloutRequest, parse_completion_params
+from eval_protocol_rft.models import NoSuchModelError, has_tokenizer, local_model_folder
+from eval_protocol_rft.params import RolloutRequest, parse_completion_params
 from eval_protocol_rft.processor import FireworksTrainingRolloutProcessor
+from eval_protocol_rft.sampling.types import RefusedError
 
 if TYPE_CHECKING:
     from eval_protocol_rft.endpoint import Endpoint
@@ -206,8 +207,10 @@ def assemble(
     if weights is not None:
         params = with_tokenizer_of(weights, params, processor)
         request = parse_completion_params(params)
-    name = request.params.model.removeprefix(LOCAL_PREFIX)
-    source = (bundled_model_path(name) or name) if local else str(weights)
+    try:
+        source = str(local_model_folder(request.params.model) if local else weights)
+    except NoSuchModelError as error:
+        raise RefusedError(str(error)) from error
     loaded = LocalSampler.from_pretrained(
         source, trust_remote_code=trust_remote_code, policy_version="step-0"
     )

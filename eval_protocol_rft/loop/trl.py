@@ -56,9 +56,10 @@ from eval_protocol_rft.loop.setup import (
 from eval_protocol_rft.loop.step import TrainingStoppedError
 from eval_protocol_rft.loop.watch import Trouble, Watch
 from eval_protocol_rft.loop.weights import SamplerWeights, WeightSink, version_name
-from eval_protocol_rft.models import bundled_model_path
-from eval_protocol_rft.params import LOCAL_PREFIX, parse_completion_params
+from eval_protocol_rft.models import NoSuchModelError, local_model_folder
+from eval_protocol_rft.params import parse_completion_params
 from eval_protocol_rft.row_runner import RowRunner
+from eval_protocol_rft.sampling.types import RefusedError
 from eval_protocol_rft.training.export.errors import MissingPackageError, require
 from eval_protocol_rft.training.export.trl import recorded_reward, rollout_result
 
@@ -150,8 +151,10 @@ def trl_rollouts(
 
         if weights is not None:
             raise SetupError("weights= is for a server's; a local/... model names its own")
-        name = request.params.model.removeprefix(LOCAL_PREFIX)
-        source = str(bundled_model_path(name) or name)
+        try:
+            source = str(local_model_folder(request.params.model))
+        except NoSuchModelError as error:
+            raise RefusedError(str(error)) from error
         # One of its own: others that sample from the model keep its weights.
         sampler = LocalSampler.from_pretrained(source, trust_remote_code=trust_remote_code)
         processor, sink = processor.sampling_from(sampler), SamplerWeights(sampler)

@@ -1,16 +1,63 @@
-"""Models that ship with the package, where they lie, and what tells folders of models apart.
+"""What `local/<name>` names: models that ship with the package, folders, and what was downloaded.
 
-Invariant: a bundled model loads from its folder alone, without a network and without remote code.
+Invariant: a name that begins with `local/` is looked for on this machine alone. A bundled model
+loads from its folder, without a network and without remote code.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+from difflib import get_close_matches
 from pathlib import Path
 
 BUNDLED = ("arithmetic",)
 """Names that `local/<name>` finds inside the package."""
+
+
+LOCAL_PREFIX = "local/"
+
+
+class NoSuchModelError(ValueError):
+    """Nothing on this machine has that name; the message names what there is."""
+
+
+def local_model_folder(name: str) -> Path:
+    """The folder of `name` (with or without `local/`): a bundled model, a folder, or a model of the
+    hub that was downloaded to this machine before. Nothing is asked of the hub.
+
+    Raises:
+        NoSuchModelError: there is no such thing.
+    """
+    name = name.removeprefix(LOCAL_PREFIX)
+    folder = bundled_model_path(name) or Path(name).expanduser()
+    if name and folder.is_dir():
+        return folder
+    downloaded = _downloaded(name)
+    if downloaded is not None:
+        return downloaded
+    close = get_close_matches(name, BUNDLED, n=1)
+    hint = f"did you mean {LOCAL_PREFIX}{close[0]}? " if close else ""
+    raise NoSuchModelError(
+        f"{LOCAL_PREFIX}{name}: there is no such model on this machine: {hint}It is "
+        f"{' or '.join(LOCAL_PREFIX + one for one in BUNDLED)}, which comes with the package, "
+        f"{LOCAL_PREFIX}<folder> with a model's files, or {LOCAL_PREFIX}<hub id> of a model that "
+        "was downloaded before (hf download <hub id>)"
+    )
+
+
+def _downloaded(hub_id: str) -> Path | None:
+    """The newest snapshot in the hub's cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        found = [
+            try_to_load_from_cache(hub_id, file)
+            for file in ("config.json", "tokenizer_config.json", "tokenizer.json")
+        ]
+    except ValueError:  # no name that the hub could have
+        return None
+    return next((Path(path).parent for path in found if isinstance(path, str)), None)
 
 
 def bundled_model_path(name: str) -> Path | None:

@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from eval_protocol_rft.models import bundled_model_path
-from eval_protocol_rft.params import LOCAL_PREFIX
 from eval_protocol_rft.tokenizer import LoadedTokenizer, load_tokenizer
 
 BROKEN = "\N{REPLACEMENT CHARACTER}"
@@ -119,9 +117,6 @@ def load_token_texts(name: str) -> TokenTexts:
     Raises:
         TokenizerError: it cannot be loaded.
     """
-    if name.startswith(LOCAL_PREFIX):
-        name = name.removeprefix(LOCAL_PREFIX)
-        name = str(bundled_model_path(name) or name)
     return TokenTexts(load_tokenizer(name))
 
 

@@ -16,7 +16,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eval_protocol_rft.models import bundled_model_path
+from eval_protocol_rft.models import NoSuchModelError, local_model_folder
 from eval_protocol_rft.sampling.clock import Deadline
 from eval_protocol_rft.sampling.local_refusals import check_params, check_prompt, completion_limit
 from eval_protocol_rft.sampling.types import (
@@ -250,9 +250,11 @@ def load_local_sampler(name: str, *, trust_remote_code: bool = False) -> LocalSa
     with _LOADING:
         key = (name, trust_remote_code)
         if key not in _LOADED:
-            _LOADED[key] = LocalSampler.from_pretrained(
-                bundled_model_path(name) or name, trust_remote_code=trust_remote_code
-            )
+            try:
+                folder = local_model_folder(name)
+            except NoSuchModelError as error:
+                raise RefusedError(str(error)) from error
+            _LOADED[key] = LocalSampler.from_pretrained(folder, trust_remote_code=trust_remote_code)
         return _LOADED[key]
 
 

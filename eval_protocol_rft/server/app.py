@@ -22,7 +22,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-from eval_protocol_rft.params import LOCAL_PREFIX
+from eval_protocol_rft.models import LOCAL_PREFIX
 from eval_protocol_rft.sampling.types import Completion, Sampler, SamplingError
 from eval_protocol_rft.server import replies
 from eval_protocol_rft.server.access import Access, AccessMiddleware

@@ -11,6 +11,7 @@ import os
 import shlex
 import socket
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -18,8 +19,7 @@ import uvicorn
 from jinja2 import TemplateError
 from starlette.applications import Starlette
 
-from eval_protocol_rft.models import bundled_model_path
-from eval_protocol_rft.params import LOCAL_PREFIX
+from eval_protocol_rft.models import LOCAL_PREFIX, NoSuchModelError, local_model_folder
 from eval_protocol_rft.sampling.local import LocalSampler, load_local_sampler
 from eval_protocol_rft.sampling.types import SamplingError
 from eval_protocol_rft.server.access import Access, is_loopback
@@ -128,11 +128,15 @@ def _claim(host: str, port: int) -> socket.socket:
 def _load(model: str, *, reloads: bool) -> LocalSampler:
     name = model.removeprefix(LOCAL_PREFIX)
     try:
-        if reloads:
+        try:
+            source: str | Path = local_model_folder(name)
+        except NoSuchModelError:
+            if model.startswith(LOCAL_PREFIX):
+                raise
+            source = name  # a hub id, which is downloaded
+        if reloads or source == name:
             # One of its own: weights of a sampler that others share must not change.
-            return LocalSampler.from_pretrained(
-                bundled_model_path(name) or name, policy_version=FIRST_VERSION
-            )
+            return LocalSampler.from_pretrained(source, policy_version=FIRST_VERSION)
         return load_local_sampler(name)
     except (SamplingError, ValueError) as error:
         raise ServeError(str(error)) from error

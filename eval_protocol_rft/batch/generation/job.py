@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -23,8 +22,13 @@ from eval_protocol_rft.batch.rollouts.format import (
     schema,
 )
 from eval_protocol_rft.batch.source.opening import SourceColumn, SourceError
-from eval_protocol_rft.models import bundled_model_path, model_folder_fingerprint
-from eval_protocol_rft.params import LOCAL_PREFIX, RolloutRequest
+from eval_protocol_rft.models import (
+    LOCAL_PREFIX,
+    NoSuchModelError,
+    local_model_folder,
+    model_folder_fingerprint,
+)
+from eval_protocol_rft.params import RolloutRequest
 from eval_protocol_rft.redaction import redact_params
 from eval_protocol_rft.sampling.distribution import support_truncated
 from eval_protocol_rft.tokenizer import LoadedTokenizer
@@ -99,9 +103,10 @@ def model_fingerprint(model: str) -> str | None:
     """Tells the weights of a local folder apart; None for a model behind a server or a hub id."""
     if not model.startswith(LOCAL_PREFIX):
         return None
-    name = model.removeprefix(LOCAL_PREFIX)
-    folder = bundled_model_path(name) or Path(name)
-    return model_folder_fingerprint(folder) if folder.is_dir() else None
+    try:
+        return model_folder_fingerprint(local_model_folder(model))
+    except NoSuchModelError:  # of a sampler of the caller's, under any name
+        return None
 
 
 def _check_names(columns: tuple[SourceColumn, ...]) -> None:

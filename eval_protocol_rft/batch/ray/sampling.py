@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from eval_protocol_rft.batch.ray.nodes import EAGER_SECONDS, Node, NodeActor, NodeActors, Work
-from eval_protocol_rft.params import LOCAL_PREFIX, RolloutRequest
+from eval_protocol_rft.models import LOCAL_PREFIX
+from eval_protocol_rft.params import RolloutRequest
 from eval_protocol_rft.sampling.types import (
     Completion,
     ConnectionFailedError,
