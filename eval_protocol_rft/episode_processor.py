@@ -55,6 +55,8 @@ class EpisodeRolloutProcessor(FireworksTrainingRolloutProcessor):
     completion would be. The row's messages are those of the first episode.
     """
 
+    _one_turn = False
+
     def __init__(
         self,
         environment: Callable[[], Environment],

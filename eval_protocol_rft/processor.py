@@ -140,6 +140,8 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
             logprobs are not what `logprobs_mode` says. No further row asks it.
     """
 
+    _one_turn = True
+
     def __init__(
         self,
         *,
@@ -351,6 +353,7 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
             mcp_config_path=config.mcp_config_path,
             server_script_path=config.server_script_path,
             steps=config.steps,
+            one_turn=self._one_turn,
             keywords=config.kwargs or {},
             known=(RUN_KEYWORD, RETRY_KEYWORD),
         )

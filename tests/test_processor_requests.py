@@ -267,3 +267,10 @@ async def test_what_has_no_use_here_is_refused_by_name_before_anything_is_sample
         await task
     await processor.acleanup()
     assert server.requests == []
+
+
+async def test_one_step_is_the_one_turn_that_is_taken(server):
+    processor = FireworksTrainingRolloutProcessor(tokenizer=chat_tokenizer())
+    (task,) = processor([row_of()], config_of(params_for(server), steps=1))
+    assert_is_what_the_server_sampled(record_of_row(await task))
+    await processor.acleanup()
