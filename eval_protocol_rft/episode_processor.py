@@ -55,8 +55,6 @@ class EpisodeRolloutProcessor(FireworksTrainingRolloutProcessor):
     completion would be. The row's messages are those of the first episode.
     """
 
-    _one_turn = False
-
     def __init__(
         self,
         environment: Callable[[], Environment],
@@ -156,7 +154,7 @@ class EpisodeRolloutProcessor(FireworksTrainingRolloutProcessor):
                 prompt=job.row_key,
                 observe=observe_attempt,
                 on_start=starts,
-                read=lambda completion: job.tokenizer.read(completion, params),
+                read=lambda completion: job.tokenizer.read(completion, params, job.witness.look),
             )
 
         async with config.semaphore:

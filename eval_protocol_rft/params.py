@@ -26,6 +26,8 @@ DEFAULT_TIMEOUT = 600.0
 DEFAULT_MAX_TOKENS = 2048
 """Sent where the user gives none: servers differ (vLLM stops after 16), training data must not."""
 
+SINGLE_STEP = 1
+"""One turn; also what those write who call a processor themselves and mean nothing by it."""
 DEFAULT_STEPS = 30
 """What Eval Protocol hands to every processor where the user says nothing."""
 
@@ -123,14 +125,12 @@ def refuse_unused(
     mcp_config_path: str | None,
     server_script_path: str | None,
     steps: int,
-    one_turn: bool,
     keywords: Mapping[str, Any],
     known: Collection[str],
 ) -> None:
     """Refuse what `@evaluation_test` hands to every rollout processor and this one has no use for.
 
     Args:
-        one_turn: whether a rollout is one turn, so that one step is what is done anyway.
         keywords: `rollout_processor_kwargs`.
         known: those of them that mean something here.
 
@@ -145,7 +145,7 @@ def refuse_unused(
                 "would not have its tools: give EpisodeRolloutProcessor a ToolLoop with the tools, "
                 f"or leave {name} away"
             )
-    if steps != DEFAULT_STEPS and not (one_turn and steps == 1):
+    if steps not in (SINGLE_STEP, DEFAULT_STEPS):
         raise ParamsError(
             f"@evaluation_test(steps={steps}) is not used by this rollout processor: bound the "
             "turns of an episode with EpisodeRolloutProcessor(limits=EpisodeLimits(turns=...)), or "

@@ -48,6 +48,7 @@ from eval_protocol_rft.sampling.types import (
     TokenIds,
 )
 from eval_protocol_rft.tokenizer import LoadedTokenizer
+from eval_protocol_rft.vocabulary import VocabularyWitness
 
 RUN_KEYWORD = "rft_run"
 """In `RolloutProcessorConfig.kwargs`: the number of the run, of callers that number their own."""
@@ -80,6 +81,10 @@ class _LoopState:
     tasks: set[asyncio.Task[EvaluationRow]] = field(default_factory=set)
     checks: dict[tuple[Endpoint | None, str], asyncio.Task[None]] = field(default_factory=dict)
     """Of what the user says of a model's logprobs."""
+    witnesses: dict[tuple[Endpoint | None, str, str], VocabularyWitness] = field(
+        default_factory=dict
+    )
+    """By server, model and tokenizer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +97,7 @@ class RowJob:
     messages: list[Any]
     """Eval Protocol's, those to be answered."""
     guard: RunGuard
+    witness: VocabularyWitness
     began_at: float
     """Unix seconds."""
     began: float
@@ -136,11 +142,10 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
     Raises (from a row's task, so that the row fails and not the run):
         ValueError: wrong completion_params, tokenizer or messages.
         RolloutError: too few completions survived.
-        RunStoppedError: the server refuses every request, or answers none for half an hour; or its
-            logprobs are not what `logprobs_mode` says. No further row asks it.
+        RunStoppedError: the server refuses every request, or answers none for half an hour; its
+            logprobs are not what `logprobs_mode` says, or its texts not what the tokenizer reads in
+            its ids. No further row asks it.
     """
-
-    _one_turn = True
 
     def __init__(
         self,
@@ -273,8 +278,11 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
                 observe=observe_attempt,
                 on_start=ticket.used,
                 tail=self.tail,
-                read=lambda completion: job.tokenizer.read(completion, job.request.params),
+                read=lambda completion: job.tokenizer.read(
+                    completion, job.request.params, job.witness.look
+                ),
             )
+        job.witness.require_fit()
         self._require_survivors(row, job.request, group)
         commit_group(
             row,
@@ -315,10 +323,14 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
             guard=state.guards.setdefault(
                 request.endpoint, RunGuard(patience_seconds=self.retry.max_seconds)
             ),
+            witness=state.witnesses.setdefault(
+                (request.endpoint, request.params.model, tokenizer.name), VocabularyWitness()
+            ),
             began_at=began_at,
             began=began,
             run=run,
         )
+        job.witness.require_fit()
         await self._check_logprobs(job, state, config)
         row_key = row.input_metadata.row_id or self._render(row, job).json.decode()
         asked = request.n + self.tail.over_sample
@@ -353,7 +365,6 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
             mcp_config_path=config.mcp_config_path,
             server_script_path=config.server_script_path,
             steps=config.steps,
-            one_turn=self._one_turn,
             keywords=config.kwargs or {},
             known=(RUN_KEYWORD, RETRY_KEYWORD),
         )

@@ -11,7 +11,7 @@ import math
 import threading
 import time
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,16 +19,11 @@ from eval_protocol_rft.models import LOCAL_PREFIX, NoSuchModelError, local_model
 from eval_protocol_rft.sampling.types import (
     TOKEN_ID_LIMIT,
     Completion,
-    ContractError,
     SamplingParams,
 )
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-_NO_CHARACTER = "\N{REPLACEMENT CHARACTER}"
-_EXCERPT = 40
-"""Characters shown of two texts that differ."""
 
 
 class TokenizerError(ValueError):
@@ -95,72 +90,29 @@ class LoadedTokenizer:
         read = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return [int(token) for token in read]
 
-    def read(self, completion: Completion, params: SamplingParams) -> Completion:
+    def read(
+        self,
+        completion: Completion,
+        params: SamplingParams,
+        look: Callable[[LoadedTokenizer, str, Completion], None] | None = None,
+    ) -> Completion:
         """The completion as it is kept: it ends where the server says that it ended, and its `text`
         is the answer, decoded here.
 
         Tokens behind that end (speculative decoding hands out some) are in `past_end`, and nowhere
         else: no evaluator saw them, and no later turn may hold them.
 
-        Raises:
-            ContractError: the ids are of another vocabulary.
+        Args:
+            look: told what is read in the ids before anything is cut; may raise.
         """
         body = self.decode_body(completion)
-        self._refuse_other_vocabulary(body, completion)
+        if look is not None:
+            look(self, body, completion)
         end = self._end(body, completion, params)
         if end is not None and end < len(completion.token_ids):
             completion = _cut(completion, end)
             body = self.decode_body(completion)
         return replace(completion, text=self.answer(body, completion, params))
-
-    def _refuse_other_vocabulary(self, body: str, completion: Completion) -> None:
-        """Compare what the server read in the ids with what is read here.
-
-        Only what no server does to a text proves anything: they leave out control tokens, blanks,
-        halves of characters, and what follows the end. An id beyond the vocabulary alone does not:
-        models have more rows than tokens, and draw from them once in a while.
-        """
-        text, ids = completion.text, completion.token_ids
-        beyond = max(ids) if max(ids) >= self.size else None
-        if beyond is None and (not text or body.startswith(text)):
-            return
-        if not text:
-            problem = f"id {beyond} was sampled, and its vocabulary ends at {self.size - 1}"
-        else:
-            # With control tokens in between, halves of a character are none.
-            ours = self._letters([token for token in ids if token not in self.special_ids])
-            theirs = self._without_added(text)
-            length = min(
-                len(letters.partition(_NO_CHARACTER)[0])
-                for letters in (ours, theirs, self._letters(ids))
-            )
-            whole = theirs.replace(_NO_CHARACTER, "")
-            if theirs[:length] == ours[:length] and _is_in(whole, ours):
-                return
-            at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), 0)
-            start = max(0, at - _EXCERPT // 2)
-            problem = (
-                f"the server's text and the sampled ids say different things, from character {at} "
-                f"on: {theirs[start : start + _EXCERPT]!r} there, "
-                f"{ours[start : start + _EXCERPT]!r} here (blanks and control tokens left out)"
-            )
-        raise ContractError(
-            f"tokenizer {self.name!r} is not the one of the model that sampled: {problem}. "
-            'Name the model\'s own, as completion_params["tokenizer"] or as the argument tokenizer'
-        )
-
-    def _letters(self, ids: list[int]) -> str:
-        return self._without_added(self.decode(ids))
-
-    def _without_added(self, text: str) -> str:
-        """A text without added tokens and blanks."""
-        before = None
-        # A token may be spelled by what is left when another one is gone.
-        while before != text:
-            before = text
-            for token in self.added_texts:
-                text = text.replace(token, "")
-        return "".join(text.split())
 
     def ender(self, completion: Completion) -> int | None:
         """The token that ended the turn, where one was sampled."""
@@ -347,12 +299,6 @@ def _cut(completion: Completion, end: int) -> Completion:
         raw_logprobs=None if raw is None else raw[:end],
         past_end=completion.token_ids[end:],
     )
-
-
-def _is_in(text: str, other: str) -> bool:
-    """Whether the characters of `text` stand in `other` in this order, with others between them."""
-    rest = iter(other)
-    return all(letter in rest for letter in text)
 
 
 def _size(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -13,10 +13,19 @@ from tokenizers import decoders as text_decoders
 from transformers import PreTrainedTokenizerFast
 
 from eval_protocol_rft import FireworksTrainingRolloutProcessor
-from eval_protocol_rft.processor import RolloutError
+from eval_protocol_rft.sampling.guard import RunStoppedError
 from eval_protocol_rft.sampling.types import Completion, ContractError, SamplingParams
 from eval_protocol_rft.tokenizer import LoadedTokenizer, TokenizerError
-from tests.rollouts import CHAT_TEMPLATE, chat_tokenizer, params_for, roll_out, row_of, scripted
+from eval_protocol_rft.vocabulary import VocabularyWitness
+from tests.rollouts import (
+    CHAT_TEMPLATE,
+    chat_tokenizer,
+    config_of,
+    params_for,
+    roll_out,
+    row_of,
+    scripted,
+)
 from tests.stub_server import StubServer
 
 FITS = LoadedTokenizer.wrap(chat_tokenizer(), "ours")
@@ -67,34 +76,80 @@ def test_what_servers_do_to_a_text_proves_nothing(
         "cut": own.decode(ids)[: len(ids) // 2],
         "with half a character": own.decode(ids[:-1]) + "\ufffd",
     }[shown]
+    witness = VocabularyWitness()
     for finish_reason in ("stop", "length"):
-        FITS.read(completion(ids, text, finish_reason), PARAMS)
-    FITS.read(completion(ids, None), PARAMS)
-    FITS.read(completion(ids, ""), PARAMS)
+        witness_reads(witness, completion(ids, text, finish_reason))
+    witness_reads(witness, completion(ids, None))
+    witness_reads(witness, completion(ids, ""))
+    assert witness._different == 0
 
 
-def test_a_text_that_the_ids_do_not_say_is_refused_with_the_place_and_both_texts() -> None:
-    ids = FITS.encode("the sum is 4")
-    with pytest.raises(
-        ContractError,
-        match=r"tokenizer 'ours' is not the one of the model.*from character 8 on: "
-        r"'thesumis5' there, 'thesumis4' here.*Name the model's own, as completion_params",
-    ):
-        FITS.read(completion(ids, "the sum is 5"), PARAMS)
+def witness_reads(witness: VocabularyWitness, completion: Completion) -> Completion:
+    return FITS.read(completion, PARAMS, witness.look)
 
 
-def test_an_id_beyond_the_vocabulary_is_refused_unless_the_text_is_the_same() -> None:
+def test_texts_that_the_ids_do_not_say_end_the_run_with_the_place_and_both_texts(caplog) -> None:
+    witness, ids = VocabularyWitness(), FITS.encode("the sum is 4")
+    witness_reads(witness, completion(ids, "the sum is 5"))
+    said = (
+        "tokenizer 'ours' is not the one of the model that sampled: the server's text and the "
+        "sampled ids say different things, from character 8 on: 'thesumis5' there, 'thesumis4' here"
+    )
+    assert said in caplog.text
+    with pytest.raises(RunStoppedError, match=r"Name the model's own, as completion_params"):
+        witness_reads(witness, completion(ids, "the sum is 6"))
+    with pytest.raises(RunStoppedError):
+        witness.require_fit()
+
+
+def test_one_long_text_is_enough_where_none_agreed() -> None:
+    ids = FITS.encode("four and four are eight, and that is all there is to say of it")
+    text = "five and five are ten, and nothing else is to be said of it today"
+    with pytest.raises(RunStoppedError, match="tokenizer 'ours' is not the one of the model"):
+        witness_reads(VocabularyWitness(), completion(ids, text))
+    witness = VocabularyWitness()
+    witness_reads(witness, completion(ids, FITS.decode(ids)))
+    witness_reads(witness, completion(ids, text))
+
+
+def test_a_server_that_says_the_same_of_all_ids_shows_nothing(caplog) -> None:
+    witness = VocabularyWitness()
+    for said in ("four", "five", "six and seven"):
+        ids = FITS.encode(said)
+        read = witness_reads(witness, completion(ids, "not what was sampled"))
+        assert read.text == said
+    assert caplog.text.count("say different things") == 1
+
+
+def test_texts_that_differ_now_and_then_are_faults_of_their_own() -> None:
+    witness, ids = VocabularyWitness(), FITS.encode("four")
+    for text in ("four", "four", "four", "five", "six"):
+        assert witness_reads(witness, completion(ids, text)).text == "four"
+
+
+def test_an_id_beyond_the_vocabulary_is_refused_where_no_text_explains_it() -> None:
     ids = [*FITS.encode("four"), 300]
-    assert FITS.read(completion(ids, "four"), PARAMS).text == "four"
-    for text in ("four!", None, ""):
+    assert witness_reads(VocabularyWitness(), completion(ids, "four")).text == "four"
+    for text in (None, ""):
         with pytest.raises(ContractError, match="tokenizer 'ours' is not the one"):
-            FITS.read(completion(ids, text), PARAMS)
+            witness_reads(VocabularyWitness(), completion(ids, text))
 
 
-def test_rows_rendered_with_another_models_tokenizer_fail_and_say_so() -> None:
+@pytest.mark.parametrize("rows", [1, 3])
+def test_rows_rendered_with_another_models_tokenizer_fail_and_say_so(rows) -> None:
     processor = FireworksTrainingRolloutProcessor(tokenizer=shuffled_tokenizer())
-    with StubServer() as server, pytest.raises(RolloutError, match="is not the one of the model"):
-        asyncio.run(roll_out(processor, row_of(), params_for(server, n=2)))
+
+    async def run(server: StubServer) -> list[Any]:
+        config = config_of(params_for(server, n=4))
+        tasks = processor([row_of(f"row-{i}") for i in range(rows)], config)
+        found = await asyncio.gather(*tasks, return_exceptions=True)
+        await processor.acleanup()
+        return found
+
+    with StubServer() as server:
+        for error in asyncio.run(run(server)):
+            assert isinstance(error, RunStoppedError)
+            assert "is not the one of the model" in str(error)
 
 
 def test_a_sampler_that_knows_its_tokenizer_is_asked_before_anything_is_sampled() -> None:

@@ -52,6 +52,10 @@ PROBE_TEXTS = (
 certain (`<think>`), and whose logprob is 0 whatever is told."""
 PROBE_DRAWS = 16
 """First tokens of a text, at each temperature."""
+_UNSEEN = (
+    "whether the server of %s tells the logprobs of sampling, as logprobs_mode says, could not be "
+    "seen%s; `ep-rft doctor` looks closer"
+)
 logger = logging.getLogger(__name__)
 
 
@@ -196,6 +200,10 @@ async def check_told_kind(
                 guard=guard,
                 prompt="logprobs probe",
             )
+            if any(failure.kind == "contract" for failure in group.failures):
+                # A fault of its own, which completions will tell of if they have it too.
+                logger.warning(_UNSEEN, params.model, f": {_first(group.failures)}")
+                return
             if group.failures:
                 raise SamplingError(f"logprobs cannot be checked: {_first(group.failures)}")
             completions = [survivor.completion for survivor in group.survivors]
@@ -210,11 +218,7 @@ async def check_told_kind(
             return
         if measured.kind == "raw" or measured.sampling_error > SEPARATION:
             raise RunStoppedError(_contradiction(measured))
-    logger.warning(
-        "whether the server of %s tells the logprobs of sampling, as logprobs_mode says, could not "
-        "be seen: `ep-rft doctor` looks closer",
-        params.model,
-    )
+    logger.warning(_UNSEEN, params.model, "")
 
 
 def _contradiction(measured: KindMeasured) -> str:

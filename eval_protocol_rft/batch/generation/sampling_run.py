@@ -30,6 +30,7 @@ from eval_protocol_rft.sampling.refusals import ACCOUNT_STATUSES
 from eval_protocol_rft.sampling.retry import RetryPolicy
 from eval_protocol_rft.sampling.types import Failure, Sampler, SamplingParams, TokenIds
 from eval_protocol_rft.tokenizer import LoadedTokenizer
+from eval_protocol_rft.vocabulary import VocabularyWitness
 
 _STORED_AT_ONCE = 256
 """Rows per append: so many share one wait for the disk."""
@@ -80,6 +81,7 @@ class SamplingRun:
     _room: asyncio.Semaphore = field(init=False)
     """For a completion, from before it is started until it is stored."""
     _guard: RunGuard = field(init=False)
+    _witness: VocabularyWitness = field(default_factory=VocabularyWitness)
     _held: list[CompletionRow] | None = field(default_factory=list)
     """Failures before the first success; None once there was one."""
 
@@ -88,7 +90,8 @@ class SamplingRun:
 
         Raises:
             HopelessError: the first completions all failed.
-            RunStoppedError: the server refuses everything, or answers nothing for long.
+            RunStoppedError: the server refuses everything, or answers nothing for long, or its
+                texts are not what the tokenizer reads in its ids.
             OSError: the store's disk is full or failed.
             Exception: what `prompts` raises, or a sampler that raises no `SamplingError`.
         """
@@ -152,7 +155,9 @@ class SamplingRun:
                 prompt=row.row_id,
                 observe=self._observer(len(prompt.ids)),
                 on_start=started,
-                read=lambda completion: self.tokenizer.read(completion, self.params),
+                read=lambda completion: self.tokenizer.read(
+                    completion, self.params, self._witness.look
+                ),
             )
             self._fill(row, outcome, prompt.ids)
         self._finished.put_nowait(row)
