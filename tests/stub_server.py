@@ -103,7 +103,7 @@ def sampled(prompt: Sequence[int], seed: int, max_tokens: int) -> tuple[list[int
 
 
 def reply_to(body: Mapping[str, Any], seed: int) -> dict[str, Any]:
-    """The whole reply to a request. Its `text` is what `chat_tokenizer` reads in the ids."""
+    """The whole reply to a request. Its `text` is not what the ids say: nobody may use it."""
     prompt = list(body["prompt"])
     ids, logprobs = sampled(prompt, seed, body["max_tokens"])
     content = [
@@ -126,7 +126,7 @@ def reply_to(body: Mapping[str, Any], seed: int) -> dict[str, Any]:
         "choices": [
             {
                 "index": 0,
-                "text": "".join(chr(token + 33) for token in ids if token < END_OF_TURN),
+                "text": "not what was sampled",
                 "finish_reason": "stop" if ids[-1] == END_OF_TURN else "length",
                 "prompt_token_ids": prompt,
                 "token_ids": ids,

@@ -26,7 +26,7 @@ from tests.rollouts import (
     row_of,
     scripted,
 )
-from tests.stub_server import StubServer
+from tests.stub_server import END_OF_TURN, Changed, StubServer
 
 FITS = LoadedTokenizer.wrap(chat_tokenizer(), "ours")
 PARAMS = SamplingParams(model="m", stop=("STOP",))
@@ -146,7 +146,13 @@ def test_rows_rendered_with_another_models_tokenizer_fail_and_say_so(rows) -> No
         await processor.acleanup()
         return found
 
+    def in_its_own_words(reply: dict[str, Any]) -> None:
+        choice = reply["choices"][0]
+        ids = [token for token in choice["token_ids"] if token < END_OF_TURN]
+        choice["text"] = chat_tokenizer().decode(ids)
+
     with StubServer() as server:
+        server.script = lambda seen: Changed(in_its_own_words)
         for error in asyncio.run(run(server)):
             assert isinstance(error, RunStoppedError)
             assert "is not the one of the model" in str(error)
