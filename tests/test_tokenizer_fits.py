@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import Any
 
 import pytest
@@ -89,6 +90,7 @@ def witness_reads(witness: VocabularyWitness, completion: Completion) -> Complet
 
 
 def test_texts_that_the_ids_do_not_say_end_the_run_with_the_place_and_both_texts(caplog) -> None:
+    caplog.set_level(logging.DEBUG)
     witness, ids = VocabularyWitness(), FITS.encode("the sum is 4")
     witness_reads(witness, completion(ids, "the sum is 5"))
     said = (
@@ -113,6 +115,7 @@ def test_one_long_text_is_enough_where_none_agreed() -> None:
 
 
 def test_a_server_that_says_the_same_of_all_ids_shows_nothing(caplog) -> None:
+    caplog.set_level(logging.DEBUG)
     witness = VocabularyWitness()
     for said in ("four", "five", "six and seven"):
         ids = FITS.encode(said)
