@@ -43,9 +43,9 @@ def sampled(folder: Path, form: str) -> Path:
 
 
 def test_graders_see_calls_as_fields_before_and_after_a_conversion(tmp_path):
-    (tmp_path / "graders.py").write_text(GRADER)
+    (tmp_path / "graders_of_calls.py").write_text(GRADER)
     output = sampled(tmp_path, "jsonl")
-    score(output, f"{tmp_path / 'graders.py'}::calls", workers=1)
+    score(output, f"{tmp_path / 'graders_of_calls.py'}::calls", workers=1)
     assert [row.reward for row in RolloutDataset(output)] == [1.0] * 4
     convert(output, tmp_path / "rows.jsonl", to_format="ep")
     called, plain = map(json.loads, (tmp_path / "rows.jsonl").read_text().splitlines())
