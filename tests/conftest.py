@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +25,10 @@ os.environ["EP_DISABLE_AUTO_BROWSER"] = "1"
 for _name in ("EP_LLM_API_BASE", "EP_LLM_BASE_URL", "FIREWORKS_BASE_URL", "FIREWORKS_API_KEY"):
     os.environ.pop(_name, None)
 
+# Processes under test hear Ctrl-C however the tests were started: a shell's background jobs do not.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    with contextlib.suppress(ValueError):  # not the main thread
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # How long an example takes depends on what else the machine does.
 settings.register_profile("no_deadline", deadline=None, max_examples=50)

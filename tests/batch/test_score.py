@@ -294,7 +294,7 @@ def test_a_file_of_something_else_is_refused(tmp_path):
     other = tmp_path / "other.parquet"
     other.write_bytes(b"no")
     assert "not a whole Parquet file" in refused("score", other, "-e", grader("right"))
-    assert "no such rollout file" in refused("score", tmp_path / "no", "-e", grader("right"))
+    assert "no such file or folder" in refused("score", tmp_path / "no", "-e", grader("right"))
 
 
 def test_rows_that_came_from_eval_protocol_keep_theirs_without_the_old_result(tmp_path):
