@@ -114,10 +114,10 @@ def test_a_later_segment_may_be_the_one_that_is_too_long() -> None:
 
 
 def test_the_overlong_penalty_is_for_all_sampled_tokens_of_an_episode() -> None:
-    rows = [episodes_row("a", [TWO_SEGMENTS, ONE_TURN], [1.0, 1.0])]
+    rows = [episodes_row("a", [TWO_SEGMENTS, ONE_TURN], [1.0, 0.0])]
     penalty = SoftOverlong(max_tokens=8, cache_tokens=4)
     batch = build_batch(rows, filters=Filters(soft_overlong=penalty))
-    assert [d.reward for d in batch.datums] == [0.5, 0.5, 1.0]  # 6 tokens: halfway from 4 to 8
+    assert [d.reward for d in batch.datums] == [0.5, 0.5, 0.0]  # 6 tokens: halfway from 4 to 8
 
 
 def test_a_token_budget_counts_every_segment() -> None:
