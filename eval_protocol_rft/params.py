@@ -10,7 +10,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -125,14 +125,8 @@ def refuse_unused(
     mcp_config_path: str | None,
     server_script_path: str | None,
     steps: int,
-    keywords: Mapping[str, Any],
-    known: Collection[str],
 ) -> None:
     """Refuse what `@evaluation_test` hands to every rollout processor and this one has no use for.
-
-    Args:
-        keywords: `rollout_processor_kwargs`.
-        known: those of them that mean something here.
 
     Raises:
         ParamsError: one of them is given; the message names it and what to do instead.
@@ -150,12 +144,6 @@ def refuse_unused(
             f"@evaluation_test(steps={steps}) is not used by this rollout processor: bound the "
             "turns of an episode with EpisodeRolloutProcessor(limits=EpisodeLimits(turns=...)), or "
             "leave steps away"
-        )
-    unknown = sorted(set(keywords) - set(known))
-    if unknown:
-        raise ParamsError(
-            f"rollout_processor_kwargs[{unknown[0]!r}] is not used by this rollout processor: its "
-            "options are arguments of its own"
         )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import hashlib
+import logging
 import secrets
 import time
 from collections import Counter
@@ -49,6 +50,8 @@ from eval_protocol_rft.sampling.types import (
 )
 from eval_protocol_rft.tokenizer import LoadedTokenizer
 from eval_protocol_rft.vocabulary import VocabularyWitness
+
+logger = logging.getLogger(__name__)
 
 RUN_KEYWORD = "rft_run"
 """In `RolloutProcessorConfig.kwargs`: the number of the run, of callers that number their own."""
@@ -176,6 +179,7 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
         )
         self._loops: dict[asyncio.AbstractEventLoop, _LoopState] = {}
         self._runs = _Runs()
+        self._told_keywords: set[str] = set()
 
     def __call__(
         self, rows: list[EvaluationRow], config: RolloutProcessorConfig
@@ -365,10 +369,20 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
             mcp_config_path=config.mcp_config_path,
             server_script_path=config.server_script_path,
             steps=config.steps,
-            keywords=config.kwargs or {},
-            known=(RUN_KEYWORD, RETRY_KEYWORD),
         )
+        self._tell_unused_keywords(config.kwargs or {})
         return self.request_of(config.completion_params)
+
+    def _tell_unused_keywords(self, keywords: Mapping[str, Any]) -> None:
+        """Eval Protocol puts keywords of its own beside the user's, so none is refused."""
+        unused = keywords.keys() - {RUN_KEYWORD, RETRY_KEYWORD} - self._told_keywords
+        self._told_keywords |= unused
+        for keyword in sorted(unused):
+            logger.warning(
+                "rollout_processor_kwargs[%r] is not used by this rollout processor: its options "
+                "are arguments of its own",
+                keyword,
+            )
 
     @property
     def names_tokenizer(self) -> bool:

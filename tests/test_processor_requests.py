@@ -213,7 +213,9 @@ async def test_headers_of_the_users_are_sent_with_every_request(server, processo
 async def test_what_eval_protocol_and_the_cookbook_put_into_a_config_does_not_matter(
     server, processor
 ):
-    config = config_of(params_for(server), logger=None, kwargs={"start_server": False})
+    config = config_of(
+        params_for(server), logger=None, kwargs={"start_server": False, "anything": object()}
+    )
     [row] = await asyncio.gather(*processor([row_of()], config))
     await processor.acleanup()
     assert len(record_of_row(row)) == 1
@@ -248,7 +250,6 @@ async def test_the_servers_meaning_of_its_logprobs_can_be_told(server):
         ({"mcp_config_path": "tools.json"}, r"mcp_config_path=\.\.\.\).*ToolLoop"),
         ({"server_script_path": "server.py"}, r"server_script_path=\.\.\.\).*ToolLoop"),
         ({"steps": 5}, r"steps=5\).*EpisodeLimits\(turns="),
-        ({"kwargs": {"start_server": False, "tmperature": 2}}, r"rollout_processor_kwargs\['tmp"),
     ],
 )
 @pytest.mark.parametrize("episodes", [False, True])
@@ -267,6 +268,15 @@ async def test_what_has_no_use_here_is_refused_by_name_before_anything_is_sample
         await task
     await processor.acleanup()
     assert server.requests == []
+
+
+async def test_a_keyword_without_use_is_told_once(server, caplog):
+    processor = FireworksTrainingRolloutProcessor(tokenizer=chat_tokenizer())
+    config = config_of(params_for(server), kwargs={"start_server": False, "tmperature": 2})
+    await asyncio.gather(*processor([row_of(), row_of(row_id="row-2")], config))
+    await processor.acleanup()
+    assert caplog.text.count("rollout_processor_kwargs['tmperature'] is not used") == 1
+    assert "start_server" not in caplog.text
 
 
 async def test_one_step_is_the_one_turn_that_is_taken(server):
