@@ -20,8 +20,8 @@ from eval_protocol.pytest.rollout_processor import RolloutProcessor
 from eval_protocol.pytest.types import RolloutProcessorConfig
 
 from eval_protocol_rft.params import parse_completion_params
-from eval_protocol_rft.processor import RUN_KEYWORD
 from eval_protocol_rft.redaction import redact_params
+from eval_protocol_rft.run_names import RUN_KEYWORD
 from eval_protocol_rft.sampling.distribution import support_truncated
 from eval_protocol_rft.sampling.tails import TailPolicy
 from eval_protocol_rft.scoring import ascore_rows

@@ -14,7 +14,7 @@ from eval_protocol_rft import (
     RolloutRecord,
 )
 from eval_protocol_rft.environments.environment import Environment, Step
-from eval_protocol_rft.processor import RUN_KEYWORD
+from eval_protocol_rft.run_names import RUN_KEYWORD
 from tests.rollouts import (
     assert_is_what_the_server_sampled,
     chat_tokenizer,
