@@ -71,7 +71,9 @@ def train(
     data: Annotated[
         list[str] | None,
         typer.Option(
-            help="JSONL in place of the test's data set; repeatable.", rich_help_panel=_RUN
+            help="In place of the test's data set: Parquet, JSONL, JSON, CSV or TSV, text also "
+            "as .gz or .zst: files, folders, patterns; repeatable.",
+            rich_help_panel=_RUN,
         ),
     ] = None,
     groups_per_step: Annotated[
@@ -176,7 +178,9 @@ def train(
     eval_data: Annotated[
         list[str] | None,
         typer.Option(
-            help="JSONL to evaluate on; repeatable.", show_default="held out", rich_help_panel=_EVAL
+            help="The same, to evaluate on; repeatable.",
+            show_default="held out",
+            rich_help_panel=_EVAL,
         ),
     ] = None,
     held_out: Annotated[

@@ -15,6 +15,18 @@ from eval_protocol.common_utils import load_jsonl
 from eval_protocol.human_id import generate_id, num_combinations
 from eval_protocol.models import EPParameters, EvaluationRow, Message
 from eval_protocol.pytest.default_dataset_adapter import default_dataset_adapter
+from pydantic import ValidationError
+
+from eval_protocol_rft.batch.source.opening import (
+    PathOrGlob,
+    Source,
+    SourceRow,
+    messages_in,
+    open_source,
+)
+from eval_protocol_rft.batch.source.types import type_name
+from eval_protocol_rft.episode_processor import EpisodeRolloutProcessor
+from eval_protocol_rft.prompts import PROMPT_IDS_KEY
 
 
 class DataError(ValueError):
@@ -22,30 +34,36 @@ class DataError(ValueError):
 
 
 def load_rows(
-    evaluator: Callable[..., Any], files: Sequence[str] | None = None
+    evaluator: Callable[..., Any], data: Sequence[PathOrGlob] | None = None
 ) -> list[EvaluationRow]:
     """The rows that `@evaluation_test` would run: its data set, adapter and preprocessing.
 
     Args:
         evaluator: the function under `@evaluation_test`.
-        files: JSONL files in place of the test's own data.
+        data: files, folders or patterns in place of the test's own data, as `open_source` takes
+            them. Rows are those of the same data in JSONL; messages that are JSON text, as in CSV,
+            are read by the default adapter.
 
     Raises:
-        DataError: there are no rows, or the test has several data sets and none was chosen.
+        DataError: there are no rows, the adapter takes them not, or the test has several data sets
+            and none was chosen.
+        SourceError: `data` cannot be read.
     """
     test: EPParameters | None = getattr(evaluator, "__ep_params__", None)
-    if test is None and files is None:
+    if test is None and data is None:
         raise DataError(
             "the evaluator is no @evaluation_test, so it brings no data set: pass one with --data"
         )
     test = test or EPParameters()
-    rows = _rows(test, files)
-    if test.filtered_row_ids is not None and files is None:
+    rows = _own_rows(test) if data is None else _rows_of(open_source(data), test)
+    if test.filtered_row_ids is not None and data is None:
         rows = [row for row in rows if row.input_metadata.row_id in test.filtered_row_ids]
-    if test.preprocess_fn is not None and (files is not None or not test.data_loaders):
+    if test.preprocess_fn is not None and (data is not None or not test.data_loaders):
         rows = test.preprocess_fn(rows)
     if not rows:
-        raise DataError(f"no rows in {', '.join(files) if files else 'the test`s data set'}")
+        raise DataError(
+            f"no rows in {', '.join(map(str, data)) if data else 'the test`s data set'}"
+        )
     for row in rows:
         if row.input_metadata.row_id is None:
             index = abs(hash(row)) % num_combinations()
@@ -53,12 +71,56 @@ def load_rows(
     return rows
 
 
-def _rows(test: EPParameters, files: Sequence[str] | None) -> list[EvaluationRow]:
+def _rows_of(source: Source, test: EPParameters) -> list[EvaluationRow]:
+    """The rows that the test's adapter makes of a data set's."""
+    records = list(source.records())
+    if test.dataset_adapter not in (None, default_dataset_adapter):
+        try:
+            adapted: list[EvaluationRow] = test.dataset_adapter(
+                [record.values for record in records]
+            )
+        except Exception as error:
+            raise DataError(
+                f"{source.name}: the test's dataset_adapter raised {type(error).__name__}: "
+                f"{error}. The data has {_listed(source)}"
+            ) from error
+        return adapted
+    rows = [_evaluation_row(record) for record in records]
+    prompted = any(row.messages or PROMPT_IDS_KEY in (row.model_extra or {}) for row in rows)
+    if not prompted and not isinstance(test.rollout_processor, EpisodeRolloutProcessor):
+        raise DataError(
+            f"{source.name}: no row has messages. It has {_listed(source)}: give the test a "
+            "dataset_adapter that makes messages of them"
+        )
+    return rows
+
+
+def _listed(source: Source) -> str:
+    return f"the columns {', '.join(column.name for column in source.columns)}"
+
+
+def _evaluation_row(record: SourceRow) -> EvaluationRow:
+    values = record.values
+    messages = values.get("messages")
+    if isinstance(messages, str):
+        values = {**values, "messages": messages_in(messages) or messages}
+    try:
+        return EvaluationRow(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise DataError(
+            f"{record.where}: no row of an evaluation test: {place}: {first['msg']}, not "
+            f"{type_name(first['input'])}. Rows of other data are made by a dataset_adapter of the "
+            "test"
+        ) from error
+
+
+def _own_rows(test: EPParameters) -> list[EvaluationRow]:
     most = test.max_dataset_rows
-    if files is not None or test.input_dataset:
-        paths = list(files or _one(test.input_dataset, "input_dataset", test.combine_datasets))
+    if test.input_dataset:
         lines: list[dict[str, Any]] = []
-        for path in paths:
+        for path in _one(test.input_dataset, "input_dataset", test.combine_datasets):
             try:
                 found = load_jsonl(path)
             except (OSError, ValueError) as error:
@@ -67,7 +129,7 @@ def _rows(test: EPParameters, files: Sequence[str] | None) -> list[EvaluationRow
                 raise DataError(f"{path} has no lines")
             lines += found
         adapter = test.dataset_adapter or default_dataset_adapter
-        return adapter(lines if files is not None else lines[:most])
+        return adapter(lines[:most])
     if test.data_loaders:
         loaders = test.data_loaders
         loaders = loaders if isinstance(loaders, Sequence) else [loaders]

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eval_protocol_rft.batch.progress import Reporter, reporter
+from eval_protocol_rft.batch.source.opening import PathOrGlob
 from eval_protocol_rft.loop.data import Draw, RowStream, load_rows, split_rows
 from eval_protocol_rft.loop.evaluation import Evaluation
 from eval_protocol_rft.loop.fingerprints import (
@@ -78,8 +79,8 @@ async def atrain(
     options: LoopOptions,
     model: str | None = None,
     completion_params: Mapping[str, Any] | None = None,
-    data: Sequence[str] | None = None,
-    eval_data: Sequence[str] | None = None,
+    data: Sequence[PathOrGlob] | None = None,
+    eval_data: Sequence[PathOrGlob] | None = None,
     held_out: float = DEFAULT_HELD_OUT,
     parts: MakeParts | None = None,
     overwrite: bool = False,
@@ -96,8 +97,8 @@ async def atrain(
         options: how to train.
         model: in place of the test's: `local/...`, or the name a server knows.
         completion_params: joined with the test's, and before them.
-        data: JSONL files in place of the test's data set.
-        eval_data: JSONL files to evaluate on; default rows held out from the data.
+        data: in place of the test's data set: files, folders or patterns, as `generate` takes them.
+        eval_data: the same to evaluate on; default rows held out from the data.
         held_out: a share of the rows below 1, or a number of them.
         parts: where sampling and training happen: `local_parts(...)`, the default, or
             `fireworks_parts(...)`.
@@ -108,8 +109,8 @@ async def atrain(
         warn: told what is wrong and not fatal.
 
     Raises:
-        OptionsError, DataError, SetupError, ParamsError, RunFolderError, SinkError: something given
-            is wrong, or a logger's package is missing.
+        OptionsError, SourceError, DataError, SetupError, ParamsError, RunFolderError, SinkError:
+            something given is wrong, or a logger's package is missing; nothing was started.
         NothingToTrainOnError: rows give no completions, or none with a gradient.
         TrainingStoppedError: sampler and trainer disagree; nothing learnt would be right.
     """

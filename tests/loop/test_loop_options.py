@@ -10,6 +10,7 @@ from eval_protocol.models import EvaluationRow, Message
 from hypothesis import given
 from hypothesis import strategies as st
 
+from eval_protocol_rft.batch.source.types import SourceError
 from eval_protocol_rft.loop.data import DataError, Draw, RowStream, load_rows, split_rows
 from eval_protocol_rft.loop.options import LoopOptions, OptionsError
 from examples.arithmetic import test_arithmetic as example
@@ -123,7 +124,7 @@ def test_the_tests_own_data_set_is_read_and_can_be_replaced(tmp_path) -> None:
 
 
 def test_missing_data_is_said(tmp_path) -> None:
-    with pytest.raises(DataError, match="nowhere"):
+    with pytest.raises(SourceError, match="nowhere"):
         load_rows(example.test_arithmetic, [str(tmp_path / "nowhere.jsonl")])
     with pytest.raises(DataError, match="--data"):
         load_rows(lambda row: 1.0)

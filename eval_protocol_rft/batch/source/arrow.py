@@ -25,6 +25,7 @@ from eval_protocol_rft.batch.source.types import (
     SourceError,
     SourceFacts,
     SourceRow,
+    without_nulls,
 )
 
 if TYPE_CHECKING:
@@ -81,6 +82,10 @@ class ArrowSource(Source):
         copy = _UncompressedCopy(self.name, self._schema, self._batches())
         for number in map(int, order):
             yield from self._rows(copy.row(number), number)
+
+    def _read_own(self) -> Iterator[SourceRow]:
+        for row in self._read(None):
+            yield SourceRow(row.data_idx, without_nulls(row.values), row.where)
 
     def _batches(self) -> Iterator[pa.RecordBatch]:
         """All batches, of at most `BATCH_ROWS` rows, in the plain types."""

@@ -44,16 +44,13 @@ def open_json(name: str, files: Sequence[TextFile]) -> TextSource:
     for file in files:
         is_array = plain_name(file.path).suffix.lower() == ".json"
         parts.append((_array_part if is_array else _lines_part)(file, types))
-    columns = types.columns()
-    names = [column.name for column in columns]
     decoder = msgspec.json.Decoder(dict[str, Any])
 
     def decode(row: bytes) -> dict[str, Any]:
         # What follows a row until the next one starts.
-        found = decoder.decode(row.rstrip(WHITESPACE + b","))
-        return {name: found.get(name) for name in names}
+        return decoder.decode(row.rstrip(WHITESPACE + b","))
 
-    return TextSource(name, parts, columns, decode)
+    return TextSource(name, parts, types.columns(), decode)
 
 
 def _lines_part(file: TextFile, types: ColumnTypes) -> TextPart:

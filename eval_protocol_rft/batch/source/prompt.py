@@ -11,7 +11,13 @@ import json
 from typing import TYPE_CHECKING, Any, Literal
 
 from eval_protocol_rft.batch.source.filter import listed_columns
-from eval_protocol_rft.batch.source.types import Source, SourceError, SourceRow, type_name
+from eval_protocol_rft.batch.source.types import (
+    Source,
+    SourceError,
+    SourceRow,
+    type_name,
+    without_nulls,
+)
 from eval_protocol_rft.prompts import PROMPT_IDS_KEY
 
 if TYPE_CHECKING:
@@ -114,13 +120,7 @@ def without_absent(value: Any, type_: pa.DataType) -> Any:
     """
     import pyarrow as pa
 
-    return _without_nulls(value) if pa.types.is_nested(type_) else value
-
-
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _without_nulls(v) for k, v in value.items() if v is not None}
-    return [_without_nulls(v) for v in value] if isinstance(value, list) else value
+    return without_nulls(value) if pa.types.is_nested(type_) else value
 
 
 def tools_in(value: Any, place: str) -> list[dict[str, Any]] | None:

@@ -39,7 +39,7 @@ _MOST_OPEN = 64
 """Of a data set's files at a time: a process may have a thousand."""
 
 RowDecoder = Callable[[bytes], dict[str, Any]]
-"""From the bytes between a row's start and the next one's to a value for every column."""
+"""From the bytes between a row's start and the next one's to its values by column."""
 
 
 def plain_name(path: Path) -> Path:

@@ -113,12 +113,33 @@ class Source(abc.ABC):
         order = None
         if shuffle_seed is not None:
             order = np.random.default_rng(shuffle_seed).permutation(self.num_rows)
-        found = self._read(order)
+        found = map(self._with_every_column, self._read(order))
         return islice(found if keep is None else _passing(found, keep), limit)
+
+    def records(self) -> Iterator[SourceRow]:
+        """All rows, each with the keys that it has itself: what JSONL of the same rows would say.
+        In Parquet and Arrow, where a null may stand for a key that only other rows have, nulls are
+        left out.
+
+        Raises:
+            SourceError: while iterating, for a row that cannot be read or a file that changed.
+        """
+        self._refuse_changed_files()
+        yield from self._read_own()
+        self._refuse_changed_files()
 
     @abc.abstractmethod
     def _read(self, order: NDArray[np.int64] | None) -> Iterator[SourceRow]:
-        """All rows, as they lie or in the order of `order` [num_rows]."""
+        """All rows, as they lie or in the order of `order` [num_rows]; where the format can tell,
+        without the keys that they lack."""
+
+    def _read_own(self) -> Iterator[SourceRow]:
+        """All rows as they lie, each with its own keys."""
+        return self._read(None)
+
+    def _with_every_column(self, row: SourceRow) -> SourceRow:
+        values = {column.name: row.values.get(column.name) for column in self.columns}
+        return SourceRow(row.data_idx, values, row.where)
 
     def _refuse_changed_files(self) -> None:
         for state in self._files:
@@ -137,6 +158,13 @@ def _passing(rows: Iterator[SourceRow], keep: Filter) -> Iterator[SourceRow]:
             raise SourceError(f"{row.where}: {error}") from error
         if passed:
             yield row
+
+
+def without_nulls(value: Any) -> Any:
+    """A nested value without the keys that hold a null, at any depth."""
+    if isinstance(value, dict):
+        return {k: without_nulls(v) for k, v in value.items() if v is not None}
+    return [without_nulls(v) for v in value] if isinstance(value, list) else value
 
 
 def type_name(value: Any) -> str:
