@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from eval_protocol_rft.endpoint import Endpoint
 from eval_protocol_rft.fireworks_models import hub_id_of
 from eval_protocol_rft.models import LOCAL_PREFIX
-from eval_protocol_rft.params import RolloutRequest
+from eval_protocol_rft.params import RolloutRequest, model_name
 from eval_protocol_rft.sampling.http import HttpSampler
 from eval_protocol_rft.sampling.types import Sampler
 from eval_protocol_rft.tokenizer import LoadedTokenizer, TokenizerError, load_tokenizer
@@ -23,7 +24,8 @@ class Backends:
     """Finds sampler and tokenizer for requests.
 
     Args:
-        tokenizer: folder or hub id, or a tokenizer object, for requests that name none.
+        tokenizer: folder or hub id, or a tokenizer object, for requests that name none; or a
+            mapping from the names of models to them.
         sampler: used for every request in place of what it names.
         trust_remote_code: let tokenizer and model folders run their own code.
     """
@@ -32,7 +34,8 @@ class Backends:
         self._tokenizer = tokenizer
         self._sampler = sampler
         self._trust_remote_code = trust_remote_code
-        self._wrapped: LoadedTokenizer | None = None
+        self._wrapped: dict[int, LoadedTokenizer] = {}
+        """Tokenizer objects of the caller's, by identity."""
         self._local: dict[str, LoadedTokenizer] = {}
         self._alike: set[tuple[int, int]] = set()
         """Tokenizers, by identity, that were compared."""
@@ -43,6 +46,26 @@ class Backends:
     def names_tokenizer(self) -> bool:
         """Whether requests that name no tokenizer have one of the caller's."""
         return self._tokenizer is not None
+
+    def tokenizer_problem(self, requests: Sequence[RolloutRequest]) -> str | None:
+        """Why the tokenizer cannot stand for the models of one evaluation test; None where it can.
+        Models share one by their own words, in completion_params or in a mapping, never by
+        default."""
+        if self._sampler is not None or self._tokenizer is None:
+            return None
+        if isinstance(self._tokenizer, Mapping):
+            return None
+        unnamed = [_weights_of(request) for request in requests if request.tokenizer is None]
+        models = list(dict.fromkeys(unnamed))
+        if len(models) < 2:
+            return None
+        each = ", ".join(f"{model!r}: ..." for model in models)
+        return (
+            f"one tokenizer, the processor's argument, is given for {len(models)} models of this "
+            f"evaluation test: {', '.join(map(repr, models))}. Name the tokenizer of each, also "
+            'where it is the same: as "tokenizer" in each of the completion_params, or as '
+            f"FireworksTrainingRolloutProcessor(tokenizer={{{each}}})"
+        )
 
     def sampling_from(self, sampler: Sampler) -> Backends:
         """The same with another sampler."""
@@ -88,13 +111,27 @@ class Backends:
         return local, await self._tokenizer_for(request, self._local[request.params.model])
 
     async def _tokenizer_for(self, request: RolloutRequest, own: Any) -> LoadedTokenizer:
-        chosen = request.tokenizer or self._tokenizer or own
+        chosen = request.tokenizer or self._argument_for(request) or own
         if chosen is None:
             chosen = await self._by_model(request)
         loaded = await self._loaded(chosen)
         if own is not None and chosen is not own:
             await asyncio.to_thread(self._refuse_other, loaded, own)
         return loaded
+
+    def _argument_for(self, request: RolloutRequest) -> Any:
+        """What the argument `tokenizer` says for the model."""
+        if not isinstance(self._tokenizer, Mapping):
+            return self._tokenizer
+        by_model = {model_name(str(model)): value for model, value in self._tokenizer.items()}
+        for model in (request.params.model, _weights_of(request)):
+            if model in by_model:
+                return by_model[model]
+        raise TokenizerError(
+            f"the argument tokenizer names none for model {request.params.model!r}, only for "
+            f"{', '.join(map(repr, by_model)) or 'no model'}: add it there, or name one as "
+            'completion_params["tokenizer"]'
+        )
 
     async def _loaded(self, chosen: Any) -> LoadedTokenizer:
         if isinstance(chosen, LoadedTokenizer):
@@ -105,9 +142,9 @@ class Backends:
             return await asyncio.to_thread(
                 load_tokenizer, chosen, trust_remote_code=self._trust_remote_code
             )
-        if self._wrapped is None or self._wrapped.tokenizer is not chosen:
-            self._wrapped = LoadedTokenizer.wrap(chosen)
-        return self._wrapped
+        if id(chosen) not in self._wrapped:
+            self._wrapped[id(chosen)] = LoadedTokenizer.wrap(chosen)
+        return self._wrapped[id(chosen)]
 
     def _refuse_other(self, loaded: LoadedTokenizer, own: Any) -> None:
         """A sampler that brings its tokenizer says which ids its model has: they mean the same."""
@@ -145,3 +182,8 @@ class Backends:
                 'FireworksTrainingRolloutProcessor(tokenizer="Qwen/Qwen3-8B")'
             )
         return hub_id
+
+
+def _weights_of(request: RolloutRequest) -> str:
+    """The model's name without the deployment that it runs on."""
+    return request.params.model.partition("#")[0]

@@ -201,7 +201,7 @@ def parse_completion_params(
             "as the server does"
         )
     params = SamplingParams(
-        model=model.removeprefix("fireworks_ai/"),
+        model=model_name(model),
         max_tokens=_max_tokens(keys) or (None if local else DEFAULT_MAX_TOKENS),
         temperature=temperature,
         top_p=_default(keys.number("top_p", above=0.0, high=1.0), 1.0),
@@ -221,6 +221,11 @@ def parse_completion_params(
         tokenizer=tokenizer,
         chat_template_kwargs=template_kwargs,
     )
+
+
+def model_name(model: str) -> str:
+    """As the server knows it: litellm puts a provider in front."""
+    return model.removeprefix("fireworks_ai/")
 
 
 class _Keys:

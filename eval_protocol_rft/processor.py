@@ -26,6 +26,7 @@ from eval_protocol_rft.commit import commit_group, messages_to_answer
 from eval_protocol_rft.endpoint import Endpoint
 from eval_protocol_rft.evaluation_run import observe_attempt, watched
 from eval_protocol_rft.params import (
+    ParamsError,
     RolloutRequest,
     parse_completion_params,
     refuse_unused,
@@ -33,6 +34,7 @@ from eval_protocol_rft.params import (
 )
 from eval_protocol_rft.prompts import PromptError, given_prompt, prompt_ids_of, render_prompt
 from eval_protocol_rft.redaction import redact_params
+from eval_protocol_rft.replaced_params import REPLACED, is_replacement
 from eval_protocol_rft.run_names import RETRY_KEYWORD, RUN_KEYWORD, RunNames
 from eval_protocol_rft.sampling.fanout import Group, derive_seeds, sample_group
 from eval_protocol_rft.sampling.guard import RunGuard
@@ -47,7 +49,7 @@ from eval_protocol_rft.sampling.types import (
     SamplingError,
     TokenIds,
 )
-from eval_protocol_rft.tokenizer import LoadedTokenizer
+from eval_protocol_rft.tokenizer import LoadedTokenizer, TokenizerError
 from eval_protocol_rft.vocabulary import VocabularyWitness
 
 logger = logging.getLogger(__name__)
@@ -116,8 +118,9 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
     `api_base`, `tokenizer`, ... (see docs/processor.md).
 
     Args:
-        tokenizer: folder or hub id, or a tokenizer object, that renders the prompts. Default: the
-            local model's own, or the one that `model` names on the hub.
+        tokenizer: folder or hub id, or a tokenizer object, that renders the prompts; for several
+            models of one evaluation test a mapping from their names to these. Default: the local
+            model's own, or the one that `model` names on the hub.
         chat_template_kwargs: passed to the chat template (`enable_thinking=False`, ...).
         drop_trailing_assistant_messages: sample an answer to the last message that is not the
             assistant's.
@@ -173,6 +176,8 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
         )
         self._loops: dict[asyncio.AbstractEventLoop, _LoopState] = {}
         self._runs = RunNames()
+        self._first_requests: dict[tuple[str | None, str], RolloutRequest] = {}
+        """Of each evaluation test, the first that took the argument `tokenizer`."""
         self._told_keywords: set[str] = set()
 
     def __call__(
@@ -305,7 +310,13 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
     ) -> RowJob:
         """Everything that is known before the first request for a row."""
         request = self._request(config)
-        sampler, tokenizer = await self._backends.resolve(request, state.clients)
+        self._refuse_shared_tokenizer(row, request)
+        try:
+            sampler, tokenizer = await self._backends.resolve(request, state.clients)
+        except TokenizerError as error:
+            if request.tokenizer is None and is_replacement(config.completion_params):
+                raise TokenizerError(f"{error} ({REPLACED})") from error
+            raise
         messages = messages_to_answer(
             row, drop_trailing_assistant=self.drop_trailing_assistant_messages
         )
@@ -366,6 +377,21 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
         )
         self._tell_unused_keywords(config.kwargs or {})
         return self.request_of(config.completion_params)
+
+    def _refuse_shared_tokenizer(self, row: EvaluationRow, request: RolloutRequest) -> None:
+        """Under pytest it is said before the first request. Outside of evaluation tests models with
+        several names may be versions of one."""
+        if row.eval_metadata is None or request.tokenizer is not None:
+            return
+        test = (row.execution_metadata.invocation_id, row.eval_metadata.name)
+        first = self._first_requests.setdefault(test, request)
+        if problem := self.tokenizer_problem([first, request]):
+            raise ParamsError(problem)
+
+    def tokenizer_problem(self, requests: Sequence[RolloutRequest]) -> str | None:
+        """Why the argument `tokenizer` cannot stand for all models of an evaluation test that makes
+        these requests; None where it can."""
+        return self._backends.tokenizer_problem(requests)
 
     def _tell_unused_keywords(self, keywords: Mapping[str, Any]) -> None:
         """Eval Protocol puts keywords of its own beside the user's, so none is refused."""

@@ -7,13 +7,15 @@ and all that is heavy are there only if the test at hand is an evaluation test.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 if TYPE_CHECKING:
     from eval_protocol_rft.evaluation_run import Outcome
+    from eval_protocol_rft.params import RolloutRequest
+    from eval_protocol_rft.processor import FireworksTrainingRolloutProcessor
 
 OPTION = "--ep-rft-allow-unscored"
 INI = "ep_rft_allow_unscored"
@@ -40,38 +42,70 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
     from eval_protocol_rft.evaluation_run import watch
     from eval_protocol_rft.processor import FireworksTrainingRolloutProcessor
 
-    ours = isinstance(test.rollout_processor, FireworksTrainingRolloutProcessor)
-    if ours:
-        _refuse_several_models(item, test)
+    processor = test.rollout_processor
+    ours = isinstance(processor, FireworksTrainingRolloutProcessor)
+    if ours and (problem := _problem(item, test, processor)):
+        pytest.fail(problem, pytrace=False)
     with watch() as run:
         try:
             result = yield
         finally:
             outcome = run.outcome()
             if outcome.rows:
-                item.stash[_SUMMARY] = outcome.lines()
+                more = _warnings(item, test, processor) if ours else []
+                item.stash[_SUMMARY] = [*outcome.lines(), *more]
     if (outcome.rows or ours) and not _is_allowed(item.config):
         _require_scores(outcome)
     return result
 
 
-def _refuse_several_models(item: Any, test: Any) -> None:
-    """Before anything is paid for; the scorer would refuse its groups afterwards."""
-    from eval_protocol_rft.params import ParamsError, parse_completion_params
+def _problem(item: Any, test: Any, processor: FireworksTrainingRolloutProcessor) -> str | None:
+    """What the test asks for and cannot have, before anything is paid for."""
+    from eval_protocol_rft.replaced_params import lost_tokenizer
+
+    if not processor.names_tokenizer and (problem := lost_tokenizer(item.function, _sets(test))):
+        return problem
+    try:
+        requests = [processor.request_of(params) for params in _sampled_sets(item, test)]
+    except ValueError:
+        return None  # its rows say so
+    return processor.tokenizer_problem(requests) or _groups_problem(item, test, requests)
+
+
+def _groups_problem(item: Any, test: Any, requests: Sequence[RolloutRequest]) -> str | None:
+    """The scorer would refuse such groups afterwards."""
     from eval_protocol_rft.scoring.decorator import OPTIONS_ATTRIBUTE
     from eval_protocol_rft.scoring.scorer import several_models_problem
 
-    sets = test.completion_params or []
-    if test.mode != "groupwise" or len(sets) < 2:
-        return
+    most = max((request.n for request in requests), default=1)
+    if test.mode != "groupwise" or len(requests) < 2 or most < 2:
+        return None
     if not hasattr(getattr(item.obj, "_origin_func", None), OPTIONS_ATTRIBUTE):
-        return
-    try:
-        most = max(parse_completion_params(params).n for params in sets)
-    except ParamsError:
-        return  # its rows say so
-    if most > 1:
-        pytest.fail(several_models_problem(len(sets), most), pytrace=False)
+        return None
+    return several_models_problem(len(requests), most)
+
+
+def _sets(test: Any) -> Sequence[Any]:
+    return test.completion_params or []
+
+
+def _sampled_sets(item: Any, test: Any) -> list[Any]:
+    """The completion_params that this run of pytest samples with for the test: those of its cases,
+    and with mode="groupwise" all in each case."""
+    if test.mode == "groupwise":
+        return list(_sets(test))
+    cases = [case for case in item.session.items if getattr(case, "function", 0) is item.function]
+    calls = [case.callspec.params for case in cases if hasattr(case, "callspec")]
+    return [params["completion_params"] for params in calls if "completion_params" in params]
+
+
+def _warnings(item: Any, test: Any, processor: FireworksTrainingRolloutProcessor) -> list[str]:
+    from eval_protocol_rft.replaced_params import untold_tokenizer
+
+    if processor.names_tokenizer:
+        return []
+    warning = untold_tokenizer(item.function, _sets(test))
+    return [warning] if warning else []
 
 
 def _is_allowed(config: pytest.Config) -> bool:

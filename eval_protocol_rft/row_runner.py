@@ -21,6 +21,7 @@ from eval_protocol.pytest.types import RolloutProcessorConfig
 
 from eval_protocol_rft.params import parse_completion_params
 from eval_protocol_rft.redaction import redact_params
+from eval_protocol_rft.replaced_params import lost_tokenizer
 from eval_protocol_rft.run_names import RUN_KEYWORD
 from eval_protocol_rft.sampling.distribution import support_truncated
 from eval_protocol_rft.sampling.tails import TailPolicy
@@ -85,6 +86,10 @@ class RowRunner:
         self._completion_params = _completion_params(self._test, completion_params)
         self._kwargs = _kwargs(self._test, evaluation_test_kwargs)
         request = parse_completion_params(self._completion_params)
+        if request.tokenizer is None and not getattr(chosen, "names_tokenizer", True):
+            problem = lost_tokenizer(evaluator, self._test.completion_params)
+            if problem is not None:
+                raise ValueError(problem)
         self.n = request.n
         """Completions per row."""
         if request.params.temperature == 0 or support_truncated(request.params):

@@ -14,7 +14,11 @@ from eval_protocol_rft import FireworksTrainingRolloutProcessor, score_each_comp
 from eval_protocol_rft.processor import RolloutError
 
 OUTPUT = Path(os.environ["EP_MODES_OUTPUT"])
-SHARED = {"api_base": os.environ["EP_MODES_SERVER"], "max_tokens": 32}
+SHARED = {
+    "api_base": os.environ["EP_MODES_SERVER"],
+    "max_tokens": 32,
+    "tokenizer": os.environ["EP_MODES_TOKENIZER"],
+}
 COMPLETION_PARAMS = [
     {**SHARED, "model": "case-a", "n": 4, "seed": 1},
     {**SHARED, "model": "case-b", "n": 2, "seed": 2, "temperature": 0.5},
@@ -52,7 +56,7 @@ class Lines(DatasetLogger):
         return []
 
 
-processor = FireworksTrainingRolloutProcessor(tokenizer=os.environ["EP_MODES_TOKENIZER"])
+processor = FireworksTrainingRolloutProcessor()
 
 
 def case(mode: str, num_runs: int, *more_rows: EvaluationRow, **options):

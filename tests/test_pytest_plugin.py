@@ -3,9 +3,11 @@ runs pytest on a project of its own, with the plugin as its entry point loads it
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -54,7 +56,7 @@ def run(
     def run(source: str, *arguments: str, ended: str) -> str:
         # A name of its own: pytest keeps what it imported.
         file = tmp_path / f"test_in_{tmp_path.name}.py"
-        file.write_text(PROJECT.replace("SERVER", server.url) + source)
+        file.write_text((PROJECT + source).replace("SERVER", server.url))
         plugin = "eval_protocol_rft.pytest_plugin"
         fixed = ["-p", plugin, "-p", "no:cacheprovider", "--import-mode=importlib", "-q"]
         pytest.main([*fixed, f"--rootdir={tmp_path}", str(file), *arguments])
@@ -270,3 +272,141 @@ def test_failures_and_retries_are_told_with_their_causes_and_without_control_seq
         r"  3 completions failed, first: HTTP 400: no \\x1b\]0;PWNED\\x07",
         r"  retries: 3x unavailable 503",
     )
+
+
+SEVERAL_MODELS = """
+ARGUMENT = chat_tokenizer()
+
+def of_models(tokenizer, *models, mode="pointwise", **params):
+    base = {"api_base": "SERVER", "max_tokens": 8, "seed": 1}
+    return evaluation_test(
+        input_rows=[ROWS],
+        completion_params=[{**base, "model": model, **params} for model in models],
+        rollout_processor=FireworksTrainingRolloutProcessor(tokenizer=tokenizer),
+        mode=mode,
+    )
+
+@of_models(ARGUMENT, "a", "b")
+def test_pointwise(row: EvaluationRow) -> EvaluationRow:
+    return give(row, 1.0)
+
+@of_models(ARGUMENT, "a", "b", mode="groupwise")
+def test_groupwise(rows: list[EvaluationRow]) -> list[EvaluationRow]:
+    return [give(row, 1.0) for row in rows]
+
+@of_models({"a": ARGUMENT}, "a", "fireworks_ai/b")
+def test_mapped_half(row: EvaluationRow) -> EvaluationRow:
+    return give(row, 1.0)
+
+@of_models({"a": ARGUMENT, "b": ARGUMENT}, "a", "fireworks_ai/b")
+def test_mapped(row: EvaluationRow) -> EvaluationRow:
+    return give(row, 1.0)
+
+@of_models(ARGUMENT, "a#one", "fireworks_ai/a")
+def test_one_model(row: EvaluationRow) -> EvaluationRow:
+    return give(row, 1.0)
+"""
+
+
+@pytest.mark.parametrize("name", ["pointwise", "groupwise"])
+def test_one_tokenizer_for_several_models_is_refused_unpaid(run, server, name):
+    output = run(SEVERAL_MODELS, "-k", f"test_{name}", ended="2 failed, 8 deselected")
+    assert_lines(
+        output,
+        r"one tokenizer, .*, is given for 2 models of this evaluation test: 'a', 'b'. Name .*"
+        r"tokenizer=\{'a': \.\.\., 'b': \.\.\.\}\)",
+    )
+    assert server.requests == []
+
+
+def test_models_share_a_tokenizer_by_their_own_words(run):
+    output = run(SEVERAL_MODELS, "-k", "mapped or one_model", ended="1 failed, 5 passed")
+    assert_lines(
+        output,
+        r".*test_mapped_half\[.*b.*",
+        r"no row .*the argument tokenizer names none for model 'b', only for 'a': .*",
+    )
+
+
+def test_the_only_case_that_runs_samples_one_model(run):
+    run(SEVERAL_MODELS, "-k", "test_pointwise and 8:a:1", ended="1 passed")
+
+
+REPLACED = """
+PARAMS = {"model": "m", "api_base": "SERVER", "n": 2, "max_tokens": 8, "seed": 1}
+OTHERS = [{**PARAMS, "tokenizer": "TOKENIZER"}]
+
+def made(**options):
+    return evaluation_test(completion_params=OTHERS, input_rows=[ROWS], **options)
+
+@evaluation_test(
+    completion_params=[{**PARAMS, "tokenizer": "TOKENIZER"}],
+    input_rows=[ROWS],
+    rollout_processor=FireworksTrainingRolloutProcessor(),
+)
+@score_each_completion
+def test_written(row: EvaluationRow) -> EvaluationRow:
+    return give(row, 1.0)
+
+@evaluation_test(
+    completion_params=OTHERS,
+    input_rows=[ROWS],
+    rollout_processor=FireworksTrainingRolloutProcessor(),
+)
+def test_named(row: EvaluationRow) -> EvaluationRow:
+    return give(row, 1.0)
+
+@evaluation_test(completion_params=OTHERS, input_rows=[ROWS], rollout_processor=PROCESSOR)
+def test_argument(row: EvaluationRow) -> EvaluationRow:
+    return give(row, 1.0)
+
+@evaluation_test(
+    completion_params=[PARAMS],
+    input_rows=[ROWS],
+    rollout_processor=FireworksTrainingRolloutProcessor(),
+)
+def test_silent(row: EvaluationRow) -> EvaluationRow:
+    return give(row, 1.0)
+
+@made(rollout_processor=FireworksTrainingRolloutProcessor())
+def test_hidden(row: EvaluationRow) -> EvaluationRow:
+    return give(row, 1.0)
+"""
+
+
+@pytest.fixture
+def replaced(run, server, tokenizer_folder, monkeypatch):
+    """Run `REPLACED`, where the environment has other completion_params for all tests."""
+
+    def replaced(*arguments: str, ended: str, **params: Any) -> str:
+        base = {"model": str(tokenizer_folder), "api_base": server.url, "max_tokens": 8}
+        monkeypatch.setenv("EP_COMPLETION_PARAMS", json.dumps([{**base, **params}]))
+        return run(REPLACED.replace("TOKENIZER", str(tokenizer_folder)), *arguments, ended=ended)
+
+    return replaced
+
+
+def test_a_tokenizer_that_the_environment_takes_away_is_refused(replaced, server):
+    output = replaced("-k", "written or named", ended="2 failed")
+    assert_lines(
+        output, *[r"EP_COMPLETION_PARAMS replaces .* as those of this test do\. Put .*"] * 2
+    )
+    assert server.requests == []
+
+
+def test_what_loses_no_tokenizer_is_replaced(replaced):
+    output = replaced("-k", "silent or argument or hidden", ended="3 passed")
+    told = [line for line in output.splitlines() if "EP_COMPLETION_PARAMS" in line]
+    assert_lines(output, r".*test_hidden\[.*: 3 rows, .*", re.escape(told[0]))
+    assert len(told) == 1
+    assert "here the model's own was used" in told[0]
+
+
+def test_a_replacement_that_names_a_tokenizer_loses_none(replaced, tokenizer_folder):
+    output = replaced(ended="5 passed", tokenizer=str(tokenizer_folder))
+    assert "EP_COMPLETION_PARAMS" not in output
+
+
+def test_a_model_that_has_no_tokenizer_says_what_was_replaced(replaced):
+    output = replaced("-k", "hidden", ended="1 failed", model="accounts/me/models/mine")
+    assert_lines(output, r"no row .*\(EP_COMPLETION_PARAMS replaces .*")
