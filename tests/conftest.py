@@ -14,6 +14,7 @@ from hypothesis import settings
 
 if TYPE_CHECKING:
     from eval_protocol_rft import FireworksTrainingRolloutProcessor
+    from tests.programs import Zygote
     from tests.stub_server import StubServer
 
 # No network, no uploads, no database of runs in the home folder.
@@ -63,3 +64,13 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tokenizer")
     chat_tokenizer().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
+    """Starts `ep-rft` and `pytest` in processes of their own, at once."""
+    from tests.programs import Zygote
+
+    running = Zygote(tmp_path_factory.mktemp("programs"))
+    yield running
+    running.close()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -14,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from eval_protocol_rft.sampling.types import Completion, SamplingParams
 from eval_protocol_rft.server.run import Server
+from tests.waiting import PATIENCE
 
 EOS = "<|im_end|>"
 
@@ -70,10 +73,22 @@ def running(app: Starlette) -> Iterator[str]:
         server = Server(app, greeting="ready", say=lambda line: ready.set())
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
-        assert ready.wait(timeout=10), "the server did not start"
+        assert ready.wait(PATIENCE), "the server did not start"
         try:
             yield f"http://127.0.0.1:{listener.getsockname()[1]}"
         finally:
             server.should_exit = True
-            thread.join(timeout=10)
+            thread.join(PATIENCE)
             assert not thread.is_alive(), "the server did not stop"
+
+
+def post_and_leave(url: str, body: dict) -> socket.socket:
+    """A request on a bare socket, its reply not read."""
+    address = urlsplit(url)
+    connection = socket.create_connection((address.hostname, address.port), timeout=PATIENCE)
+    payload = json.dumps(body).encode()
+    connection.sendall(
+        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        b"Content-Length: %d\r\n\r\n%b" % (len(payload), payload)
+    )
+    return connection

@@ -17,6 +17,8 @@ from typing import Any
 
 from aiohttp import web
 
+from tests.waiting import PATIENCE, wait_until
+
 ALPHABET = tuple(range(64, 90))
 END_OF_TURN = 256
 """The ids it draws from, and the one that ends every completion: those of `chat_tokenizer`."""
@@ -78,6 +80,13 @@ class Late:
 
 
 @dataclass(frozen=True, slots=True)
+class Held:
+    """Answer well, once this is set."""
+
+    let_go: threading.Event
+
+
+@dataclass(frozen=True, slots=True)
 class Changed:
     """Answer with the right reply after `change` has been at it."""
 
@@ -91,7 +100,7 @@ class Raw:
     data: bytes
 
 
-Answer = Status | Hang | Drop | Late | Changed | Raw
+Answer = Status | Hang | Drop | Late | Held | Changed | Raw
 Script = Callable[[Seen], Answer | None]
 
 
@@ -184,27 +193,24 @@ class StubServer:
     def outcomes(self) -> list[str]:
         return [seen.outcome for seen in self.requests]
 
-    def wait_until(self, true: Callable[[], bool], *, seconds: float = 60.0) -> None:
+    def wait_until(self, true: Callable[[], bool]) -> None:
         """Block until the server has seen it; it learns of closed sockets late."""
-        deadline = time.monotonic() + seconds
-        while not true():
-            assert time.monotonic() < deadline, f"still not so: {self.outcomes()}"
-            time.sleep(0.002)
+        wait_until(true, self.outcomes)
 
-    async def until(self, true: Callable[[], bool], *, seconds: float = 60.0) -> None:
+    async def until(self, true: Callable[[], bool]) -> None:
         """`wait_until` for a test that runs on a loop."""
-        await asyncio.to_thread(self.wait_until, true, seconds=seconds)
+        await asyncio.to_thread(self.wait_until, true)
 
     def __enter__(self) -> StubServer:
         self._thread.start()
-        asyncio.run_coroutine_threadsafe(self._start(), self._loop).result(10)
+        asyncio.run_coroutine_threadsafe(self._start(), self._loop).result(PATIENCE)
         return self
 
     def __exit__(self, *_: object) -> None:
         assert self._runner is not None
-        asyncio.run_coroutine_threadsafe(self._runner.cleanup(), self._loop).result(10)
+        asyncio.run_coroutine_threadsafe(self._runner.cleanup(), self._loop).result(PATIENCE)
         self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(10)
+        self._thread.join(PATIENCE)
         self._loop.close()
 
     async def _start(self) -> None:
@@ -268,6 +274,9 @@ class StubServer:
                 return web.Response()
             case Late(seconds):
                 await asyncio.sleep(seconds)
+            case Held(let_go):
+                while not let_go.is_set():  # noqa: ASYNC110 - a test in another thread sets it
+                    await asyncio.sleep(0.002)
         reply = reply_to(seen.body, seen.seed)
         if isinstance(answer, Changed):
             answer.change(reply)

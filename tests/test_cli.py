@@ -17,6 +17,7 @@ import pytest
 from typer.testing import CliRunner
 
 from eval_protocol_rft.cli import app
+from tests.waiting import PATIENCE
 
 EP_RFT = [sys.executable, "-c", "from eval_protocol_rft.cli import app; app(prog_name='ep-rft')"]
 ENVIRONMENT = {**os.environ, "COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"}
@@ -27,7 +28,6 @@ def ep_rft(*arguments: str, program: list[str] = EP_RFT) -> subprocess.Completed
         [*program, *arguments],
         capture_output=True,
         text=True,
-        timeout=60,
         env=ENVIRONMENT,
         check=False,
     )
@@ -132,7 +132,7 @@ def test_serve_prints_a_request_that_works_and_ctrl_c_stops_it_with_one_line():
             assert reply["usage"]["prompt_tokens"] > 0
             with socket.create_connection(("127.0.0.1", httpx.URL(url[1]).port)):
                 server.send_signal(signal.SIGINT)  # an idle connection does not hold it up
-                assert server.wait(timeout=10) == 0
+                assert server.wait(PATIENCE) == 0
         finally:
             server.kill()
         assert server.stdout.read() == "Stopped.\n"
@@ -145,4 +145,6 @@ def post_as_curl_does(command: str) -> dict:
     assert (curl, silent, flag) == ("curl", "-s", "-d")
     assert json.loads(body)["model"] == "m"
     headers = dict([header.split(": ")])
-    return httpx.post(url, content=body, headers=headers, timeout=30).raise_for_status().json()
+    return (
+        httpx.post(url, content=body, headers=headers, timeout=PATIENCE).raise_for_status().json()
+    )

@@ -10,6 +10,7 @@ import pytest
 
 from eval_protocol_rft.environments import calling
 from eval_protocol_rft.environments.environment import EnvironmentFaultError
+from tests.waiting import PATIENCE
 
 
 @pytest.fixture(autouse=True)
@@ -17,12 +18,12 @@ def own_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calling, "_THREADS", calling._Threads())
 
 
-async def call(function, *arguments, seconds: float = 30.0):
+async def call(function, *arguments, seconds: float = PATIENCE):
     return await calling.call(function, *arguments, what="it", seconds=seconds)
 
 
 async def test_calls_that_block_run_side_by_side():
-    together = threading.Barrier(24, timeout=120)
+    together = threading.Barrier(24, timeout=PATIENCE)
     assert sorted(await asyncio.gather(*(call(together.wait) for _ in range(24)))) == [*range(24)]
 
 
@@ -83,7 +84,7 @@ def test_every_event_loop_has_its_answers():
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(120)
+        thread.join(PATIENCE)
     assert len(done) == 4
 
 
@@ -99,7 +100,7 @@ async def test_a_call_that_hangs_is_not_counted_on(monkeypatch):
         assert await call(abs, -n) == n
         await asyncio.sleep(0.002)
     threads = calling._THREADS
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE):
         while threads._working or threads._idle != 2:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
 

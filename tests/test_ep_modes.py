@@ -5,10 +5,7 @@ rows themselves are looked at."""
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +13,7 @@ from pathlib import Path
 import pytest
 from eval_protocol.models import EvaluationRow
 
+from tests.programs import Zygote
 from tests.rollouts import assert_is_what_the_server_sampled, record_of_row, text_of
 from tests.stub_server import Seen, Status, StubServer
 
@@ -23,8 +21,7 @@ BEGAN_WITH = {"row-0": 1, "row-1": 1, "row-2": 3, "row-again": 1}
 """Messages of each row."""
 N = {"case-a": 4, "case-b": 2, "case-c": 1, "case-d": 1}
 MODELS = {"pointwise": ("case-a", "case-b"), "groupwise": ("case-c", "case-d")}
-PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "eval_protocol_rft.pytest_plugin"]
-REPOSITORY = Path(__file__).parent.parent
+PYTEST = ("-q", "-p", "eval_protocol_rft.pytest_plugin", "tests/ep_modes.py")
 
 
 @dataclass
@@ -44,24 +41,22 @@ def refuse_once(seen: Seen) -> Status | None:
     return Status(400, b"not yet") if "refused" in text and seen.attempt == 1 else None
 
 
-def run_pytest(tmp: Path, tokenizer: Path, *arguments: str, **environment: str) -> Run:
+def run_pytest(
+    zygote: Zygote, tmp: Path, tokenizer: Path, *arguments: str, **environment: str
+) -> Run:
     with StubServer() as server:
         server.script = refuse_once
-        done = subprocess.run(
-            [*PYTEST, "tests/ep_modes.py", *arguments],
-            cwd=REPOSITORY,
+        done = zygote.run(
+            *PYTEST,
+            *arguments,
+            program="pytest",
             env={
-                **os.environ,
                 "EP_MODES_OUTPUT": str(tmp),
                 "EP_MODES_TOKENIZER": str(tokenizer),
                 "EP_MODES_SERVER": server.url,
                 "HOME": str(tmp),
                 **environment,
             },
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
         )
         requests = server.requests
     output = done.stdout + done.stderr
@@ -79,16 +74,16 @@ def run_pytest(tmp: Path, tokenizer: Path, *arguments: str, **environment: str) 
 
 
 @pytest.fixture(scope="module")
-def default_run(tmp_path_factory, tokenizer_folder) -> Run:
-    return run_pytest(tmp_path_factory.mktemp("default"), tokenizer_folder)
+def default_run(zygote, tmp_path_factory, tokenizer_folder) -> Run:
+    return run_pytest(zygote, tmp_path_factory.mktemp("default"), tokenizer_folder)
 
 
 @pytest.fixture(scope="module")
-def priority_run(tmp_path_factory, tokenizer_folder) -> Run:
+def priority_run(zygote, tmp_path_factory, tokenizer_folder) -> Run:
     tmp = tmp_path_factory.mktemp("priority")
     # mode="all" is never evaluated there, which fails a test unless it is allowed.
     allowed = "--ep-rft-allow-unscored"
-    return run_pytest(tmp, tokenizer_folder, allowed, EP_USE_PRIORITY_SCHEDULER="1")
+    return run_pytest(zygote, tmp, tokenizer_folder, allowed, EP_USE_PRIORITY_SCHEDULER="1")
 
 
 def finished(rows: list[EvaluationRow]) -> list[EvaluationRow]:
@@ -205,8 +200,8 @@ def test_nothing_is_left_open_or_unawaited(run, request):
         assert complaint not in output
 
 
-def test_xdist_runs_the_cases_in_several_processes(tmp_path, tokenizer_folder):
-    run = run_pytest(tmp_path, tokenizer_folder, "-n", "2", "-k", "pointwise_3")
+def test_xdist_runs_the_cases_in_several_processes(zygote, tmp_path, tokenizer_folder):
+    run = run_pytest(zygote, tmp_path, tokenizer_folder, "-n", "2", "-k", "pointwise_3")
     assert run.processes == 2
     told = re.findall(r"test_pointwise_3\S+: 9 rows, (\d+) completions, (\d+) scored", run.output)
     assert sorted(told) == [("18", "18"), ("36", "36")]

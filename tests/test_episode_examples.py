@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from math import log
 from pathlib import Path
 from typing import Any
@@ -16,22 +13,20 @@ from eval_protocol_rft.conversation import parse_tool_calls
 from eval_protocol_rft.models import bundled_model_path
 from eval_protocol_rft.record import RolloutRecord
 from eval_protocol_rft.tokenizer import load_tokenizer
+from tests.programs import Zygote
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
 @pytest.fixture(scope="module")
-def lake(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+def lake(
+    zygote: Zygote, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, list[dict[str, Any]]]:
     """Rows of both tests of the frozen lake, by the test's name."""
     folder = tmp_path_factory.mktemp("lake")
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "examples/frozen_lake"],
-        cwd=EXAMPLES.parent,
-        env={**os.environ, "EP_OUTPUT_DIR": str(folder)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    arguments = ("-q", "-p", "no:cacheprovider", "examples/frozen_lake")
+    environment = {"EP_OUTPUT_DIR": str(folder)}
+    done = zygote.run(*arguments, program="pytest", env=environment)
     assert done.returncode == 0, done.stdout[-3000:]
     assert "2 passed" in done.stdout
     found: dict[str, list[dict[str, Any]]] = {}

@@ -35,6 +35,7 @@ from eval_protocol_rft.scoring import ascore_rows
 from eval_protocol_rft.scoring.views import completion_views
 from eval_protocol_rft.tokenizer import load_tokenizer
 from eval_protocol_rft.training import build_batch
+from tests.waiting import PATIENCE
 
 TOKENIZER = load_tokenizer(str(bundled_model_path("arithmetic")))
 END = TOKENIZER.tokenizer.eos_token_id
@@ -238,13 +239,13 @@ class Talk(Environment):
     [
         (EpisodeLimits(turns=3), "turns", 3),
         (EpisodeLimits(tokens=150), "tokens", None),
-        (EpisodeLimits(seconds=0.05), "seconds", None),
+        (EpisodeLimits(seconds=0.5), "seconds", None),
     ],
 )
 async def test_limits_end_an_episode_with_their_name(
     limits: EpisodeLimits, reason: str, turns: int | None
 ) -> None:
-    row, sampler = await roll_out(Talk, lambda turn, prompt: "more", limits=limits, seconds=0.02)
+    row, sampler = await roll_out(Talk, lambda turn, prompt: "more", limits=limits, seconds=0.1)
     record = RolloutRecord.from_extra(row.execution_metadata.extra)
     assert record.episodes is not None
     (episode,) = record.episodes
@@ -261,8 +262,8 @@ async def test_a_turn_that_outlasts_the_episode_is_cancelled_and_left_out() -> N
         return "more"
 
     sampler = Scripted(script)
-    async with asyncio.timeout(120):
-        row = await roll_out_from(sampler, Talk, limits=EpisodeLimits(seconds=0.2))
+    async with asyncio.timeout(PATIENCE):
+        row = await roll_out_from(sampler, Talk, limits=EpisodeLimits(seconds=1.0))
     record = RolloutRecord.from_extra(row.execution_metadata.extra)
     assert record.episodes is not None
     assert record.trajectories is not None
@@ -273,12 +274,12 @@ async def test_a_turn_that_outlasts_the_episode_is_cancelled_and_left_out() -> N
 
 async def test_an_episode_whose_first_turn_never_comes_is_a_failure() -> None:
     with pytest.raises(RolloutError, match=r"\(timeout, .*first turn took longer than the 0.1 s"):
-        await roll_out(Talk, lambda t, p: "x", seconds=30, limits=EpisodeLimits(seconds=0.1))
+        await roll_out(Talk, lambda t, p: "x", seconds=3600, limits=EpisodeLimits(seconds=0.1))
 
 
 async def test_waiting_for_a_slot_is_not_the_episodes_time() -> None:
     row, _ = await roll_out(
-        Talk, lambda t, p: "end", n=4, slots=1, seconds=0.2, limits=EpisodeLimits(seconds=0.5)
+        Talk, lambda t, p: "end", n=4, slots=1, seconds=0.3, limits=EpisodeLimits(seconds=1.0)
     )
     record = RolloutRecord.from_extra(row.execution_metadata.extra)
     assert record.episodes is not None
@@ -349,12 +350,16 @@ def exits() -> None:
     raise SystemExit(3)
 
 
+def hangs() -> None:
+    time.sleep(5)
+
+
 @pytest.mark.parametrize(
     ("bad", "said"),
     [
         (raises, "raised KeyError"),
         (exits, "SystemExit"),
-        (lambda: time.sleep(5), "took longer than 0.2 s"),
+        (hangs, "took longer than 2 s"),
         (lambda: "nonsense", "returned str, not a Step"),
         (Step, "is not done and says nothing"),
         (lambda: Step(messages="hello"), "must be a list of messages"),
@@ -366,9 +371,9 @@ def exits() -> None:
     ],
 )
 async def test_a_fault_costs_its_own_episode(bad: Callable[[], Any], said: str) -> None:
-    row, _ = await roll_out(
-        once(bad), lambda turn, prompt: "end", n=3, limits=EpisodeLimits(step_seconds=0.2)
-    )
+    # Enough for the steps of the others beside one that hangs.
+    limits = EpisodeLimits(step_seconds=2.0 if bad is hangs else PATIENCE)
+    row, _ = await roll_out(once(bad), lambda turn, prompt: "end", n=3, limits=limits)
     record = RolloutRecord.from_extra(row.execution_metadata.extra)
     assert len(record) == 2
     (failure,) = record.failures
@@ -386,7 +391,7 @@ async def test_hanging_environments_keep_nobody_waiting() -> None:
     limits = EpisodeLimits(step_seconds=0.1)
     try:
         with pytest.raises(RolloutError, match="took longer"):
-            await asyncio.wait_for(roll_out(Hangs, lambda t, p: "x", n=64, limits=limits), 120)
+            await asyncio.wait_for(roll_out(Hangs, lambda t, p: "x", n=64, limits=limits), PATIENCE)
     finally:
         let_go.set()
 
@@ -599,7 +604,7 @@ async def test_a_bad_call_is_told_to_the_model(answer: str, told: str) -> None:
         return 1 / 0
 
     async def slow() -> None:
-        await asyncio.sleep(5)
+        await asyncio.sleep(PATIENCE)
 
     def endless() -> str:
         return "x" * 150_000
@@ -609,8 +614,9 @@ async def test_a_bad_call_is_told_to_the_model(answer: str, told: str) -> None:
         world.append(world)
         return world
 
+    seconds = 0.1 if "slow" in answer else PATIENCE
     row, _ = await roll_out(
-        lambda: ToolLoop(add, broken, slow, endless, circular, seconds=0.1),
+        lambda: ToolLoop(add, broken, slow, endless, circular, seconds=seconds),
         lambda turn, prompt: answer if turn == 0 else "sorry",
     )
     assert told in str(row.messages[2].content)
@@ -679,15 +685,15 @@ async def test_the_calls_of_a_turn_share_their_time_and_the_rest_is_told_so() ->
 
     async def slow() -> str:
         calls.append(1)
-        await asyncio.sleep(5)
+        await asyncio.sleep(PATIENCE)
         return "done"
 
     row, _ = await roll_out(
-        lambda: ToolLoop(slow, seconds=0.1),
+        lambda: ToolLoop(slow, seconds=1.0),
         lambda turn, prompt: call("slow") * 3 if turn == 0 else "end",
-        limits=EpisodeLimits(step_seconds=2),
+        limits=EpisodeLimits(step_seconds=PATIENCE),
     )
     told = [m.content for m in row.messages if m.role == "tool"]
-    assert "took longer than 0." in told[0]
-    assert told[1:] == ["Error: not called: the calls before it took 0.1 s"] * 2
+    assert "took longer than" in told[0]
+    assert told[1:] == ["Error: not called: the calls before it took 1 s"] * 2
     assert len(calls) == 1

@@ -75,7 +75,6 @@ def outcome(tmp_path_factory):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
         check=False,
     )
     assert run.returncode == 0, run.stdout + run.stderr

@@ -20,6 +20,7 @@ from eval_protocol_rft.sampling.types import (
     UnavailableError,
 )
 from tests.serving import ScriptedSampler
+from tests.waiting import PATIENCE
 
 PARAMS = SamplingParams(model="m")
 AT_ONCE = RetryPolicy(base_seconds=0, max_attempts=3)
@@ -185,7 +186,7 @@ async def test_an_error_that_is_none_of_ours_is_raised_as_it_is_and_ends_the_sib
         await group_of(sampler, 3)
     assert raised.value is bug
     assert asyncio.all_tasks() == before
-    assert all(sampler.cancelled.acquire(timeout=60) for _ in range(2))
+    assert all(sampler.cancelled.acquire(timeout=PATIENCE) for _ in range(2))
 
 
 async def test_cancelling_a_group_cancels_and_awaits_every_attempt():
@@ -194,8 +195,8 @@ async def test_cancelling_a_group_cancels_and_awaits_every_attempt():
     slots = asyncio.Semaphore(2)
     before = asyncio.all_tasks()
     task = asyncio.create_task(group_of(sampler, 5, slots=slots))
-    assert await asyncio.to_thread(sampler.waiting.acquire, timeout=60)
-    assert await asyncio.to_thread(sampler.waiting.acquire, timeout=60)
+    assert await asyncio.to_thread(sampler.waiting.acquire, timeout=PATIENCE)
+    assert await asyncio.to_thread(sampler.waiting.acquire, timeout=PATIENCE)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task

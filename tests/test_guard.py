@@ -11,6 +11,7 @@ from eval_protocol_rft.sampling.guard import RunGuard, RunStoppedError
 from eval_protocol_rft.sampling.types import Completion, RefusedError, UnavailableError
 from tests.rollouts import config_of, params_for, row_of
 from tests.stub_server import Status
+from tests.waiting import PATIENCE
 
 NO_SLOTS = contextlib.nullcontext()
 DONE = Completion(token_ids=[1], logprobs=[-0.5], finish_reason="stop")
@@ -41,7 +42,7 @@ async def test_those_who_wait_are_woken_although_the_first_of_them_was_cancelled
     waiting = [asyncio.create_task(request(guard)) for _ in range(3)]
     await asyncio.sleep(0)
     waiting[0].cancel()
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE):
         await asyncio.gather(running, *waiting[1:])
 
 
@@ -50,7 +51,7 @@ async def test_a_request_that_was_cancelled_leaves_its_place():
     stuck = asyncio.create_task(request(guard, 1000))
     await asyncio.sleep(0)
     stuck.cancel()
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE):
         await request(guard)
     assert guard.control.in_flight == 0
 
@@ -74,7 +75,7 @@ async def test_while_the_server_is_away_nearly_nobody_asks_and_the_user_is_told(
     asked = [asyncio.create_task(request(guard)) for _ in range(20)]
     await asyncio.sleep(0.3)
     assert not any(task.done() for task in asked)
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE):
         await asyncio.wait(asked, return_when=asyncio.FIRST_COMPLETED)
     assert "the server is back" in caplog.text
     for task in asked:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -19,6 +19,7 @@ from tests.hostile.faults import FAULTS, Mode
 from tests.hostile.plan import FaultPlan, Scripted
 from tests.hostile.replies import Dialect, Truth, truth_of
 from tests.hostile.server import HostileServer
+from tests.waiting import PATIENCE, until
 
 PROMPT = TokenIds([1, 2, 3, 151644])
 SEED = 5
@@ -29,7 +30,7 @@ BOUND = 1 << 26
 
 
 def params(**changes: Any) -> SamplingParams:
-    return SamplingParams(**{"model": "m", "max_tokens": 64, "timeout": 5.0, **changes})
+    return SamplingParams(**{"model": "m", "max_tokens": 64, "timeout": PATIENCE, **changes})
 
 
 def exact(completion: Completion) -> tuple[Any, ...]:
@@ -77,7 +78,7 @@ async def test_a_fault_is_the_right_failure_and_leaves_the_next_request_alone(
     fault, server = FAULTS[name], servers[dialect]
     server.begin(Scripted([name, ""]))
     # Little time where the server is known never to end.
-    asked = params(stream=mode == "stream", timeout=0.1 if "timeout" in fault.sees else 20.0)
+    asked = params(stream=mode == "stream", timeout=0.1 if "timeout" in fault.sees else PATIENCE)
     async with sampler_of(server) as sampler:
         outcome = await outcome_of(sampler.sample(PROMPT, asked, seed=SEED))
         while "timeout" in fault.sees and not await was_read(server):
@@ -108,12 +109,6 @@ async def was_read(server: HostileServer) -> bool:
     """Whether a request that timed out had reached the server: on a busy machine it need not."""
     await until(lambda: bool(server.ledger) or not server.open_connections)
     return bool(server.ledger)
-
-
-async def until(true: Callable[[], bool]) -> None:
-    async with asyncio.timeout(60):
-        while not true():  # noqa: ASYNC110 - what is waited for happens in another thread
-            await asyncio.sleep(0.001)
 
 
 async def test_an_honest_server_serves_many_requests_over_one_connection() -> None:

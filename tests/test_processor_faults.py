@@ -34,6 +34,7 @@ from tests.rollouts import (
 )
 from tests.serving import ScriptedSampler
 from tests.stub_server import Changed, Drop, Hang, Raw, Status
+from tests.waiting import PATIENCE
 
 QUICK = RetryPolicy(base_seconds=0.01, max_attempts=3)
 BUSY = Status(503, {"error": {"message": "overloaded"}})
@@ -186,7 +187,7 @@ async def test_a_retry_after_beyond_the_budget_is_not_waited_for(server):
     processor = FireworksTrainingRolloutProcessor(tokenizer=chat_tokenizer(), retry=retry)
     server.script = lambda seen: Status(503, headers={"Retry-After": "600"})
     with pytest.raises(RolloutError, match="unavailable, 1 attempts"):
-        await asyncio.wait_for(roll_out(processor, row_of(), params_for(server)), timeout=60)
+        await asyncio.wait_for(roll_out(processor, row_of(), params_for(server)), timeout=PATIENCE)
     assert len(server.requests) == 1
 
 
@@ -292,7 +293,7 @@ async def test_a_sampler_that_breaks_its_promise_takes_its_siblings_with_it():
     before = asyncio.all_tasks()
     with pytest.raises(RolloutError, match="row row-1: KeyError: 'bug'"):
         await roll_out(processor, row_of(), {"model": "m", "n": 4})
-    assert all(sampler.cancelled.acquire(timeout=60) for _ in range(3))
+    assert all(sampler.cancelled.acquire(timeout=PATIENCE) for _ in range(3))
     assert asyncio.all_tasks() == before
 
 
@@ -331,7 +332,7 @@ async def test_a_slot_is_free_again_after_a_cancelled_and_after_a_failed_attempt
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
     with pytest.raises(RolloutError):
-        await asyncio.wait_for(asyncio.gather(*processor([row_of(row_id="b")], config)), 60)
+        await asyncio.wait_for(asyncio.gather(*processor([row_of(row_id="b")], config)), PATIENCE)
     assert config.semaphore._value == 1
     await processor.acleanup()
 

@@ -21,6 +21,7 @@ from eval_protocol_rft.sampling.types import (
     UnavailableError,
 )
 from tests.stub_server import Status, StubServer
+from tests.waiting import PATIENCE
 
 PROMPT = [70, 71]
 FAR = "http://far.invalid/v1"
@@ -127,7 +128,7 @@ async def test_what_a_proxy_refuses_is_said_to_be_the_proxys(
 ) -> None:
     with refusing_proxy(status) as proxy:
         monkeypatch.setenv("HTTPS_PROXY", proxy)
-        error = await asyncio.wait_for(outcome_of(Endpoint("https://far.invalid/v1")), 60)
+        error = await asyncio.wait_for(outcome_of(Endpoint("https://far.invalid/v1")), PATIENCE)
     assert isinstance(error, kind)
     assert f"the proxy answered {status.decode()}" in str(error)
     assert "pass-word" not in str(error)

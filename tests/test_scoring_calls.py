@@ -7,6 +7,7 @@ from eval_protocol.models import EvaluationRow
 
 from eval_protocol_rft.scoring import EvaluatorError, score_each_completion
 from tests.scored_rows import answered, give, rewards, said
+from tests.waiting import PATIENCE
 
 
 @score_each_completion
@@ -22,7 +23,7 @@ async def test_completions_of_a_row_are_judged_at_the_same_time():
         await together.wait()  # falls only when all four are here
         return give(row, float(said(row)))
 
-    row = await asyncio.wait_for(evaluator(answered("0", "1", "2", "3")), 5)
+    row = await asyncio.wait_for(evaluator(answered("0", "1", "2", "3")), PATIENCE)
     assert rewards(row) == [0.0, 1.0, 2.0, 3.0]
 
 

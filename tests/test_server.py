@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import socket
 import time
 from contextlib import contextmanager
-from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -29,7 +27,8 @@ from eval_protocol_rft.server.app import create_app
 from eval_protocol_rft.server.protocol import choice_seed
 from eval_protocol_rft.server.spelling import spell
 from eval_protocol_rft.tokenizer import LoadedTokenizer
-from tests.serving import EOS, ScriptedSampler, byte_tokenizer, running
+from tests.serving import EOS, ScriptedSampler, byte_tokenizer, post_and_leave, running
+from tests.waiting import PATIENCE, wait_until
 
 TOKENIZER = byte_tokenizer()
 EOS_ID = TOKENIZER.convert_tokens_to_ids(EOS)
@@ -65,7 +64,7 @@ def say_four(prompt_ids, params, seed) -> Completion:
 @contextmanager
 def serve(sampler):
     app = create_app(sampler, TOKENIZER, model_name="m", context_length=CONTEXT)
-    with running(app) as url, httpx.Client(base_url=url, timeout=10) as client:
+    with running(app) as url, httpx.Client(base_url=url, timeout=PATIENCE) as client:
         yield client
 
 
@@ -567,32 +566,18 @@ def test_streams_name_the_policy_version_and_whole_replies_the_model(sampler, cl
 # Clients that go away, servers that stop
 
 
-def post_and_leave(url: str, body: dict) -> socket.socket:
-    """A request on a bare socket, its reply not read."""
-    address = urlsplit(url)
-    connection = socket.create_connection((address.hostname, address.port), timeout=10)
-    payload = json.dumps(body).encode()
-    connection.sendall(
-        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-        b"Content-Length: %d\r\n\r\n%b" % (len(payload), payload)
-    )
-    return connection
-
-
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_goes_away_cancels_all_its_completions(sampler, client, stream):
     sampler.held = lambda seed: True
     body = {"model": "m", "prompt": [1], "n": 3, "stream": stream}
     with post_and_leave(str(client.base_url), body):
         for _ in range(3):
-            assert sampler.waiting.acquire(timeout=5)
+            assert sampler.waiting.acquire(timeout=PATIENCE)
         assert not sampler.cancelled.acquire(timeout=0.05)
     for _ in range(3):
-        assert sampler.cancelled.acquire(timeout=5)
+        assert sampler.cancelled.acquire(timeout=PATIENCE)
     sampler.held = lambda seed: False
-    deadline = time.monotonic() + 5
-    while ask(client).headers["fireworks-num-concurrent-requests"] != "1":
-        assert time.monotonic() < deadline, "the request is still counted"
+    wait_until(lambda: ask(client).headers["fireworks-num-concurrent-requests"] == "1")
 
 
 def test_one_failed_choice_cancels_its_siblings(sampler, client):
@@ -602,8 +587,8 @@ def test_one_failed_choice_cancels_its_siblings(sampler, client):
     sampler.script = last_fails
     sampler.held = lambda seed: seed != choice_seed(1, 2)
     assert ask(client, n=3, seed=1).status_code == 400
-    assert all(sampler.waiting.acquire(timeout=1) for _ in range(2))
-    assert all(sampler.cancelled.acquire(timeout=1) for _ in range(2))
+    assert all(sampler.waiting.acquire(timeout=PATIENCE) for _ in range(2))
+    assert all(sampler.cancelled.acquire(timeout=PATIENCE) for _ in range(2))
 
 
 def test_a_server_that_stops_answers_503_cancels_and_closes_its_sampler():
@@ -611,12 +596,12 @@ def test_a_server_that_stops_answers_503_cancels_and_closes_its_sampler():
     sampler.held = lambda seed: True
     with serve(sampler) as client:
         connection = post_and_leave(str(client.base_url), {"model": "m", "prompt": [1]})
-        assert sampler.waiting.acquire(timeout=5)
+        assert sampler.waiting.acquire(timeout=PATIENCE)
         assert sampler.closed == 0
     with connection, connection.makefile("rb") as reply:
         assert reply.readline() == b"HTTP/1.1 503 Service Unavailable\r\n"
         assert b"shutting down" in reply.read()
-    assert sampler.cancelled.acquire(timeout=1)
+    assert sampler.cancelled.acquire(timeout=PATIENCE)
     assert sampler.closed == 1
 
 

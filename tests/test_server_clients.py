@@ -22,6 +22,7 @@ from eval_protocol_rft.models import bundled_model_path
 from eval_protocol_rft.sampling.local import LocalSampler
 from eval_protocol_rft.server.app import create_app
 from tests.serving import running
+from tests.waiting import PATIENCE
 
 MODEL = "accounts/local/deployments/arithmetic"
 LOCAL = {"model": "local/arithmetic"}
@@ -301,7 +302,9 @@ async def test_one_seed_gives_one_record_over_http_and_in_this_process(url, stre
 
 def sampled_contents(url: str, body: dict) -> dict[int, list[dict]]:
     """`logprobs.content` by choice index, from a whole reply or a stream."""
-    reply = httpx.post(f"{url}/inference/v1/completions", json=body, timeout=60).raise_for_status()
+    reply = httpx.post(
+        f"{url}/inference/v1/completions", json=body, timeout=PATIENCE
+    ).raise_for_status()
     chunks = [reply.text]
     if body["stream"]:
         chunks = [line[6:] for line in reply.text.splitlines() if line.startswith("data: {")]
@@ -315,7 +318,7 @@ def sampled_contents(url: str, body: dict) -> dict[int, list[dict]]:
 def test_a_seed_gives_the_same_tokens_alone_and_among_others(url, prompts):
     def texts(**fields) -> list[str]:
         body = {"model": MODEL, "max_tokens": MAX_TOKENS, "seed": 5, **fields}
-        reply = httpx.post(f"{url}/v1/completions", json=body, timeout=60).raise_for_status()
+        reply = httpx.post(f"{url}/v1/completions", json=body, timeout=PATIENCE).raise_for_status()
         return [choice["text"] for choice in reply.json()["choices"]]
 
     together = texts(prompt=prompts, n=8)

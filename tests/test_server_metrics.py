@@ -20,6 +20,7 @@ from eval_protocol_rft.sampling.server_metrics import (
     polling,
 )
 from tests.stub_server import Hang, Status, StubServer
+from tests.waiting import PATIENCE
 
 PAGE = """\
 # HELP vllm:num_requests_running Number of requests in model execution batches.
@@ -167,7 +168,7 @@ async def test_a_server_that_does_not_answer_is_not_waited_for(server, monkeypat
     monkeypatch.setattr(server_metrics, "ANSWER_SECONDS", 0.1)
     server.metrics = Hang
     limit = Listening()
-    async with asyncio.timeout(60), polling(endpoint(server), limit, every=0.01):
+    async with asyncio.timeout(PATIENCE), polling(endpoint(server), limit, every=0.01):
         await server.until(lambda: len(server.polls) == 1)
         await asyncio.sleep(0.3)
     assert (len(server.polls), limit.told) == (1, [])
@@ -176,7 +177,7 @@ async def test_a_server_that_does_not_answer_is_not_waited_for(server, monkeypat
 async def test_the_end_of_a_run_does_not_wait_for_an_answer(server, monkeypatch):
     monkeypatch.setattr(server_metrics, "ANSWER_SECONDS", 3600.0)
     server.metrics = Hang
-    async with asyncio.timeout(60), polling(endpoint(server), Listening(), every=0.01):
+    async with asyncio.timeout(PATIENCE), polling(endpoint(server), Listening(), every=0.01):
         await server.until(lambda: len(server.polls) == 1)
 
 

@@ -27,6 +27,7 @@ from eval_protocol_rft.server.reloading import ReloadingSampler
 from tests.loop.policies import arithmetic_sampler
 from tests.loop.test_live_weights import LONG, PARAMS, noisy, prompt
 from tests.serving import running
+from tests.waiting import PATIENCE, wait_until
 
 Tensors = dict[str, torch.Tensor]
 GATE = "model.layers.0.mlp.gate_proj.weight"
@@ -68,7 +69,7 @@ def serving(sampler: LocalSampler, *, reloads: bool = True) -> Iterator[Served]:
         model_name="m",
         context_length=sampler.context_length,
     )
-    with running(app) as url, httpx.Client(base_url=url, timeout=30) as client:
+    with running(app) as url, httpx.Client(base_url=url, timeout=PATIENCE) as client:
         yield Served(sampler, client)
 
 
@@ -252,10 +253,7 @@ def test_a_server_that_was_not_started_for_it_says_how(path):
 
 def _until_one_runs(sampler: LocalSampler) -> None:
     """The thread exists from the first request on; a forward takes a millisecond."""
-    deadline = time.monotonic() + 10
-    while sampler._worker._thread is None or sampler.pending:
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
+    wait_until(lambda: sampler._worker._thread is not None and not sampler.pending)
     time.sleep(0.02)
 
 
@@ -268,7 +266,7 @@ async def test_a_completion_under_way_goes_on_and_names_both(served, tmp_path):
     url = str(served.client.base_url)
 
     def ask() -> None:
-        replies.append(httpx.post(f"{url}/v1/completions", json=body, timeout=30))
+        replies.append(httpx.post(f"{url}/v1/completions", json=body, timeout=PATIENCE))
 
     asking = threading.Thread(target=ask)
     asking.start()

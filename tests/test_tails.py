@@ -41,6 +41,7 @@ from tests.rollouts import (
 )
 from tests.stub_server import Hang, Late, Seen, Status, sampled
 from tests.training_rows import scored
+from tests.waiting import PATIENCE
 
 PARAMS = SamplingParams(model="m", max_tokens=32)
 QUICK = RetryPolicy(base_seconds=0, max_attempts=3)
@@ -140,7 +141,7 @@ def test_every_one_that_was_asked_for_is_a_survivor_a_failure_or_surplus(fates, 
         assert sampler.in_flight == guard.control.in_flight == 0
         # All slots are free again.
         for _ in range(slots):
-            await asyncio.wait_for(bound.acquire(), 60)
+            await asyncio.wait_for(bound.acquire(), PATIENCE)
         return group
 
     group = asyncio.run(run())
@@ -168,7 +169,7 @@ def test_every_one_that_was_asked_for_is_a_survivor_a_failure_or_surplus(fates, 
 
 async def test_the_first_n_are_kept_and_the_rest_is_not_waited_for():
     sampler = FatedSampler([Fate(NEVER), Fate(0.03), Fate(0), Fate(NEVER), Fate(0.01)])
-    group = await asyncio.wait_for(group_of(sampler, 5, over_sample=2), 60)
+    group = await asyncio.wait_for(group_of(sampler, 5, over_sample=2), PATIENCE)
     assert places(group) == ([1, 2, 4], [], [0, 3])
     assert [survivor.seed for survivor in group.survivors] == [1, 2, 4]
     assert sorted(sampler.cancelled) == [0, 3]
@@ -179,7 +180,7 @@ async def test_surplus_that_ends_in_the_same_instant_is_surplus():
     assert places(group) == ([0, 1], [], [2, 3, 4])
     stubborn = [Fate(), Fate(NEVER, stubborn=True), Fate(NEVER, UnavailableError, stubborn=True)]
     sampler = FatedSampler(stubborn)
-    group = await asyncio.wait_for(group_of(sampler, 3, over_sample=2), 60)
+    group = await asyncio.wait_for(group_of(sampler, 3, over_sample=2), PATIENCE)
     assert places(group) == ([0], [], [1, 2])
     # No further attempt is made for one that was cancelled.
     assert sampler.cancelled == [1, 2]

@@ -12,6 +12,7 @@ from eval_protocol.models import EvaluationRow, Message
 
 from eval_protocol_rft.batch.grading.evaluators import LoadedEvaluator, load_evaluator
 from eval_protocol_rft.batch.grading.grade import Graded, GradingItem, grade
+from tests.waiting import PATIENCE
 
 GRADERS = Path(__file__).with_name("graders.py")
 
@@ -57,7 +58,7 @@ def errors(graded: Graded) -> list[str | None]:
     return [result.error for result in graded.results]
 
 
-def is_gone(pid: int, *, within: float = 120.0) -> bool:
+def is_gone(pid: int, *, within: float = PATIENCE) -> bool:
     """Whether a process ends; `within` so many seconds, or it never will."""
     deadline = time.monotonic() + within
     while time.monotonic() < deadline:

@@ -3,13 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +23,6 @@ Pair = tuple[int, int]
 """(data_idx, sample_idx)"""
 SAMPLED = ("prompt_ids", "completion_ids", "logprobs", "response", "finish_reason", "seed", "error")
 """Columns that do not depend on when and how often a completion was asked for."""
-ZYGOTE = Path(__file__).with_name("zygote.py")
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
@@ -109,70 +102,3 @@ def stored_tables(folder: Path) -> list[pa.Table]:
         batches, _ = read_journal(journal.read_bytes(), schema)
         tables.append(pa.Table.from_batches(batches, schema))
     return tables
-
-
-@dataclass
-class Command:
-    """A running `ep-rft`."""
-
-    zygote: Zygote
-    pid: int
-    log: Path
-
-    def kill(self, number: signal.Signals = signal.SIGKILL) -> int:
-        os.kill(self.pid, number)
-        return self.wait()
-
-    def wait(self) -> int:
-        """Exit status; below 0: the signal that ended it."""
-        return self.zygote.ask({"wait": self.pid})
-
-    @property
-    def said(self) -> str:
-        return self.log.read_text()
-
-
-class Zygote:
-    """Starts commands in processes of their own, quickly."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.started = 0
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.batch.zygote"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=ZYGOTE.parents[2],
-        )
-
-    def ask(self, request: Mapping[str, Any]) -> int:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        print(json.dumps(request), file=self.process.stdin, flush=True)
-        return int(self.process.stdout.readline())
-
-    def start(
-        self, *arguments: object, env: Mapping[str, str] | None = None, **limits: int
-    ) -> Command:
-        self.started += 1
-        log = self.folder / f"{self.started}.log"
-        request = {
-            "arguments": list(map(str, arguments)),
-            "log": str(log),
-            "limits": limits,
-            "env": dict(env or {}),
-        }
-        return Command(self, self.ask(request), log)
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
-
-
-def wait_until(true: Callable[[], bool], *, seconds: float = 600.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline, "it never came to that"
-        time.sleep(0.002)

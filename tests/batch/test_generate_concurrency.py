@@ -8,7 +8,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,11 @@ from tests.batch.servers import (
     stored,
     succeed,
     texts,
-    wait_until,
     write_jsonl,
 )
 from tests.rollouts import chat_tokenizer
 from tests.stub_server import Late, Status
+from tests.waiting import until
 
 PARAMS = {"model": "m", "n": 4, "max_tokens": 8, "seed": 1}
 
@@ -77,10 +77,6 @@ async def generate(data: Path, sampler: Any, **options: Any) -> None:
         tokenizer=chat_tokenizer(),
         **options,
     )
-
-
-async def until(true: Callable[[], bool]) -> None:
-    await asyncio.to_thread(wait_until, true)
 
 
 async def settled(gate: Gate) -> int:

@@ -6,8 +6,6 @@ import random
 import signal
 import subprocess
 import threading
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,27 +13,19 @@ import pytest
 from eval_protocol_rft.batch.dataset import RolloutDataset
 from eval_protocol_rft.batch.store.parts import parts_folder
 from tests.batch.servers import (
-    Command,
-    Zygote,
     at,
     pairs,
     sampled,
     stored,
     succeed,
     texts,
-    wait_until,
     write_jsonl,
 )
-from tests.stub_server import Hang, Late, Seen, Status, StubServer
+from tests.programs import Program, Zygote
+from tests.stub_server import Hang, Held, Late, Seen, Status, StubServer
+from tests.waiting import wait_until
 
 PROMPTS, N = 50, 4
-
-
-@pytest.fixture(scope="module")
-def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
-    running = Zygote(tmp_path_factory.mktemp("logs"))
-    yield running
-    running.close()
 
 
 @pytest.fixture(scope="module")
@@ -52,11 +42,11 @@ def slowly(seen: object) -> Late:
     return Late(random.uniform(0.005, 0.05))
 
 
-def start(zygote: Zygote, data: Path, output: Path, *arguments: object, **limits: int) -> Command:
+def start(zygote: Zygote, data: Path, output: Path, *arguments: object, **limits: int) -> Program:
     return zygote.start("generate", data, "-o", output, "-n", N, *arguments, **limits)
 
 
-def finish(zygote: Zygote, data: Path, output: Path, *arguments: object) -> Command:
+def finish(zygote: Zygote, data: Path, output: Path, *arguments: object) -> Program:
     command = start(zygote, data, output, *arguments)
     assert command.wait() == 0, command.said
     assert not parts_folder(output).exists()
@@ -119,7 +109,6 @@ def test_stopped_it_says_where_things_are_and_has_stored_all_that_was_answered(
     arguments = at(server, tokenizer_folder)
     command = start(zygote, data, output, *arguments)
     wait_until(lambda: server.outcomes().count("answered") == 60 and server.in_flight == 8)
-    time.sleep(0.1)
     assert command.kill(number) == status
     assert command.said.splitlines() == [
         f"ep-rft: stopped. What was finished is in {parts_folder(output)}. The same command goes on"
@@ -177,10 +166,10 @@ def test_a_second_process_is_refused_and_the_first_goes_on(
     zygote, data, output, server, tokenizer_folder, whole
 ):
     done = threading.Event()
-    server.script = lambda seen: None if done.is_set() else Late(0.05)
+    server.script = lambda seen: Held(done)
     arguments = at(server, tokenizer_folder, concurrency=4)
     first = start(zygote, data, output, *arguments)
-    wait_until(lambda: len(server.requests) > 4)
+    wait_until(lambda: server.in_flight == 4)
     second = start(zygote, data, output, *arguments)
     assert second.wait() == 1
     assert "another process is writing here" in second.said

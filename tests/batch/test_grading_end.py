@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.batch.grading_runs import is_gone
+from tests.waiting import PATIENCE
 
 PROGRAM = """
 # No `if __name__ == "__main__"`: workers import nothing of this.
@@ -72,7 +73,7 @@ def start(tmp_path):
 def test_ctrl_c_ends_it_at_once_and_only_the_caller_says_so(start):
     program, workers = start()
     os.killpg(program.pid, signal.SIGINT)
-    _, stderr = program.communicate(timeout=120)
+    _, stderr = program.communicate(timeout=PATIENCE)
     assert program.returncode == -signal.SIGINT
     assert all(is_gone(pid) for pid in workers)
     assert stderr.count("Traceback") == 1
@@ -87,7 +88,7 @@ def test_a_caller_that_was_killed_leaves_no_worker_behind(start):
 
 def test_a_caller_that_leaves_a_run_open_can_end(start):
     program, workers = start("leave")
-    _, stderr = program.communicate(timeout=120)
+    _, stderr = program.communicate(timeout=PATIENCE)
     assert program.returncode == 0
     assert "Traceback" not in stderr
     assert all(is_gone(pid) for pid in workers)

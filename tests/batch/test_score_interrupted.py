@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import signal
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,26 +13,18 @@ from eval_protocol_rft.batch.dataset import RolloutDataset
 from eval_protocol_rft.batch.store.merge import KEY_COLUMNS
 from tests.batch.rollout_files import write_rollouts
 from tests.batch.servers import (
-    Command,
     Pair,
-    Zygote,
     rows_by_pair,
     stored_tables,
-    wait_until,
 )
+from tests.programs import Program, Zygote
+from tests.waiting import wait_until
 
 GRADERS = Path(__file__).with_name("score_graders.py")
 ROWS, N = 40, 5
 SAID = [["-" * random.Random(f"{i}/{k}").randrange(50, 90) for k in range(N)] for i in range(ROWS)]
 IN_FLIGHT = 4
 SAID = [[f"{k}{text}" for k, text in enumerate(row)] for row in SAID]
-
-
-@pytest.fixture(scope="module")
-def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
-    running = Zygote(tmp_path_factory.mktemp("logs"))
-    yield running
-    running.close()
 
 
 @pytest.fixture
@@ -55,7 +46,7 @@ def start(
     *,
     hang_after: int | None = None,
     **limits: int,
-) -> Command:
+) -> Program:
     """`hang_after`: so many calls in all are answered, so that it cannot be done when it ends."""
     arguments = ("-e", f"{GRADERS}::{name}", "--quiet", "--concurrency", 4, "--workers", 2)
     environment = {"CALLS": str(calls), "HANG_AFTER": str(hang_after or "")}

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
-import sys
-from contextlib import contextmanager
 
 import pytest
 
@@ -15,61 +12,49 @@ from eval_protocol_rft.models import bundled_model_path
 from tests.doctor.liars import Liar, drop_end, vllm_app
 from tests.serving import running
 from tests.stub_server import Hang, StubServer
+from tests.waiting import wait_until
 
 FOLDER = str(bundled_model_path("arithmetic"))
-EP_RFT = [sys.executable, "-c", "from eval_protocol_rft.cli import app; app(prog_name='ep-rft')"]
-ENVIRONMENT = {**os.environ, "COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"}
+ENVIRONMENT = {"COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"}
 
 
-def doctor(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*EP_RFT, "doctor", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env={**ENVIRONMENT, **environment},
-        check=False,
-    )
+@pytest.fixture
+def doctor(zygote):
+    def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        return zygote.run("doctor", *arguments, env={**ENVIRONMENT, **environment})
+
+    return run
 
 
-@contextmanager
-def served():
-    """`ep-rft serve`, in a process of its own."""
-    with subprocess.Popen(
-        [*EP_RFT, "serve", "--port", "0", "--served-model-name", "arithmetic"],
-        stdout=subprocess.PIPE,
-        text=True,
-        env=ENVIRONMENT,
-    ) as process:
-        try:
-            assert process.stdout is not None
-            yield process.stdout.readline().split(" on ")[1].split(" ")[0]
-        finally:
-            process.send_signal(signal.SIGINT)
+@pytest.fixture
+def served(zygote):
+    """The address of `ep-rft serve`, in a process of its own."""
+    arguments = ("serve", "--port", "0", "--served-model-name", "arithmetic")
+    server = zygote.start(*arguments, env=ENVIRONMENT)
+    try:
+        yield server.line().split(" on ")[1].split(" ")[0]
+    finally:
+        server.kill(signal.SIGINT)
 
 
-def test_the_help_lists_it():
-    done = subprocess.run(
-        [*EP_RFT, "--help"], capture_output=True, text=True, env=ENVIRONMENT, check=True
-    )
-    assert "doctor" in done.stdout
+def test_the_help_lists_it(zygote, doctor):
+    assert "doctor" in zygote.run("--help", env=ENVIRONMENT).stdout
     assert "ep-rft doctor --model local/arithmetic" in doctor("--help").stdout
 
 
-def test_the_bundled_model_behind_ep_rft_serve_is_fit_and_the_table_says_so():
-    with served() as url:
-        done = doctor(
-            "--model", "arithmetic", "--base-url", url, "--tokenizer", FOLDER,
-            "--weights", FOLDER, "--requests", "80",
-        )  # fmt: skip
+def test_the_bundled_model_behind_ep_rft_serve_is_fit_and_the_table_says_so(served, doctor):
+    done = doctor(
+        "--model", "arithmetic", "--base-url", served, "--tokenizer", FOLDER,
+        "--weights", FOLDER, "--requests", "80",
+    )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"on {url}/v1, temperature 1: fit to train" in done.stdout
+    assert f"on {served}/v1, temperature 1: fit to train" in done.stdout
     for check in ("tokenizer round trip", "token frequency", "trainer: mean k3"):
         assert check in done.stdout
     assert "G-test" in done.stdout
 
 
-def test_a_lie_is_exit_code_1_and_json_says_which():
+def test_a_lie_is_exit_code_1_and_json_says_which(doctor):
     with running(vllm_app(Liar(drop_end), processed=True, echo=list)) as url:
         done = doctor(
             "--model", "m", "--base-url", url, "--tokenizer", FOLDER, "--json",
@@ -97,13 +82,13 @@ def test_a_lie_is_exit_code_1_and_json_says_which():
         (["--requests", "3"], "--requests"),
     ],
 )
-def test_a_wrong_option_is_exit_code_2(arguments, named):
+def test_a_wrong_option_is_exit_code_2(arguments, named, doctor):
     done = doctor("--model", "local/arithmetic", *arguments)
     assert done.returncode == 2, done.stdout
     assert named in done.stderr
 
 
-def test_the_key_appears_nowhere():
+def test_the_key_appears_nowhere(doctor):
     with StubServer() as stub:
         secret = "sk-0123456789-secret"
         done = doctor(
@@ -116,19 +101,12 @@ def test_the_key_appears_nowhere():
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_told_to_end_it_ends_in_one_line(number, code):
+def test_told_to_end_it_ends_in_one_line(number, code, zygote):
     with StubServer() as stub:
         stub.script = lambda seen: Hang()
         command = ["--model", "m", "--base-url", stub.url, "--tokenizer", FOLDER, "--quiet"]
-        with subprocess.Popen(
-            [*EP_RFT, "doctor", *command],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=ENVIRONMENT,
-        ) as process:
-            stub.wait_until(lambda: bool(stub.requests), seconds=30)
-            process.send_signal(number)
-            out, err = process.communicate(timeout=20)
-    assert (process.returncode, out) == (code, "")
-    assert err == "ep-rft: stopped; nothing was decided\n"
+        program = zygote.start("doctor", *command, env=ENVIRONMENT)
+        wait_until(lambda: bool(stub.requests))
+        assert program.kill(number) == code
+    assert program.stdout == ""
+    assert program.stderr == "ep-rft: stopped; nothing was decided\n"

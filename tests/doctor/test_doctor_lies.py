@@ -18,6 +18,7 @@ from eval_protocol_rft.sampling.types import RefusedError
 from eval_protocol_rft.server.app import create_app
 from tests.doctor.liars import Liar, bundled, drop_end, raw_as_sampling, shifted, vllm_app
 from tests.serving import running
+from tests.waiting import PATIENCE
 
 FOLDER = str(bundled_model_path("arithmetic"))
 
@@ -380,7 +381,7 @@ async def test_a_cancelled_examination_ends():
             await asyncio.Event().wait()
 
     task = asyncio.ensure_future(aexamine(setup_of(None), sampler=Hanging()))
-    await asyncio.wait_for(waiting.wait(), 10)
+    await asyncio.wait_for(waiting.wait(), PATIENCE)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
-        await asyncio.wait_for(task, 5)
+        await asyncio.wait_for(task, PATIENCE)

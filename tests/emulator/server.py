@@ -25,6 +25,7 @@ from tests.emulator.policy import Policy
 from tests.emulator.routes import control_plane
 from tests.emulator.training_api import TrainingApi
 from tests.emulator.weights import Serving
+from tests.waiting import PATIENCE
 
 KEY = "fw-emulated-key"
 
@@ -156,5 +157,5 @@ def _running(app: Starlette) -> Iterator[str]:
             yield f"http://127.0.0.1:{listener.getsockname()[1]}"
         finally:
             server.should_exit = True
-            thread.join(timeout=120)
+            thread.join(PATIENCE)
             assert not thread.is_alive(), "the server did not stop"

@@ -14,7 +14,6 @@ import asyncio
 import random
 import socket
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Coroutine
 from typing import Any, Literal, TypeVar
@@ -33,6 +32,7 @@ from tests.hostile.faults import Fault
 from tests.hostile.http1 import LONGEST_HEAD, NoRequestError, read_request
 from tests.hostile.ledger import Death, Entry, Plan, dialect_of
 from tests.hostile.replies import Dialect, Truth, truth_of
+from tests.waiting import wait_until
 
 FIRST_OWN_SEED = 2**32
 """Its own seeds are above those that a request may carry."""
@@ -107,12 +107,9 @@ class HostileServer:
         """Listen again, on the same port."""
         self._do(self._rise())
 
-    def wait_until(self, true: Callable[[], bool], *, seconds: float = 60.0) -> None:
+    def wait_until(self, true: Callable[[], bool]) -> None:
         """Block until it is so; the server learns late of what its clients did."""
-        deadline = time.monotonic() + seconds
-        while not true():
-            assert time.monotonic() < deadline, f"still not so: {self.ledger[-5:]}"
-            time.sleep(0.002)
+        wait_until(true, lambda: self.ledger[-5:])
 
     def __enter__(self) -> HostileServer:
         self._thread.start()

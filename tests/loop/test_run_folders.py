@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from eval_protocol_rft.loop.train import TrainResult, atrain
 from eval_protocol_rft.models import bundled_model_path
 from eval_protocol_rft.scoring.code import code_fingerprints
 from tests.loop.runs import options, run, sums_file, without_times
+from tests.programs import Zygote
 
 ONE = {"steps": 2, "eval_every": 0, "groups_per_step": 2, "keep_checkpoints": 3}
 
@@ -300,21 +300,21 @@ def test_a_log_without_a_terminal_has_progress(capsys: pytest.CaptureFixture[str
     ]
 
 
-def test_the_command_says_how_it_goes_and_ends_in_one_line(tmp_path: Path) -> None:
+def test_the_command_says_how_it_goes_and_ends_in_one_line(tmp_path: Path, zygote: Zygote) -> None:
     data = sums_file(tmp_path / "sums.jsonl", [(a, 11) for a in range(10, 22)])
     command = [
-        *(sys.executable, "-c", "from eval_protocol_rft.cli import app; app()", "train"),
-        *("examples/arithmetic/test_arithmetic.py::test_arithmetic", "--model", "local/arithmetic"),
+        *("train", "examples/arithmetic/test_arithmetic.py::test_arithmetic"),
+        *("--model", "local/arithmetic"),
         *("--data", data, "--held-out", "2", "--steps", "1", "--groups-per-step", "2"),
         *("--eval-completions", "1", "-o", str(tmp_path / "run")),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = zygote.run(*command)
     assert done.returncode == 0, done.stderr
     assert "train: 0/1  held out: " in done.stderr
     assert "train: 1/1  held out: " in done.stderr
     for path in (tmp_path / "run" / "checkpoints").iterdir():
         (path / "state.json").unlink()
-    broken = subprocess.run(command, capture_output=True, text=True, check=False)
+    broken = zygote.run(*command)
     assert broken.returncode == 1
     last = broken.stderr.strip().splitlines()[-1]
     assert last.startswith("ep-rft: ")

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
-import sys
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -45,6 +44,7 @@ from tests.loop.policies import (
 )
 from tests.loop.runs import options, sums_file
 from tests.loop.test_live_weights import prompt
+from tests.programs import Zygote
 from tests.serving import running
 
 FOLDER = bundled_model_path("arithmetic")
@@ -52,19 +52,14 @@ STREAMED = SamplingParams(model="policy", max_tokens=8, stream=True)
 
 
 @pytest.fixture(scope="module")
-def url() -> Iterator[str]:
+def url(zygote: Zygote) -> Iterator[str]:
     """One server for the file: who uses it gives it weights first."""
-    command = [sys.executable, "-c", "from eval_protocol_rft.cli import app; app()"]
     serve = "serve --model local/arithmetic --served-model-name policy --port 0 --reloads"
-    with subprocess.Popen(
-        [*command, *serve.split()], stdout=subprocess.PIPE, text=True, env=os.environ
-    ) as server:
-        try:
-            found = re.search(r"on (http://127\.0\.0\.1:\d+) ", server.stdout.readline())
-            yield found[1]
-        finally:
-            server.terminate()
-            server.communicate(timeout=120)
+    server = zygote.start(*serve.split())
+    try:
+        yield re.search(r"on (http://127\.0\.0\.1:\d+) ", server.line())[1]
+    finally:
+        server.kill(signal.SIGTERM)
 
 
 @pytest.fixture

@@ -6,9 +6,6 @@ import asyncio
 import json
 import random
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -21,6 +18,8 @@ from eval_protocol_rft.loop.train import atrain
 from eval_protocol_rft.sampling.types import RefusedError
 from examples.arithmetic import test_arithmetic as example
 from tests.loop.runs import options, run, sums_file, without_times
+from tests.programs import Zygote
+from tests.waiting import wait_until
 
 
 class StopHereError(RuntimeError):
@@ -198,19 +197,20 @@ async def test_rows_that_cannot_be_asked_end_with_the_reason(tmp_path: Path) -> 
         )
 
 
-def test_killed_at_random_moments_the_command_ends_in_the_same_curve(tmp_path: Path) -> None:
+def test_killed_at_random_moments_the_command_ends_in_the_same_curve(
+    tmp_path: Path, zygote: Zygote
+) -> None:
     data = sums_file(tmp_path / "data.jsonl")
 
     def command(folder: Path) -> list[str]:
         options = "--steps 12 --groups-per-step 4 -n 4 --lr 0.0001 --checkpoint-every 2"
         return [
-            str(Path(sys.executable).with_name("ep-rft")), "train",
-            "examples/arithmetic/test_arithmetic.py::test_arithmetic", "--data", data,
+            "train", "examples/arithmetic/test_arithmetic.py::test_arithmetic", "--data", data,
             "-o", str(folder), *options.split(), "--held-out", "8", "--eval-every", "4", "--quiet",
         ]  # fmt: skip
 
     def finish(folder: Path) -> None:
-        done = subprocess.run(command(folder), check=False, capture_output=True, text=True)
+        done = zygote.run(*command(folder))
         assert done.returncode == 0, done.stderr
 
     def lines(folder: Path) -> list[dict[str, object]]:
@@ -223,13 +223,10 @@ def test_killed_at_random_moments_the_command_ends_in_the_same_curve(tmp_path: P
     kills = 0
     for _ in range(3):
         before = _count(killed)
-        process = subprocess.Popen(command(killed), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        program = zygote.start(*command(killed))
         target = before + rng.randint(1, 5)
-        while process.poll() is None and _count(killed) < target:
-            time.sleep(0.01)
-        kills += process.poll() is None
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+        wait_until(lambda: _count(killed) >= target or program.poll() is not None)  # noqa: B023
+        kills += program.kill() == -signal.SIGKILL
     assert kills
     finish(killed)
     assert lines(killed) == lines(whole)
