@@ -13,6 +13,7 @@ from eval_protocol.models import EvaluationRow, Message
 from eval_protocol_rft.batch.conversion import convert
 from eval_protocol_rft.batch.dataset import RolloutDataset
 from eval_protocol_rft.batch.datums.rows import scored_rows
+from eval_protocol_rft.batch.progress import Reading
 from eval_protocol_rft.environments import EpisodeLimits, RetryWithFeedback
 from eval_protocol_rft.episode_processor import EpisodeRolloutProcessor
 from eval_protocol_rft.record import RecordError
@@ -148,7 +149,14 @@ def test_they_become_a_rollout_file_and_rows_again(tmp_path: Path) -> None:
         (None, 0.5, None),
         (0.75, 0.5, None),
     ]
-    assert contents(build_batch(scored_rows(dataset), algorithm="reinforce")) == EXPECTED
+    assert (
+        contents(
+            build_batch(
+                scored_rows(dataset, reading=Reading("datums", lambda: None)), algorithm="reinforce"
+            )
+        )
+        == EXPECTED
+    )
     convert(tmp_path / "r.parquet", tmp_path / "again.jsonl", to_format="ep")
     again = [json.loads(line) for line in (tmp_path / "again.jsonl").read_text().splitlines()]
     assert contents(build_batch(again, algorithm="reinforce")) == EXPECTED

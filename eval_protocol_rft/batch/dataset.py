@@ -146,6 +146,12 @@ class RolloutDataset:
                 return int(file.metadata.num_rows)
         return sum(len(table) for table in self.tables(KEY_COLUMNS))
 
+    def rows_about(self) -> int:
+        """`num_rows`, soon: JSON lines are counted, blank ones too."""
+        if self.finished and jsonl.is_jsonl(self.path):
+            return jsonl.count_lines(self.path)
+        return self.num_rows
+
     def __len__(self) -> int:
         return self.num_rows
 

@@ -31,6 +31,7 @@ def convert(
         str | None, typer.Option(help="For verl: what it chooses its reward function by.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
 ) -> None:
     """Convert rollouts: our Parquet or JSON lines, rows of Eval Protocol, files for verl and TRL.
 
@@ -55,5 +56,6 @@ def convert(
         drop_failed_rows=drop_failed_rows,
         data_source=data_source,
         overwrite=overwrite,
+        progress=not quiet,
     )
     say(summary)

@@ -67,6 +67,7 @@ def datums(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace outputs that are there.")
     ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
 ) -> None:
     """Turn scored rollouts into training data: tokens, logprobs, advantages, weights.
 
@@ -97,7 +98,7 @@ def datums(
         options["filters"] = Filters(
             truncated=truncated or "keep", mixed_versions=mixed_versions or "keep"
         )
-    with rollout_file(file) as source, warnings.catch_warnings(record=True) as seen:
+    with rollout_file(file, quiet=quiet) as source, warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("ignore")
         warnings.simplefilter("always", BiasedSamplingWarning)
         summary = write_datums(
@@ -108,6 +109,7 @@ def datums(
             max_groups=max_groups,
             max_tokens=max_tokens,
             overwrite=overwrite,
+            progress=not quiet,
             **options,
         )
     for warning in seen[:1]:

@@ -16,23 +16,22 @@ from typing import NoReturn, ParamSpec
 
 import typer
 
+from eval_protocol_rft.cli.stopping import sigterm_interrupts
 from eval_protocol_rft.text import visible_lines
 
 P = ParamSpec("P")
 _ATTEMPTS = "eval_protocol_rft.attempts"
 """The logger of `sampling.observing`, which is not imported for `--help`."""
-_INTERRUPTED = 130
-"""As a shell reports a process that Ctrl-C ended."""
 
 
 def one_line(command: Callable[P, None]) -> Callable[P, None]:
     """`command`, ending with one line on stderr and exit code 1 where its files or settings are
-    wrong, and with one line where Ctrl-C ends it."""
+    wrong, and with one line where Ctrl-C or SIGTERM ends it."""
 
     @functools.wraps(command)
     def run(*args: P.args, **named: P.kwargs) -> None:
         try:
-            with _no_log_of_attempts():
+            with _no_log_of_attempts(), sigterm_interrupts() as stopped:
                 command(*args, **named)
         except BrokenPipeError:
             raise  # whoever read our output has gone, which typer deals with
@@ -47,7 +46,7 @@ def one_line(command: Callable[P, None]) -> Callable[P, None]:
             fail(str(error))
         except KeyboardInterrupt:
             say("ep-rft: stopped", err=True)
-            raise typer.Exit(_INTERRUPTED) from None
+            raise typer.Exit(stopped.exit_code) from None
         except Exception as error:
             # Errors of this package say what is wrong, with or without a base class.
             if not type(error).__module__.startswith("eval_protocol_rft."):

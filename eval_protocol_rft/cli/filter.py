@@ -75,6 +75,7 @@ def filter(  # noqa: A001
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an output that is there.")
     ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
 ) -> None:
     """Keep the completions, or prompts, that are worth it.
 
@@ -109,8 +110,10 @@ def filter(  # noqa: A001
         dedupe_completions=dedupe_completions,
         min_completions=min_completions,
     )
-    with rollout_file(file) as source:
-        summary = filter_rollouts(source, output, rules, prompts=prompts, overwrite=overwrite)
+    with rollout_file(file, quiet=quiet) as source:
+        summary = filter_rollouts(
+            source, output, rules, prompts=prompts, overwrite=overwrite, progress=not quiet
+        )
     if not summary.finished:
         say(f"ep-rft: {file}: its job is not finished; this is of what is stored so far", err=True)
     say(

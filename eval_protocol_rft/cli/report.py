@@ -51,6 +51,7 @@ def report(
             show_default="the one the file names",
         ),
     ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
 ) -> None:
     """Write rollouts as one HTML page: numbers, difficulty, every completion token by token.
 
@@ -79,13 +80,14 @@ def report(
         return
     output = output or path.with_suffix(".html")
     try:
-        with rollout_file(path) as file:
+        with rollout_file(path, quiet=quiet) as file:
             written = write_report(
                 RolloutDataset(file),
                 output,
                 pass_threshold=1.0 if pass_threshold is None else pass_threshold,
                 limit=limit,
                 tokenizer=tokenizer,
+                progress=not quiet,
             )
     except OSError as error:
         fail(f"cannot write {output}: {error.strerror or error}")

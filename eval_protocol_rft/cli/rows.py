@@ -11,7 +11,7 @@ from eval_protocol_rft.cli.failing import say
 
 
 @contextlib.contextmanager
-def rollout_file(path: Path) -> Iterator[Path]:
+def rollout_file(path: Path, *, quiet: bool = False) -> Iterator[Path]:
     """`path` where it is a rollout file or that of an unfinished job. Where it holds rows of Eval
     Protocol (JSON lines, or a folder of them, of which the newest counts), a rollout file of these,
     which is gone afterwards.
@@ -28,7 +28,7 @@ def rollout_file(path: Path) -> Iterator[Path]:
     rows = newest_rows_file(path)
     with tempfile.TemporaryDirectory(prefix="ep-rft-") as folder:
         made = Path(folder) / f"{rows.stem}.parquet"
-        summary = convert(rows, made, from_format="ep", drop_failed_rows=True)
+        summary = convert(rows, made, from_format="ep", drop_failed_rows=True, progress=not quiet)
         for note in summary.notes:
             say(f"ep-rft: {rows}: {note}", err=True)
         yield made

@@ -28,6 +28,7 @@ def stats(
     json: Annotated[
         bool, typer.Option("--json", help="Print JSON instead, with all prompts.")
     ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
 ) -> None:
     """Sum up a rollout file: rewards, pass@k, lengths, failures, the hardest prompts.
 
@@ -43,8 +44,10 @@ def stats(
 
     from eval_protocol_rft.batch.stats.rollout_stats import rollout_stats
 
-    with rollout_file(file) as path:
-        found = rollout_stats(path, reward=reward, pass_threshold=pass_threshold)
+    with rollout_file(file, quiet=quiet) as path:
+        found = rollout_stats(
+            path, reward=reward, pass_threshold=pass_threshold, progress=not quiet
+        )
     found = dataclasses.replace(found, path=str(file))
     if json:
         say_json(msgspec.json.format(msgspec.json.encode(found), indent=2))

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eval_protocol_rft.batch.dataset import RolloutDataset
+from eval_protocol_rft.batch.progress import Reading
 from eval_protocol_rft.batch.target import same_file
 from eval_protocol_rft.durable import check_replaceable, replacing
 from eval_protocol_rft.report.page_charts import FRAME
@@ -69,6 +70,7 @@ def write_report(
     pass_threshold: float = 1.0,
     limit: int | None = None,
     tokenizer: str | None = None,
+    progress: bool | None = None,
 ) -> WrittenReport:
     """Write the page of a rollout file.
 
@@ -79,6 +81,7 @@ def write_report(
         limit: prompts to show with their texts, the first of the file; default `DEFAULT_PROMPTS`
             and `DEFAULT_TOKENS`. Memory grows with these, and with a few numbers per completion.
         tokenizer: folder or hub id of the one to show tokens with; default what the file names.
+        progress: show a bar where it takes long; None: where stderr is a terminal.
 
     Raises:
         ReportError: the file has no rows or inexact token data, `output` is the file itself, or
@@ -97,21 +100,22 @@ def write_report(
     source = TextSource(dataset.metadata, tokenizer)
     lines: list[GroupLine] = []
     details: list[str] = []
-    for group in dataset.groups():
-        episodes = group_episodes(group)
-        lengths = {place: episode.length for place, episode in episodes.items()}
-        stats = group_stats(group, columns, pass_threshold=pass_threshold, episodes=lengths)
-        source.note(group)
-        if _has_room(len(lines), totals.tokens, limit):
-            texts = source.texts(group)
-            detail = group_detail(group, vocabulary=vocabulary, texts=texts, columns=columns)
-            put_episodes(detail, episodes, vocabulary, texts)
-            lines.append(group_line(group, stats, columns))
-            details.append(packed(detail))
-        totals.add(stats)
-        for row in group:
-            for name, score in row.scores.items():
-                totals.columns[name].metrics.add(score.metrics)
+    with Reading("report", dataset.rows_about, show=progress) as reading:
+        for group in reading(dataset.groups()):
+            episodes = group_episodes(group)
+            lengths = {place: episode.length for place, episode in episodes.items()}
+            stats = group_stats(group, columns, pass_threshold=pass_threshold, episodes=lengths)
+            source.note(group)
+            if _has_room(len(lines), totals.tokens, limit):
+                texts = source.texts(group)
+                detail = group_detail(group, vocabulary=vocabulary, texts=texts, columns=columns)
+                put_episodes(detail, episodes, vocabulary, texts)
+                lines.append(group_line(group, stats, columns))
+                details.append(packed(detail))
+            totals.add(stats)
+            for row in group:
+                for name, score in row.scores.items():
+                    totals.columns[name].metrics.add(score.metrics)
     if not totals.prompts:
         raise ReportError(f"{dataset.path}: no completions to report")
     index = PageIndex(columns=columns, pass_threshold=pass_threshold, groups=lines)

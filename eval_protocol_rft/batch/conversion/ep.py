@@ -18,12 +18,13 @@ from eval_protocol_rft.batch.conversion.types import ConvertError, Rollouts, Wri
 from eval_protocol_rft.batch.evaluation_rows.from_row import from_row
 from eval_protocol_rft.batch.evaluation_rows.to_row import to_rows
 from eval_protocol_rft.batch.files import tables_of
+from eval_protocol_rft.batch.progress import Reading
 from eval_protocol_rft.batch.rollouts.format import metadata_of
 from eval_protocol_rft.batch.rollouts.rows import CompletionRow
 from eval_protocol_rft.durable import replacing
 
 
-def read(path: Path, *, drop_failed_rows: bool) -> Rollouts:
+def read(path: Path, *, drop_failed_rows: bool, reading: Reading) -> Rollouts:
     """The completions of all rows. Reads the file once here, and once each time they are read.
 
     Raises:
@@ -31,7 +32,7 @@ def read(path: Path, *, drop_failed_rows: bool) -> Rollouts:
         TrainingDataError: a line is no row.
     """
     scan = EpScan(path, drop_failed_rows)
-    for index, row in numbered_rows(path):
+    for index, row in reading(numbered_rows(path), lambda row: 1):
         scan.add(index, row)
     if not scan.num_rows:
         raise ConvertError(f"{path}: no row with a rollout in it")
@@ -39,7 +40,7 @@ def read(path: Path, *, drop_failed_rows: bool) -> Rollouts:
 
     def tables() -> Iterator[pa.Table]:
         try:
-            yield from tables_of(_rows(scan, schema), schema)
+            yield from tables_of(_rows(scan, schema, reading), schema)
         except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
             raise ConvertError(f"{path}: a value does not fit its column: {error}") from error
 
@@ -64,12 +65,12 @@ def write(rollouts: Rollouts, target: Path) -> Written:
     return Written(data_rows, completions, notes)
 
 
-def _rows(scan: EpScan, schema: pa.Schema) -> Iterator[CompletionRow]:
+def _rows(scan: EpScan, schema: pa.Schema, reading: Reading) -> Iterator[CompletionRow]:
     prompt_kind = metadata_of(schema).prompt_kind
     renumbered = scan.renumbered
     group: list[CompletionRow] = []
     number = 0
-    for index, row in numbered_rows(scan.path):
+    for index, row in reading(numbered_rows(scan.path), lambda row: 1):
         if index in scan.dropped:
             continue
         own = from_row(row, index, prompt_kind=prompt_kind, keep_row=not scan.one_file)

@@ -24,7 +24,9 @@ from eval_protocol_rft.batch.conversion.types import (
 )
 from eval_protocol_rft.batch.dataset import RolloutDataset
 from eval_protocol_rft.batch.files import write_file
+from eval_protocol_rft.batch.progress import Reading
 from eval_protocol_rft.batch.rollouts.checking import in_order, with_token_data
+from eval_protocol_rft.batch.rollouts.jsonl import count_lines
 from eval_protocol_rft.batch.target import check_target
 
 _ENDINGS: dict[Format, tuple[str, ...]] = {
@@ -45,6 +47,7 @@ def convert(
     drop_failed_rows: bool = False,
     data_source: str | None = None,
     overwrite: bool = False,
+    progress: bool | None = None,
 ) -> ConvertSummary:
     """Convert `source` to `target`, in constant memory.
 
@@ -59,6 +62,7 @@ def convert(
         data_source: for verl: by this name it finds its reward function. Default: the data set's
             name.
         overwrite: replace a `target` that exists.
+        progress: show a bar where it takes long; None: where stderr is a terminal.
 
     Raises:
         ConvertError: the file cannot be converted.
@@ -72,15 +76,16 @@ def convert(
     if data_source is not None and to_format != "verl":
         raise ConvertError("data_source is verl's: convert to verl, or leave it out")
     found = from_format or detect_format(path)
-    rollouts = _checked(_read(path, found, drop_failed_rows=drop_failed_rows))
-    if to_format == "ep":
-        written = ep.write(rollouts, output)
-    elif to_format == "verl":
-        written = verl.write(rollouts, output, data_source=data_source)
-    elif to_format == "trl":
-        written = trl.write(rollouts, output)
-    else:
-        written = _write_rollouts(rollouts, output)
+    with Reading("convert", lambda: _rows_about(path, found), show=progress) as reading:
+        rollouts = _checked(_read(path, found, drop_failed_rows=drop_failed_rows, reading=reading))
+        if to_format == "ep":
+            written = ep.write(rollouts, output)
+        elif to_format == "verl":
+            written = verl.write(rollouts, output, data_source=data_source)
+        elif to_format == "trl":
+            written = trl.write(rollouts, output)
+        else:
+            written = _write_rollouts(rollouts, output)
     return ConvertSummary(
         source=path,
         target=output,
@@ -92,16 +97,25 @@ def convert(
     )
 
 
-def _read(path: Path, found: Format, *, drop_failed_rows: bool) -> Rollouts:
+def _read(path: Path, found: Format, *, drop_failed_rows: bool, reading: Reading) -> Rollouts:
     if found == "ep":
-        return ep.read(path, drop_failed_rows=drop_failed_rows)
+        return ep.read(path, drop_failed_rows=drop_failed_rows, reading=reading)
     if found == "verl":
-        return verl.read(path)
-    if found == "trl":
-        return trl.read(path)
-    data = RolloutDataset(path)
-    unfinished = () if data.finished else ("the job of this file is not finished",)
-    return Rollouts(path, data.schema, data.tables, unfinished)
+        rollouts = verl.read(path)
+    elif found == "trl":
+        rollouts = trl.read(path)
+    else:
+        data = RolloutDataset(path)
+        unfinished = () if data.finished else ("the job of this file is not finished",)
+        rollouts = Rollouts(path, data.schema, data.tables, unfinished)
+    return replace(rollouts, read=lambda: reading(rollouts.read()))
+
+
+def _rows_about(path: Path, found: Format) -> int | None:
+    """What `_read` counts: completions, or rows of Eval Protocol."""
+    if found == "ep":
+        return count_lines(path)
+    return RolloutDataset(path).rows_about() if found == "rollouts" else None
 
 
 def _checked(rollouts: Rollouts) -> Rollouts:

@@ -12,26 +12,30 @@ from typing import Any
 from eval_protocol_rft.batch.dataset import RolloutDataset
 from eval_protocol_rft.batch.evaluation_rows.to_row import to_rows
 from eval_protocol_rft.batch.numbers import chosen_reward
+from eval_protocol_rft.batch.progress import Reading
 from eval_protocol_rft.batch.rollouts.rows import UNSCORED
 from eval_protocol_rft.training.errors import TrainingDataError
 
 
-def scored_rows(dataset: RolloutDataset, *, reward: str | None = None) -> Iterator[dict[str, Any]]:
+def scored_rows(
+    dataset: RolloutDataset, *, reward: str | None = None, reading: Reading
+) -> Iterator[dict[str, Any]]:
     """`dataset.training_rows()`, with a further reward in the place of the main one.
 
     Args:
         dataset: a scored file.
         reward: name of the further reward; None is the main one.
+        reading: shows how far it is read.
 
     Raises:
         FormatError: at once, if there is no such reward.
         TrainingDataError: while iterating, at a data row that was never scored.
     """
-    return _rows(dataset, chosen_reward(dataset, reward))
+    return _rows(dataset, chosen_reward(dataset, reward), reading)
 
 
-def _rows(dataset: RolloutDataset, column: str) -> Iterator[dict[str, Any]]:
-    for group in dataset.groups():
+def _rows(dataset: RolloutDataset, column: str, reading: Reading) -> Iterator[dict[str, Any]]:
+    for group in reading(dataset.groups()):
         survivors = [row for row in group if not row.failed]
         if survivors and not any(column in row.scores for row in survivors):
             raise TrainingDataError(

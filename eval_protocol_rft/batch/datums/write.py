@@ -18,6 +18,7 @@ from eval_protocol_rft.batch.datums.files import check_numbered, write_batch, wr
 from eval_protocol_rft.batch.datums.jsonl import write_datums_jsonl
 from eval_protocol_rft.batch.datums.rl_step import write_rl_step
 from eval_protocol_rft.batch.datums.rows import scored_rows
+from eval_protocol_rft.batch.progress import Reading
 from eval_protocol_rft.batch.target import TargetError, check_target
 from eval_protocol_rft.training.batch import TrainingBatch, build_batch, iter_batches
 from eval_protocol_rft.training.errors import TrainingDataError
@@ -68,6 +69,7 @@ def write_datums(
     max_groups: int | None = None,
     max_tokens: int | None = None,
     overwrite: bool = False,
+    progress: bool | None = None,
     **options: Unpack[BatchArguments],
 ) -> DatumsSummary:
     """Turn a scored rollout file into training data.
@@ -83,6 +85,7 @@ def write_datums(
         max_groups, max_tokens: limits of a batch, as for `iter_batches`. Default: all is one batch,
             in memory.
         overwrite: take the place of files that are there.
+        progress: show a bar where it takes long; None: where stderr is a terminal.
         **options: as for `build_batch`: `algorithm`, `normalization`, `filters`, ...
 
     Raises:
@@ -95,13 +98,30 @@ def write_datums(
     limited = max_groups is not None or max_tokens is not None
     chosen = format or _format_of(Path(output))
     target = check_target(output, source, suffixes=[SUFFIXES[chosen]], overwrite=overwrite)
-    rows = scored_rows(RolloutDataset(source), reward=reward)
-    if chosen == "rl-step":
-        if limited or options:
-            raise TrainingDataError(
-                "RL-step lines hold text and rewards, no datums: of the options, only the reward "
-                "applies to them"
-            )
+    if chosen == "rl-step" and (limited or options):
+        raise TrainingDataError(
+            "RL-step lines hold text and rewards, no datums: of the options, only the reward "
+            "applies to them"
+        )
+    dataset = RolloutDataset(source)
+    with Reading("datums", dataset.rows_about, show=progress) as reading:
+        rows = scored_rows(dataset, reward=reward, reading=reading)
+        return _write(
+            target, chosen, rows, max_groups, max_tokens, overwrite=overwrite, options=options
+        )
+
+
+def _write(
+    target: Path,
+    format: DatumsFormat,  # noqa: A002
+    rows: Iterator[dict[str, Any]],
+    max_groups: int | None,
+    max_tokens: int | None,
+    *,
+    overwrite: bool,
+    options: BatchArguments,
+) -> DatumsSummary:
+    if format == "rl-step":
         counts = write_rl_step(target, rows)
         return DatumsSummary(
             files=[target],
@@ -112,9 +132,9 @@ def write_datums(
         )
     summary = DatumsSummary(files=[target])
     batches = summary.counting(_batches(rows, max_groups, max_tokens, options))
-    if chosen == "jsonl":
+    if format == "jsonl":
         write_datums_jsonl(target, batches)
-    elif limited:
+    elif max_groups is not None or max_tokens is not None:
         check_numbered(target, overwrite=overwrite)
         summary.files = write_numbered(target, batches)
     else:

@@ -20,6 +20,7 @@ from eval_protocol_rft.batch.filtering.prompts import original_columns, write_pr
 from eval_protocol_rft.batch.filtering.rules import REASONS, Band, FilterRules, FilterRulesError
 from eval_protocol_rft.batch.filtering.survey import Survey, survey, survey_columns
 from eval_protocol_rft.batch.numbers import chosen_reward, whole_groups
+from eval_protocol_rft.batch.progress import Reading
 from eval_protocol_rft.batch.target import check_target
 
 _SUFFIXES = (".parquet", ".jsonl", ".ndjson")
@@ -54,6 +55,7 @@ def filter_rollouts(
     *,
     prompts: bool = False,
     overwrite: bool = False,
+    progress: bool | None = None,
 ) -> FilterSummary:
     """Write what the rules keep of a rollout file.
 
@@ -63,6 +65,7 @@ def filter_rollouts(
         rules: what to keep. Where one asks about the whole file it is read twice.
         prompts: write no completions but the data set's own rows of what is kept, once each.
         overwrite: take the place of a file that is there.
+        progress: show a bar where it takes long; None: where stderr is a terminal.
 
     Raises:
         FormatError: no rollout file, or a broken one; no such reward; no columns of a data set.
@@ -76,20 +79,21 @@ def filter_rollouts(
     if prompts:
         original_columns(dataset.schema)
     found = Survey(0, None, frozenset())
-    if rules.on_rewards or rules.dedupe_prompts:
-        tables = dataset.tables(survey_columns(rules, reward))
-        found = survey(whole_groups(tables, where=str(source)), rules, reward)
-        if rules.on_rewards and not found.scored:
-            raise FilterRulesError(
-                f"{source}: a rule asks for rewards, and no completion has one in the column "
-                f"{reward!r}. Score the file first, with `ep-rft score`"
-            )
-    run = FilterRun(rules, found, reward)
-    tables = run.kept(whole_groups(dataset.tables(), where=str(source)))
-    if prompts:
-        write_prompts(target, dataset.schema, tables)
-    else:
-        write_file(target, dataset.schema, tables)
+    with Reading("filter", dataset.rows_about, show=progress) as reading:
+        if rules.on_rewards or rules.dedupe_prompts:
+            tables = reading(dataset.tables(survey_columns(rules, reward)))
+            found = survey(whole_groups(tables, where=str(source)), rules, reward)
+            if rules.on_rewards and not found.scored:
+                raise FilterRulesError(
+                    f"{source}: a rule asks for rewards, and no completion has one in the column "
+                    f"{reward!r}. Score the file first, with `ep-rft score`"
+                )
+        run = FilterRun(rules, found, reward)
+        tables = run.kept(whole_groups(reading(dataset.tables()), where=str(source)))
+        if prompts:
+            write_prompts(target, dataset.schema, tables)
+        else:
+            write_file(target, dataset.schema, tables)
     return replace(run.summary(), finished=dataset.finished)
 
 

@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from eval_protocol_rft.batch.dataset import RolloutDataset
 from eval_protocol_rft.batch.numbers import Ints, chosen_reward, whole_groups
+from eval_protocol_rft.batch.progress import Reading
 from eval_protocol_rft.batch.rollouts.format import FormatError, reward_columns
 from eval_protocol_rft.batch.stats.collector import StatsCollector
 from eval_protocol_rft.batch.stats.distribution import distribution
@@ -30,7 +31,11 @@ _LENGTH_PERCENTS = (50, 90, 99)
 
 
 def rollout_stats(
-    path: str | os.PathLike[str], *, reward: str | None = None, pass_threshold: float = 1.0
+    path: str | os.PathLike[str],
+    *,
+    reward: str | None = None,
+    pass_threshold: float = 1.0,
+    progress: bool | None = None,
 ) -> RolloutStats:
     """Sum up a rollout file, scored or not, or what an unfinished job has put aside.
 
@@ -38,6 +43,7 @@ def rollout_stats(
         path: the file.
         reward: name of a further reward; None is the main one.
         pass_threshold: the reward from which a completion passes.
+        progress: show a bar where it takes long; None: where stderr is a terminal.
 
     Raises:
         FormatError: no rollout file, an empty or a broken one; no such reward.
@@ -50,14 +56,15 @@ def rollout_stats(
     further = [name for name in reward_columns(column)[2:] if name in dataset.schema.names]
     tables = dataset.tables([*_COLUMNS, column, *further])
     sampling = dataset.metadata.sampling
-    return summarize_tables(
-        tables,
-        path=str(path),
-        finished=dataset.finished,
-        model=None if sampling is None else sampling.model,
-        reward=column,
-        pass_threshold=pass_threshold,
-    )
+    with Reading("stats", dataset.rows_about, show=progress) as reading:
+        return summarize_tables(
+            reading(tables),
+            path=str(path),
+            finished=dataset.finished,
+            model=None if sampling is None else sampling.model,
+            reward=column,
+            pass_threshold=pass_threshold,
+        )
 
 
 def summarize_tables(

@@ -1,0 +1,135 @@
+"""What a person sees of commands that read rollouts, and how these end when they are stopped."""
+
+from __future__ import annotations
+
+import itertools
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import typer
+
+from eval_protocol_rft.batch import progress
+from eval_protocol_rft.batch.conversion import convert as convert_file
+from eval_protocol_rft.batch.progress import Reading
+from eval_protocol_rft.cli.convert import convert
+from eval_protocol_rft.cli.datums import datums
+from eval_protocol_rft.cli.filter import filter as filter_command
+from eval_protocol_rft.cli.report import report
+from eval_protocol_rft.cli.stats import stats
+from tests.scored_files import Sampled, write
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "stats": lambda source, folder, **options: stats(source, **options),
+    "filter": lambda source, folder, **options: filter_command(
+        source, folder / "out.parquet", reward_min=0.0, **options
+    ),
+    "convert": lambda source, folder, **options: convert(source, folder / "out.jsonl", **options),
+    "datums": lambda source, folder, **options: datums(source, folder / "out.npz", **options),
+    "report": lambda source, folder, **options: report(
+        source, folder / "out.html", tokenizer="local/arithmetic", **options
+    ),
+}
+
+
+class Clock:
+    """Half a minute passes between one look at it and the next; at the second one, something may
+    happen."""
+
+    def __init__(self, happens: Callable[[], None] = lambda: None) -> None:
+        self._looks = itertools.count()
+        self._happens = happens
+
+    def monotonic(self) -> float:
+        look = next(self._looks)
+        if look == 1:
+            self._happens()
+        return 30.0 * look
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    (tmp_path / "in").mkdir()
+    groups = [
+        [Sampled(1.0), Sampled(0.0), Sampled(1.0)],
+        [Sampled(0.0), Sampled(1.0), Sampled(0.0)],
+    ]
+    return write(tmp_path / "in" / "rollouts.parquet", groups)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "out").mkdir()
+    return tmp_path / "out"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_long_reading_says_how_far_it_is(name, source, folder, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(progress, "time", Clock())
+    COMMANDS[name](source, folder)
+    assert f"{name}: 6/6" in capsys.readouterr().err.splitlines()
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_short_or_a_quiet_one_does_not(name, source, folder, monkeypatch, capsys) -> None:
+    COMMANDS[name](source, folder)
+    monkeypatch.setattr(progress, "time", Clock())
+    for left in folder.iterdir():
+        left.unlink()
+    COMMANDS[name](source, folder, quiet=True)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_stopped_it_says_one_line_and_leaves_nothing(
+    name, number, code, source, folder, monkeypatch, capsys
+) -> None:
+    monkeypatch.setattr(progress, "time", Clock(lambda: signal.raise_signal(number)))
+    with pytest.raises(typer.Exit) as ended:
+        COMMANDS[name](source, folder)
+    assert ended.value.exit_code == code
+    assert capsys.readouterr().err == "ep-rft: stopped\n"
+    assert list(folder.iterdir()) == []
+    assert [path.name for path in source.parent.iterdir()] == ["rollouts.parquet"]
+
+
+def test_lines_of_json_and_rows_of_eval_protocol_are_counted(
+    source, folder, monkeypatch, capsys
+) -> None:
+    convert_file(source, folder / "lines.jsonl")
+    convert_file(source, folder / "rows.jsonl", to_format="ep")
+    monkeypatch.setattr(progress, "time", Clock())
+    stats(folder / "lines.jsonl")
+    stats(folder / "rows.jsonl")
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.rstrip() for line in lines if ":" in line] == [
+        "stats: 6/6",
+        "convert: 1/2",
+        "convert: 2/2",
+        "convert: 1/2  pass 2",
+        "convert: 2/2  pass 2",
+        "stats: 6/6",
+    ]
+
+
+def test_a_terminal_has_a_bar_that_goes_away(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(progress, "time", Clock())
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with Reading("stats", lambda: 4) as reading:
+        assert list(reading(["ab", "cd"])) == ["ab", "cd"]
+        shown = capsys.readouterr().err
+    gone = capsys.readouterr().err
+    assert "stats" in shown
+    assert "4/4" in shown + gone
+    assert gone.endswith("\x1b[2K")  # the line of the bar is empty again
+
+
+def test_how_much_there_is_is_asked_late(monkeypatch) -> None:
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: 0.0))
+    with Reading("stats", lambda: pytest.fail("too early"), show=True) as reading:
+        assert list(reading(["ab"])) == ["ab"]
