@@ -12,12 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import TemplateError, meta
-from jinja2.ext import Extension, loopcontrols
-from jinja2.nodes import Node
-from jinja2.parser import Parser
-from jinja2.sandbox import SandboxedEnvironment
-
+from eval_protocol_rft.chat_template import fields_read, variables_read
 from eval_protocol_rft.sampling.types import TokenIds
 from eval_protocol_rft.tokenizer import LoadedTokenizer
 
@@ -166,13 +161,17 @@ def render_chat(
             "name a tokenizer that has one"
         )
     _check_template_kwargs(tokenizer, tools, chat_template_kwargs)
-    chat = [with_parsed_arguments(i, message) for i, message in enumerate(messages)]
+    chat = as_template_reads(messages, tools, tokenizer)
     ids = _apply(tokenizer, chat, tools, chat_template_kwargs)
     if not ids:
         raise PromptError(f"the chat template of {tokenizer.name!r} rendered nothing")
     # What a template does not know it drops in silence: it renders the same without.
     for what, less_chat, less_tools in _without(chat, tools):
-        if less_chat and ids == _apply(tokenizer, less_chat, less_tools, chat_template_kwargs):
+        try:
+            less = _apply(tokenizer, less_chat, less_tools, chat_template_kwargs)
+        except PromptError:
+            continue  # a template that insists on it does render it
+        if less_chat and ids == less:
             raise PromptError(
                 f"the chat template of {tokenizer.name!r} does not render {what}: the model would "
                 "never see what this row holds"
@@ -189,10 +188,9 @@ def _check_template_kwargs(
     taken = _OWN_ARGUMENTS.intersection(kwargs)
     if taken:
         raise PromptError(f"chat_template_kwargs must not set {', '.join(sorted(taken))}")
-    if not kwargs or not hasattr(tokenizer.tokenizer, "get_chat_template"):
+    if not kwargs:
         return
-    template = tokenizer.tokenizer.get_chat_template(tools=[*map(dict, tools or ())] or None)
-    read = _variables(template)
+    read = variables_read(_template(tokenizer, tools))
     unread = sorted(kwargs.keys() - read) if read is not None else None
     if unread:
         known = [name for name in sorted(read or ()) if not _FILLED_IN.fullmatch(name)]
@@ -209,27 +207,6 @@ _FILLED_IN = re.compile(
 """Variables of a template that transformers fills in."""
 
 
-class _GenerationTag(Extension):
-    """`{% generation %}`, with which templates mark the assistant's part."""
-
-    tags = {"generation"}  # noqa: RUF012 - as jinja2 declares it
-
-    def parse(self, parser: Parser) -> list[Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-@lru_cache(maxsize=16)
-def _variables(template: str) -> frozenset[str] | None:
-    """What a template reads of what it is given; None where it cannot be parsed, which rendering
-    will say better."""
-    environment = SandboxedEnvironment(extensions=[_GenerationTag, loopcontrols])
-    try:
-        return frozenset(meta.find_undeclared_variables(environment.parse(template)))
-    except TemplateError:
-        return None
-
-
 def _without(
     chat: list[dict[str, Any]], tools: Sequence[Mapping[str, Any]] | None
 ) -> Iterator[tuple[str, list[dict[str, Any]], Sequence[Mapping[str, Any]] | None]]:
@@ -239,9 +216,22 @@ def _without(
     if any("tool_calls" in message for message in chat):
         silent = [{k: v for k, v in message.items() if k != "tool_calls"} for message in chat]
         yield "tool calls", silent, tools
+    if any(len(message.get("tool_calls", ())) > 1 for message in chat):
+        yield SEVERAL_CALLS, [with_one_call(message) for message in chat], tools
     for index, message in enumerate(chat):
+        without = chat[:index] + chat[index + 1 :]
         if message["role"] not in _COMMON_ROLES:
-            yield f"the role {message['role']!r}", chat[:index] + chat[index + 1 :], tools
+            yield f"the role {message['role']!r}", without, tools
+        elif message["role"] == "system" and index:
+            yield "a system message that is not the first", without, tools
+
+
+SEVERAL_CALLS = "more than one tool call of a message"
+
+
+def with_one_call(message: Mapping[str, Any]) -> dict[str, Any]:
+    """The message without its calls behind the first."""
+    return {k: v[:1] if k == "tool_calls" else v for k, v in message.items()}
 
 
 def recorded_answers(
@@ -345,9 +335,11 @@ def _chat_message(index: int, message: Message | Mapping[str, Any]) -> dict[str,
             "use tool_calls"
         )
     chat: dict[str, Any] = {"role": role, "content": text_of(index, content)}
-    for name in ("reasoning_content", "thinking", "name", "tool_call_id"):
-        if fields[name] is not None:
-            chat[name] = fields[name]
+    thought = next((fields[n] for n in _REASONING_FIELDS if fields[n] is not None), None)
+    more = {**fields, "reasoning_content": thought}
+    for name in ("reasoning_content", "name", "tool_call_id"):
+        if more[name] is not None:
+            chat[name] = more[name]
     if calls and not isinstance(calls, list | tuple):
         raise PromptError(
             f"messages[{index}].tool_calls is a {type(calls).__name__}, not a list of tool calls"
@@ -359,9 +351,11 @@ def _chat_message(index: int, message: Message | Mapping[str, Any]) -> dict[str,
     return chat
 
 
+_REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
+"""What servers, traces and chat templates call what was thought; to templates that read several,
+the first is given."""
 _MESSAGE_FIELDS = (
-    "role", "content", "reasoning_content", "thinking", "name", "tool_call_id", "tool_calls",
-    "function_call",
+    "role", "content", *_REASONING_FIELDS, "name", "tool_call_id", "tool_calls", "function_call",
 )  # fmt: skip
 
 
@@ -415,12 +409,37 @@ def _tool_call(index: int, call: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def with_parsed_arguments(index: int, message: Mapping[str, Any]) -> dict[str, Any]:
-    """The message as chat templates read it: they take arguments as an object.
+def as_template_reads(
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]] | None,
+    tokenizer: LoadedTokenizer,
+) -> list[dict[str, Any]]:
+    """Messages as the chat template takes them: arguments of calls as objects, and what was thought
+    under the name that it reads (gpt-oss's reads `thinking`).
 
     Raises:
-        PromptError: arguments of a tool call are not JSON; `index` is the message's in the error.
+        PromptError: arguments of a tool call are not JSON.
     """
+    chat = [_with_parsed_arguments(i, message) for i, message in enumerate(messages)]
+    if any("reasoning_content" in message for message in chat):
+        read = fields_read(_template(tokenizer, tools))
+        name = next((name for name in _REASONING_FIELDS if name in read), "reasoning_content")
+        chat = [
+            {name if key == "reasoning_content" else key: value for key, value in message.items()}
+            for message in chat
+        ]
+    return chat
+
+
+def _template(tokenizer: LoadedTokenizer, tools: Sequence[Mapping[str, Any]] | None) -> str | None:
+    """The chat template that renders such a prompt: some have another one for tools."""
+    if not hasattr(tokenizer.tokenizer, "get_chat_template"):
+        return None
+    template = tokenizer.tokenizer.get_chat_template(tools=[*map(dict, tools or ())] or None)
+    return template if isinstance(template, str) else None
+
+
+def _with_parsed_arguments(index: int, message: Mapping[str, Any]) -> dict[str, Any]:
     chat = dict(message)
     if "tool_calls" in chat:
         chat["tool_calls"] = [_parsed(index, call) for call in chat["tool_calls"]]

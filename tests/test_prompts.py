@@ -12,6 +12,7 @@ from eval_protocol_rft.prompts import (
     PromptError,
     assistant_message,
     chat_messages,
+    render_chat,
     render_prompt,
     rendered_otherwise,
 )
@@ -252,3 +253,49 @@ def test_text_parts_are_joined_by_line_breaks_as_vllm_joins_them():
         "messages[1]: 2 text parts, joined by line breaks"
     ]
     assert chat_messages([{"role": "user", "content": parts}])[0]["content"] == "a\nb"
+
+
+THOUGHTS = [{"reasoning_content": "2 + 3."}, {"reasoning": "2 + 3."}, {"thinking": "2 + 3."}]
+READS = [
+    "{{ m.thinking }}",
+    "{% if 'thinking' in m %}{{ m['thinking'] }}{% endif %}",
+    "{{ m.get('reasoning') }}",
+    "{{ m['reasoning'] or m.reasoning_content }}",
+    "{{ m.reasoning_content }}",
+]
+
+
+@pytest.mark.parametrize("read", READS)
+@pytest.mark.parametrize("thought", THOUGHTS, ids=lambda thought: next(iter(thought)))
+def test_what_was_thought_has_the_name_that_the_template_reads(thought, read):
+    # The kwarg of the same name is another thing.
+    template = "{% for m in messages %}" + read + "{{ m.content }};{% endfor %}{{ thinking }}"
+    answer = {"role": "assistant", "content": "5", **thought}
+    rendered = loaded(template)
+    ids = render_chat(chat_messages([answer], rendered), None, rendered, {"thinking": "on"})
+    assert rendered.decode(list(ids)) == "2 + 3.5;on"
+
+
+FIRST_CALL = (
+    "{% for m in messages %}{{ m.role }}{% if m.tool_calls %}{{ m.tool_calls[0].function.name }}"
+    "{% endif %}{{ m.content }};{% endfor %}"
+)
+
+
+def test_a_template_that_renders_only_the_first_call_is_refused():
+    calls = [call("{}"), call("{}", "multiply")]
+    one = Message(role="assistant", content="", tool_calls=calls[:1])
+    both = Message(role="assistant", content="", tool_calls=calls)
+    assert "add" in render(USER, one, template=FIRST_CALL)
+    with pytest.raises(PromptError, match="does not render more than one tool call of a message"):
+        render(USER, both, template=FIRST_CALL)
+    assert "multiply" in render(USER, both)
+
+
+def test_a_template_that_drops_a_later_system_message_is_refused():
+    system = Message(role="system", content="be brief")
+    kept = "m.role != 'system' or m == messages[0]"
+    template = "{% for m in messages if " + kept + " %}{{ m.content }}{% endfor %}"
+    assert "be brief" in render(system, USER, template=template)
+    with pytest.raises(PromptError, match="a system message that is not the first"):
+        render(USER, system, USER, template=template)

@@ -14,12 +14,11 @@ a new segment begins or an error is raised: ids are never aligned, and never mad
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
+from eval_protocol_rft.chat_template import fields_read
 from eval_protocol_rft.conversation.errors import (
     ConversationError,
     HistoryRewrittenError,
@@ -209,7 +208,7 @@ class Conversation:
         if message is None:
             message = _as_sampled(body, self._text, tokenizer)
             again = None if kept == body else _as_sampled(kept, self._text, tokenizer)
-        (given,) = chat_messages([message])
+        (given,) = chat_messages([message], tokenizer)
         if given["role"] != "assistant":
             raise ConversationError(f"an answer is the assistant's, not {given['role']!r}'s")
         if self._opens_segment:
@@ -294,15 +293,9 @@ def _as_sampled(text: str, prompt: str, tokenizer: LoadedTokenizer) -> dict[str,
     bare = prompt.rstrip()
     opened = prompt[len(bare) - len("<think>") :] if bare.endswith("<think>") else ""
     thinks = opened or text.lstrip().startswith("<think>")
-    if thinks and _reads_thinking(str(tokenizer.tokenizer.chat_template)):
+    if thinks and "reasoning_content" in fields_read(str(tokenizer.tokenizer.chat_template)):
         fields = answer_fields(text, split_reasoning=True)
         if "reasoning_content" in fields:
             return fields
     # A think tag that the prompt opened is a part of the answer to those templates that keep it.
     return {"role": "assistant", "content": opened + text}
-
-
-@lru_cache(maxsize=16)
-def _reads_thinking(template: str) -> bool:
-    """Whether the template takes thinking as a field of its own; its comments do not count."""
-    return "reasoning_content" in re.sub(r"\{#.*?#\}", "", template, flags=re.DOTALL)

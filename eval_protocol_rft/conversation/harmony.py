@@ -101,7 +101,7 @@ class Channels:
             message["tool_calls"] = as_calls(calls, "harmony")
             content = "" if thinking else content
         if thinking:
-            message["thinking"] = thinking
+            message["reasoning_content"] = thinking
         return {**message, "content": content}
 
 

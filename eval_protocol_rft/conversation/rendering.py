@@ -14,7 +14,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from eval_protocol_rft.prompts import PromptError, with_parsed_arguments
+from eval_protocol_rft.prompts import (
+    SEVERAL_CALLS,
+    PromptError,
+    as_template_reads,
+    with_one_call,
+)
 from eval_protocol_rft.tokenizer import LoadedTokenizer
 
 _CONTEXT = 4
@@ -44,7 +49,7 @@ class ChatText:
         Raises:
             PromptError: the template fails, or arguments of a tool call are not JSON.
         """
-        chat: Any = [with_parsed_arguments(i, message) for i, message in enumerate(messages)]
+        chat: Any = as_template_reads(messages, self.tools, self.tokenizer)
         try:
             text = self.tokenizer.tokenizer.apply_chat_template(
                 chat,
@@ -76,6 +81,9 @@ class ChatText:
                 silent = {k: v for k, v in message.items() if k != "tool_calls"}
                 without = [*messages[:index], silent, *messages[index + 1 :]]
                 self._check_shown("tool calls", without, text)
+                if len(message["tool_calls"]) > 1:
+                    without = [*messages[:index], with_one_call(message), *messages[index + 1 :]]
+                    self._check_shown(SEVERAL_CALLS, without, text)
 
     def _check_shown(self, what: str, without: list[Mapping[str, Any]], text: str) -> None:
         if what in self._rendered:

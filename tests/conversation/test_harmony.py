@@ -124,6 +124,29 @@ def test_a_call_that_cannot_be_read_is_told_and_the_next_turn_renders(model):
         assert prompt.endswith("<|end|><|start|>assistant")
 
 
+@MODELS
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
+def test_an_earlier_call_is_rendered_with_what_was_thought_before_it(model, name):
+    tokenizer = model()
+    called = {"function": {"name": "add", "arguments": '{"a": 2, "b": 3}'}}
+    answer = {"role": "assistant", "content": "", "tool_calls": [called], name: "Add them."}
+    talk = Conversation.start([*QUESTION, answer, *RESULT], TOOLS, tokenizer)
+    prompt = tokenizer.decode(list(talk.prompt_ids))
+    assert prompt.count("<|start|>assistant<|channel|>analysis<|message|>Add them.<|end|>") == 1
+    assert "functions.add to=assistant" in prompt
+
+
+@MODELS
+def test_a_message_of_an_agent_is_rendered_with_what_was_thought(model):
+    talk = Talk(model())
+    ids = templates.ids_of(talk.tokenizer, THOUGHT + CALL)
+    answer = AnswerReader(talk.talk.prompt_ids, talk.tokenizer, tools=TOOLS).read(THOUGHT + CALL)
+    completion = Completion(token_ids=ids, logprobs=[-0.5] * len(ids), finish_reason="stop")
+    assert answer.message["reasoning_content"] == "Add them."
+    talk.talk.sampled(completion, answer.message)
+    assert "analysis<|message|>Add them.<|end|>" in talk.told(*RESULT)
+
+
 def test_what_was_sampled_as_the_template_writes_it_goes_on_without_a_rewrite():
     talk = Talk(small())
     talk.says(THOUGHT + CALL, "<|call|>")
