@@ -25,6 +25,8 @@ from eval_protocol_rft.text import text_of, visible
 if TYPE_CHECKING:
     from eval_protocol.models import EvaluationRow
 
+    from eval_protocol_rft.vocabulary import VocabularyWitness
+
 REASON_LENGTH = 400
 """Characters of a reason that are shown: servers send whole pages."""
 
@@ -75,6 +77,8 @@ class Outcome:
     """Causes of failed attempts that were followed by another, most frequent first."""
     tokens: int = 0
     """Of completions, those of turns and of rows that failed later included."""
+    doubts: list[str] = field(default_factory=list)
+    """Of tokenizers whose texts differ from the server's."""
     drops_rows: bool = False
     """Whether the scheduler drops rows whose evaluator raises, or that it has no evaluator for."""
 
@@ -110,6 +114,7 @@ class Outcome:
         lines += [tally.line(what) for tally, what in tallies if tally.count]
         if self.unseen:
             lines.append(self._unseen_line())
+        lines += map(visible, self.doubts)
         if self.retries:
             lines.append("retries: " + ", ".join(f"{n:,}x {cause}" for cause, n in self.retries))
         return lines
@@ -130,6 +135,12 @@ class EvaluationRun:
         self._rollouts: dict[int, _Rollout] = {}
         """By the row's identity: Eval Protocol rolls a row out again as the object it is."""
         self._attempts = RunSummary()
+        self._witnesses: dict[int, VocabularyWitness] = {}
+        """By identity: rows share them."""
+
+    def compared(self, witness: VocabularyWitness) -> None:
+        """The server's texts are looked at by `witness`."""
+        self._witnesses[id(witness)] = witness
 
     def attempted(self, event: AttemptEvent) -> None:
         """An attempt of a completion ended."""
@@ -153,6 +164,7 @@ class EvaluationRun:
         found = Outcome(
             retries=self._attempts.retries.most_common(),
             tokens=self._attempts.tokens,
+            doubts=[w.doubt for w in self._witnesses.values() if w.doubt is not None],
             drops_rows=os.environ.get("EP_USE_PRIORITY_SCHEDULER") == "1",
         )
         for rollout in self._rollouts.values():

@@ -86,6 +86,13 @@ class _LoopState:
     """By server, model and tokenizer."""
 
 
+def _tell_doubts(state: _LoopState) -> None:
+    """What the texts of its servers left in doubt, where no summary of a test says it."""
+    for witness in state.witnesses.values() if watched() is None else ():
+        if witness.doubt is not None:
+            logger.warning("%s", witness.doubt)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowJob:
     """One row, ready to be sampled."""
@@ -222,6 +229,7 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
         try:
             await asyncio.gather(*tasks, return_exceptions=True)
         finally:
+            _tell_doubts(state)
             for client in state.clients.values():
                 await client.aclose()
 
@@ -340,6 +348,8 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
             run=run,
         )
         job.witness.require_fit()
+        if (evaluation := watched()) is not None:
+            evaluation.compared(job.witness)
         await self._check_logprobs(job, state, config)
         row_key = row.input_metadata.row_id or self._render(row, job).json.decode()
         asked = request.n + self.tail.over_sample

@@ -4,7 +4,7 @@ With the tokenizer of another model every text is garbage, which scores 0 and tr
 their own text beside the ids, and what it says is compared with what is read here.
 
 Invariant: a run goes on for as long as one text may be wrong for a reason of its own, and ends as
-soon as several show another vocabulary.
+soon as several show another vocabulary. What is in doubt at its end is told.
 """
 
 from __future__ import annotations
@@ -31,10 +31,21 @@ class VocabularyWitness:
     def __init__(self) -> None:
         self._alike = 0
         self._different = 0
-        self._first: str | None = None
-        """The first text that differed. A server that says the same of all ids (a stand-in, a
-        proxy) shows nothing of a vocabulary."""
+        self._first: tuple[str, str] | None = None
+        """The first text that differed, and what is read here. A server that says the same of all
+        ids (a stand-in, a proxy) shows nothing of a vocabulary."""
+        self._is_stand_in = False
+        """Whether it said that of other ids too."""
+        self._doubt: str | None = None
         self._problem: str | None = None
+
+    @property
+    def doubt(self) -> str | None:
+        """What a person has to look at now that nothing more is sampled: texts differed, and it was
+        not seen why. None where all is well, or the run has ended of it."""
+        if self._problem is not None or self._is_stand_in or self._different <= self._alike:
+            return None
+        return self._doubt
 
     def require_fit(self) -> None:
         """Before anything more is asked for.
@@ -58,7 +69,9 @@ class VocabularyWitness:
         if beyond is not None and not text:
             raise ContractError(
                 _sentence(
-                    tokenizer, f"id {beyond} was sampled, and it ends at {tokenizer.size - 1}"
+                    tokenizer,
+                    "is not",
+                    f"id {beyond} was sampled, and it ends at {tokenizer.size - 1}",
                 )
             )
         if not text:
@@ -67,22 +80,28 @@ class VocabularyWitness:
         if difference is None and (beyond is None or body.startswith(text)):
             self._alike += bool(text.strip())
             return
-        problem = _sentence(tokenizer, difference or f"id {beyond} lies beyond it")
+        difference = difference or f"id {beyond} lies beyond it"
         self._different += 1
-        another = self._first is not None and self._first != text
+        another = self._first is not None and self._first[0] != text
         long = not self._alike and len(text) >= LONG_TEXT
         if (another or long) and self._different > self._alike:
-            self._problem = problem
+            self._problem = _sentence(tokenizer, "is not", difference)
             self.require_fit()
         if self._first is None:
-            self._first = text
+            self._first = (text, body)
+            self._doubt = (
+                f"{_sentence(tokenizer, 'may not be', difference)}. Where that text is a stand-in "
+                "of the server's, nothing is wrong"
+            )
             # Not yet a warning: servers that stand in for others say one text of everything.
-            logger.debug("%s; another text that differs ends the run", problem)
+            logger.debug("%s; another text that differs ends the run", self._doubt)
+        elif not another and self._first[1] != body:
+            self._is_stand_in = True
 
 
-def _sentence(tokenizer: LoadedTokenizer, difference: str) -> str:
+def _sentence(tokenizer: LoadedTokenizer, verb: str, difference: str) -> str:
     return (
-        f"tokenizer {tokenizer.name!r} is not the one of the model that sampled: {difference}. "
+        f"tokenizer {tokenizer.name!r} {verb} the one of the model that sampled: {difference}. "
         'Name the model\'s own, as completion_params["tokenizer"] or as the argument tokenizer'
     )
 

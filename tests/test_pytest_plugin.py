@@ -274,6 +274,29 @@ def test_failures_and_retries_are_told_with_their_causes_and_without_control_seq
     )
 
 
+ONE = """
+@case(rows=ROWS[:1], n=1)
+@score_each_completion
+def test_one(row: EvaluationRow) -> EvaluationRow:
+    return give(row, 0.0)
+
+@case()
+def test_several(row: EvaluationRow) -> EvaluationRow:
+    return give(row, 0.0)
+"""
+
+
+def test_a_text_that_the_tokenizer_reads_otherwise_is_told(run):
+    output = run(ONE, ended="2 passed")
+    assert_lines(
+        output,
+        r".*test_one\[.*: 1 rows, 1 completions, 1 scored, .*",
+        r"  tokenizer '.*' may not be the one of the model that sampled: .*'notwhatwassampled' .*",
+        r".*test_several\[.*: 3 rows, 12 completions, .*",
+    )
+    assert output.count("may not be the one") == 1
+
+
 SEVERAL_MODELS = """
 ARGUMENT = chat_tokenizer()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from typing import Any
 
 import pytest
@@ -94,7 +95,7 @@ def test_texts_that_the_ids_do_not_say_end_the_run_with_the_place_and_both_texts
     witness, ids = VocabularyWitness(), FITS.encode("the sum is 4")
     witness_reads(witness, completion(ids, "the sum is 5"))
     said = (
-        "tokenizer 'ours' is not the one of the model that sampled: the server's text and the "
+        "tokenizer 'ours' may not be the one of the model that sampled: the server's text and the "
         "sampled ids say different things, from character 8 on: 'thesumis5' there, 'thesumis4' here"
     )
     assert said in caplog.text
@@ -122,6 +123,43 @@ def test_a_server_that_says_the_same_of_all_ids_shows_nothing(caplog) -> None:
         read = witness_reads(witness, completion(ids, "not what was sampled"))
         assert read.text == said
     assert caplog.text.count("say different things") == 1
+    assert witness.doubt is None
+
+
+def test_what_one_text_leaves_in_doubt_is_told_at_the_end() -> None:
+    """Also said again and again of the same ids: a model that always answers so."""
+    witness = VocabularyWitness()
+    assert witness.doubt is None
+    for _ in range(3):
+        witness_reads(witness, completion(FITS.encode("four"), "five"))
+        assert witness.doubt is not None
+        assert re.match(
+            r"tokenizer 'ours' may not be the one of the model that sampled: .* 'five' there, "
+            r"'four' here .*\. Name the model's own, .* stand-in of the server's, nothing is wrong",
+            witness.doubt,
+        )
+    witness_reads(witness, completion(FITS.encode("six"), "five"))
+    assert witness.doubt is None
+
+
+def test_a_text_that_others_outweigh_leaves_no_doubt() -> None:
+    witness, ids = VocabularyWitness(), FITS.encode("four")
+    for text in ("five", "four"):
+        witness_reads(witness, completion(ids, text))
+    assert witness.doubt is None
+
+
+def test_callers_are_warned_of_a_doubt_when_they_clean_up(caplog) -> None:
+    async def run(server: StubServer) -> None:
+        processor = FireworksTrainingRolloutProcessor(tokenizer=chat_tokenizer())
+        await asyncio.gather(*processor([row_of()], config_of(params_for(server, n=1))))
+        assert "may not be" not in caplog.text
+        await processor.acleanup()
+
+    with StubServer() as server:
+        asyncio.run(run(server))
+    (warned,) = [record for record in caplog.records if "may not be" in record.getMessage()]
+    assert warned.levelname == "WARNING"
 
 
 def test_texts_that_differ_now_and_then_are_faults_of_their_own() -> None:

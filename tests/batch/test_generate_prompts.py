@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from eval_protocol_rft.batch.dataset import RolloutDataset
-from tests.batch.servers import at, refused, succeed, write_jsonl
+from tests.batch.servers import at, refused, succeed, texts, write_jsonl
 from tests.rollouts import TOOLS
 from tests.serving import byte_tokenizer
 from tests.stub_server import StubServer
@@ -116,3 +116,13 @@ def test_tools_that_are_none_are_refused_before_anything_is_asked(
     assert "d.jsonl:1: 'tools' must be a list of tools" in said
     assert message in said
     assert not server.requests
+
+
+def test_a_text_that_the_tokenizer_reads_otherwise_is_told_at_the_end(
+    tmp_path, server, tokenizer_folder, caplog
+):
+    data = write_jsonl(tmp_path / "d.jsonl", texts(1))
+    output = tmp_path / "out.parquet"
+    succeed("generate", data, "-o", output, *at(server, tokenizer_folder), "-n", 1)
+    (warned,) = caplog.records
+    assert "may not be the one of the model that sampled" in warned.getMessage()

@@ -261,6 +261,8 @@ async def _run(
                 fresh=not output.done.done,
             )
             await run.run(prompts)
+        if run.doubt is not None:
+            logger.warning("%s", run.doubt)
         seconds = time.perf_counter() - began
         reasons = await _to_its_end(output.finish)
     return GenerateSummary(

@@ -85,6 +85,11 @@ class SamplingRun:
     _held: list[CompletionRow] | None = field(default_factory=list)
     """Failures before the first success; None once there was one."""
 
+    @property
+    def doubt(self) -> str | None:
+        """What a person has to look at once it ran: `VocabularyWitness.doubt`."""
+        return self._witness.doubt
+
     async def run(self, prompts: Iterable[Prompt]) -> None:
         """Sample and store everything.
 
