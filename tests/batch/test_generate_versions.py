@@ -29,6 +29,7 @@ class HotLoad:
         self.after = after
         self.swapping, self.loading = swapping, loading
         self.began: float | None = None
+        self.loading_began: float | None = None
         self.statuses: Counter[int] = Counter()
 
     def __call__(self, seen: Seen) -> Answer:
@@ -36,10 +37,12 @@ class HotLoad:
             if self.statuses[200] < self.after:
                 return self._served("v1")
             self.began = time.monotonic()
-        since = time.monotonic() - self.began
-        if since < self.swapping:
+        # Each takes its time, and as long as it takes until it was met.
+        now = time.monotonic()
+        if now < self.began + self.swapping or not self.statuses[425]:
             return self._turned_away(425, b"", {"retry-after-ms": "20"})
-        if since < self.swapping + self.loading:
+        self.loading_began = self.loading_began or now
+        if now < self.loading_began + self.loading or not self.statuses[404]:
             return self._turned_away(404, b'{"error": {"message": "deployment is loading"}}', {})
         return self._served("v2")
 

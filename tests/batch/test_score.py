@@ -32,8 +32,8 @@ from tests.batch.servers import (
     rows_by_pair,
     stored_tables,
     succeed,
-    wait_until,
 )
+from tests.waiting import wait_until
 
 GRADERS = Path(__file__).with_name("score_graders.py")
 SAID: list[list[str | None]] = [
