@@ -42,14 +42,14 @@ def score(
     ] = None,
     workers: Annotated[
         int | None,
-        typer.Option(min=1, help="Processes, for a sync evaluator.", show_default="processors"),
+        typer.Option(min=1, help="Processes.", show_default="processors; async evaluators: 1"),
     ] = None,
     timeout: Annotated[
         float,
         typer.Option(min=0.0, help="Seconds for one completion; 0: any time."),
     ] = 60.0,
     concurrency: Annotated[
-        int, typer.Option(min=1, help="Calls in flight, for an async evaluator.")
+        int, typer.Option(min=1, help="Calls in flight of an async evaluator.")
     ] = 96,
     retry_unscored: Annotated[
         bool, typer.Option("--retry-unscored", help="Grade again what got no reward.")

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -19,7 +20,6 @@ from tests.scored_rows import Canned, asked, give, said
 calls = 0
 waiting = 0
 most_waiting = 0
-cancelled: list[str] = []
 
 
 def loop_forever() -> None:
@@ -131,21 +131,56 @@ def fork_and_remember(file: Path) -> None:
         file.write_text(str(child))
 
 
+def write_process_id(file: str) -> None:
+    Path(file).write_text(str(os.getpid()))
+
+
+async def in_a_task(misdeed, *arguments) -> None:
+    async def task() -> None:
+        misdeed(*arguments)
+        await asyncio.sleep(0)
+
+    await asyncio.create_task(task())
+
+
+async def never_end() -> None:
+    while True:
+        try:
+            await asyncio.sleep(600)
+        except asyncio.CancelledError:
+            continue
+
+
 async def length_async(row: EvaluationRow) -> float:
     text = said(row)
     if text == "hang":
         try:
             await asyncio.sleep(600)
         except asyncio.CancelledError:
-            cancelled.append(row.messages[0].content)
+            write_process_id(row.messages[0].content)
             raise
-    if text == "wait":
+    if text.startswith("wait"):
         await asyncio.sleep(0.02)
     if text == "block":
-        time.sleep(1.0)  # noqa: ASYNC251 - others are called beside it
-    if text.startswith("fork "):
+        time.sleep(600)  # noqa: ASYNC251 - others are called beside it
+    if text.startswith("fork in a task "):
+        await in_a_task(fork_and_remember, Path(text.rpartition(" ")[2]))
+    elif text.startswith("fork "):
         fork_and_remember(Path(text.partition(" ")[2]))
         await asyncio.sleep(0)
+    if text == "exit in a task":
+        await in_a_task(os._exit, 5)
+    if text == "exit soon":
+        threading.Timer(0.03, os._exit, [3]).start()
+    if text == "stop the loop":
+        asyncio.get_running_loop().stop()
+        await asyncio.sleep(600)
+    if text == "cancel all":
+        for task in asyncio.all_tasks():
+            task.cancel()
+        await asyncio.sleep(600)
+    if text == "never end":
+        await never_end()
     if text == "time out by itself":
         raise TimeoutError("the judge is slow")
     if text == "be cancelled":
@@ -162,6 +197,26 @@ async def most_at_once(row: EvaluationRow) -> int:
     await asyncio.sleep(0.02)
     waiting -= 1
     return most_waiting
+
+
+async def process_id_async(row: EvaluationRow) -> int:
+    await asyncio.sleep(0.05)
+    return os.getpid()
+
+
+async def meet_eight_times(row: EvaluationRow) -> float:
+    """Each ends when eight are here at the same time; the one that dies does so when they are."""
+    global waiting
+    dead = Path("dead")
+    if said(row) == "exit 3":
+        while waiting < 8 and not dead.exists():  # noqa: ASYNC110, ASYNC240
+            await asyncio.sleep(0.01)
+        dead.touch()  # noqa: ASYNC240
+        os._exit(3)
+    waiting += 1
+    while waiting < 8 or not dead.exists():  # noqa: ASYNC110, ASYNC240
+        await asyncio.sleep(0.01)
+    return 1.0
 
 
 async def rank_async(rows: list[EvaluationRow]) -> list[EvaluationRow]:

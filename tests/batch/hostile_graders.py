@@ -4,6 +4,7 @@ Each process that they leave behind writes its id into the file LEFT first, so t
 whether it is gone.
 """
 
+import asyncio
 import ctypes
 import multiprocessing
 import os
@@ -193,6 +194,59 @@ MISDEEDS = {
 }
 
 
+async def fork_in_a_task() -> None:
+    async def task() -> None:
+        os.fork()
+        await asyncio.sleep(0)
+
+    await asyncio.gather(task(), task())
+
+
+async def leave_a_task() -> None:
+    """It keeps the loop busy in small pieces."""
+
+    async def task() -> None:
+        while True:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+
+    asyncio.get_running_loop().left = asyncio.ensure_future(task())
+
+
+async def cancel_all() -> None:
+    for task in asyncio.all_tasks():
+        task.cancel()
+    await asyncio.sleep(600)
+
+
+async def stop_the_loop() -> None:
+    asyncio.get_running_loop().stop()
+    await asyncio.sleep(600)
+
+
+async def exit_in_a_task() -> None:
+    async def task() -> None:
+        sys.exit(7)
+
+    await asyncio.create_task(task())
+
+
+async def never_end() -> None:
+    while True:
+        try:
+            await asyncio.sleep(600)
+        except asyncio.CancelledError:
+            continue
+
+
+ASYNC_HARMLESS = {"fork in a task": fork_in_a_task, "leave a task": leave_a_task}
+ASYNC_DEADLY = {
+    "cancel all": cancel_all,
+    "stop the loop": stop_the_loop,
+    "exit in a task": exit_in_a_task,
+}
+ASYNC_HANGING = {"never end": never_end, "wait": lambda: asyncio.sleep(600)}
+
+
 def reward(text: str) -> float:
     """Another number for each text."""
     return float(sum((i + 1) * ord(c) for i, c in enumerate(text)))
@@ -202,3 +256,12 @@ def judge(row: EvaluationRow) -> float:
     """`misdeed #n`, or `fine #n`."""
     MISDEEDS.get(said(row).partition(" #")[0], lambda: None)()
     return reward(said(row))
+
+
+async def judge_async(row: EvaluationRow) -> float:
+    name = said(row).partition(" #")[0]
+    misdeed = {**ASYNC_HARMLESS, **ASYNC_DEADLY, **ASYNC_HANGING}.get(name)
+    if misdeed is not None:
+        await misdeed()
+    await asyncio.sleep(0.01)
+    return judge(row)

@@ -13,7 +13,17 @@ import pytest
 from eval_protocol_rft.batch.grading.evaluators import load_evaluator
 from eval_protocol_rft.batch.grading.grade import grade
 from tests.batch.grading_runs import is_gone, one_each, scores
-from tests.batch.hostile_graders import DEADLY, HANGING, HARMLESS, LATE, MISDEEDS, reward
+from tests.batch.hostile_graders import (
+    ASYNC_DEADLY,
+    ASYNC_HANGING,
+    ASYNC_HARMLESS,
+    DEADLY,
+    HANGING,
+    HARMLESS,
+    LATE,
+    MISDEEDS,
+    reward,
+)
 
 GRADERS = Path(__file__).with_name("hostile_graders.py")
 
@@ -30,20 +40,25 @@ def left(tmp_path, monkeypatch):
             os.kill(int(pid), 9)
 
 
-def check(texts: list[str], left: Path, *, timeout: float) -> None:
+def check(
+    texts: list[str], left: Path, *, timeout: float, name: str = "judge", concurrency: int = 96
+) -> None:
     """Grade them all with two workers."""
-    evaluator = load_evaluator(f"{GRADERS}::judge")
+    evaluator = load_evaluator(f"{GRADERS}::{name}")
     done = {}
-    for graded in grade(one_each(texts), evaluator, workers=2, timeout=timeout):
+    for graded in grade(
+        one_each(texts), evaluator, workers=2, timeout=timeout, max_concurrency=concurrency
+    ):
         assert graded.key not in done
         (done[graded.key],) = scores(graded)
     assert set(done) == set(texts)
     wrong = {text: found for text, found in done.items() if found not in (None, reward(text))}
     assert not wrong
-    costly = {*DEADLY, *HANGING, "stop the guard", *(misdeed.__name__ for misdeed in LATE)}
+    deadly = {*DEADLY, *HANGING, *ASYNC_DEADLY, *ASYNC_HANGING, "stop the guard"}
+    costly = {*deadly, *(misdeed.__name__ for misdeed in LATE)}
     lost = {text for text, found in done.items() if found is None}
     assert {text for text in lost if text.partition(" #")[0] not in costly} == set()
-    sure = {*DEADLY, *HANGING, "stop the guard"} - {"write"}
+    sure = deadly - {"write"}
     assert {text for text in texts if text.partition(" #")[0] in sure} <= lost
     started = [int(pid) for pid in left.read_text().split()]
     assert started
@@ -58,11 +73,24 @@ def test_each_costs_its_own_completion_and_leaves_nothing(left):
     check(texts, left, timeout=15)
 
 
+def test_each_call_of_an_async_one_costs_its_own_completion_too(left):
+    """Those that have no test of their own among the grading tests."""
+    harmful = ["fork_and_stay", "fork_and_write", "leave_a_daemon", "kill the guard", "write"]
+    texts = []
+    for i, name in enumerate([*harmful, "close", "too much", *ASYNC_HARMLESS]):
+        texts += [f"{name} #{i}", f"fine #{i}", f"fine too #{i}"]
+    check(texts, left, timeout=15, name="judge_async", concurrency=6)
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["judge", "judge_async"])
 @pytest.mark.parametrize("seed", range(3))
-def test_two_hundred_of_them_among_as_many_others(left, seed):
+def test_two_hundred_of_them_among_as_many_others(left, seed, name):
     draw = random.Random(seed)
-    texts = [f"{draw.choice([*MISDEEDS])} #{i}" for i in range(200)]
+    misdeeds = [*MISDEEDS]
+    if name == "judge_async":
+        misdeeds += [*ASYNC_HARMLESS, *ASYNC_DEADLY, *ASYNC_HANGING]
+    texts = [f"{draw.choice(misdeeds)} #{i}" for i in range(200)]
     texts += [f"fine #{i}" for i in range(200)]
     draw.shuffle(texts)
-    check(texts, left, timeout=10)
+    check(texts, left, timeout=10, name=name, concurrency=8)

@@ -1,6 +1,6 @@
 """Frames between the caller and a worker, over a socket that what a worker runs should not meet.
 
-Invariant: what `Frames.take` gives was sent by the worker itself, for the call of that number.
+Invariant: what `Frames.take` gives was sent by the worker itself, for a call that it has.
 Whatever else was written there (a forked evaluator that comes back, code that writes into every
 descriptor) is `RubbishError`. Nothing is unpickled, and nothing is read beyond its limit.
 """
@@ -14,6 +14,7 @@ import random
 import resource
 import socket
 import struct
+from collections.abc import Callable
 
 _HEAD = struct.Struct("<QQ16s")
 """Number of the call, length of the body, and the seal of both."""
@@ -39,22 +40,22 @@ class Frames:
         self._key = key
         self._buffer = bytearray()
 
-    def __len__(self) -> int:
-        return len(self._buffer)
-
     def feed(self, data: bytes) -> None:
         self._buffer += data
 
-    def take(self, number: int, *, longest: int) -> bytes | None:
-        """The body of the frame that was asked for, once all of it is there.
+    def take(self, longest: Callable[[int], int]) -> tuple[int, bytes] | None:
+        """The number of the first frame and its body, once all of it is there.
+
+        Args:
+            longest: how long the body of a frame of that number may be; below 0: there is none.
 
         Raises:
             RubbishError: what is there is no such frame.
         """
         if len(self._buffer) < _HEAD.size:
             return None
-        found, length, seal = _HEAD.unpack_from(self._buffer)
-        if found != number or length > longest:
+        number, length, seal = _HEAD.unpack_from(self._buffer)
+        if length > longest(number):
             raise RubbishError
         end = _HEAD.size + length
         if len(self._buffer) < end:
@@ -63,7 +64,7 @@ class Frames:
         if _seal(self._key, number, body) != seal:
             raise RubbishError
         del self._buffer[:end]
-        return body
+        return number, body
 
 
 class WorkerChannel:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import mmap
 import os
 import selectors
 import signal
@@ -22,6 +23,7 @@ import socket
 import struct
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TextIO
 
 from eval_protocol_rft.batch.grading.descendants import (
@@ -31,8 +33,10 @@ from eval_protocol_rft.batch.grading.descendants import (
 )
 from eval_protocol_rft.text import visible_lines
 
-NUMBER = struct.Struct("<i")
-"""What a guard tells the caller: its process id, and at the end the worker's exit code."""
+GUARD = struct.Struct("<i")
+"""What a guard tells the caller first: its process id."""
+END = struct.Struct("<iQ")
+"""And last: the worker's exit code, and the number of the call whose code ran; 0: not known."""
 _CHUNK = 1 << 16
 
 
@@ -83,6 +87,7 @@ def _guard(life: socket.socket, channel: socket.socket, caller: _Caller) -> Call
     adopt_orphans()
     guard = os.getpid()
     (out, out_theirs), (err, err_theirs) = os.pipe(), os.pipe()
+    running = memoryview(mmap.mmap(-1, 8)).cast("Q")
     worker = os.fork()
     if worker == 0:
         os.setsid()
@@ -93,7 +98,7 @@ def _guard(life: socket.socket, channel: socket.socket, caller: _Caller) -> Call
         os.dup2(err_theirs, 2)
         for descriptor in (out, err, out_theirs, err_theirs):
             os.close(descriptor)
-        return lambda: _work(channel)
+        return lambda: _work(channel, running)
     # Whatever goes wrong here, a guard never becomes a second server.
     code = -signal.SIGKILL
     try:
@@ -102,7 +107,7 @@ def _guard(life: socket.socket, channel: socket.socket, caller: _Caller) -> Call
         os.close(err_theirs)
         code = _watch(worker, life, caller, [_Relay(out, 1), _Relay(err, 2)])
         life.setblocking(True)
-        life.sendall(NUMBER.pack(code))
+        life.sendall(END.pack(code, running[0]))
     finally:
         os._exit(0)
 
@@ -111,7 +116,7 @@ def _watch(worker: int, life: socket.socket, caller: _Caller, relays: list[_Rela
     """Until the worker is dead or is to be; its exit code. All that it started is dead then."""
     code: int | None = None
     with _Events(life, caller.fileno, *relays) as events:
-        life.sendall(NUMBER.pack(os.getpid()))
+        life.sendall(GUARD.pack(os.getpid()))
         while code is None:
             ready = events.wait()
             for relay in relays:
@@ -131,12 +136,15 @@ def _watch(worker: int, life: socket.socket, caller: _Caller, relays: list[_Rela
     return code
 
 
-def _work(channel: socket.socket) -> None:
+def _work(channel: socket.socket, running: memoryview) -> None:
     from eval_protocol_rft.batch.grading.worker import work
 
+    # Where memory runs out, it is this process's fault before it is the caller's.
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")
     sys.stdout = sys.__stdout__ = _printing_to(1)  # type: ignore[misc,assignment]
     sys.stderr = sys.__stderr__ = _printing_to(2)  # type: ignore[misc,assignment]
-    work(channel)
+    work(channel, running)
 
 
 def _printing_to(descriptor: int) -> TextIO:

@@ -11,7 +11,6 @@ import os
 from collections.abc import Generator, Iterable, Iterator
 
 from eval_protocol_rft.batch.grading.evaluators import LoadedEvaluator
-from eval_protocol_rft.batch.grading.in_loop import grade_in_loop
 from eval_protocol_rft.batch.grading.items import Graded, GradingError, GradingItem
 from eval_protocol_rft.batch.grading.pool import grade_in_processes
 
@@ -28,7 +27,7 @@ def grade(
 ) -> Generator[Graded, None, None]:
     """Call `evaluator` once per item, many at a time.
 
-    A sync evaluator runs in worker processes, each of which loads it once and is replaced when a
+    The evaluator runs in worker processes, each of which loads it once and is replaced when a
     call takes too long or ends the process. Ended with a worker is all that its evaluator started
     (where there is no /proc: as far as it stayed in the worker's process group). A call whose
     worker dies is made once more, in a new worker, where the old one had run other calls before,
@@ -36,20 +35,24 @@ def grade(
     outlives them and ends with this one; they import nothing of a script that calls this. POSIX
     only.
 
-    An async evaluator runs in this process, in one event loop. One that blocks the loop without
-    awaiting holds up all calls and cannot be interrupted; make it sync instead.
+    Calls of an async evaluator run beside each other in the event loop of one worker (of several
+    if you ask for them), so what its module holds, a client or a semaphore, is one for all. Where
+    the worker dies, or a call blocks its loop for longer than `timeout`, the calls in flight are
+    made again: with each other, but the one whose code ran, and what meets a second such end,
+    alone in a worker of its own. So a call may be made three times before it has a result.
 
     Items are read on the calling thread, as results are taken: no more than two per worker, or
-    `max_concurrency`, are read and not yet given back. Closing the generator ends all calls.
+    `max_concurrency`, are read and not yet given back (and what is to be made again). Closing the
+    generator ends all calls; async ones are cancelled and have a moment to clean up.
 
     Args:
         items: one call each. `key` may be anything.
         evaluator: from `load_evaluator`; a worker loads it again by its spec.
-        workers: processes for a sync evaluator. None: as many as there are processors.
+        workers: processes. None: as many as there are processors; for an async evaluator, one.
         timeout: seconds one call may take, from when a worker has the item; None: any time.
             A pause of the caller between two results is not held against a call that ended
             meanwhile.
-        max_concurrency: calls of an async evaluator in flight.
+        max_concurrency: calls of an async evaluator in flight, over all workers.
 
     Yields:
         Items as they finish, in any order.
@@ -60,7 +63,9 @@ def grade(
         ValueError: an option is out of range, or an item has no view, or several for a pointwise
             evaluator.
     """
-    size = os.cpu_count() or 1 if workers is None else workers
+    size = workers
+    if size is None:
+        size = 1 if evaluator.is_async else os.cpu_count() or 1
     if size < 1:
         raise ValueError(f"workers must be at least 1, got {workers}")
     if max_concurrency < 1:
@@ -68,9 +73,13 @@ def grade(
     if timeout is not None and not (math.isfinite(timeout) and timeout > 0):
         raise ValueError(f"timeout must be finite and above 0 seconds, or None; got {timeout}")
     checked = _checked(items, evaluator)
-    if evaluator.is_async:
-        return grade_in_loop(checked, evaluator, max_concurrency=max_concurrency, timeout=timeout)
-    return grade_in_processes(checked, evaluator, workers=size, timeout=timeout)
+    return grade_in_processes(
+        checked,
+        evaluator,
+        workers=min(size, max_concurrency) if evaluator.is_async else size,
+        timeout=timeout,
+        max_concurrency=max_concurrency if evaluator.is_async else None,
+    )
 
 
 def _checked(items: Iterable[GradingItem], evaluator: LoadedEvaluator) -> Iterator[GradingItem]:

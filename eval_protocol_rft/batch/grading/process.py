@@ -16,11 +16,12 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import dataclass
 
 import msgspec
 
 from eval_protocol_rft.batch.grading.channel import Frames, RubbishError, frame
-from eval_protocol_rft.batch.grading.fork_server import NUMBER
+from eval_protocol_rft.batch.grading.fork_server import END, GUARD
 from eval_protocol_rft.batch.grading.items import GradingError, GradingItem
 from eval_protocol_rft.batch.grading.worker import LOADING, Message, Setup, longest_answer
 
@@ -30,8 +31,19 @@ _BURIAL_SECONDS = 5.0
 """How long a guard may take to end a worker before it is ended itself."""
 
 
+@dataclass(slots=True)
+class Call:
+    """An item on its way to a result."""
+
+    item: GradingItem
+    losses: int = 0
+    """Workers that died, or hung, with it."""
+    began: float = 0.0
+    """When a worker got it, on the monotonic clock."""
+
+
 class WorkerProcess:
-    """A worker and the item that it has."""
+    """A worker and the calls that it has."""
 
     def __init__(self, setup: Setup) -> None:
         key = secrets.token_bytes(32)
@@ -45,13 +57,15 @@ class WorkerProcess:
         self.channel.setblocking(False)
         self.life.setblocking(False)
         self.is_ready = False
-        self.item: GradingItem | None = None
-        self.began = 0.0
-        """When it got its item, on the monotonic clock."""
-        self.answered = 0
-        """Calls."""
+        self.calls: dict[int, Call] = {}
+        """By number."""
+        self.given = 0
+        """Calls that it has or had."""
+        self.is_alone = False
+        """Whether it is to have no other call beside the one that it has."""
+        self.seen = 0.0
+        """When it last said something, or got a call while it had none, on the monotonic clock."""
         self._frames = Frames(key)
-        self._number = LOADING
         self._told = bytearray()
         """By the guard."""
         self._is_buried = False
@@ -59,32 +73,42 @@ class WorkerProcess:
         self._has_ended = False
         """Nothing more will come through the channel."""
         body = msgspec.msgpack.encode(msgspec.structs.replace(setup, key=key))
-        self._unsent = memoryview(frame(b"", LOADING, body))
+        self._unsent = bytearray(frame(b"", LOADING, body))
         self.send()
 
     @property
     def has_unsent(self) -> bool:
         return bool(self._unsent)
 
-    def give(self, item: GradingItem) -> None:
-        """Hand over an item."""
-        self._number += 1
-        self.item, self.began = item, time.monotonic()
-        self._unsent = memoryview(frame(b"", self._number, msgspec.msgpack.encode(item.views)))
+    @property
+    def is_fresh(self) -> bool:
+        """It has run nothing that may have left something behind."""
+        return not self.given
+
+    def give(self, call: Call) -> None:
+        """Hand over a call."""
+        call.began = time.monotonic()
+        if not self.calls:
+            self.seen = call.began
+        self.given += 1
+        self.calls[self.given] = call
+        self._unsent += frame(b"", self.given, msgspec.msgpack.encode(call.item.views))
         self.send()
 
     def send(self) -> None:
         """Send what it takes now; a worker that hangs takes nothing."""
         try:
             while self._unsent:
-                self._unsent = self._unsent[self.channel.send(self._unsent[:_CHUNK]) :]
+                count = self.channel.send(self._unsent[:_CHUNK])
+                del self._unsent[:count]
         except BlockingIOError:
             pass
         except OSError:
-            self._unsent = memoryview(b"")  # it is dead, as reading will tell
+            self._unsent.clear()  # it is dead, as reading will tell
 
-    def read(self) -> Message | None:
-        """What it says; None: nothing yet, or nothing more, which `is_over` tells apart.
+    def read(self) -> tuple[int, Message] | None:
+        """What it says next, and of which call; None: nothing yet, or nothing more, which `is_over`
+        tells apart.
 
         Raises:
             RubbishError: someone wrote into its channel.
@@ -95,19 +119,22 @@ class WorkerProcess:
                 data = self._received()
                 self._frames.feed(data)
                 self._has_ended = not data
-        is_asked = self.item is not None or not self.is_ready
-        if not is_asked:
-            if len(self._frames):
-                raise RubbishError
+        found = self._frames.take(self._longest)
+        if found is None:
             return None
-        longest = longest_answer(len(self.item.views) if self.item else 1)
-        body = self._frames.take(self._number, longest=longest)
-        if body is None:
-            return None
+        number, body = found
         try:
-            return _DECODER.decode(body)
+            message = _DECODER.decode(body)
         except (msgspec.DecodeError, RecursionError) as error:
             raise RubbishError from error
+        self.seen = time.monotonic()
+        return number, message
+
+    def _longest(self, number: int) -> int:
+        """Bytes that it may say of a call; of one that it does not have, nothing."""
+        if number == LOADING:
+            return longest_answer(1)
+        return longest_answer(len(self.calls[number].item.views)) if number in self.calls else -1
 
     def _received(self) -> bytes:
         try:
@@ -130,7 +157,7 @@ class WorkerProcess:
                 except ConnectionError:
                     data = b""
                 self._told += data
-                if not data or len(self._told) >= 2 * NUMBER.size:
+                if not data or len(self._told) >= GUARD.size + END.size:
                     self._is_buried = True
                     return
 
@@ -144,22 +171,26 @@ class WorkerProcess:
         with contextlib.suppress(OSError):
             self.life.shutdown(socket.SHUT_WR)
 
-    def bury(self) -> int | None:
-        """Wait until it is gone, and free what it held here; its exit code."""
+    def bury(self) -> tuple[int | None, int]:
+        """Wait until it is gone, and free what it held here.
+
+        Returns:
+            Its exit code, and the number of the call whose code ran then; 0: not known.
+        """
         self._listen()
         # Told nothing, there is no process yet: it will find that we are gone.
         if self._told and not self.wait(_BURIAL_SECONDS):
-            (guard,) = NUMBER.unpack_from(self._told)
+            (guard,) = GUARD.unpack_from(self._told)
             for number in (signal.SIGCONT, signal.SIGKILL):
                 with contextlib.suppress(OSError):
                     os.kill(guard, number)
             self.wait(_BURIAL_SECONDS)
         self.channel.close()
         self.life.close()
-        if len(self._told) < 2 * NUMBER.size:
-            return None
-        code: int = NUMBER.unpack_from(self._told, NUMBER.size)[0]
-        return code
+        if len(self._told) < GUARD.size + END.size:
+            return None, 0
+        code, running = END.unpack_from(self._told, GUARD.size)
+        return code, running
 
     def wait(self, seconds: float) -> bool:
         """Whether it is gone within so many seconds."""

@@ -1,7 +1,8 @@
 """The worker process: loads the evaluator once, then answers calls until its channel closes.
 
-Invariant: one answer per call, with its number, sent before the next is read. So when a worker
-dies, the call that it died in is the one without an answer.
+Invariant: one answer per call, with its number. A sync evaluator's is sent before the next call is
+read; of an async one's calls, many run at a time (see `in_loop`). When a worker dies, the calls
+that it died in are those without an answer.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True):
 
     key: bytes = b""
     """Seals its answers."""
+    timeout: float | None
+    """Seconds for a call of an async evaluator. Of a sync one the caller keeps the time."""
     spec: bytes
     fingerprint: str
     cwd: bytes
@@ -47,13 +50,17 @@ class Answer(msgspec.Struct, frozen=True, tag=True):
     seconds: float
 
 
+class Alive(msgspec.Struct, frozen=True, tag=True):
+    """The event loop of an async evaluator turns."""
+
+
 class Ended(msgspec.Struct, frozen=True, tag=True):
     """No more answers will come from here, and why; the run should end."""
 
     reason: str
 
 
-Message = Ready | Answer | Ended
+Message = Ready | Answer | Alive | Ended
 
 
 def longest_answer(views: int) -> int:
@@ -61,8 +68,12 @@ def longest_answer(views: int) -> int:
     return (64 << 20) + (64 << 10) * views
 
 
-def work(ours: socket.socket) -> None:
-    """Run a worker: read calls from `ours`, the views of one each, and write a `Message` each."""
+def work(ours: socket.socket, running: memoryview) -> None:
+    """Run a worker: read calls from `ours`, the views of one each, and write a `Message` each.
+
+    Args:
+        running: one number, seen by the guard: of the call whose code runs, as far as it is known.
+    """
     channel = WorkerChannel(ours)
     # The other end is closed when there is no more to do, which may be before we are ready; and an
     # evaluator may have closed ours.
@@ -71,9 +82,14 @@ def work(ours: socket.socket) -> None:
         channel.seal_with(setup.key)
         _reseed()
         judge = _load(channel, setup)
+        from eval_protocol_rft.batch.grading.in_loop import answer_calls_in_loop
+
         if judge is not None:
-            _send(channel, LOADING, Ready())
-            _answer_calls(channel, judge)
+            send(channel, LOADING, Ready())
+            if judge.call.evaluator.is_async:
+                answer_calls_in_loop(channel, judge, setup.timeout, running)
+            else:
+                _answer_calls(channel, judge)
 
 
 def _reseed() -> None:
@@ -101,10 +117,10 @@ def _load(channel: WorkerChannel, setup: Setup) -> Any:
         os.chdir(setup.cwd)
         loaded = load_evaluator(spec)
     except (EvaluatorNotFoundError, EvaluatorError, OSError) as error:
-        _send(channel, LOADING, Ended(f"a worker cannot load the evaluator: {error}"))
+        send(channel, LOADING, Ended(f"a worker cannot load the evaluator: {error}"))
         return None
     if loaded.fingerprint != setup.fingerprint:
-        _send(channel, LOADING, Ended(f"{spec} was changed while it was graded: start again"))
+        send(channel, LOADING, Ended(f"{spec} was changed while it was graded: start again"))
         return None
     return Judge.of(loaded)
 
@@ -119,12 +135,13 @@ def _answer_calls(channel: WorkerChannel, judge: Any) -> None:
         try:
             results = judge.judge(views)
         except pytest.exit.Exception as error:
-            _send(channel, number, Ended(f"the evaluator ended the run: {error}"))
+            send(channel, number, Ended(f"the evaluator ended the run: {error}"))
             return
-        _send(channel, number, Answer(results, time.monotonic() - began), views=len(views))
+        send(channel, number, Answer(results, time.monotonic() - began), views=len(views))
 
 
-def _send(channel: WorkerChannel, number: int, message: Message, *, views: int = 1) -> None:
+def send(channel: WorkerChannel, number: int, message: Message, *, views: int = 1) -> None:
+    """Send a message about the call of that number."""
     try:
         body = msgspec.json.encode(message)
         problem = f"is {len(body)} bytes long" if len(body) > longest_answer(views) else None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import queue
+import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future
@@ -18,7 +19,6 @@ from typing import Any
 
 from eval_protocol_rft.batch.grading.evaluators import LoadedEvaluator, load_evaluator
 from eval_protocol_rft.batch.grading.grade import Graded, GradingError, GradingItem, grade
-from eval_protocol_rft.batch.grading.in_loop import grade_one
 from eval_protocol_rft.batch.grading.items import all_unscored
 from eval_protocol_rft.batch.grading.pool import Pool
 from eval_protocol_rft.batch.ray.nodes import EAGER_SECONDS, Node, NodeActor, NodeActors, Work
@@ -201,7 +201,11 @@ class LoopGrader(_Grader):
     async def grade(self, views: tuple[bytes, ...]) -> Graded:
         import pytest
 
+        from eval_protocol_rft.batch.grading.in_loop import judge_in_time
+
+        began = time.monotonic()
         try:
-            return await grade_one(GradingItem(None, views), self._judge, self.timeout)
+            results = await judge_in_time(self._judge, views, self.timeout)
         except pytest.exit.Exception as error:
             raise GradingError(f"{self.spec}: the evaluator ended the run: {error}") from error
+        return Graded(None, results, time.monotonic() - began)
