@@ -11,8 +11,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from eval_protocol_rft import FireworksTrainingRolloutProcessor
+from eval_protocol_rft.batch.dataset import RolloutDataset
 from eval_protocol_rft.sampling.types import Completion, SamplingParams
 from eval_protocol_rft.tokenizer import LoadedTokenizer
+from tests.batch.servers import at, succeed, texts, write_jsonl
 from tests.rollouts import chat_tokenizer, params_for, record_of_row, roll_out, row_of
 from tests.stub_server import Changed, StubServer
 
@@ -187,7 +189,7 @@ def test_what_sglang_says_is_what_vllm_says():
     assert texts == {"vllm": ["foo"], "sglang": ["foo"]}
 
 
-def test_ids_that_no_evaluator_saw_are_on_record_and_in_no_other_list():
+def test_ids_that_no_evaluator_saw_are_on_record_and_in_no_other_list(tmp_path, tokenizer_folder):
     def ended(seen: Any) -> Changed:
         def change(reply: dict[str, Any]) -> None:
             ids = ids_of("ab STOP cd")
@@ -203,6 +205,12 @@ def test_ids_that_no_evaluator_saw_are_on_record_and_in_no_other_list():
         processor = FireworksTrainingRolloutProcessor(tokenizer=chat_tokenizer())
         params = params_for(server, stop=["STOP"], n=2)
         (row,) = asyncio.run(roll_out(processor, row_of(), params))
+        data, output = write_jsonl(tmp_path / "d.jsonl", texts(1)), tmp_path / "out.jsonl"
+        options = [*at(server, tokenizer_folder), "--stop", "STOP", "--max-tokens", 32]
+        succeed("generate", data, "-o", output, *options)
+    (stored,) = RolloutDataset(output)
+    assert stored.past_end.tolist() == ids_of(" cd")
+    assert stored.completion_ids.tolist() == ids_of("ab STOP")
     record = record_of_row(row)
     assert record.completion_ids == [ids_of("ab STOP")] * 2
     assert record.completions_text == ["ab "] * 2

@@ -206,6 +206,7 @@ def completion_rows(
     row.raw_logprobs = maybe(logprobs(len(row.completion_ids)))
     row.finish_reason = maybe(TEXT)
     row.truncated = maybe(st.booleans())
+    row.past_end = maybe(token_ids().filter(len))
     row.scores = {
         column: score for column in reward_columns if (score := maybe(_SCORES)) is not None
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import msgspec
@@ -235,13 +236,29 @@ def test_a_prompt_of_several_messages_is_no_text() -> None:
         from_row(row, 0, prompt_kind="text")
 
 
+def test_ids_behind_the_end_are_a_column_and_were_in_the_row_before() -> None:
+    row = rolled_out("a", "b", "c")
+    row["execution_metadata"]["extra"]["sampling"]["past_end"] = [[], [7, 8], []]
+    rows = from_row(row, 0, prompt_kind="messages")
+    assert [None if r.past_end is None else r.past_end.tolist() for r in rows] == [
+        None, [7, 8], None,
+    ]  # fmt: skip
+    assert "past_end" not in (rows[0].evaluation_row or "")
+    before = json.loads(rows[0].evaluation_row or "")
+    before["execution_metadata"]["extra"]["sampling"]["past_end"] = {"1": [7, 8]}
+    old = [msgspec.structs.replace(r, past_end=None) for r in rows]
+    for r in old:
+        r.evaluation_row = json.dumps(before)
+    for these in (rows, old):
+        sampling = to_row(these[1:], BARE)["execution_metadata"]["extra"]["sampling"]
+        assert sampling["past_end"] == [[7, 8], []]
+
+
 def test_what_no_column_holds_of_a_completion_goes_with_it_when_others_are_filtered_out() -> None:
     row = rolled_out("a", "b", "c")
     row["execution_metadata"]["extra"]["sampling"] |= {
-        "past_end": [[], [7, 8], []],
         "retry_causes": [["timeout"], [], ["unavailable 503"]],
     }
     rows = from_row(row, 0, prompt_kind="messages")
     sampling = to_row(rows[1:], BARE)["execution_metadata"]["extra"]["sampling"]
-    assert sampling["past_end"] == [[7, 8], []]
     assert sampling["retry_causes"] == [[], ["unavailable 503"]]

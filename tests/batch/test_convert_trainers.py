@@ -115,6 +115,18 @@ def test_trl_finds_a_prompt_and_a_completion_in_each_row(tmp_path: Path, name: s
 
 
 @pytest.mark.parametrize("kind", ["verl", "trl"])
+def test_ids_behind_the_end_go_there_and_back(tmp_path: Path, kind: Any) -> None:
+    past = completion(0, 0, past_end=np.array([7, 8], np.int32))
+    source = rollouts(tmp_path / "a.parquet", past, completion(0, 1))
+    convert(source, tmp_path / "b.parquet", to_format=kind)
+    convert(tmp_path / "b.parquet", tmp_path / "c.parquet", from_format=kind, to_format="rollouts")
+    first, second = RolloutDataset(tmp_path / "c.parquet")
+    assert first.past_end is not None
+    assert first.past_end.tolist() == [7, 8]
+    assert second.past_end is None
+
+
+@pytest.mark.parametrize("kind", ["verl", "trl"])
 def test_a_message_has_no_field_that_no_message_uses(tmp_path: Path, kind: Any) -> None:
     with_call = completion(1, 0, prompt=PROMPTS[2], tools=[TOOL])
     source = rollouts(tmp_path / "a.parquet", completion(0, 0), with_call)

@@ -102,29 +102,28 @@ def test_a_swap_in_the_midst_of_a_stream_is_in_the_file_and_reaches_the_datums(
     assert f"{spanning}  mixed_versions" in left.stdout
 
 
-def test_a_file_of_before_the_column_is_read_continued_and_scored(
-    tmp_path, server, tokenizer_folder
-):
+def test_a_file_of_before_a_column_is_read_continued_and_scored(tmp_path, server, tokenizer_folder):
     data = write_jsonl(tmp_path / "data.jsonl", texts(4))
     output = tmp_path / "out.parquet"
     command = ["generate", data, "-o", output, "-n", "2", *at(server, tokenizer_folder)]
     server.script = lambda seen: Status(400, b"too long") if seen.place == 5 else None
     succeed(*command)
-    _without_the_column(output)
+    _without_the_columns(output)
     assert all(row.first_policy_version is None for row in RolloutDataset(output))
+    assert all(row.past_end is None for row in RolloutDataset(output))
     server.script = lambda seen: None
     result = succeed(*command, "--retry-failed")
     assert "1 sampled" in result.stdout
-    assert "first_policy_version" not in pq.read_schema(output).names
+    assert not {"first_policy_version", "past_end"}.intersection(pq.read_schema(output).names)
     evaluator = tmp_path / "rewards_of_before.py"
     evaluator.write_text("def one(row):\n    return 1.0\n")
     succeed("score", output, "-e", f"{evaluator}::one", "--workers", "1", "--quiet")
     assert [row.reward for row in RolloutDataset(output)] == [1.0] * 8
 
 
-def _without_the_column(path: Path) -> None:
+def _without_the_columns(path: Path) -> None:
     table = pq.read_table(path)
-    kept: pa.Table = table.drop_columns(["first_policy_version"])
+    kept: pa.Table = table.drop_columns(["first_policy_version", "past_end"])
     pq.write_table(kept.replace_schema_metadata(table.schema.metadata), path)
 
 

@@ -37,12 +37,12 @@ from eval_protocol_rft.batch.rollouts.rows import UNSCORED, CompletionRow, Score
 _KEPT = (
     "row_id", "data_idx", "sample_idx", "prompt_ids", "completion_ids", "logprobs",
     "raw_logprobs", "finish_reason", "truncated", "temperature", "top_p", "top_k", "max_tokens",
-    "seed", "policy_version", "first_policy_version",
+    "seed", "policy_version", "first_policy_version", "past_end",
 )  # fmt: skip
 """Columns that are the same there."""
 _COMPLETION = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 _NEEDED = ("prompt_ids", "completion_ids", "logprobs", "prompt", "completion", *_KEPT[:3])
-_ARRAYS = dict.fromkeys(("prompt_ids", "completion_ids"), np.int32) | dict.fromkeys(
+_ARRAYS = dict.fromkeys(("prompt_ids", "completion_ids", "past_end"), np.int32) | dict.fromkeys(
     ("logprobs", "raw_logprobs"), np.float32
 )
 

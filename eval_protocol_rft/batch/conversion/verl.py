@@ -47,6 +47,7 @@ _LISTS: dict[str, tuple[str, pa.DataType]] = {
     "response_logprobs": ("logprobs", _LOGPROBS),
     "response_raw_logprobs": ("raw_logprobs", _LOGPROBS),
     "finish_reasons": ("finish_reason", pa.string()),
+    "past_ends": ("past_end", _IDS),
     "seeds": ("seed", pa.int64()),
     "policy_versions": ("policy_version", pa.string()),
     "first_policy_versions": ("first_policy_version", pa.string()),

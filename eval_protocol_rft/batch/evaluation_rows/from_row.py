@@ -96,6 +96,7 @@ def _survivor(
 ) -> CompletionRow:
     sampling, firsts = record.sampling, record.sampling.first_policy_versions
     raw = record.raw_logprobs[i] if record.raw_logprobs is not None else None
+    past_end = sampling.past_end[i] if sampling.past_end else None
     own = _params(sampling) if known is None else known.survived[i]
     values = {"attempts": sampling.attempts[i], "seconds": sampling.seconds[i], **own}
     return CompletionRow(
@@ -109,6 +110,7 @@ def _survivor(
         raw_logprobs=None if raw is None else np.array(raw, np.float32),
         finish_reason=record.finish_reasons[i],
         truncated=record.truncated[i],
+        past_end=_ids(past_end, f"completion {i}: past_end") if past_end else None,
         seed=sampling.seeds[i],
         policy_version=sampling.policy_versions[i],
         first_policy_version=firsts[i] if firsts else None,

@@ -28,8 +28,10 @@ OPTIONAL_KEYS = (
 """Keys that a record may be without."""
 EPISODE_KEYS = ("trajectories", "episodes")
 """Lists per completion that no column holds: they travel in `evaluation_row`, by place."""
-SAMPLING_BY_PLACE = ("retry_causes", "past_end")
+SAMPLING_BY_PLACE = ("retry_causes",)
 """The same of `sampling`: lists of lists, empty where there is nothing to say."""
+_ONCE_BY_PLACE = "past_end"
+"""In files from before it was a column."""
 _NOT_RECORDED = ("model_fingerprint", "system", "seed_given")
 _FAILURE_KINDS = frozenset(get_args(FailureKind))
 
@@ -85,10 +87,14 @@ def record_of(
 
     prompt_ids = numbers(survivors[0].prompt_ids)
     told = dict(sampling)
-    for name in SAMPLING_BY_PLACE:
+    for name in (*SAMPLING_BY_PLACE, _ONCE_BY_PLACE):
         if isinstance(values := told.get(name), Mapping):
             told[name] = [values.get(str(row.sample_idx), []) for row in survivors]
     firsts = [row.first_policy_version for row in survivors]
+    if any(row.past_end is not None for row in survivors):
+        told["past_end"] = [
+            [] if row.past_end is None else row.past_end.tolist() for row in survivors
+        ]
     ids = [numbers(row.completion_ids) for row in survivors]
     logprobs = [numbers(row.logprobs) for row in survivors]
     record: dict[str, Any] = {

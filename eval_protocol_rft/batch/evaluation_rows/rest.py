@@ -31,7 +31,7 @@ _DERIVED = frozenset(RolloutRecord.__struct_fields__) - frozenset(EPISODE_KEYS)
 """Keys of `extra` that the columns hold."""
 _PER_COMPLETION = (
     "indices", "seeds", "policy_versions", "first_policy_versions", "request_ids", "attempts",
-    "seconds",
+    "seconds", "past_end",
 )  # fmt: skip
 _MESSAGE_FIELDS = ("role", "content", "reasoning_content", "name", "tool_calls", "tool_call_id")
 """What the file's prompt column holds of a message."""

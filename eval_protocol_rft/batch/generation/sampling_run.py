@@ -191,6 +191,7 @@ class SamplingRun:
         row.raw_logprobs = None if raw is None else np.array(raw, np.float32)
         row.finish_reason = completion.finish_reason
         row.truncated = completion.truncated
+        row.past_end = np.array(completion.past_end, np.int32) if completion.past_end else None
         row.policy_version = completion.policy_version
         row.first_policy_version = completion.first_policy_version
         row.request_id = completion.request_id

@@ -63,6 +63,7 @@ FIXED_COLUMNS: dict[str, pa.DataType] = {
     "raw_logprobs": _LOGPROBS,
     "finish_reason": pa.string(),
     "truncated": pa.bool_(),
+    "past_end": _IDS,
     "temperature": pa.float64(),
     "top_p": pa.float64(),
     "top_k": pa.int32(),
@@ -86,7 +87,7 @@ FIXED_COLUMNS: dict[str, pa.DataType] = {
 """Column -> Arrow type, in file order. Every column but the first three can be null. `tools`,
 `message`, `metrics` and `evaluation_row` are JSON text."""
 
-ARRAY_COLUMNS = ("prompt_ids", "completion_ids", "logprobs", "raw_logprobs")
+ARRAY_COLUMNS = ("prompt_ids", "completion_ids", "logprobs", "raw_logprobs", "past_end")
 
 
 class FormatError(ValueError):

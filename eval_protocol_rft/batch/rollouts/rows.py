@@ -60,6 +60,7 @@ class CompletionRow(msgspec.Struct, kw_only=True, eq=False):
     raw_logprobs: Logprobs | None = None
     finish_reason: str | None = None
     truncated: bool | None = None
+    past_end: Ids | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
