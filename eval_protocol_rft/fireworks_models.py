@@ -17,7 +17,7 @@ import aiohttp
 from eval_protocol_rft.endpoint import Endpoint
 from eval_protocol_rft.sampling.bodies import read_body
 from eval_protocol_rft.sampling.clock import Deadline
-from eval_protocol_rft.sampling.http import endpoint_headers, proxy_for
+from eval_protocol_rft.sampling.http import NO_CLOCKS, endpoint_headers, proxy_for
 from eval_protocol_rft.sampling.types import SamplingError
 
 SECONDS = 20.0
@@ -33,7 +33,7 @@ async def hub_id_of(model: str, endpoint: Endpoint) -> tuple[str | None, str]:
     deployed model, with or without `#deployment` and `@version`), and where there is none, why."""
     name = re.split("[#@]", model)[0]
     try:
-        async with Deadline(SECONDS), aiohttp.ClientSession() as session:
+        async with Deadline(SECONDS), aiohttp.ClientSession(timeout=NO_CLOCKS) as session:
             for _ in range(_LONGEST_CHAIN):
                 resource = await _resource(session, name, endpoint)
                 if hub := _HUB.match(str(resource.get("huggingFaceUrl") or "")):

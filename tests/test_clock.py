@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from eval_protocol_rft.doctor.ask_echo import ask_echo
 from eval_protocol_rft.endpoint import Endpoint
 from eval_protocol_rft.environments.calling import call
 from eval_protocol_rft.sampling import bodies
@@ -27,6 +28,7 @@ from eval_protocol_rft.sampling.types import (
     AttemptTimeoutError,
     Completion,
     SamplingParams,
+    TokenIds,
     UnavailableError,
 )
 from tests.stub_server import reply_to
@@ -59,7 +61,7 @@ class Gated:
                 if line.lower().startswith(b"content-length:"):
                     length = int(line.split(b":")[1])
             body = json.loads(file.read(length))
-            reply = json.dumps(reply_to(body, body["seed"])).encode()
+            reply = json.dumps(reply_to(body, body.get("seed", 1))).encode()
             # Larger than one read of the loop, where the reply is whole.
             pieces = (
                 [b"data: " + reply + b"\n\n", b"data: [DONE]\n\n"]
@@ -111,6 +113,16 @@ async def test_a_reply_that_arrives_while_the_loop_is_blocked_is_no_timeout(
         completion = await asked
         await sampler.aclose()
     assert completion.request_id == "cmpl-1"
+
+
+async def test_the_doctors_own_question_goes_by_the_same_clock() -> None:
+    with Gated(stream=False) as server:
+        params = SamplingParams(model="m", max_tokens=64, timeout=SECONDS)
+        asked = asyncio.ensure_future(ask_echo(Endpoint(server.url), TokenIds(PROMPT), params))
+        await asyncio.to_thread(server.waits.wait, 30)
+        server.send()
+        block()
+        assert (await asked).counted == len(PROMPT)
 
 
 async def test_a_reply_over_a_connection_that_nobody_looked_at_is_refused(

@@ -12,7 +12,8 @@ import msgspec
 from eval_protocol_rft.doctor.completion_checks import Echo
 from eval_protocol_rft.endpoint import Endpoint
 from eval_protocol_rft.sampling.bodies import read_body, reply_limit
-from eval_protocol_rft.sampling.http import endpoint_headers, proxy_for
+from eval_protocol_rft.sampling.clock import Deadline
+from eval_protocol_rft.sampling.http import NO_CLOCKS, endpoint_headers, proxy_for
 from eval_protocol_rft.sampling.replies import ABSENT, parse_reply
 from eval_protocol_rft.sampling.types import (
     ConnectionFailedError,
@@ -45,6 +46,7 @@ async def ask_echo(endpoint: Endpoint, prompt: TokenIds, params: SamplingParams)
     url = f"{endpoint.base_url}/completions"
     try:
         async with (
+            Deadline(params.timeout),
             aiohttp.ClientSession(
                 headers={"content-type": "application/json", **endpoint_headers(endpoint)},
                 cookie_jar=aiohttp.DummyCookieJar(),
@@ -52,7 +54,7 @@ async def ask_echo(endpoint: Endpoint, prompt: TokenIds, params: SamplingParams)
             session.post(
                 url,
                 data=request_body(prompt, params, None),
-                timeout=aiohttp.ClientTimeout(total=params.timeout),
+                timeout=NO_CLOCKS,
                 allow_redirects=False,
                 proxy=proxy_for(url),
             ) as response,
@@ -80,12 +82,13 @@ async def served_models(endpoint: Endpoint) -> list[str]:
     url = f"{endpoint.base_url}/models"
     try:
         async with (
+            Deadline(_MODELS_SECONDS),
             aiohttp.ClientSession(
                 headers=endpoint_headers(endpoint), cookie_jar=aiohttp.DummyCookieJar()
             ) as session,
             session.get(
                 url,
-                timeout=aiohttp.ClientTimeout(total=_MODELS_SECONDS),
+                timeout=NO_CLOCKS,
                 allow_redirects=False,
                 proxy=proxy_for(url),
             ) as response,

@@ -50,7 +50,7 @@ from eval_protocol_rft.text import well_formed
 
 KEEPALIVE_SECONDS = 4.0
 """uvicorn, and so vLLM and SGLang, closes an idle connection after 5 s, under the next request."""
-_NO_CLOCKS = aiohttp.ClientTimeout(total=None, sock_connect=None)
+NO_CLOCKS = aiohttp.ClientTimeout(total=None, sock_connect=None)
 """aiohttp's run on while the loop is blocked; ours are `Deadline`s."""
 _QUEUE_HEADERS = ("fireworks-prefill-queue-duration", "fireworks-generation-queue-duration")
 _LONGEST_REQUEST_ID = 256
@@ -119,7 +119,7 @@ class HttpSampler:
                         prompt_cache_key=affinity if self._endpoint.is_fireworks else None,
                     ),
                     headers={AFFINITY_HEADER: affinity} if affinity else None,
-                    timeout=_NO_CLOCKS,
+                    timeout=NO_CLOCKS,
                     allow_redirects=False,
                     proxy=self._proxy,
                 ) as response,

@@ -21,7 +21,7 @@ from eval_protocol_rft.endpoint import Endpoint
 from eval_protocol_rft.sampling.adaptive import AdaptiveLimit, ServerLoad
 from eval_protocol_rft.sampling.clock import Deadline
 from eval_protocol_rft.sampling.concurrency import ConcurrencyLimit
-from eval_protocol_rft.sampling.http import endpoint_headers, proxy_for
+from eval_protocol_rft.sampling.http import NO_CLOCKS, endpoint_headers, proxy_for
 from eval_protocol_rft.sampling.types import RefusedError
 
 POLL_SECONDS = 2.0
@@ -128,7 +128,7 @@ async def _poll(endpoint: Endpoint, limit: AdaptiveLimit, every: float) -> None:
         cookie_jar=aiohttp.DummyCookieJar(),
         # A connection that waits for seconds is often closed from there; a new one costs nothing.
         connector=aiohttp.TCPConnector(force_close=True),
-        timeout=aiohttp.ClientTimeout(total=None, sock_connect=None),
+        timeout=NO_CLOCKS,
     ) as session:
         while True:
             now = await _ask(session, url, proxy)
