@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What writing ends with where the disk, or what one user or one file may have of it, is full."""
 _CREATE = os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW
 
 
@@ -110,9 +112,11 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[DurableFile]:
         if replaced is not None:
             _make_alike(unfinished, replaced)
         os.replace(unfinished, target)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             os.unlink(unfinished)
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
+            error.filename = os.fspath(path)
         raise
     sync_folder(target.parent)
 

@@ -15,6 +15,8 @@ from pathlib import Path
 from eval_protocol_rft.batch.rollouts.jsonl import is_jsonl, metadata_path
 from eval_protocol_rft.durable import check_replaceable, link_target
 
+_RATE_FROM = 1_000_000
+"""Bytes from which on they say what a row takes: less is what a file has without any."""
 ROLLOUT_SUFFIXES = (".parquet", ".jsonl", ".ndjson")
 
 
@@ -79,9 +81,46 @@ def check_room(target: Path, size: int) -> None:
     usage = shutil.disk_usage(folder)
     if usage.total and usage.free < size:
         raise TargetError(
-            f"{target}: writing it takes {size / 1e6:,.0f} MB, and the disk of {folder} has "
-            f"{usage.free / 1e6:,.0f} MB left. Make room first, or choose another output"
+            f"{target}: writing it takes {amount(size)}, and the disk of {folder} has "
+            f"{amount(usage.free)} left. Make room first, or choose another output"
         )
+
+
+def room_warning(target: Path, total: int, stored: int, size: int) -> str | None:
+    """What to say where the disk will be full before a job is done, at the rate so far.
+
+    Args:
+        target: the file that the job makes.
+        total: rows that it will have.
+        stored: rows that are stored.
+        size: bytes that these take.
+
+    Returns:
+        None where there is room, as far as the disk can tell, or the rate is not known yet. What is
+        stored and the file stand side by side until the file is whole.
+    """
+    if size < _RATE_FROM or stored >= total:
+        return None
+    folder = link_target(target).absolute().parent
+    usage = shutil.disk_usage(folder)
+    whole = size / stored * total
+    if not usage.total or usage.free >= 2 * whole - size:
+        return None
+    return (
+        f"{target}: the disk will be full before the job is done: {stored:,} of {total:,} "
+        f"completions take {amount(size)}, so {amount(2 * whole - size)} more are needed in the "
+        f"end, and {folder} has {amount(usage.free)} left. Make room meanwhile; where the disk is "
+        "full the job stops, what is stored is safe, and the same command goes on"
+    )
+
+
+def amount(size: float) -> str:
+    """Bytes for people: `1.2 MB`."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "bytes" or size >= 10 else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:,.1f} TB"
 
 
 def same_file(path: Path, other: Path) -> bool:

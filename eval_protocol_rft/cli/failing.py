@@ -17,6 +17,7 @@ from typing import NoReturn, ParamSpec
 import typer
 
 from eval_protocol_rft.cli.stopping import sigterm_interrupts
+from eval_protocol_rft.durable import NO_ROOM
 from eval_protocol_rft.text import visible_lines
 
 P = ParamSpec("P")
@@ -39,7 +40,7 @@ def one_line(command: Callable[P, None]) -> Callable[P, None]:
             fail("a value in a file is nested too deep to be read")
         except OSError as error:
             where = "" if error.filename is None else f"{error.filename}: "
-            fail(f"{where}{error.strerror or error}")
+            fail(f"{where}{reason_of(error)}")
         except OverflowError as error:
             fail(f"a number in a file is larger or smaller than can be: {error}")
         except ValueError as error:
@@ -54,6 +55,12 @@ def one_line(command: Callable[P, None]) -> Callable[P, None]:
             fail(str(error))
 
     return run
+
+
+def reason_of(error: OSError) -> str:
+    """Why a file could not be read or written, without its name."""
+    advice = ". Make room, or write elsewhere" if error.errno in NO_ROOM else ""
+    return f"{error.strerror or error}{advice}"
 
 
 @contextlib.contextmanager

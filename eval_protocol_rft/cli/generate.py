@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,11 +11,11 @@ from eval_protocol_rft.cli.failing import fail, one_line, say
 from eval_protocol_rft.cli.generate_options import api_key, check_format, json_object, prices
 from eval_protocol_rft.cli.generate_summary import show
 from eval_protocol_rft.cli.stopping import sigterm_interrupts
+from eval_protocol_rft.durable import NO_ROOM
 
 _DATA = "Data set"
 _SAMPLING = "Sampling"
 _RUN = "Run"
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @one_line
@@ -276,7 +275,7 @@ def generate(
                 progress=not quiet,
             )
         except OSError as error:
-            if error.errno not in _NO_ROOM:
+            if error.errno not in NO_ROOM:
                 raise
             safe = "What was stored is safe: make room, and run the same command"
             fail(f"{output}: {error.strerror}. {safe}")

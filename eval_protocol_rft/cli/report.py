@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from eval_protocol_rft.cli.failing import fail, one_line, say
+from eval_protocol_rft.cli.failing import fail, one_line, reason_of, say
 from eval_protocol_rft.cli.rows import rollout_file
 
 
@@ -90,7 +90,7 @@ def report(
                 progress=not quiet,
             )
     except OSError as error:
-        fail(f"cannot write {output}: {error.strerror or error}")
+        fail(f"cannot write {output}: {reason_of(error)}")
     for problem in written.problems:
         say(f"ep-rft: tokens are shown as ids: {problem}", err=True)
     if written.shown_prompts < written.prompts:
@@ -110,7 +110,7 @@ def _report_run(folder: Path, output: Path | None) -> None:
     try:
         written = write_training_report(folder, output)
     except OSError as error:
-        fail(f"cannot write {output or folder / 'report.html'}: {error.strerror or error}")
+        fail(f"cannot write {output or folder / 'report.html'}: {reason_of(error)}")
     curve = "" if written.curve is None else f", {written.curve}"
     say(
         f"Report of {written.steps:,} steps and {written.evaluations:,} evaluations: "

@@ -56,7 +56,6 @@ def run_training(
         SamplingError,
         TrainerError,
         TrainingStoppedError,
-        OSError,
     ) as error:
         fail(str(error))
 

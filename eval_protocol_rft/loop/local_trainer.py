@@ -8,6 +8,7 @@ all of the state that `save` wrote.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import pickle
 from collections.abc import Callable, Iterator, Sequence
@@ -153,7 +154,7 @@ class LocalTrainer:
         from it once a tokenizer lies beside."""
 
         def write() -> None:
-            with no_loading_bar():
+            with no_loading_bar(), _writing(folder):
                 self._base.save_pretrained(folder, state_dict=self.weights())
 
         await self._run(write)
@@ -253,7 +254,8 @@ class LocalTrainer:
     def _save(self, folder: Path) -> None:
         trained = {n: p.detach() for n, p in self._module.named_parameters() if p.requires_grad}
         state = {"parameters": trained, "optimizer": self._optimizer.state_dict()}
-        torch.save(state, folder / "trainer.pt")
+        with _writing(folder / "trainer.pt"):
+            torch.save(state, folder / "trainer.pt")
 
     def _load(self, folder: Path) -> None:
         path = folder / "trainer.pt"
@@ -315,3 +317,18 @@ def _decaying(parameters: Sequence[Tensor], weight_decay: float) -> list[dict[st
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Where a disk is full, torch and safetensors speak of positions in their own code."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        reason = str(error).splitlines()[0]
+        raise TrainerError(
+            f"{path} cannot be written; is there room on its disk? Earlier checkpoints are whole, "
+            f"and the same command goes on from the newest of them ({reason})"
+        ) from error

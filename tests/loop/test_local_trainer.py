@@ -259,3 +259,11 @@ async def test_weight_decay_spares_norms() -> None:
     assert torch.equal(after["model.norm.weight"], before["model.norm.weight"])
     name = "model.layers.0.mlp.up_proj.weight"
     torch.testing.assert_close(after[name], before[name] * (1 - 0.1 * 0.5))
+
+
+async def test_a_disk_that_is_full_is_said_with_the_file(tmp_path: Path) -> None:
+    trainer = trainer_of(tiny_model())
+    (tmp_path / "trainer.pt").symlink_to("/dev/full")
+    with pytest.raises(TrainerError, match=r"trainer\.pt cannot be written; is there room"):
+        await trainer.save(tmp_path)
+    await trainer.aclose()

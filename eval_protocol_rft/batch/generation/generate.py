@@ -29,7 +29,7 @@ from eval_protocol_rft.batch.ray.sampling import RaySampler
 from eval_protocol_rft.batch.rollouts.rows import CompletionRow
 from eval_protocol_rft.batch.source.opening import PathOrGlob, open_source, prompt_column
 from eval_protocol_rft.batch.store.parts import parts_folder
-from eval_protocol_rft.batch.target import check_rollout_file
+from eval_protocol_rft.batch.target import check_rollout_file, room_warning
 from eval_protocol_rft.endpoint import Endpoint
 from eval_protocol_rft.params import parse_completion_params
 from eval_protocol_rft.sampling.adaptive import AdaptiveLimit
@@ -236,10 +236,13 @@ async def _run(
         total, before = job.total, output.done.done + output.done.failed
         if retry_failed:
             before = output.done.done
+        room = _RoomWatch(output)
+        room.look()
         with reporter("generate", total, done=before, show=progress) as bar:
 
             def stored(rows: list[CompletionRow]) -> None:
                 counts.add(rows)
+                room.look()
                 seconds = time.perf_counter() - began
                 bar.update(
                     before + counts.completions + counts.failed, detail=_said(counts, seconds)
@@ -275,6 +278,27 @@ async def _run(
         seconds=seconds,
         attempts=attempts,
     )
+
+
+@dataclass(slots=True)
+class _RoomWatch:
+    """Says once where the disk will be full before the job is done: what a completion takes is
+    known from the first part on, of this run or of an earlier one."""
+
+    output: Output
+    _seen: int = 0
+    """Rows in parts when it was looked at last."""
+    _said: bool = False
+
+    def look(self) -> None:
+        rows, size = self.output.store.in_parts()
+        job = self.output.job
+        if self._said or rows == self._seen or job.base is not None:
+            return
+        self._seen = rows
+        if warning := room_warning(job.target, job.total, rows, size):
+            self._said = True
+            logger.warning(warning)
 
 
 def _tell_other_prompts(output: Output, tokenizer: LoadedTokenizer) -> None:

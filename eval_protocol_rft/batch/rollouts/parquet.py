@@ -47,7 +47,7 @@ def write_tables(file: DurableFile, schema: pa.Schema, tables: Iterable[pa.Table
     """Write a whole Parquet file into `file`; returns the number of rows."""
     rows = 0
     # Pages of short columns are a few bytes each.
-    stream = pa.BufferedOutputStream(pa.PythonFile(file, mode="w"), _BUFFER_BYTES)
+    stream = pa.BufferedOutputStream(pa.PythonFile(_Sink(file), mode="w"), _BUFFER_BYTES)
     try:
         with writer(stream, schema) as target:
             for table in row_groups(tables):
@@ -57,6 +57,35 @@ def write_tables(file: DurableFile, schema: pa.Schema, tables: Iterable[pa.Table
         # Writes what is left, and leaves the file open: it would be closed when Arrow tries.
         stream.detach()
     return rows
+
+
+class _Sink:
+    """A file for Arrow. After a write that failed it takes everything and keeps nothing: Arrow
+    tries once more when it lets go of its buffer, and would print that as a traceback of its own.
+    """
+
+    closed = False
+
+    def __init__(self, file: DurableFile) -> None:
+        self._file: DurableFile | None = file
+
+    def write(self, data: bytes | memoryview) -> int:
+        if self._file is None:
+            return len(data)
+        try:
+            return self._file.write(data)
+        except OSError:
+            self._file = None
+            raise
+
+    def flush(self) -> None:
+        """Nothing is buffered here."""
+
+    def close(self) -> None:
+        """The file is its owner's to close."""
+
+    def tell(self) -> int:
+        return 0 if self._file is None else self._file.tell()
 
 
 def row_groups(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:

@@ -151,6 +151,8 @@ class PartStore:
         self.folder = folder
         self.schema = schema
         self._keys_of = keys_of
+        self._sizes: dict[int, tuple[int, int]] = {}
+        """Number of a complete part -> (rows, bytes)."""
         self._lock = lock_folder(folder)
         try:
             self._begin(anew)
@@ -204,6 +206,11 @@ class PartStore:
         self.seal()
         return bool(part_paths(self.folder))
 
+    def in_parts(self) -> tuple[int, int]:
+        """(rows, bytes) of the complete parts."""
+        rows, sizes = zip(*self._sizes.values(), strict=True) if self._sizes else ((), ())
+        return sum(rows), sum(sizes)
+
     def merged(self, base: Sequence[SortedInput] = ()) -> Iterator[pa.Table]:
         """All rows, sorted; those of the parts take the place of rows of `base`."""
         self.seal()
@@ -248,6 +255,9 @@ class PartStore:
         for path in _job_files(self.folder):
             if path.name.startswith("."):
                 os.unlink(path)
+        for path in part_paths(self.folder):
+            with contextlib.suppress(FormatError), open_parquet(path) as file:
+                self._sizes[part_number(path)] = file.metadata.num_rows, path.stat().st_size
         for path in [path for path in _job_files(self.folder) if path.name.startswith("_journal-")]:
             with contextlib.closing(Journal(path, self.schema)) as journal:
                 if journal.batches:
@@ -262,7 +272,9 @@ class PartStore:
             tables = [*read_row_groups(path), *tables]
         table = pa.concat_tables(tables)
         with replacing(path) as file:
-            write_tables(file, self.schema, [table.take(latest(self._keys_of(table)))])
+            rows = write_tables(file, self.schema, [table.take(latest(self._keys_of(table)))])
+            size = file.tell()
+        self._sizes[number] = rows, size
 
     def _open_journal(self, number: int) -> None:
         journal = Journal(self.folder / f"_journal-{number:06d}", self.schema)

@@ -1,0 +1,155 @@
+"""Disks that are full, or will be: said in one line with its place, and nothing is lost."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import typer
+
+from eval_protocol_rft.batch import target
+from eval_protocol_rft.batch.datums.files import numbered_path
+from eval_protocol_rft.batch.files import write_file
+from eval_protocol_rft.batch.generation import sampling_run
+from eval_protocol_rft.batch.store import parts
+from eval_protocol_rft.batch.target import amount, room_warning
+from eval_protocol_rft.cli.convert import convert
+from eval_protocol_rft.cli.datums import datums
+from eval_protocol_rft.cli.filter import filter as filter_command
+from eval_protocol_rft.cli.report import report
+from tests.batch.servers import at, succeed, texts, write_jsonl
+from tests.scored_files import SCHEMA, Sampled, table_of, write
+
+GROUPS = [[Sampled(1.0), Sampled(0.0)] for _ in range(6)]
+WRITERS: dict[str, Callable[[Path, Path], None]] = {
+    "out.parquet": convert,
+    "out.jsonl": convert,
+    "fewer.parquet": filter_command,
+    "fewer.jsonl": filter_command,
+    "prompts.parquet": lambda source, to: filter_command(source, to, prompts=True),
+    "rows.jsonl": lambda source, to: convert(source, to, to="ep"),
+    "verl.parquet": lambda source, to: convert(source, to, to="verl"),
+    "trl.json": lambda source, to: convert(source, to, to="trl"),
+    "d.safetensors": datums,
+    "d.jsonl": datums,
+    "page.html": lambda source, to: report(source, to, tokenizer="local/arithmetic"),
+}
+
+
+def full_after(size: int) -> Callable[[int, memoryview, int], int]:
+    """`os.pwrite` on a disk with room for `size` bytes."""
+
+    def pwrite(descriptor: int, data: memoryview, offset: int) -> int:
+        if descriptor < 0:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        if offset + len(data) > size:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(descriptor, data, offset)
+
+    real = os.pwrite
+    return pwrite
+
+
+@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize("size", [0, 200])
+def test_a_full_disk_is_one_line_with_the_file_and_leaves_none(
+    name, size, tmp_path, monkeypatch, capfd
+) -> None:
+    (tmp_path / "out").mkdir()
+    output = tmp_path / "out" / name
+    source = write(tmp_path / "in.parquet", GROUPS)
+    monkeypatch.setattr(os, "pwrite", full_after(size))
+    with pytest.raises(typer.Exit) as ended:
+        WRITERS[name](source, output)
+    assert ended.value.exit_code == 1
+    gc.collect()
+    (said,) = capfd.readouterr().err.splitlines()
+    assert said.startswith("ep-rft: ")
+    assert said.endswith(f"{output}: No space left on device. Make room, or write elsewhere")
+    assert list(output.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("size", [0, 1000])
+def test_arrow_prints_no_traceback_of_its_own_where_a_file_cannot_be_written(
+    size, tmp_path, monkeypatch, capfd
+) -> None:
+    many = table_of([[Sampled(0.5, tokens=tuple(range(90)))] * 8 for _ in range(900)])
+    monkeypatch.setattr(os, "pwrite", full_after(size))
+    with pytest.raises(OSError, match="No space left"):
+        write_file(tmp_path / "out.parquet", SCHEMA, iter([many]))
+    gc.collect()
+    assert capfd.readouterr().err == ""
+
+
+def test_numbered_files_are_replaced_all_together_or_not_at_all(tmp_path, monkeypatch) -> None:
+    output = tmp_path / "d.safetensors"
+    datums(write(tmp_path / "in.parquet", GROUPS), output, max_groups=2)
+    files = [numbered_path(output, number) for number in range(3)]
+    files[1].chmod(0o640)
+    before = [path.read_bytes() for path in files]
+    other = write(tmp_path / "other.parquet", [[Sampled(0.0), Sampled(0.5)]] * 4)
+    calls: list[int] = []
+
+    def full_at_the_second(descriptor: int, data: memoryview, offset: int) -> int:
+        calls.append(descriptor)
+        return pwrite(descriptor, data, offset)
+
+    pwrite = os.pwrite
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full_at_the_second)
+        datums(other, output, max_groups=2, overwrite=True)
+    assert not files[2].exists()
+    assert files[1].stat().st_mode & 0o777 == 0o640
+    datums(tmp_path / "in.parquet", output, max_groups=2, overwrite=True)
+    assert [path.read_bytes() for path in files] == before
+
+    def write_some(descriptor: int, data: memoryview, offset: int) -> int:
+        calls.pop()
+        if not calls:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return pwrite(descriptor, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", write_some)
+    with pytest.raises(typer.Exit):
+        datums(other, output, max_groups=2, overwrite=True)
+    assert [path.read_bytes() for path in files] == before
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *(path.name for path in files),
+        "in.parquet",
+        "other.parquet",
+    }
+
+
+def test_what_is_stored_and_the_file_have_to_fit_side_by_side(tmp_path, monkeypatch) -> None:
+    """10 MB are stored of 100 MB: 90 MB more, and 100 MB for the file."""
+    usage = shutil.disk_usage(tmp_path)
+    job = (tmp_path / "r.parquet", 1_000, 100, 10_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=190_000_000))
+    assert room_warning(*job) is None
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=189_999_999))
+    assert "100 of 1,000 completions take 10 MB, so 190 MB more" in str(room_warning(*job))
+
+
+def test_amounts_are_in_units_that_people_read() -> None:
+    shown = [amount(size) for size in (0, 999, 1500, 49_000, 1.5e6, 2.34e9, 5e13)]
+    assert shown == ["0 bytes", "999 bytes", "1.5 kB", "49 kB", "1.5 MB", "2.3 GB", "50.0 TB"]
+
+
+def test_a_disk_that_will_be_full_is_told_once_and_ends_nothing(
+    tmp_path, server, tokenizer_folder, monkeypatch, caplog
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=1))
+    monkeypatch.setattr(parts, "ROW_GROUP_ROWS", 4)
+    monkeypatch.setattr(sampling_run, "_STORED_AT_ONCE", 4)
+    monkeypatch.setattr(target, "_RATE_FROM", 1)
+    data = write_jsonl(tmp_path / "data.jsonl", texts(12))
+    succeed("generate", data, "-o", tmp_path / "r.parquet", *at(server, tokenizer_folder))
+    told = [record.message for record in caplog.records if "will be full" in record.message]
+    assert len(told) == 1
+    assert " of 12 completions take " in told[0]
