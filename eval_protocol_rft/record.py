@@ -193,6 +193,9 @@ class RolloutRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Fal
             return f"rft_schema is {self.rft_schema}, this version reads {SCHEMA_VERSION}"
         if not self.prompt_ids:
             return "prompt_ids is empty"
+        if min(self.prompt_ids) < 0:
+            index = next(i for i, token in enumerate(self.prompt_ids) if token < 0)
+            return f"prompt_ids[{index}] is {self.prompt_ids[index]}: not a token id"
         size = len(self.completion_ids)
         for name in (*_PER_COMPLETION, *_PER_COMPLETION_OR_NONE):
             values = getattr(self, name)

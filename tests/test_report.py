@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,12 @@ def _row(
     failures: list[Failure] | None = None,
     began_at: float = 100.0,
     seconds: float = 2.0,
+    row_id: str = "r",
+    prompt_ids: list[int] | None = None,
 ) -> dict[str, Any]:
     size = len(texts)
     record = RolloutRecord(
-        prompt_ids=[1, 2],
+        prompt_ids=prompt_ids or [1, 2],
         completion_ids=[[5] * (len(text) + 1) for text in texts],
         inference_logprobs=[[-0.5] * (len(text) + 1) for text in texts],
         completions_text=texts,
@@ -54,7 +57,7 @@ def _row(
             {"role": "user", "content": "1+1="},
             {"role": "assistant", "content": texts[0]},
         ],
-        "input_metadata": {"row_id": "r"},
+        "input_metadata": {"row_id": row_id},
         "execution_metadata": {
             "extra": {"run_index": 0, **record.to_extra()},
             "rollout_duration_seconds": seconds,
@@ -84,7 +87,7 @@ def test_sums_count_unscored_and_failed_apart(tmp_path: Path) -> None:
     failure = Failure(index=3, kind="refused", message="no", attempts=1, seconds=0.1)
     rows = [
         _row(["2", "3", "22"], [1.0, 0.0, None], failures=[failure]),
-        _row(["2", "2"], [1.0, 1.0], began_at=101.0, seconds=4.0),
+        _row(["2", "2"], [1.0, 1.0], began_at=101.0, seconds=4.0, row_id="s"),
         FAILED,
     ]
     summary = summarize_rows(read_rows(_write(tmp_path, rows)))
@@ -96,6 +99,37 @@ def test_sums_count_unscored_and_failed_apart(tmp_path: Path) -> None:
     # 2 + 2 + 3 and 2 + 2 tokens, from second 100 to second 105.
     assert summary.tokens == 11
     assert summary.tokens_per_second == pytest.approx(11 / 5)
+
+
+def test_rows_with_one_id_are_one_prompt_in_the_sums(tmp_path: Path) -> None:
+    """As a data row has that went on with another date in its prompt, or that ran several times."""
+    rows = [
+        _row(["2", "3"], [1.0, 0.0]),
+        _row(["4", "5"], [0.0, 0.0], prompt_ids=[1, 3]),
+        _row(["2", "2"], [1.0, 1.0], row_id="s"),
+    ]
+    summary = summarize_rows(read_rows(_write(tmp_path, rows)))
+    assert (summary.rows, summary.completions) == (2, 6)
+    # One of four and two of two; no prompt but the first has four.
+    assert summary.pass_at_k == pytest.approx({1: (0.25 + 1) / 2, 4: 1.0})
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ('"rewards": [1.0', '"rewards": [1e300', "completion 0: reward 1e+300 is beyond 1e+150"),
+        ('"rewards": [1.0', '"rewards": [1e400', "out of range"),
+        ('"prompt_ids": [1', '"prompt_ids": [-1', "prompt_ids[0] is -1: not a token id"),
+    ],
+)
+def test_a_number_that_cannot_be_is_named_with_its_place(
+    tmp_path: Path, old: str, new: str, words: str
+) -> None:
+    file = _write(tmp_path, [_row(["2"], [1.0]), _row(["2"], [1.0])])
+    first, second = file.read_text().splitlines()
+    file.write_text(f"{first}\n{second.replace(old, new, 1)}\n")
+    with pytest.raises(RowsFileError, match=rf"rows\.jsonl:2: .*{re.escape(words)}"):
+        list(read_rows(file))
 
 
 def test_rows_without_scores_have_no_mean(tmp_path: Path) -> None:

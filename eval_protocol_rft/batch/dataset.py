@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 
 from eval_protocol_rft.batch.evaluation_rows.to_row import to_rows
 from eval_protocol_rft.batch.rollouts import jsonl
-from eval_protocol_rft.batch.rollouts.checking import in_order
+from eval_protocol_rft.batch.rollouts.checking import in_order, with_json_text
 from eval_protocol_rft.batch.rollouts.format import (
     FIXED_COLUMNS,
     MESSAGES,
@@ -94,16 +94,20 @@ class RolloutDataset:
             FormatError: while iterating, at what is broken, at a completion that is there twice, or
                 at a data row whose completions do not stand together.
         """
+        further = self.metadata.json_columns
+        tables = with_json_text(self._tables(_with_keys(columns)), str(self.path), further)
+        return tables if columns is None else (table.select(columns) for table in tables)
+
+    def _tables(self, wanted: list[str] | None) -> Iterator[pa.Table]:
+        """`tables`, but what JSON text holds is left to who reads it."""
         if not self.finished:
-            return self._checked(self._stored(columns))
-        wanted = _with_keys(columns)
+            return self._checked(self._stored(wanted))
         if jsonl.is_jsonl(self.path):
             tables = jsonl.read_tables(self.path, self.schema, wanted)
         else:
             found = read_row_groups(self.path, wanted)
             tables = (_as_documented(table, self.schema, self.path) for table in found)
-        tables = in_order(self._checked(tables), str(self.path))
-        return tables if columns is None else (table.select(columns) for table in tables)
+        return in_order(self._checked(tables), str(self.path))
 
     def rows(self, columns: list[str] | None = None) -> Iterator[CompletionRow]:
         """All completions, failed ones included.
@@ -111,7 +115,7 @@ class RolloutDataset:
         Args:
             columns: read these alone, those without a default among them; default all.
         """
-        for table in self.tables(columns):
+        for table in self._tables(_with_keys(columns)):
             yield from from_record_batch(table, self.metadata, where=str(self.path))
 
     def __iter__(self) -> Iterator[CompletionRow]:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from eval_protocol_rft.batch.dataset import RolloutDataset
 from eval_protocol_rft.batch.rollouts.format import REWARD_PREFIX, FormatError, reward_column
+from eval_protocol_rft.training.reward_stats import LARGEST
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -122,26 +123,44 @@ def group_numbers(table: pa.Table, reward: str) -> GroupNumbers:
         reward: column.
 
     Raises:
-        FormatError: a reward is not finite, or that of a failed completion.
+        FormatError: a reward is not finite, too large, or that of a failed completion.
     """
     data_idx = np.asarray(table.column("data_idx"), np.int64)
     starts = _starts(data_idx)
+    failed, rewards = _rewards(table, reward, "")
+    return GroupNumbers(starts=starts, data_idx=data_idx[starts], failed=failed, rewards=rewards)
+
+
+def with_rewards(tables: Iterable[pa.Table], reward: str, *, where: str) -> Iterator[pa.Table]:
+    """The same tables.
+
+    Raises:
+        FormatError: as from `group_numbers`, but with the name of the file, `where`.
+    """
+    for table in tables:
+        _rewards(table, reward, f"{where}: ")
+        yield table
+
+
+def _rewards(table: pa.Table, reward: str, where: str) -> tuple[Flags, Floats]:
+    """[N] which completions failed, and the rewards."""
     failed = _flags(table.column("error").is_valid())
     column = table.column(reward)
     there = _flags(column.is_valid())
     rewards = np.array(column.to_numpy(), np.float64)
     for wrong, problem in (
         (there & ~np.isfinite(rewards), "is no finite number"),
+        (there & (np.abs(rewards) > LARGEST), f"is beyond {LARGEST:g}, too large to be summed up"),
         (there & failed, "is that of a completion which failed"),
     ):
         if wrong.any():
             row = int(wrong.argmax())
-            sample = table.column("sample_idx")[row].as_py()
+            place, sample = (table.column(n)[row].as_py() for n in ("data_idx", "sample_idx"))
             raise FormatError(
-                f"data row {data_idx[row]}, completion {sample}: {reward} {rewards[row]} {problem}"
+                f"{where}data row {place}, completion {sample}: {reward} {rewards[row]} {problem}"
                 ". Score the file again with `ep-rft score`"
             )
-    return GroupNumbers(starts=starts, data_idx=data_idx[starts], failed=failed, rewards=rewards)
+    return failed, rewards
 
 
 def group_rewards(numbers: GroupNumbers, *, pass_threshold: float) -> GroupRewards:

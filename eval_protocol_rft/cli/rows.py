@@ -20,7 +20,7 @@ def rollout_file(path: Path, *, quiet: bool = False) -> Iterator[Path]:
         RowsFileError, ConvertError: there is neither, or it is broken.
     """
     from eval_protocol_rft.batch.conversion import convert
-    from eval_protocol_rft.report.rows import is_rollouts, newest_rows_file
+    from eval_protocol_rft.report.rows import RowsFileError, is_rollouts, newest_rows_file
 
     if is_rollouts(path) or (not path.exists() and path.suffix):
         yield path
@@ -31,4 +31,11 @@ def rollout_file(path: Path, *, quiet: bool = False) -> Iterator[Path]:
         summary = convert(rows, made, from_format="ep", drop_failed_rows=True, progress=not quiet)
         for note in summary.notes:
             say(f"ep-rft: {rows}: {note}", err=True)
-        yield made
+        try:
+            yield made
+        except ValueError as error:
+            # By the name that the user knows.
+            text = str(error)
+            if str(made) in text:
+                raise RowsFileError(text.replace(str(made), str(rows))) from error
+            raise

@@ -8,6 +8,7 @@ where texts are of fewer, the page says so.
 from __future__ import annotations
 
 import base64
+import contextlib
 import functools
 import hashlib
 import math
@@ -63,6 +64,14 @@ class WrittenReport:
     """Why tokens are shown as ids; empty where they are shown as texts."""
 
 
+@contextlib.contextmanager
+def _names_the_file(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except ReportError as error:
+        raise ReportError(f"{path}: {error}") from error
+
+
 def write_report(
     dataset: RolloutDataset,
     output: Path,
@@ -100,7 +109,10 @@ def write_report(
     source = TextSource(dataset.metadata, tokenizer)
     lines: list[GroupLine] = []
     details: list[str] = []
-    with Reading("report", dataset.rows_about, show=progress) as reading:
+    with (
+        _names_the_file(dataset.path),
+        Reading("report", dataset.rows_about, show=progress) as reading,
+    ):
         for group in reading(dataset.groups()):
             episodes = group_episodes(group)
             lengths = {place: episode.length for place, episode in episodes.items()}

@@ -193,6 +193,9 @@ def _completion(
     if row.completion_ids is None:
         detail.response = row.response
         return detail
+    if row.prompt_ids is not None and len(row.prompt_ids) and row.prompt_ids.min() < 0:
+        place = int((row.prompt_ids < 0).argmax())
+        raise broken(row, f"prompt_ids[{place}] is {row.prompt_ids[place]}: not a token id")
     ids = row.completion_ids.tolist()
     logprobs = None if row.logprobs is None else row.logprobs.tolist()
     raw = None if row.raw_logprobs is None else row.raw_logprobs.tolist()

@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 from eval_protocol_rft.batch.rollouts.rows import UNSCORED, CompletionRow
 from eval_protocol_rft.batch.stats.metrics import MetricMeans
 from eval_protocol_rft.pass_at_k import pass_at_k
+from eval_protocol_rft.report.page_detail import broken
+from eval_protocol_rft.training.reward_stats import LARGEST
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +73,17 @@ class PassPoint:
 
 
 def finite_reward(row: CompletionRow, column: str) -> float | None:
-    """The reward, None where there is none or it is no finite number."""
+    """The reward, None where there is none or it is no finite number.
+
+    Raises:
+        ReportError: it is too large to be summed up.
+    """
     reward = row.scores.get(column, UNSCORED).reward
-    return reward if reward is not None and math.isfinite(reward) else None
+    if reward is None or not math.isfinite(reward):
+        return None
+    if abs(reward) > LARGEST:
+        raise broken(row, f"{column} is {reward:g}, beyond {LARGEST:g}")
+    return reward
 
 
 def group_stats(

@@ -7,7 +7,7 @@ record (a failed rollout) is kept and says why. Reads without importing Eval Pro
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 
 from eval_protocol_rft.record import RecordError, RolloutRecord, has_record, result_score
+from eval_protocol_rft.training.reward_stats import LARGEST
 
 
 class RowsFileError(ValueError):
@@ -94,11 +95,12 @@ def _rollouts(file: Path) -> Iterator[StoredRow]:
     try:
         dataset = RolloutDataset(file)
         for group in dataset.groups():
+            row_id = group[0].row_id
             yield from map(_row, to_rows(group, dataset.metadata))
     except FormatError as error:
         raise RowsFileError(str(error)) from error
     except RecordError as error:
-        raise RowsFileError(f"{file}: {error}") from error
+        raise RowsFileError(f"{file}: row {row_id!r}: {error}") from error
 
 
 def _row(value: Any) -> StoredRow:
@@ -112,6 +114,7 @@ def _row(value: Any) -> StoredRow:
         if record.rewards is None and len(record) == 1 and row.evaluation_result is not None:
             score = result_score(row.evaluation_result)
             record = msgspec.structs.replace(record, rewards=[score])
+        _refuse_too_large(record.rewards)
     asked = row.messages[:-1] if record is not None else row.messages
     if record is not None and record.episodes:
         asked = row.messages[: record.episodes[0].row_messages]
@@ -122,6 +125,12 @@ def _row(value: Any) -> StoredRow:
         error=error,
         seconds=row.execution_metadata.rollout_duration_seconds,
     )
+
+
+def _refuse_too_large(rewards: Sequence[float | None] | None) -> None:
+    for i, reward in enumerate(rewards or ()):
+        if reward is not None and abs(reward) > LARGEST:
+            raise RecordError(f"completion {i}: reward {reward:g} is beyond {LARGEST:g}")
 
 
 def _text(content: Any) -> str:

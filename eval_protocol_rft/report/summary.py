@@ -23,6 +23,8 @@ class RolloutSummary:
     """Totals over rows. `None`: nothing to compute it from."""
 
     rows: int
+    """Of the data set: those with the same `row_id` are one, as runs of it are, and what was
+    sampled behind several prompts."""
     failed_rows: int
     completions: int
     failed_completions: int
@@ -35,8 +37,8 @@ class RolloutSummary:
     metrics: dict[str, float]
     """Mean of each of the evaluator's own metrics."""
     pass_at_k: dict[int, float]
-    """k -> mean over the rows that have k scored completions; a pass is a reward at or above the
-    threshold."""
+    """k -> mean over the rows of the data set that have k scored completions; a pass is a reward
+    at or above the threshold."""
     tokens_per_second: float | None
     """From the first completion asked for to the last one back."""
     models: tuple[str, ...]
@@ -47,7 +49,12 @@ def summarize_rows(rows: Iterable[StoredRow], *, pass_threshold: float = 1.0) ->
     """Sum up rows; those without a record count as failed."""
     rows = list(rows)
     records = [row.record for row in rows if row.record is not None]
-    scored = [[r for r in record.rewards or [] if r is not None] for record in records]
+    groups: dict[str | int, list[float]] = {}
+    for i, row in enumerate(rows):
+        group = groups.setdefault(row.row_id or i, [])
+        if row.record is not None:
+            group += [reward for reward in row.record.rewards or [] if reward is not None]
+    scored = list(groups.values())
     rewards = [reward for group in scored for reward in group]
     completions = sum(len(record) for record in records)
     tokens = sum(sum(record.sampled_counts) for record in records)
@@ -56,7 +63,7 @@ def summarize_rows(rows: Iterable[StoredRow], *, pass_threshold: float = 1.0) ->
         for result in record.completion_results or []:
             metrics.add(result.metrics)
     return RolloutSummary(
-        rows=len(rows),
+        rows=len(groups),
         failed_rows=len(rows) - len(records),
         completions=completions,
         failed_completions=sum(len(record.failures) for record in records),

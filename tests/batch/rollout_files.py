@@ -33,12 +33,12 @@ def write_rollouts(
     """Data row i has completions that say `said[i]`; None is one that failed. The ground truth of a
     row is its number. `order`: of the data rows in the file."""
     order = range(len(said)) if order is None else order
-    rows = [_row(i, k, text) for i in order for k, text in enumerate(said[i])]
+    rows = [completion_row(i, k, text) for i in order for k, text in enumerate(said[i])]
     write_rows(path, SCHEMA, rows)
     return path
 
 
-def _row(i: int, k: int, text: str | None) -> CompletionRow:
+def completion_row(i: int, k: int, text: str | None) -> CompletionRow:
     row = CompletionRow(
         row_id=f"d-{i}",
         data_idx=i,

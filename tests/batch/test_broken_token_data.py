@@ -13,9 +13,15 @@ import pytest
 
 from eval_protocol_rft.batch.dataset import RolloutDataset
 from eval_protocol_rft.batch.rollouts.checking import in_order
-from eval_protocol_rft.batch.rollouts.format import FormatError
+from eval_protocol_rft.batch.rollouts.format import (
+    FileMetadata,
+    FormatError,
+    RewardSettings,
+    schema,
+)
+from eval_protocol_rft.batch.rollouts.rows import Score, to_record_batch
 from tests.batch import score_graders
-from tests.batch.rollout_files import write_rollouts
+from tests.batch.rollout_files import completion_row, write_rollouts
 from tests.batch.servers import refused
 
 BREAKS: dict[str, tuple[dict[str, Any], str]] = {
@@ -155,6 +161,85 @@ def test_a_broken_evaluation_row_is_one_line_in_every_command_that_reads_it(
         message = refused(command.split()[0], "r.parquet", *COMMANDS[command])
         assert "evaluation_row" in message, command
         assert message.count("\n") == 1, command
+
+
+JSON_TEXT = {
+    "metrics": ("{oops", "metrics is no JSON"),
+    "reward_other_metrics": ("[1]", "reward_other_metrics is no JSON object"),
+    "tools": ("{}", "tools is no JSON list"),
+    "message": ('{"content": "\\ud800"}', "message is no JSON"),
+    "evaluation_row": ("3", "evaluation_row is no JSON object"),
+    "original_level": ("{oops", "original_level is no JSON"),
+}
+
+
+@pytest.mark.parametrize("name", JSON_TEXT)
+def test_text_that_is_no_json_goes_through_no_command_without_a_word(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text, words = JSON_TEXT[name]
+    monkeypatch.chdir(tmp_path)
+    other = RewardSettings(evaluator="o", fingerprint="f")
+    metadata = FileMetadata(json_columns=["original_level"], rewards={"reward_other": other})
+    known = schema(metadata, {"level": pa.string()})
+    row = completion_row(0, 0, "a")
+    row.prompt, row.original = "q", {"level": 1}
+    row.scores = {"reward_other": Score(reward=1.0)}
+    table = pa.Table.from_batches([to_record_batch([row, row], known)])
+    values = {"sample_idx": [0, 1], name: [None, text]}
+    for column, cells in values.items():
+        place = table.schema.get_field_index(column)
+        table = table.set_column(
+            place, known.field(column), pa.array(cells, known.field(column).type)
+        )
+    pq.write_table(table, "r.parquet")
+    commands = [
+        ["convert", "r.parquet", "r.jsonl"],
+        ["convert", "r.parquet", "v.parquet", "--to", "verl"],
+        ["filter", "r.parquet", "-o", "f.parquet", "--drop-truncated"],
+        ["score", "r.parquet", "-e", f"{score_graders.__file__}::note", "--quiet"],
+    ]
+    if name in ("metrics", "reward_other_metrics"):
+        commands.append(
+            ["stats", "r.parquet", *(["--reward", "other"] if name != "metrics" else [])]
+        )
+    if name == "tools":
+        commands.append(["filter", "r.parquet", "-o", "f.parquet", "--dedupe-prompts"])
+    for command in commands:
+        message = refused(*command)
+        assert "completion 1" in message, command
+        assert words.partition(" ")[0] in message, command
+        assert message.count("\n") == 1, command
+        # What was scored before is kept for the next time.
+        assert {p.name for p in Path().iterdir()} <= {"r.parquet", "r.parquet.reward.parts"}
+    assert words in refused(*commands[0])
+
+
+NUMBERS: dict[str, tuple[dict[str, Any], str]] = {
+    "a reward whose sums overflow": ({"reward": 1.7e308}, "reward"),
+    "a prompt token below 0": ({"prompt_ids": [-5, 1]}, "prompt_ids[0] is -5: not a token id"),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_number_that_cannot_be_is_named_with_file_row_and_completion(
+    name: str, tmp_path: Path
+) -> None:
+    values, words = NUMBERS[name]
+    source = changed(tmp_path / "r.parquet", lambda rows: rows[3].update(values))
+    commands = [["report", source, "--tokenizer", tmp_path], ["show", source]]
+    if "reward" in values:
+        commands += [
+            ["stats", source],
+            ["filter", source, "-o", tmp_path / "f.parquet", "--reward-min", "0"],
+        ]
+    for command in commands:
+        message = refused(*command)
+        assert str(source) in message, command
+        assert "d-1" in message or "data row 1" in message, command
+        # A prompt is that of all completions of a record.
+        assert "completion 1: " in message or command[0] == "show", command
+        assert words in message, command
 
 
 ROWS = {

@@ -319,7 +319,7 @@ def test_a_metric_is_averaged_over_the_completions_for_which_it_is_valid():
         None,
     ):
         means.add(metrics)
-    means.add_json(['{"length": 3}', None, "{broken", "[1]"])
+    means.add_json(['{"length": 3}', None, "null"])
     assert means.means == {"format": 0.5, "length": 5.0}
 
 

@@ -7,7 +7,7 @@ the file written; what is written appears whole or not at all.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -19,7 +19,7 @@ from eval_protocol_rft.batch.filtering.decide import KEPT, decide
 from eval_protocol_rft.batch.filtering.prompts import original_columns, write_prompts
 from eval_protocol_rft.batch.filtering.rules import REASONS, Band, FilterRules, FilterRulesError
 from eval_protocol_rft.batch.filtering.survey import Survey, survey, survey_columns
-from eval_protocol_rft.batch.numbers import chosen_reward, whole_groups
+from eval_protocol_rft.batch.numbers import chosen_reward, whole_groups, with_rewards
 from eval_protocol_rft.batch.progress import Reading
 from eval_protocol_rft.batch.target import check_target
 
@@ -82,19 +82,23 @@ def filter_rollouts(
     with Reading("filter", dataset.rows_about, show=progress) as reading:
         if rules.on_rewards or rules.dedupe_prompts:
             tables = reading(dataset.tables(survey_columns(rules, reward)))
-            found = survey(whole_groups(tables, where=str(source)), rules, reward)
+            found = survey(_groups(tables, reward, str(source)), rules, reward)
             if rules.on_rewards and not found.scored:
                 raise FilterRulesError(
                     f"{source}: a rule asks for rewards, and no completion has one in the column "
                     f"{reward!r}. Score the file first, with `ep-rft score`"
                 )
         run = FilterRun(rules, found, reward)
-        tables = run.kept(whole_groups(reading(dataset.tables()), where=str(source)))
+        tables = run.kept(_groups(reading(dataset.tables()), reward, str(source)))
         if prompts:
             write_prompts(target, dataset.schema, tables)
         else:
             write_file(target, dataset.schema, tables)
     return replace(run.summary(), finished=dataset.finished)
+
+
+def _groups(tables: Iterable[pa.Table], reward: str, where: str) -> Iterator[pa.Table]:
+    return whole_groups(with_rewards(tables, reward, where=where), where=where)
 
 
 class FilterRun:

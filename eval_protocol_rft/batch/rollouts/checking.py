@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+import msgspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from eval_protocol_rft.batch.rollouts.format import FormatError
+from eval_protocol_rft.batch.rollouts.format import FormatError, json_kind
 from eval_protocol_rft.sampling.types import LOGPROB_NOISE, LOWEST_LOGPROB, token_data_problem
 
 _Ints = NDArray[np.int64]
@@ -54,6 +55,47 @@ def with_token_data(tables: Iterable[pa.Table], where: str) -> Iterator[pa.Table
                         f"{problem}"
                     )
         yield table
+
+
+def with_json_text(
+    tables: Iterable[pa.Table], where: str, further: Iterable[str] = ()
+) -> Iterator[pa.Table]:
+    """The same tables, of which none is empty.
+
+    Args:
+        further: columns of any JSON, beside those that the format has.
+
+    Raises:
+        FormatError: a column of JSON text holds something else.
+    """
+    anything = frozenset(further)
+    for table in tables:
+        for name in table.schema.names:
+            kind = json_kind(name)
+            if name in anything or kind is not None:
+                _check_json(table, name, kind or object, where)
+        yield table
+
+
+def _check_json(table: pa.Table, name: str, kind: type, where: str) -> None:
+    column = table.column(name)
+    if column.null_count == len(column) or not pa.types.is_string(column.type):
+        return
+    good = None  # the same text for all completions of a data row, as a rule
+    for row, text in enumerate(column.to_pylist()):
+        if text is None or text == good:
+            continue
+        try:
+            value = msgspec.json.decode(text)
+            problem = None
+        except (msgspec.DecodeError, RecursionError) as error:
+            value, problem = None, f"is no JSON that can be read: {error}"
+        if problem is None and not isinstance(value, kind | None):
+            problem = f"is no JSON {'list' if kind is list else 'object'}"
+        if problem is not None:
+            place, sample = (table.column(n)[row].as_py() for n in ("data_idx", "sample_idx"))
+            raise FormatError(f"{where}: data row {place}, completion {sample}: {name} {problem}")
+        good = text
 
 
 class _DataRows:

@@ -254,6 +254,14 @@ def reward_columns(column: str) -> tuple[str, str, str, str]:
     return column, f"{column}_reason", f"{column}_metrics", f"{column}_error"
 
 
+def json_kind(name: str) -> type | None:
+    """What the JSON text of a column of the format is; None where it holds none."""
+    if name == "tools":
+        return list
+    named = name.startswith(REWARD_PREFIX) and name.endswith("_metrics")
+    return dict if named or name in ("metrics", "message", "evaluation_row") else None
+
+
 def reward_column(name: str | None) -> str:
     """The column of the reward called `name`; None is the main one.
 

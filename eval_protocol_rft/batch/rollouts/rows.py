@@ -20,6 +20,7 @@ from eval_protocol_rft.batch.rollouts.format import (
     ORIGINAL_PREFIX,
     FileMetadata,
     FormatError,
+    json_kind,
     metadata_of,
     reward_columns,
 )
@@ -290,9 +291,13 @@ def _json_array(values: Sequence[Any]) -> pa.Array:
 
 def _from_json(batch: pa.RecordBatch | pa.Table, name: str) -> list[Any]:
     values: list[Any] = []
+    kind = json_kind(name) or object
     for text in batch.column(name).to_pylist():
         try:
-            values.append(None if text is None else msgspec.json.decode(text))
+            value = None if text is None else msgspec.json.decode(text)
+            if not isinstance(value, kind | None):
+                raise msgspec.DecodeError(f"not a JSON {'list' if kind is list else 'object'}")
+            values.append(value)
         except (msgspec.DecodeError, RecursionError) as error:
             place = (
                 f"completion {batch.column('sample_idx')[len(values)]}"

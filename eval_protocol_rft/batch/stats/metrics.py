@@ -32,14 +32,10 @@ class MetricMeans:
                 self._sums[name] = (total + score, count + 1)
 
     def add_json(self, texts: Iterable[str | None]) -> None:
-        """Take JSON texts, as rollout files hold them. What is no JSON object is passed over: who
-        reads it says so."""
+        """Take JSON texts, as rollout files hold them."""
         for text in texts:
             if text is not None:
-                try:
-                    self.add(msgspec.json.decode(text, type=dict[str, Any]))
-                except (msgspec.DecodeError, RecursionError):
-                    continue
+                self.add(msgspec.json.decode(text))
 
     @property
     def means(self) -> dict[str, float]:

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from eval_protocol_rft.batch.dataset import RolloutDataset
-from eval_protocol_rft.batch.numbers import Ints, chosen_reward, whole_groups
+from eval_protocol_rft.batch.numbers import Ints, chosen_reward, whole_groups, with_rewards
 from eval_protocol_rft.batch.progress import Reading
 from eval_protocol_rft.batch.rollouts.format import FormatError, reward_columns
 from eval_protocol_rft.batch.stats.collector import StatsCollector
@@ -78,7 +78,7 @@ def summarize_tables(
 ) -> RolloutStats:
     """`rollout_stats` of tables in file order, none of them empty; `reward` is a column here."""
     seen = StatsCollector(reward, pass_threshold)
-    for table in whole_groups(tables, where=path):
+    for table in whole_groups(with_rewards(tables, reward, where=path), where=path):
         seen.add(table)
     groups = seen.groups
     if groups is None:
