@@ -34,6 +34,15 @@ def assert_sound(outcome: Outcome, completions: int) -> None:
     assert account.attempts + account.cancelled == account.requests + unread
 
 
+def quick_run(through: str, **options: Any) -> Outcome:
+    """A run with little patience; once more with more where the machine was too slow for it:
+    timeouts that no fault explains are as many as completions."""
+    outcome = run(through, patience=0.3, **options)
+    if outcome.account.late > options["completions"]:
+        outcome = run(through, patience=5.0, **options)
+    return outcome
+
+
 @pytest.mark.parametrize("seed", [11, 12])
 @pytest.mark.parametrize("through", CLIENTS)
 def test_what_is_accepted_was_sampled_and_every_request_is_accounted_for(
@@ -41,20 +50,14 @@ def test_what_is_accepted_was_sampled_and_every_request_is_accounted_for(
 ) -> None:
     # Coming back from a death takes seconds.
     deaths = 1 if (through, seed) == ("fanout", 11) else 0
-    outcome = run(through, completions=240, seed=seed, patience=0.3, deaths=deaths)
+    outcome = quick_run(through, completions=240, seed=seed, deaths=deaths)
     assert_sound(outcome, 240)
     assert len(outcome.account.struck) > 50
 
 
 def test_no_reply_that_arrived_is_thrown_away_beside_an_evaluator_on_the_loop() -> None:
-    outcome = run(
-        "fanout",
-        completions=160,
-        seed=13,
-        patience=0.3,
-        deaths=0,
-        evaluator=True,
-        slow_share=0.3,
+    outcome = quick_run(
+        "fanout", completions=160, seed=13, deaths=0, evaluator=True, slow_share=0.3
     )
     assert_sound(outcome, 160)
 

@@ -10,6 +10,7 @@ signal that ended it), or null while it runs. `env` is the whole environment, `l
 from __future__ import annotations
 
 import atexit
+import gc
 import json
 import os
 import resource
@@ -88,6 +89,7 @@ def fork(request: dict[str, Any]) -> int:
 
 
 def main() -> None:
+    gc.freeze()  # what was imported stays shared with the programs
     for line in sys.stdin:
         request = json.loads(line)
         answer: int | None
