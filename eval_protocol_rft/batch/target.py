@@ -41,14 +41,23 @@ def check_target(
     if path.suffix not in suffixes:
         raise TargetError(f"{path}: what to write there? Its name must end in {_listed(suffixes)}")
     with _as_target_error(path):
-        if same_file(path, Path(source)):
-            raise TargetError(f"{path}: that is the file to be read; write to another one")
+        check_not_read(path, [Path(source)])
         if path.exists() and not overwrite:
             raise TargetError(
                 f"{path} is there already; write elsewhere, or say --overwrite (overwrite=True)"
             )
         _check_writable(path)
     return path
+
+
+def check_not_read(target: Path, sources: Iterable[Path]) -> None:
+    """See that a command does not write over what it reads, whatever it may overwrite.
+
+    Raises:
+        TargetError: it would.
+    """
+    if any(same_file(target, source) for source in sources):
+        raise TargetError(f"{target}: that is the file to be read; write to another one")
 
 
 def check_rollout_file(path: Path, *, folders: Iterable[Path]) -> None:

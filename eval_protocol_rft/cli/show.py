@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from eval_protocol_rft.cli.failing import one_line, say
+from eval_protocol_rft.cli.failing import fail, one_line, say
 
 
 @one_line
@@ -40,6 +40,8 @@ def show(
     for path in paths:
         file = newest_rows_file(path)
         rows = list(read_rows(file))
+        if not rows and file.is_file():
+            fail(f"{file}: it holds no rows")
         if not file.is_file():
             say(f"{path}: the job is not finished: this is what is stored of it so far", err=True)
         console.print(rollout_table(rows, limit=limit, pass_threshold=pass_threshold))

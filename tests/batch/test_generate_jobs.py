@@ -426,3 +426,23 @@ def test_a_job_whose_state_is_broken_is_one_line_with_what_to_do(
         assert "to begin it anew" in message
         assert len(message.splitlines()) == 1
     assert not server.requests
+
+
+def test_the_data_set_is_never_written_over(data, tmp_path, server, tokenizer_folder):
+    before = data.read_bytes()
+    (tmp_path / "link.jsonl").symlink_to(data)
+    os.link(data, tmp_path / "hard.jsonl")
+    for output in (data, tmp_path / "link.jsonl", tmp_path / "hard.jsonl"):
+        for options in ((), ("--overwrite",)):
+            message = refused(
+                "generate", data, "-o", output, *at(server, tokenizer_folder), *options
+            )
+            assert "that is the file to be read" in message
+    assert data.read_bytes() == before
+    assert not server.requests
+    assert not parts_folder(data).exists()
+
+
+def test_a_file_without_rows_is_an_error_to_show(tmp_path):
+    (tmp_path / "empty.jsonl").touch()
+    assert "it holds no rows" in refused("show", tmp_path / "empty.jsonl")

@@ -29,7 +29,7 @@ from eval_protocol_rft.batch.ray.sampling import RaySampler
 from eval_protocol_rft.batch.rollouts.rows import CompletionRow
 from eval_protocol_rft.batch.source.opening import PathOrGlob, open_source, prompt_column
 from eval_protocol_rft.batch.store.parts import parts_folder
-from eval_protocol_rft.batch.target import check_rollout_file, room_warning
+from eval_protocol_rft.batch.target import check_not_read, check_rollout_file, room_warning
 from eval_protocol_rft.endpoint import Endpoint
 from eval_protocol_rft.params import parse_completion_params
 from eval_protocol_rft.sampling.adaptive import AdaptiveLimit
@@ -155,6 +155,7 @@ async def agenerate(
         raise ValueError("a sampler of your own lives in this process: use the local engine")
     request = parse_completion_params(completion_params)
     source = await asyncio.to_thread(open_source, data)
+    check_not_read(target, source.paths)
     selection = Selection.of(
         source,
         prompt_key=prompt_column(source, prompt_key),

@@ -10,6 +10,7 @@ import abc
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -78,6 +79,11 @@ class Source(abc.ABC):
         """In the order of the file; in JSON, of first appearance."""
         self.num_rows = facts.num_rows
         self._files = facts.files
+
+    @property
+    def paths(self) -> list[Path]:
+        """Of the files that are read."""
+        return [state.path for state in self._files]
 
     def rows(
         self,
