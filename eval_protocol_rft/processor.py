@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import functools
 import logging
+import re
 import secrets
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 from typing import Any
 
 from eval_protocol.models import EvaluationRow
@@ -54,6 +57,12 @@ from eval_protocol_rft.vocabulary import VocabularyWitness
 
 logger = logging.getLogger(__name__)
 
+CLEANS_UP_AFTER_EACH_RUN = [
+    int(part) for part in re.findall(r"\d+", version("eval-protocol"))[:3]
+] < [0, 3, 25]
+"""Whether Eval Protocol cleans up when a run has ended (with its priority scheduler, when a rollout
+has), while others share the processor: up to 0.3.23 or 0.3.24."""
+
 
 class RolloutError(RuntimeError):
     """A row got fewer completions than `min_completions`, or something of the caller's failed. A
@@ -77,7 +86,10 @@ class _LoopState:
     clients: dict[Endpoint, HttpSampler] = field(default_factory=dict)
     guards: dict[Endpoint | None, RunGuard] = field(default_factory=dict)
     """One circuit breaker and budget per server."""
-    tasks: set[asyncio.Task[EvaluationRow]] = field(default_factory=set)
+    tasks: dict[asyncio.Task[EvaluationRow], asyncio.Task[Any] | None] = field(default_factory=dict)
+    """Rollouts, and the task that asked for each."""
+    ends_with_tasks: bool = False
+    """Whether nobody needs it once these have ended."""
     checks: dict[tuple[Endpoint | None, str], asyncio.Task[None]] = field(default_factory=dict)
     """Of what the user says of a model's logprobs."""
     witnesses: dict[tuple[Endpoint | None, str, str], VocabularyWitness] = field(
@@ -86,11 +98,14 @@ class _LoopState:
     """By server, model and tokenizer."""
 
 
-def _tell_doubts(state: _LoopState) -> None:
-    """What the texts of its servers left in doubt, where no summary of a test says it."""
+async def _close(state: _LoopState) -> None:
+    """Close its clients, and tell what the texts of servers left in doubt where no summary of a
+    test says it."""
     for witness in state.witnesses.values() if watched() is None else ():
         if witness.doubt is not None:
             logger.warning("%s", witness.doubt)
+    for client in state.clients.values():
+        await client.aclose()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,6 +197,7 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
             tokenizer=tokenizer, sampler=sampler, trust_remote_code=trust_remote_code
         )
         self._loops: dict[asyncio.AbstractEventLoop, _LoopState] = {}
+        self._closing: set[asyncio.Task[None]] = set()
         self._runs = RunNames()
         self._first_requests: dict[tuple[str | None, str], RolloutRequest] = {}
         """Of each evaluation test, the first that took the argument `tokenizer`."""
@@ -200,8 +216,8 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
                 row.input_metadata.completion_params or {}
             )
             task = asyncio.create_task(self._rollout(row, config, state, admission))
-            state.tasks.add(task)
-            task.add_done_callback(state.tasks.discard)
+            state.tasks[task] = asyncio.current_task()
+            task.add_done_callback(functools.partial(self._rolled_out, state))
             if evaluation is not None:
                 evaluation.started(row, task)
             tasks.append(task)
@@ -211,27 +227,67 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
         """This processor, but for what it samples from; `sampler` stays the caller's to close."""
         other = copy.copy(self)
         other._backends = self._backends.sampling_from(sampler)
-        other._loops = {}
+        other._loops, other._closing = {}, set()
         other._runs = RunNames()
         return other
 
     async def acleanup(self) -> None:
         """End what still runs in this loop, then close and forget its clients. Idempotent, and
-        nothing but unclosed sockets is lost if it is never called."""
-        state = self._loops.pop(asyncio.get_running_loop(), None)
+        nothing but unclosed sockets is lost if it is never called. Where Eval Protocol calls it
+        after each of several runs, it ends the rollouts of the caller's own, and the last closes.
+        """
+        loop = asyncio.get_running_loop()
+        state = self._loops.get(loop)
         if state is None:
             return
         # Eval Protocol calls this with rollouts in flight when an evaluator raises.
-        tasks = [*state.tasks, *state.checks.values()]
+        caller = asyncio.current_task()
+        tasks: list[asyncio.Task[Any]] = [
+            task
+            for task, owner in state.tasks.items()
+            if owner is caller or not CLEANS_UP_AFTER_EACH_RUN
+        ]
+        is_last = len(tasks) == len(state.tasks)
+        if is_last:
+            del self._loops[loop]
+            tasks += state.checks.values()
+            self._runs.forget_rollouts()
         for task in tasks:
             task.cancel()
-        self._runs.forget_rollouts()
         try:
             await asyncio.gather(*tasks, return_exceptions=True)
         finally:
-            _tell_doubts(state)
-            for client in state.clients.values():
-                await client.aclose()
+            if is_last:
+                await _close(state)
+            else:
+                self.cleanup()
+
+    def cleanup(self) -> None:
+        """Begin to close what is open in this loop, or where rollouts run, once the last of them
+        has ended. The oldest versions of Eval Protocol call nothing else."""
+        try:
+            state = self._loops.get(asyncio.get_running_loop())
+        except RuntimeError:
+            return  # connections are their loop's to close
+        if state is not None:
+            state.ends_with_tasks = True
+            self._end_if_idle(state)
+
+    def _rolled_out(self, state: _LoopState, task: asyncio.Task[EvaluationRow]) -> None:
+        state.tasks.pop(task, None)
+        if not task.cancelled():  # the loop may be ending
+            self._end_if_idle(state)
+
+    def _end_if_idle(self, state: _LoopState) -> None:
+        loop = asyncio.get_running_loop()
+        if state.tasks or not state.ends_with_tasks or self._loops.get(loop) is not state:
+            return
+        del self._loops[loop]
+        for check in state.checks.values():
+            check.cancel()
+        closing = loop.create_task(_close(state))
+        self._closing.add(closing)
+        closing.add_done_callback(self._closing.discard)
 
     def _state(self) -> _LoopState:
         """The state of the running loop. States of loops that closed without acleanup() go here:

@@ -153,7 +153,10 @@ class RowRunner:
 
     async def aclose(self) -> None:
         """Release what the processor holds in this event loop."""
-        await self._processor.acleanup()
+        # Eval Protocol below 0.3.25 has none.
+        acleanup = getattr(self._processor, "acleanup", None)
+        if acleanup is not None:
+            await acleanup()
         self._processor.cleanup()
 
     def _config(self, run: int) -> RolloutProcessorConfig:

@@ -20,6 +20,7 @@ from tests.rollouts import (
     record_of_row,
     roll_out,
     row_of,
+    text_of,
 )
 from tests.stub_server import Hang, Held, Status
 from tests.waiting import PATIENCE
@@ -154,6 +155,45 @@ async def test_cleaning_up_ends_rollouts_in_flight(server, processor):
     assert all(task.cancelled() for task in tasks)
     assert asyncio.all_tasks() == before
     await server.until(lambda: server.outcomes() == ["disconnected"] * 4)
+    await server.until(lambda: server.connections == 0)
+
+
+async def test_cleaning_up_without_waiting_closes_once_the_last_rollout_has_ended(
+    server, processor
+):
+    """All that the oldest versions of Eval Protocol call, after each of several runs."""
+    processor.cleanup()
+    let_go = threading.Event()
+    server.script = lambda seen: Held(let_go) if "slow" in text_of(seen.prompt) else None
+    rows = [row_of("slow", row_id="0"), row_of("quick", row_id="1")]
+    tasks = processor(rows, config_of(params_for(server, n=2)))
+    await server.until(lambda: sorted(server.outcomes()) == ["answered"] * 2 + ["open"] * 2)
+    processor.cleanup()
+    let_go.set()
+    assert [len(record_of_row(row)) for row in await asyncio.gather(*tasks)] == [2, 2]
+    await server.until(lambda: server.connections == 0)
+    await asyncio.gather(*processor(rows_of(2), config_of(params_for(server, n=2))))
+    assert server.connections > 0
+    processor.cleanup()
+    await server.until(lambda: server.connections == 0)
+
+
+async def test_cleaning_up_after_a_run_ends_no_rollout_of_another(server, processor, monkeypatch):
+    """Versions of Eval Protocol between the oldest and the newest do that."""
+    monkeypatch.setattr("eval_protocol_rft.processor.CLEANS_UP_AFTER_EACH_RUN", True)
+    let_go = threading.Event()
+    server.script = lambda seen: Held(let_go) if "slow" in text_of(seen.prompt) else None
+
+    async def run(text: str) -> list[int]:
+        rows = await asyncio.gather(*processor([row_of(text)], config_of(params_for(server, n=2))))
+        await processor.acleanup()
+        return [len(record_of_row(row)) for row in rows]
+
+    slow = asyncio.create_task(run("slow"))
+    await server.until(lambda: server.in_flight == 2)
+    assert await run("quick") == [2]
+    let_go.set()
+    assert await slow == [2]
     await server.until(lambda: server.connections == 0)
 
 
