@@ -27,7 +27,7 @@ from rich.table import Table
 from rollouts import HERE, BenchmarkError, _python
 from workload import Measurement, Workload, build_workload
 
-from eval_protocol_rft.models import bundled_model_path
+from eval_protocol_rft.local.models import bundled_model_path
 
 LABELS = {
     "bare": "bare aiohttp + orjson",

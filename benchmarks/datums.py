@@ -24,13 +24,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from eval_protocol_rft.training import (
-    Filters,
-    PromptGroup,
-    Trajectory,
-    build_batch,
-    group_rows,
-)
+from eval_protocol_rft.training._batch import build_batch
+from eval_protocol_rft.training._filters import Filters
+from eval_protocol_rft.training._groups import group_rows
+from eval_protocol_rft.training._trajectory import PromptGroup, Trajectory
 
 PROMPT = 200
 

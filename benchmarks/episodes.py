@@ -28,7 +28,7 @@ from peer_kit import MODEL, config_of
 from rich.console import Console
 from rich.table import Table
 
-from eval_protocol_rft.models import bundled_model_path
+from eval_protocol_rft.local.models import bundled_model_path
 
 SAID = "Not yet. Look again at what you were told, and say which way to go next."
 """What the environment says after each turn: about as many tokens as an observation has."""
@@ -101,7 +101,7 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace, tokenizer: Any, url: str, turns: int) -> None:
         from eval_protocol_rft import EpisodeRolloutProcessor, FireworksTrainingRolloutProcessor
-        from eval_protocol_rft.environments import EpisodeLimits
+        from eval_protocol_rft.episodes._environment import EpisodeLimits
 
         self.turns, self.options, self.tokenizer = turns, options, tokenizer
         self.episodes = EpisodeRolloutProcessor(
@@ -143,7 +143,7 @@ class Bench:
 
 
 def make_environment(threads: bool) -> Callable[[], Any]:
-    from eval_protocol_rft.environments import Environment, Step
+    from eval_protocol_rft.episodes._environment import Environment, Step
 
     def step() -> Step:
         return Step(messages=[{"role": "user", "content": SAID}], reward=0.0)

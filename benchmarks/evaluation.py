@@ -19,7 +19,7 @@ from processors import CannedProcessor, ClientProcessor
 from workload import WARM_UP_ROWS, Meter, Workload
 
 from eval_protocol_rft import FireworksTrainingRolloutProcessor
-from eval_protocol_rft.tokenizer import load_tokenizer
+from eval_protocol_rft.local._tokenizer import load_tokenizer
 
 WORKLOAD = Workload.load(os.environ["ROLLOUT_WORKLOAD"])
 TOKENIZER = load_tokenizer(WORKLOAD.tokenizer)

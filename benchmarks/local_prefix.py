@@ -26,9 +26,9 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoModelForCausalLM
 
-from eval_protocol_rft.models import bundled_model_path
-from eval_protocol_rft.sampling.local import LocalSampler, load_local_sampler, no_loading_bar
-from eval_protocol_rft.sampling.types import SamplingParams
+from eval_protocol_rft.local._sampler import LocalSampler, load_local_sampler, no_loading_bar
+from eval_protocol_rft.local.models import bundled_model_path
+from eval_protocol_rft.sampling._types import SamplingParams
 
 ANSWER = 16
 FEEDBACK = (16, 32)

@@ -38,8 +38,8 @@ from rich.table import Table
 from rollouts import BenchmarkError
 from workload import WARM_UP_ROWS, Workload, build_workload
 
-from eval_protocol_rft.models import bundled_model_path
-from eval_protocol_rft.sampling.fanout import derive_seeds
+from eval_protocol_rft.local.models import bundled_model_path
+from eval_protocol_rft.sampling._fanout import derive_seeds
 
 N = 8
 POLICIES = ("completions", "rows")

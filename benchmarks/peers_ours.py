@@ -29,11 +29,11 @@ async def bare(workload: Workload, url: str) -> AsyncIterator[Fetch]:
 
 @asynccontextmanager
 async def _sampler(workload: Workload, url: str, *, stream: bool) -> AsyncIterator[Fetch]:
-    from eval_protocol_rft.endpoint import Endpoint
-    from eval_protocol_rft.sampling.fanout import derive_seeds, sample_group
-    from eval_protocol_rft.sampling.http import HttpSampler
-    from eval_protocol_rft.sampling.retry import RetryPolicy
-    from eval_protocol_rft.sampling.types import SamplingParams, TokenIds
+    from eval_protocol_rft.sampling._endpoint import Endpoint
+    from eval_protocol_rft.sampling._fanout import derive_seeds, sample_group
+    from eval_protocol_rft.sampling._http import HttpSampler
+    from eval_protocol_rft.sampling._retry import RetryPolicy
+    from eval_protocol_rft.sampling._types import SamplingParams, TokenIds
 
     params = SamplingParams(model=MODEL, max_tokens=workload.max_tokens, stream=stream)
     sampler = HttpSampler(Endpoint(url))

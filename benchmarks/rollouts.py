@@ -24,7 +24,7 @@ import msgspec
 from report import Imports, Report, Settings, print_table
 from workload import WARM_UP_ROWS, Measurement, Workload, build_workload
 
-from eval_protocol_rft.models import bundled_model_path
+from eval_protocol_rft.local.models import bundled_model_path
 
 HERE = Path(__file__).parent
 PEERS = ("ours", "client", "bare", "canned")

@@ -50,9 +50,9 @@ def measure(staleness: int, arguments: argparse.Namespace, seed: int) -> dict[st
     """One run."""
     from test_sums import test_sums
 
-    from eval_protocol_rft.loop.options import LoopOptions
-    from eval_protocol_rft.loop.setup import MakeParts, Parts, local_parts
-    from eval_protocol_rft.loop.train import train
+    from eval_protocol_rft.loop._options import LoopOptions
+    from eval_protocol_rft.loop._setup import MakeParts, Parts, local_parts
+    from eval_protocol_rft.loop._train import train
 
     options = LoopOptions(
         steps=arguments.steps,

@@ -29,12 +29,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from eval_protocol_rft.batch.dataset import RolloutDataset
-from eval_protocol_rft.batch.files import tables_of, write_file, write_rows
-from eval_protocol_rft.batch.rollouts.format import ARRAY_COLUMNS, FileMetadata, schema
-from eval_protocol_rft.batch.rollouts.rows import CompletionRow, to_record_batch
-from eval_protocol_rft.batch.store.merge import row_keys
-from eval_protocol_rft.batch.store.parts import PartStore, parts_folder
+from eval_protocol_rft.data._dataset import RolloutDataset
+from eval_protocol_rft.data._files import tables_of, write_file, write_rows
+from eval_protocol_rft.data.rollouts._format import ARRAY_COLUMNS, FileMetadata, schema
+from eval_protocol_rft.data.rollouts._rows import CompletionRow, to_record_batch
+from eval_protocol_rft.data.store._merge import row_keys
+from eval_protocol_rft.data.store._parts import PartStore, parts_folder
 
 SCHEMA = schema(FileMetadata(), {})
 COMPLETIONS, TOKENS, PROMPT = 8, 500, 150

@@ -13,9 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from eval_protocol_rft.evaluation_run import Outcome
-    from eval_protocol_rft.params import RolloutRequest
-    from eval_protocol_rft.processor import FireworksTrainingRolloutProcessor
+    from eval_protocol_rft.rollout import FireworksTrainingRolloutProcessor, Outcome, RolloutRequest
 
 OPTION = "--ep-rft-allow-unscored"
 INI = "ep_rft_allow_unscored"
@@ -39,8 +37,7 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
     test = getattr(getattr(item, "obj", None), "__ep_params__", None)
     if test is None:
         return (yield)
-    from eval_protocol_rft.evaluation_run import watch
-    from eval_protocol_rft.processor import FireworksTrainingRolloutProcessor
+    from eval_protocol_rft.rollout import FireworksTrainingRolloutProcessor, watch
 
     processor = test.rollout_processor
     ours = isinstance(processor, FireworksTrainingRolloutProcessor)
@@ -61,7 +58,7 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
 
 def _problem(item: Any, test: Any, processor: FireworksTrainingRolloutProcessor) -> str | None:
     """What the test asks for and cannot have, before anything is paid for."""
-    from eval_protocol_rft.replaced_params import lost_tokenizer
+    from eval_protocol_rft.rollout import lost_tokenizer
 
     if not processor.names_tokenizer and (problem := lost_tokenizer(item.function, _sets(test))):
         return problem
@@ -74,8 +71,7 @@ def _problem(item: Any, test: Any, processor: FireworksTrainingRolloutProcessor)
 
 def _groups_problem(item: Any, test: Any, requests: Sequence[RolloutRequest]) -> str | None:
     """The scorer would refuse such groups afterwards."""
-    from eval_protocol_rft.scoring.decorator import OPTIONS_ATTRIBUTE
-    from eval_protocol_rft.scoring.scorer import several_models_problem
+    from eval_protocol_rft.scoring import OPTIONS_ATTRIBUTE, several_models_problem
 
     most = max((request.n for request in requests), default=1)
     if test.mode != "groupwise" or len(requests) < 2 or most < 2:
@@ -100,7 +96,7 @@ def _sampled_sets(item: Any, test: Any) -> list[Any]:
 
 
 def _warnings(item: Any, test: Any, processor: FireworksTrainingRolloutProcessor) -> list[str]:
-    from eval_protocol_rft.replaced_params import untold_tokenizer
+    from eval_protocol_rft.rollout import untold_tokenizer
 
     if processor.names_tokenizer:
         return []

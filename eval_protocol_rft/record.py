@@ -11,9 +11,9 @@ from typing import Any, Literal
 
 import msgspec
 
-from eval_protocol_rft.episodes import EpisodeRecord, SegmentRecord, episodes_problem
-from eval_protocol_rft.prompts import recorded_answers
-from eval_protocol_rft.sampling.types import Failure, FinishReason, token_data_problem
+from eval_protocol_rft._episode_record import EpisodeRecord, SegmentRecord, episodes_problem
+from eval_protocol_rft.rollout import recorded_answers
+from eval_protocol_rft.sampling import Failure, FinishReason, token_data_problem
 
 SCHEMA_VERSION = 1
 ARRAY_KEYS = (

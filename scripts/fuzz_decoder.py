@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from eval_protocol_rft.sampling.types import SamplingError
+from eval_protocol_rft.sampling._types import SamplingError
 from tests.hostile.bases import Base, bases
 from tests.hostile.mutations import damaged
 from tests.hostile.oracle import problem_of

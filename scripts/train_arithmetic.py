@@ -1,4 +1,4 @@
-"""Train the bundled model `eval_protocol_rft/models/arithmetic` anew, from nothing.
+"""Train the bundled model `eval_protocol_rft/local/models/arithmetic` anew, from nothing.
 
     python scripts/train_arithmetic.py [--output FOLDER]
 

@@ -9,14 +9,14 @@ import numpy as np
 import pyarrow as pa
 from hypothesis import strategies as st
 
-from eval_protocol_rft.batch.rollouts.format import (
+from eval_protocol_rft.data.rollouts._format import (
     DataSettings,
     FileMetadata,
     RewardSettings,
     SamplingSettings,
     schema,
 )
-from eval_protocol_rft.batch.rollouts.rows import UNSCORED, CompletionRow, Score
+from eval_protocol_rft.data.rollouts._rows import UNSCORED, CompletionRow, Score
 
 SAMPLING = SamplingSettings(
     model="m", tokenizer="tok", temperature=0.7, top_p=1.0, top_k=0, max_tokens=9, n=4, seed=3
@@ -194,7 +194,7 @@ def evaluated(draw: st.DrawFn, number: int) -> dict[str, Any]:
     """A row as Eval Protocol dumps it after a rollout of ours: built by its own models."""
     from eval_protocol.models import EvaluateResult, EvaluationRow, Message, Status
 
-    from eval_protocol_rft.prompts import assistant_message
+    from eval_protocol_rft.rollout._prompts import assistant_message
 
     size, num_failed = draw(st.integers(1, 3)), draw(st.integers(0, 2))
     split = draw(st.booleans())

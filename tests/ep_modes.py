@@ -11,7 +11,7 @@ from eval_protocol.pytest import evaluation_test
 from eval_protocol.pytest.exception_config import BackoffConfig, ExceptionHandlerConfig
 
 from eval_protocol_rft import FireworksTrainingRolloutProcessor, score_each_completion
-from eval_protocol_rft.processor import RolloutError
+from eval_protocol_rft.rollout._processor import RolloutError
 
 OUTPUT = Path(os.environ["EP_MODES_OUTPUT"])
 SHARED = {

@@ -13,11 +13,11 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from eval_protocol_rft.batch.dataset import RolloutDataset
-from eval_protocol_rft.batch.files import write_rows
-from eval_protocol_rft.batch.rollouts.format import FileMetadata, SamplingSettings, schema
-from eval_protocol_rft.batch.rollouts.rows import CompletionRow, Score
-from eval_protocol_rft.report.page import WrittenReport, write_report
+from eval_protocol_rft.data._dataset import RolloutDataset
+from eval_protocol_rft.data._files import write_rows
+from eval_protocol_rft.data.rollouts._format import FileMetadata, SamplingSettings, schema
+from eval_protocol_rft.data.rollouts._rows import CompletionRow, Score
+from eval_protocol_rft.report._page import WrittenReport, write_report
 
 END = 258
 """The bundled tokenizer's end-of-turn token. Its ids are bytes in an order of its own."""
@@ -40,7 +40,7 @@ def metadata(**changes: Any) -> FileMetadata:
 
 
 def encode(text: str) -> list[int]:
-    from eval_protocol_rft.report.page_tokens import load_token_texts
+    from eval_protocol_rft.report._page_tokens import load_token_texts
 
     tokenizer = load_token_texts("local/arithmetic")._tokenizer.tokenizer
     return list(tokenizer.encode(text, add_special_tokens=False))

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from eval_protocol_rft import FireworksTrainingRolloutProcessor
 from eval_protocol_rft.record import RolloutRecord
-from eval_protocol_rft.sampling.types import Completion
+from eval_protocol_rft.sampling._types import Completion
 from tests.serving import ScriptedSampler, byte_tokenizer
 from tests.stub_server import StubServer, sampled
 

@@ -11,14 +11,14 @@ import numpy as np
 import pyarrow as pa
 from hypothesis import strategies as st
 
-from eval_protocol_rft.batch.files import write_rows
-from eval_protocol_rft.batch.rollouts.format import (
+from eval_protocol_rft.data._files import write_rows
+from eval_protocol_rft.data.rollouts._format import (
     FileMetadata,
     RewardSettings,
     SamplingSettings,
     schema,
 )
-from eval_protocol_rft.batch.rollouts.rows import CompletionRow, Score, to_record_batch
+from eval_protocol_rft.data.rollouts._rows import CompletionRow, Score, to_record_batch
 
 METADATA = FileMetadata(
     prompt_kind="text",

@@ -10,9 +10,9 @@ from eval_protocol.dataset_logger.dataset_logger import DatasetLogger
 from eval_protocol.models import EvaluateResult, EvaluationRow, Message
 from eval_protocol.pytest.rollout_processor import RolloutProcessor
 
-from eval_protocol_rft.prompts import assistant_message
 from eval_protocol_rft.record import RolloutRecord, SamplingRecord, TokenTurnTrace
-from eval_protocol_rft.sampling.types import Failure
+from eval_protocol_rft.rollout._prompts import assistant_message
+from eval_protocol_rft.sampling._types import Failure
 
 
 def record_of(

@@ -16,11 +16,10 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from eval_protocol_rft.sampling.attempts import Attempt, failed_attempt
-from eval_protocol_rft.sampling.control import RunControl
-from eval_protocol_rft.sampling.decisions import Go, Stop, Wait
-from eval_protocol_rft.sampling.retry import Again, CompletionAttempts, RetryPolicy
-from eval_protocol_rft.sampling.types import ConnectionFailedError, SamplingError, UnavailableError
+from eval_protocol_rft.sampling._attempts import Attempt, Go, Stop, Wait, failed_attempt
+from eval_protocol_rft.sampling._limiter import RunControl
+from eval_protocol_rft.sampling._retry import Again, CompletionAttempts, RetryPolicy
+from eval_protocol_rft.sampling._types import ConnectionFailedError, SamplingError, UnavailableError
 
 ROUND_TRIP = 0.05
 """Seconds that a request takes before it is in service, and that a refusal takes."""

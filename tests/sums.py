@@ -6,8 +6,9 @@ import functools
 
 import numpy as np
 
-from eval_protocol_rft.training import PromptGroup, TrainingBatch, Trajectory, build_batch
-from eval_protocol_rft.training.losses import token_logprobs
+from eval_protocol_rft.training._batch import TrainingBatch, build_batch
+from eval_protocol_rft.training._trajectory import PromptGroup, Trajectory
+from eval_protocol_rft.training.losses._forward import token_logprobs
 from tests.emulator.server import arithmetic
 
 

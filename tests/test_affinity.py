@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eval_protocol_rft import EpisodeRolloutProcessor
-from eval_protocol_rft.endpoint import Endpoint
-from eval_protocol_rft.environments import Environment, EpisodeLimits, Step
-from eval_protocol_rft.params import ParamsError, parse_completion_params
-from eval_protocol_rft.sampling.http import HttpSampler
-from eval_protocol_rft.sampling.types import SamplingParams, TokenIds
+from eval_protocol_rft.episodes._environment import Environment, EpisodeLimits, Step
+from eval_protocol_rft.rollout._params import ParamsError, parse_completion_params
+from eval_protocol_rft.sampling._endpoint import Endpoint
+from eval_protocol_rft.sampling._http import HttpSampler
+from eval_protocol_rft.sampling._types import SamplingParams, TokenIds
 from tests.rollouts import chat_tokenizer, params_for, roll_out, row_of
 from tests.stub_server import Seen, StubServer
 
@@ -44,7 +44,9 @@ def test_two_prompts_have_one_key_only_where_they_are_the_same(one, other):
 
 
 def test_the_key_is_the_same_in_every_process():
-    code = "from eval_protocol_rft.sampling.types import TokenIds; print(TokenIds([1, 2]).affinity)"
+    code = (
+        "from eval_protocol_rft.sampling._types import TokenIds; print(TokenIds([1, 2]).affinity)"
+    )
     made = [subprocess.check_output([sys.executable, "-c", code], text=True) for _ in range(2)]
     assert {said.strip() for said in made} == {TokenIds([1, 2]).affinity}
 

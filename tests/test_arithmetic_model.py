@@ -15,9 +15,9 @@ from jinja2.exceptions import TemplateError
 
 torch = pytest.importorskip("torch")
 
-from eval_protocol_rft.models import bundled_model_path  # noqa: E402
-from eval_protocol_rft.sampling.local import LocalSampler  # noqa: E402
-from eval_protocol_rft.sampling.types import SamplingParams  # noqa: E402
+from eval_protocol_rft.local._sampler import LocalSampler  # noqa: E402
+from eval_protocol_rft.local.models import bundled_model_path  # noqa: E402
+from eval_protocol_rft.sampling._types import SamplingParams  # noqa: E402
 
 FOLDER = bundled_model_path("arithmetic")
 HELD_OUT = [(a, b) for a in range(10, 100) for b in range(10, 100) if (3 * a + 5 * b) % 11 == 0]

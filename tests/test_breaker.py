@@ -8,15 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eval_protocol_rft.sampling.attempts import Attempt
-from eval_protocol_rft.sampling.breaker import (
+from eval_protocol_rft.sampling._attempts import Attempt, Go, Stop, Wait
+from eval_protocol_rft.sampling._breaker import (
+    ACCOUNT_STREAK,
     FIRST_PROBE_SECONDS,
     LONGEST_PROBE_SECONDS,
     OPEN_AFTER,
+    PROMPT_STREAK,
     CircuitBreaker,
 )
-from eval_protocol_rft.sampling.decisions import Go, Stop, Wait
-from eval_protocol_rft.sampling.refusals import ACCOUNT_STREAK, PROMPT_STREAK
 
 TRANSIENT = [("unavailable", 503), ("connection", None), ("timeout", None), ("unavailable", 500)]
 ACCOUNT = [("refused", status) for status in (401, 402, 403, 404, 412)]

@@ -14,17 +14,15 @@ from typing import Any
 
 import pytest
 
-from eval_protocol_rft.doctor.ask_echo import ask_echo
-from eval_protocol_rft.endpoint import Endpoint
-from eval_protocol_rft.environments.calling import call
-from eval_protocol_rft.sampling import bodies
-from eval_protocol_rft.sampling.clock import LONGEST_PASS, Deadline, loop_clock, sampling_time
-from eval_protocol_rft.sampling.connections import TrustingConnector
-from eval_protocol_rft.sampling.fanout import Survivor, sample_group
-from eval_protocol_rft.sampling.http import HttpSampler
-from eval_protocol_rft.sampling.retry import RetryPolicy
-from eval_protocol_rft.sampling.tails import TailPolicy
-from eval_protocol_rft.sampling.types import (
+from eval_protocol_rft.doctor._contact import ask_echo
+from eval_protocol_rft.episodes._calling import call
+from eval_protocol_rft.sampling import _bodies as bodies
+from eval_protocol_rft.sampling._clock import LONGEST_PASS, Deadline, loop_clock, sampling_time
+from eval_protocol_rft.sampling._endpoint import Endpoint
+from eval_protocol_rft.sampling._fanout import Survivor, TailPolicy, sample_group
+from eval_protocol_rft.sampling._http import HttpSampler, TrustingConnector
+from eval_protocol_rft.sampling._retry import RetryPolicy
+from eval_protocol_rft.sampling._types import (
     AttemptTimeoutError,
     Completion,
     SamplingParams,

@@ -11,9 +11,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from eval_protocol_rft import FireworksTrainingRolloutProcessor
-from eval_protocol_rft.batch.dataset import RolloutDataset
-from eval_protocol_rft.sampling.types import Completion, SamplingParams
-from eval_protocol_rft.tokenizer import LoadedTokenizer
+from eval_protocol_rft.data._dataset import RolloutDataset
+from eval_protocol_rft.local._tokenizer import LoadedTokenizer
+from eval_protocol_rft.sampling._types import Completion, SamplingParams
 from tests.batch.servers import at, succeed, texts, write_jsonl
 from tests.rollouts import chat_tokenizer, params_for, record_of_row, roll_out, row_of
 from tests.stub_server import Changed, StubServer

@@ -9,15 +9,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eval_protocol_rft.sampling.adaptive import AdaptiveLimit, ServerLoad
-from eval_protocol_rft.sampling.attempts import Attempt
-from eval_protocol_rft.sampling.breaker import OPEN_AFTER, CircuitBreaker
-from eval_protocol_rft.sampling.budget import BudgetMeter, RunBudget
-from eval_protocol_rft.sampling.concurrency import ConcurrencyLimit, FixedLimit
-from eval_protocol_rft.sampling.control import RunControl
-from eval_protocol_rft.sampling.decisions import UNTIL_SOMETHING_ENDS, Go, Stop, Wait
-from eval_protocol_rft.sampling.epoch import FEWEST, Epoch
-from eval_protocol_rft.sampling.tuning import BACK_OFF, SMALL_STEP, START
+from eval_protocol_rft.sampling._adaptive import (
+    BACK_OFF,
+    FEWEST,
+    SMALL_STEP,
+    START,
+    AdaptiveLimit,
+    Epoch,
+    ServerLoad,
+)
+from eval_protocol_rft.sampling._attempts import UNTIL_SOMETHING_ENDS, Attempt, Go, Stop, Wait
+from eval_protocol_rft.sampling._breaker import OPEN_AFTER, CircuitBreaker
+from eval_protocol_rft.sampling._limiter import ConcurrencyLimit, FixedLimit, RunControl
+from eval_protocol_rft.sampling._retry import BudgetMeter, RunBudget
 
 
 def success(started: float, ended: float, tokens: int = 100, queue: float | None = None) -> Attempt:

@@ -15,11 +15,10 @@ from collections.abc import Callable
 
 import pytest
 
-from eval_protocol_rft.sampling.adaptive import AdaptiveLimit
-from eval_protocol_rft.sampling.breaker import CircuitBreaker
-from eval_protocol_rft.sampling.budget import BudgetMeter, RunBudget
-from eval_protocol_rft.sampling.concurrency import ConcurrencyLimit, FixedLimit
-from eval_protocol_rft.sampling.control import RunControl
+from eval_protocol_rft.sampling._adaptive import AdaptiveLimit
+from eval_protocol_rft.sampling._breaker import CircuitBreaker
+from eval_protocol_rft.sampling._limiter import ConcurrencyLimit, FixedLimit, RunControl
+from eval_protocol_rft.sampling._retry import BudgetMeter, RunBudget
 from tests.simulation import Result, Server, Simulation
 
 ALONE = 25.0

@@ -10,11 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from eval_protocol_rft.batch import RolloutDataset, convert, filter_rollouts, score, write_datums
-from eval_protocol_rft.batch.filtering.rules import FilterRules
-from eval_protocol_rft.batch.target import TargetError
-from eval_protocol_rft.durable import check_replaceable, replacing, write_whole
-from eval_protocol_rft.report.page import write_report
+from eval_protocol_rft._durable import check_replaceable, replacing, write_whole
+from eval_protocol_rft.data._dataset import RolloutDataset
+from eval_protocol_rft.data._datums import write_datums
+from eval_protocol_rft.data._files import TargetError
+from eval_protocol_rft.data._filter import filter_rollouts
+from eval_protocol_rft.data._filter_rules import FilterRules
+from eval_protocol_rft.data._score import score
+from eval_protocol_rft.data.conversion._job import convert
+from eval_protocol_rft.report._page import write_report
 from tests.batch.rollout_files import write_rollouts
 
 GRADERS = Path(__file__).parent / "batch" / "score_graders.py"

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eval_protocol_rft.endpoint import Endpoint, resolve_endpoint
+from eval_protocol_rft.sampling._endpoint import Endpoint, resolve_endpoint
 
 KEY = "fw-key-of-the-environment"
 FIREWORKS = "https://api.fireworks.ai/inference/v1"

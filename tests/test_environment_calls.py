@@ -8,8 +8,8 @@ import threading
 
 import pytest
 
-from eval_protocol_rft.environments import calling
-from eval_protocol_rft.environments.environment import EnvironmentFaultError
+from eval_protocol_rft.episodes import _calling as calling
+from eval_protocol_rft.episodes._environment import EnvironmentFaultError
 from tests.waiting import PATIENCE
 
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from eval_protocol_rft.conversation import parse_tool_calls
-from eval_protocol_rft.models import bundled_model_path
+from eval_protocol_rft.local._tokenizer import load_tokenizer
+from eval_protocol_rft.local.models import bundled_model_path
 from eval_protocol_rft.record import RolloutRecord
-from eval_protocol_rft.tokenizer import load_tokenizer
+from eval_protocol_rft.rollout._answers import parse_tool_calls
 from tests.programs import Zygote
 
 EXAMPLES = Path(__file__).parent.parent / "examples"

@@ -24,12 +24,12 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
 from eval_protocol_rft import EpisodeRolloutProcessor
-from eval_protocol_rft.conversation import parse_tool_calls
-from eval_protocol_rft.environments import Environment, EpisodeLimits, Step
-from eval_protocol_rft.processor import RolloutError
+from eval_protocol_rft.episodes._environment import Environment, EpisodeLimits, Step
+from eval_protocol_rft.local._tokenizer import LoadedTokenizer
 from eval_protocol_rft.record import RolloutRecord
-from eval_protocol_rft.sampling.types import Failure
-from eval_protocol_rft.tokenizer import LoadedTokenizer
+from eval_protocol_rft.rollout._answers import parse_tool_calls
+from eval_protocol_rft.rollout._processor import RolloutError
+from eval_protocol_rft.sampling._types import Failure
 from tests.conversation import templates
 from tests.conversation.test_conversation_properties import (
     Family,

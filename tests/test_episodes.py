@@ -17,24 +17,19 @@ import pytest
 from eval_protocol.models import EvaluateResult, EvaluationRow, Message, StepOutput
 from eval_protocol.pytest.types import RolloutProcessorConfig
 
-from eval_protocol_rft.batch.conversion.job import convert
-from eval_protocol_rft.batch.dataset import RolloutDataset
-from eval_protocol_rft.environments import (
-    Environment,
-    EpisodeLimits,
-    RetryWithFeedback,
-    Step,
-    ToolLoop,
-)
-from eval_protocol_rft.episode_processor import EpisodeRolloutProcessor
-from eval_protocol_rft.models import bundled_model_path
-from eval_protocol_rft.processor import RolloutError
+from eval_protocol_rft.data._dataset import RolloutDataset
+from eval_protocol_rft.data.conversion._job import convert
+from eval_protocol_rft.episodes._environment import Environment, EpisodeLimits, Step
+from eval_protocol_rft.episodes._processor import EpisodeRolloutProcessor
+from eval_protocol_rft.episodes._ready_made import RetryWithFeedback, ToolLoop
+from eval_protocol_rft.local._tokenizer import load_tokenizer
+from eval_protocol_rft.local.models import bundled_model_path
 from eval_protocol_rft.record import RolloutRecord
-from eval_protocol_rft.sampling.types import Completion, SamplingParams, TokenIds
-from eval_protocol_rft.scoring import ascore_rows
-from eval_protocol_rft.scoring.views import completion_views
-from eval_protocol_rft.tokenizer import load_tokenizer
-from eval_protocol_rft.training import build_batch
+from eval_protocol_rft.rollout._processor import RolloutError
+from eval_protocol_rft.sampling._types import Completion, SamplingParams, TokenIds
+from eval_protocol_rft.scoring._offline import ascore_rows
+from eval_protocol_rft.scoring._views import completion_views
+from eval_protocol_rft.training._batch import build_batch
 from tests.waiting import PATIENCE
 
 TOKENIZER = load_tokenizer(str(bundled_model_path("arithmetic")))

@@ -9,12 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eval_protocol_rft.sampling.fanout import Failure, Group, derive_seeds, sample_group
-from eval_protocol_rft.sampling.retry import RetryPolicy
-from eval_protocol_rft.sampling.types import (
+from eval_protocol_rft.sampling._fanout import Group, derive_seeds, sample_group
+from eval_protocol_rft.sampling._retry import RetryPolicy
+from eval_protocol_rft.sampling._types import (
     AttemptTimeoutError,
     Completion,
     ConnectionFailedError,
+    Failure,
     RefusedError,
     SamplingParams,
     UnavailableError,

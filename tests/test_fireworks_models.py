@@ -14,9 +14,9 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from eval_protocol_rft import FireworksTrainingRolloutProcessor
-from eval_protocol_rft.endpoint import Endpoint
-from eval_protocol_rft.fireworks_models import hub_id_of
-from eval_protocol_rft.tokenizer import TokenizerError
+from eval_protocol_rft.local._tokenizer import TokenizerError
+from eval_protocol_rft.rollout._backends import hub_id_of
+from eval_protocol_rft.sampling._endpoint import Endpoint
 from tests.rollouts import roll_out, row_of
 from tests.serving import running
 

@@ -6,9 +6,8 @@ import asyncio
 import contextlib
 import logging
 
-from eval_protocol_rft.sampling.concurrency import FixedLimit
-from eval_protocol_rft.sampling.guard import RunGuard, RunStoppedError
-from eval_protocol_rft.sampling.types import Completion, RefusedError, UnavailableError
+from eval_protocol_rft.sampling._limiter import FixedLimit, RunGuard, RunStoppedError
+from eval_protocol_rft.sampling._types import Completion, RefusedError, UnavailableError
 from tests.rollouts import config_of, params_for, row_of
 from tests.stub_server import Status
 from tests.waiting import PATIENCE

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from eval_protocol_rft.endpoint import Endpoint
-from eval_protocol_rft.sampling.http import HttpSampler
-from eval_protocol_rft.sampling.types import Completion, SamplingError, SamplingParams, TokenIds
+from eval_protocol_rft.sampling._endpoint import Endpoint
+from eval_protocol_rft.sampling._http import HttpSampler
+from eval_protocol_rft.sampling._types import Completion, SamplingError, SamplingParams, TokenIds
 from tests.hostile.exchange import Request
 from tests.hostile.faults import FAULTS, Mode
 from tests.hostile.plan import FaultPlan, Scripted

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
 
-from eval_protocol_rft.sampling.local_draw import (  # noqa: E402
+from eval_protocol_rft.local._draw import (  # noqa: E402
     DrawPlan,
     Settings,
     draw,

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from eval_protocol_rft import FireworksTrainingRolloutProcessor
-from eval_protocol_rft.models import NoSuchModelError, bundled_model_path, local_model_folder
-from eval_protocol_rft.params import ParamsError, parse_completion_params
-from eval_protocol_rft.tokenizer import TokenizerError, load_tokenizer
+from eval_protocol_rft.local._tokenizer import TokenizerError, load_tokenizer
+from eval_protocol_rft.local.models import NoSuchModelError, bundled_model_path, local_model_folder
+from eval_protocol_rft.rollout._params import ParamsError, parse_completion_params
 from tests.rollouts import record_of_row, roll_out, row_of
 
 ARITHMETIC = bundled_model_path("arithmetic")

@@ -19,11 +19,19 @@ torch = pytest.importorskip("torch")
 import transformers  # noqa: E402
 from transformers import AutoModelForCausalLM, PreTrainedModel  # noqa: E402
 
-from eval_protocol_rft.sampling import local_worker  # noqa: E402
-from eval_protocol_rft.sampling.local import LocalSampler, load_local_sampler  # noqa: E402
-from eval_protocol_rft.sampling.local_batch import Batch  # noqa: E402
-from eval_protocol_rft.sampling.local_prefixes import KEPT_SHARE  # noqa: E402
-from eval_protocol_rft.sampling.types import Completion, SamplingParams  # noqa: E402
+from eval_protocol_rft.local import _worker as local_worker  # noqa: E402
+from eval_protocol_rft.local._cache import (  # noqa: E402
+    KEPT_SHARE,
+    Batch,
+)
+from eval_protocol_rft.local._sampler import (  # noqa: E402
+    LocalSampler,
+    load_local_sampler,
+)
+from eval_protocol_rft.sampling._types import (  # noqa: E402
+    Completion,
+    SamplingParams,
+)
 from tests.test_local_sampler import ARCHITECTURES, EXACT, SMALL  # noqa: E402
 
 ANSWER = 6

@@ -20,12 +20,15 @@ torch = pytest.importorskip("torch")
 import transformers  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
-from eval_protocol_rft.models import bundled_model_path  # noqa: E402
-from eval_protocol_rft.sampling import local_worker  # noqa: E402
-from eval_protocol_rft.sampling.local import LocalSampler, load_local_sampler  # noqa: E402
-from eval_protocol_rft.sampling.local_model import UnsupportedModelError  # noqa: E402
-from eval_protocol_rft.sampling.local_request import stop_hit  # noqa: E402
-from eval_protocol_rft.sampling.types import (  # noqa: E402
+from eval_protocol_rft.local import _worker as local_worker  # noqa: E402
+from eval_protocol_rft.local._draw import stop_hit  # noqa: E402
+from eval_protocol_rft.local._model import UnsupportedModelError  # noqa: E402
+from eval_protocol_rft.local._sampler import (  # noqa: E402
+    LocalSampler,
+    load_local_sampler,
+)
+from eval_protocol_rft.local.models import bundled_model_path  # noqa: E402
+from eval_protocol_rft.sampling._types import (  # noqa: E402
     AttemptTimeoutError,
     RefusedError,
     Sampler,
@@ -706,7 +709,7 @@ def run_python(code):
 
 def test_torch_is_imported_only_to_make_a_sampler():
     done = run_python(
-        "import sys, eval_protocol_rft.sampling.local\n"
+        "import sys, eval_protocol_rft.local._sampler\n"
         "assert not {'torch', 'transformers'} & sys.modules.keys()"
     )
     assert done.returncode == 0, done.stderr
@@ -716,7 +719,7 @@ def test_without_torch_the_error_names_what_to_install():
     done = run_python(
         "import sys\n"
         "sys.modules['torch'] = None\n"
-        "from eval_protocol_rft.sampling.local import load_local_sampler\n"
+        "from eval_protocol_rft.local._sampler import load_local_sampler\n"
         "load_local_sampler('arithmetic')"
     )
     assert "RefusedError" in done.stderr
@@ -726,8 +729,8 @@ def test_without_torch_the_error_names_what_to_install():
 def test_an_interpreter_that_exits_while_sampling_exits_cleanly():
     done = run_python(
         "import asyncio\n"
-        "from eval_protocol_rft.sampling.local import load_local_sampler\n"
-        "from eval_protocol_rft.sampling.types import SamplingParams\n"
+        "from eval_protocol_rft.local._sampler import load_local_sampler\n"
+        "from eval_protocol_rft.sampling._types import SamplingParams\n"
         "sampler = load_local_sampler('arithmetic')\n"
         "params = SamplingParams(model='', extra={'ignore_eos': True})\n"
         "loop = asyncio.new_event_loop()\n"

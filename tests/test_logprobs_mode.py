@@ -18,13 +18,13 @@ from eval_protocol.models import EvaluateResult, EvaluationRow, Message
 from transformers import AutoModelForCausalLM
 
 from eval_protocol_rft import FireworksTrainingRolloutProcessor
-from eval_protocol_rft.batch.generation.generate import agenerate
-from eval_protocol_rft.loop.options import LoopOptions
-from eval_protocol_rft.loop.setup import local_parts
-from eval_protocol_rft.loop.train import atrain
-from eval_protocol_rft.models import bundled_model_path
-from eval_protocol_rft.sampling.guard import RunStoppedError
-from eval_protocol_rft.sampling.types import Completion, RefusedError, SamplingParams
+from eval_protocol_rft.data._generate import agenerate
+from eval_protocol_rft.local.models import bundled_model_path
+from eval_protocol_rft.loop._options import LoopOptions
+from eval_protocol_rft.loop._setup import local_parts
+from eval_protocol_rft.loop._train import atrain
+from eval_protocol_rft.sampling._limiter import RunStoppedError
+from eval_protocol_rft.sampling._types import Completion, RefusedError, SamplingParams
 from tests.doctor.liars import bundled, vllm_app
 from tests.rollouts import config_of, record_of_row
 from tests.serving import running

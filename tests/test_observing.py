@@ -13,9 +13,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eval_protocol_rft.sampling.attempts import Attempt
-from eval_protocol_rft.sampling.events import AttemptEvent
-from eval_protocol_rft.sampling.observing import LOGGER, log_attempt, observers, telemetry
+from eval_protocol_rft.sampling._attempts import Attempt
+from eval_protocol_rft.sampling._telemetry import (
+    LOGGER,
+    AttemptEvent,
+    log_attempt,
+    observers,
+    telemetry,
+)
 
 
 def event(*, gives_up=False, prompt="row-7", started=0.0, seconds=2.5, **attempt) -> AttemptEvent:
@@ -163,7 +168,7 @@ def run_clean(code: str) -> str:
     return done.stdout.strip()
 
 
-TELEMETRY = "from eval_protocol_rft.sampling.observing import telemetry; "
+TELEMETRY = "from eval_protocol_rft.sampling._telemetry import telemetry; "
 
 
 def test_without_opentelemetry_there_is_no_telemetry():

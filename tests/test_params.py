@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eval_protocol_rft.params import (
+from eval_protocol_rft.rollout._params import (
     DROPPED_KEYS,
     ParamsError,
     RolloutRequest,

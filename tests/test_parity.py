@@ -15,9 +15,9 @@ from eval_protocol.pytest import SingleTurnRolloutProcessor
 from eval_protocol.rewards.function_calling import exact_tool_match_reward
 
 from eval_protocol_rft import FireworksTrainingRolloutProcessor
-from eval_protocol_rft.conversation import AnswerReader
-from eval_protocol_rft.sampling.types import Completion, SamplingParams
-from eval_protocol_rft.tokenizer import LoadedTokenizer
+from eval_protocol_rft.local._tokenizer import LoadedTokenizer
+from eval_protocol_rft.rollout._answers import AnswerReader
+from eval_protocol_rft.sampling._types import Completion, SamplingParams
 from tests.conversation import templates
 from tests.parity.families import CALL, FAMILIES, SCENARIOS, TOOLS
 from tests.parity.servers import Servers, asked, tokenizer_of

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eval_protocol_rft.pass_at_k import pass_at_k
+from eval_protocol_rft.scoring._pass_at_k import pass_at_k
 
 
 def share_of_draws_with_a_correct_one(n: int, c: int, k: int) -> float:

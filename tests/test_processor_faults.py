@@ -17,12 +17,12 @@ from eval_protocol.pytest.exception_config import (
 from eval_protocol.pytest.rollout_result_post_processor import RolloutResultPostProcessor
 
 from eval_protocol_rft import FireworksTrainingRolloutProcessor, RetryPolicy
-from eval_protocol_rft.params import ParamsError
-from eval_protocol_rft.processor import RolloutError
-from eval_protocol_rft.prompts import PromptError
+from eval_protocol_rft.local._tokenizer import TokenizerError
 from eval_protocol_rft.record import RecordError
-from eval_protocol_rft.sampling.types import Failure
-from eval_protocol_rft.tokenizer import TokenizerError
+from eval_protocol_rft.rollout._params import ParamsError
+from eval_protocol_rft.rollout._processor import RolloutError
+from eval_protocol_rft.rollout._prompts import PromptError
+from eval_protocol_rft.sampling._types import Failure
 from tests.rollouts import (
     assert_is_what_the_server_sampled,
     chat_tokenizer,

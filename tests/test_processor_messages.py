@@ -6,7 +6,7 @@ import pytest
 from eval_protocol.models import Message
 
 from eval_protocol_rft import FireworksTrainingRolloutProcessor
-from eval_protocol_rft.sampling.types import Completion
+from eval_protocol_rft.sampling._types import Completion
 from tests.rollouts import (
     TOOLS,
     chat_tokenizer,

@@ -10,9 +10,9 @@ from itertools import pairwise
 import pytest
 
 from eval_protocol_rft import EpisodeRolloutProcessor, FireworksTrainingRolloutProcessor
-from eval_protocol_rft.environments.environment import Environment
-from eval_protocol_rft.params import ParamsError
-from eval_protocol_rft.processor import RolloutError
+from eval_protocol_rft.episodes._environment import Environment
+from eval_protocol_rft.rollout._params import ParamsError
+from eval_protocol_rft.rollout._processor import RolloutError
 from tests.rollouts import (
     assert_is_what_the_server_sampled,
     chat_tokenizer,

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from eval_protocol_rft import FireworksTrainingRolloutProcessor, RetryPolicy, SamplingParams
-from eval_protocol_rft.endpoint import Endpoint
-from eval_protocol_rft.sampling.http import HttpSampler
-from eval_protocol_rft.sampling.types import SamplingError
+from eval_protocol_rft.sampling._endpoint import Endpoint
+from eval_protocol_rft.sampling._http import HttpSampler
+from eval_protocol_rft.sampling._types import SamplingError
 from tests.rollouts import chat_tokenizer, params_for, record_of_row, roll_out, row_of
 from tests.stub_server import Drop, Hang, Raw, Script, Seen, Status
 

@@ -13,8 +13,8 @@ from eval_protocol_rft import (
     FireworksTrainingRolloutProcessor,
     RolloutRecord,
 )
-from eval_protocol_rft.environments.environment import Environment, Step
-from eval_protocol_rft.run_names import RUN_KEYWORD
+from eval_protocol_rft.episodes._environment import Environment, Step
+from eval_protocol_rft.rollout._evaluation_run import RUN_KEYWORD
 from tests.rollouts import (
     assert_is_what_the_server_sampled,
     chat_tokenizer,

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from eval_protocol_rft import FireworksTrainingRolloutProcessor
-from eval_protocol_rft.batch import generate
-from eval_protocol_rft.batch.dataset import RolloutDataset
-from eval_protocol_rft.environments import RetryWithFeedback
-from eval_protocol_rft.episode_processor import EpisodeRolloutProcessor
-from eval_protocol_rft.prompts import PromptError, render_chat
-from eval_protocol_rft.tokenizer import LoadedTokenizer
+from eval_protocol_rft.data._dataset import RolloutDataset
+from eval_protocol_rft.data._generate import generate
+from eval_protocol_rft.episodes._processor import EpisodeRolloutProcessor
+from eval_protocol_rft.episodes._ready_made import RetryWithFeedback
+from eval_protocol_rft.local._tokenizer import LoadedTokenizer
+from eval_protocol_rft.rollout._prompts import PromptError, render_chat
 from tests.batch.servers import write_jsonl
 from tests.rollouts import chat_tokenizer, params_for, record_of_row, roll_out, row_of
 from tests.stub_server import StubServer

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from eval_protocol.models import Message
 
-from eval_protocol_rft.prompts import (
+from eval_protocol_rft.local._tokenizer import LoadedTokenizer
+from eval_protocol_rft.rollout._prompts import (
     PromptError,
     assistant_message,
     chat_messages,
@@ -16,8 +17,7 @@ from eval_protocol_rft.prompts import (
     render_prompt,
     rendered_otherwise,
 )
-from eval_protocol_rft.sampling.types import TokenIds
-from eval_protocol_rft.tokenizer import LoadedTokenizer
+from eval_protocol_rft.sampling._types import TokenIds
 from tests.rollouts import TOOLS, chat_tokenizer
 
 USER = Message(role="user", content="hi")

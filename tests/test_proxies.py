@@ -11,9 +11,9 @@ from contextlib import contextmanager
 
 import pytest
 
-from eval_protocol_rft.endpoint import Endpoint
-from eval_protocol_rft.sampling.http import HttpSampler, proxy_for
-from eval_protocol_rft.sampling.types import (
+from eval_protocol_rft.sampling._endpoint import Endpoint
+from eval_protocol_rft.sampling._http import HttpSampler, proxy_for
+from eval_protocol_rft.sampling._types import (
     Completion,
     RefusedError,
     SamplingError,

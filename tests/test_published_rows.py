@@ -10,17 +10,19 @@ from typing import Any
 import pytest
 from eval_protocol.models import EvaluationRow, Message
 
-from eval_protocol_rft.batch.conversion import convert
-from eval_protocol_rft.batch.dataset import RolloutDataset
-from eval_protocol_rft.batch.datums.rows import scored_rows
-from eval_protocol_rft.batch.progress import Reading
-from eval_protocol_rft.environments import EpisodeLimits, RetryWithFeedback
-from eval_protocol_rft.episode_processor import EpisodeRolloutProcessor
+from eval_protocol_rft.data._dataset import RolloutDataset
+from eval_protocol_rft.data._datums import scored_rows
+from eval_protocol_rft.data._progress import Reading
+from eval_protocol_rft.data.conversion._job import convert
+from eval_protocol_rft.episodes._environment import EpisodeLimits
+from eval_protocol_rft.episodes._processor import EpisodeRolloutProcessor
+from eval_protocol_rft.episodes._ready_made import RetryWithFeedback
 from eval_protocol_rft.record import RecordError
-from eval_protocol_rft.report.rows import read_rows as read_stored
-from eval_protocol_rft.report.summary import summarize_rows
-from eval_protocol_rft.scoring import score_rows
-from eval_protocol_rft.training import TrainingBatch, TrainingDataError, build_batch
+from eval_protocol_rft.report._rows import read_rows as read_stored
+from eval_protocol_rft.report._terminal import summarize_rows
+from eval_protocol_rft.scoring._offline import score_rows
+from eval_protocol_rft.training._batch import TrainingBatch, build_batch
+from eval_protocol_rft.training._errors import TrainingDataError
 from tests.rollouts import chat_tokenizer, params_for, roll_out, row_of
 from tests.serving import EOS
 

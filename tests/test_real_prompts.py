@@ -17,8 +17,8 @@ import pytest
 from eval_protocol.models import Message
 from transformers import AutoTokenizer
 
-from eval_protocol_rft.prompts import PromptError, render_prompt
-from eval_protocol_rft.tokenizer import LoadedTokenizer
+from eval_protocol_rft.local._tokenizer import LoadedTokenizer
+from eval_protocol_rft.rollout._prompts import PromptError, render_prompt
 from tests.rollouts import TOOLS
 
 pytestmark = pytest.mark.real_tokenizers

@@ -11,10 +11,9 @@ import pytest
 from rich.console import Console
 
 from eval_protocol_rft.record import RolloutRecord, SamplingRecord
-from eval_protocol_rft.report.rows import RowsFileError, newest_rows_file, read_rows
-from eval_protocol_rft.report.summary import summarize_rows
-from eval_protocol_rft.report.terminal import rollout_table
-from eval_protocol_rft.sampling.types import Failure
+from eval_protocol_rft.report._rows import RowsFileError, newest_rows_file, read_rows
+from eval_protocol_rft.report._terminal import rollout_table, summarize_rows
+from eval_protocol_rft.sampling._types import Failure
 
 
 def _row(

@@ -18,12 +18,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from eval_protocol_rft.batch.rollouts.format import RewardSettings, SamplingSettings
-from eval_protocol_rft.batch.rollouts.rows import CompletionRow, Score
-from eval_protocol_rft.report.page import visible, write_report
-from eval_protocol_rft.report.page_data import embedded_json, prompt_start
-from eval_protocol_rft.report.page_detail import ReportError
-from eval_protocol_rft.report.page_stats import ColumnTotals, ReportTotals, group_stats
+from eval_protocol_rft.data.rollouts._format import RewardSettings, SamplingSettings
+from eval_protocol_rft.data.rollouts._rows import CompletionRow, Score
+from eval_protocol_rft.report._page import visible, write_report
+from eval_protocol_rft.report._page_detail import embedded_json, prompt_start
+from eval_protocol_rft.report._page_stats import (
+    ColumnTotals,
+    ReportError,
+    ReportTotals,
+    group_stats,
+)
 from tests.report_page_rows import (
     END,
     HOSTILE,

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from eval_protocol_rft.batch.rollouts.format import RewardSettings
-from eval_protocol_rft.batch.rollouts.rows import CompletionRow, Score
-from eval_protocol_rft.report.page import write_report
+from eval_protocol_rft.data.rollouts._format import RewardSettings
+from eval_protocol_rft.data.rollouts._rows import CompletionRow, Score
+from eval_protocol_rft.report._page import write_report
 from tests.report_page_rows import END, HOSTILE, completion, dataset, failed, metadata
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs the package playwright")

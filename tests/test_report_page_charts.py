@@ -9,9 +9,16 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from eval_protocol_rft.report.page_bins import Bin, length_bins, nice_step, reward_bins
-from eval_protocol_rft.report.page_charts import FRAME, bar_chart, curve_chart
-from eval_protocol_rft.report.page_stats import PassPoint
+from eval_protocol_rft.report._charts import (
+    FRAME,
+    Bin,
+    bar_chart,
+    curve_chart,
+    length_bins,
+    nice_step,
+    reward_bins,
+)
+from eval_protocol_rft.report._page_stats import PassPoint
 
 REWARDS = st.lists(st.floats(-1e9, 1e9) | st.sampled_from([0.0, 0.1, 0.3, 1.0]), min_size=1)
 

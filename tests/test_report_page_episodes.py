@@ -12,14 +12,14 @@ import pytest
 from eval_protocol.models import EvaluationRow, Message
 from eval_protocol.pytest.types import RolloutProcessorConfig
 
-from eval_protocol_rft.batch.conversion.job import convert
-from eval_protocol_rft.batch.dataset import RolloutDataset
-from eval_protocol_rft.environments import Environment, EpisodeLimits, Step
-from eval_protocol_rft.episode_processor import EpisodeRolloutProcessor
-from eval_protocol_rft.report.page import write_report
-from eval_protocol_rft.report.page_detail import ReportError
-from eval_protocol_rft.sampling.types import Completion, SamplingParams, TokenIds
-from eval_protocol_rft.tokenizer import LoadedTokenizer
+from eval_protocol_rft.data._dataset import RolloutDataset
+from eval_protocol_rft.data.conversion._job import convert
+from eval_protocol_rft.episodes._environment import Environment, EpisodeLimits, Step
+from eval_protocol_rft.episodes._processor import EpisodeRolloutProcessor
+from eval_protocol_rft.local._tokenizer import LoadedTokenizer
+from eval_protocol_rft.report._page import write_report
+from eval_protocol_rft.report._page_stats import ReportError
+from eval_protocol_rft.sampling._types import Completion, SamplingParams, TokenIds
 from tests.conversation import templates
 from tests.report_page_rows import Page, dataset
 

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eval_protocol_rft.sampling.retry import RetryPolicy
-from eval_protocol_rft.sampling.types import (
+from eval_protocol_rft.sampling._retry import RetryPolicy
+from eval_protocol_rft.sampling._types import (
     AttemptTimeoutError,
     ConnectionFailedError,
     ContractError,

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eval_protocol_rft.sampling.errors import retry_after
-from eval_protocol_rft.sampling.retry import RetryPolicy
-from eval_protocol_rft.sampling.types import UnavailableError
+from eval_protocol_rft.sampling._errors import retry_after
+from eval_protocol_rft.sampling._retry import RetryPolicy
+from eval_protocol_rft.sampling._types import UnavailableError
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 skews = st.timedeltas(timedelta(days=-4000), timedelta(days=4000))

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eval_protocol_rft.sampling.attempts import Attempt, causes, failed_attempt
-from eval_protocol_rft.sampling.errors import error_in_body, status_error
-from eval_protocol_rft.sampling.retry import Again, CompletionAttempts, GiveUp, RetryPolicy
-from eval_protocol_rft.sampling.types import (
+from eval_protocol_rft.sampling._attempts import Attempt, causes, failed_attempt
+from eval_protocol_rft.sampling._errors import error_in_body, status_error
+from eval_protocol_rft.sampling._retry import Again, CompletionAttempts, GiveUp, RetryPolicy
+from eval_protocol_rft.sampling._types import (
     AttemptTimeoutError,
     ConnectionFailedError,
     ContractError,

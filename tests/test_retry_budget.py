@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eval_protocol_rft.sampling.budget import BudgetMeter, RunBudget
-from eval_protocol_rft.sampling.decisions import Go, Stop, Wait
+from eval_protocol_rft.sampling._attempts import Go, Stop, Wait
+from eval_protocol_rft.sampling._retry import BudgetMeter, RunBudget
 
 budgets = st.builds(
     RunBudget,

@@ -11,19 +11,17 @@ import math
 
 import pytest
 
-from eval_protocol_rft.sampling.adaptive import AdaptiveLimit
-from eval_protocol_rft.sampling.breaker import (
+from eval_protocol_rft.sampling._adaptive import AdaptiveLimit
+from eval_protocol_rft.sampling._breaker import (
     LONGEST_PROBE_SECONDS,
     LONGEST_RAMP,
     OPEN_AFTER,
     SHORTEST_RAMP,
     CircuitBreaker,
 )
-from eval_protocol_rft.sampling.budget import BudgetMeter, RunBudget
-from eval_protocol_rft.sampling.concurrency import ConcurrencyLimit, FixedLimit
-from eval_protocol_rft.sampling.control import RunControl
-from eval_protocol_rft.sampling.retry import RetryPolicy
-from eval_protocol_rft.sampling.types import ContractError, RefusedError, UnavailableError
+from eval_protocol_rft.sampling._limiter import ConcurrencyLimit, FixedLimit, RunControl
+from eval_protocol_rft.sampling._retry import BudgetMeter, RetryPolicy, RunBudget
+from eval_protocol_rft.sampling._types import ContractError, RefusedError, UnavailableError
 from tests.simulation import Result, Server, Simulation
 
 SLOTS, ALONE, TOKENS = 64, 25.0, 250

@@ -13,15 +13,15 @@ from eval_protocol.models import EvaluateResult, EvaluationRow, Message, Status
 from eval_protocol.pytest import evaluation_test
 
 from eval_protocol_rft import FireworksTrainingRolloutProcessor, RetryPolicy, score_each_completion
-from eval_protocol_rft.processor import RolloutError
-from eval_protocol_rft.rollout_fn import (
+from eval_protocol_rft.loop._rollout_fn import (
     RolloutFn,
     RolloutFnError,
     make_group_rollout_fn,
     make_rollout_fn,
     recipe_params,
 )
-from eval_protocol_rft.training.errors import BiasedSamplingWarning
+from eval_protocol_rft.rollout._processor import RolloutError
+from eval_protocol_rft.training._errors import BiasedSamplingWarning
 from eval_protocol_rft.training.export.cookbook import CookbookTypes
 from tests.rollouts import chat_tokenizer, params_for, rendered, row_of, text_of
 from tests.stub_server import Hang, Late, Seen, StubServer, sampled

@@ -13,9 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eval_protocol_rft.sampling.attempts import Attempt
-from eval_protocol_rft.sampling.events import AttemptEvent
-from eval_protocol_rft.sampling.run_summary import (
+from eval_protocol_rft.sampling._attempts import Attempt
+from eval_protocol_rft.sampling._run_summary import (
     QUANTILE_ERROR,
     SERIES_POINTS,
     SHORTEST,
@@ -23,6 +22,7 @@ from eval_protocol_rft.sampling.run_summary import (
     Prices,
     RunSummary,
 )
+from eval_protocol_rft.sampling._telemetry import AttemptEvent
 
 
 def event(

@@ -9,13 +9,9 @@ from eval_protocol.models import EvaluationRow
 from eval_protocol.pytest import evaluation_test
 
 from eval_protocol_rft.record import RecordError
-from eval_protocol_rft.scoring import (
-    EvaluatorError,
-    RunningLoopError,
-    ascore_rows,
-    score_each_completion,
-    score_rows,
-)
+from eval_protocol_rft.scoring._evaluator import EvaluatorError
+from eval_protocol_rft.scoring._offline import RunningLoopError, ascore_rows, score_rows
+from eval_protocol_rft.scoring._scorer import score_each_completion
 from tests.scored_rows import Canned, answered, asked, give, results, rewards, said
 
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eval_protocol_rft.record import RolloutRecord
-from eval_protocol_rft.scoring import score_each_completion
+from eval_protocol_rft.scoring._scorer import score_each_completion
 from tests.scored_rows import answered, give, results, rewards, said
 
 

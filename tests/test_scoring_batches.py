@@ -7,7 +7,8 @@ from eval_protocol.models import EvaluationRow
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eval_protocol_rft.scoring import EvaluatorError, score_each_completion
+from eval_protocol_rft.scoring._evaluator import EvaluatorError
+from eval_protocol_rft.scoring._scorer import score_each_completion
 from tests.scored_rows import answered, asked, give, results, rewards, said
 
 

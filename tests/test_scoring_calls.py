@@ -5,7 +5,8 @@ import asyncio
 import pytest
 from eval_protocol.models import EvaluationRow
 
-from eval_protocol_rft.scoring import EvaluatorError, score_each_completion
+from eval_protocol_rft.scoring._evaluator import EvaluatorError
+from eval_protocol_rft.scoring._scorer import score_each_completion
 from tests.scored_rows import answered, give, rewards, said
 from tests.waiting import PATIENCE
 

@@ -11,7 +11,8 @@ from eval_protocol.models import EvaluationRow, Status
 from eval_protocol.pytest import evaluation_test
 
 from eval_protocol_rft.record import RolloutRecord
-from eval_protocol_rft.scoring import EvaluatorError, score_each_completion
+from eval_protocol_rft.scoring._evaluator import EvaluatorError
+from eval_protocol_rft.scoring._scorer import score_each_completion
 from tests.scored_rows import Canned, Rows, answered, asked, give, rewards, said
 
 ANSWERS = {"1+1?": ("2", "3", "2"), "2+2?": ("4", "5", "6"), "3+3?": ("7", "oops", "6")}

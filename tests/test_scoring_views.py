@@ -4,7 +4,7 @@ import pytest
 from eval_protocol.models import EvaluateResult, EvaluationRow, Message, Status
 
 from eval_protocol_rft.record import ARRAY_KEYS, RecordError
-from eval_protocol_rft.scoring import score_each_completion
+from eval_protocol_rft.scoring._scorer import score_each_completion
 from tests.scored_rows import answered, asked, give, rewards, said
 
 

@@ -13,7 +13,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from eval_protocol_rft.sampling.types import (
+from eval_protocol_rft.local._tokenizer import LoadedTokenizer
+from eval_protocol_rft.local.server._app import create_app
+from eval_protocol_rft.local.server._protocol import choice_seed
+from eval_protocol_rft.local.server._replies import spell
+from eval_protocol_rft.sampling._types import (
     AttemptTimeoutError,
     Completion,
     ConnectionFailedError,
@@ -23,10 +27,6 @@ from eval_protocol_rft.sampling.types import (
     SamplingParams,
     UnavailableError,
 )
-from eval_protocol_rft.server.app import create_app
-from eval_protocol_rft.server.protocol import choice_seed
-from eval_protocol_rft.server.spelling import spell
-from eval_protocol_rft.tokenizer import LoadedTokenizer
 from tests.serving import EOS, ScriptedSampler, byte_tokenizer, post_and_leave, running
 from tests.waiting import PATIENCE, wait_until
 

@@ -8,13 +8,12 @@ import threading
 import httpx
 import pytest
 
-from eval_protocol_rft.sampling.local_refusals import LOWEST_TEMPERATURE, check_params
-from eval_protocol_rft.sampling.types import Completion, RefusedError, SamplingParams
-from eval_protocol_rft.server.access import Access
-from eval_protocol_rft.server.app import create_app
-from eval_protocol_rft.server.bounds import MAX_BODY_BYTES
-from eval_protocol_rft.server.protocol import MAX_CHOICES
-from eval_protocol_rft.server.run import _greeting
+from eval_protocol_rft.local._sampler import LOWEST_TEMPERATURE, check_params
+from eval_protocol_rft.local.server._access import Access
+from eval_protocol_rft.local.server._app import create_app
+from eval_protocol_rft.local.server._protocol import MAX_BODY_BYTES, MAX_CHOICES
+from eval_protocol_rft.local.server._run import _greeting
+from eval_protocol_rft.sampling._types import Completion, RefusedError, SamplingParams
 from tests.serving import ScriptedSampler, byte_tokenizer, post_and_leave, running
 from tests.waiting import PATIENCE
 

@@ -18,9 +18,9 @@ from fireworks.training.sdk.sampling import DeploymentSampler
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eval_protocol_rft import FireworksTrainingRolloutProcessor, RolloutRecord
-from eval_protocol_rft.models import bundled_model_path
-from eval_protocol_rft.sampling.local import LocalSampler
-from eval_protocol_rft.server.app import create_app
+from eval_protocol_rft.local._sampler import LocalSampler
+from eval_protocol_rft.local.models import bundled_model_path
+from eval_protocol_rft.local.server._app import create_app
 from tests.serving import running
 from tests.waiting import PATIENCE
 

@@ -9,16 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eval_protocol_rft.endpoint import Endpoint
-from eval_protocol_rft.sampling import server_metrics
-from eval_protocol_rft.sampling.adaptive import AdaptiveLimit, ServerLoad
-from eval_protocol_rft.sampling.concurrency import FixedLimit
-from eval_protocol_rft.sampling.server_metrics import (
-    Gauges,
-    StandingQueue,
-    parse_metrics,
-    polling,
-)
+from eval_protocol_rft.sampling import _server_metrics as server_metrics
+from eval_protocol_rft.sampling._adaptive import AdaptiveLimit, ServerLoad
+from eval_protocol_rft.sampling._endpoint import Endpoint
+from eval_protocol_rft.sampling._limiter import FixedLimit
+from eval_protocol_rft.sampling._server_metrics import Gauges, StandingQueue, parse_metrics, polling
 from tests.stub_server import Hang, Status, StubServer
 from tests.waiting import PATIENCE
 

@@ -19,11 +19,11 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from eval_protocol_rft.cli import app as cli
-from eval_protocol_rft.sampling.local import LocalSampler
-from eval_protocol_rft.sampling.types import TokenIds
-from eval_protocol_rft.sampling.wire import decode_stream, request_body
-from eval_protocol_rft.server.app import create_app
-from eval_protocol_rft.server.reloading import ReloadingSampler
+from eval_protocol_rft.local._sampler import LocalSampler
+from eval_protocol_rft.local.server._app import create_app
+from eval_protocol_rft.local.server._weights import ReloadingSampler
+from eval_protocol_rft.sampling._types import TokenIds
+from eval_protocol_rft.sampling._wire import decode_stream, request_body
 from tests.loop.policies import arithmetic_sampler
 from tests.loop.test_live_weights import LONG, PARAMS, noisy, prompt
 from tests.serving import running
@@ -314,7 +314,7 @@ def test_a_sampler_whose_weights_have_no_name_is_refused():
 
 def test_the_bundled_models_own_file_is_accepted(served):
     """It leaves the tied output layer out."""
-    from eval_protocol_rft.models import bundled_model_path
+    from eval_protocol_rft.local.models import bundled_model_path
 
     folder = bundled_model_path("arithmetic")
     assert "lm_head.weight" not in load_file(folder / "model.safetensors")

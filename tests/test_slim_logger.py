@@ -5,7 +5,7 @@ from eval_protocol.dataset_logger import default_logger
 from eval_protocol.models import EvaluationRow
 
 from eval_protocol_rft.record import ARRAY_KEYS
-from eval_protocol_rft.slim_logger import SlimLogger
+from eval_protocol_rft.rollout._slim_logger import SlimLogger
 from tests.scored_rows import Rows, answered, asked, give, rewards, said
 
 
@@ -90,7 +90,7 @@ def test_rows_without_a_record_are_logged_too(kept, extra):
 
 
 def test_a_logged_row_can_be_read_scored_again_and_logged_again(kept):
-    from eval_protocol_rft.scoring import score_rows
+    from eval_protocol_rft.scoring._offline import score_rows
 
     def judge(row: EvaluationRow) -> EvaluationRow:
         return give(row, float(said(row) == "a"))

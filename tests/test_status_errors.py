@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eval_protocol_rft.sampling.errors import error_in_body, retry_after, status_error
-from eval_protocol_rft.sampling.types import LoadingError, RefusedError, UnavailableError
+from eval_protocol_rft.sampling._errors import error_in_body, retry_after, status_error
+from eval_protocol_rft.sampling._types import LoadingError, RefusedError, UnavailableError
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 

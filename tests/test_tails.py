@@ -14,23 +14,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eval_protocol_rft import FireworksTrainingRolloutProcessor, RetryPolicy
-from eval_protocol_rft.endpoint import Endpoint
-from eval_protocol_rft.processor import RolloutError
+from eval_protocol_rft.loop._rollout_fn import RolloutFnError, make_group_rollout_fn
 from eval_protocol_rft.record import RecordError, RolloutRecord
-from eval_protocol_rft.rollout_fn import RolloutFnError, make_group_rollout_fn
-from eval_protocol_rft.sampling.fanout import Group, derive_seeds, sample_group
-from eval_protocol_rft.sampling.guard import RunGuard
-from eval_protocol_rft.sampling.http import HttpSampler
-from eval_protocol_rft.sampling.tails import TailPolicy
-from eval_protocol_rft.sampling.types import (
+from eval_protocol_rft.rollout._processor import RolloutError
+from eval_protocol_rft.sampling._endpoint import Endpoint
+from eval_protocol_rft.sampling._fanout import Group, TailPolicy, derive_seeds, sample_group
+from eval_protocol_rft.sampling._http import HttpSampler
+from eval_protocol_rft.sampling._limiter import RunGuard
+from eval_protocol_rft.sampling._types import (
     AttemptTimeoutError,
     Completion,
     RefusedError,
     SamplingParams,
     UnavailableError,
 )
-from eval_protocol_rft.training import build_batch, group_rows, iter_batches, iter_groups
-from eval_protocol_rft.training.errors import BiasedSamplingError, BiasedSamplingWarning
+from eval_protocol_rft.training._batch import build_batch, iter_batches
+from eval_protocol_rft.training._errors import BiasedSamplingError, BiasedSamplingWarning
+from eval_protocol_rft.training._groups import group_rows, iter_groups
 from tests.rollouts import (
     assert_is_what_the_server_sampled,
     chat_tokenizer,

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import eval_protocol_rft
-from eval_protocol_rft.text import text_of, visible, visible_lines, well_formed, well_formed_json
+from eval_protocol_rft._text import text_of, visible, visible_lines, well_formed, well_formed_json
 
 ANY = st.text(st.characters(codec=None, categories=None))
 

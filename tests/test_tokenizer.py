@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eval_protocol_rft import tokenizer as module
-from eval_protocol_rft.sampling.types import Completion, SamplingParams
-from eval_protocol_rft.tokenizer import LoadedTokenizer, TokenizerError, load_tokenizer
+from eval_protocol_rft.local import _tokenizer as module
+from eval_protocol_rft.local._tokenizer import LoadedTokenizer, TokenizerError, load_tokenizer
+from eval_protocol_rft.sampling._types import Completion, SamplingParams
 from tests.rollouts import chat_tokenizer
 
 END = 256

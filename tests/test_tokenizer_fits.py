@@ -15,10 +15,10 @@ from tokenizers import decoders as text_decoders
 from transformers import PreTrainedTokenizerFast
 
 from eval_protocol_rft import FireworksTrainingRolloutProcessor
-from eval_protocol_rft.sampling.guard import RunStoppedError
-from eval_protocol_rft.sampling.types import Completion, ContractError, SamplingParams
-from eval_protocol_rft.tokenizer import LoadedTokenizer, TokenizerError
-from eval_protocol_rft.vocabulary import VocabularyWitness
+from eval_protocol_rft.local._tokenizer import LoadedTokenizer, TokenizerError
+from eval_protocol_rft.rollout._vocabulary import VocabularyWitness
+from eval_protocol_rft.sampling._limiter import RunStoppedError
+from eval_protocol_rft.sampling._types import Completion, ContractError, SamplingParams
 from tests.rollouts import (
     CHAT_TEMPLATE,
     chat_tokenizer,

@@ -15,7 +15,7 @@ from eval_protocol.pytest.types import RolloutProcessorConfig
 from transformers import AutoModelForCausalLM
 
 from eval_protocol_rft import FireworksTrainingRolloutProcessor, RolloutRecord
-from eval_protocol_rft.models import bundled_model_path
+from eval_protocol_rft.local.models import bundled_model_path
 
 URL = os.environ.get("EP_RFT_VLLM_URL", "")
 FOLDER = str(bundled_model_path("arithmetic"))

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from eval_protocol_rft.sampling.errors import status_error
-from eval_protocol_rft.sampling.types import (
+from eval_protocol_rft.sampling._errors import status_error
+from eval_protocol_rft.sampling._types import (
     Completion,
     ConnectionFailedError,
     ContractError,
@@ -24,7 +24,7 @@ from eval_protocol_rft.sampling.types import (
     TokenIds,
     UnavailableError,
 )
-from eval_protocol_rft.sampling.wire import decode_reply, decode_stream, request_body
+from eval_protocol_rft.sampling._wire import decode_reply, decode_stream, request_body
 
 FIXTURES = Path(__file__).parent / "fixtures"
 RAW, PROCESSED = "vllm", "vllm_processed"

@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from eval_protocol_rft.training import PromptGroup, TrainingBatch, Trajectory, build_batch
+from eval_protocol_rft.training._batch import TrainingBatch, build_batch
+from eval_protocol_rft.training._trajectory import PromptGroup, Trajectory
 
 Logprob = Callable[[int, int], float]
 

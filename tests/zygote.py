@@ -27,10 +27,10 @@ import torch
 import transformers
 import uvicorn
 
-import eval_protocol_rft.doctor.run
-import eval_protocol_rft.loop.setup
-import eval_protocol_rft.loop.train
-import eval_protocol_rft.server.run
+import eval_protocol_rft.doctor._run
+import eval_protocol_rft.local.server._run
+import eval_protocol_rft.loop._setup
+import eval_protocol_rft.loop._train
 from eval_protocol_rft.cli import app
 from tests.batch import graders
 
@@ -39,7 +39,7 @@ assert transformers.AutoTokenizer
 assert transformers.AutoModelForCausalLM
 assert torch.nn
 assert uvicorn.Server
-assert eval_protocol_rft.server.run.Server
+assert eval_protocol_rft.local.server._run.Server
 assert graders.evaluation_test
 assert pyarrow.pandas_compat._pandas_api.is_series(None) is False
 assert threading.active_count() == 1, "a thread does not survive a fork"

@@ -12,10 +12,11 @@ from typing import Annotated, Any
 
 import typer
 
+from eval_protocol_rft._text import visible_lines
+from eval_protocol_rft.cli._common import say
 from eval_protocol_rft.cli.convert import convert
 from eval_protocol_rft.cli.datums import datums
 from eval_protocol_rft.cli.doctor import doctor
-from eval_protocol_rft.cli.failing import say
 from eval_protocol_rft.cli.filter import filter  # noqa: A004 - the command's name
 from eval_protocol_rft.cli.generate import generate
 from eval_protocol_rft.cli.report import report
@@ -24,7 +25,6 @@ from eval_protocol_rft.cli.serve import serve
 from eval_protocol_rft.cli.show import show
 from eval_protocol_rft.cli.stats import stats
 from eval_protocol_rft.cli.train import train
-from eval_protocol_rft.text import visible_lines
 
 app = typer.Typer(
     name="ep-rft",

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from eval_protocol_rft.cli.failing import one_line, say
+from eval_protocol_rft.cli._common import one_line, say
 
 
 @one_line
@@ -46,7 +46,7 @@ def convert(
       ep-rft convert rollouts.parquet train.parquet --to verl --data-source openai/gsm8k
       ep-rft convert rollouts.parquet sft.parquet --to trl
     """
-    from eval_protocol_rft.batch.conversion import convert as run
+    from eval_protocol_rft.data import convert as run
 
     summary = run(
         source,

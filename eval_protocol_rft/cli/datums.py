@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from eval_protocol_rft.cli.failing import one_line, say
-from eval_protocol_rft.cli.rows import rollout_file
+from eval_protocol_rft.cli._common import one_line, rollout_file, say
 
 if TYPE_CHECKING:
-    from eval_protocol_rft.training.options import BatchArguments
+    from eval_protocol_rft.training import BatchArguments
 
 
 @one_line
@@ -83,9 +82,8 @@ def datums(
     """
     import warnings
 
-    from eval_protocol_rft.batch.datums.write import write_datums
-    from eval_protocol_rft.training.errors import BiasedSamplingWarning
-    from eval_protocol_rft.training.filters import DROP_REASONS, Filters
+    from eval_protocol_rft.data import write_datums
+    from eval_protocol_rft.training import DROP_REASONS, BiasedSamplingWarning, Filters
 
     options: BatchArguments = {}
     if algorithm is not None:

@@ -9,8 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from eval_protocol_rft.cli.failing import one_line, say, say_json
-from eval_protocol_rft.cli.stopping import sigterm_interrupts
+from eval_protocol_rft.cli._common import one_line, say, say_json, sigterm_interrupts
 
 _SAMPLING = "Sampling"
 _RUN = "Run"
@@ -138,7 +137,7 @@ def doctor(
             "server does: ep-rft serve --served-model-name NAME",
         )
     if tokenizer is None and weights is not None and not model.startswith("local/"):
-        from eval_protocol_rft.models import has_tokenizer
+        from eval_protocol_rft.local.models import has_tokenizer
 
         tokenizer = str(weights) if has_tokenizer(weights) else None
     params: dict[str, Any] = {
@@ -155,11 +154,15 @@ def doctor(
         "timeout": timeout,
     }
 
-    from eval_protocol_rft.doctor.findings import unfit
-    from eval_protocol_rft.doctor.run import examine
-    from eval_protocol_rft.doctor.setup import Setup
-    from eval_protocol_rft.doctor.table import diagnosis_json, diagnosis_table, summary
-    from eval_protocol_rft.params import parse_completion_params
+    from eval_protocol_rft.doctor import (
+        Setup,
+        diagnosis_json,
+        diagnosis_table,
+        examine,
+        summary,
+        unfit,
+    )
+    from eval_protocol_rft.rollout import parse_completion_params
 
     try:
         request = parse_completion_params({k: v for k, v in params.items() if v is not None})

@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from eval_protocol_rft.cli.failing import one_line, say
-from eval_protocol_rft.cli.rows import rollout_file
+from eval_protocol_rft.cli._common import one_line, rollout_file, say
 
 
 @one_line
@@ -90,8 +89,7 @@ def filter(  # noqa: A001
       ep-rft filter in.parquet -o middle.jsonl --reward-percentile 25:75
       ep-rft filter in.parquet -o prompts.jsonl --prompts --pass-rate :0.9
     """
-    from eval_protocol_rft.batch.filtering.filters import filter_rollouts
-    from eval_protocol_rft.batch.filtering.rules import REASONS, FilterRules, parse_band
+    from eval_protocol_rft.data import REASONS, FilterRules, filter_rollouts, parse_band
 
     rules = FilterRules(
         reward=reward,

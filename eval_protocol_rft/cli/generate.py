@@ -1,17 +1,105 @@
-"""`ep-rft generate`."""
+"""`ep-rft generate`.
+
+Options of `ep-rft generate` that need more than typer to be read.
+
+Invariant: one that is wrong ends the command before anything heavy is imported.
+
+What `ep-rft generate` says at its end.
+"""
 
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from eval_protocol_rft.cli.failing import fail, one_line, say
-from eval_protocol_rft.cli.generate_options import api_key, check_format, json_object, prices
-from eval_protocol_rft.cli.generate_summary import show
-from eval_protocol_rft.cli.stopping import sigterm_interrupts
-from eval_protocol_rft.durable import NO_ROOM
+from eval_protocol_rft._durable import NO_ROOM
+from eval_protocol_rft.cli._common import fail, one_line, say, sigterm_interrupts
+
+if TYPE_CHECKING:
+    from eval_protocol_rft.data import GenerateSummary
+    from eval_protocol_rft.sampling import Prices
+
+
+def api_key(name: str | None) -> str | None:
+    """The key in the environment variable `name`."""
+    if name is None:
+        return None
+    if not os.environ.get(name):
+        fail(f"--api-key-env {name}: there is no such environment variable")
+    return os.environ[name]
+
+
+def json_object(option: str, text: str | None) -> Any:
+    """What `option` holds as JSON; None where it was not given."""
+    if text is None:
+        return None
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        fail(f"{option}: not JSON: {error}")
+    if not isinstance(value, dict):
+        fail(f"{option}: must be a JSON object, got {text}")
+    return value
+
+
+def check_format(output: Path, wanted: str | None) -> None:
+    """See that `--format` and the output's name agree."""
+    suffixes = {"parquet": (".parquet",), "jsonl": (".jsonl", ".ndjson")}
+    if wanted is not None and wanted not in suffixes:
+        fail(f"--format must be parquet or jsonl, got {wanted!r}")
+    if wanted is not None and output.suffix not in suffixes[wanted]:
+        fail(f"--format {wanted} and the output's name {output.name!r} contradict each other")
+
+
+def prices(price_in: float | None, price_out: float | None) -> Prices | None:
+    """What `--price-in` and `--price-out` say, dollars per million tokens."""
+    if price_in is None and price_out is None:
+        return None
+    if price_in is None or price_out is None:
+        fail("--price-in and --price-out go together: half of a cost would pass for all of it")
+
+    from eval_protocol_rft.sampling import Prices
+
+    try:
+        return Prices(prompt=price_in, completion=price_out)
+    except ValueError as error:
+        fail(str(error))
+
+
+def show(summary: GenerateSummary, *, verbose: bool) -> None:
+    """Tell what was sampled, what it cost, and what failed. `verbose`: what became of the attempts
+    too."""
+    run = summary.run
+    there = summary.total - run.completions - run.failed
+    say(
+        f"{summary.output}: {summary.prompts} prompts, {summary.total} completions"
+        + (f", {summary.failed} of them failed" if summary.failed else "")
+    )
+    if run.completions or run.failed:
+        rate = run.tokens / summary.seconds if summary.seconds else 0.0
+        say(
+            f"this run: {run.completions} sampled, {run.tokens} tokens, {rate:.0f} tokens/s, "
+            f"{run.truncated} truncated, {run.attempts} requests"
+            + (f"; {there} were there" if there else "")
+        )
+    else:
+        say("nothing to do: all of them were there")
+    cost = summary.attempts.cost
+    if verbose:
+        for line in summary.attempts.lines():
+            say(line)
+    elif cost is not None and (run.completions or run.failed):
+        say(f"cost: {cost}")
+    if run.failures:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in run.failures.most_common())
+        say(f"failed: {kinds}; the first, {run.first_failure}", err=True)
+    if summary.may_succeed:
+        say("the same command with --retry-failed tries the failed ones again", err=True)
+
 
 _DATA = "Data set"
 _SAMPLING = "Sampling"
@@ -249,9 +337,9 @@ def generate(
     check_format(output, output_format)
     known_prices = prices(price_in, price_out)
 
-    from eval_protocol_rft.batch.generation.generate import generate as run
-    from eval_protocol_rft.batch.store.parts import parts_folder
-    from eval_protocol_rft.sampling.retry import RetryPolicy
+    from eval_protocol_rft.data import generate as run
+    from eval_protocol_rft.data import parts_folder
+    from eval_protocol_rft.sampling import RetryPolicy
 
     with sigterm_interrupts() as stopped:
         try:

@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from eval_protocol_rft.cli.failing import fail, one_line, reason_of, say
-from eval_protocol_rft.cli.rows import rollout_file
+from eval_protocol_rft.cli._common import fail, one_line, reason_of, rollout_file, say
 
 
 @one_line
@@ -64,9 +63,8 @@ def report(
       ep-rft report rollouts.parquet --tokenizer Qwen/Qwen3-0.6B
       ep-rft report run -o training.html
     """
-    from eval_protocol_rft.batch.dataset import RolloutDataset
-    from eval_protocol_rft.report.page import write_report
-    from eval_protocol_rft.report.training_page import is_run_folder
+    from eval_protocol_rft.data import RolloutDataset
+    from eval_protocol_rft.report import is_run_folder, write_report
 
     if is_run_folder(path):
         for name, value in (
@@ -105,7 +103,7 @@ def report(
 
 
 def _report_run(folder: Path, output: Path | None) -> None:
-    from eval_protocol_rft.report.training_page import write_training_report
+    from eval_protocol_rft.report import write_training_report
 
     try:
         written = write_training_report(folder, output)

@@ -8,12 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from eval_protocol_rft.cli.failing import fail, one_line, say
-from eval_protocol_rft.cli.rows import rollout_file
-from eval_protocol_rft.cli.stopping import sigterm_interrupts
+from eval_protocol_rft.cli._common import fail, one_line, rollout_file, say, sigterm_interrupts
 
 if TYPE_CHECKING:
-    from eval_protocol_rft.batch.grading.summary import ScoreSummary
+    from eval_protocol_rft.data import ScoreSummary
 
 _SHOWN_REASONS = 5
 
@@ -91,7 +89,7 @@ def score(
       ep-rft score rollouts.parquet -e my_package.rewards:short_answer --name short
       ep-rft score rollouts.parquet -e judge.py::judge --concurrency 16 -o judged.parquet
     """
-    from eval_protocol_rft.batch.grading.score import score as run
+    from eval_protocol_rft.data import score as run
 
     with sigterm_interrupts() as stopped, rollout_file(rollouts) as source:
         if source != rollouts and output is None:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from eval_protocol_rft.cli.failing import fail, one_line, say
+from eval_protocol_rft.cli._common import fail, one_line, say
 
 
 @one_line
@@ -56,7 +56,7 @@ def serve(
       EP_RFT_SERVE_API_KEY=... ep-rft serve --host 0.0.0.0   # for other machines
     """
     try:
-        from eval_protocol_rft.server.run import ServeError, serve_local
+        from eval_protocol_rft.local.server import ServeError, serve_local
     except ModuleNotFoundError as error:
         package = str(error.name).partition(".")[0]
         fail(

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from eval_protocol_rft.cli.failing import fail, one_line, say
+from eval_protocol_rft.cli._common import fail, one_line, say
 
 
 @one_line
@@ -33,8 +33,7 @@ def show(
     """
     from rich.console import Console
 
-    from eval_protocol_rft.report.rows import newest_rows_file, read_rows
-    from eval_protocol_rft.report.terminal import rollout_table
+    from eval_protocol_rft.report import newest_rows_file, read_rows, rollout_table
 
     console = Console()
     for path in paths:

@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from eval_protocol_rft.cli.failing import one_line, say_json
-from eval_protocol_rft.cli.rows import rollout_file
+from eval_protocol_rft.cli._common import one_line, rollout_file, say_json
 
 
 @one_line
@@ -42,7 +41,7 @@ def stats(
 
     import msgspec
 
-    from eval_protocol_rft.batch.stats.rollout_stats import rollout_stats
+    from eval_protocol_rft.data import rollout_stats
 
     with rollout_file(file, quiet=quiet) as path:
         found = rollout_stats(
@@ -54,6 +53,6 @@ def stats(
         return
     from rich.console import Console
 
-    from eval_protocol_rft.report.stats_table import stats_table
+    from eval_protocol_rft.report import stats_table
 
     Console().print(stats_table(found, limit_groups=limit_groups))

@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from eval_protocol_rft.cli.failing import one_line, say
-from eval_protocol_rft.cli.stopping import sigterm_interrupts
+from eval_protocol_rft.cli._common import one_line, say, sigterm_interrupts
 from eval_protocol_rft.cli.train_run import run_training, show_result
 
 _RUN = "What to run"

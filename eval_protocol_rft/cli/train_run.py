@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eval_protocol_rft.cli.failing import fail, say
+from eval_protocol_rft.cli._common import fail, say
 
 if TYPE_CHECKING:
-    from eval_protocol_rft.loop.setup import MakeParts
-    from eval_protocol_rft.loop.train import TrainResult
+    from eval_protocol_rft.loop import MakeParts, TrainResult
 
 
 def run_training(
@@ -24,17 +23,17 @@ def run_training(
     arguments: dict[str, Any],
 ) -> TrainResult:
     """Train, and turn what goes wrong into one line and exit code 1."""
-    from eval_protocol_rft.batch.grading.evaluators import load_evaluator
-    from eval_protocol_rft.loop.options import LoopOptions
-    from eval_protocol_rft.loop.rollouts import NothingToTrainOnError
-    from eval_protocol_rft.loop.step import TrainingStoppedError
-    from eval_protocol_rft.loop.train import train
-    from eval_protocol_rft.loop.trainer import TrainerError
-    from eval_protocol_rft.sampling.guard import RunStoppedError
-    from eval_protocol_rft.sampling.types import SamplingError
-    from eval_protocol_rft.scoring.evaluator import EvaluatorError
-    from eval_protocol_rft.training.export.errors import MissingPackageError
-    from eval_protocol_rft.training.filters import Filters
+    from eval_protocol_rft.loop import (
+        LoopOptions,
+        NothingToTrainOnError,
+        TrainerError,
+        TrainingStoppedError,
+        train,
+    )
+    from eval_protocol_rft.sampling import RunStoppedError, SamplingError
+    from eval_protocol_rft.scoring import EvaluatorError
+    from eval_protocol_rft.scoring.executors import load_evaluator
+    from eval_protocol_rft.training import Filters, MissingPackageError
 
     given = {key: value for key, value in completion_params.items() if value is not None}
     try:
@@ -71,8 +70,7 @@ def _parts(
     lora_rank: int,
     trust_remote_code: bool,
 ) -> MakeParts:
-    from eval_protocol_rft.loop.lora import LoraSettings
-    from eval_protocol_rft.loop.setup import Optimizer, SetupError, local_parts
+    from eval_protocol_rft.loop import LoraSettings, Optimizer, SetupError, local_parts
 
     fireworks = {
         "--training-shape": training_shape,
@@ -93,7 +91,7 @@ def _parts(
             optimizer=Optimizer(**optimizer),
             trust_remote_code=trust_remote_code,
         )
-    from eval_protocol_rft.loop.fireworks.parts import fireworks_parts
+    from eval_protocol_rft.loop.fireworks import fireworks_parts
 
     if base_model is None:
         raise SetupError("--deployment trains on Fireworks: name the model, with --base-model")

@@ -35,41 +35,38 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from eval_protocol.models import EvaluationRow
 from eval_protocol.pytest.default_dataset_adapter import default_dataset_adapter
 
-from eval_protocol_rft.commit import messages_to_answer
-from eval_protocol_rft.loop.data import DataError, load_rows
-from eval_protocol_rft.loop.evaluation import RUN
-from eval_protocol_rft.loop.mismatch import (
-    Mismatch,
-    comparable,
-    looks_shifted,
-    measure,
-    sampled_pairs,
-)
-from eval_protocol_rft.loop.rollouts import NothingToTrainOnError, roll_out, why_fruitless
-from eval_protocol_rft.loop.run import FRUITLESS_ROWS
-from eval_protocol_rft.loop.setup import (
+from eval_protocol_rft.local.models import NoSuchModelError, local_model_folder
+from eval_protocol_rft.loop._data import DataError, load_rows
+from eval_protocol_rft.loop._rollouts import RUN, NothingToTrainOnError, roll_out, why_fruitless
+from eval_protocol_rft.loop._row_runner import RowRunner
+from eval_protocol_rft.loop._run import FRUITLESS_ROWS
+from eval_protocol_rft.loop._setup import (
     SetupError,
     own_processor,
     served_weights,
     with_tokenizer_of,
 )
-from eval_protocol_rft.loop.step import TrainingStoppedError
-from eval_protocol_rft.loop.watch import Trouble, Watch
-from eval_protocol_rft.loop.weights import SamplerWeights, WeightSink, version_name
-from eval_protocol_rft.models import NoSuchModelError, local_model_folder
-from eval_protocol_rft.params import parse_completion_params
-from eval_protocol_rft.row_runner import RowRunner
-from eval_protocol_rft.sampling.types import RefusedError
-from eval_protocol_rft.training.export.errors import MissingPackageError, require
+from eval_protocol_rft.loop._step import TrainingStoppedError
+from eval_protocol_rft.loop._watch import Trouble, Watch
+from eval_protocol_rft.loop._weights import SamplerWeights, WeightSink, version_name
+from eval_protocol_rft.rollout import messages_to_answer, parse_completion_params
+from eval_protocol_rft.sampling import RefusedError
+from eval_protocol_rft.training import (
+    Mismatch,
+    MissingPackageError,
+    comparable,
+    looks_shifted,
+    measure,
+    require,
+    sampled_pairs,
+)
 from eval_protocol_rft.training.export.trl import recorded_reward, rollout_result
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from eval_protocol_rft.sampling.local import LocalSampler
-    from eval_protocol_rft.training.arrays import FloatArray
-    from eval_protocol_rft.training.datums import TrainingDatum
-    from eval_protocol_rft.training.trajectory import PromptGroup, Trajectory
+    from eval_protocol_rft.local import LocalSampler
+    from eval_protocol_rft.training import FloatArray, PromptGroup, TrainingDatum, Trajectory
 
 _T = TypeVar("_T")
 
@@ -147,7 +144,7 @@ def trl_rollouts(
         params = with_tokenizer_of(weights, params, processor)
         source, sink = str(weights), served_weights(request.endpoint)
     else:
-        from eval_protocol_rft.sampling.local import LocalSampler
+        from eval_protocol_rft.local import LocalSampler
 
         if weights is not None:
             raise SetupError("weights= is for a server's; a local/... model names its own")
@@ -483,7 +480,7 @@ def _own_weights(model: Any) -> tuple[Any, dict[str, Tensor]]:
     """A transformers model and its weights by its own names, adapters merged in."""
     if not hasattr(model, "peft_config"):
         return model, model.state_dict()
-    from eval_protocol_rft.loop.lora import check_mergeable, merged_weights
+    from eval_protocol_rft.loop._lora import check_mergeable, merged_weights
 
     check_mergeable(model)
     return model.get_base_model(), merged_weights(model)
@@ -495,7 +492,7 @@ def _logprobs(
     """[T_i] logprobs (nats) by the trainer's model, without dropout."""
     import torch
 
-    from eval_protocol_rft.training.losses.forward import token_logprobs
+    from eval_protocol_rft.training.losses import token_logprobs
 
     model = trainer.accelerator.unwrap_model(trainer.model)
     model.train(False)

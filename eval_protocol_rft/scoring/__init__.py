@@ -1,18 +1,9 @@
-"""One score per completion: `@score_each_completion` and scoring rows again later.
+"""One score per completion: `@score_each_completion`, and scoring rows again later.
 
-Invariant: unscored (None) differs from scored 0.0, whatever the evaluator did.
+Invariant: unscored (None) differs from scored 0.0, whatever the evaluator did. Names load on first
+use.
 """
 
-from eval_protocol_rft.scoring.decorator import score_each_completion
-from eval_protocol_rft.scoring.evaluator import EvaluatorError
-from eval_protocol_rft.scoring.offline import RunningLoopError, ascore_rows, score_rows
-from eval_protocol_rft.scoring.summary import ScoringOptions
+import lazy_loader
 
-__all__ = [
-    "EvaluatorError",
-    "RunningLoopError",
-    "ScoringOptions",
-    "ascore_rows",
-    "score_each_completion",
-    "score_rows",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

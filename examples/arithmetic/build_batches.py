@@ -10,9 +10,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from eval_protocol_rft.report.rows import newest_rows_file
+from eval_protocol_rft.data import read_rows
+from eval_protocol_rft.report import newest_rows_file
 from eval_protocol_rft.training import TrainingBatch, build_batch
-from eval_protocol_rft.training.importing import read_rows
 
 console = Console()
 

@@ -18,7 +18,7 @@ from eval_protocol.pytest import evaluation_test
 from wanderer import Wanderer
 
 from eval_protocol_rft import EpisodeRolloutProcessor, SlimLogger, score_each_completion
-from eval_protocol_rft.environments import Environment, EpisodeLimits, Step, ToolLoop
+from eval_protocol_rft.episodes import Environment, EpisodeLimits, Step, ToolLoop
 
 LAKE = ["FFF", "FHF", "FFG"]
 MOVES = {"left": (0, -1), "down": (1, 0), "right": (0, 1), "up": (-1, 0)}

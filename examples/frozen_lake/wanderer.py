@@ -5,9 +5,9 @@ import math
 import random
 from collections.abc import Sequence
 
-from eval_protocol_rft.models import bundled_model_path
-from eval_protocol_rft.sampling.types import Completion, SamplingParams
-from eval_protocol_rft.tokenizer import load_tokenizer
+from eval_protocol_rft.local import load_tokenizer
+from eval_protocol_rft.local.models import bundled_model_path
+from eval_protocol_rft.sampling import Completion, SamplingParams
 
 DIRECTIONS = ("left", "down", "right", "up")
 

@@ -12,7 +12,7 @@ from eval_protocol.models import EvaluateResult, EvaluationRow, Message, MetricR
 from eval_protocol.pytest import evaluation_test
 
 from eval_protocol_rft import EpisodeRolloutProcessor, SlimLogger, score_each_completion
-from eval_protocol_rft.environments import EpisodeLimits, RetryWithFeedback
+from eval_protocol_rft.episodes import EpisodeLimits, RetryWithFeedback
 
 
 def sums() -> list[EvaluationRow]:

@@ -14,7 +14,7 @@ import pytest
 from eval_protocol.models import EvaluateResult, EvaluationRow
 from eval_protocol.pytest import evaluation_test
 
-from eval_protocol_rft.scoring import score_each_completion
+from eval_protocol_rft.scoring._scorer import score_each_completion
 from tests.scored_rows import Canned, asked, give, said
 
 calls = 0

@@ -10,8 +10,9 @@ from typing import Any
 
 from eval_protocol.models import EvaluationRow, Message
 
-from eval_protocol_rft.batch.grading.evaluators import LoadedEvaluator, load_evaluator
-from eval_protocol_rft.batch.grading.grade import Graded, GradingItem, grade
+from eval_protocol_rft.scoring.executors._executor import grade
+from eval_protocol_rft.scoring.executors._items import Graded, GradingItem
+from eval_protocol_rft.scoring.executors._loading import LoadedEvaluator, load_evaluator
 from tests.waiting import PATIENCE
 
 GRADERS = Path(__file__).with_name("graders.py")

@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from eval_protocol_rft.batch.files import write_rows
-from eval_protocol_rft.batch.rollouts.format import (
+from eval_protocol_rft.data._files import write_rows
+from eval_protocol_rft.data.rollouts._format import (
     DataSettings,
     FileMetadata,
     SamplingSettings,
     schema,
 )
-from eval_protocol_rft.batch.rollouts.rows import CompletionRow
+from eval_protocol_rft.data.rollouts._rows import CompletionRow
 
 METADATA = FileMetadata(
     prompt_kind="messages",

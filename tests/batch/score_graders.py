@@ -7,7 +7,7 @@ from pathlib import Path
 
 from eval_protocol.models import EvaluateResult, EvaluationRow, InputMetadata, Message, MetricResult
 
-from eval_protocol_rft.scoring import score_each_completion
+from eval_protocol_rft.scoring._scorer import score_each_completion
 from tests.batch.graders import under_test
 from tests.scored_rows import give, said
 

@@ -11,12 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from typer.testing import CliRunner, Result
 
-from eval_protocol_rft.batch.dataset import RolloutDataset
-from eval_protocol_rft.batch.rollouts.format import FileMetadata
-from eval_protocol_rft.batch.rollouts.rows import CompletionRow, from_record_batch
-from eval_protocol_rft.batch.store.journal import read_journal
-from eval_protocol_rft.batch.store.parts import part_paths, parts_folder, read_schema
 from eval_protocol_rft.cli import app
+from eval_protocol_rft.data._dataset import RolloutDataset
+from eval_protocol_rft.data.rollouts._format import FileMetadata
+from eval_protocol_rft.data.rollouts._rows import CompletionRow, from_record_batch
+from eval_protocol_rft.data.store._parts import part_paths, parts_folder, read_journal, read_schema
 from tests.stub_server import StubServer
 
 Pair = tuple[int, int]

@@ -23,13 +23,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from eval_protocol_rft.batch.dataset import RolloutDataset
-from eval_protocol_rft.batch.files import write_file
-from eval_protocol_rft.batch.rollouts.format import FileMetadata, schema
-from eval_protocol_rft.batch.rollouts.rows import CompletionRow, Score, to_record_batch
-from eval_protocol_rft.batch.store import parts
-from eval_protocol_rft.batch.store.merge import SortedInput, row_keys
-from eval_protocol_rft.batch.store.parts import PartStore, parts_folder, stored_keys
+from eval_protocol_rft.data._dataset import RolloutDataset
+from eval_protocol_rft.data._files import write_file
+from eval_protocol_rft.data.rollouts._format import FileMetadata, schema
+from eval_protocol_rft.data.rollouts._rows import CompletionRow, Score, to_record_batch
+from eval_protocol_rft.data.store import _parts as parts
+from eval_protocol_rft.data.store._merge import SortedInput, row_keys
+from eval_protocol_rft.data.store._parts import PartStore, parts_folder, stored_keys
 
 Pair = tuple[int, int]
 KILLED = 9

@@ -12,14 +12,14 @@ import numpy as np
 import pyarrow as pa
 from hypothesis import strategies as st
 
-from eval_protocol_rft.batch.rollouts.format import (
+from eval_protocol_rft.data.rollouts._format import (
     FileMetadata,
     PromptKind,
     RewardSettings,
     SamplingSettings,
     schema,
 )
-from eval_protocol_rft.batch.rollouts.rows import CompletionRow, Score
+from eval_protocol_rft.data.rollouts._rows import CompletionRow, Score
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 FINITE = st.floats(allow_nan=False, allow_infinity=False)

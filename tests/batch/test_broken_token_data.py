@@ -11,15 +11,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from eval_protocol_rft.batch.dataset import RolloutDataset
-from eval_protocol_rft.batch.rollouts.checking import in_order
-from eval_protocol_rft.batch.rollouts.format import (
+from eval_protocol_rft.data._dataset import RolloutDataset
+from eval_protocol_rft.data.rollouts._checking import in_order
+from eval_protocol_rft.data.rollouts._format import (
     FileMetadata,
     FormatError,
     RewardSettings,
     schema,
 )
-from eval_protocol_rft.batch.rollouts.rows import Score, to_record_batch
+from eval_protocol_rft.data.rollouts._rows import Score, to_record_batch
 from tests.batch import score_graders
 from tests.batch.rollout_files import completion_row, write_rollouts
 from tests.batch.servers import refused

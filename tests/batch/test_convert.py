@@ -19,17 +19,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from eval_protocol_rft.batch.conversion import ConvertError, convert
-from eval_protocol_rft.batch.dataset import RolloutDataset
-from eval_protocol_rft.batch.files import write_rows
-from eval_protocol_rft.batch.rollouts.format import FileMetadata, FormatError, metadata_of, schema
-from eval_protocol_rft.batch.rollouts.rows import CompletionRow, to_record_batch
-from eval_protocol_rft.batch.store.merge import row_keys
-from eval_protocol_rft.batch.store.parts import PartStore, parts_folder
-from eval_protocol_rft.batch.target import TargetError
-from eval_protocol_rft.training import build_batch
-from eval_protocol_rft.training.errors import TrainingDataError
-from eval_protocol_rft.training.importing import read_rows
+from eval_protocol_rft.data._dataset import RolloutDataset
+from eval_protocol_rft.data._files import TargetError, write_rows
+from eval_protocol_rft.data.conversion._ep import read_rows
+from eval_protocol_rft.data.conversion._job import convert
+from eval_protocol_rft.data.conversion._types import ConvertError
+from eval_protocol_rft.data.rollouts._format import FileMetadata, FormatError, metadata_of, schema
+from eval_protocol_rft.data.rollouts._rows import CompletionRow, to_record_batch
+from eval_protocol_rft.data.store._merge import row_keys
+from eval_protocol_rft.data.store._parts import PartStore, parts_folder
+from eval_protocol_rft.training._batch import build_batch
+from eval_protocol_rft.training._errors import TrainingDataError
 from tests.batch.rollout_files import write_rollouts
 from tests.batch.servers import refused, succeed
 from tests.convert_rows import REWARD_B, SAMPLING, evaluated, files, rounded, same

@@ -12,10 +12,10 @@ from eval_protocol.models import EvaluationRow
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eval_protocol_rft.batch.evaluation_rows.from_row import FailedRolloutError, from_row
-from eval_protocol_rft.batch.evaluation_rows.to_row import to_row
-from eval_protocol_rft.batch.rollouts.format import FileMetadata, metadata_of
-from eval_protocol_rft.batch.rollouts.rows import CompletionRow, Score
+from eval_protocol_rft.data.evaluation_rows._from_row import FailedRolloutError, from_row
+from eval_protocol_rft.data.evaluation_rows._to_row import to_row
+from eval_protocol_rft.data.rollouts._format import FileMetadata, metadata_of
+from eval_protocol_rft.data.rollouts._rows import CompletionRow, Score
 from eval_protocol_rft.record import RecordError, RolloutRecord
 from tests.convert_rows import evaluated, files, rounded, same, through_json
 from tests.scored_rows import asked, roll_out

@@ -12,12 +12,13 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 
-from eval_protocol_rft.batch.conversion import ConvertError, convert
-from eval_protocol_rft.batch.dataset import RolloutDataset
-from eval_protocol_rft.batch.files import write_rows
-from eval_protocol_rft.batch.rollouts.format import DataSettings, FileMetadata, metadata_of, schema
-from eval_protocol_rft.batch.rollouts.rows import CompletionRow, Score
-from eval_protocol_rft.training import build_batch
+from eval_protocol_rft.data._dataset import RolloutDataset
+from eval_protocol_rft.data._files import write_rows
+from eval_protocol_rft.data.conversion._job import convert
+from eval_protocol_rft.data.conversion._types import ConvertError
+from eval_protocol_rft.data.rollouts._format import DataSettings, FileMetadata, metadata_of, schema
+from eval_protocol_rft.data.rollouts._rows import CompletionRow, Score
+from eval_protocol_rft.training._batch import build_batch
 from tests.convert_rows import CALL, PROMPTS, REWARD_B, SAMPLING, TOOL, files, same
 
 METADATA = FileMetadata(

@@ -15,22 +15,16 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from eval_protocol_rft.batch.dataset import RolloutDataset
-from eval_protocol_rft.batch.datums.write import write_datums
-from eval_protocol_rft.batch.files import write_file, write_rows
-from eval_protocol_rft.batch.rollouts.format import METADATA_KEY, FormatError
-from eval_protocol_rft.batch.rollouts.rows import Score
-from eval_protocol_rft.batch.target import TargetError
 from eval_protocol_rft.cli.datums import datums as datums_command
-from eval_protocol_rft.training import (
-    EmptyBatchError,
-    Filters,
-    TrainingBatch,
-    TrainingDataError,
-    TrainingDatum,
-    build_batch,
-    iter_batches,
-)
+from eval_protocol_rft.data._dataset import RolloutDataset
+from eval_protocol_rft.data._datums import write_datums
+from eval_protocol_rft.data._files import TargetError, write_file, write_rows
+from eval_protocol_rft.data.rollouts._format import METADATA_KEY, FormatError
+from eval_protocol_rft.data.rollouts._rows import Score
+from eval_protocol_rft.training._batch import TrainingBatch, build_batch, iter_batches
+from eval_protocol_rft.training._datums import TrainingDatum
+from eval_protocol_rft.training._errors import EmptyBatchError, TrainingDataError
+from eval_protocol_rft.training._filters import Filters
 from eval_protocol_rft.training.export import rl_step
 from eval_protocol_rft.training.export.files import load_npz, load_safetensors
 from tests.scored_files import FAILED, METADATA, SCHEMA, Sampled, rows_of, write

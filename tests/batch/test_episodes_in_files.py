@@ -14,18 +14,18 @@ from eval_protocol.pytest.types import RolloutProcessorConfig
 from typer.testing import CliRunner
 
 from eval_protocol_rft import EpisodeRolloutProcessor, score_rows
-from eval_protocol_rft.batch.conversion import ConvertError, convert
-from eval_protocol_rft.batch.dataset import RolloutDataset
-from eval_protocol_rft.batch.evaluation_rows.from_row import from_row
-from eval_protocol_rft.batch.evaluation_rows.rest import extra_of
-from eval_protocol_rft.batch.evaluation_rows.to_row import to_row
-from eval_protocol_rft.batch.files import write_rows
-from eval_protocol_rft.batch.rollouts.format import FileMetadata
-from eval_protocol_rft.batch.rollouts.rows import Score
 from eval_protocol_rft.cli import app
-from eval_protocol_rft.environments import EpisodeLimits
+from eval_protocol_rft.data._dataset import RolloutDataset
+from eval_protocol_rft.data._files import write_rows
+from eval_protocol_rft.data.conversion._job import convert
+from eval_protocol_rft.data.conversion._types import ConvertError
+from eval_protocol_rft.data.evaluation_rows._from_row import extra_of, from_row
+from eval_protocol_rft.data.evaluation_rows._to_row import to_row
+from eval_protocol_rft.data.rollouts._format import FileMetadata
+from eval_protocol_rft.data.rollouts._rows import Score
+from eval_protocol_rft.episodes._environment import EpisodeLimits
+from eval_protocol_rft.local._sampler import load_local_sampler
 from eval_protocol_rft.record import RolloutRecord
-from eval_protocol_rft.sampling.local import load_local_sampler
 from examples.retry import test_retry as example
 
 N = 6

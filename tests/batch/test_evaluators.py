@@ -11,8 +11,8 @@ from textwrap import dedent
 
 import pytest
 
-from eval_protocol_rft.batch.grading.evaluators import EvaluatorNotFoundError, load_evaluator
-from eval_protocol_rft.scoring import EvaluatorError
+from eval_protocol_rft.scoring._evaluator import EvaluatorError
+from eval_protocol_rft.scoring.executors._loading import EvaluatorNotFoundError, load_evaluator
 
 HEADER = """\
 from eval_protocol.models import EvaluationRow
@@ -100,7 +100,7 @@ def test_the_resolved_spec_loads_the_same_evaluator_from_another_folder(project,
     project(judges="def right(row):\n    return 1.0\n")
     loaded = load_evaluator("judges.py::right")
     code = (
-        "import sys; from eval_protocol_rft.batch.grading.evaluators import load_evaluator; "
+        "import sys; from eval_protocol_rft.scoring.executors._loading import load_evaluator; "
         "print(load_evaluator(sys.argv[1]).fingerprint)"
     )
     done = subprocess.run(
@@ -295,7 +295,7 @@ def test_what_an_evaluation_test_rolls_out_does_not_outdate_its_scores(project):
 def test_a_script_that_scores_with_its_own_evaluator_is_told_to_guard_that(project):
     project(
         script="""
-        from eval_protocol_rft.batch.grading.evaluators import load_evaluator
+        from eval_protocol_rft.scoring.executors import load_evaluator
 
         def judge(row):
             return 1.0

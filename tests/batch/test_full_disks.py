@@ -12,16 +12,15 @@ from pathlib import Path
 import pytest
 import typer
 
-from eval_protocol_rft.batch import target
-from eval_protocol_rft.batch.datums.files import numbered_path
-from eval_protocol_rft.batch.files import write_file
-from eval_protocol_rft.batch.generation import sampling_run
-from eval_protocol_rft.batch.store import parts
-from eval_protocol_rft.batch.target import amount, room_warning
 from eval_protocol_rft.cli.convert import convert
 from eval_protocol_rft.cli.datums import datums
 from eval_protocol_rft.cli.filter import filter as filter_command
 from eval_protocol_rft.cli.report import report
+from eval_protocol_rft.data import _files as target
+from eval_protocol_rft.data import _sampling_run as sampling_run
+from eval_protocol_rft.data._datums import numbered_path
+from eval_protocol_rft.data._files import amount, room_warning, write_file
+from eval_protocol_rft.data.store import _parts as parts
 from tests.batch.servers import at, succeed, texts, write_jsonl
 from tests.scored_files import SCHEMA, Sampled, table_of, write
 

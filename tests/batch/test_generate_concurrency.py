@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from eval_protocol_rft.batch.generation.generate import agenerate
-from eval_protocol_rft.batch.store.parts import parts_folder
-from eval_protocol_rft.sampling.guard import RunStoppedError
-from eval_protocol_rft.sampling.retry import RetryPolicy
-from eval_protocol_rft.sampling.types import Completion, SamplingParams, UnavailableError
+from eval_protocol_rft.data._generate import agenerate
+from eval_protocol_rft.data.store._parts import parts_folder
+from eval_protocol_rft.sampling._limiter import RunStoppedError
+from eval_protocol_rft.sampling._retry import RetryPolicy
+from eval_protocol_rft.sampling._types import Completion, SamplingParams, UnavailableError
 from tests.batch.servers import (
     at,
     pairs,
@@ -210,8 +210,8 @@ def test_what_a_server_answers_for_a_moment_is_tried_again(data, server, tokeniz
 MEMORY = """
 import sys, json
 from pathlib import Path
-from eval_protocol_rft.batch.generation.generate import generate
-from eval_protocol_rft.sampling.types import Completion
+from eval_protocol_rft.data import generate
+from eval_protocol_rft.sampling import Completion
 from tests.rollouts import chat_tokenizer
 
 class Instant:

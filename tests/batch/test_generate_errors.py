@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from eval_protocol_rft.batch.dataset import RolloutDataset
-from eval_protocol_rft.batch.rollouts.rows import to_record_batch
-from eval_protocol_rft.batch.store.merge import row_keys
-from eval_protocol_rft.batch.store.parts import PartStore, part_paths, parts_folder
+from eval_protocol_rft.data._dataset import RolloutDataset
+from eval_protocol_rft.data.rollouts._rows import to_record_batch
+from eval_protocol_rft.data.store._merge import row_keys
+from eval_protocol_rft.data.store._parts import PartStore, part_paths, parts_folder
 from tests.batch.servers import at, refused, sampled, succeed, texts, write_jsonl
 from tests.stub_server import Status, StubServer
 

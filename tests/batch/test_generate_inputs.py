@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from eval_protocol_rft.batch.dataset import RolloutDataset
+from eval_protocol_rft.data._dataset import RolloutDataset
 from tests.batch.servers import (
     at,
     pairs,

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from eval_protocol_rft.batch.dataset import RolloutDataset
-from eval_protocol_rft.batch.store.parts import parts_folder
+from eval_protocol_rft.data._dataset import RolloutDataset
+from eval_protocol_rft.data.store._parts import parts_folder
 from tests.batch.servers import (
     at,
     pairs,

@@ -11,10 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from eval_protocol_rft.batch.dataset import RolloutDataset
-from eval_protocol_rft.batch.generation.job import model_fingerprint
-from eval_protocol_rft.batch.store.parts import parts_folder
-from eval_protocol_rft.models import bundled_model_path
+from eval_protocol_rft.data._dataset import RolloutDataset
+from eval_protocol_rft.data._generate_output import model_fingerprint
+from eval_protocol_rft.data.store._parts import parts_folder
+from eval_protocol_rft.local.models import bundled_model_path
 from tests.batch.servers import (
     at,
     ep_rft,

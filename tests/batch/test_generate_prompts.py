@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from eval_protocol_rft.batch.dataset import RolloutDataset
+from eval_protocol_rft.data._dataset import RolloutDataset
 from tests.batch.servers import at, refused, succeed, texts, write_jsonl
 from tests.rollouts import TOOLS
 from tests.serving import byte_tokenizer

@@ -10,9 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from eval_protocol_rft.batch.dataset import RolloutDataset
-from eval_protocol_rft.batch.generation.generate import agenerate
-from eval_protocol_rft.sampling.retry import RetryPolicy
+from eval_protocol_rft.data._dataset import RolloutDataset
+from eval_protocol_rft.data._generate import agenerate
+from eval_protocol_rft.sampling._retry import RetryPolicy
 from tests.batch.servers import at, rows_by_pair, succeed, texts, write_jsonl
 from tests.rollouts import chat_tokenizer
 from tests.stub_server import Answer, Changed, Seen, Status, StubServer

@@ -16,7 +16,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from eval_protocol_rft.batch.dataset import RolloutDataset
+from eval_protocol_rft.data._dataset import RolloutDataset
 
 URL = os.environ.get("EP_RFT_VLLM_URL", "")
 FOLDER = os.environ.get("EP_RFT_VLLM_FOLDER", "")

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eval_protocol_rft.batch.grading.evaluators import load_evaluator
-from eval_protocol_rft.batch.grading.grade import GradingError, GradingItem, grade
+from eval_protocol_rft.scoring.executors._executor import grade
+from eval_protocol_rft.scoring.executors._items import GradingError, GradingItem
+from eval_protocol_rft.scoring.executors._loading import load_evaluator
 from tests.batch.grading_runs import (
     errors,
     grader,

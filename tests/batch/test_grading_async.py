@@ -7,7 +7,8 @@ from itertools import islice
 
 import pytest
 
-from eval_protocol_rft.batch.grading.grade import GradingError, GradingItem, grade
+from eval_protocol_rft.scoring.executors._executor import grade
+from eval_protocol_rft.scoring.executors._items import GradingError, GradingItem
 from tests.batch.grading_runs import (
     errors,
     grader,

@@ -19,7 +19,7 @@ PROGRAM = """
 # No `if __name__ == "__main__"`: workers import nothing of this.
 import sys
 from tests.batch.grading_runs import grader, one_each
-from eval_protocol_rft.batch.grading.grade import grade
+from eval_protocol_rft.scoring.executors import grade
 
 hang = "hang in C" if sys.argv[1:] == ["in C"] else "hang"
 running = grade(one_each(["a", hang, "b"]), grader("process_id"), workers=2, timeout=None)

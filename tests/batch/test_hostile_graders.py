@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from eval_protocol_rft.batch.grading.evaluators import load_evaluator
-from eval_protocol_rft.batch.grading.grade import grade
+from eval_protocol_rft.scoring.executors._executor import grade
+from eval_protocol_rft.scoring.executors._loading import load_evaluator
 from tests.batch.grading_runs import is_gone, one_each, scores
 from tests.batch.hostile_graders import (
     ASYNC_DEADLY,

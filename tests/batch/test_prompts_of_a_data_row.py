@@ -11,15 +11,15 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from eval_protocol_rft.batch.conversion import convert
-from eval_protocol_rft.batch.dataset import RolloutDataset
-from eval_protocol_rft.batch.datums.write import write_datums
-from eval_protocol_rft.batch.evaluation_rows.to_row import to_row
-from eval_protocol_rft.batch.files import write_rows
-from eval_protocol_rft.batch.rollouts.format import FileMetadata, schema
-from eval_protocol_rft.batch.rollouts.rows import CompletionRow, Score
+from eval_protocol_rft.data._dataset import RolloutDataset
+from eval_protocol_rft.data._datums import write_datums
+from eval_protocol_rft.data._files import write_rows
+from eval_protocol_rft.data.conversion._job import convert
+from eval_protocol_rft.data.evaluation_rows._to_row import to_row
+from eval_protocol_rft.data.rollouts._format import FileMetadata, schema
+from eval_protocol_rft.data.rollouts._rows import CompletionRow, Score
 from eval_protocol_rft.record import RecordError
-from eval_protocol_rft.training import build_batch
+from eval_protocol_rft.training._batch import build_batch
 from eval_protocol_rft.training.export import files
 from tests.batch.servers import at, rows_by_pair, succeed, write_jsonl
 from tests.convert_rows import SAMPLING, same

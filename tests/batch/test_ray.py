@@ -16,10 +16,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from eval_protocol_rft.batch.dataset import RolloutDataset
-from eval_protocol_rft.batch.ray.nodes import MOST_START_DEATHS, NodeActors, RayEngineError, Work
-from eval_protocol_rft.batch.rollouts.rows import CompletionRow
-from eval_protocol_rft.batch.store.parts import parts_folder
+from eval_protocol_rft.data._dataset import RolloutDataset
+from eval_protocol_rft.data.rollouts._rows import CompletionRow
+from eval_protocol_rft.data.store._parts import parts_folder
+from eval_protocol_rft.scoring.executors._ray_nodes import (
+    MOST_START_DEATHS,
+    NodeActors,
+    RayEngineError,
+    Work,
+)
 from tests.batch.ray_work import Dying, Unable, Where
 
 WORK = Path(__file__).with_name("ray_work.py")
@@ -51,7 +56,7 @@ def problems(tmp_path: Path) -> Path:
 
 
 def generate(data: Path, output: Path, n: int = 4, **options: Any) -> Any:
-    from eval_protocol_rft.batch.generation.generate import generate as run
+    from eval_protocol_rft.data._generate import generate as run
 
     return run(data, output, {**PARAMS, "n": n}, progress=False, **options)
 
@@ -224,7 +229,7 @@ def test_a_killed_driver_takes_its_actors_along_and_the_same_call_goes_on(
 
 @pytest.mark.ray
 def test_the_key_reaches_the_server_and_no_log(cluster, problems, tmp_path, server):
-    from eval_protocol_rft.batch.generation.generate import generate as run
+    from eval_protocol_rft.data._generate import generate as run
     from tests.rollouts import chat_tokenizer
 
     params = {"model": "m", "base_url": server.url, "api_key": TOKEN, "n": 2}
@@ -245,8 +250,8 @@ def test_the_key_reaches_the_server_and_no_log(cluster, problems, tmp_path, serv
 
 @pytest.mark.ray
 def test_each_item_is_graded_as_on_one_machine_also_where_the_evaluator_misbehaves(cluster):
-    from eval_protocol_rft.batch.grading.grade import grade
-    from eval_protocol_rft.batch.ray.grading import grade_on_ray
+    from eval_protocol_rft.scoring.executors._executor import grade
+    from eval_protocol_rft.scoring.executors._ray import grade_on_ray
     from tests.batch.grading_runs import grader, one_each
 
     texts = [*("x" * i for i in range(1, 40)), "sleep", "exit 3", "be killed", "raise", "sys.exit"]
@@ -264,8 +269,8 @@ def test_each_item_is_graded_as_on_one_machine_also_where_the_evaluator_misbehav
 
 @pytest.mark.ray
 def test_async_evaluators_run_on_the_nodes_too(cluster):
-    from eval_protocol_rft.batch.grading.evaluators import load_evaluator
-    from eval_protocol_rft.batch.ray.grading import grade_on_ray
+    from eval_protocol_rft.scoring.executors._loading import load_evaluator
+    from eval_protocol_rft.scoring.executors._ray import grade_on_ray
     from tests.batch.grading_runs import one_each
 
     evaluator = load_evaluator(f"{WORK}::pid_later")
@@ -277,8 +282,8 @@ def test_async_evaluators_run_on_the_nodes_too(cluster):
 
 @pytest.mark.ray
 def test_an_item_that_ends_its_node_again_and_again_is_unscored_and_the_others_are_scored(cluster):
-    from eval_protocol_rft.batch.grading.evaluators import load_evaluator
-    from eval_protocol_rft.batch.ray.grading import MOST_LOSSES, grade_on_ray
+    from eval_protocol_rft.scoring.executors._loading import load_evaluator
+    from eval_protocol_rft.scoring.executors._ray import MOST_LOSSES, grade_on_ray
     from tests.batch.grading_runs import one_each
 
     evaluator = load_evaluator(f"{WORK}::bomb_or_length")
@@ -296,7 +301,7 @@ def test_an_item_that_ends_its_node_again_and_again_is_unscored_and_the_others_a
 
 @pytest.mark.ray
 def test_score_writes_the_rewards_of_the_local_engine(cluster, problems, tmp_path):
-    from eval_protocol_rft.batch.grading.score import score
+    from eval_protocol_rft.data._score import score
 
     file = tmp_path / "rollouts.parquet"
     generate(problems, file)

@@ -11,14 +11,14 @@ from types import SimpleNamespace
 import pytest
 import typer
 
-from eval_protocol_rft.batch import progress
-from eval_protocol_rft.batch.conversion import convert as convert_file
-from eval_protocol_rft.batch.progress import Reading
 from eval_protocol_rft.cli.convert import convert
 from eval_protocol_rft.cli.datums import datums
 from eval_protocol_rft.cli.filter import filter as filter_command
 from eval_protocol_rft.cli.report import report
 from eval_protocol_rft.cli.stats import stats
+from eval_protocol_rft.data import _progress as progress
+from eval_protocol_rft.data._progress import Reading
+from eval_protocol_rft.data.conversion._job import convert as convert_file
 from tests.scored_files import Sampled, write
 
 COMMANDS: dict[str, Callable[..., None]] = {

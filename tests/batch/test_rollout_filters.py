@@ -18,14 +18,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from eval_protocol_rft.batch.dataset import RolloutDataset
-from eval_protocol_rft.batch.filtering.filters import FilterRun, NothingLeftError, filter_rollouts
-from eval_protocol_rft.batch.filtering.rules import Band, FilterRules, FilterRulesError, parse_band
-from eval_protocol_rft.batch.filtering.survey import percentile, survey
-from eval_protocol_rft.batch.numbers import whole_groups
-from eval_protocol_rft.batch.rollouts.format import FileMetadata, FormatError, schema
-from eval_protocol_rft.batch.target import TargetError
 from eval_protocol_rft.cli.filter import filter as filter_command
+from eval_protocol_rft.data._dataset import RolloutDataset
+from eval_protocol_rft.data._files import TargetError
+from eval_protocol_rft.data._filter import FilterRun, NothingLeftError, filter_rollouts
+from eval_protocol_rft.data._filter_rules import (
+    Band,
+    FilterRules,
+    FilterRulesError,
+    parse_band,
+    percentile,
+    survey,
+)
+from eval_protocol_rft.data._group_values import whole_groups
+from eval_protocol_rft.data.rollouts._format import FileMetadata, FormatError, schema
 from tests.scored_files import (
     FAILED,
     Sampled,
@@ -329,7 +335,7 @@ def test_surviving_prompts_are_the_data_sets_own_rows(tmp_path: Path):
 
 
 def test_prompts_can_be_read_as_a_data_set_again(tmp_path: Path):
-    from eval_protocol_rft.batch.source.opening import open_source
+    from eval_protocol_rft.data.source._opening import open_source
 
     file = write(tmp_path / "in.parquet", SMALL)
     filter_rollouts(file, tmp_path / "p.jsonl", FilterRules(), prompts=True)
@@ -338,7 +344,7 @@ def test_prompts_can_be_read_as_a_data_set_again(tmp_path: Path):
 
 
 def test_a_value_that_json_has_no_word_for_is_an_error_that_says_so(tmp_path: Path):
-    from eval_protocol_rft.batch.files import write_rows
+    from eval_protocol_rft.data._files import write_rows
 
     rows = rows_of([[Sampled(1.0)]])
     rows[0].original = {"level": math.nan}
@@ -349,7 +355,7 @@ def test_a_value_that_json_has_no_word_for_is_an_error_that_says_so(tmp_path: Pa
 
 
 def test_rollouts_that_came_from_no_data_set_have_no_prompts_to_give(tmp_path: Path):
-    from eval_protocol_rft.batch.files import write_rows
+    from eval_protocol_rft.data._files import write_rows
 
     write_rows(tmp_path / "in.parquet", schema(FileMetadata(), {}), rows_of([[Sampled(1.0)]]))
     with pytest.raises(FormatError, match="no columns original_"):

@@ -15,11 +15,11 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from eval_protocol_rft.batch.dataset import RolloutDataset
-from eval_protocol_rft.batch.files import write_file, write_rows
-from eval_protocol_rft.batch.rollouts.format import FileMetadata, FormatError, schema
-from eval_protocol_rft.batch.rollouts.jsonl import metadata_path
-from eval_protocol_rft.batch.rollouts.rows import CompletionRow, from_record_batch, to_record_batch
+from eval_protocol_rft.data._dataset import RolloutDataset
+from eval_protocol_rft.data._files import write_file, write_rows
+from eval_protocol_rft.data.rollouts._format import FileMetadata, FormatError, schema
+from eval_protocol_rft.data.rollouts._jsonl import metadata_path
+from eval_protocol_rft.data.rollouts._rows import CompletionRow, from_record_batch, to_record_batch
 from tests.batch.servers import refused
 from tests.batch.strategies import RolloutFile, exactly, rollout_files
 

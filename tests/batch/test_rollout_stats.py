@@ -21,18 +21,17 @@ from hypothesis import strategies as st
 from rich.console import Console
 from typer.testing import CliRunner
 
-from eval_protocol_rft.batch.rollouts.format import FormatError
-from eval_protocol_rft.batch.stats.collector import MOST_REASONS, OTHER_REASONS
-from eval_protocol_rft.batch.stats.distribution import BARS, distribution
-from eval_protocol_rft.batch.stats.metrics import MetricMeans
-from eval_protocol_rft.batch.stats.rollout_stats import (
+from eval_protocol_rft.cli.stats import stats as stats_command
+from eval_protocol_rft.data._stats import (
+    MOST_REASONS,
+    OTHER_REASONS,
     pass_at_every_k,
     rollout_stats,
     summarize_tables,
 )
-from eval_protocol_rft.batch.stats.types import RolloutStats
-from eval_protocol_rft.cli.stats import stats as stats_command
-from eval_protocol_rft.report.stats_table import stats_table
+from eval_protocol_rft.data._stats_types import BARS, MetricMeans, RolloutStats, distribution
+from eval_protocol_rft.data.rollouts._format import FormatError
+from eval_protocol_rft.report._stats_table import stats_table
 from tests.batch.rollout_files import write_rollouts
 from tests.batch.servers import succeed
 from tests.scored_files import FAILED, Sampled, cut, groups_of_completions, table_of, write

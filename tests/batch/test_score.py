@@ -16,15 +16,15 @@ import pyarrow.parquet as pq
 import pytest
 from eval_protocol.models import EvaluateResult
 
-from eval_protocol_rft.batch.dataset import RolloutDataset
-from eval_protocol_rft.batch.evaluation_rows.from_row import from_row
-from eval_protocol_rft.batch.files import write_rows
-from eval_protocol_rft.batch.grading.score import score
-from eval_protocol_rft.batch.grading.views import ScoreError
-from eval_protocol_rft.batch.rollouts.format import FileMetadata, reward_columns, schema
-from eval_protocol_rft.batch.rollouts.rows import CompletionRow, to_record_batch
-from eval_protocol_rft.batch.store.merge import row_keys
-from eval_protocol_rft.batch.store.parts import BusyError, PartStore, parts_folder
+from eval_protocol_rft.data._dataset import RolloutDataset
+from eval_protocol_rft.data._files import write_rows
+from eval_protocol_rft.data._score import score
+from eval_protocol_rft.data._score_views import ScoreError
+from eval_protocol_rft.data.evaluation_rows._from_row import from_row
+from eval_protocol_rft.data.rollouts._format import FileMetadata, reward_columns, schema
+from eval_protocol_rft.data.rollouts._rows import CompletionRow, to_record_batch
+from eval_protocol_rft.data.store._merge import row_keys
+from eval_protocol_rft.data.store._parts import BusyError, PartStore, parts_folder
 from tests.batch.rollout_files import SCHEMA, write_rollouts
 from tests.batch.servers import (
     Pair,

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from eval_protocol_rft.batch.dataset import RolloutDataset
-from eval_protocol_rft.batch.store.merge import KEY_COLUMNS
+from eval_protocol_rft.data._dataset import RolloutDataset
+from eval_protocol_rft.data.store._merge import KEY_COLUMNS
 from tests.batch.rollout_files import write_rollouts
 from tests.batch.servers import (
     Pair,

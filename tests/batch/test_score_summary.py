@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from eval_protocol_rft.batch.dataset import RolloutDataset
-from eval_protocol_rft.batch.files import write_rows
-from eval_protocol_rft.batch.grading.score import score
+from eval_protocol_rft.data._dataset import RolloutDataset
+from eval_protocol_rft.data._files import write_rows
+from eval_protocol_rft.data._score import score
 from tests.batch.rollout_files import write_rollouts
 from tests.batch.servers import ep_rft, succeed
 

@@ -18,7 +18,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eval_protocol_rft.batch.source.opening import Source, SourceError, open_source
+from eval_protocol_rft.data.source._opening import open_source
+from eval_protocol_rft.data.source._types import Source, SourceError
 
 ROWS: list[dict[str, Any]] = [
     {"prompt": f"What is {i} plus {i}?", "answer": str(2 * i), "level": i % 5} for i in range(1300)

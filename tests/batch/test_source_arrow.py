@@ -13,7 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from eval_protocol_rft.batch.source.opening import SourceError, open_source
+from eval_protocol_rft.data.source._opening import open_source
+from eval_protocol_rft.data.source._types import SourceError
 
 NOW = datetime.datetime(2024, 5, 6, 7, 8, 9, 123456)  # noqa: DTZ001 - a column without time zone
 MESSAGES = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": None}]

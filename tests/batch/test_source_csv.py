@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eval_protocol_rft.batch.source.opening import SourceError, open_source
+from eval_protocol_rft.data.source._opening import open_source
+from eval_protocol_rft.data.source._types import SourceError
 
 FIELDS = st.text(st.characters(exclude_categories=["Cs"]), max_size=8) | st.text('",\n\r x')
 

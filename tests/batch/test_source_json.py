@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eval_protocol_rft.batch.source.opening import SourceError, open_source
+from eval_protocol_rft.data.source._opening import open_source
+from eval_protocol_rft.data.source._types import SourceError
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 VALUES = st.recursive(

@@ -8,14 +8,9 @@ from typing import Any
 
 import pytest
 
-from eval_protocol_rft.batch.source.opening import (
-    Source,
-    SourceError,
-    SourceRow,
-    check_prompt,
-    open_source,
-    prompt_column,
-)
+from eval_protocol_rft.data.source._opening import open_source
+from eval_protocol_rft.data.source._prompt import check_prompt, prompt_column
+from eval_protocol_rft.data.source._types import Source, SourceError, SourceRow
 
 USER = {"role": "user", "content": "hi"}
 

@@ -14,12 +14,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from eval_protocol_rft.batch.dataset import RolloutDataset
-from eval_protocol_rft.batch.files import write_rows
-from eval_protocol_rft.batch.rollouts.format import FileMetadata, RewardSettings, schema
-from eval_protocol_rft.batch.rollouts.jsonl import metadata_path
-from eval_protocol_rft.batch.rollouts.rows import Score, to_record_batch
-from eval_protocol_rft.batch.store.parts import BusyError, PartStore, parts_folder
+from eval_protocol_rft.data._dataset import RolloutDataset
+from eval_protocol_rft.data._files import write_rows
+from eval_protocol_rft.data.rollouts._format import FileMetadata, RewardSettings, schema
+from eval_protocol_rft.data.rollouts._jsonl import metadata_path
+from eval_protocol_rft.data.rollouts._rows import Score, to_record_batch
+from eval_protocol_rft.data.store._parts import BusyError, PartStore, parts_folder
 from tests.batch.store_crashes import (
     ASKED,
     KEYS_OF,

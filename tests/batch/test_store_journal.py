@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eval_protocol_rft.batch.store.journal import Journal, read_journal
+from eval_protocol_rft.data.store._parts import Journal, read_journal
 
 SCHEMA = pa.schema([("data_idx", pa.int64()), ("ids", pa.list_(pa.int32()))])
 BATCHES = [pa.record_batch([[i], [[7 * i, i]]], schema=SCHEMA).slice(0, 1) for i in range(3)]

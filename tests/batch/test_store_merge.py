@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eval_protocol_rft.batch.rollouts.format import FormatError
-from eval_protocol_rft.batch.store.merge import Keys, SortedInput, latest, merge_sorted, row_keys
+from eval_protocol_rft.data.rollouts._format import FormatError
+from eval_protocol_rft.data.store._merge import Keys, SortedInput, latest, merge_sorted, row_keys
 
 SAMPLES = 4
 """Of each data row: key k is data row k // 4, sample k % 4."""

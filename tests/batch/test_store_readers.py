@@ -11,9 +11,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from eval_protocol_rft.batch.files import write_rows
-from eval_protocol_rft.batch.rollouts.format import FileMetadata, schema
-from eval_protocol_rft.batch.rollouts.rows import CompletionRow, Score
+from eval_protocol_rft.data._files import write_rows
+from eval_protocol_rft.data.rollouts._format import FileMetadata, schema
+from eval_protocol_rft.data.rollouts._rows import CompletionRow, Score
 
 SCHEMA = schema(
     FileMetadata(prompt_kind="messages", json_columns=["ground_truth"]),

@@ -8,8 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from eval_protocol_rft.batch.dataset import RolloutDataset
-from eval_protocol_rft.batch.rollouts.format import METADATA_KEY
+from eval_protocol_rft.data._dataset import RolloutDataset
+from eval_protocol_rft.data.rollouts._format import METADATA_KEY
 from tests.batch import score_graders
 from tests.batch.rollout_files import write_rollouts
 from tests.batch.servers import at, refused, rows_by_pair, succeed

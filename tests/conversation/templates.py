@@ -14,8 +14,8 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from eval_protocol_rft.models import bundled_model_path
-from eval_protocol_rft.tokenizer import LoadedTokenizer
+from eval_protocol_rft.local._tokenizer import LoadedTokenizer
+from eval_protocol_rft.local.models import bundled_model_path
 
 START, END = "<|im_start|>", "<|im_end|>"
 

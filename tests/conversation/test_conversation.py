@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 
-from eval_protocol_rft.conversation import (
-    Conversation,
+from eval_protocol_rft.episodes._conversation import Conversation
+from eval_protocol_rft.episodes._rendering import (
     ConversationError,
     HistoryRewrittenError,
     UnfinishedTurnError,
 )
-from eval_protocol_rft.prompts import PromptError
-from eval_protocol_rft.sampling.types import Completion, TokenIds
-from eval_protocol_rft.tokenizer import LoadedTokenizer
+from eval_protocol_rft.local._tokenizer import LoadedTokenizer
+from eval_protocol_rft.rollout._prompts import PromptError
+from eval_protocol_rft.sampling._types import Completion, TokenIds
 from tests.conversation import templates
 from tests.rollouts import TOOLS
 

@@ -18,9 +18,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from eval_protocol_rft.conversation import Conversation, HistoryRewrittenError
-from eval_protocol_rft.sampling.types import Completion
-from eval_protocol_rft.tokenizer import LoadedTokenizer
+from eval_protocol_rft.episodes._conversation import Conversation
+from eval_protocol_rft.episodes._rendering import HistoryRewrittenError
+from eval_protocol_rft.local._tokenizer import LoadedTokenizer
+from eval_protocol_rft.sampling._types import Completion
 from tests.conversation import templates
 from tests.rollouts import TOOLS
 

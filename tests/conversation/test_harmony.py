@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from eval_protocol_rft.conversation import AnswerReader, Conversation, ParseProblem
-from eval_protocol_rft.conversation.harmony import read_harmony
-from eval_protocol_rft.sampling.types import Completion, SamplingParams
-from eval_protocol_rft.tokenizer import LoadedTokenizer
+from eval_protocol_rft.episodes._conversation import Conversation
+from eval_protocol_rft.local._tokenizer import LoadedTokenizer
+from eval_protocol_rft.rollout._answers import AnswerReader
+from eval_protocol_rft.rollout._call_formats import ParseProblem
+from eval_protocol_rft.rollout._harmony import read_harmony
+from eval_protocol_rft.sampling._types import Completion, SamplingParams
 from tests.conversation import templates
 from tests.parity.families import FAMILIES, TOOLS
 from tests.parity.servers import tokenizer_of

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from eval_protocol_rft.conversation import Conversation, template_report
-from eval_protocol_rft.sampling.types import Completion
-from eval_protocol_rft.tokenizer import LoadedTokenizer
+from eval_protocol_rft.episodes._conversation import Conversation
+from eval_protocol_rft.episodes._template_report import template_report
+from eval_protocol_rft.local._tokenizer import LoadedTokenizer
+from eval_protocol_rft.sampling._types import Completion
 
 WORDS = ["The", "end", "say", "more", "INST"]
 PIECES = [*WORDS, *(f"▁{word}" for word in WORDS), "▁[", ".["]

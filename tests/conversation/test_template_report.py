@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from eval_protocol_rft.conversation import TemplateReport, template_report
-from eval_protocol_rft.tokenizer import LoadedTokenizer
+from eval_protocol_rft.episodes._template_report import TemplateReport, template_report
+from eval_protocol_rft.local._tokenizer import LoadedTokenizer
 from tests.conversation import templates
 
 NAMES = (

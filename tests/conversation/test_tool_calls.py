@@ -9,13 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eval_protocol_rft.conversation import (
-    ParseProblem,
-    ToolFormat,
-    parse_tool_calls,
-    tool_format,
-)
-from eval_protocol_rft.prompts import PromptError
+from eval_protocol_rft.rollout._answers import parse_tool_calls, tool_format
+from eval_protocol_rft.rollout._call_formats import ParseProblem, ToolFormat
+from eval_protocol_rft.rollout._prompts import PromptError
 from tests.conversation import templates
 
 TOKENIZER = templates.bundled()

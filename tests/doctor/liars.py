@@ -13,8 +13,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from eval_protocol_rft.sampling.local import load_local_sampler
-from eval_protocol_rft.sampling.types import Completion, Sampler, SamplingError, SamplingParams
+from eval_protocol_rft.local._sampler import load_local_sampler
+from eval_protocol_rft.sampling._types import Completion, Sampler, SamplingError, SamplingParams
 
 Lie = Callable[[Completion, SamplingParams], Completion]
 

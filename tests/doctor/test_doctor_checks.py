@@ -7,13 +7,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eval_protocol_rft.doctor.completion_checks import Echo, end_of_turn, prompt_echo
-from eval_protocol_rft.doctor.findings import FAIL_LEVEL, Finding, graded, p_value_verdict, unfit
-from eval_protocol_rft.doctor.frequency import frequency_finding, measure_frequency
-from eval_protocol_rft.doctor.seed_checks import different_seeds, equal_seeds, repeats_p_value
-from eval_protocol_rft.doctor.trainer_gap import log_ratios, trainer_findings
-from eval_protocol_rft.sampling.logprob_kind import FirstTokens, measure_kind
-from eval_protocol_rft.sampling.types import Completion
+from eval_protocol_rft.doctor._completion_checks import (
+    Echo,
+    different_seeds,
+    end_of_turn,
+    equal_seeds,
+    prompt_echo,
+    repeats_p_value,
+)
+from eval_protocol_rft.doctor._findings import FAIL_LEVEL, Finding, graded, p_value_verdict, unfit
+from eval_protocol_rft.doctor._logprob_checks import frequency_finding, measure_frequency
+from eval_protocol_rft.doctor._trainer_gap import log_ratios, trainer_findings
+from eval_protocol_rft.sampling._logprob_kind import FirstTokens, measure_kind
+from eval_protocol_rft.sampling._types import Completion
 
 EOS = 9
 

@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 
-from eval_protocol_rft.models import bundled_model_path
+from eval_protocol_rft.local.models import bundled_model_path
 from tests.doctor.liars import Liar, drop_end, vllm_app
 from tests.serving import running
 from tests.stub_server import Hang, StubServer

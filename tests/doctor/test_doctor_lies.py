@@ -9,13 +9,13 @@ from dataclasses import replace
 
 import pytest
 
-from eval_protocol_rft.doctor.findings import Finding, unfit
-from eval_protocol_rft.doctor.run import Diagnosis, aexamine, examine
-from eval_protocol_rft.doctor.setup import Setup
-from eval_protocol_rft.models import bundled_model_path
-from eval_protocol_rft.params import parse_completion_params
-from eval_protocol_rft.sampling.types import RefusedError
-from eval_protocol_rft.server.app import create_app
+from eval_protocol_rft.doctor._findings import Finding, unfit
+from eval_protocol_rft.doctor._probe import Setup
+from eval_protocol_rft.doctor._run import Diagnosis, aexamine, examine
+from eval_protocol_rft.local.models import bundled_model_path
+from eval_protocol_rft.local.server._app import create_app
+from eval_protocol_rft.rollout._params import parse_completion_params
+from eval_protocol_rft.sampling._types import RefusedError
 from tests.doctor.liars import Liar, bundled, drop_end, raw_as_sampling, shifted, vllm_app
 from tests.serving import running
 from tests.waiting import PATIENCE

@@ -16,8 +16,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from eval_protocol_rft.models import bundled_model_path
-from eval_protocol_rft.sampling.local import LocalSampler
+from eval_protocol_rft.local._sampler import LocalSampler
+from eval_protocol_rft.local.models import bundled_model_path
 from tests.emulator.account import ACCOUNT, Account
 from tests.emulator.grpo import train_on_rows
 from tests.emulator.hot_load import HotLoads

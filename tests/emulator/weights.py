@@ -12,8 +12,8 @@ from starlette.responses import JSONResponse
 from starlette.types import Message, Receive, Scope, Send
 from transformers import PreTrainedTokenizerBase
 
-from eval_protocol_rft.sampling.types import Sampler
-from eval_protocol_rft.server.app import create_app
+from eval_protocol_rft.local.server._app import create_app
+from eval_protocol_rft.sampling._types import Sampler
 
 
 class Serving:

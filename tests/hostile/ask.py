@@ -11,8 +11,8 @@ from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from eval_protocol_rft.sampling.observing import LOGGER
-from eval_protocol_rft.sampling.retry import RetryPolicy
+from eval_protocol_rft.sampling._retry import RetryPolicy
+from eval_protocol_rft.sampling._telemetry import LOGGER
 from tests.hostile.book import GROUP, MAX_TOKENS, Book
 
 

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from eval_protocol_rft.sampling.types import FAILURE_KINDS
+from eval_protocol_rft.sampling._types import FAILURE_KINDS
 from tests.hostile.faults import FAULTS
 from tests.hostile.ledger import Entry, dialect_of
 from tests.hostile.replies import truth_of

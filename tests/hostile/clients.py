@@ -9,12 +9,12 @@ from __future__ import annotations
 import asyncio
 import random
 
-from eval_protocol_rft.endpoint import Endpoint
-from eval_protocol_rft.sampling.fanout import Group, derive_seeds, sample_group
-from eval_protocol_rft.sampling.guard import RunGuard
-from eval_protocol_rft.sampling.http import HttpSampler
-from eval_protocol_rft.sampling.observing import log_attempt
-from eval_protocol_rft.sampling.types import SamplingError, SamplingParams, TokenIds
+from eval_protocol_rft.sampling._endpoint import Endpoint
+from eval_protocol_rft.sampling._fanout import Group, derive_seeds, sample_group
+from eval_protocol_rft.sampling._http import HttpSampler
+from eval_protocol_rft.sampling._limiter import RunGuard
+from eval_protocol_rft.sampling._telemetry import log_attempt
+from eval_protocol_rft.sampling._types import SamplingError, SamplingParams, TokenIds
 from tests.hostile.ask import Ask, listening
 from tests.hostile.book import GROUP, MAX_TOKENS, Book
 from tests.hostile.faults import TRANSIENT

@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from eval_protocol_rft.sampling.fanout import derive_seeds
+from eval_protocol_rft.sampling._fanout import derive_seeds
 from tests.hostile.ask import Ask, listening
 from tests.hostile.book import GROUP, Book
 from tests.hostile.replies import END_OF_TURN
@@ -30,7 +30,7 @@ it back, so memory can be compared between quarters."""
 async def through_processor(ask: Ask, book: Book) -> None:
     """The rollout processor as Eval Protocol calls it, with rows of its own."""
     from eval_protocol_rft import FireworksTrainingRolloutProcessor
-    from eval_protocol_rft.processor import RolloutError
+    from eval_protocol_rft.rollout._processor import RolloutError
     from tests.rollouts import config_of, record_of_row, row_of
 
     tokenizer = servers_tokenizer()
@@ -79,8 +79,8 @@ async def through_processor(ask: Ask, book: Book) -> None:
 
 async def through_generate(ask: Ask, book: Book) -> None:
     """`agenerate`, and what its files hold."""
-    from eval_protocol_rft.batch.dataset import RolloutDataset
-    from eval_protocol_rft.batch.generation.generate import agenerate
+    from eval_protocol_rft.data._dataset import RolloutDataset
+    from eval_protocol_rft.data._generate import agenerate
 
     tokenizer = servers_tokenizer()
     size = -(-len(ask.prompts) // JOBS)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from eval_protocol_rft.sampling.types import Completion, SamplingError
+from eval_protocol_rft.sampling._types import Completion, SamplingError
 from tests.hostile.bases import Base, Exact, exact
 from tests.hostile.mutations import Damaged
 

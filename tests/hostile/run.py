@@ -19,7 +19,7 @@ from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import Any
 
-from eval_protocol_rft.sampling.retry import RetryPolicy
+from eval_protocol_rft.sampling._retry import RetryPolicy
 from tests.hostile.ask import Ask, Client
 from tests.hostile.book import GROUP, Book
 from tests.hostile.clients import through_fanout, through_sampler

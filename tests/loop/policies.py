@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from eval_protocol_rft.local._sampler import LocalSampler
+from eval_protocol_rft.local.models import bundled_model_path
 from eval_protocol_rft.loop.trl import TrlRollouts
-from eval_protocol_rft.models import bundled_model_path
-from eval_protocol_rft.sampling.local import LocalSampler
-from eval_protocol_rft.training.datums import TrainingDatum
+from eval_protocol_rft.training._datums import TrainingDatum
 
 
 def tiny_model(*, tied: bool = True, seed: int = 0) -> LlamaForCausalLM:

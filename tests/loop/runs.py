@@ -8,10 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from eval_protocol_rft.loop.options import LoopOptions
-from eval_protocol_rft.loop.setup import MakeParts, Parts, local_parts
-from eval_protocol_rft.loop.train import TrainResult, atrain
-from eval_protocol_rft.sampling.types import Completion, SamplingParams
+from eval_protocol_rft.loop._options import LoopOptions
+from eval_protocol_rft.loop._setup import MakeParts, Parts, local_parts
+from eval_protocol_rft.loop._train import TrainResult, atrain
+from eval_protocol_rft.sampling._types import Completion, SamplingParams
 from examples.arithmetic import test_arithmetic as example
 
 FIRST_SUMS = [(a, b) for a in range(10, 34) for b in range(10, 22)]

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from eval_protocol_rft.loop.rollouts import NothingToTrainOnError
-from eval_protocol_rft.loop.setup import Parts
-from eval_protocol_rft.loop.step import TrainingStoppedError
-from eval_protocol_rft.loop.watch import Watch
-from eval_protocol_rft.sampling.types import Completion
+from eval_protocol_rft.loop._rollouts import NothingToTrainOnError
+from eval_protocol_rft.loop._setup import Parts
+from eval_protocol_rft.loop._step import TrainingStoppedError
+from eval_protocol_rft.loop._watch import Watch
+from eval_protocol_rft.sampling._types import Completion
 from tests.loop.runs import altered, options, run
 
 

@@ -10,9 +10,9 @@ pytest.importorskip("torch")
 pytest.importorskip("fireworks.training.sdk", reason="needs the extra `fireworks`")
 
 from eval_protocol_rft import FireworksTrainingRolloutProcessor
-from eval_protocol_rft.loop.trainer import NamedLoss
-from eval_protocol_rft.row_runner import RowRunner
-from eval_protocol_rft.training import TrainingBatch, build_batch
+from eval_protocol_rft.loop._row_runner import RowRunner
+from eval_protocol_rft.loop._trainer import NamedLoss
+from eval_protocol_rft.training._batch import TrainingBatch, build_batch
 from tests.emulator.server import KEY, arithmetic, emulated_trainer
 from tests.emulator.sums_run import right_sum, sums
 from tests.emulator.trainers import CLIP, make_trainer

@@ -9,16 +9,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eval_protocol_rft.loop.fireworks import Adam, RunStateError, StepReport, StepSettings
-from eval_protocol_rft.loop.fireworks.hot_load import SnapshotChain, judge_replicas
-from eval_protocol_rft.loop.fireworks.job_states import judge_deployment, judge_job
-from eval_protocol_rft.loop.fireworks.run_state import (
+from eval_protocol_rft.loop._trainer import TrainerError
+from eval_protocol_rft.loop.fireworks._control_plane import judge_deployment, judge_job
+from eval_protocol_rft.loop.fireworks._hot_load import SnapshotChain, judge_replicas
+from eval_protocol_rft.loop.fireworks._run_state import (
     RunState,
+    RunStateError,
+    StepReport,
     check_run_name,
     read_state,
     write_state,
 )
-from eval_protocol_rft.loop.trainer import TrainerError
+from eval_protocol_rft.loop.fireworks._settings import Adam, StepSettings
 
 REPORT = StepReport(step=0, model="m", groups=1, completions=2, mean_score=0.5, dropped={})
 FRESH = RunState(run="r", settings={"base_model": "b", "lora_rank": 8})

@@ -9,10 +9,10 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("fireworks.training.sdk", reason="needs the extra `fireworks`")
 
-from eval_protocol_rft.loop.fireworks import parts as fireworks
-from eval_protocol_rft.loop.setup import Optimizer, SetupError
-from eval_protocol_rft.loop.train import atrain
-from eval_protocol_rft.models import bundled_model_path
+from eval_protocol_rft.local.models import bundled_model_path
+from eval_protocol_rft.loop._setup import Optimizer, SetupError
+from eval_protocol_rft.loop._train import atrain
+from eval_protocol_rft.loop.fireworks import _connecting as fireworks
 from examples.arithmetic import test_arithmetic as example
 from tests.emulator.server import KEY, emulated_trainer
 from tests.emulator.trainers import BASE

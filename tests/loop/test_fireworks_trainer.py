@@ -14,14 +14,16 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("fireworks.training.sdk", reason="needs the extra `fireworks`")
 
-from eval_protocol_rft.loop.fireworks import FireworksTrainer  # noqa: E402
-from eval_protocol_rft.loop.trainer import NamedLoss, Trainer, TrainerError  # noqa: E402
-from eval_protocol_rft.training.losses import (  # noqa: E402
-    LossError,
-    TokenTIS,
-    make_loss,
-    token_logprobs,
+from eval_protocol_rft.loop._trainer import (  # noqa: E402
+    NamedLoss,
+    Trainer,
+    TrainerError,
 )
+from eval_protocol_rft.loop.fireworks._trainer import FireworksTrainer  # noqa: E402
+from eval_protocol_rft.training.losses._corrections import TokenTIS  # noqa: E402
+from eval_protocol_rft.training.losses._forward import token_logprobs  # noqa: E402
+from eval_protocol_rft.training.losses._objective import make_loss  # noqa: E402
+from eval_protocol_rft.training.losses._tensors import LossError  # noqa: E402
 from tests.emulator.server import TrainingEmulator, arithmetic, emulated_trainer  # noqa: E402
 from tests.emulator.trainers import ADAM, CLIP, make_trainer, one_step  # noqa: E402
 from tests.sums import sums_batch  # noqa: E402

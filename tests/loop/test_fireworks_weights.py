@@ -14,8 +14,9 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("fireworks.training.sdk", reason="needs the extra `fireworks`")
 
-from eval_protocol_rft.loop.fireworks import FireworksTrainer, connect  # noqa: E402
-from eval_protocol_rft.loop.trainer import TrainerError  # noqa: E402
+from eval_protocol_rft.loop._trainer import TrainerError  # noqa: E402
+from eval_protocol_rft.loop.fireworks._connecting import connect  # noqa: E402
+from eval_protocol_rft.loop.fireworks._trainer import FireworksTrainer  # noqa: E402
 from tests.emulator.server import (  # noqa: E402
     KEY,
     TrainingEmulator,

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from eval_protocol_rft.loop.local_trainer import LocalTrainer
-from eval_protocol_rft.loop.trainer import NamedLoss
-from eval_protocol_rft.loop.weights import SamplerWeights
-from eval_protocol_rft.sampling.types import Completion, RefusedError, SamplingParams
+from eval_protocol_rft.loop._local_trainer import LocalTrainer
+from eval_protocol_rft.loop._trainer import NamedLoss
+from eval_protocol_rft.loop._weights import SamplerWeights
+from eval_protocol_rft.sampling._types import Completion, RefusedError, SamplingParams
 from tests.loop.policies import arithmetic_sampler
 
 HANGS = 300.0
@@ -134,7 +134,7 @@ async def test_a_held_sampler_begins_as_one_batch_whatever_the_order() -> None:
 
 async def test_what_the_trainer_publishes_is_what_is_sampled() -> None:
     """After a step, the sampler's logprobs are those of the trainer's new weights."""
-    from eval_protocol_rft.training.datums import TrainingDatum
+    from eval_protocol_rft.training._datums import TrainingDatum
 
     sampler = arithmetic_sampler()
     trainer = LocalTrainer(sampler.model, sink=SamplerWeights(sampler))

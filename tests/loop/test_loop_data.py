@@ -14,10 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 from eval_protocol.models import EPParameters, EvaluationRow, Message
 
-from eval_protocol_rft.batch.source.types import SourceError
-from eval_protocol_rft.episode_processor import EpisodeRolloutProcessor
-from eval_protocol_rft.loop.data import DataError, load_rows
-from eval_protocol_rft.loop.fingerprints import rows_fingerprint
+from eval_protocol_rft.data.source._types import SourceError
+from eval_protocol_rft.episodes._processor import EpisodeRolloutProcessor
+from eval_protocol_rft.loop._data import DataError, load_rows
+from eval_protocol_rft.loop._run_directory import rows_fingerprint
 
 CALL = {"id": "1", "type": "function", "function": {"name": "look", "arguments": "{}"}}
 RECORDS: list[dict[str, Any]] = [

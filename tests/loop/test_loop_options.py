@@ -10,9 +10,9 @@ from eval_protocol.models import EvaluationRow, Message
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eval_protocol_rft.batch.source.types import SourceError
-from eval_protocol_rft.loop.data import DataError, Draw, RowStream, load_rows, split_rows
-from eval_protocol_rft.loop.options import LoopOptions, OptionsError
+from eval_protocol_rft.data.source._types import SourceError
+from eval_protocol_rft.loop._data import DataError, Draw, RowStream, load_rows, split_rows
+from eval_protocol_rft.loop._options import LoopOptions, OptionsError
 from examples.arithmetic import test_arithmetic as example
 
 

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from eval_protocol_rft.loop.folding import fold_metrics
-from eval_protocol_rft.loop.mismatch import Mismatch, looks_shifted, measure
-from eval_protocol_rft.loop.watch import WINDOW, Watch
+from eval_protocol_rft.loop._local_trainer import fold_metrics
+from eval_protocol_rft.loop._watch import WINDOW, Watch
+from eval_protocol_rft.training._mismatch import Mismatch, looks_shifted, measure
 
 LOGPROBS = arrays(np.float32, st.integers(1, 30), elements=st.floats(-8, 0, width=32))
 

@@ -12,16 +12,14 @@ import pytest
 from eval_protocol.models import EvaluateResult, EvaluationRow
 
 from eval_protocol_rft import FireworksTrainingRolloutProcessor
-from eval_protocol_rft.batch.grading.evaluators import load_evaluator
-from eval_protocol_rft.batch.progress import reporter
 from eval_protocol_rft.cli.train_run import show_result
-from eval_protocol_rft.loop.fingerprints import weights_fingerprint
-from eval_protocol_rft.loop.journal import RunFolder, RunFolderError
-from eval_protocol_rft.loop.rollouts import NothingToTrainOnError
-from eval_protocol_rft.loop.setup import SetupError, local_parts, with_tokenizer_of
-from eval_protocol_rft.loop.train import TrainResult, atrain
-from eval_protocol_rft.models import bundled_model_path
-from eval_protocol_rft.scoring.code import code_fingerprints
+from eval_protocol_rft.data._progress import reporter
+from eval_protocol_rft.local.models import bundled_model_path
+from eval_protocol_rft.loop._rollouts import NothingToTrainOnError
+from eval_protocol_rft.loop._run_directory import RunFolder, RunFolderError, weights_fingerprint
+from eval_protocol_rft.loop._setup import SetupError, local_parts, with_tokenizer_of
+from eval_protocol_rft.loop._train import TrainResult, atrain
+from eval_protocol_rft.scoring.executors._loading import code_fingerprints, load_evaluator
 from tests.loop.runs import options, run, sums_file, without_times
 from tests.programs import Zygote
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eval_protocol_rft.loop.scheduler import Scheduler
+from eval_protocol_rft.loop._scheduler import Scheduler
 
 
 class Simulated:

@@ -18,20 +18,20 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from eval_protocol_rft.endpoint import Endpoint
+from eval_protocol_rft.local.models import bundled_model_path
+from eval_protocol_rft.local.server._app import create_app
+from eval_protocol_rft.local.server._weights import ReloadingSampler
 from eval_protocol_rft.loop import trl as loop_trl
-from eval_protocol_rft.loop.local_trainer import LocalTrainer
-from eval_protocol_rft.loop.setup import local_parts
-from eval_protocol_rft.loop.step import TrainingStoppedError
-from eval_protocol_rft.loop.train import TrainResult, atrain
-from eval_protocol_rft.loop.trainer import NamedLoss, TrainerError
-from eval_protocol_rft.loop.weights import ServedWeights
-from eval_protocol_rft.models import bundled_model_path
-from eval_protocol_rft.sampling.http import HttpSampler
-from eval_protocol_rft.sampling.types import Completion, SamplingParams
-from eval_protocol_rft.server.app import create_app
-from eval_protocol_rft.server.reloading import ReloadingSampler
-from eval_protocol_rft.training.datums import TrainingDatum
+from eval_protocol_rft.loop._local_trainer import LocalTrainer
+from eval_protocol_rft.loop._setup import local_parts
+from eval_protocol_rft.loop._step import TrainingStoppedError
+from eval_protocol_rft.loop._train import TrainResult, atrain
+from eval_protocol_rft.loop._trainer import NamedLoss, TrainerError
+from eval_protocol_rft.loop._weights import ServedWeights
+from eval_protocol_rft.sampling._endpoint import Endpoint
+from eval_protocol_rft.sampling._http import HttpSampler
+from eval_protocol_rft.sampling._types import Completion, SamplingParams
+from eval_protocol_rft.training._datums import TrainingDatum
 from examples.arithmetic import test_arithmetic as example
 from examples.sums import test_sums as sums
 from tests.loop.policies import (

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from eval_protocol_rft.loop import sinks
-from eval_protocol_rft.loop.sinks import SinkError, open_sinks, require_sinks, scalars
+from eval_protocol_rft.loop import _metrics as sinks
+from eval_protocol_rft.loop._metrics import SinkError, open_sinks, require_sinks, scalars
 from tests.loop.runs import options, run
 
 

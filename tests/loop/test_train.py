@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
-from eval_protocol_rft.loop.journal import RunFolder, RunFolderError
-from eval_protocol_rft.loop.rollouts import NothingToTrainOnError
-from eval_protocol_rft.loop.setup import Optimizer, local_parts
-from eval_protocol_rft.loop.train import atrain
-from eval_protocol_rft.sampling.types import RefusedError
+from eval_protocol_rft.loop._rollouts import NothingToTrainOnError
+from eval_protocol_rft.loop._run_directory import RunFolder, RunFolderError
+from eval_protocol_rft.loop._setup import Optimizer, local_parts
+from eval_protocol_rft.loop._train import atrain
+from eval_protocol_rft.sampling._types import RefusedError
 from examples.arithmetic import test_arithmetic as example
 from tests.loop.runs import options, run, sums_file, without_times
 from tests.programs import Zygote

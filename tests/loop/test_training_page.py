@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from eval_protocol_rft.cli import app
-from eval_protocol_rft.report.page_charts import FRAME
-from eval_protocol_rft.report.page_detail import ReportError
-from eval_protocol_rft.report.training_charts import (
+from eval_protocol_rft.report._charts import FRAME
+from eval_protocol_rft.report._page_stats import ReportError
+from eval_protocol_rft.report._training_charts import (
     Series,
     Span,
     curve,
@@ -27,13 +27,9 @@ from eval_protocol_rft.report.training_charts import (
     log_scale,
     stacked_chart,
 )
-from eval_protocol_rft.report.training_curve import curve_svg
-from eval_protocol_rft.report.training_page import (
-    read_run,
-    training_page,
-    write_training_report,
-)
-from eval_protocol_rft.report.training_series import Measured, binned, smoothed
+from eval_protocol_rft.report._training_curve import curve_svg
+from eval_protocol_rft.report._training_page import read_run, training_page, write_training_report
+from eval_protocol_rft.report._training_series import Measured, binned, smoothed
 from tests.loop.runs import options, run
 
 NAN = math.nan

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from eval_protocol_rft.report.training_page import training_page
+from eval_protocol_rft.report._training_page import training_page
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs the package playwright")
 

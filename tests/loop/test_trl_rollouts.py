@@ -13,16 +13,15 @@ import torch
 from eval_protocol.models import EvaluationRow, Message
 from transformers import AutoTokenizer
 
+from eval_protocol_rft.local.models import bundled_model_path
 from eval_protocol_rft.loop import trl as loop_trl
-from eval_protocol_rft.loop.data import DataError
-from eval_protocol_rft.loop.rollouts import NothingToTrainOnError
-from eval_protocol_rft.loop.setup import SetupError
-from eval_protocol_rft.loop.step import TrainingStoppedError
-from eval_protocol_rft.loop.trainer import TrainerError
+from eval_protocol_rft.loop._data import DataError
+from eval_protocol_rft.loop._rollouts import NothingToTrainOnError
+from eval_protocol_rft.loop._setup import SetupError
+from eval_protocol_rft.loop._step import TrainingStoppedError
+from eval_protocol_rft.loop._trainer import TrainerError
 from eval_protocol_rft.loop.trl import TrlRollouts, trl_rollouts
-from eval_protocol_rft.models import bundled_model_path
-from eval_protocol_rft.training.export import MissingPackageError
-from eval_protocol_rft.training.export.errors import require
+from eval_protocol_rft.training._errors import MissingPackageError, require
 from examples.sums import test_sums as sums
 from tests.loop.policies import change, forward_logprobs, grpo_trainer
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
-from eval_protocol_rft.loop.options import LoopOptions
-from eval_protocol_rft.loop.setup import Optimizer, local_parts
-from eval_protocol_rft.loop.train import atrain
-from eval_protocol_rft.loop.weights import ServedWeights
+from eval_protocol_rft.loop._options import LoopOptions
+from eval_protocol_rft.loop._setup import Optimizer, local_parts
+from eval_protocol_rft.loop._train import atrain
+from eval_protocol_rft.loop._weights import ServedWeights
 from tests.loop import digit_sums
 
 URL = os.environ.get("EP_RFT_VLLM_URL", "")

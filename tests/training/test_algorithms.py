@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from eval_protocol_rft.training.algorithms import ALGORITHMS
-from eval_protocol_rft.training.filters import DROP_REASONS
+from eval_protocol_rft.training._algorithms import ALGORITHMS
+from eval_protocol_rft.training._filters import DROP_REASONS
 
 PAGE = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
 

@@ -15,20 +15,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eval_protocol_rft.training import (
-    ALGORITHMS,
+from eval_protocol_rft.training import _advantages as advantages
+from eval_protocol_rft.training._algorithms import ALGORITHMS, BatchArguments, BatchOptions
+from eval_protocol_rft.training._batch import build_batch, iter_batches
+from eval_protocol_rft.training._errors import (
     BiasedSamplingError,
     BiasedSamplingWarning,
     EmptyBatchError,
-    Filters,
-    SoftOverlong,
     TrainingDataError,
-    advantages,
-    build_batch,
-    group_rows,
-    iter_batches,
 )
-from eval_protocol_rft.training.options import BatchArguments, BatchOptions
+from eval_protocol_rft.training._filters import Filters, SoftOverlong
+from eval_protocol_rft.training._groups import group_rows
 from tests.training_rows import completion, failed_row, record, row, scored
 
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eval_protocol_rft.training import Trajectory
-from eval_protocol_rft.training.datums import Example, pack, weight_factors
+from eval_protocol_rft.training._datums import Example, pack, weight_factors
+from eval_protocol_rft.training._trajectory import Trajectory
 
 
 def sequence(mask: list[int], first: int = 10) -> Trajectory:

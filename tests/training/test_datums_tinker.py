@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from eval_protocol_rft.training import Trajectory
-from eval_protocol_rft.training.datums import Example, pack
+from eval_protocol_rft.training._datums import Example, pack
+from eval_protocol_rft.training._trajectory import Trajectory
 
 tinker = pytest.importorskip("tinker")
 processing = pytest.importorskip("tinker_cookbook.rl.data_processing")

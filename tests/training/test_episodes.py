@@ -11,17 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eval_protocol_rft.training import (
-    Filters,
-    Segment,
-    SoftOverlong,
-    TrainingDataError,
-    TrainingDatum,
-    Trajectory,
-    build_batch,
-    group_rows,
-    iter_batches,
-)
+from eval_protocol_rft.training._batch import build_batch, iter_batches
+from eval_protocol_rft.training._datums import TrainingDatum
+from eval_protocol_rft.training._errors import TrainingDataError
+from eval_protocol_rft.training._filters import Filters, SoftOverlong
+from eval_protocol_rft.training._groups import group_rows
+from eval_protocol_rft.training._trajectory import Segment, Trajectory
 from tests.training_episodes import TWO_SEGMENTS, episodes_extra, episodes_row, shapes
 from tests.training_rows import row
 

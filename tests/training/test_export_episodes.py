@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from eval_protocol_rft.training import build_batch, group_rows
-from eval_protocol_rft.training.export import ExportError, files, fireworks, rl_step, trl, verl
+from eval_protocol_rft.training._batch import build_batch
+from eval_protocol_rft.training._errors import ExportError
+from eval_protocol_rft.training._groups import group_rows
+from eval_protocol_rft.training.export import files, fireworks, rl_step, trl, verl
+from eval_protocol_rft.training.export._wire import loss_fn_inputs
 from eval_protocol_rft.training.export.cookbook import to_rollout, to_run, to_sample
-from eval_protocol_rft.training.export.wire import loss_fn_inputs
 from tests.training_episodes import PROMPT, TWO_SEGMENTS, Shape, episodes_row
 
 ONE_SEGMENT: Shape = [[(3, 2), (4, 1)]]

@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from eval_protocol_rft.durable import replacing
-from eval_protocol_rft.training import TrainingBatch, TrainingDatum, build_batch
-from eval_protocol_rft.training.export import ExportError, MissingPackageError, files
+from eval_protocol_rft._durable import replacing
+from eval_protocol_rft.training._batch import TrainingBatch, build_batch
+from eval_protocol_rft.training._datums import TrainingDatum
+from eval_protocol_rft.training._errors import ExportError, MissingPackageError
+from eval_protocol_rft.training.export import files
 from tests.training_batches import batch_of, prompt_groups
 from tests.training_rows import scored
 

@@ -7,9 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from eval_protocol_rft.training import Filters, Trajectory, advantages, build_batch
-from eval_protocol_rft.training.export import ExportError, MissingPackageError, verl
-from eval_protocol_rft.training.trajectory import PromptGroup
+from eval_protocol_rft.training import _advantages as advantages
+from eval_protocol_rft.training._batch import build_batch
+from eval_protocol_rft.training._errors import ExportError, MissingPackageError
+from eval_protocol_rft.training._filters import Filters
+from eval_protocol_rft.training._trajectory import PromptGroup, Trajectory
+from eval_protocol_rft.training.export import verl
 from tests.training_batches import batch_of, prompt_groups
 from tests.training_rows import scored
 

@@ -10,9 +10,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eval_protocol_rft.training import Filters, PromptGroup, SoftOverlong, TrainingDataError
-from eval_protocol_rft.training import group_rows as read
-from eval_protocol_rft.training.filters import DROP_REASONS, FilteredGroup, filter_group
+from eval_protocol_rft.training._errors import TrainingDataError
+from eval_protocol_rft.training._filters import (
+    DROP_REASONS,
+    FilteredGroup,
+    Filters,
+    SoftOverlong,
+    filter_group,
+)
+from eval_protocol_rft.training._groups import group_rows as read
+from eval_protocol_rft.training._trajectory import PromptGroup
 from tests.training_rows import completion, failed_row, scored
 
 

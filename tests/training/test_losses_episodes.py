@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from eval_protocol_rft.training import build_batch
+from eval_protocol_rft.training._batch import build_batch
 from tests.training_episodes import TWO_SEGMENTS, episodes_row
 
 torch = pytest.importorskip("torch")
@@ -18,7 +18,7 @@ ONE_TURN = [[(3, 4)]]
 @pytest.mark.parametrize("normalization", ["token", "sequence", "constant"])
 def test_a_batch_of_episodes_has_the_loss_of_a_loop_over_its_segments(normalization: Any) -> None:
     """On-policy importance sampling: sum of -ratio * advantage, by hand from the record."""
-    from eval_protocol_rft.training.losses import make_loss
+    from eval_protocol_rft.training.losses._objective import make_loss
 
     shapes = [TWO_SEGMENTS, ONE_TURN, [[(3, 1)], [(2, 2), (1, 3)], [(5, 1)]]]
     row = episodes_row("a", shapes, [1.0, 0.0, 0.5], seed=3)
@@ -56,7 +56,7 @@ def test_a_batch_of_episodes_has_the_loss_of_a_loop_over_its_segments(normalizat
 
 def test_every_sampled_target_follows_the_very_tokens_of_its_own_segment() -> None:
     """Where segments share a prompt row by row: what each target's logits see, token by token."""
-    from eval_protocol_rft.training.losses.layout import bundled, sharing_prompts
+    from eval_protocol_rft.training.losses._forward import bundled, sharing_prompts
 
     shapes = [TWO_SEGMENTS, ONE_TURN, [[(3, 1), (2, 2)], [(4, 2)]]]
     batch = build_batch([episodes_row("a", shapes, [1.0, 0.0, 0.5])])

@@ -12,9 +12,11 @@ import pytest
 import torch
 from fireworks.training.sdk.types import Datum, ForwardBackwardOutput, ModelInput, TensorData
 
-from eval_protocol_rft.training.algorithms import ALGORITHMS
-from eval_protocol_rft.training.datums import TrainingDatum
-from eval_protocol_rft.training.losses import LossError, TokenTIS, make_loss
+from eval_protocol_rft.training._algorithms import ALGORITHMS
+from eval_protocol_rft.training._datums import TrainingDatum
+from eval_protocol_rft.training.losses._corrections import TokenTIS
+from eval_protocol_rft.training.losses._objective import make_loss
+from eval_protocol_rft.training.losses._tensors import LossError
 from tests.training.test_losses_reference import REFERENCES, draw_batch, flat
 
 torch.set_num_threads(1)
@@ -178,7 +180,7 @@ def test_arrays_that_do_not_fit_are_refused_with_the_datum(
 
 
 def test_the_training_package_imports_without_torch() -> None:
-    code = "import sys, eval_protocol_rft.training.datums as d; assert 'torch' not in sys.modules"
+    code = "import sys, eval_protocol_rft.training._datums as d; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -13,9 +13,10 @@ from eval_protocol.pytest.types import RolloutProcessorConfig
 from transformers import AutoModelForCausalLM
 
 from eval_protocol_rft import FireworksTrainingRolloutProcessor, score_rows
-from eval_protocol_rft.models import bundled_model_path
-from eval_protocol_rft.training import TrainingBatch, build_batch
-from eval_protocol_rft.training.losses import Objective, make_loss, token_logprobs
+from eval_protocol_rft.local.models import bundled_model_path
+from eval_protocol_rft.training._batch import TrainingBatch, build_batch
+from eval_protocol_rft.training.losses._forward import token_logprobs
+from eval_protocol_rft.training.losses._objective import Objective, make_loss
 from tests.training.test_losses_reference import REFERENCES
 
 torch.set_num_threads(1)

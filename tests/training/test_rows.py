@@ -12,11 +12,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eval_protocol_rft.episodes import EpisodeRecord, SegmentRecord, episodes_problem
+from eval_protocol_rft._episode_record import EpisodeRecord, SegmentRecord, episodes_problem
 from eval_protocol_rft.record import RecordError, RolloutRecord
-from eval_protocol_rft.training import TrainingDataError, build_batch, group_rows
-from eval_protocol_rft.training.buffers import TokenBuffer, store_completions
-from eval_protocol_rft.training.trajectory import Segment
+from eval_protocol_rft.training._batch import build_batch
+from eval_protocol_rft.training._buffers import TokenBuffer, store_completions
+from eval_protocol_rft.training._errors import TrainingDataError
+from eval_protocol_rft.training._groups import group_rows
+from eval_protocol_rft.training._trajectory import Segment
 from tests.training_rows import completion, contents_of, record, row, scored
 
 

@@ -16,9 +16,13 @@ from transformers import (
     MistralForCausalLM,
 )
 
-from eval_protocol_rft.training.datums import TrainingDatum
-from eval_protocol_rft.training.losses.forward import can_share_prompts, token_logprobs
-from eval_protocol_rft.training.losses.layout import SHARED_WIDTH, bundled
+from eval_protocol_rft.training._datums import TrainingDatum
+from eval_protocol_rft.training.losses._forward import (
+    SHARED_WIDTH,
+    bundled,
+    can_share_prompts,
+    token_logprobs,
+)
 
 SHAPE = {
     "vocab_size": 30,

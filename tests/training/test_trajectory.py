@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from eval_protocol_rft.training import TrainingDataError, Trajectory
+from eval_protocol_rft.training._errors import TrainingDataError
+from eval_protocol_rft.training._trajectory import Trajectory
 
 
 def trajectory(**changes: Any) -> Trajectory:

@@ -3,29 +3,12 @@
     trainer = await connect(base_model=..., deployment=..., temperature=1.0, adam=Adam())
     reports = await iterate(evaluator, rows, client=AsyncFireworks(), run=..., ...)
 
-`trainer` holds `FireworksTrainer`, `losses` which loss the server computes, `hot_load` how new
-weights reach a deployment, `connecting` the way in. `iterate` is the loop over the control plane:
-`run_state` says where a run is, `control_plane` what is asked of the service, `job_states` what its
-answers mean. Extra `fireworks`; losses need torch (extra `local`) too.
+`_trainer` holds `FireworksTrainer`, `_losses` which loss the server computes, `_hot_load` how new
+weights reach a deployment, `_connecting` the way in. `_iterate` is the loop over the control plane:
+`_run_state` says where a run is, `_control_plane` what is asked of the service and what its answers
+mean. Extra `fireworks`; losses need torch (extra `local`) too.
 """
 
-from eval_protocol_rft.loop.fireworks.connecting import connect
-from eval_protocol_rft.loop.fireworks.hot_load import HotLoad
-from eval_protocol_rft.loop.fireworks.iterate import iterate
-from eval_protocol_rft.loop.fireworks.job_states import ControlPlaneError, JobFailedError
-from eval_protocol_rft.loop.fireworks.run_state import RunStateError, StepReport
-from eval_protocol_rft.loop.fireworks.settings import Adam, StepSettings
-from eval_protocol_rft.loop.fireworks.trainer import FireworksTrainer
+import lazy_loader
 
-__all__ = [
-    "Adam",
-    "ControlPlaneError",
-    "FireworksTrainer",
-    "HotLoad",
-    "JobFailedError",
-    "RunStateError",
-    "StepReport",
-    "StepSettings",
-    "connect",
-    "iterate",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -8,7 +8,3 @@ Invariant: what a consumer cannot be given exactly is an `ExportError`, never an
 an unscored completion never becomes a reward of 0. A consumer's package is imported when it is
 needed; where it is missing, `MissingPackageError` names what to install.
 """
-
-from eval_protocol_rft.training.export.errors import ExportError, MissingPackageError
-
-__all__ = ["ExportError", "MissingPackageError"]

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from eval_protocol_rft.training.batch import TrainingBatch
-from eval_protocol_rft.training.datums import TrainingDatum
-from eval_protocol_rft.training.export.errors import require
-from eval_protocol_rft.training.export.wire import build_datum, loss_fn_inputs
+from eval_protocol_rft.training._batch import TrainingBatch
+from eval_protocol_rft.training._datums import TrainingDatum
+from eval_protocol_rft.training._errors import require
+from eval_protocol_rft.training.export._wire import build_datum, loss_fn_inputs
 
 
 def to_datums(batch: TrainingBatch, *, loss_fn: str | None = None) -> list[Any]:

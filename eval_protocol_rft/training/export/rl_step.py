@@ -21,12 +21,11 @@ from typing import Any, Literal, NamedTuple
 
 import msgspec
 
-from eval_protocol_rft.durable import replacing
-from eval_protocol_rft.training.buffers import TokenBuffer
-from eval_protocol_rft.training.errors import EmptyBatchError, TrainingDataError
-from eval_protocol_rft.training.export.errors import ExportError
-from eval_protocol_rft.training.groups import GroupKey
-from eval_protocol_rft.training.rows import (
+from eval_protocol_rft._durable import replacing
+from eval_protocol_rft.training._buffers import TokenBuffer
+from eval_protocol_rft.training._errors import EmptyBatchError, ExportError, TrainingDataError
+from eval_protocol_rft.training._groups import GroupKey
+from eval_protocol_rft.training._rows import (
     Row,
     RowRollout,
     field_of,

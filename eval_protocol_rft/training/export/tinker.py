@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from eval_protocol_rft.training.batch import TrainingBatch
-from eval_protocol_rft.training.datums import TrainingDatum
-from eval_protocol_rft.training.export.errors import ExportError, require
-from eval_protocol_rft.training.export.wire import build_datum, loss_fn_inputs
+from eval_protocol_rft.training._batch import TrainingBatch
+from eval_protocol_rft.training._datums import TrainingDatum
+from eval_protocol_rft.training._errors import ExportError, require
+from eval_protocol_rft.training.export._wire import build_datum, loss_fn_inputs
 
 LOSSES = ("cross_entropy", "importance_sampling", "ppo", "cispo", "dro", "gspo")
 """Of the losses that this package knows, those that Tinker has."""

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from eval_protocol_rft.training.batch import TrainingBatch
-from eval_protocol_rft.training.datums import TrainingDatum
-from eval_protocol_rft.training.export.errors import ExportError, require
+from eval_protocol_rft.training._batch import TrainingBatch
+from eval_protocol_rft.training._datums import TrainingDatum
+from eval_protocol_rft.training._errors import ExportError, require
 
 
 class VerlData(NamedTuple):

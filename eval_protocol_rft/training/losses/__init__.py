@@ -7,52 +7,10 @@ the training SDK.
 
 Or, on a remote trainer: `client.forward_backward_custom(sdk_datums, loss_fn.for_sdk(datums))`.
 
-`policy` holds the losses, `corrections` truncated importance sampling, `kl` the reference penalty,
-`metrics` what is reported, `objective` their sum, `adapters` and `forward` the way in from datums.
+`_policy` holds the losses, `_corrections` truncated importance sampling, `_objective` their sum and
+what is reported of it, `_forward` the way from datums to log-probabilities.
 """
 
-from eval_protocol_rft.training.losses.corrections import (
-    Correction,
-    CorrectionWeights,
-    IcePop,
-    SequenceTIS,
-    TokenTIS,
-)
-from eval_protocol_rft.training.losses.forward import TokenLogprobs, token_logprobs
-from eval_protocol_rft.training.losses.objective import POLICY_LOSSES, Objective, make_loss
-from eval_protocol_rft.training.losses.policy import (
-    CISPO,
-    DAPO,
-    DRO,
-    GSPO,
-    PPO,
-    ImportanceSampling,
-    PolicyLoss,
-    Reinforce,
-    TokenLoss,
-)
-from eval_protocol_rft.training.losses.tensors import LossError, PolicyTensors
+import lazy_loader
 
-__all__ = [
-    "CISPO",
-    "DAPO",
-    "DRO",
-    "GSPO",
-    "POLICY_LOSSES",
-    "PPO",
-    "Correction",
-    "CorrectionWeights",
-    "IcePop",
-    "ImportanceSampling",
-    "LossError",
-    "Objective",
-    "PolicyLoss",
-    "PolicyTensors",
-    "Reinforce",
-    "SequenceTIS",
-    "TokenLogprobs",
-    "TokenLoss",
-    "TokenTIS",
-    "make_loss",
-    "token_logprobs",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,17 @@
+from .episodes import EpisodeRolloutProcessor as EpisodeRolloutProcessor
+from .local import LocalSampler as LocalSampler
+from .loop import make_group_rollout_fn as make_group_rollout_fn
+from .loop import make_rollout_fn as make_rollout_fn
+from .record import RecordError as RecordError
+from .record import RolloutRecord as RolloutRecord
+from .rollout import FireworksTrainingRolloutProcessor as FireworksTrainingRolloutProcessor
+from .rollout import SlimLogger as SlimLogger
+from .sampling import Completion as Completion
+from .sampling import Failure as Failure
+from .sampling import RetryPolicy as RetryPolicy
+from .sampling import Sampler as Sampler
+from .sampling import SamplingError as SamplingError
+from .sampling import SamplingParams as SamplingParams
+from .scoring import ascore_rows as ascore_rows
+from .scoring import score_each_completion as score_each_completion
+from .scoring import score_rows as score_rows

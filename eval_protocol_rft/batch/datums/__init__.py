@@ -1,1 +1,0 @@
-"""From a rollout file to training datums."""

@@ -1,1 +1,0 @@
-"""A data set in, a rollout file out, continued after any interruption."""

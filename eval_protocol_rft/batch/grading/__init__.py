@@ -1,1 +1,0 @@
-"""A user's evaluator over stored completions."""

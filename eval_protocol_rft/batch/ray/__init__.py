@@ -1,1 +1,0 @@
-"""Generation and grading on a Ray cluster; the driver keeps the books."""

@@ -1,1 +1,0 @@
-"""What a rollout file holds, in numbers."""

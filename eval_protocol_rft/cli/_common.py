@@ -1,0 +1,167 @@
+"""What a command says, and how it ends when something is wrong: one line on stderr, exit code 1.
+
+Invariant: whatever models, servers and evaluators wrote, and whatever a file is called, no terminal
+takes it for a command. Nothing here prints in another way. What is wrong with files and settings is
+one line in every command; a traceback is left to mistakes of this package.
+
+What a command on rollouts takes: a rollout file, or what a test of Eval Protocol wrote.
+
+A command that is told to end, by Ctrl-C or by whoever runs the machine.
+
+Invariant: SIGTERM ends a command as Ctrl-C does, so what it was about to store is stored.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import re
+import signal
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn, ParamSpec
+
+import typer
+
+from eval_protocol_rft._durable import NO_ROOM
+from eval_protocol_rft._text import visible_lines
+
+
+@dataclass(slots=True)
+class Stopped:
+    """Why a `KeyboardInterrupt` came."""
+
+    by: signal.Signals = signal.SIGINT
+
+    @property
+    def exit_code(self) -> int:
+        """As a shell reports a process that this signal ended."""
+        return 128 + self.by
+
+
+@contextlib.contextmanager
+def sigterm_interrupts() -> Iterator[Stopped]:
+    """Within, SIGTERM does what Ctrl-C does; the value tells them apart."""
+    stopped = Stopped()
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        stopped.by = signal.SIGTERM
+        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+            # So it is in a script's background job, which Ctrl-C is not meant for.
+            raise KeyboardInterrupt
+        signal.raise_signal(signal.SIGINT)
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield stopped
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+P = ParamSpec("P")
+_ATTEMPTS = "eval_protocol_rft.attempts"
+"""The logger of `sampling.observing`, which is not imported for `--help`."""
+
+
+def one_line(command: Callable[P, None]) -> Callable[P, None]:
+    """`command`, ending with one line on stderr and exit code 1 where its files or settings are
+    wrong, and with one line where Ctrl-C or SIGTERM ends it."""
+
+    @functools.wraps(command)
+    def run(*args: P.args, **named: P.kwargs) -> None:
+        try:
+            with _no_log_of_attempts(), sigterm_interrupts() as stopped:
+                command(*args, **named)
+        except BrokenPipeError:
+            raise  # whoever read our output has gone, which typer deals with
+        except RecursionError:
+            fail("a value in a file is nested too deep to be read")
+        except OSError as error:
+            where = "" if error.filename is None else f"{error.filename}: "
+            fail(f"{where}{reason_of(error)}")
+        except OverflowError as error:
+            fail(f"a number in a file is larger or smaller than can be: {error}")
+        except ValueError as error:
+            fail(str(error))
+        except KeyboardInterrupt:
+            say("ep-rft: stopped", err=True)
+            raise typer.Exit(stopped.exit_code) from None
+        except Exception as error:
+            # Errors of this package say what is wrong, with or without a base class.
+            if not type(error).__module__.startswith("eval_protocol_rft."):
+                raise
+            fail(str(error))
+
+    return run
+
+
+def reason_of(error: OSError) -> str:
+    """Why a file could not be read or written, without its name."""
+    advice = ". Make room, or write elsewhere" if error.errno in NO_ROOM else ""
+    return f"{error.strerror or error}{advice}"
+
+
+@contextlib.contextmanager
+def _no_log_of_attempts() -> Iterator[None]:
+    """What became of attempts is summed up at the end; as a log it would come line by line."""
+    logger = logging.getLogger(_ATTEMPTS)
+    before, nobody = logger.propagate, logging.NullHandler()
+    logger.propagate = False
+    logger.addHandler(nobody)
+    try:
+        yield
+    finally:
+        logger.propagate = before
+        logger.removeHandler(nobody)
+
+
+def say(text: object, *, err: bool = False) -> None:
+    """Print text, of others too."""
+    typer.echo(visible_lines(str(text)), err=err)
+
+
+def say_json(data: bytes) -> None:
+    """Print JSON. It escapes what is below 0x20 itself, but not the other control characters."""
+    text = re.sub(r"[\x7f-\x9f]", lambda found: f"\\u{ord(found[0]):04x}", data.decode())
+    typer.echo(text)
+
+
+def fail(message: str) -> NoReturn:
+    """Say what is wrong and end."""
+    say(f"ep-rft: {message}", err=True)
+    raise typer.Exit(1)
+
+
+@contextlib.contextmanager
+def rollout_file(path: Path, *, quiet: bool = False) -> Iterator[Path]:
+    """`path` where it is a rollout file or that of an unfinished job. Where it holds rows of Eval
+    Protocol (JSON lines, or a folder of them, of which the newest counts), a rollout file of these,
+    which is gone afterwards.
+
+    Raises:
+        RowsFileError, ConvertError: there is neither, or it is broken.
+    """
+    from eval_protocol_rft.data import convert
+    from eval_protocol_rft.report import RowsFileError, is_rollouts, newest_rows_file
+
+    if is_rollouts(path) or (not path.exists() and path.suffix):
+        yield path
+        return
+    rows = newest_rows_file(path)
+    with tempfile.TemporaryDirectory(prefix="ep-rft-") as folder:
+        made = Path(folder) / f"{rows.stem}.parquet"
+        summary = convert(rows, made, from_format="ep", drop_failed_rows=True, progress=not quiet)
+        for note in summary.notes:
+            say(f"ep-rft: {rows}: {note}", err=True)
+        try:
+            yield made
+        except ValueError as error:
+            # By the name that the user knows.
+            text = str(error)
+            if str(made) in text:
+                raise RowsFileError(text.replace(str(made), str(rows))) from error
+            raise

@@ -1,0 +1,253 @@
+"""`RolloutDataset`: a rollout file, read lazily.
+
+Invariant: rows come in file order and the completions of a data row stand together, whatever the
+file's format and whether its job was finished. Only what is being looked at is in memory.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from eval_protocol_rft.data.evaluation_rows._to_row import to_rows
+from eval_protocol_rft.data.rollouts import _jsonl as jsonl
+from eval_protocol_rft.data.rollouts._checking import in_order, with_json_text
+from eval_protocol_rft.data.rollouts._format import (
+    FIXED_COLUMNS,
+    MESSAGES,
+    FileMetadata,
+    FormatError,
+    metadata_of,
+)
+from eval_protocol_rft.data.rollouts._parquet import open_parquet, read_row_groups
+from eval_protocol_rft.data.rollouts._rows import CompletionRow, from_record_batch
+from eval_protocol_rft.data.source._arrow import plain_type
+from eval_protocol_rft.data.store._merge import (
+    KEY_COLUMNS,
+    SortedInput,
+    latest,
+    merge_sorted,
+    row_keys,
+)
+from eval_protocol_rft.data.store._parts import (
+    journal_tables,
+    part_number,
+    part_paths,
+    parts_folder,
+    read_schema,
+)
+
+if TYPE_CHECKING:
+    from eval_protocol.models import EvaluationRow
+
+_NEEDED = ("row_id", "data_idx", "sample_idx", "prompt")
+"""Columns that every file has, without a null."""
+
+
+class RolloutDataset:
+    """The rollouts of a file: Parquet, JSON lines, or what an unfinished job has put aside.
+
+    Args:
+        path: the file. Where it is not there yet, what is stored of the job that is to write it,
+            which may be running.
+
+    Raises:
+        FormatError: there is no such file, or it is no rollout file.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.finished = self.path.is_file()
+        """False where these are the parts of an unfinished job."""
+        folder = self.path if self.path.is_dir() else parts_folder(self.path)
+        if self.finished:
+            self.schema: pa.Schema = _file_schema(self.path)
+        else:
+            found = read_schema(folder)
+            if found is None:
+                raise FormatError(f"{path}: no such rollout file, and no unfinished job for it")
+            self.schema = found
+        missing = [name for name in _NEEDED if name not in self.schema.names]
+        if missing:
+            raise FormatError(f"{path}: no rollout file: it has no column {missing[0]!r}")
+        self._folder = folder
+        self.metadata: FileMetadata = metadata_of(self.schema, where=str(path))
+
+    def __repr__(self) -> str:
+        return f"RolloutDataset({str(self.path)!r})"
+
+    def tables(self, columns: list[str] | None = None) -> Iterator[pa.Table]:
+        """Arrow tables of the rows, none of them empty.
+
+        Args:
+            columns: read these alone; default all.
+
+        Raises:
+            FormatError: while iterating, at what is broken, at a completion that is there twice, or
+                at a data row whose completions do not stand together.
+        """
+        further = self.metadata.json_columns
+        tables = with_json_text(self._tables(_with_keys(columns)), str(self.path), further)
+        return tables if columns is None else (table.select(columns) for table in tables)
+
+    def _tables(self, wanted: list[str] | None) -> Iterator[pa.Table]:
+        """`tables`, but what JSON text holds is left to who reads it."""
+        if not self.finished:
+            return self._checked(self._stored(wanted))
+        if jsonl.is_jsonl(self.path):
+            tables = jsonl.read_tables(self.path, self.schema, wanted)
+        else:
+            found = read_row_groups(self.path, wanted)
+            tables = (_as_documented(table, self.schema, self.path) for table in found)
+        return in_order(self._checked(tables), str(self.path))
+
+    def rows(self, columns: list[str] | None = None) -> Iterator[CompletionRow]:
+        """All completions, failed ones included.
+
+        Args:
+            columns: read these alone, those without a default among them; default all.
+        """
+        for table in self._tables(_with_keys(columns)):
+            yield from from_record_batch(table, self.metadata, where=str(self.path))
+
+    def __iter__(self) -> Iterator[CompletionRow]:
+        return self.rows()
+
+    def groups(self, columns: list[str] | None = None) -> Iterator[list[CompletionRow]]:
+        """The completions of one data row after the other, by `sample_idx`; `columns` as in
+        `rows`."""
+        for _, rows in itertools.groupby(self.rows(columns), key=lambda row: row.data_idx):
+            yield list(rows)
+
+    def training_rows(self) -> Iterator[dict[str, Any]]:
+        """One dict per data row, for `training.build_batch` and `training.iter_batches`; token data
+        are arrays. Where completions of a data row were sampled behind different prompt ids, there
+        is one for each prompt; these are one prompt group all the same."""
+        for group in self.groups():
+            yield from to_rows(group, self.metadata, arrays=True)
+
+    def evaluation_rows(self) -> Iterator[EvaluationRow]:
+        """One `EvaluationRow` per data row, as the rollout processor leaves it; several where
+        `training_rows` has several."""
+        from eval_protocol.models import EvaluationRow
+
+        for group in self.groups():
+            yield from map(EvaluationRow.model_validate, to_rows(group, self.metadata))
+
+    @functools.cached_property
+    def num_rows(self) -> int:
+        """Completions, failed ones included."""
+        if self.finished and not jsonl.is_jsonl(self.path):
+            with open_parquet(self.path) as file:
+                return int(file.metadata.num_rows)
+        return sum(len(table) for table in self.tables(KEY_COLUMNS))
+
+    def rows_about(self) -> int:
+        """`num_rows`, soon: JSON lines are counted, blank ones too."""
+        if self.finished and jsonl.is_jsonl(self.path):
+            return jsonl.count_lines(self.path)
+        return self.num_rows
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    def _stored(self, columns: list[str] | None) -> Iterator[pa.Table]:
+        """What the job has put aside, in the order of its data rows."""
+        wanted = _with_keys(columns)
+        journals = journal_tables(self._folder, self.schema)
+        parts = [(part_number(path), path) for path in part_paths(self._folder)]
+        # Of a part and the journal of its number, the rows of the journal count.
+        inputs = [(number, 0, _part(path, wanted)) for number, path in parts]
+        inputs += [
+            (number, 1, _held(table if wanted is None else table.select(wanted)))
+            for number, table in journals
+        ]
+        ordered = [each for *_, each in sorted(inputs, key=lambda found: found[:2])]
+        for table in merge_sorted(ordered, lambda table: row_keys(table, None)):
+            yield table if columns is None else table.select(columns)
+
+    def _checked(self, tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
+        """The same tables, if what no row may lack is there.
+
+        Raises:
+            FormatError: it is not; the message says in which row.
+        """
+        count = 0
+        for table in tables:
+            names = set(table.schema.names)
+            for name in names.intersection(_NEEDED):
+                if table.column(name).null_count:
+                    row = count + int(pc.index(table.column(name).is_null(), True).as_py())
+                    raise FormatError(f"{self.path}: row {row}: {name} is null: it was damaged")
+            if names.issuperset(("completion_ids", "error")):
+                nothing = pc.and_(
+                    table.column("completion_ids").is_null(), table.column("error").is_null()
+                )
+                if (row := int(pc.index(nothing, True).as_py())) >= 0:
+                    raise FormatError(
+                        f"{self.path}: row {count + row}: neither a completion nor an error why "
+                        "there is none: it was damaged"
+                    )
+            count += len(table)
+            yield table
+
+
+def _with_keys(columns: list[str] | None) -> list[str] | None:
+    return None if columns is None else list(dict.fromkeys([*KEY_COLUMNS, *columns]))
+
+
+def _file_schema(path: Path) -> pa.Schema:
+    if jsonl.is_jsonl(path):
+        return jsonl.read_schema(path)
+    with open_parquet(path) as file:
+        found = file.schema_arrow
+    fields = [field.with_type(_documented(field)) for field in found]
+    return pa.schema(fields).with_metadata(found.metadata)
+
+
+def _documented(field: pa.Field) -> pa.DataType:
+    """The type that a column has here: who writes a file anew may take wider ones, or views."""
+    wanted = FIXED_COLUMNS.get(field.name)
+    if field.name == "prompt" and pa.types.is_nested(field.type):
+        wanted = MESSAGES
+    if wanted is None or field.name == "ground_truth":
+        return plain_type(field.type)
+    try:
+        pa.schema([field]).empty_table().cast(pa.schema([field.with_type(wanted)]))
+    except pa.ArrowException:
+        return field.type
+    return wanted
+
+
+def _as_documented(table: pa.Table, schema: pa.Schema, where: Path) -> pa.Table:
+    target = pa.schema([schema.field(name) for name in table.schema.names])
+    if table.schema.types == target.types:
+        return table
+    try:
+        return table.cast(target.with_metadata(table.schema.metadata))
+    except pa.ArrowException as error:
+        raise FormatError(f"{where}: a value does not fit its column: {error}") from error
+
+
+def _part(path: Path, columns: list[str] | None) -> SortedInput:
+    """A part by data row; parts of a shuffled run are not sorted so on disk."""
+
+    def tables() -> Iterator[pa.Table]:
+        table = pa.concat_tables(read_row_groups(path, columns))
+        yield table.sort_by([(name, "ascending") for name in KEY_COLUMNS])
+
+    keys = pa.concat_tables(read_row_groups(path, KEY_COLUMNS))
+    return SortedInput(int(row_keys(keys, None).min()), tables)
+
+
+def _held(table: pa.Table) -> SortedInput:
+    """The rows of a journal, of which a later one may be in the place of an earlier one."""
+    keys = row_keys(table, None)
+    return SortedInput(int(keys.min()), lambda: iter([table.take(latest(keys))]))

@@ -1,0 +1,344 @@
+"""From a rollout file to training datums, in files.
+
+Invariant: every completion of the rollout file is in the output or counted under the reason for
+which it is not. In memory is one batch, or, for RL-step lines, one prompt group.
+
+Training batches as numbered files.
+
+Invariant: after a run the files of a name are those of that run alone: `NAME-00000.npz`, and so on
+without a gap. They appear when all of them are whole, or not at all.
+
+Datums as JSON lines, for readers in any language.
+
+Invariant: a line holds one datum, number for number: float32 values are written so that they read
+back as the same float32. What all datums share stands in `<file>.metadata.json` beside them.
+
+RL-step lines of more rollouts than fit in memory: one prompt group after the other.
+
+Invariant: the lines are those of `export.rl_step.to_lines` for all rows at once.
+
+Rows of a rollout file as `training` reads them, by any of the file's rewards.
+
+Invariant: a row carries the rewards that were asked for and no others; a data row that was never
+scored is an error, since its completions are not the evaluator's failures.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Unpack
+
+import msgspec
+
+from eval_protocol_rft._durable import replacing, sync_folder
+from eval_protocol_rft.data._dataset import RolloutDataset
+from eval_protocol_rft.data._files import TargetError, check_target
+from eval_protocol_rft.data._group_values import chosen_reward
+from eval_protocol_rft.data._progress import Reading
+from eval_protocol_rft.data.evaluation_rows._to_row import to_rows
+from eval_protocol_rft.data.rollouts._jsonl import replacing_lines
+from eval_protocol_rft.data.rollouts._rows import UNSCORED
+from eval_protocol_rft.training import (
+    BatchArguments,
+    EmptyBatchError,
+    TrainingBatch,
+    TrainingDataError,
+    TrainingDatum,
+    build_batch,
+    iter_batches,
+    row_key,
+)
+from eval_protocol_rft.training.export import files
+from eval_protocol_rft.training.export.rl_step import RLStepData, to_lines
+
+
+def numbered_path(path: Path, number: int) -> Path:
+    """`datums.npz` -> `datums-00003.npz`."""
+    return path.with_name(f"{path.stem}-{number:05d}{path.suffix}")
+
+
+def check_numbered(path: Path, *, overwrite: bool) -> None:
+    """Refuse to mix with the files of an earlier run.
+
+    Raises:
+        TargetError: some are there.
+    """
+    first = numbered_path(path, 0)
+    if first.exists() and not overwrite:
+        raise TargetError(
+            f"{first} is there already, of an earlier run; write elsewhere, or say --overwrite "
+            "(overwrite=True)"
+        )
+
+
+def write_numbered(path: Path, batches: Iterable[TrainingBatch]) -> list[Path]:
+    """Write a file per batch, and remove those that an earlier run has left beyond them."""
+    written: list[Path] = []
+    # All of them beside, then all of them in: a run that is stopped leaves those of the one before.
+    with tempfile.TemporaryDirectory(prefix=f".{path.stem[:64]}-", dir=path.parent) as folder:
+        for number, batch in enumerate(batches):
+            written.append(numbered_path(path, number))
+            write_batch(Path(folder) / written[-1].name, batch)
+        for target in written:
+            if target.exists():
+                shutil.copymode(target, Path(folder) / target.name)
+            os.replace(Path(folder) / target.name, target)
+    sync_folder(path.parent)
+    # An earlier run's have no gap: what comes after one is somebody else's.
+    for number in itertools.count(len(written)):
+        left = numbered_path(path, number)
+        if not left.exists():
+            break
+        left.unlink()
+    return written
+
+
+def write_batch(path: Path, batch: TrainingBatch) -> None:
+    """Write one batch in the format of the extension, `.npz` or `.safetensors`."""
+    save = files.save_npz if path.suffix == ".npz" else files.save_safetensors
+    save(batch, path)
+
+
+_ARRAYS = ("input_tokens", "target_tokens", "logprobs", "advantages", "weights")
+_VALUES = ("row_id", "completion", "segment", "group", "reward", "truncated", "prompt_length")
+_SHARED = ("algorithm", "loss_fn", "loss_fn_config", "normalization", "tokenizer")
+
+
+def write_datums_jsonl(path: Path, batches: Iterable[TrainingBatch]) -> None:
+    """Write the datums of at least one batch as they come, in place of a file that is there."""
+    encoder = msgspec.json.Encoder()
+    shared: dict[str, Any] = {}
+    count = 0
+    with replacing_lines(path) as lines:
+        for number, batch in enumerate(batches):
+            for datum in batch.datums:
+                lines.write(encoder.encode(_line(number, datum)) + b"\n")
+            shared = {name: getattr(batch, name) for name in _SHARED}
+            shared |= {"batches": number + 1, "datums": (count := count + len(batch))}
+        lines.metadata = shared
+
+
+def _line(batch: int, datum: TrainingDatum) -> dict[str, Any]:
+    values = {name: getattr(datum, name) for name in _VALUES}
+    arrays = {name: getattr(datum, name).tolist() for name in _ARRAYS}
+    return {"batch": batch, **values, **arrays}
+
+
+class RLStepCounts(NamedTuple):
+    """What was written."""
+
+    groups: int
+    """Lines."""
+    samples: int
+    dropped: dict[str, int]
+
+
+def write_rl_step(path: Path, rows: Iterable[dict[str, Any]]) -> RLStepCounts:
+    """Write scored rows as RL-step lines; completions without a reward are dropped and counted.
+
+    Raises:
+        TrainingDataError: a row is wrong, or the rows of a prompt group do not stand together.
+        EmptyBatchError: no completion is left.
+    """
+    groups = samples = 0
+    dropped: Counter[str] = Counter()
+    with replacing(path) as file:
+        for data in _by_group(rows):
+            dropped.update(data.dropped)
+            groups += len(data.lines)
+            for line in data.lines:
+                samples += len(line["samples"])
+                file.write(msgspec.json.encode(line) + b"\n")
+        if not groups:
+            raise EmptyBatchError(dropped)
+    return RLStepCounts(groups, samples, dict(dropped))
+
+
+def _by_group(rows: Iterable[dict[str, Any]]) -> Iterator[RLStepData]:
+    seen: set[int] = set()  # hashes, as in `iter_groups`
+    for key, group in itertools.groupby(rows, key=row_key):
+        if hash(key) in seen:
+            raise TrainingDataError(
+                f"row {key[1]!r} belongs to a prompt group whose rows ended before it: sort the "
+                "file so that rows of one row_id stand together"
+            )
+        seen.add(hash(key))
+        try:
+            yield to_lines(group, unscored="drop")
+        except EmptyBatchError as nothing:
+            yield RLStepData([], nothing.dropped)
+
+
+def scored_rows(
+    dataset: RolloutDataset, *, reward: str | None = None, reading: Reading
+) -> Iterator[dict[str, Any]]:
+    """`dataset.training_rows()`, with a further reward in the place of the main one.
+
+    Args:
+        dataset: a scored file.
+        reward: name of the further reward; None is the main one.
+        reading: shows how far it is read.
+
+    Raises:
+        FormatError: at once, if there is no such reward.
+        TrainingDataError: while iterating, at a data row that was never scored.
+    """
+    return _rows(dataset, chosen_reward(dataset, reward), reading)
+
+
+def _rows(dataset: RolloutDataset, column: str, reading: Reading) -> Iterator[dict[str, Any]]:
+    for group in reading(dataset.groups()):
+        survivors = [row for row in group if not row.failed]
+        if survivors and not any(column in row.scores for row in survivors):
+            raise TrainingDataError(
+                f"{dataset.path}: data row {group[0].data_idx} ({group[0].row_id!r}) has no "
+                f"{column} and no reason why. Score the file with `ep-rft score`, or leave such "
+                "completions out with `ep-rft filter --drop-unscored`"
+            )
+        for row in group:
+            row.scores = {"reward": row.scores.get(column, UNSCORED)}
+        yield from to_rows(group, dataset.metadata, arrays=True)
+
+
+DatumsFormat = Literal["npz", "safetensors", "jsonl", "rl-step"]
+
+SUFFIXES: dict[DatumsFormat, str] = {
+    "npz": ".npz",
+    "safetensors": ".safetensors",
+    "jsonl": ".jsonl",
+    "rl-step": ".jsonl",
+}
+
+
+@dataclass(slots=True, kw_only=True)
+class DatumsSummary:
+    """What was written, and what was not."""
+
+    files: list[Path] = field(default_factory=list)
+    batches: int = 0
+    groups: int = 0
+    """Prompt groups that something was written of."""
+    datums: int = 0
+    """Or samples, of RL-step lines."""
+    sampled_tokens: int | None = 0
+    """Targets with a weight; None for RL-step lines, which hold text."""
+    dropped: Counter[str] = field(default_factory=Counter)
+    """Reason (see `training.filters.DROP_REASONS`) -> completions."""
+
+    def counting(self, batches: Iterator[TrainingBatch]) -> Iterator[TrainingBatch]:
+        """The same batches, counted as they go by."""
+        for batch in batches:
+            self.batches += 1
+            self.groups += batch.stats.groups_trained
+            self.datums += len(batch)
+            self.sampled_tokens = (self.sampled_tokens or 0) + batch.stats.sampled_tokens
+            self.dropped.update(batch.dropped)
+            yield batch
+
+
+def write_datums(
+    source: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    format: DatumsFormat | None = None,  # noqa: A002
+    reward: str | None = None,
+    max_groups: int | None = None,
+    max_tokens: int | None = None,
+    overwrite: bool = False,
+    progress: bool | None = None,
+    **options: Unpack[BatchArguments],
+) -> DatumsSummary:
+    """Turn a scored rollout file into training data.
+
+    Args:
+        source: the rollout file.
+        output: where to. With `max_groups` or `max_tokens`, NPZ and safetensors become one file
+            per batch: `datums.npz` stands for `datums-00000.npz` and so on, and files of an
+            earlier run beyond the last are removed.
+        format: default what the extension says. "rl-step", a text format in .jsonl, has to be
+            named; it holds rewards, not advantages, so it takes none of the options below.
+        reward: name of a further reward to train on; None is the main one.
+        max_groups, max_tokens: limits of a batch, as for `iter_batches`. Default: all is one batch,
+            in memory.
+        overwrite: take the place of files that are there.
+        progress: show a bar where it takes long; None: where stderr is a terminal.
+        **options: as for `build_batch`: `algorithm`, `normalization`, `filters`, ...
+
+    Raises:
+        FormatError: no rollout file, or a broken one; no such reward.
+        TrainingDataError: a row or an option is wrong; see `build_batch`.
+        EmptyBatchError: nothing is left to train on.
+        TargetError: the output must not be written to.
+        MissingPackageError: `safetensors` is not installed.
+    """
+    limited = max_groups is not None or max_tokens is not None
+    chosen = format or _format_of(Path(output))
+    target = check_target(output, source, suffixes=[SUFFIXES[chosen]], overwrite=overwrite)
+    if chosen == "rl-step" and (limited or options):
+        raise TrainingDataError(
+            "RL-step lines hold text and rewards, no datums: of the options, only the reward "
+            "applies to them"
+        )
+    dataset = RolloutDataset(source)
+    with Reading("datums", dataset.rows_about, show=progress) as reading:
+        rows = scored_rows(dataset, reward=reward, reading=reading)
+        return _write(
+            target, chosen, rows, max_groups, max_tokens, overwrite=overwrite, options=options
+        )
+
+
+def _write(
+    target: Path,
+    format: DatumsFormat,  # noqa: A002
+    rows: Iterator[dict[str, Any]],
+    max_groups: int | None,
+    max_tokens: int | None,
+    *,
+    overwrite: bool,
+    options: BatchArguments,
+) -> DatumsSummary:
+    if format == "rl-step":
+        counts = write_rl_step(target, rows)
+        return DatumsSummary(
+            files=[target],
+            groups=counts.groups,
+            datums=counts.samples,
+            sampled_tokens=None,
+            dropped=Counter(counts.dropped),
+        )
+    summary = DatumsSummary(files=[target])
+    batches = summary.counting(_batches(rows, max_groups, max_tokens, options))
+    if format == "jsonl":
+        write_datums_jsonl(target, batches)
+    elif max_groups is not None or max_tokens is not None:
+        check_numbered(target, overwrite=overwrite)
+        summary.files = write_numbered(target, batches)
+    else:
+        write_batch(target, next(batches))
+    return summary
+
+
+def _batches(
+    rows: Iterator[dict[str, Any]],
+    max_groups: int | None,
+    max_tokens: int | None,
+    options: BatchArguments,
+) -> Iterator[TrainingBatch]:
+    if max_groups is None and max_tokens is None:
+        yield build_batch(rows, **options)
+    else:
+        yield from iter_batches(rows, max_groups=max_groups, max_tokens=max_tokens, **options)
+
+
+def _format_of(path: Path) -> DatumsFormat:
+    for name, suffix in SUFFIXES.items():
+        if path.suffix == suffix:
+            return name
+    raise TargetError(f"{path}: its name must end in {', '.join(sorted(set(SUFFIXES.values())))}")

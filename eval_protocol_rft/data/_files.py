@@ -1,0 +1,210 @@
+"""Writing a whole rollout file, in either format.
+
+Invariant: the file appears under its name when it is complete and on disk, or not at all.
+
+Where a command may write.
+
+Invariant: what a command reads is never what it writes, nothing is replaced unless asked for, and
+what would keep a file from being written at the end is found at the start.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+
+from eval_protocol_rft._durable import check_replaceable, link_target, replacing
+from eval_protocol_rft.data.rollouts import _jsonl as jsonl
+from eval_protocol_rft.data.rollouts import _parquet as parquet
+from eval_protocol_rft.data.rollouts._jsonl import is_jsonl, metadata_path
+from eval_protocol_rft.data.rollouts._rows import CompletionRow, to_record_batch
+
+
+def write_file(path: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> int:
+    """Write `tables`, which have `schema`, in the place of `path`; returns the number of rows.
+
+    Raises:
+        OSError: the file cannot be written; one that was there is as it was.
+    """
+    if jsonl.is_jsonl(path):
+        return jsonl.write_file(path, schema, tables)
+    with replacing(path) as file:
+        return parquet.write_tables(file, schema, tables)
+
+
+def write_rows(
+    path: str | os.PathLike[str], schema: pa.Schema, rows: Iterable[CompletionRow]
+) -> int:
+    """Write rows, those of a data row together and by `sample_idx`; returns their number."""
+    return write_file(Path(path), schema, tables_of(rows, schema))
+
+
+def tables_of(rows: Iterable[CompletionRow], schema: pa.Schema) -> Iterator[pa.Table]:
+    """Rows as tables that each fit a row group."""
+    held: list[CompletionRow] = []
+    tokens = 0
+    for row in rows:
+        prompt = 0 if row.prompt_ids is None else len(row.prompt_ids)
+        held.append(row)
+        tokens += row.num_tokens + prompt
+        if len(held) >= parquet.ROW_GROUP_ROWS or tokens >= parquet.ROW_GROUP_TOKENS:
+            yield pa.Table.from_batches([to_record_batch(held, schema)])
+            held, tokens = [], 0
+    if held:
+        yield pa.Table.from_batches([to_record_batch(held, schema)])
+
+
+_RATE_FROM = 1_000_000
+"""Bytes from which on they say what a row takes: less is what a file has without any."""
+ROLLOUT_SUFFIXES = (".parquet", ".jsonl", ".ndjson")
+
+
+class TargetError(ValueError):
+    """A place that must not be written to, or cannot be."""
+
+
+def check_target(
+    output: str | os.PathLike[str],
+    source: str | os.PathLike[str],
+    *,
+    suffixes: Sequence[str],
+    overwrite: bool,
+) -> Path:
+    """`output` as a path, if it may be written to.
+
+    Raises:
+        TargetError: it is the source, is there already, has another extension, or cannot be
+            written.
+    """
+    path = Path(output)
+    if path.suffix not in suffixes:
+        raise TargetError(f"{path}: what to write there? Its name must end in {_listed(suffixes)}")
+    with _as_target_error(path):
+        check_not_read(path, [Path(source)])
+        if path.exists() and not overwrite:
+            raise TargetError(
+                f"{path} is there already; write elsewhere, or say --overwrite (overwrite=True)"
+            )
+        _check_writable(path)
+    return path
+
+
+def check_not_read(target: Path, sources: Iterable[Path]) -> None:
+    """See that a command does not write over what it reads, whatever it may overwrite.
+
+    Raises:
+        TargetError: it would.
+    """
+    if any(same_file(target, source) for source in sources):
+        raise TargetError(f"{target}: that is the file to be read; write to another one")
+
+
+def check_rollout_file(path: Path, *, folders: Iterable[Path]) -> None:
+    """Look whether `path` can become a rollout file, before work is put into it.
+
+    Args:
+        path: the file, which may be there.
+        folders: of the jobs that make it.
+
+    Raises:
+        TargetError: its name says no format or is too long, or its folder cannot be written.
+    """
+    if path.suffix not in ROLLOUT_SUFFIXES:
+        raise TargetError(f"{path}: name the output .parquet or .jsonl")
+    with _as_target_error(path):
+        _check_writable(path)
+        for folder in folders:
+            with contextlib.suppress(FileNotFoundError):
+                os.stat(folder)
+
+
+def check_room(target: Path, size: int) -> None:
+    """See that the disk has room to write `target` in `size` bytes beside what is there, where the
+    disk can tell.
+
+    Raises:
+        TargetError: it has not.
+    """
+    folder = link_target(target).absolute().parent
+    usage = shutil.disk_usage(folder)
+    if usage.total and usage.free < size:
+        raise TargetError(
+            f"{target}: writing it takes {amount(size)}, and the disk of {folder} has "
+            f"{amount(usage.free)} left. Make room first, or choose another output"
+        )
+
+
+def room_warning(target: Path, total: int, stored: int, size: int) -> str | None:
+    """What to say where the disk will be full before a job is done, at the rate so far.
+
+    Args:
+        target: the file that the job makes.
+        total: rows that it will have.
+        stored: rows that are stored.
+        size: bytes that these take.
+
+    Returns:
+        None where there is room, as far as the disk can tell, or the rate is not known yet. What is
+        stored and the file stand side by side until the file is whole.
+    """
+    if size < _RATE_FROM or stored >= total:
+        return None
+    folder = link_target(target).absolute().parent
+    usage = shutil.disk_usage(folder)
+    whole = size / stored * total
+    if not usage.total or usage.free >= 2 * whole - size:
+        return None
+    return (
+        f"{target}: the disk will be full before the job is done: {stored:,} of {total:,} "
+        f"completions take {amount(size)}, so {amount(2 * whole - size)} more are needed in the "
+        f"end, and {folder} has {amount(usage.free)} left. Make room meanwhile; where the disk is "
+        "full the job stops, what is stored is safe, and the same command goes on"
+    )
+
+
+def amount(size: float) -> str:
+    """Bytes for people: `1.2 MB`."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "bytes" or size >= 10 else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:,.1f} TB"
+
+
+def same_file(path: Path, other: Path) -> bool:
+    """Whether both lead to one file."""
+    if path.exists() and other.exists():
+        return path.samefile(other)
+    return path.resolve() == other.resolve()
+
+
+def _check_writable(path: Path) -> None:
+    """See that `path`, and what goes with it, can be made and replaced."""
+    if path.is_dir():
+        raise TargetError(f"{path}: there is a folder of that name")
+    folder = link_target(path).absolute().parent
+    if not folder.is_dir():
+        raise TargetError(f"{path}: there is no folder {folder}")
+    check_replaceable(path)
+    if is_jsonl(path):
+        check_replaceable(metadata_path(path))
+
+
+@contextlib.contextmanager
+def _as_target_error(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        name = "" if error.filename is None else Path(os.fsdecode(error.filename)).name
+        where = f" ({name})" if name not in ("", path.name) else ""
+        raise TargetError(f"{path}: cannot be written: {error.strerror or error}{where}") from error
+
+
+def _listed(suffixes: Sequence[str]) -> str:
+    *others, last = suffixes
+    return f"{', '.join(others)} or {last}" if others else last

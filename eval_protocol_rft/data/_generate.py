@@ -1,0 +1,379 @@
+"""`generate`: a data set in, a rollout file out.
+
+Invariant: what was sampled is never lost and never sampled twice. The file appears when every
+completion is there, as itself or as a failure; until then they are in `<file>.parts`, and the same
+call goes on from there.
+
+What a run has done so far, in numbers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import os
+import secrets
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from eval_protocol_rft.data._files import check_not_read, check_rollout_file, room_warning
+from eval_protocol_rft.data._generate_output import Output, OutputJob, find_job
+from eval_protocol_rft.data._missing import Questions, Selection
+from eval_protocol_rft.data._progress import reporter
+from eval_protocol_rft.data._ray import RaySampler
+from eval_protocol_rft.data._sampling_run import SamplingRun
+from eval_protocol_rft.data.rollouts._rows import CompletionRow
+from eval_protocol_rft.data.source._opening import PathOrGlob, open_source
+from eval_protocol_rft.data.source._prompt import prompt_column
+from eval_protocol_rft.data.store._parts import parts_folder
+from eval_protocol_rft.local import LoadedTokenizer
+from eval_protocol_rft.rollout import Backends, parse_completion_params
+from eval_protocol_rft.sampling import (
+    ACCOUNT_STATUSES,
+    HIGHEST,
+    PROBE_DRAWS,
+    PROBE_TEXTS,
+    AdaptiveLimit,
+    ConcurrencyLimit,
+    Endpoint,
+    FixedLimit,
+    HttpSampler,
+    Prices,
+    RetryPolicy,
+    RunGuard,
+    RunSummary,
+    Sampler,
+    TokenIds,
+    check_told_kind,
+    needs_check,
+    observers,
+    polling,
+)
+from eval_protocol_rft.scoring.executors import Engine, check_engine
+
+
+@dataclass(slots=True)
+class RunCounts:
+    """Counts of one run; completions of earlier runs are not in it."""
+
+    completions: int = 0
+    """Sampled and stored."""
+    truncated: int = 0
+    tokens: int = 0
+    """Sampled tokens."""
+    attempts: int = 0
+    """Requests made."""
+    failures: Counter[str] = field(default_factory=Counter)
+    """Kind -> completions that failed for good."""
+    first_failure: str | None = None
+
+    @property
+    def failed(self) -> int:
+        return self.failures.total()
+
+    def add(self, rows: Iterable[CompletionRow]) -> None:
+        """Count rows that were stored."""
+        for row in rows:
+            self.attempts += row.attempts or 0
+            if row.failed:
+                self.failures[row.error_kind or "internal"] += 1
+                self.first_failure = self.first_failure or f"row {row.row_id}: {row.error}"
+            else:
+                self.completions += 1
+                self.truncated += bool(row.truncated)
+                self.tokens += row.num_tokens
+
+
+DEFAULT_CONCURRENCY = 96
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateSummary:
+    """What a call of `generate` did."""
+
+    output: Path
+    prompts: int
+    total: int
+    """Completions asked for, over all runs."""
+    failed: int
+    """Completions that failed for good, over all runs."""
+    may_succeed: int
+    """Those of them that another try may bring: what a server refuses for what it is, or a template
+    cannot render, will fail again."""
+    run: RunCounts
+    """Of this call alone."""
+    seconds: float
+    """From the first request of this call to the last row stored."""
+    attempts: RunSummary
+    """Of this call's requests: latencies, retries, requests in flight."""
+
+
+def generate(
+    data: PathOrGlob | Sequence[PathOrGlob],
+    output: str | os.PathLike[str],
+    completion_params: Mapping[str, Any],
+    **options: Any,
+) -> GenerateSummary:
+    """`agenerate` where no event loop is running."""
+    return asyncio.run(agenerate(data, output, completion_params, **options))
+
+
+async def agenerate(
+    data: PathOrGlob | Sequence[PathOrGlob],
+    output: str | os.PathLike[str],
+    completion_params: Mapping[str, Any],
+    *,
+    prompt_key: str | None = None,
+    system: str | None = None,
+    limit: int | None = None,
+    shuffle_seed: int | None = None,
+    where: str | None = None,
+    concurrency: int | None = None,
+    retry: RetryPolicy | None = None,
+    retry_failed: bool = False,
+    overwrite: bool = False,
+    tokenizer: Any = None,
+    sampler: Sampler | None = None,
+    trust_remote_code: bool = False,
+    engine: Engine = "local",
+    ray_address: str | None = None,
+    prices: Prices | None = None,
+    progress: bool | None = None,
+) -> GenerateSummary:
+    """Sample n completions for every row of a data set.
+
+    Args:
+        data: a file, a folder, a pattern such as `shards/*.jsonl`, or several of them: Parquet,
+            JSONL, JSON, CSV or TSV, text also as .gz or .zst, or what `datasets` saved; see
+            `open_source`.
+        output: `.parquet` or `.jsonl`. Where a job for it was begun, it is continued.
+        completion_params: as for the processor: `model`, `n`, `temperature`, `max_tokens`, ...
+        prompt_key: column of the prompts; default the first of `prompt_token_ids`, `prompt`,
+            `messages`, `question`, `problem` and `instruction`. Text, lists of chat messages, or
+            (in `prompt_token_ids`) token ids that are sampled from as they are.
+        system: system message for prompts that have none.
+        limit, shuffle_seed, where: which rows, see `Source.rows`.
+        concurrency: most requests in flight. None: found out as the run goes, by what the server
+            can take (`AdaptiveLimit`); 96 for a model in this process.
+        retry: budget of attempts per completion.
+        retry_failed: sample again what failed for good in earlier runs.
+        overwrite: let the output take the place of another job's. A finished file stays until the
+            new one is; what was begun with the same settings is continued all the same.
+        tokenizer, sampler, trust_remote_code: as for the processor.
+        engine: where requests are made and local models sampled: in this process, or on the nodes
+            of a Ray cluster, which share `concurrency`.
+        ray_address: of the cluster; None: that of RAY_ADDRESS, else one on this machine.
+        prices: of the model, for the cost in `GenerateSummary.attempts`.
+        progress: show a bar; None: where stderr is a terminal.
+
+    Raises:
+        SourceError: the data set, or a row of it, is wrong; nothing was asked yet.
+        ParamsError, TokenizerError, PromptError: settings are; nothing was asked yet.
+        TargetError: the output could not be written at the end; nothing was asked yet.
+        JobError: the output is there and of another job.
+        BusyError: another process writes to the same output.
+        RayEngineError: there is no Ray, no cluster, or a node of it cannot do its work.
+        HopelessError: the first completions all failed.
+        RunStoppedError: the server's logprobs are not what `logprobs_mode` says; nothing was kept.
+        OSError: the disk is full or failed. What was stored is safe.
+    """
+    target = Path(output)
+    check_rollout_file(target, folders=[parts_folder(target)])
+    if concurrency is not None and concurrency < 1:
+        raise ValueError(f"concurrency must be at least 1, got {concurrency}")
+    check_engine(engine)
+    if engine == "ray" and sampler is not None:
+        raise ValueError("a sampler of your own lives in this process: use the local engine")
+    request = parse_completion_params(completion_params)
+    source = await asyncio.to_thread(open_source, data)
+    check_not_read(target, source.paths)
+    selection = Selection.of(
+        source,
+        prompt_key=prompt_column(source, prompt_key),
+        limit=limit,
+        shuffle_seed=shuffle_seed,
+        where=where,
+    )
+    questions = await asyncio.to_thread(Questions.check, source, selection, system)
+    backends = Backends(tokenizer=tokenizer, sampler=sampler, trust_remote_code=trust_remote_code)
+    clients: dict[Endpoint, HttpSampler] = {}
+    remote: RaySampler | None = None
+    try:
+        chosen, own_tokenizer = await backends.resolve(request, clients)
+        questions.render_first(own_tokenizer, request)
+        output_job = find_job(target, questions, request, own_tokenizer, overwrite=overwrite)
+        if output_job.known is None and request.seed is None and backends.seeds_are_free(request):
+            output_job = output_job.seeded(secrets.randbits(31))
+        if isinstance(chosen, HttpSampler) and needs_check(request.params):
+            await check_told_kind(
+                chosen,
+                [TokenIds(own_tokenizer.tokenizer.encode(text)) for text in PROBE_TEXTS],
+                request.params,
+                slots=asyncio.Semaphore(PROBE_DRAWS),
+                retry=retry or RetryPolicy(),
+                guard=RunGuard(),
+            )
+        if engine == "ray":
+            remote = RaySampler(
+                request, trust_remote_code, concurrency or DEFAULT_CONCURRENCY, ray_address
+            )
+            await remote.start()
+        own = request.endpoint is None or sampler is not None or engine == "ray"
+        bound, highest = _limit(DEFAULT_CONCURRENCY if own and concurrency is None else concurrency)
+        async with polling(None if own else request.endpoint, bound):
+            return await _run(
+                output_job,
+                functools.partial(
+                    SamplingRun,
+                    sampler=remote or chosen,
+                    tokenizer=own_tokenizer,
+                    params=request.params,
+                    retry=retry or RetryPolicy(),
+                    limit=bound,
+                    highest=highest,
+                ),
+                own_tokenizer,
+                retry_failed=retry_failed,
+                prices=prices,
+                progress=progress,
+            )
+    finally:
+        if remote is not None:
+            await remote.aclose()
+        for client in clients.values():
+            await client.aclose()
+
+
+def _limit(concurrency: int | None) -> tuple[ConcurrencyLimit, int]:
+    """The limit, and the most that it ever is."""
+    if concurrency is not None:
+        return FixedLimit(concurrency), concurrency
+    return AdaptiveLimit(), HIGHEST
+
+
+async def _run(
+    job: OutputJob,
+    make_run: Callable[..., SamplingRun],
+    tokenizer: LoadedTokenizer,
+    *,
+    retry_failed: bool,
+    prices: Prices | None,
+    progress: bool | None,
+) -> GenerateSummary:
+    """Sample what is missing, and finish the file."""
+    counts = RunCounts()
+    attempts = RunSummary(prices=prices)
+    began = time.perf_counter()
+    with job.open() as output:
+        total, before = job.total, output.done.done + output.done.failed
+        if retry_failed:
+            before = output.done.done
+        room = _RoomWatch(output)
+        room.look()
+        with reporter("generate", total, done=before, show=progress) as bar:
+
+            def stored(rows: list[CompletionRow]) -> None:
+                counts.add(rows)
+                room.look()
+                seconds = time.perf_counter() - began
+                bar.update(
+                    before + counts.completions + counts.failed, detail=_said(counts, seconds)
+                )
+
+            if before < total:
+                _tell_other_prompts(output, tokenizer)
+            prompts = job.questions.prompts(
+                output.done,
+                tokenizer,
+                job.request,
+                name=job.data_name,
+                retry_failed=retry_failed,
+            )
+            run = make_run(
+                store=output.store,
+                on_stored=stored,
+                observe=observers(attempts.add),
+                fresh=not output.done.done,
+            )
+            await run.run(prompts)
+        if run.doubt is not None:
+            logger.warning("%s", run.doubt)
+        seconds = time.perf_counter() - began
+        reasons = await _to_its_end(output.finish)
+    return GenerateSummary(
+        output=job.target,
+        prompts=job.questions.count,
+        total=total,
+        failed=reasons.total(),
+        may_succeed=sum(count for reason, count in reasons.items() if _may_succeed(*reason)),
+        run=counts,
+        seconds=seconds,
+        attempts=attempts,
+    )
+
+
+@dataclass(slots=True)
+class _RoomWatch:
+    """Says once where the disk will be full before the job is done: what a completion takes is
+    known from the first part on, of this run or of an earlier one."""
+
+    output: Output
+    _seen: int = 0
+    """Rows in parts when it was looked at last."""
+    _said: bool = False
+
+    def look(self) -> None:
+        rows, size = self.output.store.in_parts()
+        job = self.output.job
+        if self._said or rows == self._seen or job.base is not None:
+            return
+        self._seen = rows
+        if warning := room_warning(job.target, job.total, rows, size):
+            self._said = True
+            logger.warning(warning)
+
+
+def _tell_other_prompts(output: Output, tokenizer: LoadedTokenizer) -> None:
+    job = output.job
+    if not output.done.done:
+        return
+    stored = output.first_prompts()
+    changed = job.questions.rendered_otherwise(stored, tokenizer, job.request)
+    if changed:
+        logger.warning(
+            "%s: the job goes on, and %d of the first %d data rows render to another prompt than "
+            "before (data row %d first): their chat template says the date or time, or the "
+            "tokenizer was changed. Each completion keeps the prompt ids that it was sampled "
+            "behind; for one prompt throughout, begin a new output",
+            job.target,
+            len(changed),
+            len(stored),
+            changed[0],
+        )
+
+
+def _may_succeed(kind: str | None, status: int | None) -> bool:
+    return kind != "prompt" and (kind != "refused" or status in ACCOUNT_STATUSES)
+
+
+async def _to_its_end(work: Callable[[], T]) -> T:
+    """Run `work` in a thread. Cancelled, wait for it all the same: our caller closes the store
+    that it works on."""
+    task = asyncio.ensure_future(asyncio.to_thread(work))
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        raise
+
+
+def _said(counts: RunCounts, seconds: float) -> str:
+    truncated = counts.truncated / counts.completions if counts.completions else 0.0
+    return f"{counts.tokens / seconds:.0f} tok/s, {counts.failed} failed, {truncated:.0%} truncated"

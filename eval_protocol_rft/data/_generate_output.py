@@ -1,0 +1,367 @@
+"""The output of a job: finding out what is there of it, adding to it, and finishing it.
+
+Invariant: an output of another job is refused, with what differs, unless it may be replaced; and
+then only when the new one is complete.
+
+What one bulk job was asked to do, and whether a file or a folder is of the same job.
+
+Invariant: whatever changes what is sampled is in the metadata, so a job is continued only with the
+same data, model and parameters. What does not (concurrency, timeouts, the server's address) is not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pyarrow as pa
+
+from eval_protocol_rft.data._dataset import RolloutDataset
+from eval_protocol_rft.data._files import check_room, write_file
+from eval_protocol_rft.data._missing import Questions
+from eval_protocol_rft.data.rollouts._format import (
+    ORIGINAL_PREFIX,
+    DataSettings,
+    FileMetadata,
+    FormatError,
+    SamplingSettings,
+    metadata_of,
+    reward_columns,
+    schema,
+)
+from eval_protocol_rft.data.source._types import SourceColumn, SourceError
+from eval_protocol_rft.data.store._merge import KEY_COLUMNS, DoneIndex, Keys, SortedInput, row_keys
+from eval_protocol_rft.data.store._parts import (
+    PartStore,
+    part_paths,
+    parts_folder,
+    read_schema,
+    stored_keys,
+)
+from eval_protocol_rft.local import LoadedTokenizer
+from eval_protocol_rft.local.models import (
+    LOCAL_PREFIX,
+    NoSuchModelError,
+    local_model_folder,
+    model_folder_fingerprint,
+)
+from eval_protocol_rft.rollout import RolloutRequest, redact_params
+from eval_protocol_rft.sampling import TokenIds, support_truncated
+
+_FREE_TO_CHANGE = frozenset({"data.name", "sampling.seed_given", "package_version", "rewards"})
+"""What two jobs may differ in and still be one."""
+
+
+def job_schema(
+    questions: Questions, request: RolloutRequest, tokenizer: LoadedTokenizer, *, seed_given: bool
+) -> pa.Schema:
+    """Schema and metadata of the file that the job writes.
+
+    Raises:
+        SourceError: a column cannot be stored under its name.
+    """
+    source, selection = questions.source, questions.selection
+    columns = {column.name: column for column in source.columns}
+    truth = columns.get(selection.ground_truth_key or "")
+    json_columns = [ORIGINAL_PREFIX + c.name for c in source.columns if c.is_json]
+    if truth is not None and truth.is_json:
+        json_columns.append("ground_truth")
+    params = request.params
+    metadata = FileMetadata(
+        prompt_kind=questions.asked_kind,
+        sampling=SamplingSettings(
+            model=params.model,
+            model_fingerprint=model_fingerprint(params.model),
+            tokenizer=tokenizer.name,
+            chat_template_hash=tokenizer.chat_template_hash,
+            chat_template_kwargs=redact_params(request.chat_template_kwargs),
+            system=questions.system,
+            temperature=params.temperature,
+            top_p=params.top_p,
+            top_k=params.top_k,
+            max_tokens=params.max_tokens,
+            stop=list(params.stop),
+            n=request.n,
+            seed=request.seed,
+            seed_given=seed_given,
+            support_truncated=support_truncated(params),
+            other=redact_params(params.extra),
+        ),
+        data=DataSettings(
+            name=source.name,
+            fingerprint=source.fingerprint,
+            num_rows=source.num_rows,
+            **dataclasses.asdict(selection),
+        ),
+        json_columns=json_columns,
+    )
+    _check_names(source.columns)
+    types = {column.name: column.type for column in source.columns}
+    return schema(metadata, types, ground_truth=None if truth is None else truth.type)
+
+
+def differences(known: FileMetadata, asked: FileMetadata) -> list[str]:
+    """What two jobs differ in, as `temperature: 1.0 there, 0.7 asked for`. A seed that nobody gave
+    makes no difference."""
+    there, here = (_flat(msgspec.to_builtins(metadata)) for metadata in (known, asked))
+    free = set(_FREE_TO_CHANGE)
+    if not there.get("sampling.seed_given") and not here.get("sampling.seed_given"):
+        free.add("sampling.seed")
+    return [
+        f"{name.removeprefix('sampling.')}: {there.get(name)!r} there, {here.get(name)!r} asked for"
+        for name in dict.fromkeys([*there, *here])
+        if name not in free and there.get(name) != here.get(name)
+    ]
+
+
+def model_fingerprint(model: str) -> str | None:
+    """Tells the weights of a local folder apart; None for a model behind a server or a hub id."""
+    if not model.startswith(LOCAL_PREFIX):
+        return None
+    try:
+        return model_folder_fingerprint(local_model_folder(model))
+    except NoSuchModelError:  # of a sampler of the caller's, under any name
+        return None
+
+
+def _check_names(columns: tuple[SourceColumn, ...]) -> None:
+    seen = [column.name for column in columns]
+    double = {name for name in seen if seen.count(name) > 1}
+    if double:
+        raise SourceError(f"the data set has two columns called {min(double)!r}: rename one")
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if prefix == "" and isinstance(value, Mapping) and key not in _FREE_TO_CHANGE:
+            flat |= _flat(value, f"{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+_COMPARED_ROWS = 16
+"""Data rows whose prompts are rendered again when a job goes on."""
+
+
+FailedFor = tuple[str | None, int | None]
+"""`error_kind` and `error_status` of a completion."""
+_REASON = ["error_kind", "error_status"]
+
+
+class JobError(ValueError):
+    """The output is of another job; the message says what differs."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputJob:
+    """A job and where its rows go. Made by `find_job`."""
+
+    target: Path
+    schema: pa.Schema
+    questions: Questions
+    request: RolloutRequest
+    """With the seed of the job."""
+    tokenizer: LoadedTokenizer
+    known: pa.Schema | None
+    """Of what is there of the job; None: nothing."""
+    base: RolloutDataset | None
+    """The job's finished file, where there is one."""
+    anew: bool
+    """Parts that are there are another job's, and may go."""
+    version: tuple[int, ...] | None
+    """Of the file at `target` when it was looked at; None: there was none."""
+
+    @property
+    def total(self) -> int:
+        """Completions asked for."""
+        return self.questions.count * self.request.n
+
+    @property
+    def data_name(self) -> str:
+        """What the data set was called when the job began: row ids are made of it."""
+        data = metadata_of(self.schema).data
+        return self.questions.source.name if data is None else data.name
+
+    def seeded(self, seed: int) -> OutputJob:
+        """The job, new, with a seed that was drawn for it."""
+        request = replace(self.request, seed=seed)
+        schema = job_schema(self.questions, request, self.tokenizer, seed_given=False)
+        return replace(self, request=request, schema=schema)
+
+    @contextlib.contextmanager
+    def open(self) -> Iterator[Output]:
+        """Take hold of the output.
+
+        Raises:
+            BusyError: another process has it.
+            JobError: another process just finished the file.
+        TargetError: the disk has no room for the file.
+        """
+        selection, num_rows = self.questions.selection, self.questions.source.num_rows
+        position: Keys | None = None
+        if selection.shuffle_seed is not None:
+            order = np.random.default_rng(selection.shuffle_seed).permutation(num_rows)
+            position = np.empty(num_rows, np.int64)
+            position[order] = np.arange(num_rows)
+        keys_of = functools.partial(row_keys, position=position)
+        store = PartStore(parts_folder(self.target), self.schema, keys_of, anew=self.anew)
+        try:
+            if _version(self.target) != self.version:
+                raise JobError(f"{self.target} was written just now: run the same command again")
+            there = [*part_paths(store.folder), *([] if self.base is None else [self.target])]
+            check_room(self.target, sum(path.stat().st_size for path in there))
+            done = DoneIndex(num_rows, self.request.n)
+            if self.base is not None:
+                for table in self.base.tables([*KEY_COLUMNS, "error"]):
+                    done.add(*stored_keys(table))
+            for keys in store.stored():
+                done.add(*keys)
+            yield Output(self, store, done, keys_of)
+        finally:
+            store.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """An output that this process holds."""
+
+    job: OutputJob
+    store: PartStore
+    done: DoneIndex
+    """What was there when it was opened."""
+    keys_of: functools.partial[Keys]
+
+    def first_prompts(self) -> dict[int, TokenIds]:
+        """Prompt ids of the first data rows that are stored, by `data_idx`."""
+        base = [] if self.job.base is None else [self._sorted(self.job.base)]
+        prompts: dict[int, TokenIds] = {}
+        table = next(self.store.merged(base), None)
+        if table is not None:
+            columns = (table.column(name) for name in ("data_idx", "prompt_ids"))
+            for number, ids in zip(*columns, strict=True):
+                if ids.is_valid and len(prompts) < _COMPARED_ROWS:
+                    prompts.setdefault(number.as_py(), TokenIds(ids.as_py()))
+        return prompts
+
+    def finish(self) -> Counter[FailedFor]:
+        """Make the file of what is stored, and return why completions of it failed: how many for
+        each kind and HTTP status."""
+        job = self.job
+        for keys in self.store.stored():
+            self.done.add(*keys)
+        if self.done.done + self.done.failed != job.total:
+            raise AssertionError("a completion is neither stored nor failed")
+        if self.store.has_parts:
+            base = [] if job.base is None else [self._sorted(job.base)]
+            write_file(job.target, job.schema, self.store.merged(base))
+        self.store.remove()
+        reasons: Counter[FailedFor] = Counter()
+        if self.done.failed:
+            for table in RolloutDataset(job.target).tables(["error", *_REASON]):
+                failed = table.filter(table.column("error").is_valid()).select(_REASON)
+                reasons.update(tuple(row.values()) for row in failed.to_pylist())
+        return reasons
+
+    def _sorted(self, base: RolloutDataset) -> SortedInput:
+        first = next(base.tables(KEY_COLUMNS))
+        return SortedInput(int(self.keys_of(first)[0]), base.tables)
+
+
+def find_job(
+    target: Path,
+    questions: Questions,
+    request: RolloutRequest,
+    tokenizer: LoadedTokenizer,
+    *,
+    overwrite: bool,
+) -> OutputJob:
+    """What is there of the job.
+
+    Args:
+        target: where the file is to be.
+        questions: what is asked.
+        request: how it is sampled. Without a seed, that of the job which is there is taken.
+        tokenizer: what rendered the prompts.
+        overwrite: let the job take the place of another.
+
+    Raises:
+        JobError: there is another job, or something else.
+    """
+    version = _version(target)
+    asked = job_schema(questions, request, tokenizer, seed_given=request.seed is not None)
+    folder = parts_folder(target)
+    begun = _same_job(folder, read_schema(folder), asked, overwrite=overwrite)
+    finished = None
+    if target.exists():
+        try:
+            finished = RolloutDataset(target)
+        except FormatError as error:
+            if not overwrite:
+                raise JobError(f"{error}. Choose another output, or --overwrite") from error
+    known = None if finished is None else finished.schema
+    base = _same_job(target, known, asked, overwrite=overwrite)
+    if base is not None:
+        _refuse_foreign_columns(target, base, asked)
+    there = begun if base is None else base
+    if there is not None:
+        sampling = metadata_of(there).sampling
+        assert sampling is not None  # noqa: S101 - differences() compared it
+        request = replace(request, seed=sampling.seed)
+    return OutputJob(
+        target=target,
+        schema=asked if there is None else there,
+        questions=questions,
+        request=request,
+        tokenizer=tokenizer,
+        known=there,
+        base=None if base is None else finished,
+        anew=begun is None,
+        version=version,
+    )
+
+
+def _version(path: Path) -> tuple[int, ...] | None:
+    """Changes when the file is replaced."""
+    try:
+        stat = path.stat()
+    except FileNotFoundError:
+        return None
+    return stat.st_ino, stat.st_mtime_ns, stat.st_size
+
+
+def _refuse_foreign_columns(target: Path, known: pa.Schema, asked: pa.Schema) -> None:
+    rewards = metadata_of(known).rewards
+    ours = {*asked.names, *(name for column in rewards for name in reward_columns(column))}
+    foreign = [name for name in known.names if name not in ours]
+    if foreign:
+        raise JobError(
+            f"{target} has columns that this job does not write: {', '.join(foreign)}. Move the "
+            "file elsewhere to keep them, or take them out to continue it"
+        )
+
+
+def _same_job(
+    where: Path, known: pa.Schema | None, asked: pa.Schema, *, overwrite: bool
+) -> pa.Schema | None:
+    """`known` where it is of the job that is asked for."""
+    if known is None:
+        return None
+    differ = differences(metadata_of(known, where=str(where)), metadata_of(asked))
+    if not differ:
+        return known
+    if overwrite:
+        return None
+    raise JobError(
+        f"{where} is of another job. {'; '.join(differ)}. Ask for the same to continue it, choose "
+        "another output, or replace it with --overwrite"
+    )

@@ -1,0 +1,192 @@
+"""What a person sees of a long run: a bar on a terminal, a line now and then in a log.
+
+Invariant: progress is of what is stored, or of what is read where a file is only read, and goes to
+stderr.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sized
+from types import TracebackType
+from typing import Protocol, TypeVar
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from eval_protocol_rft._text import visible
+
+T = TypeVar("T", bound=Sized)
+_LINE_EVERY = 15.0
+"""Seconds between lines where there is no terminal."""
+_SHOWN_AFTER = 1.0
+"""Seconds that a file may be read without a bar: most are read sooner."""
+
+
+class Reporter(Protocol):
+    """Told how far a run is. Used as a context manager around it."""
+
+    def __enter__(self) -> Reporter: ...
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
+    def update(self, done: int, *, detail: str, now: bool = False) -> None:
+        """`done` of the total are finished; `detail` says more, and is worth a line if `now`."""
+        ...
+
+
+def reporter(
+    what: str,
+    total: int | None,
+    *,
+    done: int = 0,
+    show: bool | None = None,
+    every: float = _LINE_EVERY,
+    stays: bool = True,
+) -> Reporter:
+    """The fitting reporter.
+
+    Args:
+        what: what is being done: "generate".
+        total: how much there is to do; None where nobody knows.
+        done: how much of it was done before.
+        every: seconds between lines.
+        show: False for none; None for what stderr can show; True for lines where it is no terminal.
+        stays: leave the bar on the terminal at the end.
+    """
+    if show is False:
+        return _Silent()
+    if sys.stderr.isatty():
+        return _Bar(what, total, done, stays)
+    return _Lines(what, total, every) if show else _Silent()
+
+
+class Reading:
+    """Progress of a file that is read, in one or several passes. Used as a context manager."""
+
+    def __init__(
+        self, what: str, total: Callable[[], int | None], *, show: bool | None = None
+    ) -> None:
+        """
+        Args:
+            what: what is being done: "stats".
+            total: says how much there is to read, which is asked once reading has taken a second.
+            show: as for `reporter`.
+        """
+        self._what = what
+        self._total = total
+        self._show = show
+        self._began = time.monotonic()
+        self._passes = 0
+        self._reporter: Reporter | None = None
+
+    def __enter__(self) -> Reading:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._reporter is not None:
+            self._reporter.__exit__(kind, error, trace)
+
+    def __call__(self, items: Iterable[T], size: Callable[[T], int] = len) -> Iterator[T]:
+        """The same items; each is read once the next one is asked for.
+
+        Args:
+            items: what a pass over the file gives, such as tables.
+            size: how much of the total an item is.
+        """
+        self._passes += 1
+        detail = f"pass {self._passes}" if self._passes > 1 else ""
+        done = 0
+        for item in items:
+            yield item
+            done += size(item)
+            self._update(done, detail)
+
+    def _update(self, done: int, detail: str) -> None:
+        if self._reporter is None:
+            if self._show is False or time.monotonic() - self._began < _SHOWN_AFTER:
+                return
+            shown = reporter(self._what, self._total(), show=self._show, stays=False)
+            self._reporter = shown.__enter__()
+        self._reporter.update(done, detail=detail)
+
+
+class _Silent:
+    def __enter__(self) -> Reporter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        pass
+
+    def update(self, done: int, *, detail: str, now: bool = False) -> None:
+        pass
+
+
+class _Bar(_Silent):
+    def __init__(self, what: str, total: int | None, done: int, stays: bool) -> None:
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn(what),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[detail]}", markup=False),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            transient=not stays,
+        )
+        self._task = self._progress.add_task(what, total=total, completed=done, detail="")
+
+    def __enter__(self) -> Reporter:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._progress.stop()
+
+    def update(self, done: int, *, detail: str, now: bool = False) -> None:
+        self._progress.update(self._task, completed=done, detail=visible(detail))
+
+
+class _Lines(_Silent):
+    def __init__(self, what: str, total: int | None, every: float) -> None:
+        self._what = what
+        self._total = total
+        self._every = every
+        self._last = time.monotonic()
+
+    def update(self, done: int, *, detail: str, now: bool = False) -> None:
+        moment = time.monotonic()
+        if now or moment - self._last >= self._every:
+            self._last = moment
+            of = "" if self._total is None else f"/{self._total}"
+            line = f"{self._what}: {done}{of}  {visible(detail)}"
+            print(line.rstrip(), file=sys.stderr, flush=True)

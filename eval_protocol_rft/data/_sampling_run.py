@@ -1,0 +1,256 @@
+"""The running part of a bulk job: from data rows to stored completions.
+
+Invariant: every completion asked for is stored once, as itself or as its failure, in any order.
+At most `limit` requests are in flight, and what is in memory is bounded: completions that
+wait, that are in flight, and that are on their way to the disk. A new prompt starts whenever there
+is room, with no barrier. What was sampled is on disk when this ends, however it ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from eval_protocol_rft.data.rollouts._rows import CompletionRow, to_record_batch
+from eval_protocol_rft.data.store._parts import PartStore
+from eval_protocol_rft.local import LoadedTokenizer
+from eval_protocol_rft.rollout import AnswerReader, PromptError, VocabularyWitness
+from eval_protocol_rft.sampling import (
+    ACCOUNT_STATUSES,
+    ConcurrencyLimit,
+    Failure,
+    Observer,
+    RetryPolicy,
+    RunGuard,
+    RunStoppedError,
+    Sampler,
+    SamplingParams,
+    Survivor,
+    TokenIds,
+    sample_one,
+)
+
+_STORED_AT_ONCE = 256
+"""Rows per append: so many share one wait for the disk."""
+_HOPELESS_AFTER = 16
+"""So many failures, before anything succeeded, end the run: the key is wrong, or the model's name,
+and the rest of the data set would fare no better."""
+_HOPELESS_KINDS = frozenset({"connection", "unavailable"})
+"""Said of the server, so of every row, after all attempts of all of them."""
+_NO_SLOTS: contextlib.nullcontext[None] = contextlib.nullcontext()
+"""The guard's limit is the bound."""
+
+
+class HopelessError(RunStoppedError):
+    """Nothing succeeds. None of the failures of this run is stored."""
+
+
+class Prompt(NamedTuple):
+    """One data row, ready to be asked."""
+
+    row: CompletionRow
+    """What all its completions have in common."""
+    ids: TokenIds | PromptError
+    samples: Sequence[int]
+    """The `sample_idx` that are wanted."""
+    seeds: Sequence[int | None]
+    """[n] by `sample_idx`."""
+
+
+@dataclass(slots=True)
+class SamplingRun:
+    """One run over prompts; `await run(prompts)` once."""
+
+    sampler: Sampler
+    tokenizer: LoadedTokenizer
+    params: SamplingParams
+    store: PartStore
+    retry: RetryPolicy
+    limit: ConcurrencyLimit
+    highest: int
+    """Most that the limit ever is."""
+    on_stored: Callable[[list[CompletionRow]], None]
+    observe: Observer | None = None
+    """Told of every attempt."""
+    fresh: bool = True
+    """No earlier run of the job had a completion. Else the rows that are left may be those that
+    cannot be sampled, and their failures belong into the file."""
+    _finished: asyncio.Queue[CompletionRow | None] = field(init=False)
+    _room: asyncio.Semaphore = field(init=False)
+    """For a completion, from before it is started until it is stored."""
+    _guard: RunGuard = field(init=False)
+    _witness: VocabularyWitness = field(default_factory=VocabularyWitness)
+    _held: list[CompletionRow] | None = field(default_factory=list)
+    """Failures before the first success; None once there was one."""
+
+    @property
+    def doubt(self) -> str | None:
+        """What a person has to look at once it ran: `VocabularyWitness.doubt`."""
+        return self._witness.doubt
+
+    async def run(self, prompts: Iterable[Prompt]) -> None:
+        """Sample and store everything.
+
+        Raises:
+            HopelessError: the first completions all failed.
+            RunStoppedError: the server refuses everything, or answers nothing for long, or its
+                texts are not what the tokenizer reads in its ids.
+            OSError: the store's disk is full or failed.
+            Exception: what `prompts` raises, or a sampler that raises no `SamplingError`.
+        """
+        # Without a limit of its own: a completion that had to wait here would be lost by Ctrl-C.
+        self._finished = asyncio.Queue()
+        self._room = asyncio.Semaphore(2 * self.highest + _STORED_AT_ONCE)
+        self._guard = RunGuard(
+            limit=self.limit, patience_seconds=self.retry.max_seconds, proven=not self.fresh
+        )
+        with ThreadPoolExecutor(1, "rollout-store") as thread:
+            try:
+                async with asyncio.TaskGroup() as group:
+                    group.create_task(self._write(thread))
+                    await self._feed(prompts)
+                    self._finished.put_nowait(None)
+            except BaseExceptionGroup as errors:
+                raise _first(errors) from None
+            finally:
+                # What came in while the run was being stopped was paid for too.
+                left = [self._finished.get_nowait() for _ in range(self._finished.qsize())]
+                rows = self._worth_storing([row for row in left if row is not None])
+                if rows:
+                    thread.submit(self._store, rows).result()
+
+    def _worth_storing(self, left: list[CompletionRow]) -> list[CompletionRow]:
+        """What a run that ends early stores of what was not stored yet: no failures that may be
+        those of a wrong key."""
+        rows = [*(self._held or []), *left]
+        if self._held is None or not all(row.failed for row in rows):
+            return rows
+        return [] if self.fresh else [row for row in rows if not _concerns_all(row)]
+
+    async def _feed(self, prompts: Iterable[Prompt]) -> None:
+        async with asyncio.TaskGroup() as group:
+            for prompt in prompts:
+                for sample_idx in prompt.samples:
+                    await self._room.acquire()
+                    group.create_task(self._one(prompt, sample_idx))
+
+    async def _one(self, prompt: Prompt, sample_idx: int) -> None:
+        seed = prompt.seeds[sample_idx]
+        row = _copy(prompt.row, sample_idx=sample_idx, seed=seed)
+        if isinstance(prompt.ids, PromptError):
+            row.prompt_ids = None
+            row.error, row.error_kind = str(prompt.ids), "prompt"
+            row.attempts, row.seconds = 0, 0.0
+        else:
+
+            def started() -> None:
+                row.began_at = time.time()
+
+            outcome = await sample_one(
+                self.sampler,
+                prompt.ids,
+                self.params,
+                index=sample_idx,
+                seed=seed,
+                slots=_NO_SLOTS,
+                retry=self.retry,
+                guard=self._guard,
+                prompt=row.row_id,
+                observe=self._observer(len(prompt.ids)),
+                on_start=started,
+                read=lambda completion: self.tokenizer.read(
+                    completion, self.params, self._witness.look
+                ),
+            )
+            self._fill(row, outcome, prompt.ids)
+        self._finished.put_nowait(row)
+
+    def _observer(self, prompt_tokens: int) -> Observer | None:
+        """`observe`, with events that say how long the prompt is."""
+        observe = self.observe
+        if observe is None:
+            return None
+        return lambda event: observe(replace(event, prompt_tokens=prompt_tokens))
+
+    def _fill(self, row: CompletionRow, outcome: Survivor | Failure, prompt: TokenIds) -> None:
+        row.attempts, row.seconds = outcome.attempts, outcome.seconds
+        if isinstance(outcome, Failure):
+            row.error, row.error_kind = outcome.message, outcome.kind
+            row.error_status = outcome.status
+            return
+        completion = outcome.completion
+        raw = completion.raw_logprobs
+        row.response = completion.text or ""
+        row.message = AnswerReader(prompt, self.tokenizer, tools=row.tools).read_to_record(
+            row.response
+        )
+        row.completion_ids = np.array(completion.token_ids, np.int32)
+        row.logprobs = np.array(completion.logprobs, np.float32)
+        row.raw_logprobs = None if raw is None else np.array(raw, np.float32)
+        row.finish_reason = completion.finish_reason
+        row.truncated = completion.truncated
+        row.past_end = np.array(completion.past_end, np.int32) if completion.past_end else None
+        row.policy_version = completion.policy_version
+        row.first_policy_version = completion.first_policy_version
+        row.request_id = completion.request_id
+
+    async def _write(self, thread: ThreadPoolExecutor) -> None:
+        loop = asyncio.get_running_loop()
+        more = True
+        while more:
+            rows = [await self._finished.get()]
+            while len(rows) < _STORED_AT_ONCE and not self._finished.empty():
+                rows.append(self._finished.get_nowait())
+            more = rows[-1] is not None
+            taken = self._to_store([row for row in rows if row is not None], ended=not more)
+            if taken:
+                # Shielded: the thread goes on when we are cancelled, and must be waited for.
+                await asyncio.shield(loop.run_in_executor(thread, self._store, taken))
+                self.on_stored(taken)
+                for _ in taken:
+                    self._room.release()
+
+    def _to_store(self, rows: list[CompletionRow], *, ended: bool) -> list[CompletionRow]:
+        """`rows`, but failures wait for the first success, or for the end."""
+        if self._held is None:
+            return rows
+        self._held += rows
+        held = self._held
+        if held and all(row.failed for row in held):
+            enough = len(held) >= _HOPELESS_AFTER
+            if not enough and not ended:
+                return []
+            if all(map(_concerns_all, held)) or (enough and self.fresh):
+                raise HopelessError(
+                    f"the first {len(held)} completions all failed ({held[0].error_kind}); "
+                    f"row {held[0].row_id}: {held[0].error}"
+                )
+        self._held = None
+        return held
+
+    def _store(self, rows: list[CompletionRow]) -> None:
+        self.store.append(to_record_batch(rows, self.store.schema))
+
+
+def _concerns_all(row: CompletionRow) -> bool:
+    """Whether the failure says nothing of the row itself."""
+    return row.error_status in ACCOUNT_STATUSES or row.error_kind in _HOPELESS_KINDS
+
+
+def _first(errors: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The first error that is no group."""
+    error = errors.exceptions[0]
+    return _first(error) if isinstance(error, BaseExceptionGroup) else error
+
+
+def _copy(row: CompletionRow, **changes: Any) -> CompletionRow:
+    """A copy that shares what the completions of a data row have in common."""
+    fields = {name: getattr(row, name) for name in CompletionRow.__struct_fields__}
+    return CompletionRow(**{**fields, "scores": {}, **changes})

@@ -1,0 +1,328 @@
+"""`score`: rewards for completions that are there, as often as graders change.
+
+Invariant: tokens stay as they are. A completion gets a reward, or None with the reason why, never a
+0 in its place; what was graded is on disk at once, and an interrupted call goes on from there. The
+file is replaced in one step, when all of it is graded.
+
+What a column of rewards holds, and what looks wrong with it.
+
+Invariant: rewards that cannot mean anything do not pass without a word.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import inspect
+import os
+from collections import Counter
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from eval_protocol_rft.data._dataset import RolloutDataset
+from eval_protocol_rft.data._files import TargetError, check_rollout_file, check_room, write_file
+from eval_protocol_rft.data._progress import reporter
+from eval_protocol_rft.data._score_store import (
+    SCORES,
+    FileIndex,
+    GradedStore,
+    schema_with_reward,
+    with_scores,
+)
+from eval_protocol_rft.data._score_views import ScoreError, grading_items
+from eval_protocol_rft.data.rollouts._format import RewardSettings, reward_column, reward_columns
+from eval_protocol_rft.data.rollouts._jsonl import is_jsonl
+from eval_protocol_rft.data.source._types import file_fingerprint
+from eval_protocol_rft.data.store._parts import (
+    BusyError,
+    PartStore,
+    lock_folder,
+    parts_folder,
+    read_schema,
+)
+from eval_protocol_rft.scoring.executors import (
+    Engine,
+    Graded,
+    LoadedEvaluator,
+    check_engine,
+    grade,
+    grade_on_ray,
+    load_evaluator,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreSummary:
+    """What a call of `score` did, and what the column holds now."""
+
+    output: Path
+    column: str
+    graded: int
+    """Completions graded by this call."""
+    rows: int = 0
+    """Rows of the data set."""
+    completions: int = 0
+    """All of the file, those that could not be sampled too."""
+    scored: int
+    """Completions with a reward."""
+    mean: float | None
+    """Of the rewards."""
+    unscored: Counter[str] = field(default_factory=Counter)
+    """Why a completion has none -> how many."""
+    remarks: Counter[str] = field(default_factory=Counter)
+    """What was wrong with completions that have a reward all the same -> how many."""
+    failed: int = 0
+    """Completions that could not be sampled, so there is nothing to grade."""
+    warnings: tuple[str, ...] = ()
+    """What makes the rewards doubtful."""
+
+
+def summarize_rewards(
+    target: Path, column: str, graded: int, evaluator: LoadedEvaluator, *, adapt: bool
+) -> ScoreSummary:
+    """Look at all rows of a file that was scored."""
+    dataset = RolloutDataset(target)
+    error_column = reward_columns(column)[3]
+    columns = ["data_idx", column, error_column, "error", "ground_truth"]
+    rows: set[int] = set()
+    completions = scored = failed = truths = 0
+    total = 0.0
+    lowest, highest = float("inf"), float("-inf")
+    unscored: Counter[str] = Counter()
+    remarks: Counter[str] = Counter()
+    for table in dataset.tables([name for name in columns if name in dataset.schema.names]):
+        rewards = table.column(column)
+        rows.update(pc.unique(table.column("data_idx")).to_pylist())
+        completions += len(table)
+        failed += len(table) - table.column("error").null_count
+        if "ground_truth" in table.schema.names:
+            truths += _present(table.column("ground_truth"))
+        scored += len(rewards) - rewards.null_count
+        total += float(pc.sum(rewards, min_count=0).as_py())
+        if rewards.null_count < len(rewards):
+            ends = pc.min_max(rewards).as_py()
+            lowest, highest = min(lowest, ends["min"]), max(highest, ends["max"])
+        has_none = rewards.is_null().to_pylist()
+        errors = table.column(error_column).to_pylist()
+        for error, is_unscored in zip(errors, has_none, strict=True):
+            if error:
+                (unscored if is_unscored else remarks)[error] += 1
+    warnings = []
+    uses_adapter = adapt and evaluator.dataset_adapter is not None
+    if scored and not truths and not uses_adapter and _mentions_ground_truth(evaluator):
+        warnings.append(
+            f"ground_truth is absent in every row, and {evaluator.name} reads it: name the data "
+            "set's column of right answers ground_truth, and sample again"
+        )
+    if scored > 1 and lowest == highest:
+        warnings.append(f"all {scored} rewards are {lowest:g}: nothing can be learned from them")
+    return ScoreSummary(
+        output=target,
+        column=column,
+        graded=graded,
+        rows=len(rows),
+        completions=completions,
+        scored=scored,
+        mean=total / scored if scored else None,
+        unscored=unscored,
+        remarks=remarks,
+        failed=failed,
+        warnings=tuple(warnings),
+    )
+
+
+def _present(values: pa.ChunkedArray) -> int:
+    """How many are there; JSON text may say null."""
+    count = len(values) - values.null_count
+    if pa.types.is_string(values.type):
+        count -= pc.sum(pc.equal(values, "null"), min_count=0).as_py()
+    return int(count)
+
+
+def _mentions_ground_truth(evaluator: LoadedEvaluator) -> bool:
+    file = inspect.getsourcefile(inspect.unwrap(evaluator.function))
+    return file is not None and "ground_truth" in Path(file).read_text(errors="replace")
+
+
+def score(
+    path: str | os.PathLike[str],
+    evaluator: str,
+    *,
+    output: str | os.PathLike[str] | None = None,
+    name: str | None = None,
+    workers: int | None = None,
+    timeout: float | None = 60.0,
+    max_concurrency: int = 96,
+    retry_unscored: bool = False,
+    overwrite: bool = False,
+    adapt: bool = True,
+    engine: Engine = "local",
+    ray_address: str | None = None,
+    progress: bool | None = None,
+) -> ScoreSummary:
+    """Grade every completion of a file.
+
+    Args:
+        path: a finished rollout file.
+        evaluator: `tests/test_x.py::test_x`, under `@evaluation_test` or plain, or
+            `package.module:function`; it takes `row` (or `rows`) and returns the row, an
+            `EvaluateResult` or a number.
+        output: a new file; default: `path` is replaced.
+        name: keeps the rewards in columns of their own, `reward_<name>`; default the main ones.
+        workers, timeout, max_concurrency: see `grade`, and `grade_on_ray` for the ray engine.
+        retry_unscored: grade again what got no reward from this evaluator.
+        overwrite: grade everything anew, in place of rewards that are there, and replace the output
+            where it is there.
+        adapt: pass the data set's columns through the `dataset_adapter` of the evaluation test, for
+            what the evaluator finds on its row besides the messages.
+        engine: where the evaluator runs: on this machine, or on the nodes of a Ray cluster.
+        ray_address: of the cluster; None: that of RAY_ADDRESS, else one on this machine.
+        progress: show a bar; None: where stderr is a terminal.
+
+    Raises:
+        FormatError, ScoreError, TargetError: the file cannot be read, scored so, or written.
+        EvaluatorNotFoundError, EvaluatorError: the evaluator cannot be had or used.
+        GradingError: a worker process cannot load it.
+        RayEngineError: there is no Ray, no cluster, or a node of it cannot do its work.
+        BusyError: another process scores into the same column.
+        OSError: the disk is full or failed. What was graded is safe.
+    """
+    check_engine(engine)
+    dataset = RolloutDataset(path)
+    if not dataset.finished:
+        raise ScoreError(f"{path}: the job that writes it is not finished: run it to its end first")
+    loaded = load_evaluator(evaluator)
+    column = reward_column(name)
+    target = dataset.path if output is None else Path(output)
+    folders = [parts_folder(target), parts_folder(target, column)]
+    check_rollout_file(target, folders=folders)
+    if target.exists() and not target.samefile(dataset.path) and not overwrite:
+        raise TargetError(f"{target}: exists; choose another output, or overwrite it")
+    if is_jsonl(target) == is_jsonl(dataset.path):
+        check_room(target, dataset.path.stat().st_size)
+    with _alone(target):
+        # Again: whoever had it until now may have changed it.
+        dataset = RolloutDataset(path)
+        settings = RewardSettings(
+            evaluator=loaded.name, fingerprint=loaded.fingerprint, code=dict(loaded.code)
+        )
+        keep = _keeps_old(dataset, column, settings, overwrite=overwrite)
+        index = FileIndex.of(dataset, column, keep=keep, retry_unscored=retry_unscored)
+        job_id = _job_id(dataset.path, column, settings, adapt=adapt)
+        schema = SCORES.with_metadata({"job": job_id})
+        folder = parts_folder(target, column)
+        known = read_schema(folder)
+        stale = known is not None and known.metadata != schema.metadata
+        with contextlib.closing(PartStore(folder, schema, index.places, anew=stale)) as store:
+            for data_idx, sample_idx, _ in store.stored():
+                index.stored(data_idx, sample_idx)
+            items = grading_items(dataset, loaded, index.wanted, adapt=adapt)
+            grader = grade
+            if engine == "ray":
+                grader = functools.partial(grade_on_ray, address=ray_address)
+            graded = _grade_missing(
+                grader(
+                    items, loaded, workers=workers, timeout=timeout, max_concurrency=max_concurrency
+                ),
+                int(index.wanted.sum()),
+                store,
+                progress=progress,
+            )
+            if _job_id(dataset.path, column, settings, adapt=adapt) != job_id:
+                raise ScoreError(f"{dataset.path} was changed while it was scored: score it again")
+            if store.has_parts or target != dataset.path or column not in dataset.metadata.rewards:
+                wanted = schema_with_reward(dataset.schema, column, settings)
+                tables = with_scores(
+                    dataset.tables(), store.merged(), wanted, column, places=index.places, keep=keep
+                )
+                write_file(target, wanted, tables)
+            store.remove()
+    return summarize_rewards(target, column, graded, loaded, adapt=adapt)
+
+
+def _grade_missing(
+    grading: Generator[Graded, None, None],
+    total: int,
+    store: PartStore,
+    *,
+    progress: bool | None,
+) -> int:
+    """Grade what is wanted, and store it as it comes."""
+    with (
+        reporter("score", total, show=progress) as bar,
+        GradedStore(store, on_stored=lambda count: bar.update(count, detail="")) as graded_store,
+        contextlib.closing(grading) as results,
+    ):
+        for graded in results:
+            graded_store.add(graded)
+    return graded_store.count
+
+
+@contextlib.contextmanager
+def _alone(target: Path) -> Iterator[None]:
+    """Keep others off `target` while it is scored: a second scoring, or the job that samples it,
+    would write the file without what the first one put there.
+
+    Raises:
+        BusyError: another process has it.
+        ScoreError: a job that samples it is not finished.
+    """
+    folder = parts_folder(target)
+    if read_schema(folder) is not None:
+        raise ScoreError(f"{target}: the job that writes it is not finished: run it to its end")
+    try:
+        lock = lock_folder(folder)
+    except BusyError:
+        raise BusyError(
+            f"{target}: another process samples or scores it; wait for it, or stop it"
+        ) from None
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            (folder / "_lock").unlink()
+            folder.rmdir()
+        lock.release()
+
+
+def _keeps_old(
+    dataset: RolloutDataset, column: str, settings: RewardSettings, *, overwrite: bool
+) -> bool:
+    """Whether rewards that are in the column stay: they are of the same evaluator."""
+    known = dataset.metadata.rewards.get(column)
+    if overwrite:
+        return False
+    if known is not None:
+        why = known.evaluator
+        if known.evaluator == settings.evaluator:
+            files = _changed_files(known, settings)
+            if not files:
+                return True
+            why = f"an earlier version of its file (changed: {', '.join(files)})"
+        raise ScoreError(
+            f"{dataset.path}: {column!r} has rewards of {why}. Choose a name (--name) to keep "
+            "both, or replace them with --overwrite"
+        )
+    return False
+
+
+def _changed_files(known: RewardSettings, settings: RewardSettings) -> list[str]:
+    """Files in which there is another version of what the rewards depend on."""
+    if known.code:
+        both = {*known.code, *settings.code}
+        return sorted(name for name in both if known.code.get(name) != settings.code.get(name))
+    return [] if known.fingerprint == settings.fingerprint else [settings.evaluator]
+
+
+def _job_id(path: Path, column: str, settings: RewardSettings, *, adapt: bool) -> bytes:
+    """Tells whether rewards that an interrupted call left are of the same file and evaluator."""
+    asked = f"{file_fingerprint(path)}\0{column}\0{adapt}\0".encode()
+    if settings.code:  # what else is in the file does not matter
+        settings = msgspec.structs.replace(settings, fingerprint="")
+    return hashlib.sha256(asked + msgspec.json.encode(settings)).hexdigest().encode()

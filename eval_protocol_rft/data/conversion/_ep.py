@@ -1,0 +1,301 @@
+"""Rows of Eval Protocol, one JSON a line: read and written.
+
+Invariant: see `batch.evaluation_rows`. A row whose rollout failed stops the conversion, unless it
+is to be dropped; then it is counted.
+
+A first look at a file of Eval Protocol's rows: what its rollout file has to be like.
+
+Invariant: every row was read whole, so that the second reading fails at nothing but its storage.
+
+Rows from the JSONL files that Eval Protocol writes, one at a time.
+
+Invariant: a line is a row or an error that names file and line; none is skipped but blank ones.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pyarrow as pa
+
+from eval_protocol_rft._durable import replacing
+from eval_protocol_rft.data._files import tables_of
+from eval_protocol_rft.data._progress import Reading
+from eval_protocol_rft.data.conversion._plain_file import JsonColumn, NonFinite, text_notes
+from eval_protocol_rft.data.conversion._types import ConvertError, Rollouts, Written, split_note
+from eval_protocol_rft.data.evaluation_rows._from_row import FailedRolloutError, extra_of, from_row
+from eval_protocol_rft.data.evaluation_rows._record import FilePart, FileWide, read_file_part
+from eval_protocol_rft.data.evaluation_rows._to_row import to_rows
+from eval_protocol_rft.data.rollouts._format import (
+    ORIGINAL_PREFIX,
+    FileMetadata,
+    RewardSettings,
+    SamplingSettings,
+    metadata_of,
+    schema,
+)
+from eval_protocol_rft.data.rollouts._rows import CompletionRow
+from eval_protocol_rft.record import RecordError, has_record, is_marked
+from eval_protocol_rft.training import TrainingDataError
+
+
+def read_rows(*paths: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
+    """The rows of one file after the other, as dicts for `build_batch` and `iter_batches`.
+
+    Args:
+        paths: files of `EvaluationRow`s, one a line: `<experiment id>.jsonl` in the folder
+            `experiment_results`, or what `EP_OUTPUT_DIR` got.
+
+    Raises:
+        TrainingDataError: a line is no JSON object of a row. NaN and infinity are no JSON.
+        OSError: a file cannot be read.
+    """
+    decoder = msgspec.json.Decoder(dict[str, Any])
+    for path in paths:
+        with Path(path).open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.isspace():
+                    continue
+                try:
+                    row = decoder.decode(line)
+                except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+                    raise TrainingDataError(f"{path}, line {number}: {error}") from error
+                if "execution_metadata" not in row:
+                    raise TrainingDataError(
+                        f"{path}, line {number}: no row of Eval Protocol, it has no "
+                        f"execution_metadata (but {', '.join(list(row)[:8]) or 'nothing'})"
+                    )
+                _check_shape(row, f"{path}, line {number}")
+                yield row
+
+
+def _check_shape(row: dict[str, Any], where: str) -> None:
+    """Refuse what is no object where Eval Protocol's rows have one."""
+    for name in ("input_metadata", "execution_metadata", "rollout_status", "evaluation_result"):
+        _check_object(row.get(name), name, where)
+    metadata = row["execution_metadata"] or {}
+    _check_object(metadata.get("extra"), "execution_metadata.extra", where)
+    messages = row.get("messages") or []
+    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
+        raise TrainingDataError(f"{where}: messages is no list of objects")
+
+
+def _check_object(value: Any, name: str, where: str) -> None:
+    if value is not None and not isinstance(value, dict):
+        raise TrainingDataError(f"{where}: {name} is {type(value).__name__}, not an object")
+
+
+_HOW_SAMPLED = frozenset(SamplingSettings.__struct_fields__)
+
+
+def numbered_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The rows with their numbers, from 0.
+
+    Raises:
+        TrainingDataError: a line is no row; the message names it.
+    """
+    return enumerate(read_rows(path))
+
+
+def line_of(path: Path, index: int) -> int:
+    """Number, from 1, of the line that row `index` stands in: there may be blank ones."""
+    with path.open("rb") as lines:
+        filled = (number for number, line in enumerate(lines, 1) if not line.isspace())
+        return next(number for i, number in enumerate(filled) if i == index)
+
+
+@dataclass(slots=True)
+class EpScan:
+    """What all rows together say. `add` every row, then read it."""
+
+    path: Path
+    drop_failed_rows: bool
+    num_rows: int = 0
+    dropped: set[int] = field(default_factory=set)
+    """Numbers of the rows whose rollout failed."""
+    continued: set[int] = field(default_factory=set)
+    """Numbers of the rows that are more of the data row before them: `to_rows` makes several of
+    one whose completions have different prompts."""
+    _parts: list[int] = field(default_factory=list)
+    """`data_idx` of the data rows that came from a rollout file."""
+    _last: tuple[Any, ...] = ()
+    """What names the data row of the last row, where it came from a rollout file."""
+    _places: set[int] = field(default_factory=set)
+    """`sample_idx` of its completions so far."""
+    _file_wide: FileWide | None = None
+    one_file: bool = True
+    """Whether the rows say alike which rollout file they came from, or that from none."""
+    _rewards: dict[str, RewardSettings] = field(default_factory=dict)
+    _mixed_rewards: set[str] = field(default_factory=set)
+    _sampling: SamplingSettings | None = None
+    _one_sampling: bool = True
+    _original: dict[str, JsonColumn] = field(default_factory=dict)
+    _ground_truth: JsonColumn = field(default_factory=JsonColumn)
+
+    def add(self, index: int, row: Mapping[str, Any]) -> None:
+        """Take row `index` into account.
+
+        Raises:
+            ConvertError: it is broken, or its rollout failed and is not to be dropped.
+        """
+        try:
+            completions = from_row(row, index, prompt_kind="messages")
+            part = read_file_part(extra_of(row))
+        except FailedRolloutError as error:
+            if self.drop_failed_rows:
+                self.dropped.add(index)
+                return
+            raise ConvertError(
+                f"{self.path}:{line_of(self.path, index)}: {error}. It has no completions to "
+                "convert: --drop-failed-rows leaves such rows out and counts them"
+            ) from error
+        except RecordError as error:
+            raise ConvertError(f"{self.path}:{line_of(self.path, index)}: {error}") from error
+        self.num_rows += 1
+        self._add_columns(completions[0])
+        self._add_part(index, part, completions)
+        if has_record(extra_of(row)):
+            self._add_sampling(extra_of(row))
+
+    def schema(self) -> pa.Schema:
+        """Of the rollout file to be."""
+        columns = self._original.items()
+        json_columns = [ORIGINAL_PREFIX + name for name, column in columns if column.is_json]
+        if self._ground_truth.is_json:
+            json_columns.append("ground_truth")
+        common = self._file_wide if self.one_file else None
+        sampling = self._sampling if self._one_sampling else None
+        metadata = FileMetadata(
+            prompt_kind="messages" if common is None else common.prompt_kind,
+            sampling=sampling if common is None else common.sampling,
+            data=None if common is None else common.data,
+            rewards=self._rewards,
+            json_columns=json_columns,
+        )
+        types = {name: column.type for name, column in columns}
+        return schema(metadata, types, ground_truth=self._ground_truth.type)
+
+    @property
+    def renumbered(self) -> bool:
+        """Whether `data_idx` is the number of the row in this file, not what the row says."""
+        data_rows = self.num_rows - len(self.continued)
+        return len(self._parts) < data_rows or len(set(self._parts)) < data_rows
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        notes = []
+        if self.dropped:
+            notes.append(f"{len(self.dropped)} rows whose rollout failed are not in the output")
+        if self._parts and self.renumbered:
+            notes.append("rows of several files: data_idx is their number in this one")
+        notes += [
+            f"{name}: given by different evaluators; the metadata names the first"
+            for name in sorted(self._mixed_rewards)
+        ]
+        return tuple(notes)
+
+    def _add_columns(self, first: CompletionRow) -> None:
+        self._ground_truth.add(first.ground_truth)
+        for name, value in first.original.items():
+            self._original.setdefault(name, JsonColumn()).add(value)
+
+    def _add_part(
+        self, index: int, part: FilePart | None, completions: list[CompletionRow]
+    ) -> None:
+        file = None if part is None else part.file
+        if self.num_rows == 1:
+            self._file_wide = file
+        self.one_file = self.one_file and file == self._file_wide
+        places = {completion.sample_idx for completion in completions}
+        data_row = () if part is None else (part.data_idx, completions[0].row_id, file)
+        if data_row and data_row == self._last and not places & self._places:
+            self.continued.add(index)
+            self._places |= places
+        else:
+            self._last, self._places = data_row, places
+            if part is not None:
+                self._parts.append(part.data_idx)
+        if part is not None:
+            for name, settings in part.file.rewards.items():
+                if self._rewards.setdefault(name, settings) != settings:
+                    self._mixed_rewards.add(name)
+
+    def _add_sampling(self, extra: Mapping[str, Any]) -> None:
+        sampling = extra["sampling"] if is_marked(extra) else {}
+        values = {k: v for k, v in sampling.items() if k in _HOW_SAMPLED}
+        if any(values.get(name) is None for name in ("model", "temperature", "top_p", "top_k")):
+            self._one_sampling = False  # another program's row, which does not say
+            return
+        settings = msgspec.convert(values, SamplingSettings)
+        self._sampling = self._sampling or settings
+        self._one_sampling = self._one_sampling and settings == self._sampling
+
+
+def read(path: Path, *, drop_failed_rows: bool, reading: Reading) -> Rollouts:
+    """The completions of all rows. Reads the file once here, and once each time they are read.
+
+    Raises:
+        ConvertError: a row is broken or its rollout failed; the message names the line.
+        TrainingDataError: a line is no row.
+    """
+    scan = EpScan(path, drop_failed_rows)
+    for index, row in reading(numbered_rows(path), lambda row: 1):
+        scan.add(index, row)
+    if not scan.num_rows:
+        raise ConvertError(f"{path}: no row with a rollout in it")
+    schema = scan.schema()
+
+    def tables() -> Iterator[pa.Table]:
+        try:
+            yield from tables_of(_rows(scan, schema, reading), schema)
+        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
+            raise ConvertError(f"{path}: a value does not fit its column: {error}") from error
+
+    return Rollouts(path, schema, tables, scan.notes)
+
+
+def write(rollouts: Rollouts, target: Path) -> Written:
+    """One row per data row, or per prompt of it."""
+    metadata = rollouts.metadata
+    non_finite = NonFinite()
+    watched = Rollouts(rollouts.path, rollouts.schema, lambda: non_finite.watch(rollouts.read()))
+    encoder = msgspec.json.Encoder(enc_hook=str)
+    data_rows = completions = split = 0
+    with replacing(target) as file:
+        for group in watched.groups():
+            rows = list(to_rows(group, metadata))
+            file.write(encoder.encode_lines(rows))
+            split += len(rows) > 1
+            data_rows += 1
+            completions += len(group)
+    notes = (*text_notes(rollouts.schema), *non_finite.notes, *split_note(split))
+    return Written(data_rows, completions, notes)
+
+
+def _rows(scan: EpScan, schema: pa.Schema, reading: Reading) -> Iterator[CompletionRow]:
+    prompt_kind = metadata_of(schema).prompt_kind
+    renumbered = scan.renumbered
+    group: list[CompletionRow] = []
+    number = 0
+    for index, row in reading(numbered_rows(scan.path), lambda row: 1):
+        if index in scan.dropped:
+            continue
+        own = from_row(row, index, prompt_kind=prompt_kind, keep_row=not scan.one_file)
+        if index not in scan.continued:
+            yield from _in_order(group)
+            group, number = [], index
+        if renumbered:
+            for completion in own:
+                completion.data_idx = number
+        group += own
+    yield from _in_order(group)
+
+
+def _in_order(group: list[CompletionRow]) -> list[CompletionRow]:
+    """One data row's completions, which may have come as several rows."""
+    return sorted(group, key=lambda completion: completion.sample_idx)

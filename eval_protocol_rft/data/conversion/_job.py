@@ -1,0 +1,147 @@
+"""`convert`: from one file to another.
+
+Invariant: the source is only read, and the target appears when it is complete, or not at all.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from eval_protocol_rft.data._dataset import RolloutDataset
+from eval_protocol_rft.data._files import check_target, write_file
+from eval_protocol_rft.data._progress import Reading
+from eval_protocol_rft.data.conversion import _ep as ep
+from eval_protocol_rft.data.conversion import _trl as trl
+from eval_protocol_rft.data.conversion import _verl as verl
+from eval_protocol_rft.data.conversion._types import (
+    ConvertError,
+    ConvertSummary,
+    Format,
+    Rollouts,
+    Written,
+    detect_format,
+)
+from eval_protocol_rft.data.rollouts._checking import in_order, with_token_data
+from eval_protocol_rft.data.rollouts._jsonl import count_lines
+
+_ENDINGS: dict[Format, tuple[str, ...]] = {
+    "rollouts": (".parquet", ".jsonl", ".ndjson"),
+    "ep": (".jsonl",),
+    "verl": (".parquet", ".json"),
+    "trl": (".parquet", ".jsonl", ".json"),
+}
+"""What the readers of a format take. verl reads JSON lines, from files called .json alone."""
+
+
+def convert(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    from_format: Format | None = None,
+    to_format: Format = "rollouts",
+    drop_failed_rows: bool = False,
+    data_source: str | None = None,
+    overwrite: bool = False,
+    progress: bool | None = None,
+) -> ConvertSummary:
+    """Convert `source` to `target`, in constant memory.
+
+    Args:
+        source: a rollout file (Parquet or JSON lines), rows of Eval Protocol (JSON lines), or
+            Parquet for verl or TRL that this function wrote.
+        target: the file to write; its ending says Parquet or JSON lines.
+        from_format: None: by what is in the file.
+        to_format: `rollouts`, `ep`, `verl` or `trl`.
+        drop_failed_rows: leave out rows of Eval Protocol whose rollout failed, instead of refusing
+            them.
+        data_source: for verl: by this name it finds its reward function. Default: the data set's
+            name.
+        overwrite: replace a `target` that exists.
+        progress: show a bar where it takes long; None: where stderr is a terminal.
+
+    Raises:
+        ConvertError: the file cannot be converted.
+        TargetError: the target must not be written to.
+        FormatError: the rollout file is broken.
+        TrainingDataError: a line is no row of Eval Protocol.
+        OSError: a file cannot be read or written.
+    """
+    path = Path(source)
+    output = check_target(target, path, suffixes=_ENDINGS[to_format], overwrite=overwrite)
+    if data_source is not None and to_format != "verl":
+        raise ConvertError("data_source is verl's: convert to verl, or leave it out")
+    found = from_format or detect_format(path)
+    with Reading("convert", lambda: _rows_about(path, found), show=progress) as reading:
+        rollouts = _checked(_read(path, found, drop_failed_rows=drop_failed_rows, reading=reading))
+        if to_format == "ep":
+            written = ep.write(rollouts, output)
+        elif to_format == "verl":
+            written = verl.write(rollouts, output, data_source=data_source)
+        elif to_format == "trl":
+            written = trl.write(rollouts, output)
+        else:
+            written = _write_rollouts(rollouts, output)
+    return ConvertSummary(
+        source=path,
+        target=output,
+        from_format=found,
+        to_format=to_format,
+        data_rows=written.data_rows,
+        completions=written.completions,
+        notes=(*rollouts.notes, *written.notes),
+    )
+
+
+def _read(path: Path, found: Format, *, drop_failed_rows: bool, reading: Reading) -> Rollouts:
+    if found == "ep":
+        return ep.read(path, drop_failed_rows=drop_failed_rows, reading=reading)
+    if found == "verl":
+        rollouts = verl.read(path)
+    elif found == "trl":
+        rollouts = trl.read(path)
+    else:
+        data = RolloutDataset(path)
+        unfinished = () if data.finished else ("the job of this file is not finished",)
+        rollouts = Rollouts(path, data.schema, data.tables, unfinished)
+    return replace(rollouts, read=lambda: reading(rollouts.read()))
+
+
+def _rows_about(path: Path, found: Format) -> int | None:
+    """What `_read` counts: completions, or rows of Eval Protocol."""
+    if found == "ep":
+        return count_lines(path)
+    return RolloutDataset(path).rows_about() if found == "rollouts" else None
+
+
+def _checked(rollouts: Rollouts) -> Rollouts:
+    """The same, but what cannot be trained on is an error where it is read."""
+    where = str(rollouts.path)
+    return replace(rollouts, read=lambda: with_token_data(in_order(rollouts.read(), where), where))
+
+
+def _write_rollouts(rollouts: Rollouts, target: Path) -> Written:
+    counted = _Groups()
+    rows = write_file(target, rollouts.schema, counted.watch(rollouts.read()))
+    return Written(counted.found, rows)
+
+
+class _Groups:
+    """Counts data rows, which stand together."""
+
+    def __init__(self) -> None:
+        self.found = 0
+        self._last: int | None = None
+
+    def watch(self, tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
+        """The same tables."""
+        for table in tables:
+            numbers = table.column("data_idx").to_numpy()
+            self.found += int(np.count_nonzero(np.diff(numbers))) + int(numbers[0] != self._last)
+            self._last = int(numbers[-1])
+            yield table

@@ -1,0 +1,270 @@
+"""Data sets in Arrow's types: Parquet files, and Arrow files of Hugging Face `datasets`.
+
+Invariant: values have the file's own types, and rows are in memory a batch at a time, in whichever
+order they are asked for.
+
+Arrow types in which values can be kept, from those that a file has.
+
+Invariant: a plain type holds the same values, and Python values of it can be stored again without
+loss. Where that cannot be had, the column is refused.
+"""
+
+from __future__ import annotations
+
+import mmap
+import tempfile
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eval_protocol_rft.data.source._types import (
+    FileState,
+    Source,
+    SourceColumn,
+    SourceError,
+    SourceFacts,
+    SourceRow,
+    files_fingerprint,
+    without_nulls,
+)
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+def plain_schema(label: str, schema: pa.Schema) -> pa.Schema:
+    """The columns of `schema` in plain types: without dictionaries, extensions,
+    views and metadata.
+
+    Raises:
+        SourceError: two columns have one name, or a column cannot be read without loss.
+    """
+    import pyarrow as pa
+
+    for name in schema.names:
+        if schema.names.count(name) > 1:
+            raise SourceError(f"{label}: more than one column is called {name!r}")
+    fields = []
+    for field in schema:
+        plain = plain_type(field.type)
+        if not _is_lossless(field.type, plain):
+            raise SourceError(
+                f"{label}: column {field.name!r} is {field.type}, which cannot be read without "
+                "loss: drop it, or cast it to a simpler type"
+            )
+        fields.append(pa.field(field.name, plain))
+    return pa.schema(fields)
+
+
+def plain_type(type_: pa.DataType) -> pa.DataType:
+    """The type without dictionaries and extensions, and without views of text, which Arrow can
+    store and cannot sort or select from."""
+    import pyarrow as pa
+
+    if isinstance(type_, pa.BaseExtensionType):
+        return plain_type(type_.storage_type)
+    if pa.types.is_dictionary(type_):
+        return plain_type(type_.value_type)
+    if pa.types.is_string_view(type_):
+        return pa.string()
+    if pa.types.is_binary_view(type_):
+        return pa.binary()
+    if pa.types.is_list(type_):
+        return pa.list_(_plain_field(type_.value_field))
+    if pa.types.is_large_list(type_):
+        return pa.large_list(_plain_field(type_.value_field))
+    if pa.types.is_fixed_size_list(type_):
+        return pa.list_(_plain_field(type_.value_field), type_.list_size)
+    if pa.types.is_map(type_):
+        key, item = _plain_field(type_.key_field), _plain_field(type_.item_field)
+        return pa.map_(key, item, keys_sorted=type_.keys_sorted)
+    if pa.types.is_struct(type_):
+        return pa.struct([_plain_field(type_.field(i)) for i in range(type_.num_fields)])
+    return type_
+
+
+def _plain_field(field: pa.Field) -> pa.Field:
+    return field.with_type(plain_type(field.type))
+
+
+def _is_lossless(type_: pa.DataType, plain: pa.DataType) -> bool:
+    import pyarrow as pa
+
+    if any(pa.types.is_union(t) or t == pa.time64("ns") for t in _parts(plain)):
+        # Python's time of day has microseconds, and a union forgets which of its types it was.
+        return False
+    if any(map(_is_list_view, _parts(type_))):
+        # A cast of a slice of them fails, and inside another type it loses values (Arrow 26).
+        return False
+    try:
+        # What Arrow lacks fails on no rows just as on many. Rows are sorted when a file is made.
+        pa.schema([("column", type_)]).empty_table().cast(pa.schema([("column", plain)]))
+        pa.array([], plain).take(pa.array([], pa.int64()))
+    except pa.ArrowException:
+        return False
+    return True
+
+
+def _is_list_view(type_: pa.DataType) -> bool:
+    import pyarrow as pa
+
+    return bool(pa.types.is_list_view(type_) or pa.types.is_large_list_view(type_))
+
+
+def _parts(type_: pa.DataType) -> list[pa.DataType]:
+    """A type and everything nested in it."""
+    inner = [type_.field(i).type for i in range(type_.num_fields)]
+    return [type_, *(part for each in inner for part in _parts(each))]
+
+
+BATCH_ROWS = 512
+"""Rows that are Python objects at a time: enough that reading a batch costs little per row, few
+enough that long conversations fit."""
+
+ReadBatches = Callable[[Path], Iterator["pa.RecordBatch"]]
+
+
+class ArrowFile:
+    """One file of an Arrow data set."""
+
+    def __init__(
+        self, path: Path, *, label: str, schema: pa.Schema, num_rows: int, read: ReadBatches
+    ) -> None:
+        self.path = path
+        self.label = label
+        """How messages call it."""
+        self.schema = schema
+        self.num_rows = num_rows
+        self.read = read
+        """Its batches in order; may raise any Arrow error or OSError."""
+
+
+class ArrowSource(Source):
+    """Rows of one or several files, in their order."""
+
+    def __init__(self, name: str, files: Sequence[ArrowFile], states: Sequence[FileState]) -> None:
+        self._schema = plain_schema(files[0].label, files[0].schema)
+        for file in files[1:]:
+            _refuse_other_schema(files[0].label, self._schema, file)
+        super().__init__(
+            SourceFacts(
+                name,
+                files_fingerprint([file.path for file in files]),
+                tuple(SourceColumn(f.name, f.type, is_json=False) for f in self._schema),
+                sum(file.num_rows for file in files),
+                tuple(states),
+            )
+        )
+        self._parts = tuple(files)
+        self._ends = list(accumulate(file.num_rows for file in files))
+
+    def _read(self, order: NDArray[np.int64] | None) -> Iterator[SourceRow]:
+        if order is None:
+            start = 0
+            for batch in self._batches():
+                yield from self._rows(batch, start)
+                start += batch.num_rows
+            return
+        copy = _UncompressedCopy(self.name, self._schema, self._batches())
+        for number in map(int, order):
+            yield from self._rows(copy.row(number), number)
+
+    def _read_own(self) -> Iterator[SourceRow]:
+        for row in self._read(None):
+            yield SourceRow(row.data_idx, without_nulls(row.values), row.where)
+
+    def _batches(self) -> Iterator[pa.RecordBatch]:
+        """All batches, of at most `BATCH_ROWS` rows, in the plain types."""
+        import pyarrow as pa
+
+        for file in self._parts:
+            count = 0
+            try:
+                for batch in file.read(file.path):
+                    for first in range(0, batch.num_rows, BATCH_ROWS):
+                        yield batch.slice(first, BATCH_ROWS).cast(self._schema)
+                    count += batch.num_rows
+            except (pa.ArrowException, OSError) as error:
+                raise SourceError(
+                    f"{file.label}: cannot be read after row {count}: {error}"
+                ) from error
+
+    def _rows(self, batch: pa.RecordBatch, start: int) -> Iterator[SourceRow]:
+        """The rows of a batch, the first of which is number `start` of the data set."""
+        for i, values in enumerate(self._values(batch, start), start):
+            yield SourceRow(i, values, self._where(i))
+
+    def _values(self, batch: pa.RecordBatch, start: int) -> list[dict[str, Any]]:
+        import pyarrow as pa
+
+        try:
+            rows: list[dict[str, Any]] = batch.to_pylist()
+        except (pa.ArrowException, ValueError, OverflowError) as error:
+            if batch.num_rows > 1:
+                return [self._values(batch.slice(i, 1), start + i)[0] for i in range(len(batch))]
+            raise SourceError(
+                f"{self._where(start)}: a value that Python cannot hold: {error}"
+            ) from error
+        return rows
+
+    def _where(self, number: int) -> str:
+        part = bisect_right(self._ends, number)
+        file = self._parts[part]
+        return f"{file.label}, row {number - self._ends[part] + file.num_rows}"
+
+
+class _UncompressedCopy:
+    """A data set's rows in any order, from an unnamed temporary file that is mapped into memory.
+
+    The file has no name, so nothing is left behind even by a process that is killed.
+    """
+
+    def __init__(self, name: str, schema: pa.Schema, batches: Iterator[pa.RecordBatch]) -> None:
+        import pyarrow as pa
+
+        sizes = []
+        with tempfile.TemporaryFile() as file:
+            with pa.ipc.new_file(file, schema) as writer:
+                for batch in batches:
+                    _write(name, writer, batch)
+                    sizes.append(batch.num_rows)
+            file.flush()
+            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._reader = pa.ipc.open_file(pa.py_buffer(content))
+        self._ends = list(accumulate(sizes))
+
+    def row(self, number: int) -> pa.RecordBatch:
+        """A batch of one row."""
+        place = bisect_right(self._ends, number)
+        batch = self._reader.get_batch(place)
+        return batch.slice(number - self._ends[place] + batch.num_rows, 1)
+
+
+def _write(name: str, writer: pa.RecordBatchWriter, batch: pa.RecordBatch) -> None:
+    try:
+        writer.write_batch(batch)
+    except OSError as error:
+        raise SourceError(
+            f"{name}: to shuffle, an uncompressed copy is made in {tempfile.gettempdir()}, and it "
+            f"cannot be written: {error}. Set TMPDIR to a folder with more room"
+        ) from error
+
+
+def _refuse_other_schema(first: str, schema: pa.Schema, file: ArrowFile) -> None:
+    other = plain_schema(file.label, file.schema)
+    if other.names != schema.names:
+        raise SourceError(
+            f"{file.label} has the columns {', '.join(other.names)}, but {first} has "
+            f"{', '.join(schema.names)}: files of one folder must have the same, in one order"
+        )
+    for mine, theirs in zip(schema, other, strict=True):
+        if mine.type != theirs.type:
+            raise SourceError(
+                f"{file.label}: column {mine.name!r} is {theirs.type}, but {mine.type} in {first}: "
+                "files of one folder must have the same types"
+            )

@@ -1,0 +1,163 @@
+"""Asks the setup: completions through the normal sampler and fan-out.
+
+Invariant: every completion asked for is counted, as itself or with its failure, and a probe keeps
+its place: lists have one entry per seed.
+
+What is examined, and with how many probes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from eval_protocol_rft.local.models import LOCAL_PREFIX, local_model_folder
+from eval_protocol_rft.rollout import RolloutRequest
+from eval_protocol_rft.sampling import (
+    Completion,
+    Failure,
+    FixedLimit,
+    RetryPolicy,
+    RunGuard,
+    Sampler,
+    SamplingParams,
+    TokenIds,
+    derive_seeds,
+    sample_group,
+)
+
+PATIENCE_SECONDS = 60.0
+"""Who waits for a diagnosis is told soon that the server is away."""
+
+
+@dataclass(slots=True)
+class Probe:
+    """Samples for the checks, and counts what came of it. Belongs to one event loop."""
+
+    sampler: Sampler
+    concurrency: int
+    seed: int
+    on_done: Callable[[int], None]
+    """Told how many more completions were asked for and settled."""
+    seeded: bool = True
+    """Whether requests carry seeds."""
+    completed: int = 0
+    failures: Counter[str] = field(default_factory=Counter)
+    """Kind of failure -> completions."""
+    first_failure: str | None = None
+    _guard: RunGuard = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._guard = self._fresh_guard()
+
+    def _fresh_guard(self) -> RunGuard:
+        return RunGuard(limit=FixedLimit(self.concurrency), patience_seconds=PATIENCE_SECONDS)
+
+    async def one(
+        self, prompt: TokenIds, params: SamplingParams, *, seed: int | None, attempts: int = 1
+    ) -> Completion | Failure:
+        """One completion that may fail: it counts for nothing."""
+        group = await sample_group(
+            self.sampler,
+            prompt,
+            params,
+            seeds=[seed],
+            slots=contextlib.nullcontext(),
+            retry=RetryPolicy(max_attempts=attempts, max_seconds=PATIENCE_SECONDS),
+            guard=self._fresh_guard(),
+        )
+        self.on_done(1)
+        return group.survivors[0].completion if group.survivors else group.failures[0]
+
+    async def several(
+        self, prompt: TokenIds, params: SamplingParams, n: int, *, stage: str
+    ) -> list[Completion | None]:
+        """n completions under seeds of their own, None where there is none. The same `stage` has
+        the same seeds.
+
+        Raises:
+            RunStoppedError: the server refuses everything, or is away for too long.
+        """
+        seeds = derive_seeds(self.seed if self.seeded else None, f"doctor/{stage}", n)
+        group = await sample_group(
+            self.sampler,
+            prompt,
+            params,
+            seeds=seeds,
+            slots=contextlib.nullcontext(),
+            retry=RetryPolicy(max_attempts=3, max_seconds=PATIENCE_SECONDS),
+            guard=self._guard,
+            prompt=stage,
+        )
+        self.on_done(n)
+        self.completed += len(group.survivors)
+        for failure in group.failures:
+            self.failures[failure.kind] += 1
+            self.first_failure = self.first_failure or failure.message
+        found: list[Completion | None] = [None] * n
+        for survivor in group.survivors:
+            found[survivor.index] = survivor.completion
+        return found
+
+
+def there(completions: Sequence[Completion | None]) -> list[Completion]:
+    """Those that came back."""
+    return [completion for completion in completions if completion is not None]
+
+
+DEFAULT_REQUESTS = 400
+FEWEST_REQUESTS = 40
+DEFAULT_MAX_TOKENS = 64
+DEFAULT_SEED = 20
+"""Fixed: the same setup gives the same table. Another one repeats an unlikely p-value."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setup:
+    """One setup to examine."""
+
+    request: RolloutRequest
+    """Model, endpoint, tokenizer, template arguments, and the temperature to train at (above 0)."""
+    weights: str | Path | None
+    """Folder or hub id of what the trainer loads; None: those of a local model, else none."""
+    requests: int = DEFAULT_REQUESTS
+    """One-token probes for the test of frequencies, over all prompts."""
+    concurrency: int | None = None
+    """Requests in flight; None: 96 in this process, 16 over HTTP."""
+    trust_remote_code: bool = False
+
+    @property
+    def in_flight(self) -> int:
+        """Few over HTTP: some engines draw seeded requests one by one."""
+        return self.concurrency or (96 if self.request.endpoint is None else 16)
+
+    @property
+    def trainer_weights(self) -> str | Path | None:
+        """What the trainer would load."""
+        model = self.request.params.model
+        if self.weights is not None or not model.startswith(LOCAL_PREFIX):
+            return self.weights
+        return local_model_folder(model)
+
+    def per_prompt(self, prompts: int) -> PerPrompt:
+        """How many probes each of `prompts` prompts gets."""
+        one_token = max(FEWEST_REQUESTS, self.requests) // prompts
+        return PerPrompt(one_token, max(12, one_token // 4), max(4, one_token // 10), 3)
+
+
+@dataclass(frozen=True, slots=True)
+class PerPrompt:
+    """Probes of one prompt."""
+
+    first_tokens: int
+    kind: int
+    """At each of two temperatures."""
+    full: int
+    pairs: int
+
+    @property
+    def total(self) -> int:
+        return self.first_tokens + 2 * self.kind + self.full + 2 * self.pairs

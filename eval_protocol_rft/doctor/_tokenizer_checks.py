@@ -1,0 +1,218 @@
+"""Whether text survives the tokenizer, and whether it is the tokenizer of the server. Pure.
+
+Whether a growing conversation only ever appends to its token ids. Pure.
+
+A multi-turn rollout is one sequence only where the next prompt begins with the prompt before it
+and the completion that was sampled; where a template writes the past anew, the trained tokens were
+never seen in that context.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+from eval_protocol_rft.doctor._findings import (
+    FURTHER_TEXTS,
+    PLAIN_TEXTS,
+    THOUGHT,
+    Finding,
+    Verdict,
+    conversation,
+    skipped,
+)
+from eval_protocol_rft.local import LoadedTokenizer
+from eval_protocol_rft.rollout import PromptError, render_chat
+from eval_protocol_rft.sampling import Completion, SamplingParams
+
+ROUND_TRIP = "tokenizer round trip"
+SAME_TOKENIZER = "tokenizer is the server's"
+
+
+def round_trip(tokenizer: LoadedTokenizer) -> Finding:
+    """Text to ids and back. Prompts are made of text, so what is lost here the model never sees."""
+    plain, further = (_changed(tokenizer, texts) for texts in (PLAIN_TEXTS, FURTHER_TEXTS))
+    total = len(PLAIN_TEXTS) + len(FURTHER_TEXTS)
+    changed = plain + further
+    verdict: Verdict = "fail" if plain else "warn" if further else "pass"
+    return Finding(
+        name=ROUND_TRIP,
+        verdict=verdict,
+        measured=f"{total - len(changed)} of {total} texts come back"
+        + (f"; {changed[0][0]!r} comes back as {changed[0][1]!r}" if changed else ""),
+        bar="all of them; fails where one of plain ASCII does not",
+        advice="The model sees another text than the data set holds: check the tokenizer's files "
+        "(normalizer, added prefix space), or use the model's own tokenizer."
+        if changed
+        else "",
+        numbers={"texts": total, "changed": len(changed)},
+    )
+
+
+def _changed(tokenizer: LoadedTokenizer, texts: Sequence[str]) -> list[tuple[str, str]]:
+    changed = []
+    for text in texts:
+        ids: list[int] = list(tokenizer.tokenizer.encode(text, add_special_tokens=False))
+        back = tokenizer.decode(ids)
+        if back != text:
+            changed.append((text, back))
+    return changed
+
+
+def same_tokenizer(
+    tokenizer: LoadedTokenizer, completions: Sequence[Completion], params: SamplingParams
+) -> Finding:
+    """Sampled ids decoded here, against the text that the server decoded from them."""
+    told = [completion for completion in completions if completion.text is not None]
+    if not told:
+        return skipped(SAME_TOKENIZER, "the server sent no text")
+    size = len(tokenizer.tokenizer)
+    highest = max(max(completion.token_ids) for completion in told)
+    differ = [c for c in told if highest < size and not _same_text(tokenizer, c, params)]
+    verdict: Verdict = "warn" if differ else "pass"
+    if highest >= size or 2 * len(differ) > len(told):
+        verdict = "fail"
+    if highest >= size:
+        measured = f"id {highest} was sampled, and {tokenizer.name!r} ends at {size - 1}"
+    else:
+        measured = f"{len(told) - len(differ)} of {len(told)} completions decode to the same text"
+    if differ:
+        ours = tokenizer.decode_completion(differ[0], params)
+        measured += f"; {ours[:40]!r} here, {(differ[0].text or '')[:40]!r} there"
+    return Finding(
+        name=SAME_TOKENIZER,
+        verdict=verdict,
+        measured=measured,
+        bar="all of them; fails where most differ, or an id is none of ours",
+        advice="Name the tokenizer of the model that the server runs, with --tokenizer."
+        if verdict != "pass"
+        else "",
+        numbers={"completions": len(told), "differ": len(differ), "highest_id": highest},
+    )
+
+
+def _same_text(tokenizer: LoadedTokenizer, completion: Completion, params: SamplingParams) -> bool:
+    """Servers leave out control tokens, all or the last; and half a character at the end."""
+    without = tokenizer.tokenizer.decode(
+        completion.token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
+    ours = {
+        tokenizer.decode_completion(completion, params),
+        tokenizer.decode(completion.token_ids),
+        without if isinstance(without, str) else "".join(without),
+    }
+    return (completion.text or "").rstrip("\ufffd") in {text.rstrip("\ufffd") for text in ours}
+
+
+HISTORY = "chat template: history"
+NEXT_TURN = "chat template: next turn"
+_MULTI_TURN = (
+    "Single-turn evaluators are not touched. For several turns use a template that keeps history "
+    "as it was, or train each turn as a segment of its own."
+)
+
+
+def template_checks(tokenizer: LoadedTokenizer, kwargs: Mapping[str, Any]) -> list[Finding]:
+    """Render a conversation at every length, and compare."""
+    try:
+        return [_history(tokenizer, kwargs), _next_turn(tokenizer, kwargs)]
+    except PromptError as error:
+        failed = Finding(
+            name=HISTORY,
+            verdict="fail",
+            measured=str(error),
+            bar="a conversation of three turns renders",
+            advice="Use the tokenizer of a chat model, or set tokenizer.chat_template.",
+        )
+        return [failed, skipped(NEXT_TURN, "the template renders no conversation")]
+
+
+def first_difference(shorter: Sequence[int], longer: Sequence[int]) -> int | None:
+    """Where `longer` leaves `shorter`, or None if it begins with it."""
+    for index, token in enumerate(shorter):
+        if index >= len(longer) or longer[index] != token:
+            return index
+    return None
+
+
+def _history(tokenizer: LoadedTokenizer, kwargs: Mapping[str, Any]) -> Finding:
+    """What is said stays as it was, whatever is said after it."""
+    messages = conversation()
+    render_chat(messages, None, tokenizer, kwargs)  # says what is wrong with a template, or args
+    rendered = [
+        _rendered(tokenizer, messages[:count], kwargs) for count in range(1, len(messages) + 1)
+    ]
+    bar = "the ids of a conversation begin with those of each shorter one"
+    for count, (shorter, longer) in enumerate(pairwise(rendered), 1):
+        at = first_difference(shorter, longer)
+        if at is not None:
+            return Finding(
+                name=HISTORY,
+                verdict="fail",
+                measured=f"message {count + 1} changes what stood before it: at id {at} of "
+                f"{len(shorter)}, {_around(tokenizer, shorter, at)} became "
+                f"{_around(tokenizer, longer, at)}",
+                bar=bar,
+                advice=f"The template rewrites history. {_MULTI_TURN}",
+                numbers={"messages": count, "index": at},
+            )
+    return Finding(
+        name=HISTORY,
+        verdict="pass",
+        measured=f"{len(messages)} messages, {len(rendered[-1])} ids, appended only",
+        bar=bar,
+        numbers={"messages": len(messages), "ids": len(rendered[-1])},
+    )
+
+
+def _next_turn(tokenizer: LoadedTokenizer, kwargs: Mapping[str, Any]) -> Finding:
+    """The next prompt is the last one, the answer to it, and what comes after."""
+    bar = "the next prompt begins with the prompt and the answer, thinking included"
+    for what, answer in (("an answer", "Twenty."), ("its thinking", f"{THOUGHT}Twenty.")):
+        messages = conversation(answer)
+        asked, then = (render_chat(messages[:count], None, tokenizer, kwargs) for count in (1, 3))
+        at = first_difference(asked, then)
+        if at is not None:
+            measured = (
+                f"the prompt's id {at} of {len(asked)} does not come back: "
+                f"{_around(tokenizer, asked, at)} became {_around(tokenizer, then, at)}"
+            )
+        elif not tokenizer.decode(list(then[len(asked) :])).startswith(answer):
+            measured = f"{what} comes back as {_around(tokenizer, then, len(asked))}"
+        else:
+            continue
+        return Finding(
+            name=NEXT_TURN,
+            verdict="warn",
+            measured=measured,
+            bar=bar,
+            advice=f"Turns after the first do not continue what was sampled. {_MULTI_TURN}",
+        )
+    return Finding(
+        name=NEXT_TURN, verdict="pass", measured="prompt, answer and thinking come back", bar=bar
+    )
+
+
+def _rendered(
+    tokenizer: LoadedTokenizer, messages: Sequence[Mapping[str, Any]], kwargs: Mapping[str, Any]
+) -> list[int]:
+    try:
+        ids: Any = tokenizer.tokenizer.apply_chat_template(
+            [dict(message) for message in messages],
+            add_generation_prompt=False,
+            tokenize=True,
+            return_dict=False,
+            **kwargs,
+        )
+        return [int(token) for token in ids]
+    # A template is a program: besides its own errors it raises what its expressions raise.
+    except Exception as error:
+        raise PromptError(
+            f"the chat template of {tokenizer.name!r} failed on {len(messages)} messages: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def _around(tokenizer: LoadedTokenizer, ids: Sequence[int], at: int) -> str:
+    return repr(tokenizer.decode(list(ids[at : at + 8]))) if at < len(ids) else "nothing"

@@ -1,0 +1,194 @@
+"""`EpisodeRolloutProcessor`: an `EvaluationRow` in, the same row with n episodes of several turns.
+
+Invariant: as for single completions: a row is changed in one step or not at all, an episode keeps
+its place and its seeds, and one that cannot be had is a failure. Episodes run independently, and as
+many at once as Eval Protocol allows rollouts: one holds a slot from before its environment is made
+until that is closed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from eval_protocol.models import EvaluationRow
+from eval_protocol.pytest.types import RolloutProcessorConfig
+
+from eval_protocol_rft.episodes._conversation import OnRewrite, Openings
+from eval_protocol_rft.episodes._environment import Environment, EpisodeLimits
+from eval_protocol_rft.episodes._episode import Episode, EpisodeRun
+from eval_protocol_rft.rollout import (
+    PROMPT_IDS_KEY,
+    FireworksTrainingRolloutProcessor,
+    PromptError,
+    RolloutError,
+    RowJob,
+    Ticket,
+    _LoopState,
+    commit_episodes,
+    observe_attempt,
+    prompt_ids_of,
+)
+from eval_protocol_rft.sampling import (
+    Failure,
+    Group,
+    SamplingParams,
+    Survivor,
+    TokenIds,
+    derive_seeds,
+    sample_one,
+)
+
+
+class EpisodeRolloutProcessor(FireworksTrainingRolloutProcessor):
+    """Runs n independent episodes per row against an environment, exact to the token.
+
+    Args:
+        environment: makes an environment, for each episode its own: a class, or a function of
+            nothing.
+        limits: how long an episode may get.
+        on_rewrite: what to do where the chat template renders earlier turns anew once more is said:
+            `split` begins a new segment with the same reward, `reject` fails the episode. See
+            `conversation.template_report` for what a template does.
+        **options: as for `FireworksTrainingRolloutProcessor`; over-sampling and straggler deadlines
+            are not for episodes.
+
+    The record holds `trajectories` (segments with tokens, logprobs and loss mask) and `episodes`
+    (turns, stop reason, step rewards, messages), and of each episode the first turn where a single
+    completion would be. The row's messages are those of the first episode.
+    """
+
+    def __init__(
+        self,
+        environment: Callable[[], Environment],
+        *,
+        limits: EpisodeLimits | None = None,
+        on_rewrite: OnRewrite = "split",
+        **options: Any,
+    ) -> None:
+        if on_rewrite not in ("split", "reject"):
+            raise ValueError(f"on_rewrite must be 'split' or 'reject', not {on_rewrite!r}")
+        super().__init__(**options)
+        if self.tail:
+            raise ValueError("over_sample and straggler_seconds are not for episodes")
+        self.environment = environment
+        self.limits = limits or EpisodeLimits()
+        self.on_rewrite: OnRewrite = on_rewrite
+
+    async def _roll_out(
+        self,
+        row: EvaluationRow,
+        config: RolloutProcessorConfig,
+        state: _LoopState,
+        admission: asyncio.Semaphore,
+        run: int | str,
+    ) -> EvaluationRow:
+        if prompt_ids_of(row) is not None:
+            raise PromptError(
+                f"row {row.input_metadata.row_id}: it brings its prompt as {PROMPT_IDS_KEY}, and "
+                "an episode renders its turns from messages: give the row messages"
+            )
+        async with Ticket(admission) as ticket:
+            job = await self._prepare(row, config, state, run)
+            ticket.good_for(len(job.seeds))
+            openings = Openings(job.tokenizer, job.request.chat_template_kwargs)
+            tasks = [
+                asyncio.ensure_future(self._episode(row, job, config, index, ticket, openings))
+                for index in range(len(job.seeds))
+            ]
+            try:
+                outcomes = await asyncio.gather(*tasks)
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+        episodes = [outcome for outcome in outcomes if isinstance(outcome, Episode)]
+        group = Group(
+            survivors=[episode.first for episode in episodes],
+            failures=[outcome for outcome in outcomes if isinstance(outcome, Failure)],
+        )
+        self._require_survivors(row, job.request, group)
+        _require_one_prompt(row, episodes)
+        commit_episodes(
+            row,
+            group,
+            episodes,
+            request=job.request,
+            tokenizer=job.tokenizer,
+            split_reasoning=self.split_reasoning,
+            began_at=job.began_at,
+            seconds=time.perf_counter() - job.began,
+        )
+        return row
+
+    async def _episode(
+        self,
+        row: EvaluationRow,
+        job: RowJob,
+        config: RolloutProcessorConfig,
+        index: int,
+        ticket: Ticket,
+        openings: Openings,
+    ) -> Episode | Failure:
+        seed = job.seeds[index]
+        # Both: a caller's rollouts may all have one id, and its runs numbers given twice.
+        rollout = f"{row.execution_metadata.rollout_id or ''}\0{job.run}"
+        session = hashlib.blake2b(f"{job.row_key}\0{rollout}\0{index}".encode(), digest_size=8)
+
+        async def sample(
+            turn: int, prompt: TokenIds, params: SamplingParams, on_start: Callable[[], None]
+        ) -> Survivor | Failure:
+            def starts() -> None:
+                if not turn:
+                    ticket.used()
+                on_start()
+
+            # The first turn has the seed that a single completion would have.
+            (own,) = [seed] if not turn else derive_seeds(seed, f"turn {turn}", 1)
+            return await sample_one(
+                job.sampler,
+                prompt,
+                params,
+                index=index,
+                seed=own,
+                slots=contextlib.nullcontext(),  # the episode's own holds for its requests
+                retry=self.retry,
+                guard=job.guard,
+                prompt=job.row_key,
+                observe=observe_attempt,
+                on_start=starts,
+                read=lambda completion: job.tokenizer.read(completion, params, job.witness.look),
+            )
+
+        async with config.semaphore:
+            run_episode = EpisodeRun(
+                index=index,
+                environment=self.environment,
+                row=row,
+                messages=job.messages,
+                openings=openings,
+                params=replace(job.request.params, session=session.hexdigest()),
+                limits=self.limits,
+                context_length=getattr(job.sampler, "context_length", None),
+                on_rewrite=self.on_rewrite,
+                sample=sample,
+                split_reasoning=self.split_reasoning,
+            )
+            return await run_episode()
+
+
+def _require_one_prompt(row: EvaluationRow, episodes: list[Episode]) -> None:
+    """The completions of a row are compared, so they must answer one prompt."""
+    first = episodes[0].first_prompt
+    for episode in episodes[1:]:
+        if episode.first_prompt != first:
+            raise RolloutError(
+                f"row {row.input_metadata.row_id}: reset() said different things in episodes "
+                f"{episodes[0].first.index} and {episode.first.index}; what differs between "
+                "episodes of a row must come after the first turn"
+            )

@@ -1,0 +1,9 @@
+"""Any `Sampler` over HTTP in Fireworks' shape, for loopback: `ep-rft serve`. Extra: `serve`.
+
+`_app.create_app` is the ASGI application, `_run` what the command line does around it. `_protocol`
+(requests in) and `_replies` (replies out) are pure.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,3 @@
+from ._run import ServeError as ServeError
+from ._run import serve_local as serve_local
+from ._weights import VERSION_KEY as VERSION_KEY

@@ -1,0 +1,385 @@
+"""What `/v1/completions` answers: whole replies and stream chunks in Fireworks' shape. Pure.
+
+Invariant: ids and logprobs go out as the sampler gave them, the end-of-turn token included, and a
+whole reply and a stream of the same completions carry the same data: both are made by `_choice`.
+
+Sampled ids to text, token by token: what each id adds, its bytes, and where it starts. Pure.
+
+Invariant: text comes from ids. The deltas between offsets, joined, are exactly the completion's
+text, whatever the tokenizer does with spaces, control tokens or half a character.
+
+The shape of `/v1/completions` replies: what is in the JSON, and what may be left out. Pure.
+
+Source: the public types of fireworks-ai 1.2 (`CompletionCreateResponse`, `CompletionChunk`). A
+field that is UNSET is absent; one that is None is null.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Literal
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+from eval_protocol_rft.local._tokenizer import LoadedTokenizer
+from eval_protocol_rft.local.server._protocol import CompletionRequest
+from eval_protocol_rft.sampling import Completion, ContractError, SamplingParams, reshaped_by
+
+
+class TokenLogprob(msgspec.Struct, frozen=True, kw_only=True):
+    """One sampled token, as `logprobs: true` asks for it."""
+
+    token: str
+    token_id: int
+    logprob: float
+    """Raw: the model's own, temperature 1, full vocabulary."""
+    sampling_logprob: float
+    """What the sampler drew with."""
+    bytes: list[int]
+    text_offset: int
+    top_logprobs: list[None] = []
+
+
+class ContentLogprobs(msgspec.Struct, frozen=True, kw_only=True):
+    """The format of `logprobs: true`."""
+
+    content: list[TokenLogprob]
+
+
+class LegacyLogprobs(msgspec.Struct, frozen=True, kw_only=True):
+    """The format of `logprobs: <int>`. `token_logprobs` are raw: it has no place for others."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    token_ids: list[int]
+    text_offset: list[int]
+    top_logprobs: list[dict[str, float]]
+
+
+class RawOutput(msgspec.Struct, frozen=True, kw_only=True):
+    """What the model saw and wrote, control tokens and stop string included."""
+
+    prompt_fragments: list[str]
+    prompt_token_ids: list[int]
+    completion: str
+    completion_token_ids: list[int]
+    completion_logprobs: None = None
+    grammar: None = None
+    images: None = None
+
+
+class Choice(msgspec.Struct, frozen=True, kw_only=True):
+    """One completion, or the part of it that one chunk carries."""
+
+    index: int
+    text: str
+    finish_reason: Literal["stop", "length"] | None
+    logprobs: ContentLogprobs | LegacyLogprobs | None
+    prompt_token_ids: list[int] | UnsetType = UNSET
+    token_ids: list[int] | UnsetType = UNSET
+    raw_output: RawOutput | UnsetType = UNSET
+
+
+class PromptTokensDetails(msgspec.Struct, frozen=True, kw_only=True):
+    """Cached prompt tokens; 0, as a `Sampler` does not tell."""
+
+    cached_tokens: int = 0
+
+
+class Usage(msgspec.Struct, frozen=True, kw_only=True):
+    """Token counts; a prompt sampled n times counts once."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails = PromptTokensDetails()
+
+
+class Reply(msgspec.Struct, frozen=True, kw_only=True):
+    """A whole reply, or one chunk of a stream."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[Choice]
+    usage: Usage | UnsetType = UNSET
+    perf_metrics: dict[str, str] | UnsetType | None = UNSET
+
+
+_HALF_A_CHARACTER = "\N{REPLACEMENT CHARACTER}"
+_LONGEST_CHARACTER = 4
+"""Bytes of one character in UTF-8: no more tokens than that can be waiting for their end."""
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+"""How tokenizers with byte fallback name a single byte."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spelling:
+    """One completion as text. T = number of sampled tokens."""
+
+    text: str
+    """Without the end-of-turn token and without a stop string."""
+    raw_text: str
+    """All of it, control tokens and stop string included."""
+    tokens: list[str]
+    """[T] each token's own text, control tokens included."""
+    bytes: list[list[int]]
+    """[T] UTF-8 of each token; joined they spell the text, also where a token is half a character.
+    Empty for control tokens."""
+    offsets: list[int]
+    """[T+1] token i adds `text[offsets[i]:offsets[i + 1]]`: nothing when it only begins a
+    character, or lies in a stop string."""
+
+
+def spell(tokenizer: LoadedTokenizer, completion: Completion, params: SamplingParams) -> Spelling:
+    """Spell a completion, with its own text where the sampler gave one."""
+    ids = completion.token_ids
+    text = completion.text
+    if text is None:
+        text = tokenizer.decode_completion(completion, params)
+    raw_text = tokenizer.decode(ids)
+    alone = {token: tokenizer.decode([token]) for token in set(ids)}
+    added = [alone[token] for token in ids]
+    if "".join(added) != raw_text:
+        added = _added_in_place(tokenizer.decode, ids)
+    tokens = [
+        part if part.endswith(alone[token]) and _HALF_A_CHARACTER not in part else alone[token]
+        for token, part in zip(ids, added, strict=True)
+    ]
+    ends = [min(end, len(text)) for end in accumulate(map(len, added))]
+    return Spelling(
+        text=text,
+        raw_text=raw_text,
+        tokens=tokens,
+        bytes=[
+            [] if token in tokenizer.special_ids else _bytes(tokenizer, token, own)
+            for token, own in zip(ids, tokens, strict=True)
+        ],
+        offsets=[0, *ends[:-1], len(text)],
+    )
+
+
+def _added_in_place(decode: Callable[[list[int]], str], ids: list[int]) -> list[str]:
+    """[T] what each token adds to the decoded text, where that is not what it spells alone: the
+    space that begins a text may be stripped, a character may take several tokens. So each is
+    decoded after the ones before it; only the last few of them, to stay linear."""
+    added: list[str] = []
+    start = done = 0
+    shown = ""
+    for end in range(1, len(ids) + 1):
+        seen = decode(ids[start:end])
+        waiting = end - done < _LONGEST_CHARACTER and end < len(ids)
+        if waiting and seen.endswith(_HALF_A_CHARACTER):
+            added.append("")
+            continue
+        added.append(seen[len(shown) :])
+        start, done = done, end
+        shown = decode(ids[start:done])
+    return added
+
+
+def _bytes(tokenizer: LoadedTokenizer, token: int, own: str) -> list[int]:
+    if _HALF_A_CHARACTER not in own:
+        return list(own.encode())
+    name = str(tokenizer.tokenizer.convert_ids_to_tokens(token))
+    if byte := _BYTE_TOKEN.fullmatch(name):
+        return [int(byte[1], 16)]
+    if all(letter in _BYTE_OF_LETTER for letter in name):
+        return [_BYTE_OF_LETTER[letter] for letter in name]
+    return list(own.encode())
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """The letters that byte-level BPE vocabularies write bytes with (Radford et al. 2019, GPT-2):
+    printable Latin-1 stands for itself, the other bytes follow from U+0100 in order."""
+    itself = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = (byte for byte in range(256) if byte not in itself)
+    return {chr(byte): byte for byte in itself} | {
+        chr(0x100 + i): byte for i, byte in enumerate(others)
+    }
+
+
+_BYTE_OF_LETTER = _byte_level_alphabet()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """One prompt of a request."""
+
+    token_ids: list[int]
+    text: str
+    params: SamplingParams
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampled:
+    """One finished completion and where it belongs."""
+
+    prompt: Prompt
+    completion: Completion
+    spelling: Spelling
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Head:
+    """What every chunk of one reply repeats."""
+
+    id: str
+    created: int
+    model: str
+
+
+def whole_reply(
+    head: Head, request: CompletionRequest, samples: Sequence[Sampled], metrics: dict[str, str]
+) -> Reply:
+    """All choices in one body. `samples` are ordered by choice index: prompt by prompt.
+
+    Raises:
+        ContractError: raw logprobs were asked for and the sampler has none.
+    """
+    return Reply(
+        id=head.id,
+        created=head.created,
+        model=head.model,
+        choices=[
+            _choice(request, index, sampled, 0, len(sampled.completion.token_ids))
+            for index, sampled in enumerate(samples)
+        ],
+        usage=_usage(request, samples),
+        perf_metrics=metrics if request.perf_metrics_in_response else None,
+    )
+
+
+def chunks(
+    head: Head, request: CompletionRequest, samples: Sequence[Sampled], metrics: dict[str, str]
+) -> Iterator[Reply]:
+    """The same reply in pieces of one token, choice after choice. The last chunk of each choice has
+    its finish reason and raw output, the very last one usage and metrics. Where the sampler tells
+    which weights drew a token, its chunk's model reads `name@version`."""
+    final = len(samples) - 1
+    for index, sampled in enumerate(samples):
+        last = len(sampled.completion.token_ids) - 1
+        for at in range(last + 1):
+            done = index == final and at == last
+            version = _version(sampled.completion, at)
+            yield Reply(
+                id=head.id,
+                created=head.created,
+                model=f"{head.model}@{version}" if version else head.model,
+                choices=[_choice(request, index, sampled, at, at + 1)],
+                usage=_usage(request, samples) if done else UNSET,
+                perf_metrics=metrics if done and request.perf_metrics_in_response else UNSET,
+            )
+
+
+def _version(completion: Completion, at: int) -> str | None:
+    """The weights that drew token `at`. Where they changed on the way, the first and the last
+    token's are known, and not in between where."""
+    if completion.first_policy_version is None or at == len(completion.token_ids) - 1:
+        return completion.policy_version
+    return completion.first_policy_version if at == 0 else None
+
+
+def perf_metrics(
+    samples: Sequence[Sampled], request: CompletionRequest, *, seconds: float, in_flight: int
+) -> dict[str, str]:
+    """Fireworks' metrics, as far as they are known here: nothing leaves before the last token is
+    sampled, so the first token's time is the whole time; queues are not told apart."""
+    return {
+        "prompt-tokens": str(_usage(request, samples).prompt_tokens),
+        "cached-prompt-tokens": "0",
+        "num-concurrent-requests": str(in_flight),
+        "server-time-to-first-token": f"{seconds:.6f}",
+        "server-processing-time": f"{seconds:.6f}",
+    }
+
+
+def _choice(
+    request: CompletionRequest, index: int, sampled: Sampled, start: int, stop: int
+) -> Choice:
+    """Tokens `start` to `stop` of choice `index`."""
+    completion, spelling = sampled.completion, sampled.spelling
+    first, last = start == 0, stop == len(completion.token_ids)
+    return Choice(
+        index=index,
+        text=spelling.text[spelling.offsets[start] : spelling.offsets[stop]],
+        finish_reason=completion.finish_reason if last else None,
+        logprobs=_logprobs(request, sampled, start, stop),
+        prompt_token_ids=(
+            sampled.prompt.token_ids if request.return_token_ids and first else UNSET
+        ),
+        token_ids=completion.token_ids[start:stop] if request.return_token_ids else UNSET,
+        raw_output=_raw_output(sampled) if request.raw_output and last else UNSET,
+    )
+
+
+def _logprobs(
+    request: CompletionRequest, sampled: Sampled, start: int, stop: int
+) -> ContentLogprobs | LegacyLogprobs | None:
+    # 0 asks for the legacy format without alternatives; it is not False.
+    if request.logprobs is None or request.logprobs is False:
+        return None
+    spelling = sampled.spelling
+    ids = sampled.completion.token_ids[start:stop]
+    raw = _raw_logprobs(sampled)[start:stop]
+    tokens, offsets = spelling.tokens[start:stop], spelling.offsets[start:stop]
+    if request.logprobs is not True:
+        return LegacyLogprobs(
+            tokens=tokens,
+            token_logprobs=raw,
+            token_ids=ids,
+            text_offset=offsets,
+            top_logprobs=[{token: value} for token, value in zip(tokens, raw, strict=True)],
+        )
+    drawn_with, utf8 = sampled.completion.logprobs[start:stop], spelling.bytes[start:stop]
+    rows = zip(tokens, ids, raw, drawn_with, utf8, offsets, strict=True)
+    return ContentLogprobs(
+        content=[
+            TokenLogprob(
+                token=token,
+                token_id=token_id,
+                logprob=logprob,
+                sampling_logprob=sampling_logprob,
+                bytes=token_bytes,
+                text_offset=offset,
+            )
+            for token, token_id, logprob, sampling_logprob, token_bytes, offset in rows
+        ]
+    )
+
+
+def _raw_logprobs(sampled: Sampled) -> list[float]:
+    """The model's own logprobs; the sampling ones where the two are equal by definition."""
+    raw = sampled.completion.raw_logprobs
+    if raw is not None:
+        return raw
+    reshaped = reshaped_by(sampled.prompt.params)
+    if reshaped:
+        raise ContractError(
+            "the sampler behind this server gives no raw logprobs, and with "
+            f"{', '.join(reshaped)} they are not the sampling ones: leave logprobs out, or sample "
+            "the full distribution (temperature 1, top_p 1, top_k 0)"
+        )
+    return sampled.completion.logprobs
+
+
+def _raw_output(sampled: Sampled) -> RawOutput:
+    return RawOutput(
+        prompt_fragments=[sampled.prompt.text],
+        prompt_token_ids=sampled.prompt.token_ids,
+        completion=sampled.spelling.raw_text,
+        completion_token_ids=sampled.completion.token_ids,
+    )
+
+
+def _usage(request: CompletionRequest, samples: Sequence[Sampled]) -> Usage:
+    prompt = sum(len(sampled.prompt.token_ids) for sampled in samples[:: request.n or 1])
+    completion = sum(len(sampled.completion.token_ids) for sampled in samples)
+    return Usage(
+        prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion
+    )

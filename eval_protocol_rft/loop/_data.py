@@ -1,0 +1,220 @@
+"""The rows of an evaluation test, and the order in which they are trained on.
+
+Invariant: no held-out row is ever trained on. The order follows from the seed alone, so a run that
+is resumed goes on with the very next row.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from eval_protocol.common_utils import load_jsonl
+from eval_protocol.human_id import generate_id, num_combinations
+from eval_protocol.models import EPParameters, EvaluationRow, Message
+from eval_protocol.pytest.default_dataset_adapter import default_dataset_adapter
+from pydantic import ValidationError
+
+from eval_protocol_rft.data import (
+    PathOrGlob,
+    Source,
+    SourceRow,
+    messages_in,
+    open_source,
+    type_name,
+)
+from eval_protocol_rft.episodes import EpisodeRolloutProcessor
+from eval_protocol_rft.rollout import PROMPT_IDS_KEY
+
+
+class DataError(ValueError):
+    """There is no data to train on, or not enough."""
+
+
+def load_rows(
+    evaluator: Callable[..., Any], data: Sequence[PathOrGlob] | None = None
+) -> list[EvaluationRow]:
+    """The rows that `@evaluation_test` would run: its data set, adapter and preprocessing.
+
+    Args:
+        evaluator: the function under `@evaluation_test`.
+        data: files, folders or patterns in place of the test's own data, as `open_source` takes
+            them. Rows are those of the same data in JSONL; messages that are JSON text, as in CSV,
+            are read by the default adapter.
+
+    Raises:
+        DataError: there are no rows, the adapter takes them not, or the test has several data sets
+            and none was chosen.
+        SourceError: `data` cannot be read.
+    """
+    test: EPParameters | None = getattr(evaluator, "__ep_params__", None)
+    if test is None and data is None:
+        raise DataError(
+            "the evaluator is no @evaluation_test, so it brings no data set: pass one with --data"
+        )
+    test = test or EPParameters()
+    rows = _own_rows(test) if data is None else _rows_of(open_source(data), test)
+    if test.filtered_row_ids is not None and data is None:
+        rows = [row for row in rows if row.input_metadata.row_id in test.filtered_row_ids]
+    if test.preprocess_fn is not None and (data is not None or not test.data_loaders):
+        rows = test.preprocess_fn(rows)
+    if not rows:
+        raise DataError(
+            f"no rows in {', '.join(map(str, data)) if data else 'the test`s data set'}"
+        )
+    for row in rows:
+        if row.input_metadata.row_id is None:
+            index = abs(hash(row)) % num_combinations()
+            row.input_metadata.row_id = generate_id(seed=0, index=index)
+    return rows
+
+
+def _rows_of(source: Source, test: EPParameters) -> list[EvaluationRow]:
+    """The rows that the test's adapter makes of a data set's."""
+    records = list(source.records())
+    if test.dataset_adapter not in (None, default_dataset_adapter):
+        try:
+            adapted: list[EvaluationRow] = test.dataset_adapter(
+                [record.values for record in records]
+            )
+        except Exception as error:
+            raise DataError(
+                f"{source.name}: the test's dataset_adapter raised {type(error).__name__}: "
+                f"{error}. The data has {_listed(source)}"
+            ) from error
+        return adapted
+    rows = [_evaluation_row(record) for record in records]
+    prompted = any(row.messages or PROMPT_IDS_KEY in (row.model_extra or {}) for row in rows)
+    if not prompted and not isinstance(test.rollout_processor, EpisodeRolloutProcessor):
+        raise DataError(
+            f"{source.name}: no row has messages. It has {_listed(source)}: give the test a "
+            "dataset_adapter that makes messages of them"
+        )
+    return rows
+
+
+def _listed(source: Source) -> str:
+    return f"the columns {', '.join(column.name for column in source.columns)}"
+
+
+def _evaluation_row(record: SourceRow) -> EvaluationRow:
+    values = record.values
+    messages = values.get("messages")
+    if isinstance(messages, str):
+        values = {**values, "messages": messages_in(messages) or messages}
+    try:
+        return EvaluationRow(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise DataError(
+            f"{record.where}: no row of an evaluation test: {place}: {first['msg']}, not "
+            f"{type_name(first['input'])}. Rows of other data are made by a dataset_adapter of the "
+            "test"
+        ) from error
+
+
+def _own_rows(test: EPParameters) -> list[EvaluationRow]:
+    most = test.max_dataset_rows
+    if test.input_dataset:
+        lines: list[dict[str, Any]] = []
+        for path in _one(test.input_dataset, "input_dataset", test.combine_datasets):
+            try:
+                found = load_jsonl(path)
+            except (OSError, ValueError) as error:
+                raise DataError(f"{path}: {error}") from error
+            if not found:
+                raise DataError(f"{path} has no lines")
+            lines += found
+        adapter = test.dataset_adapter or default_dataset_adapter
+        return adapter(lines[:most])
+    if test.data_loaders:
+        loaders = test.data_loaders
+        loaders = loaders if isinstance(loaders, Sequence) else [loaders]
+        loaded = [row for loader in loaders for result in loader.load() for row in result.rows]
+        return loaded[:most]
+    if test.input_rows:
+        chosen = _one(test.input_rows, "input_rows", combine=False)
+        return [row.model_copy(deep=True) for row in chosen]
+    chosen = _one(test.input_messages or [], "input_messages", combine=False)
+    if chosen and isinstance(chosen[0], Message | dict):
+        chosen = [chosen]
+    return [EvaluationRow(messages=messages) for messages in chosen]
+
+
+def _one(sets: Sequence[Any], name: str, combine: bool) -> Sequence[Any]:
+    """The one data set; `input_dataset` is a list of files that may be read as one."""
+    if combine and all(isinstance(item, str) for item in sets):
+        return sets
+    if len(sets) > 1:
+        raise DataError(f"the evaluation test has {len(sets)} sets of {name}: choose with --data")
+    if not sets:
+        raise DataError("the evaluation test has no data set: pass one with --data")
+    return [sets[0]] if isinstance(sets[0], str) else sets[0]
+
+
+def split_rows(
+    rows: Sequence[EvaluationRow], held_out: float, seed: int
+) -> tuple[list[EvaluationRow], list[EvaluationRow]]:
+    """Rows to train on and rows held out, each in the order given.
+
+    Args:
+        rows: all rows.
+        held_out: a share below 1, or a number of rows from 1 on.
+        seed: of the choice.
+
+    Raises:
+        DataError: nothing would be left to train on.
+    """
+    count = round(held_out * len(rows)) if held_out < 1 else int(held_out)
+    if held_out < 0 or count >= len(rows):
+        raise DataError(
+            f"{held_out:g} of {len(rows)} rows cannot be held out: some must be left to train on"
+        )
+    chosen = set(random.Random(f"held out {seed}").sample(range(len(rows)), count))  # noqa: S311
+    train = [row for i, row in enumerate(rows) if i not in chosen]
+    return train, [rows[i] for i in sorted(chosen)]
+
+
+class Draw(NamedTuple):
+    """One turn of one row."""
+
+    place: int
+    """Of the row in the training set."""
+    epoch: int
+    """How often the row came before, which is also the number of its run."""
+
+
+@dataclass(slots=True)
+class RowStream:
+    """Rows in a new random order every epoch."""
+
+    rows: int
+    seed: int
+    epochs: float | None = None
+    """None: without end."""
+    taken: int = 0
+    """Turns given out, those put back not counted."""
+    put_back: list[Draw] = field(default_factory=list)
+    _epoch: int = -1
+    _order: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.rows < 1:
+            raise DataError("no rows to train on")
+
+    def next(self) -> Draw | None:
+        """The next turn, None where the epochs are over."""
+        if self.put_back:
+            return self.put_back.pop(0)
+        if self.epochs is not None and self.taken >= round(self.epochs * self.rows):
+            return None
+        epoch, place = divmod(self.taken, self.rows)
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._order = list(range(self.rows))
+            random.Random(f"{self.seed}/{epoch}").shuffle(self._order)  # noqa: S311
+        self.taken += 1
+        return Draw(self._order[place], epoch)

@@ -1,0 +1,368 @@
+"""`LocalTrainer`: a torch model in this process as a `Trainer`.
+
+Invariant: what is trained is a copy of its own; the sampler's weights change in `publish` alone.
+The same calls on the same state give the same bits on one torch thread, and `load` goes back to
+all of the state that `save` wrote.
+
+One set of metrics from those of several passes.
+
+Invariant: what a name's reduction says is what is done: `name:sum` adds up, `name:max` and
+`name:min` keep the extreme, and `name:mean` is weighted by `tokens:sum`, over which the means are.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import copy
+import pickle
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from eval_protocol_rft.local import no_loading_bar
+from eval_protocol_rft.loop._lora import LoraSettings, add_lora, merged_names, merged_weights
+from eval_protocol_rft.loop._trainer import (
+    DamagedCheckpointError,
+    ForwardBackward,
+    LossFunction,
+    NamedLoss,
+    TrainerError,
+)
+from eval_protocol_rft.training import FloatArray, TrainingDatum
+from eval_protocol_rft.training.losses import bundled, can_share_prompts, make_loss, token_logprobs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from eval_protocol_rft.loop._weights import WeightSink
+
+TOKENS = "tokens:sum"
+
+
+def fold_metrics(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Fold `parts`; a metric that only some have is folded over those.
+
+    Raises:
+        ValueError: a name has no reduction, or an unknown one.
+    """
+    if len(parts) == 1:
+        return dict(parts[0])
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {name: _fold(name, [part for part in parts if name in part]) for name in names}
+
+
+def _fold(name: str, parts: Sequence[Mapping[str, float]]) -> float:
+    values = [part[name] for part in parts]
+    match name.rpartition(":")[2]:
+        case "sum":
+            return sum(values)
+        case "max":
+            return max(values)
+        case "min":
+            return min(values)
+        case "mean":
+            weights = [part.get(TOKENS, 1.0) for part in parts]
+            total = sum(weights)
+            if not total:
+                return sum(values) / len(values)
+            return sum(v * w for v, w in zip(values, weights, strict=True)) / total
+    raise ValueError(f"the metric {name!r} has no reduction: name it {name}:sum, :mean, :max, :min")
+
+
+_T = TypeVar("_T")
+
+_UNREADABLE = (OSError, RuntimeError, ValueError, EOFError, LookupError, pickle.UnpicklingError)
+"""What torch raises of files that are cut off, empty or of something else."""
+
+SMALL_MODEL_PARAMETERS = 20_000_000
+"""Below this a second torch thread costs more than it saves."""
+DEFAULT_MICROBATCH_TOKENS = 16384
+
+
+class LocalTrainer:
+    """AdamW on all parameters of a causal language model, or on LoRA adapters (peft).
+
+    Args:
+        model: what to train; copied, in float32. It runs in evaluation mode: with dropout its
+            logprobs would be those of another policy than the one that sampled.
+        sink: where `publish` sends weights.
+        temperature: the one that completions were sampled with.
+        lora: train adapters instead of all parameters.
+        betas, eps, weight_decay: AdamW's (Loshchilov and Hutter 2019, arXiv:1711.05101); only
+            matrices decay.
+        max_grad_norm: longer gradients are cut to this norm; None: never.
+        microbatch_tokens: most tokens, padding included, of one forward pass.
+        keep_reference: hold a frozen copy of `model`, for a penalty on the distance to it. With
+            LoRA it costs nothing and is always there.
+        entropies: measure the policy's entropy with every pass.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        sink: WeightSink,
+        temperature: float = 1.0,
+        lora: LoraSettings | None = None,
+        betas: tuple[float, float] = (0.9, 0.99),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        max_grad_norm: float | None = 1.0,
+        microbatch_tokens: int = DEFAULT_MICROBATCH_TOKENS,
+        keep_reference: bool = False,
+        entropies: bool = True,
+    ) -> None:
+        if microbatch_tokens < 1:
+            raise ValueError(f"microbatch_tokens must be at least 1, got {microbatch_tokens}")
+        self.temperature = temperature
+        self._sink = sink
+        self._base = _frozen(model).requires_grad_(lora is None)
+        self._module: torch.nn.Module = self._base if lora is None else add_lora(self._base, lora)
+        self._lora = lora
+        self._reference = _frozen(model) if keep_reference and lora is None else None
+        self._parameters = [p for p in self._module.parameters() if p.requires_grad]
+        self._optimizer = torch.optim.AdamW(
+            _decaying(self._parameters, weight_decay), lr=0.0, betas=betas, eps=eps, foreach=False
+        )
+        self._max_grad_norm = max_grad_norm
+        self._microbatch_tokens = microbatch_tokens
+        self._entropies = entropies
+        self._share_prompts = can_share_prompts(self._base)
+        self._gathered = False
+        self._has_published = False
+        # A thread of its own, so that the event loop goes on; and always the same one, as torch's
+        # number of threads belongs to a thread.
+        self._thread = ThreadPoolExecutor(1, "local-trainer", initializer=self._start)
+
+    async def forward(
+        self,
+        datums: Sequence[TrainingDatum],
+        *,
+        reference: bool = False,
+        temperature: float | None = None,
+    ) -> list[FloatArray]:
+        chosen = self.temperature if temperature is None else temperature
+        return await self._run(lambda: self._forward(datums, reference, chosen))
+
+    async def forward_backward(
+        self,
+        datums: Sequence[TrainingDatum],
+        loss: NamedLoss | LossFunction,
+        *,
+        old_logprobs: Sequence[FloatArray] | None = None,
+        reference_logprobs: Sequence[FloatArray] | None = None,
+    ) -> ForwardBackward:
+        return await self._run(
+            lambda: self._forward_backward(datums, loss, old_logprobs, reference_logprobs)
+        )
+
+    async def optim_step(self, *, learning_rate: float) -> dict[str, float]:
+        return await self._run(lambda: self._optim_step(learning_rate))
+
+    async def publish(self, version: int) -> None:
+        weights = await self._run(self.weights)
+        if self._lora is not None and self._has_published:
+            unchanged = frozenset(weights) - merged_names(self._module)
+            await self._sink.publish(self._base, weights, version, unchanged=unchanged)
+        else:
+            await self._sink.publish(self._base, weights, version)
+        self._has_published = True
+
+    def weights(self) -> dict[str, Tensor]:
+        """The model's weights by its own names, adapters merged in; the rest are no copies."""
+        return self._base.state_dict() if self._lora is None else merged_weights(self._module)
+
+    async def save(self, folder: Path) -> None:
+        await self._run(lambda: self._save(folder))
+
+    async def load(self, folder: Path) -> None:
+        await self._run(lambda: self._load(folder))
+
+    async def export(self, folder: Path) -> None:
+        """Write the model as transformers reads it, adapters merged in; `local/<folder>` samples
+        from it once a tokenizer lies beside."""
+
+        def write() -> None:
+            with no_loading_bar(), _writing(folder):
+                self._base.save_pretrained(folder, state_dict=self.weights())
+
+        await self._run(write)
+
+    async def aclose(self) -> None:
+        await asyncio.to_thread(self._thread.shutdown)
+
+    async def _run(self, work: Callable[[], _T]) -> _T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+    def _start(self) -> None:
+        if sum(p.numel() for p in self._base.parameters()) < SMALL_MODEL_PARAMETERS:
+            torch.set_num_threads(1)
+
+    @torch.no_grad()
+    def _forward(
+        self, datums: Sequence[TrainingDatum], reference: bool, temperature: float
+    ) -> list[FloatArray]:
+        if reference and self._lora is not None:
+            with self._module.disable_adapter():  # type: ignore[operator]
+                return self._logprobs(self._module, datums, temperature)
+        if reference and self._reference is None:
+            raise TrainerError("this trainer keeps no reference: pass keep_reference=True")
+        module = self._reference if reference and self._reference is not None else self._module
+        return self._logprobs(module, datums, temperature)
+
+    def _logprobs(
+        self, module: torch.nn.Module, datums: Sequence[TrainingDatum], temperature: float
+    ) -> list[FloatArray]:
+        found: dict[int, FloatArray] = {}
+        for places in self._microbatches(datums):
+            part = token_logprobs(
+                module,
+                [datums[i] for i in places],
+                temperature=temperature,
+                share_prompts=self._share_prompts,
+            )
+            for i, values in zip(places, part.logprobs, strict=True):
+                found[i] = values.cpu().numpy()
+        return [found[i] for i in range(len(datums))]
+
+    def _forward_backward(
+        self,
+        datums: Sequence[TrainingDatum],
+        loss: NamedLoss | LossFunction,
+        old: Sequence[FloatArray] | None,
+        reference: Sequence[FloatArray] | None,
+    ) -> ForwardBackward:
+        objective = _objective(loss)
+        found: dict[int, FloatArray] = {}
+        parts: list[dict[str, float]] = []
+        for places in self._microbatches(datums):
+            chosen = [datums[i] for i in places]
+            values = token_logprobs(
+                self._module,
+                chosen,
+                temperature=self.temperature,
+                entropies=self._entropies,
+                share_prompts=self._share_prompts,
+            )
+            if isinstance(loss, NamedLoss):
+                total, metrics = objective(
+                    chosen,
+                    values.logprobs,
+                    old_logprobs=old and [old[i] for i in places],
+                    reference_logprobs=None
+                    if reference is None
+                    else [reference[i] for i in places],
+                    entropies=values.entropies,
+                )
+            else:
+                total, metrics = objective(chosen, values.logprobs)
+            torch.autograd.backward(total)
+            self._gathered = True
+            parts.append(metrics)
+            for i, logprobs in zip(places, values.logprobs, strict=True):
+                found[i] = logprobs.detach().cpu().numpy()
+        return ForwardBackward([found[i] for i in range(len(datums))], fold_metrics(parts))
+
+    def _optim_step(self, learning_rate: float) -> dict[str, float]:
+        if not self._gathered:
+            raise TrainerError("optim_step without a forward_backward: there is no gradient")
+        limit = float("inf") if self._max_grad_norm is None else self._max_grad_norm
+        norm = torch.nn.utils.clip_grad_norm_(self._parameters, limit)
+        if not torch.isfinite(norm):
+            raise TrainerError(
+                f"the gradient's norm is {norm.item()}: lower the learning rate, or look at the "
+                "last batch's logprobs"
+            )
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self._gathered = False
+        return {"grad_norm": norm.item(), "learning_rate": learning_rate}
+
+    def _save(self, folder: Path) -> None:
+        trained = {n: p.detach() for n, p in self._module.named_parameters() if p.requires_grad}
+        state = {"parameters": trained, "optimizer": self._optimizer.state_dict()}
+        with _writing(folder / "trainer.pt"):
+            torch.save(state, folder / "trainer.pt")
+
+    def _load(self, folder: Path) -> None:
+        path = folder / "trainer.pt"
+        try:
+            state = torch.load(path, weights_only=True)
+            saved, optimizer = state["parameters"], state["optimizer"]
+        except _UNREADABLE as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise DamagedCheckpointError(f"{path} cannot be read ({reason[:200]})") from error
+        own = {n: p for n, p in self._module.named_parameters() if p.requires_grad}
+        if own.keys() != saved.keys() or any(own[n].shape != saved[n].shape for n in own):
+            raise TrainerError(f"{folder} holds other parameters than this model's")
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(saved[name])
+        self._optimizer.load_state_dict(optimizer)
+        self._optimizer.zero_grad(set_to_none=True)
+        self._gathered = False
+
+    def _microbatches(self, datums: Sequence[TrainingDatum]) -> Iterator[list[int]]:
+        """Places of datums that go through the model together: neighbours in length, so that
+        little is padding, and prompt by prompt where those are shared."""
+        if self._share_prompts:
+            bundles = bundled(datums)
+        else:
+            bundles = [[place] for place in range(len(datums))]
+        widths = [_width([datums[i] for i in bundle]) for bundle in bundles]
+        together: list[int] = []
+        for i in sorted(range(len(bundles)), key=lambda i: widths[i]):
+            if together and (len(together) + 1) * widths[i] > self._microbatch_tokens:
+                yield [place for k in together for place in bundles[k]]
+                together = []
+            together.append(i)
+        if together:
+            yield [place for k in together for place in bundles[k]]
+
+
+def _width(bundle: Sequence[TrainingDatum]) -> int:
+    """Columns of a row that holds datums with one prompt."""
+    prompt = bundle[0].prompt_length
+    return prompt + sum(len(datum) - prompt for datum in bundle)
+
+
+def _frozen(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy in float32 that nothing trains."""
+    frozen: Any = copy.deepcopy(model)
+    return frozen.float().train(False).requires_grad_(False)  # type: ignore[no-any-return]
+
+
+def _objective(loss: NamedLoss | LossFunction) -> Callable[..., tuple[Tensor, dict[str, float]]]:
+    if not isinstance(loss, NamedLoss):
+        return loss
+    return make_loss(loss.loss_fn, loss.config, correction=loss.correction, kl_beta=loss.kl_beta)
+
+
+def _decaying(parameters: Sequence[Tensor], weight_decay: float) -> list[dict[str, object]]:
+    """Norms and biases are not pulled to zero."""
+    return [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Where a disk is full, torch and safetensors speak of positions in their own code."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        reason = str(error).splitlines()[0]
+        raise TrainerError(
+            f"{path} cannot be written; is there room on its disk? Earlier checkpoints are whole, "
+            f"and the same command goes on from the newest of them ({reason})"
+        ) from error

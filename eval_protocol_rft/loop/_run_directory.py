@@ -1,0 +1,286 @@
+"""A run's folder: its settings, its metrics, its checkpoints.
+
+Invariant: a checkpoint is whole or not there. `metrics.jsonl` never holds a line of a step that
+will be done again: what lies behind the checkpoint that a run goes on from is cut off.
+
+    settings.json           what the run is, checked when it is continued
+    metrics.jsonl           one line per step and per evaluation
+    checkpoints/step-000050 state.json, and what the trainer saved
+    model/                  the final weights
+    report.html
+
+What a run trains towards, as fingerprints: the rows' content and the weights; the evaluator's
+code has its own in `scoring.code`.
+
+Invariant: whatever of them changes the objective changes its fingerprint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from eval_protocol_rft._durable import DurableFile, sync_folder, write_whole
+from eval_protocol_rft.local.models import (
+    LOCAL_PREFIX,
+    bundled_model_path,
+    model_folder_fingerprint,
+)
+
+if TYPE_CHECKING:
+    from eval_protocol.models import EvaluationRow
+
+_PREFIX = "step-"
+
+
+class RunFolderError(ValueError):
+    """The folder is of another run, or damaged; the message says what differs."""
+
+
+class Checkpoint(NamedTuple):
+    """A checkpoint that the trainer has loaded."""
+
+    step: int
+    state: dict[str, Any]
+    """The loop's own, see `Run.restore`."""
+
+
+class RunFolder:
+    """One run's files. Open with `RunFolder.open`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.metrics_path = path / "metrics.jsonl"
+        self._metrics: DurableFile | None = None
+
+    @staticmethod
+    def check(path: Path, settings: Mapping[str, Any], *, overwrite: bool) -> None:
+        """Whether a run of these settings may begin or go on in `path`. Changes nothing.
+
+        Raises:
+            RunFolderError: it holds a run of other settings, or something else.
+        """
+        if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+            return
+        known = _known(path)
+        if known is None and _has_begun(path):
+            raise RunFolderError(
+                f"{path / 'settings.json'} is missing or damaged, so the run there cannot be "
+                "continued: name another folder"
+            )
+        if known is None:
+            raise RunFolderError(f"{path} holds something that is no training run: name another")
+        if not overwrite and _has_begun(path):
+            _check_same(path, known, settings)
+
+    @classmethod
+    def open(cls, path: Path, settings: Mapping[str, Any], *, overwrite: bool) -> RunFolder:
+        """Begin a run in `path`, or go on with the one that is there.
+
+        Raises:
+            RunFolderError: as `check`.
+        """
+        cls.check(path, settings, overwrite=overwrite)
+        if _known(path) is not None and (overwrite or not _has_begun(path)):
+            _remove_run(path)
+        path.mkdir(parents=True, exist_ok=True)
+        if _known(path) is None:
+            text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
+            write_whole(path / "settings.json", text.encode())
+        return cls(path)
+
+    def lines(self) -> list[dict[str, Any]]:
+        """The metrics so far; a last line that was cut off by a crash is not among them."""
+        if not self.metrics_path.exists():
+            return []
+        whole = self.metrics_path.read_bytes().rpartition(b"\n")[0]
+        return [self._line(n, line) for n, line in enumerate(whole.split(b"\n"), 1) if line]
+
+    def _line(self, number: int, text: bytes) -> dict[str, Any]:
+        try:
+            line = json.loads(text)
+            if isinstance(line["step"], int) and isinstance(line["kind"], str):
+                return line  # type: ignore[no-any-return]
+        except (ValueError, TypeError, LookupError, RecursionError):
+            pass
+        raise RunFolderError(
+            f"{self.metrics_path}:{number}: no line of metrics: take it out, or begin anew with "
+            "--overwrite"
+        )
+
+    def checkpoints(self) -> list[tuple[int, Path]]:
+        """Step and folder of each checkpoint, the newest first."""
+        found = (self.path / "checkpoints").glob(f"{_PREFIX}*")
+        names = [(p.name.removeprefix(_PREFIX), p) for p in found if p.is_dir()]
+        return sorted(((int(n), p) for n, p in names if n.isdecimal()), reverse=True)
+
+    def latest(self) -> tuple[int, Path] | None:
+        """Step and folder of the newest checkpoint."""
+        return next(iter(self.checkpoints()), None)
+
+    def state(self, checkpoint: Path) -> dict[str, Any]:
+        """The loop's own state in a checkpoint.
+
+        Raises:
+            RunFolderError: it is missing or damaged.
+        """
+        path = checkpoint / "state.json"
+        try:
+            state = json.loads(path.read_bytes())
+        except OSError as error:
+            raise RunFolderError(f"{path} cannot be read ({error.strerror})") from error
+        except (ValueError, RecursionError) as error:
+            raise RunFolderError(f"{path} is no JSON") from error
+        counts = isinstance(state, dict) and [state.get(k) for k in ("version", "taken")]
+        draws = isinstance(state, dict) and state.get("put_back")
+        if not (
+            counts
+            and all(isinstance(count, int) and count >= 0 for count in counts)
+            and isinstance(draws, list)
+            and all(
+                isinstance(draw, list) and len(draw) == 2 and all(isinstance(n, int) for n in draw)
+                for draw in draws
+            )
+        ):
+            raise RunFolderError(f"{path} is not what a checkpoint holds")
+        return state  # type: ignore[no-any-return]
+
+    def set_aside(self, step: int) -> None:
+        """Checkpoints newer than `step` are damaged: keep them under names that count no more."""
+        for newer, path in self.checkpoints():
+            if newer > step:
+                aside = path.with_name(f"damaged-{path.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                os.replace(path, aside)
+
+    def cut(self, step: int) -> None:
+        """Forget metrics of steps behind `step`."""
+        kept = [line for line in self.lines() if line["step"] <= step]
+        text = "".join(json.dumps(line) + "\n" for line in kept)
+        write_whole(self.metrics_path, text.encode())
+
+    def append(self, line: Mapping[str, Any]) -> None:
+        """Add a line of metrics."""
+        if self._metrics is None:
+            size = self.metrics_path.stat().st_size if self.metrics_path.exists() else 0
+            self._metrics = DurableFile(self.metrics_path, keep=size)
+        self._metrics.write((json.dumps(line, allow_nan=False) + "\n").encode())
+
+    @contextlib.contextmanager
+    def checkpoint(self, step: int, *, keep: int) -> Iterator[Path]:
+        """A folder to write a checkpoint into, which counts once the block ends; older ones but
+        the newest `keep` go."""
+        parent = self.path / "checkpoints"
+        parent.mkdir(exist_ok=True)
+        unfinished = parent / f".{_PREFIX}{step:06d}"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir()
+        yield unfinished
+        if self._metrics is not None:
+            self._metrics.sync()
+        _sync_all(unfinished)
+        target = parent / f"{_PREFIX}{step:06d}"
+        if target.exists():
+            shutil.rmtree(target)
+        os.replace(unfinished, target)
+        sync_folder(parent)
+        for _, old in self.checkpoints()[keep:]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def close(self) -> None:
+        if self._metrics is not None:
+            self._metrics.close()
+            self._metrics = None
+
+
+def _known(path: Path) -> dict[str, Any] | None:
+    """The settings of the run in `path`, None where there is no run."""
+    try:
+        settings = json.loads((path / "settings.json").read_bytes())
+    except (OSError, ValueError):
+        return None
+    return settings if isinstance(settings, dict) and "groups_per_step" in settings else None
+
+
+_OWN = (
+    *("metrics.jsonl", "checkpoints", "model", "report.html", "curve.svg"),
+    *("tensorboard", "wandb", "wandb.json", "settings.json"),
+)
+"""What a run writes; `settings.json`, which says that there is one, goes last."""
+
+
+def _remove_run(path: Path) -> None:
+    """Remove what a run wrote, and nothing else that lies beside it."""
+    for name in _OWN:
+        own = path / name
+        if own.is_dir() and not own.is_symlink():
+            shutil.rmtree(own)
+        else:
+            own.unlink(missing_ok=True)
+
+
+def _has_begun(path: Path) -> bool:
+    return (path / "metrics.jsonl").exists() or (path / "checkpoints").exists()
+
+
+def _sync_all(folder: Path) -> None:
+    for file in folder.rglob("*"):
+        if file.is_file():
+            descriptor = os.open(file, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+    sync_folder(folder)
+
+
+def _check_same(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    # Through JSON, as the old ones were: a tuple reads back as a list.
+    new = json.loads(json.dumps(new))
+    differing = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+    if differing:
+        told = "; ".join(f"{key}: {old.get(key)!r}, now {new.get(key)!r}" for key in differing)
+        raise RunFolderError(
+            f"{path} holds a run with other settings ({told}): use its settings, another folder, "
+            "or --overwrite"
+        )
+
+
+_SHOWN = 16
+"""Hex digits kept."""
+
+
+def rows_fingerprint(rows: Sequence[EvaluationRow]) -> str:
+    """Which rows, in which order, with all that a prompt or an evaluator can see of them."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(
+            row.model_dump_json(
+                include={
+                    "messages": True,
+                    "tools": True,
+                    "ground_truth": True,
+                    "input_metadata": {"row_id", "dataset_info"},
+                }
+            ).encode(errors="surrogatepass")
+        )
+        digest.update(b"\n")
+    return digest.hexdigest()[:_SHOWN]
+
+
+def weights_fingerprint(model: str, weights: str | Path | None) -> str | None:
+    """Of what training begins with, where it lies in a folder of this machine."""
+    name = model.removeprefix(LOCAL_PREFIX)
+    if weights is not None:
+        folder = Path(weights)
+    elif model.startswith(LOCAL_PREFIX):
+        folder = bundled_model_path(name) or Path(name)
+    else:
+        return None
+    return model_folder_fingerprint(folder)[:_SHOWN] if folder.is_dir() else None

@@ -1,0 +1,282 @@
+"""What a run is made of: which model, where it is sampled, and who trains it.
+
+Invariant: sampler and trainer begin with the same weights, and the sampler is this run's own or a
+server that the user named; no other user of a shared sampler sees its weights change.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Awaitable, Callable, Collection, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from eval_protocol_rft.local.models import NoSuchModelError, has_tokenizer, local_model_folder
+from eval_protocol_rft.rollout import (
+    FireworksTrainingRolloutProcessor,
+    RolloutRequest,
+    parse_completion_params,
+)
+from eval_protocol_rft.sampling import RefusedError
+
+if TYPE_CHECKING:
+    from eval_protocol_rft.local import LocalSampler
+    from eval_protocol_rft.loop._lora import LoraSettings
+    from eval_protocol_rft.loop._options import LoopOptions
+    from eval_protocol_rft.loop._trainer import Trainer
+    from eval_protocol_rft.loop._weights import ServedWeights
+    from eval_protocol_rft.sampling import Endpoint
+
+
+class SetupError(ValueError):
+    """The parts of a run do not fit; the message says what to change."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """Everything that depends on where sampling and training happen."""
+
+    trainer: Trainer
+    processor: FireworksTrainingRolloutProcessor
+    request: RolloutRequest
+    params: dict[str, Any]
+    """completion_params of training rollouts."""
+    sampler: LocalSampler | None = None
+    eos_token_ids: Collection[int] = ()
+    max_concurrency: int | None = None
+    publish_first: bool = False
+    """The sampler may hold other weights than the trainer when a run begins."""
+    tokenizer: Any = None
+    """A transformers tokenizer, to be saved beside the final weights."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Optimizer:
+    """AdamW's settings for a `LocalTrainer`."""
+
+    betas: tuple[float, float] = (0.9, 0.99)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    max_grad_norm: float | None = 1.0
+    microbatch_tokens: int = 16384
+
+
+def rollout_params(
+    evaluator: Callable[..., Any],
+    given: Mapping[str, Any] | None,
+    *,
+    model: str | None,
+    options: LoopOptions,
+) -> dict[str, Any]:
+    """completion_params to train with: the test's own, what the caller changed, n and seed.
+
+    Raises:
+        SetupError: the test has several sets of completion_params, or samples greedily.
+        ParamsError: they are wrong.
+    """
+    test = getattr(evaluator, "__ep_params__", None)
+    sets = list(getattr(test, "completion_params", None) or [{}])
+    if len(sets) > 1 and given is None and model is None:
+        raise SetupError(
+            f"the evaluation test has {len(sets)} sets of completion_params: choose a model"
+        )
+    params = {**(sets[0] if len(sets) == 1 else {}), **(given or {})}
+    if model is not None:
+        params["model"] = model
+    if options.completions_per_prompt is not None:
+        params["n"] = options.completions_per_prompt
+    request = parse_completion_params(params)
+    if request.params.temperature == 0:
+        raise SetupError("completion_params sample greedily (temperature 0): nothing to learn from")
+    if request.n < 2 and options.batch.relative:
+        raise SetupError(
+            f"{options.algorithm} compares the completions of a prompt, and completion_params "
+            f"ask for n={request.n}: set n, or completions_per_prompt"
+        )
+    if request.endpoint is None:
+        # A seed draws the same tokens here; other servers may not take one.
+        params.setdefault("seed", options.seed)
+    return params
+
+
+def own_processor(evaluator: Callable[..., Any]) -> FireworksTrainingRolloutProcessor:
+    """The processor of the evaluation test.
+
+    Raises:
+        SetupError: it is none that can be pointed at the policy in training.
+    """
+    test = getattr(evaluator, "__ep_params__", None)
+    processor = getattr(test, "rollout_processor", None)
+    if test is None:
+        return FireworksTrainingRolloutProcessor()
+    if not isinstance(processor, FireworksTrainingRolloutProcessor):
+        raise SetupError(
+            f"the evaluation test rolls out with {type(processor).__name__}, which keeps no "
+            "tokens: set rollout_processor=FireworksTrainingRolloutProcessor(...) on it"
+        )
+    return processor
+
+
+Make = Callable[[Callable[..., Any], dict[str, Any], "LoopOptions"], Awaitable[Parts]]
+"""Evaluator, completion_params and options in, the parts of a run out."""
+
+
+@dataclass(frozen=True, slots=True)
+class MakeParts:
+    """How a run gets its parts; made by `local_parts` and `fireworks_parts`."""
+
+    make: Make
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """What of it changes the curve; plain JSON values."""
+
+
+def local_parts(
+    *,
+    weights: Path | None = None,
+    lora: LoraSettings | None = None,
+    optimizer: Optimizer | None = None,
+    trust_remote_code: bool = False,
+) -> MakeParts:
+    """Training in this process, for `train(parts=...)`.
+
+    Args:
+        weights: folder of the weights that a server serves, for sampling over HTTP.
+        lora: train adapters instead of all parameters.
+        optimizer: AdamW's settings.
+        trust_remote_code: let the model's folder run its own code.
+    """
+
+    async def make(
+        evaluator: Callable[..., Any], params: dict[str, Any], options: LoopOptions
+    ) -> Parts:
+        return await asyncio.to_thread(
+            assemble,
+            evaluator,
+            params,
+            options,
+            weights=weights,
+            lora=lora,
+            optimizer=optimizer,
+            trust_remote_code=trust_remote_code,
+        )
+
+    settings = {
+        "weights": None if weights is None else str(weights),
+        "lora": None if lora is None else asdict(lora),
+        "optimizer": asdict(optimizer or Optimizer()),
+    }
+    return MakeParts(make, settings)
+
+
+def assemble(
+    evaluator: Callable[..., Any],
+    params: dict[str, Any],
+    options: LoopOptions,
+    *,
+    weights: Path | None = None,
+    lora: LoraSettings | None = None,
+    optimizer: Optimizer | None = None,
+    trust_remote_code: bool = False,
+) -> Parts:
+    """Load the model and put sampler and trainer together.
+
+    Args:
+        evaluator, params, options: what trains.
+        weights: folder of the weights that a server serves; needed where sampling is over HTTP.
+        lora: train adapters.
+        optimizer: AdamW's settings.
+        trust_remote_code: let the model's folder run its own code.
+
+    Raises:
+        SetupError: weights are missing, or superfluous.
+        RefusedError: there is no such model, or torch is missing.
+    """
+    from eval_protocol_rft.local import LocalSampler
+    from eval_protocol_rft.loop._local_trainer import LocalTrainer
+    from eval_protocol_rft.loop._weights import SamplerWeights, WeightSink
+
+    request = parse_completion_params(params)
+    processor = own_processor(evaluator)
+    local = request.endpoint is None
+    if local and weights is not None:
+        raise SetupError("weights= is for a server's; a local/... model names its own")
+    if not local and weights is None:
+        raise SetupError(
+            f"{request.params.model} is sampled from a server: name the folder of its weights "
+            "(--weights), which are trained here and sent there"
+        )
+    if weights is not None:
+        params = with_tokenizer_of(weights, params, processor)
+        request = parse_completion_params(params)
+    try:
+        source = str(local_model_folder(request.params.model) if local else weights)
+    except NoSuchModelError as error:
+        raise RefusedError(str(error)) from error
+    loaded = LocalSampler.from_pretrained(
+        source, trust_remote_code=trust_remote_code, policy_version="step-0"
+    )
+    sink: WeightSink
+    if request.endpoint is None:
+        sink = SamplerWeights(loaded)
+        processor = processor.sampling_from(loaded)
+    else:
+        sink = served_weights(request.endpoint)
+    chosen = optimizer or Optimizer()
+    trainer = LocalTrainer(
+        loaded.model,
+        sink=sink,
+        temperature=request.params.temperature,
+        lora=lora,
+        betas=chosen.betas,
+        eps=chosen.eps,
+        weight_decay=chosen.weight_decay,
+        max_grad_norm=chosen.max_grad_norm,
+        microbatch_tokens=chosen.microbatch_tokens,
+        keep_reference=options.kl_beta > 0,
+    )
+    return Parts(
+        trainer=trainer,
+        processor=processor,
+        request=request,
+        params=params,
+        sampler=loaded if local else None,
+        eos_token_ids={
+            *loaded.eos_token_ids,
+            *request.params.extra.get("stop_token_ids", ()),
+        },
+        max_concurrency=_UNBOUNDED if local else None,
+        publish_first=not local,
+        tokenizer=loaded.tokenizer,
+    )
+
+
+def with_tokenizer_of(
+    weights: str | os.PathLike[str],
+    params: dict[str, Any],
+    processor: FireworksTrainingRolloutProcessor,
+) -> dict[str, Any]:
+    """completion_params with the tokenizer that lies beside the weights, where none is named.
+
+    Raises:
+        SetupError: there is no such folder.
+    """
+    if not os.path.isdir(weights):
+        raise SetupError(f"{os.fspath(weights)}: no folder of weights is there (--weights)")
+    named = parse_completion_params(params).tokenizer is not None or processor.names_tokenizer
+    if named or not has_tokenizer(weights):
+        return params
+    return {**params, "tokenizer": os.fspath(weights)}
+
+
+def served_weights(endpoint: Endpoint) -> ServedWeights:
+    """Where the weights of the server at `endpoint` go."""
+    from eval_protocol_rft.loop._weights import ServedWeights
+
+    key = {"authorization": f"Bearer {endpoint.api_key}"} if endpoint.api_key else {}
+    return ServedWeights(endpoint.base_url, headers={**key, **dict(endpoint.headers)})
+
+
+_UNBOUNDED = 1 << 20
+"""Completions in flight in this process: the sampler's own queue bounds what runs."""

@@ -1,0 +1,247 @@
+"""One step: groups to a batch, forward and backward, the optimiser, new weights to the sampler.
+
+Invariant: where tokens of the very weights in training are in a batch, sampler and trainer are
+compared before anything is learnt from it; and the version grows by one when, and only when, the
+sampler has the new weights.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import warnings
+from collections.abc import Callable, Collection, Coroutine, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from eval_protocol_rft.loop._metrics import Line, step_line
+from eval_protocol_rft.loop._options import LoopOptions
+from eval_protocol_rft.loop._trainer import ForwardBackward, NamedLoss, Trainer
+from eval_protocol_rft.loop._watch import Trouble, Watch
+from eval_protocol_rft.training import (
+    BiasedSamplingWarning,
+    Mismatch,
+    PromptGroup,
+    TrainingBatch,
+    Trajectory,
+    build_batch,
+    comparable,
+    filter_group,
+    looks_shifted,
+    measure,
+    missing_eos,
+    sampled_pairs,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+Probe = Callable[[Sequence[Sequence[int]]], Coroutine[Any, Any, "list[Trajectory]"]]
+"""Prompts in, a completion of each out, as far as they can be had."""
+PROBED_PROMPTS = 4
+
+
+class TrainingStoppedError(RuntimeError):
+    """Training on would teach the wrong thing; the message says why and what to do."""
+
+    def __init__(self, trouble: Trouble) -> None:
+        super().__init__(trouble.message)
+        self.trouble = trouble
+
+
+@dataclass(slots=True)
+class Times:
+    """Seconds of one step, by what they went into."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def of(self, what: str) -> Iterator[None]:
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - began
+            self.seconds[what] = self.seconds.get(what, 0.0) + spent
+
+
+@dataclass(slots=True, kw_only=True)
+class StepRunner:
+    """Takes the steps of one run."""
+
+    trainer: Trainer
+    options: LoopOptions
+    steps: int
+    """Of the whole run, for the learning rate's schedule."""
+    watch: Watch
+    eos_token_ids: Collection[int] = ()
+    stops: bool = False
+    """Completions may end at stop strings."""
+    temperature: float = 1.0
+    sample: Probe | None = None
+    """Samples a little with the weights that were just published: where sampling runs ahead, a
+    batch may hold nothing that they sampled."""
+    warn: Callable[[str], None] = print
+    _probe: asyncio.Task[list[Trajectory]] | None = None
+    """Of the weights in training, for the next step."""
+
+    async def __call__(
+        self,
+        version: int,
+        groups: Sequence[PromptGroup],
+        staleness: Sequence[int],
+        times: Times,
+    ) -> Line:
+        """Train on `groups` and publish `version` + 1.
+
+        Args:
+            version: that of the weights in training.
+            groups: all that came in, dropped ones included.
+            staleness: versions behind, of each group that trains, in order.
+            times: told what took how long.
+
+        Raises:
+            TrainingStoppedError: sampler and trainer disagree, or completions do not end.
+        """
+        step = version + 1
+        with times.of("batch"):
+            batch = self._batch(groups)
+        loss = NamedLoss(
+            loss_fn=batch.loss_fn, config=batch.loss_fn_config, kl_beta=self.options.kl_beta
+        )
+        with times.of("train"):
+            reference = None
+            if self.options.kl_beta:
+                reference = await self.trainer.forward(batch.datums, reference=True)
+            passes: list[ForwardBackward] = []
+            for number in range(self.options.passes):
+                told = await self.trainer.forward_backward(
+                    batch.datums, loss, reference_logprobs=reference
+                )
+                if not number:
+                    found = await self._compare(step, batch, told, staleness)
+                    self._check_versions(step, groups, staleness)
+                passes.append(told)
+                optimizer = await self.trainer.optim_step(
+                    learning_rate=self.options.learning_rate_at(step, self.steps)
+                )
+        with times.of("publish"):
+            await self.trainer.publish(step)
+        if self.sample is not None and self.options.max_staleness and step < self.steps:
+            self._probe = asyncio.create_task(self.sample(_prompts(groups)))
+        line = step_line(
+            step,
+            batch,
+            groups=groups,
+            first=passes[0],
+            last=passes[-1],
+            optimizer=optimizer,
+            staleness=staleness,
+            mismatch=_mismatch_fields(found),
+        )
+        self._say(
+            self.watch.reward(step, line.get("reward_mean"), optimizer.get("learning_rate", 0.0))
+        )
+        return line
+
+    def end(self) -> None:
+        """No further step is taken."""
+        if self._probe is not None:
+            self._probe.cancel()
+
+    def seen(self, line: Line) -> None:
+        """A line of this run from before it was stopped: what the watch knows, it knows again."""
+        self.watch.agreed(line.get("mismatch_k3"))
+        self.watch.reward(line["step"], line.get("reward_mean"), line.get("learning_rate", 0.0))
+
+    def _batch(self, groups: Sequence[PromptGroup]) -> TrainingBatch:
+        options = self.options.batch
+        with warnings.catch_warnings():
+            # Said once, when the run began; here it would come with every step.
+            warnings.simplefilter("ignore", BiasedSamplingWarning)
+            return build_batch(
+                groups,
+                algorithm=options.algorithm,
+                loss_fn_config=options.loss_fn_config,
+                normalization=options.normalization,
+                constant_length=options.constant_length,
+                filters=options.filters,
+                pass_threshold=options.pass_threshold,
+            )
+
+    async def _compare(
+        self,
+        step: int,
+        batch: TrainingBatch,
+        told: ForwardBackward,
+        staleness: Sequence[int],
+    ) -> Mismatch | None:
+        on_policy = {group for group, behind in enumerate(staleness) if behind == 0}
+        pairs = sampled_pairs(batch.datums, told.logprobs, on_policy)
+        probed = comparable(await self._probed(step))
+        if probed:
+            pairs += sampled_pairs(probed, await self.trainer.forward(probed), {0})
+        found = measure(pairs)
+        if found is None:
+            self._say(self.watch.uncompared(step))
+        missing = missing_eos(batch.datums, self.eos_token_ids, stops=self.stops)
+        self._say(self.watch.endings(step, missing, len(batch.datums)))
+        if found is not None and found.verdict != "pass":
+            raw = None
+            if self.temperature != 1.0:
+                own = await self.trainer.forward(batch.datums, temperature=1.0)
+                own_pairs = sampled_pairs(batch.datums, own, on_policy)
+                if probed:
+                    own = await self.trainer.forward(probed, temperature=1.0)
+                    own_pairs += sampled_pairs(probed, own, {0})
+                raw = measure(own_pairs)
+            trouble = self.watch.mismatch(step, found, shifted=looks_shifted(pairs), raw=raw)
+            self._say(trouble)
+        else:
+            self.watch.mismatch(step, found)
+        return found
+
+    async def _probed(self, step: int) -> list[Trajectory]:
+        """What was sampled since the last step published its weights."""
+        task, self._probe = self._probe, None
+        if task is None:
+            return []
+        completions = await task
+        self._say(self.watch.versions(step, completions, step - 1))
+        return completions
+
+    def _check_versions(
+        self, step: int, groups: Sequence[PromptGroup], staleness: Sequence[int]
+    ) -> None:
+        """Nothing is older than the sampler's weights were when its row was admitted."""
+        behind = iter(staleness)
+        options = self.options.batch
+        for group in groups:
+            if filter_group(group, options.filters, relative=options.relative)[0] is not None:
+                oldest = step - 1 - next(behind)
+                self._say(self.watch.versions(step, group.trajectories, oldest))
+
+    def _say(self, trouble: Trouble | None) -> None:
+        if trouble is None:
+            return
+        if trouble.fatal and self.options.on_mismatch == "stop":
+            raise TrainingStoppedError(trouble)
+        self.warn(trouble.message)
+
+
+def _prompts(groups: Sequence[PromptGroup]) -> list[list[int]]:
+    """Token ids of a few prompts."""
+    firsts = [group.trajectories[0] for group in groups if group.trajectories]
+    return [first.tokens[: first.prompt_length].tolist() for first in firsts[:PROBED_PROMPTS]]
+
+
+def _mismatch_fields(found: Mismatch | None) -> dict[str, float]:
+    if found is None:
+        return {"mismatch_tokens": 0}
+    return {
+        "mismatch_tokens": found.tokens,
+        "mismatch_k1": found.k1,
+        "mismatch_k3": found.k3,
+        "mismatch_max": found.max_difference,
+    }

@@ -1,0 +1,346 @@
+"""`train`: an evaluation test in, a policy that scores better on it out.
+
+Invariant: the test is used as it is: its data, its processor, its evaluator. Stopped in any way,
+the same call on the same folder goes on, and with `max_staleness=0` and a model in this process the
+metrics are those of a run that was never stopped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import json
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from eval_protocol_rft.data import PathOrGlob, Reporter, reporter
+from eval_protocol_rft.loop._data import Draw, RowStream, load_rows, split_rows
+from eval_protocol_rft.loop._metrics import Line, MetricSink, open_sinks, require_sinks
+from eval_protocol_rft.loop._options import LoopOptions
+from eval_protocol_rft.loop._rollouts import Evaluation, roll_out, sample_prompts
+from eval_protocol_rft.loop._row_runner import RowRunner
+from eval_protocol_rft.loop._run import Run
+from eval_protocol_rft.loop._run_directory import (
+    Checkpoint,
+    RunFolder,
+    RunFolderError,
+    rows_fingerprint,
+    weights_fingerprint,
+)
+from eval_protocol_rft.loop._setup import MakeParts, Parts, local_parts, rollout_params
+from eval_protocol_rft.loop._step import StepRunner, TrainingStoppedError
+from eval_protocol_rft.loop._trainer import DamagedCheckpointError
+from eval_protocol_rft.loop._watch import Watch
+from eval_protocol_rft.rollout import redact_params
+from eval_protocol_rft.scoring.executors import code_fingerprints
+
+if TYPE_CHECKING:
+    from eval_protocol.models import EvaluationRow
+
+    from eval_protocol_rft.training import PromptGroup
+
+DEFAULT_HELD_OUT = 0.1
+_LINE_EVERY = 5.0
+"""Seconds between lines of progress where there is no terminal; evaluations have their own."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """What a run came to."""
+
+    folder: Path
+    lines: list[Line]
+    """All of `metrics.jsonl`."""
+
+    @property
+    def steps(self) -> list[Line]:
+        return [line for line in self.lines if line["kind"] == "step"]
+
+    @property
+    def evaluations(self) -> list[Line]:
+        return [line for line in self.lines if line["kind"] == "eval"]
+
+
+def train(evaluator: Callable[..., Any], output: str | Path, **arguments: Any) -> TrainResult:
+    """As `atrain`, where no event loop is running."""
+    return asyncio.run(atrain(evaluator, output, **arguments))
+
+
+async def atrain(
+    evaluator: Callable[..., Any],
+    output: str | Path,
+    *,
+    options: LoopOptions,
+    model: str | None = None,
+    completion_params: Mapping[str, Any] | None = None,
+    data: Sequence[PathOrGlob] | None = None,
+    eval_data: Sequence[PathOrGlob] | None = None,
+    held_out: float = DEFAULT_HELD_OUT,
+    parts: MakeParts | None = None,
+    overwrite: bool = False,
+    progress: bool | None = None,
+    log_to: Sequence[str] = (),
+    on_line: Callable[[Line], None] = lambda line: None,
+    warn: Callable[[str], None] = warnings.warn,
+) -> TrainResult:
+    """Train the policy that `evaluator` judges.
+
+    Args:
+        evaluator: a function under `@evaluation_test`.
+        output: folder of the run; a run that is there is continued.
+        options: how to train.
+        model: in place of the test's: `local/...`, or the name a server knows.
+        completion_params: joined with the test's, and before them.
+        data: in place of the test's data set: files, folders or patterns, as `generate` takes them.
+        eval_data: the same to evaluate on; default rows held out from the data.
+        held_out: a share of the rows below 1, or a number of them.
+        parts: where sampling and training happen: `local_parts(...)`, the default, or
+            `fireworks_parts(...)`.
+        overwrite: begin anew, whatever run is there.
+        progress: False for none; None for what stderr can show.
+        log_to: `tensorboard`, `wandb`: told of every line of metrics, besides `metrics.jsonl`.
+        on_line: told of every line of metrics.
+        warn: told what is wrong and not fatal.
+
+    Raises:
+        OptionsError, SourceError, DataError, SetupError, ParamsError, RunFolderError, SinkError:
+            something given is wrong, or a logger's package is missing; nothing was started.
+        NothingToTrainOnError: rows give no completions, or none with a gradient.
+        TrainingStoppedError: sampler and trainer disagree; nothing learnt would be right.
+    """
+    require_sinks(log_to)
+    rows = load_rows(evaluator, data)
+    if eval_data is not None:
+        train_rows, eval_rows = rows, load_rows(evaluator, eval_data)
+    else:
+        train_rows, eval_rows = split_rows(rows, held_out, options.seed)
+    params = rollout_params(evaluator, completion_params, model=model, options=options)
+    chosen = parts or local_parts()
+    settings = {
+        **options.settings(),
+        **chosen.settings,
+        "completion_params": redact_params(params),
+        "train_rows": len(train_rows),
+        "eval_rows": len(eval_rows),
+        "rows": await asyncio.to_thread(rows_fingerprint, [*train_rows, *eval_rows]),
+        "evaluator": f"{evaluator.__module__}.{evaluator.__name__}",
+        "evaluator_code": code_fingerprints(evaluator),
+        "initial_weights": await asyncio.to_thread(
+            weights_fingerprint, params["model"], chosen.settings.get("weights")
+        ),
+    }
+    RunFolder.check(Path(output), settings, overwrite=overwrite)
+    steps = options.steps or math.ceil(
+        (options.epochs or 1) * len(train_rows) / options.groups_per_step
+    )
+    assembled = await chosen.make(evaluator, params, options)
+    folder = RunFolder.open(Path(output), settings, overwrite=overwrite)
+    stopped: str | None = None
+    readable = True
+    try:
+        with (
+            contextlib.ExitStack() as closing,
+            reporter("train", steps, done=_done(folder), show=progress, every=_LINE_EVERY) as shown,
+        ):
+            checkpoint = await _load_newest(assembled, folder, warn)
+            sinks = await asyncio.to_thread(_sinks, log_to, folder, checkpoint)
+            for sink in sinks:
+                closing.callback(sink.close)
+            logged = _Logged(folder, shown, on_line, sinks)
+            run = _run(evaluator, train_rows, eval_rows, assembled, options, steps, folder, warn)
+            run.on_line = logged
+            await _resume(run, assembled, folder, checkpoint)
+            await run()
+        export = getattr(assembled.trainer, "export", None)
+        if export is not None:
+            await _export(assembled, folder)
+        return TrainResult(folder.path, folder.lines())
+    except BaseException as error:
+        stopped = _why_stopped(error)
+        readable = not isinstance(error, RunFolderError)
+        raise
+    finally:
+        folder.close()
+        await assembled.trainer.aclose()
+        await assembled.processor.acleanup()
+        if readable:
+            _report(folder, stopped, warn)
+
+
+def _run(
+    evaluator: Callable[..., Any],
+    train_rows: Sequence[EvaluationRow],
+    eval_rows: Sequence[EvaluationRow],
+    parts: Parts,
+    options: LoopOptions,
+    steps: int,
+    folder: RunFolder,
+    warn: Callable[[str], None],
+) -> Run:
+    runner = RowRunner(
+        evaluator,
+        processor=parts.processor,
+        completion_params=parts.params,
+        max_concurrency=parts.max_concurrency,
+    )
+    evaluation = Evaluation.of(
+        evaluator,
+        eval_rows,
+        parts,
+        completions=options.eval_completions,
+        pass_threshold=options.pass_threshold,
+        on_unscored=options.on_unscored,
+        warn=warn,
+    )
+
+    async def one(draw: Draw) -> PromptGroup:
+        return await roll_out(runner, train_rows[draw.place], run=draw.epoch)
+
+    async def evaluate(step: int) -> Line | None:
+        return None if evaluation is None else await evaluation(step)
+
+    async def save(step: int, state: dict[str, Any]) -> None:
+        with folder.checkpoint(step, keep=options.keep_checkpoints) as unfinished:
+            await parts.trainer.save(unfinished)
+            (unfinished / "state.json").write_text(json.dumps(state) + "\n")
+
+    sampling = parts.request.params
+    return Run(
+        options=options,
+        steps=steps,
+        stream=RowStream(len(train_rows), options.seed, options.epochs),
+        roll_out=one,
+        step=StepRunner(
+            trainer=parts.trainer,
+            options=options,
+            steps=steps,
+            watch=Watch(),
+            eos_token_ids=parts.eos_token_ids,
+            stops=bool(sampling.stop),
+            temperature=sampling.temperature,
+            sample=functools.partial(sample_prompts, parts.processor, parts.params),
+            warn=warn,
+        ),
+        evaluate=evaluate,
+        on_line=folder.append,
+        save=save,
+        sampler=parts.sampler,
+        per_row=parts.request.n,
+    )
+
+
+async def _load_newest(
+    parts: Parts, folder: RunFolder, warn: Callable[[str], None]
+) -> Checkpoint | None:
+    """Load the newest checkpoint that is whole; None where there is none at all.
+
+    Raises:
+        RunFolderError: there are some, and none of them can be read.
+    """
+    damaged: list[str] = []
+    for step, path in folder.checkpoints():
+        try:
+            state = folder.state(path)
+            await parts.trainer.load(path)
+        except (RunFolderError, DamagedCheckpointError) as error:
+            damaged.append(str(error))
+            continue
+        if damaged:
+            folder.set_aside(step)
+            warn(f"{'; '.join(damaged)}: going on from the one before, step {step}")
+        if step and not folder.lines():
+            warn(f"{folder.metrics_path} is missing: what was measured up to step {step} is lost")
+        return Checkpoint(step, state)
+    if damaged:
+        raise RunFolderError(
+            f"{'; '.join(damaged)}: no checkpoint is left to go on from. Begin anew with "
+            "--overwrite"
+        )
+    return None
+
+
+async def _resume(run: Run, parts: Parts, folder: RunFolder, loaded: Checkpoint | None) -> None:
+    """Go on from what was loaded, or evaluate what training begins with."""
+    if loaded is None:
+        folder.cut(-1)
+        if parts.publish_first:
+            await parts.trainer.publish(0)
+        await run.begin()
+        return
+    folder.cut(loaded.step)
+    await parts.trainer.publish(loaded.step)
+    run.restore(loaded.state)
+    for line in folder.lines():
+        run.seen(line)
+
+
+def _sinks(names: Sequence[str], folder: RunFolder, loaded: Checkpoint | None) -> list[MetricSink]:
+    """Loggers, told of the lines that the run goes on from."""
+    lines = [] if loaded is None else [n for n in folder.lines() if n["step"] <= loaded.step]
+    settings = json.loads((folder.path / "settings.json").read_text())
+    return open_sinks(names, folder.path, settings=settings, lines=lines)
+
+
+def _report(folder: RunFolder, stopped: str | None, warn: Callable[[str], None]) -> None:
+    """The run's page and its curve: whatever there is by now."""
+    from eval_protocol_rft.report import ReportError, write_training_report
+
+    try:
+        write_training_report(folder.path, stopped=stopped)
+    except (ReportError, OSError) as error:
+        # The run itself is done and stored; `ep-rft report` writes the page from it.
+        warn(f"no page was written for the run in {folder.path}: {error}")
+
+
+def _why_stopped(error: BaseException) -> str:
+    """For the page, which may be published: other messages may quote servers and users' code."""
+    if isinstance(error, asyncio.CancelledError):
+        return "from outside (Ctrl-C, or a signal)"
+    if isinstance(error, TrainingStoppedError):
+        return str(error)
+    return f"{type(error).__name__}, see what the command printed"
+
+
+def _done(folder: RunFolder) -> int:
+    latest = folder.latest()
+    return latest[0] if latest else 0
+
+
+async def _export(parts: Parts, folder: RunFolder) -> None:
+    """The final weights with the tokenizer: a folder that `local/...` and servers load."""
+    model = folder.path / "model"
+    await parts.trainer.export(model)  # type: ignore[attr-defined]
+    if parts.tokenizer is not None:
+        parts.tokenizer.save_pretrained(model)
+
+
+@dataclass(slots=True)
+class _Logged:
+    """Takes every line: to the file, to loggers, to the screen, to the caller."""
+
+    folder: RunFolder
+    shown: Reporter
+    on_line: Callable[[Line], None]
+    sinks: Sequence[MetricSink] = ()
+    _evaluated: str = ""
+    _step: int = 0
+
+    def __call__(self, line: Line) -> None:
+        self.folder.append(line)
+        for sink in self.sinks:
+            sink.write(line)
+        self.on_line(line)
+        self._step = line["step"]
+        detail = self._evaluated
+        if line["kind"] == "eval":
+            told = {"sampled": line.get("sampled_score"), "greedy": line.get("greedy_score")}
+            scores = ", ".join(f"{k} {v:.3f}" for k, v in told.items() if v is not None)
+            self._evaluated = detail = f"held out: {scores or 'nothing was scored'}"
+        elif "reward_mean" in line:
+            detail = f"reward {line['reward_mean']:.3f}  {self._evaluated}"
+        self.shown.update(self._step, detail=detail, now=line["kind"] == "eval")

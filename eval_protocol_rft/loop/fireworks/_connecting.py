@@ -1,0 +1,203 @@
+"""From a key to a `FireworksTrainer`: trainer job, deployment, clients.
+
+Invariant: what is started on Fireworks is what the SDK's managed service starts for these
+arguments; what it leaves running when the trainer is closed is said in the docstring.
+
+A run of `train` on Fireworks: a trainer job computes the steps, a deployment samples.
+
+Invariant: the test is used as it is; only the model that its completion_params name is replaced,
+by the deployment that the trainer loads its weights into.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import httpx
+
+from eval_protocol_rft.loop._options import LoopOptions
+from eval_protocol_rft.loop._setup import MakeParts, Optimizer, Parts, SetupError, own_processor
+from eval_protocol_rft.loop._trainer import TrainerError
+from eval_protocol_rft.loop.fireworks._hot_load import POLL_SECONDS, HotLoad
+from eval_protocol_rft.loop.fireworks._settings import Adam, check_temperature
+from eval_protocol_rft.loop.fireworks._trainer import FireworksTrainer
+from eval_protocol_rft.rollout import parse_completion_params
+from eval_protocol_rft.training import require
+
+FIREWORKS_URL = "https://api.fireworks.ai"
+
+
+async def connect(
+    *,
+    base_model: str,
+    deployment: str,
+    temperature: float,
+    adam: Adam,
+    lora_rank: int = 0,
+    api_key: str | None = None,
+    base_url: str = FIREWORKS_URL,
+    training_shape: str | None = None,
+    trainer_job: str | None = None,
+    reference: bool = False,
+    delete_on_close: bool = False,
+    poll_seconds: float = POLL_SECONDS,
+) -> FireworksTrainer:
+    """Start a trainer job and a deployment, or take those that are there, and wait for both.
+
+    This takes minutes and costs money until both are deleted. A deployment that was joined to
+    another trainer may still hold its weights, so it is given this one's before this returns.
+
+    Args:
+        base_model: `accounts/fireworks/models/...`.
+        deployment: id; made where it is not there, and joined to the trainer job. Sample from
+            `trainer.hot_load.model`.
+        temperature: see `FireworksTrainer`.
+        adam: see `FireworksTrainer`.
+        lora_rank: rank of the adapters; 0 trains all parameters.
+        api_key: default `FIREWORKS_API_KEY`.
+        base_url: of the service.
+        training_shape: id of the hardware and software to train on; its deployment shape is used
+            too. None: the server picks one, for a deployment that is there.
+        trainer_job: id; made where it is not there. Give the same to go on with a trainer.
+        reference: `forward(reference=True)` will be asked for. With LoRA that is the same trainer;
+            without, a second one.
+        delete_on_close: delete job and deployment in `aclose`, if they were made here. Otherwise
+            both run on.
+        poll_seconds: between looks at a hot-load.
+
+    Raises:
+        MissingPackageError: the SDK is not installed.
+        TrainerError: no key, a temperature other than 1, or the service did not give what was
+            asked for.
+    """
+    check_temperature(temperature)
+    key = api_key or os.environ.get("FIREWORKS_API_KEY")
+    if not key:
+        raise TrainerError("no API key: set FIREWORKS_API_KEY or pass api_key=")
+    sdk = require("fireworks.training.sdk", install="eval-protocol-rft[fireworks]")
+    service = sdk.FiretitanServiceClient.from_firetitan_config(
+        api_key=key,
+        base_url=base_url,
+        base_model=base_model,
+        lora_rank=lora_rank,
+        deployment_id=deployment,
+        training_shape_id=training_shape,
+        trainer_job_id=trainer_job,
+        reference_required=reference,
+        cleanup_trainer_on_close=delete_on_close,
+        cleanup_deployment_on_close="delete" if delete_on_close else None,
+    )
+
+    def start() -> FireworksTrainer:
+        client = service.create_training_client(lora_rank=lora_rank)
+        manager = sdk.DeploymentManager(api_key=key, base_url=base_url)
+        info = manager.get(deployment)
+        # A deployment may serve another quantisation of the model; hot-loads go by its own.
+        served = (info.base_model if info is not None else None) or base_model
+        return FireworksTrainer(
+            client,
+            temperature=temperature,
+            adam=adam,
+            hot_load=HotLoad(
+                manager=manager,
+                deployment=deployment,
+                base_model=served,
+                poll_seconds=poll_seconds,
+            ),
+            lora=lora_rank > 0,
+            make_reference=(lambda: _reference(service, client)) if reference else None,
+            trainer_job=service.trainer_job_id,
+            close=service.close,
+        )
+
+    try:
+        trainer = await asyncio.to_thread(start)
+        if service.requires_initial_sampler_sync():
+            await trainer.publish(0)
+        return trainer
+    except (RuntimeError, OSError, ValueError, httpx.HTTPError, sdk.TrainingError) as error:
+        # Nobody else could: the caller gets no trainer to close.
+        await asyncio.to_thread(service.close)
+        if isinstance(error, TrainerError):
+            raise
+        raise TrainerError(f"cannot train {base_model} on Fireworks: {error}") from error
+
+
+def _reference(service: Any, client: Any) -> Any:
+    return service.create_reference_client(policy_client=client)
+
+
+def fireworks_parts(
+    *,
+    base_model: str,
+    deployment: str,
+    lora_rank: int = 0,
+    optimizer: Optimizer | None = None,
+    training_shape: str | None = None,
+    trainer_job: str | None = None,
+    base_url: str = FIREWORKS_URL,
+    delete_on_close: bool = False,
+) -> MakeParts:
+    """For `train(parts=...)`.
+
+    Args:
+        base_model: `accounts/fireworks/models/...`.
+        deployment: id of the deployment to sample from; made where it is not there.
+        lora_rank: rank of adapters; 0 trains all parameters.
+        optimizer: AdamW's settings.
+        training_shape: id of the hardware to train on.
+        trainer_job: id of the trainer job; default one named after the deployment, so that a run
+            that is continued finds its weights.
+        base_url: of the service.
+        delete_on_close: delete what was started when the run ends.
+    """
+
+    async def make(
+        evaluator: Callable[..., Any], params: dict[str, Any], options: LoopOptions
+    ) -> Parts:
+        request = parse_completion_params(params)
+        if request.endpoint is None:
+            raise SetupError(
+                f"{request.params.model} is a model of this process: name the one on Fireworks"
+            )
+        chosen = optimizer or Optimizer()
+        trainer = await connect(
+            base_model=base_model,
+            deployment=deployment,
+            temperature=request.params.temperature,
+            adam=Adam(
+                beta1=chosen.betas[0],
+                beta2=chosen.betas[1],
+                eps=chosen.eps,
+                weight_decay=chosen.weight_decay,
+                max_grad_norm=chosen.max_grad_norm,
+            ),
+            lora_rank=lora_rank,
+            base_url=base_url,
+            training_shape=training_shape,
+            trainer_job=trainer_job or f"{deployment}-trainer",
+            reference=options.kl_beta > 0,
+            delete_on_close=delete_on_close,
+        )
+        if trainer.hot_load is None:
+            raise SetupError("the trainer has no deployment to sample from")
+        sampled = {**params, "model": trainer.hot_load.model}
+        return Parts(
+            trainer=trainer,
+            processor=own_processor(evaluator),
+            request=parse_completion_params(sampled),
+            params=sampled,
+        )
+
+    settings = {
+        "base_model": base_model,
+        "deployment": deployment,
+        "lora_rank": lora_rank,
+        "training_shape": training_shape,
+        "optimizer": asdict(optimizer or Optimizer()),
+    }
+    return MakeParts(make, settings)

@@ -1,0 +1,334 @@
+"""The few things that a run asks of Fireworks' control plane, each safe to ask again.
+
+Invariant: what is already there is found, not made again (GET first, and again where making it
+answers 409), and it must be what would have been made. Deleting what is gone is not an error.
+
+Waiting for what the service makes, and making it where it is not there.
+
+What the control plane's states mean for a run. Pure.
+
+Invariant: a job counts as done in one state alone, COMPLETED. A state that says that it will not
+get there is an error; one that we do not know is waited in, up to the caller's deadline.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from eval_protocol_rft.loop.fireworks._settings import StepSettings
+from eval_protocol_rft.training import require
+
+Verdict = Literal["wait", "done", "failed", "stopped"]
+
+_JOB: dict[str, Verdict] = {
+    "COMPLETED": "done",
+    "FAILED": "failed",
+    "CANCELLED": "failed",
+    "CANCELLING": "failed",
+    "EXPIRED": "failed",
+    "DELETING": "failed",
+    "DELETING_CLEANING_UP": "failed",
+    # Whether such a job leaves a model is not documented, so it is not taken for done.
+    "EARLY_STOPPED": "failed",
+    "PAUSED": "stopped",
+}
+
+
+class ControlPlaneError(RuntimeError):
+    """The control plane did not give what was asked for; the message says what to do next."""
+
+
+class JobFailedError(ControlPlaneError):
+    """A fine-tuning step ended without a model."""
+
+    def __init__(self, message: str, *, job: str, state: str) -> None:
+        super().__init__(message)
+        self.job = job
+        """Resource name."""
+        self.state = state
+        """As the service spells it."""
+
+
+def judge_job(state: str | None) -> Verdict:
+    """Read a `JOB_STATE_...`; "stopped" needs a person, and may go on after that."""
+    return _JOB.get((state or "").removeprefix("JOB_STATE_"), "wait")
+
+
+def judge_deployment(state: str | None) -> Verdict:
+    """Read the state of a deployment; it serves while UPDATING."""
+    if state in ("READY", "UPDATING"):
+        return "done"
+    return "failed" if state in ("FAILED", "DELETED", "DELETING") else "wait"
+
+
+def judge_deployed_model(state: str | None) -> Verdict:
+    """Read the state of an adapter on a deployment."""
+    if state == "DEPLOYED":
+        return "done"
+    return "failed" if state == "UNDEPLOYING" else "wait"
+
+
+def judge_ready(state: str | None) -> Verdict:
+    """Read the state of a data set or a model, which only ever becomes READY."""
+    return "done" if state == "READY" else "wait"
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Waiting:
+    """How often to look at something that is being made, and for how long."""
+
+    poll_seconds: float
+    timeout_seconds: float
+
+    async def until(
+        self,
+        what: str,
+        look: Callable[[], Awaitable[Any]],
+        judge: Callable[[str | None], Verdict],
+        found: Any = None,
+    ) -> None:
+        """Look until `judge` says that it is done.
+
+        Args:
+            what: for messages.
+            look: asks the service.
+            judge: reads a state.
+            found: what the service said just now.
+
+        Raises:
+            JobFailedError: a job failed.
+            ControlPlaneError: something else did, somebody paused it, or the time is up.
+        """
+        deadline = time.monotonic() + self.timeout_seconds
+        found = found if found is not None else await _look(look)
+        while (verdict := judge(found.state)) == "wait":
+            if time.monotonic() >= deadline:
+                raise ControlPlaneError(
+                    f"{what} is still {found.state} after {self.timeout_seconds:g} s; start again "
+                    "to go on waiting"
+                )
+            await asyncio.sleep(self.poll_seconds)
+            found = await _look(look)
+        if verdict == "done":
+            return
+        status = getattr(found, "status", None)
+        reason = getattr(status, "message", None) or "no reason given"
+        message = f"{found.name or what} is {found.state}: {reason}"
+        if verdict == "stopped":
+            raise ControlPlaneError(f"{message}. Resume it, then start again")
+        if judge is judge_job:
+            raise JobFailedError(message, job=found.name or what, state=found.state)
+        raise ControlPlaneError(message)
+
+
+class _NoAnswer(NamedTuple):
+    """In place of what a look that failed would have seen."""
+
+    state: str
+
+
+async def _look(look: Callable[[], Awaitable[Any]]) -> Any:
+    """Look once. A service that does not answer is one that is still at it: a job of hours must not
+    be given up for a minute without a network."""
+    errors = service_errors()
+    try:
+        return await look()
+    except (errors.APIConnectionError, errors.InternalServerError, errors.RateLimitError) as error:
+        logger.warning("no answer, looking again: %s", error)
+        return _NoAnswer(f"unknown ({error})")
+
+
+async def found_or_made(
+    get: Callable[[], Awaitable[Any]], make: Callable[[], Awaitable[Any]]
+) -> Any:
+    """What `get` finds, or what `make` makes where it finds nothing."""
+    errors = service_errors()
+    try:
+        return await get()
+    except errors.NotFoundError:
+        try:
+            return await make()
+        except errors.ConflictError:  # an earlier try went through, but its answer was lost
+            return await get()
+
+
+def service_errors() -> Any:
+    """The module with the client's exceptions."""
+    return require("fireworks", install="eval-protocol-rft[fireworks]")
+
+
+MAX_UPLOAD_BYTES = 150 * 10**6
+"""Of one request to `:upload`, as documented."""
+UPLOAD_SECONDS = 600.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ControlPlane:
+    """The client's resources.
+
+    Args:
+        client: an `AsyncFireworks` with an account id.
+        waiting: how often to look, and for how long.
+    """
+
+    client: Any
+    waiting: Waiting
+
+    @property
+    def _account(self) -> str:
+        return f"accounts/{self.client.account_id}"
+
+    def dataset_name(self, dataset: str) -> str:
+        return f"{self._account}/datasets/{dataset}"
+
+    def model_name(self, model: str) -> str:
+        return f"{self._account}/models/{model}"
+
+    def deployment_name(self, deployment: str) -> str:
+        return f"{self._account}/deployments/{deployment}"
+
+    async def refuse_leftovers(self, name: str) -> None:
+        """Raise a ControlPlaneError where a data set or a job of this name is there already."""
+        kinds = (
+            ("data set", self.client.datasets),
+            ("job", self.client.reinforcement_fine_tuning_steps),
+        )
+        for kind, resource in kinds:
+            try:
+                found = await resource.get(name)
+            except service_errors().NotFoundError:
+                continue
+            raise ControlPlaneError(
+                f"this run is new, and there is a {kind} {found.name} already, of another run of "
+                "this name: take another name, or the folder of that run"
+            )
+
+    async def deploy(self, deployment: str, base_model: str, options: Mapping[str, Any]) -> None:
+        """See that a deployment of `base_model` serves; make it where it is not there."""
+        deployments = self.client.deployments
+        found = await found_or_made(
+            lambda: deployments.get(deployment),
+            lambda: deployments.create(
+                deployment_id=deployment,
+                base_model=base_model,
+                **{"enable_addons": True, **options},
+            ),
+        )
+        if found.base_model not in (None, base_model):
+            raise ControlPlaneError(
+                f"deployment {deployment} serves {found.base_model}, not {base_model}: name another"
+            )
+        await self.waiting.until(
+            f"deployment {deployment}", lambda: deployments.get(deployment), judge_deployment, found
+        )
+
+    async def put_adapter(self, deployment: str, model: str) -> None:
+        """See that `model` is on the deployment, in the place of any other."""
+        lora, target = self.client.lora, self.deployment_name(deployment)
+        await self.waiting.until(
+            f"model {model}", lambda: self.client.models.get(_id(model)), judge_ready
+        )
+        found = None
+        async for deployed in lora.list():
+            if (deployed.model, deployed.deployment) == (model, target):
+                found = deployed
+        if found is None:
+            found = await lora.load(deployment=target, model=model, replace_merged_addon=True)
+        deployed_id = _id(found.name)
+        await self.waiting.until(
+            f"{model} on {deployment}", lambda: lora.get(deployed_id), judge_deployed_model, found
+        )
+
+    async def put_dataset(self, dataset: str, file: Path, *, rows: int) -> None:
+        """See that the data set is there with the contents of `file`."""
+        data = await asyncio.to_thread(file.read_bytes)
+        if len(data) > MAX_UPLOAD_BYTES:
+            raise ControlPlaneError(
+                f"{file} has {len(data)} bytes and at most {MAX_UPLOAD_BYTES} can be uploaded at "
+                "once: take fewer rows per step"
+            )
+        datasets = self.client.datasets
+        found = await found_or_made(
+            lambda: datasets.get(dataset),
+            lambda: datasets.create(
+                dataset_id=dataset,
+                dataset={
+                    "user_uploaded": {},
+                    "example_count": str(rows),
+                    "format": "RL",
+                    "display_name": dataset,
+                },
+            ),
+        )
+        if judge_ready(found.state) != "done":
+            await datasets.upload(dataset, file=(file.name, data), timeout=UPLOAD_SECONDS)
+        await self.waiting.until(f"data set {dataset}", lambda: datasets.get(dataset), judge_ready)
+
+    async def delete_dataset(self, dataset: str) -> None:
+        try:
+            await self.client.datasets.delete(dataset)
+        except service_errors().NotFoundError:
+            logger.debug("data set %s is gone already", dataset)
+
+    async def train(self, job: str, *, start: Mapping[str, str], settings: StepSettings) -> str:
+        """See that the job `job` trains on the data set of its name, and wait for its end.
+
+        Args:
+            job: id of the job, of its data set and of the model that it makes.
+            start: `base_model` or `warm_start_from`.
+            settings: see there.
+
+        Returns:
+            Name of the model.
+
+        Raises:
+            JobFailedError: it ended without one.
+        """
+        steps, dataset, model = (
+            self.client.reinforcement_fine_tuning_steps,
+            self.dataset_name(job),
+            self.model_name(job),
+        )
+        found = await found_or_made(
+            lambda: steps.get(job),
+            lambda: steps.create(
+                rlor_trainer_job_id=job,
+                dataset=dataset,
+                reward_weights=["score=1.0"],
+                node_count=settings.node_count,
+                loss_config=_given(method=settings.loss_method, kl_beta=settings.kl_beta),
+                training_config=_given(
+                    **start,
+                    output_model=model,
+                    epochs=settings.epochs,
+                    learning_rate=settings.learning_rate,
+                    lora_rank=settings.lora_rank,
+                    max_context_length=settings.max_context_length,
+                    batch_size=settings.batch_size,
+                ),
+            ),
+        )
+        if found.dataset not in (None, dataset):
+            raise ControlPlaneError(
+                f"there is a job {found.name} already, on {found.dataset}: take another run name"
+            )
+        await self.waiting.until(f"job {job}", lambda: steps.get(job), judge_job, found)
+        return model
+
+
+def _given(**values: Any) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _id(name: str) -> str:
+    """The last part of a resource name."""
+    return name.rpartition("/")[2]

@@ -1,0 +1,150 @@
+"""New weights into a running deployment: what to save, what to ask for, and when it is done.
+
+Invariant: a snapshot counts as loaded when every replica says so. A delta is saved only where the
+deployment is known to hold the snapshot before it; after anything that went wrong comes a base.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import httpx
+
+from eval_protocol_rft.loop._trainer import TrainerError
+
+CheckpointType = Literal["base", "delta"]
+POLL_SECONDS = 5.0
+TIMEOUT_SECONDS = 900.0
+DELTA_FORMAT = {"compression_format": "arc_v2", "checksum_format": "alder32"}
+"""As the SDK's own weight syncer sends it."""
+
+
+@dataclass(slots=True)
+class SnapshotChain:
+    """Which snapshot the deployment holds, as far as we know. Pure.
+
+    An adapter is whole by itself, so with LoRA every snapshot is a base.
+    """
+
+    lora: bool
+    loaded: str | None = None
+    """Identity of the last snapshot that was loaded and seen to be; None: a base comes next."""
+
+    def next_type(self) -> CheckpointType:
+        return "base" if self.lora or self.loaded is None else "delta"
+
+    def metadata(self, kind: CheckpointType) -> dict[str, str] | None:
+        """What a hot-load of a snapshot of this kind says about the one before it."""
+        if kind == "base" or self.loaded is None:
+            return None
+        return {"previous_snapshot_identity": self.loaded, **DELTA_FORMAT}
+
+
+class LoadStatus(NamedTuple):
+    """What the replicas say about one snapshot."""
+
+    done: bool
+    failed: bool
+    seen: str
+    """One line per replica."""
+
+
+def judge_replicas(status: Mapping[str, Any], expected: str) -> LoadStatus:
+    """Read the answer to a hot-load status request. Pure.
+
+    Raises:
+        TrainerError: the answer has no list of replicas.
+    """
+    replicas = status.get("replicas")
+    if not isinstance(replicas, list):
+        raise TrainerError(
+            f"the hot-load status has no list of replicas but {sorted(status)}: update fireworks-ai"
+        )
+    done, failed, seen = bool(replicas), False, []
+    for i, replica in enumerate(replicas):
+        loading = replica.get("loading_state") or {}
+        current, stage = replica.get("current_snapshot_identity"), loading.get("stage")
+        adapters = replica.get("loaded_adapters") or []
+        holds = current == expected or any(
+            a.get("identity") == expected and a.get("status") == "loaded" for a in adapters
+        )
+        done = done and holds and replica.get("readiness") is True
+        # An error of an earlier snapshot stays in the status until the new one begins.
+        failed |= stage == "error" and loading.get("target_snapshot_identity") == expected
+        seen.append(
+            f"replica {i}: holds {current}, stage {stage}, ready {replica.get('readiness')}"
+        )
+    return LoadStatus(done, failed, "; ".join(seen) or "no replicas")
+
+
+@dataclass(slots=True, kw_only=True)
+class HotLoad:
+    """A deployment that takes snapshots.
+
+    Args:
+        manager: the SDK's `DeploymentManager`.
+        deployment: id of a deployment with hot-load enabled, which reads the trainer's bucket.
+        base_model: what it serves; routes the request.
+        poll_seconds: between looks at the replicas.
+        timeout_seconds: most time for one snapshot.
+    """
+
+    manager: Any
+    deployment: str
+    base_model: str
+    poll_seconds: float = POLL_SECONDS
+    timeout_seconds: float = TIMEOUT_SECONDS
+
+    @property
+    def model(self) -> str:
+        """The name under which the deployment is sampled from."""
+        return f"accounts/{self.manager.account_id}/deployments/{self.deployment}"
+
+    async def load(self, identity: str, metadata: Mapping[str, str] | None) -> None:
+        """Ask for a snapshot and return when every replica holds it and is ready.
+
+        Raises:
+            TrainerError: refused, failed or not done in time; the message says what was seen.
+        """
+        try:
+            await asyncio.to_thread(
+                self.manager.hotload,
+                deployment_id=self.deployment,
+                base_model=self.base_model,
+                snapshot_identity=identity,
+                incremental_snapshot_metadata=dict(metadata) if metadata else None,
+                reset_prompt_cache=True,
+            )
+        except httpx.HTTPError as error:
+            raise TrainerError(
+                f"deployment {self.deployment} did not take snapshot {identity}: {error}. See that "
+                "hot-load is enabled on it and that it belongs to this trainer"
+            ) from error
+        deadline = time.monotonic() + self.timeout_seconds
+        while True:
+            status = await self._status(identity)
+            if status.done:
+                return
+            if status.failed:
+                raise TrainerError(
+                    f"deployment {self.deployment} failed to load {identity}: {status.seen}"
+                )
+            if time.monotonic() >= deadline:
+                raise TrainerError(
+                    f"deployment {self.deployment} has not loaded {identity} within "
+                    f"{self.timeout_seconds:g} s: {status.seen}"
+                )
+            await asyncio.sleep(self.poll_seconds)
+
+    async def _status(self, identity: str) -> LoadStatus:
+        try:
+            answer = await asyncio.to_thread(
+                self.manager.hotload_check_status, self.deployment, self.base_model
+            )
+        except httpx.HTTPError as error:  # a replica may be restarting; the deadline decides
+            return LoadStatus(False, False, f"no status: {error}")
+        return judge_replicas(answer, identity)

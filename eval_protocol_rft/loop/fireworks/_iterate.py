@@ -1,0 +1,353 @@
+"""`iterate`: sample, score, fine-tune a step, switch to the new model, again: on the control plane.
+
+Invariant: a run can be stopped anywhere, killed included, and started again with the same
+arguments: no step trains twice, no data set stays behind, and what was generated is not generated
+again. `run_state` says how.
+
+One run, phase by phase, as `run_state` draws it.
+
+Invariant: what a phase leaves (a file, a data set, a job, a model) is there before the state says
+that the next one has begun.
+
+The data of one step: rows rolled out against the deployment, scored, as the job's text lines.
+
+Invariant: every completion that was asked for is in the lines or counted in the report.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import msgspec
+
+from eval_protocol_rft._durable import write_whole
+from eval_protocol_rft.loop.fireworks._control_plane import (
+    ControlPlane,
+    ControlPlaneError,
+    JobFailedError,
+    Waiting,
+    service_errors,
+)
+from eval_protocol_rft.loop.fireworks._run_state import (
+    RunState,
+    RunStateError,
+    StepReport,
+    check_run_name,
+    read_state,
+    write_state,
+)
+from eval_protocol_rft.loop.fireworks._settings import StepSettings
+from eval_protocol_rft.training.export import rl_step
+
+if TYPE_CHECKING:
+    from eval_protocol.models import EvaluationRow
+    from eval_protocol.pytest.rollout_processor import RolloutProcessor
+
+    from eval_protocol_rft.loop._row_runner import RowRunner
+
+Failures = Literal["raise", "drop"]
+
+
+async def generate(
+    evaluator: Callable[..., Any],
+    rows: Sequence[EvaluationRow | Mapping[str, Any]],
+    *,
+    step: int,
+    completion_params: Mapping[str, Any],
+    processor: RolloutProcessor | None,
+    failures: Failures,
+) -> tuple[bytes, StepReport]:
+    """Sample and score `rows`; return the lines of the data set, and what is in them.
+
+    Raises:
+        Exception: whatever a row raises, unless it is one that failed and may be dropped.
+        TrainingDataError: a completion has no score, unless it may be dropped.
+        EmptyBatchError: nothing is left.
+    """
+    from eval_protocol_rft.loop._row_runner import RowRunner
+
+    params = dict(completion_params)
+    if params.get("seed") is not None:
+        # Or every step would draw its completions with the same random numbers.
+        params["seed"] += step
+    runner = RowRunner(evaluator, processor=processor, completion_params=params)
+    try:
+        scored = await _roll_out(runner, rows, failures)
+    finally:
+        await runner.aclose()
+    done = [row for row in scored if row is not None]
+    unscored: rl_step.Unscored = "drop" if failures == "drop" else "error"
+    data = rl_step.to_lines(done, unscored=unscored)
+    scores = [sample["evals"]["score"] for line in data.lines for sample in line["samples"]]
+    dropped = Counter(data.dropped)
+    dropped["failed_row"] += len(scored) - len(done)
+    report = StepReport(
+        step=step,
+        model=params["model"],
+        groups=len(data.lines),
+        completions=len(scores),
+        mean_score=sum(scores) / len(scores),
+        dropped=dict(+dropped),
+    )
+    return b"".join(msgspec.json.encode(line) + b"\n" for line in data.lines), report
+
+
+async def _roll_out(
+    runner: RowRunner, rows: Sequence[EvaluationRow | Mapping[str, Any]], failures: Failures
+) -> list[EvaluationRow | None]:
+    """The scored rows in their order; None for one that failed. The first error ends the rest."""
+    from eval_protocol_rft.rollout import RolloutError
+
+    async def one(row: EvaluationRow | Mapping[str, Any]) -> EvaluationRow | None:
+        try:
+            return await runner(row)
+        except RolloutError:
+            if failures == "drop":
+                return None
+            raise
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(one(row)) for row in rows]
+    except ExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+    return [task.result() for task in tasks]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """What `iterate` was asked for; see there."""
+
+    evaluator: Callable[..., Any]
+    rows: Sequence[EvaluationRow | Mapping[str, Any]]
+    plane: ControlPlane
+    folder: Path
+    steps: int
+    base_model: str
+    deployment: str
+    settings: StepSettings
+    deployment_options: Mapping[str, Any]
+    completion_params: Mapping[str, Any]
+    processor: RolloutProcessor | None
+    failures: Failures
+    on_step: Callable[[StepReport], None] | None
+
+    async def go(self, run: str, *, retry_failed: bool) -> list[StepReport]:
+        """Go on from where the folder says, to the end."""
+        fresh = RunState(
+            run=run,
+            settings={
+                "account": self.plane.client.account_id,
+                "base_model": self.base_model,
+                "deployment": self.deployment,
+                "lora_rank": self.settings.lora_rank,
+            },
+        )
+        state = read_state(self.folder, fresh)
+        if state is None:
+            with _named("beginning"):
+                await self.plane.refuse_leftovers(fresh.name)
+            state = self._enter(fresh)
+        if state.phase == "failed":
+            if not retry_failed:
+                raise JobFailedError(
+                    f"{state.failure}. Its data is {self._data(state)}; start again with "
+                    "retry_failed=True to train on it once more, or take another run and folder",
+                    job=state.name,
+                    state="failed",
+                )
+            state = self._enter(state.retried())
+        if state.phase == "done" and state.step < self.steps:
+            state = self._enter(state.entered("serve"))
+        while state.phase != "done":
+            phase = state.phase
+            with _named(f"step {state.step}, {phase}"):
+                after = await self._next(state)
+            state = self._enter(after)
+            if phase == "clean" and self.on_step is not None:
+                self.on_step(state.reports[-1])
+        return state.reports
+
+    def _enter(self, state: RunState) -> RunState:
+        write_state(self.folder, state)
+        return state
+
+    async def _next(self, state: RunState) -> RunState:
+        """Do what the phase is for; return the state after it."""
+        match state.phase:
+            case "serve":
+                await self._serve(state)
+                return state.entered("generate")
+            case "generate":
+                return await self._generate(state)
+            case "upload":
+                rows = state.reports[-1].groups
+                await self.plane.put_dataset(state.name, self._data(state), rows=rows)
+                return state.entered("train")
+            case "train":
+                return await self._train(state)
+            case "clean":
+                await self.plane.delete_dataset(state.name)
+                return state.cleaned(self.steps)
+        raise AssertionError(f"nothing is to be done in {state.phase}")
+
+    async def _serve(self, state: RunState) -> None:
+        await self.plane.deploy(self.deployment, self.base_model, self.deployment_options)
+        if state.model is not None:
+            await self.plane.put_adapter(self.deployment, state.model)
+
+    async def _generate(self, state: RunState) -> RunState:
+        client = self.plane.client
+        params = {
+            "api_base": f"{str(client.base_url).rstrip('/')}/inference/v1",
+            "api_key": client.api_key,
+            **self.completion_params,
+            "model": self._sampled_model(state),
+        }
+        data, report = await generate(
+            self.evaluator,
+            self.rows,
+            step=state.step,
+            completion_params=params,
+            processor=self.processor,
+            failures=self.failures,
+        )
+        write_whole(self._data(state), data)
+        return state.generated(report)
+
+    def _sampled_model(self, state: RunState) -> str:
+        """An adapter is asked for by name: a deployment that does not hold it answers 404, where
+        it would answer for the deployment's own name with older weights."""
+        deployment = self.plane.deployment_name(self.deployment)
+        return deployment if state.model is None else f"{state.model}#{deployment}"
+
+    async def _train(self, state: RunState) -> RunState:
+        start = (
+            {"base_model": self.base_model}
+            if state.model is None
+            else {"warm_start_from": state.model}
+        )
+        try:
+            model = await self.plane.train(state.name, start=start, settings=self.settings)
+        except JobFailedError as error:
+            # First: were it to happen after the state is written, it might not happen at all.
+            await self.plane.delete_dataset(state.name)
+            self._enter(state.failed(str(error)))
+            raise
+        return state.trained(model)
+
+    def _data(self, state: RunState) -> Path:
+        return self.folder / f"step{state.step}.jsonl"
+
+
+@contextlib.contextmanager
+def _named(what: str) -> Iterator[None]:
+    """Say during what the service refused."""
+    try:
+        yield
+    except service_errors().APIError as error:
+        raise ControlPlaneError(f"{what}: {error}. Start again to go on from here") from error
+
+
+POLL_SECONDS = 15.0
+TIMEOUT_SECONDS = 24 * 3600.0
+
+
+async def iterate(
+    evaluator: Callable[..., Any],
+    rows: Sequence[EvaluationRow | Mapping[str, Any]],
+    *,
+    client: Any,
+    run: str,
+    folder: Path,
+    steps: int,
+    base_model: str,
+    deployment: str,
+    settings: StepSettings,
+    deployment_options: Mapping[str, Any] | None = None,
+    completion_params: Mapping[str, Any] | None = None,
+    processor: RolloutProcessor | None = None,
+    failures: Failures = "raise",
+    retry_failed: bool = False,
+    on_step: Callable[[StepReport], None] | None = None,
+    poll_seconds: float = POLL_SECONDS,
+    timeout_seconds: float = TIMEOUT_SECONDS,
+) -> list[StepReport]:
+    """Improve a model on an evaluator, by `steps` reinforcement fine-tuning steps.
+
+    Each step samples from the model that the step before made. The trainer gets text and
+    tokenizes it anew (see `training.export.rl_step`); where ids must be exact, use
+    `FireworksTrainer`.
+
+    Args:
+        evaluator: a function under `@evaluation_test`, or a plain evaluator.
+        rows: sampled in every step; `EvaluationRow`s, or lines of the data set.
+        client: a `fireworks.AsyncFireworks` with an account id; it stays the caller's to close.
+        run: names the run; ids of data sets, jobs and models begin with it.
+        folder: of this run: its state and its data. Made where it is not there.
+        steps: how many in all. A finished run goes on when this is more than before.
+        base_model: what the first step trains, `accounts/fireworks/models/...`.
+        deployment: id of the deployment to sample from; made where it is not there, and left
+            running at the end. New models are put on it as its one adapter.
+        settings: of every step's job.
+        deployment_options: of `client.deployments.create`, where it has to be made.
+        completion_params: joined with those of the evaluation test, and before them. The model and
+            where it is are set here; with a `seed`, every step has its own made from it.
+        processor: in place of the one that the evaluation test names.
+        failures: what a row without completions, or a completion without a score, is: an error, or
+            dropped and counted.
+        retry_failed: where the run stands on a job that failed, train again on the same data.
+        on_step: called after each step that this call made.
+        poll_seconds: between looks at something that is being made.
+        timeout_seconds: most time to wait for one thing, a step's job for instance.
+
+    Returns:
+        One report per step, those of earlier calls included.
+
+    Raises:
+        JobFailedError: a step's job ended without a model. The run stands on it until
+            `retry_failed`; its data set is deleted, its data stays in `folder`.
+        ControlPlaneError: something else was not to be had, start again to go on; or the run is
+            new and there is a job or a data set of its name.
+        RunStateError: `folder` is of a run with other settings, or another process runs it.
+    """
+    from filelock import FileLock, Timeout
+
+    check_run_name(run)
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    if not client.account_id:
+        raise ValueError("the client has no account: AsyncFireworks(account_id=...)")
+    await asyncio.to_thread(folder.mkdir, parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise RunStateError(f"another process runs {folder}") from error
+    try:
+        return await Run(
+            evaluator=evaluator,
+            rows=rows,
+            plane=ControlPlane(
+                client=client,
+                waiting=Waiting(poll_seconds=poll_seconds, timeout_seconds=timeout_seconds),
+            ),
+            folder=folder,
+            steps=steps,
+            base_model=base_model,
+            deployment=deployment,
+            settings=settings,
+            deployment_options=deployment_options or {},
+            completion_params=completion_params or {},
+            processor=processor,
+            failures=failures,
+            on_step=on_step,
+        ).go(run, retry_failed=retry_failed)
+    finally:
+        lock.release()

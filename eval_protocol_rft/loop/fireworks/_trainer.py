@@ -1,0 +1,291 @@
+"""`FireworksTrainer`: the Fireworks training API as a `Trainer`.
+
+Invariant: what the server adds up is the loss that the datums describe, nothing less and nothing
+more: the server never divides (`grad_accumulation_normalization=None`), thresholds are always sent,
+and positions that were not sampled have no part in a loss.
+
+What the training server answers, checked before anything is made of it.
+
+Invariant: logprobs meet datums by position only after their numbers and lengths were compared.
+
+Where the training server keeps a saved state: what a folder holds in place of weights.
+
+Invariant: a folder is read back as it was written, or not at all.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from eval_protocol_rft._durable import write_whole
+from eval_protocol_rft.loop._trainer import ForwardBackward, LossFunction, NamedLoss, TrainerError
+from eval_protocol_rft.loop.fireworks._hot_load import HotLoad, SnapshotChain
+from eval_protocol_rft.loop.fireworks._losses import (
+    built_in_data,
+    built_in_name,
+    custom_loss,
+    objective_of,
+    value_of,
+    with_difference,
+)
+from eval_protocol_rft.loop.fireworks._settings import Adam, check_temperature
+from eval_protocol_rft.training import (
+    FloatArray,
+    TrainingDatum,
+    build_datum,
+    loss_fn_inputs,
+    require,
+)
+
+
+def read_logprobs(result: Any, datums: Sequence[TrainingDatum]) -> list[FloatArray]:
+    """[T_i] per datum from an answer of the training server, 0.0 where nothing was sampled.
+
+    Raises:
+        TrainerError: not one finite value per sampled target.
+    """
+    outputs = result.loss_fn_outputs
+    if len(outputs) != len(datums):
+        raise TrainerError(f"the server answered {len(outputs)} datums of {len(datums)}")
+    found: list[FloatArray] = []
+    for i, (output, datum) in enumerate(zip(outputs, datums, strict=True)):
+        values = output["logprobs"].to_numpy().reshape(-1)
+        if len(values) != len(datum):
+            raise TrainerError(
+                f"datum {i}: the server answered {len(values)} logprobs for {len(datum)} targets"
+            )
+        kept = np.where(datum.mask, values, np.float32(0.0)).astype(np.float32)
+        if not np.isfinite(kept).all():
+            place = int(np.flatnonzero(~np.isfinite(kept))[0])
+            raise TrainerError(f"datum {i}, target {place}: the server's logprob is {kept[place]}")
+        found.append(kept)
+    return found
+
+
+def check_shapes(
+    name: str, values: Sequence[FloatArray] | None, datums: Sequence[TrainingDatum]
+) -> None:
+    """Raise a TrainerError unless `values` is None or one [T_i] array per datum."""
+    if values is None:
+        return
+    shapes = [np.shape(value) for value in values]
+    wanted = [(len(datum),) for datum in datums]
+    if shapes != wanted:
+        raise TrainerError(f"{name} has shapes {shapes}, the datums have targets {wanted}")
+
+
+STATE_FILE = "fireworks.json"
+
+
+class SavedState(msgspec.Struct, frozen=True, kw_only=True):
+    """Weights and optimiser state on the server."""
+
+    path: str
+    """As the server named it."""
+    trainer_job: str | None
+    """Id of the job that saved it, where known: another job finds it by that."""
+
+    def write(self, folder: Path) -> None:
+        write_whole(folder / STATE_FILE, msgspec.json.encode(self) + b"\n")
+
+    @classmethod
+    def read(cls, folder: Path) -> SavedState:
+        """What `write` wrote.
+
+        Raises:
+            TrainerError: it is not there, or something else is.
+        """
+        try:
+            return msgspec.json.decode((folder / STATE_FILE).read_bytes(), type=cls)
+        except (OSError, msgspec.DecodeError) as error:
+            raise TrainerError(
+                f"{folder} holds no state of a Fireworks trainer: {error}"
+            ) from error
+
+
+_RECONNECT = (
+    "What gradient the server holds is in doubt: connect anew, load the last saved state and "
+    "repeat the step"
+)
+
+
+class FireworksTrainer:
+    """A policy in training on Fireworks, or behind any server with its training API.
+
+    Args:
+        client: the SDK's `FiretitanTrainingClient`, used by nobody else meanwhile.
+        temperature: the one that completions are sampled with. Only 1 is taken: the server's
+            logprobs know no temperature, so ratios to others would be between two policies.
+        adam: of every `optim_step`.
+        hot_load: the deployment that `publish` loads; None: this trainer cannot publish.
+        lora: the client trains adapters.
+        make_reference: makes a client of the frozen base model, called once when it is needed.
+        trainer_job: id of the job behind the client, for states that another job shall load.
+        close: called by `aclose`, in a thread.
+
+    Raises:
+        TrainerError: another temperature than 1.
+    """
+
+    def __init__(
+        self,
+        client: Any,
+        *,
+        temperature: float,
+        adam: Adam,
+        hot_load: HotLoad | None = None,
+        lora: bool = False,
+        make_reference: Callable[[], Any] | None = None,
+        trainer_job: str | None = None,
+        close: Callable[[], None] | None = None,
+    ) -> None:
+        check_temperature(temperature)
+        self.hot_load = hot_load
+        self._client = client
+        self._adam = adam
+        self._make_reference = make_reference
+        self._reference: Any = None
+        self._trainer_job = trainer_job
+        self._close = close
+        self._chain = SnapshotChain(lora=lora)
+        self._published: dict[int, int] = {}
+        self._types = require(
+            "fireworks.training.sdk.types", install="eval-protocol-rft[fireworks]"
+        )
+        sdk = require("fireworks.training.sdk", install="eval-protocol-rft[fireworks]")
+        self._sdk_error: type[Exception] = sdk.TrainingError
+
+    async def forward(
+        self,
+        datums: Sequence[TrainingDatum],
+        *,
+        reference: bool = False,
+        temperature: float | None = None,
+    ) -> list[FloatArray]:
+        if temperature is not None:
+            check_temperature(temperature)
+        client = await self._reference_client() if reference else self._client
+        data = self._cross_entropy_data(datums)
+        result = await self._done("forward", lambda: client.forward(data, "cross_entropy"))
+        return read_logprobs(result, datums)
+
+    async def forward_backward(
+        self,
+        datums: Sequence[TrainingDatum],
+        loss: NamedLoss | LossFunction,
+        *,
+        old_logprobs: Sequence[FloatArray] | None = None,
+        reference_logprobs: Sequence[FloatArray] | None = None,
+    ) -> ForwardBackward:
+        """See `Trainer`. `losses` says which losses the server computes by itself; the others cost
+        a forward pass more. For those of the server, metrics are computed here from its logprobs,
+        and `server_loss_difference:max` tells how far its loss is from ours."""
+        for name, values in (("old", old_logprobs), ("reference", reference_logprobs)):
+            check_shapes(f"{name}_logprobs", values, datums)
+        built_in = built_in_name(loss)
+        if built_in is None or not isinstance(loss, NamedLoss):
+            data = self._cross_entropy_data(datums)
+            loss_fn = custom_loss(
+                loss, datums, old_logprobs=old_logprobs, reference_logprobs=reference_logprobs
+            )
+            result = await self._done(
+                "forward_backward_custom",
+                lambda: self._client.forward_backward_custom(data, loss_fn),
+            )
+            return ForwardBackward(read_logprobs(result, datums), dict(result.metrics))
+        objective = objective_of(loss)
+        data = built_in_data(datums, built_in, old_logprobs=old_logprobs, types=self._types)
+        config = dict(loss.config) or None
+        result = await self._done(
+            "forward_backward", lambda: self._client.forward_backward(data, built_in, config)
+        )
+        logprobs = read_logprobs(result, datums)
+        ours = value_of(objective, datums, logprobs, old_logprobs=old_logprobs)
+        return ForwardBackward(logprobs, with_difference(result.metrics, ours))
+
+    async def optim_step(self, *, learning_rate: float) -> dict[str, float]:
+        adam = self._adam
+        params = self._types.AdamParams(
+            learning_rate=learning_rate,
+            beta1=adam.beta1,
+            beta2=adam.beta2,
+            eps=adam.eps,
+            weight_decay=adam.weight_decay,
+            grad_clip_norm=adam.max_grad_norm or 0.0,
+        )
+        result = await self._done(
+            "optim_step",
+            lambda: self._client.optim_step(params, grad_accumulation_normalization=None),
+        )
+        return {**(result.metrics or {}), "learning_rate": learning_rate}
+
+    async def publish(self, version: int) -> None:
+        if self.hot_load is None:
+            raise TrainerError("this trainer has no deployment to publish to: pass hot_load=")
+        kind = self._chain.next_type()
+        metadata = self._chain.metadata(kind)
+        # Whatever happens from here on, the deployment holds what we know only at the end.
+        self._chain.loaded = None
+        count = self._published[version] = self._published.get(version, -1) + 1
+        name = f"version-{version}" + (f"-again-{count}" if count else "")
+        try:
+            saved = await asyncio.to_thread(
+                self._client.save_weights_for_sampler_ext, name, checkpoint_type=kind
+            )
+        except self._sdk_error as error:
+            raise TrainerError(f"save_weights_for_sampler {name!r}: {error}") from error
+        # The SDK put a suffix of the session to the name; this is what the deployment knows.
+        await self.hot_load.load(saved.snapshot_name, metadata)
+        self._chain.loaded = saved.snapshot_name
+
+    async def save(self, folder: Path) -> None:
+        """Save weights and optimiser state on the server; `folder` gets a file that names them."""
+        name = f"state-{secrets.token_hex(8)}"
+        result = await self._done("save_state", lambda: self._client.save_state(name))
+        state = SavedState(path=result.path, trainer_job=self._trainer_job)
+        await asyncio.to_thread(state.write, folder)
+
+    async def load(self, folder: Path) -> None:
+        """Load what `save` saved. Gradient that was gathered and not used stays on the server."""
+        state = await asyncio.to_thread(SavedState.read, folder)
+        path = state.path
+        if None not in (state.trainer_job, self._trainer_job) and (
+            state.trainer_job != self._trainer_job
+        ):
+            path = self._client.resolve_checkpoint_path(path, source_job_id=state.trainer_job)
+        await self._done(
+            f"load_state {path!r}", lambda: self._client.load_state_with_optimizer(path)
+        )
+        # What is saved next is no delta of what was published last.
+        self._chain.loaded = None
+
+    async def aclose(self) -> None:
+        close, self._close = self._close, None
+        if close is not None:
+            await asyncio.to_thread(close)
+
+    def _cross_entropy_data(self, datums: Sequence[TrainingDatum]) -> list[Any]:
+        if not datums:
+            raise TrainerError("no datums: there is nothing to run the model on")
+        return [build_datum(d, loss_fn_inputs(d, "cross_entropy"), self._types) for d in datums]
+
+    async def _reference_client(self) -> Any:
+        if self._reference is None:
+            if self._make_reference is None:
+                raise TrainerError("this trainer has no reference model: pass make_reference=")
+            self._reference = await asyncio.to_thread(self._make_reference)
+        return self._reference
+
+    async def _done(self, what: str, start: Callable[[], Any]) -> Any:
+        """Start a call of the SDK, which packs its data, in a thread, and wait for its future."""
+        try:
+            return await (await asyncio.to_thread(start))
+        except self._sdk_error as error:
+            raise TrainerError(f"{what} failed: {error}. {_RECONNECT}") from error

@@ -1,0 +1,206 @@
+"""Episodes of several turns, as a rollout file keeps them and as the page shows them.
+
+A rollout file has an episode's first turn in its columns and the whole of it in `evaluation_row`,
+by `sample_idx`.
+
+Invariant: an episode that breaks the record is an error that names row, completion and segment. The
+page shows every token of every segment once, in order, but for the prompt that stands above.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import msgspec
+
+from eval_protocol_rft._episode_record import (
+    EpisodeRecord,
+    SegmentRecord,
+    episodes_problem,
+    turn_runs,
+)
+from eval_protocol_rft.data import CompletionRow
+from eval_protocol_rft.report._page_detail import (
+    EpisodeDetail,
+    GroupDetail,
+    PartDetail,
+    RewriteDetail,
+    in_units,
+    plain_text,
+)
+from eval_protocol_rft.report._page_stats import broken
+from eval_protocol_rft.report._page_tokens import TokenTexts, Vocabulary
+from eval_protocol_rft.sampling import token_data_problem
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredEpisode:
+    """What `evaluation_row` says of one completion, checked."""
+
+    row: CompletionRow
+    """Its columns are of the first turn."""
+    record: EpisodeRecord
+    segments: list[SegmentRecord]
+
+    @property
+    def length(self) -> tuple[int, bool]:
+        """Sampled tokens of all turns, and whether the last one was cut off."""
+        sampled = sum(sum(segment.loss_mask) for segment in self.segments)
+        return sampled, self.record.last_finish_reason == "length"
+
+
+def group_episodes(group: Sequence[CompletionRow]) -> dict[int, StoredEpisode]:
+    """The episodes among the completions of one prompt, by `sample_idx`.
+
+    Raises:
+        ReportError: one of them breaks the record.
+    """
+    read: dict[str, _Extra] = {}
+    found = {}
+    for row in group:
+        text = row.evaluation_row
+        # A look at the text first: rows of single turns need not be decoded.
+        if row.failed or text is None or not any(f'"{key}"' in text for key in _KEYS):
+            continue
+        if text not in read:
+            execution = _decoded(row, "evaluation_row", text, _Row).execution_metadata
+            read[text] = (execution and execution.extra) or _Extra()
+        if (read[text].trajectories, read[text].episodes) != (None, None):
+            found[row.sample_idx] = _stored(row, read[text])
+    return found
+
+
+def put_episodes(
+    detail: GroupDetail,
+    episodes: Mapping[int, StoredEpisode],
+    vocabulary: Vocabulary,
+    texts: TokenTexts | None,
+) -> None:
+    """Let the completions that are episodes be shown whole, where `detail` has first turns."""
+    for completion in detail.completions:
+        episode = episodes.get(completion.index)
+        if episode is None:
+            continue
+        completion.episode = episode_detail(episode, vocabulary, texts)
+        completion.tokens = []
+        completion.logprobs = completion.raw_logprobs = None
+        completion.finish_reason = episode.record.last_finish_reason
+        completion.truncated = completion.finish_reason == "length"
+        if texts is None:
+            completion.response = None  # the conversation has it
+
+
+def episode_detail(
+    episode: StoredEpisode, vocabulary: Vocabulary, texts: TokenTexts | None
+) -> EpisodeDetail:
+    """What to show of an episode. Without `texts` it has the conversation as it is stored."""
+    record = episode.record
+    runs = sum(one for s in episode.segments for one, _, _ in turn_runs(s.loss_mask))
+    numbers = iter(range(1, record.turns + 1)) if runs == record.turns else None
+    segments = []
+    for k, segment in enumerate(episode.segments):
+        above = 0 if k or episode.row.prompt_ids is None else len(episode.row.prompt_ids)
+        # Decoded as a whole: a character may have tokens on both sides of a turn's start.
+        tokens = vocabulary.numbers(segment.tokens, texts)
+        segments.append(list(_parts(segment, tokens, above, record, numbers)))
+    first, raw = segments[0][0], episode.row.raw_logprobs
+    if raw is not None and len(raw) == len(first.tokens):
+        first.raw_logprobs = in_units(raw.tolist())
+    rewrites = _rewrites(record.metrics, len(segments))
+    # What is told where a segment begins is not told again.
+    metrics = {k: v for k, v in record.metrics.items() if not rewrites or k != _REWRITES}
+    return EpisodeDetail(
+        turns=record.turns,
+        stop_reason=record.stop_reason,
+        segments=segments,
+        rewrites=rewrites,
+        metrics=msgspec.json.encode(metrics).decode() if metrics else None,
+        conversation=None if texts else plain_text(record.messages[record.row_messages or 0 :]),
+    )
+
+
+def _parts(
+    segment: SegmentRecord,
+    tokens: list[int],
+    above: int,
+    record: EpisodeRecord,
+    numbers: Iterator[int] | None,
+) -> Iterator[PartDetail]:
+    """Runs of sampled tokens and of others, from token `above` on. `numbers` gives each sampled
+    run the number of its turn; None where they cannot be told apart."""
+    for sampled, first, stop in turn_runs(segment.loss_mask):
+        start = max(first, above)
+        if start == stop:
+            continue
+        part = PartDetail(tokens[start:stop])
+        if sampled:
+            part.logprobs = in_units(segment.logprobs[start:stop])
+            part.turn = None if numbers is None else next(numbers)
+            if part.turn is not None and part.turn <= len(record.step_rewards):
+                part.reward = record.step_rewards[part.turn - 1]
+        yield part
+
+
+def _rewrites(metrics: Mapping[str, Any], segments: int) -> list[RewriteDetail]:
+    """Why each segment but the first begins; empty where that is not told of all."""
+    try:
+        told = msgspec.convert(metrics.get(_REWRITES), list[RewriteDetail])
+    except msgspec.ValidationError:
+        return []  # an environment may have a metric of this name
+    return told if len(told) == segments - 1 else []
+
+
+def _stored(row: CompletionRow, extra: _Extra) -> StoredEpisode:
+    place = str(row.sample_idx)
+    trajectories, episodes = extra.trajectories or {}, extra.episodes or {}
+    if place not in trajectories or place not in episodes:
+        missing = "episodes" if place in trajectories else "trajectories"
+        raise broken(row, f"evaluation_row has no {missing} of it")
+    raw = trajectories[place]
+    segments = [_decoded(row, f"segment {k}", raw[k], SegmentRecord) for k in range(len(raw))]
+    record = _decoded(row, "episode", episodes[place], EpisodeRecord)
+    problem = episodes_problem(
+        [segments],
+        [record],
+        prompt_ids=[] if row.prompt_ids is None else row.prompt_ids.tolist(),
+        completion_ids=[[] if row.completion_ids is None else row.completion_ids.tolist()],
+        logprobs=[[] if row.logprobs is None else row.logprobs.tolist()],
+        finish_reasons=["length" if row.truncated else "stop"],
+    )
+    if problem:
+        # It is the only one of those given; where it stands in the file is said before.
+        raise broken(row, problem.removeprefix("episode 0, ").removeprefix("episode 0: "))
+    for k, segment in enumerate(segments):
+        if problem := token_data_problem(segment.tokens, segment.logprobs, None):
+            raise broken(row, f"segment {k}: {problem}")
+    return StoredEpisode(row=row, record=record, segments=segments)
+
+
+def _decoded(row: CompletionRow, what: str, text: str | msgspec.Raw, kind: type[T]) -> T:
+    try:
+        return msgspec.json.decode(text, type=kind)
+    except msgspec.DecodeError as error:
+        raise broken(row, f"{what}: {error}") from error
+
+
+_REWRITES = "history_rewrites"
+_KEYS = ("trajectories", "episodes")
+
+
+class _Extra(msgspec.Struct):
+    """Both by `sample_idx`. What is inside is decoded apart, for errors that say where."""
+
+    trajectories: dict[str, list[msgspec.Raw]] | None = None
+    episodes: dict[str, msgspec.Raw] | None = None
+
+
+class _Execution(msgspec.Struct):
+    extra: _Extra | None = None
+
+
+class _Row(msgspec.Struct):
+    execution_metadata: _Execution | None = None

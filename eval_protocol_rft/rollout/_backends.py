@@ -1,0 +1,279 @@
+"""What a request samples from: the sampler of its endpoint or model, and its tokenizer.
+
+Invariant: HTTP clients belong to one event loop and are cached by endpoint alone; weights and
+tokenizers are loaded once per process, off the loop.
+
+Whose tokenizer a model of Fireworks has, by what the service says of it.
+
+Invariant: nothing is guessed from a name. Either the service names a model on the Hugging Face hub,
+for the model itself or for the one that it was made of, or there is no answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+from urllib.parse import urlsplit
+
+import aiohttp
+
+from eval_protocol_rft.local import LoadedTokenizer, TokenizerError, load_tokenizer
+from eval_protocol_rft.local.models import LOCAL_PREFIX
+from eval_protocol_rft.rollout._params import RolloutRequest, model_name
+from eval_protocol_rft.sampling import (
+    NO_CLOCKS,
+    Deadline,
+    Endpoint,
+    HttpSampler,
+    Sampler,
+    SamplingError,
+    endpoint_headers,
+    proxy_for,
+    read_body,
+)
+
+SECONDS = 20.0
+"""For all questions about one model."""
+_MOST_BYTES = 1 << 20
+_LONGEST_CHAIN = 5
+"""Deployment, adapter, model it was tuned from, ... are two or three."""
+_HUB = re.compile(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)/?")
+
+
+async def hub_id_of(model: str, endpoint: Endpoint) -> tuple[str | None, str]:
+    """The hub id that belongs to `model` (`accounts/.../models/...`, also a deployment or a
+    deployed model, with or without `#deployment` and `@version`), and where there is none, why."""
+    name = re.split("[#@]", model)[0]
+    try:
+        async with Deadline(SECONDS), aiohttp.ClientSession(timeout=NO_CLOCKS) as session:
+            for _ in range(_LONGEST_CHAIN):
+                resource = await _resource(session, name, endpoint)
+                if hub := _HUB.match(str(resource.get("huggingFaceUrl") or "")):
+                    return hub[1], ""
+                made_of = _made_of(resource)
+                if made_of is None:
+                    return None, f"Fireworks names no Hugging Face model for {name}"
+                name = made_of
+    except TimeoutError:
+        return None, f"Fireworks said nothing of {name} within {SECONDS:g} s"
+    except (aiohttp.ClientError, OSError, ValueError, SamplingError) as error:
+        return None, f"asked about {name}, Fireworks answered {str(error) or type(error).__name__}"
+    return None, f"{name} is made of models too many to follow"
+
+
+def _made_of(resource: Mapping[str, Any]) -> str | None:
+    """The model that has the same tokenizer: an adapter's base, what a deployment serves."""
+    peft = resource.get("peftDetails")
+    named = (
+        peft.get("baseModel") if isinstance(peft, Mapping) else None,
+        resource.get("baseModel"),
+        resource.get("model"),
+        resource.get("importedFrom"),
+    )
+    return next(
+        (re.split("[#@]", v)[0] for v in named if isinstance(v, str) and v.startswith("accounts/")),
+        None,
+    )
+
+
+async def _resource(
+    session: aiohttp.ClientSession, name: str, endpoint: Endpoint
+) -> Mapping[str, Any]:
+    """What `GET /v1/{name}` answers.
+
+    Raises:
+        ValueError: it is no 200, or no JSON object.
+    """
+    url = f"{_control_plane(endpoint)}/v1/{name}"
+    async with session.get(
+        url, headers=endpoint_headers(endpoint), proxy=proxy_for(url), allow_redirects=False
+    ) as response:
+        if response.status != 200:
+            raise ValueError(f"{response.status}")
+        body = await read_body(response, limit=_MOST_BYTES)
+    resource = json.loads(body)
+    if not isinstance(resource, dict):
+        raise ValueError("no JSON object")
+    return resource
+
+
+def _control_plane(endpoint: Endpoint) -> str:
+    """The inference address without its path; a direct route has no control plane of its own."""
+    parts = urlsplit(endpoint.base_url)
+    if (parts.hostname or "").endswith(".direct.fireworks.ai"):
+        return "https://api.fireworks.ai"
+    path = parts.path.removesuffix("/v1").removesuffix("/inference")
+    return f"{parts.scheme}://{parts.netloc}{path}"
+
+
+class Backends:
+    """Finds sampler and tokenizer for requests.
+
+    Args:
+        tokenizer: folder or hub id, or a tokenizer object, for requests that name none; or a
+            mapping from the names of models to them.
+        sampler: used for every request in place of what it names.
+        trust_remote_code: let tokenizer and model folders run their own code.
+    """
+
+    def __init__(self, *, tokenizer: Any, sampler: Sampler | None, trust_remote_code: bool) -> None:
+        self._tokenizer = tokenizer
+        self._sampler = sampler
+        self._trust_remote_code = trust_remote_code
+        self._wrapped: dict[int, LoadedTokenizer] = {}
+        """Tokenizer objects of the caller's, by identity."""
+        self._local: dict[str, LoadedTokenizer] = {}
+        self._alike: set[tuple[int, int]] = set()
+        """Tokenizers, by identity, that were compared."""
+        self._asked: dict[str, asyncio.Future[tuple[str | None, str]]] = {}
+        """Models of Fireworks -> what the service says of their tokenizers."""
+
+    @property
+    def names_tokenizer(self) -> bool:
+        """Whether requests that name no tokenizer have one of the caller's."""
+        return self._tokenizer is not None
+
+    def tokenizer_problem(self, requests: Sequence[RolloutRequest]) -> str | None:
+        """Why the tokenizer cannot stand for the models of one evaluation test; None where it can.
+        Models share one by their own words, in completion_params or in a mapping, never by
+        default."""
+        if self._sampler is not None or self._tokenizer is None:
+            return None
+        if isinstance(self._tokenizer, Mapping):
+            return None
+        unnamed = [_weights_of(request) for request in requests if request.tokenizer is None]
+        models = list(dict.fromkeys(unnamed))
+        if len(models) < 2:
+            return None
+        each = ", ".join(f"{model!r}: ..." for model in models)
+        return (
+            f"one tokenizer, the processor's argument, is given for {len(models)} models of this "
+            f"evaluation test: {', '.join(map(repr, models))}. Name the tokenizer of each, also "
+            'where it is the same: as "tokenizer" in each of the completion_params, or as '
+            f"FireworksTrainingRolloutProcessor(tokenizer={{{each}}})"
+        )
+
+    def sampling_from(self, sampler: Sampler) -> Backends:
+        """The same with another sampler."""
+        return Backends(
+            tokenizer=self._tokenizer, sampler=sampler, trust_remote_code=self._trust_remote_code
+        )
+
+    def seeds_are_free(self, request: RolloutRequest) -> bool:
+        """Whether to seed completions although the user gave no seed. Not on servers that are not
+        known to be Fireworks: vLLM draws seeded requests one by one, and its CPU engine (0.32) dies
+        of a seed when it splits a prefill."""
+        endpoint = request.endpoint
+        return self._sampler is not None or endpoint is None or endpoint.is_fireworks
+
+    async def resolve(
+        self, request: RolloutRequest, clients: dict[Endpoint, HttpSampler]
+    ) -> tuple[Sampler, LoadedTokenizer]:
+        """Sampler and tokenizer for `request`. `clients` are those of the running event loop.
+
+        Raises:
+            TokenizerError: there is no tokenizer, or it cannot be loaded.
+            RefusedError, UnsupportedModelError: the local model cannot be loaded or sampled.
+        """
+        if self._sampler is not None:
+            own = getattr(self._sampler, "tokenizer", None)
+            return self._sampler, await self._tokenizer_for(request, own)
+        if request.endpoint is not None:
+            if request.endpoint not in clients:
+                clients[request.endpoint] = HttpSampler(request.endpoint)
+            return clients[request.endpoint], await self._tokenizer_for(request, None)
+
+        from eval_protocol_rft.local import load_local_sampler
+
+        local = await asyncio.to_thread(
+            load_local_sampler,
+            request.params.model.removeprefix(LOCAL_PREFIX),
+            trust_remote_code=self._trust_remote_code,
+        )
+        # Named as the user named it: a folder of this machine would tell nobody else anything.
+        if request.params.model not in self._local:
+            wrapped = LoadedTokenizer.wrap(local.tokenizer, request.params.model)
+            self._local[request.params.model] = wrapped
+        return local, await self._tokenizer_for(request, self._local[request.params.model])
+
+    async def _tokenizer_for(self, request: RolloutRequest, own: Any) -> LoadedTokenizer:
+        chosen = request.tokenizer or self._argument_for(request) or own
+        if chosen is None:
+            chosen = await self._by_model(request)
+        loaded = await self._loaded(chosen)
+        if own is not None and chosen is not own:
+            await asyncio.to_thread(self._refuse_other, loaded, own)
+        return loaded
+
+    def _argument_for(self, request: RolloutRequest) -> Any:
+        """What the argument `tokenizer` says for the model."""
+        if not isinstance(self._tokenizer, Mapping):
+            return self._tokenizer
+        by_model = {model_name(str(model)): value for model, value in self._tokenizer.items()}
+        for model in (request.params.model, _weights_of(request)):
+            if model in by_model:
+                return by_model[model]
+        raise TokenizerError(
+            f"the argument tokenizer names none for model {request.params.model!r}, only for "
+            f"{', '.join(map(repr, by_model)) or 'no model'}: add it there, or name one as "
+            'completion_params["tokenizer"]'
+        )
+
+    async def _loaded(self, chosen: Any) -> LoadedTokenizer:
+        if isinstance(chosen, LoadedTokenizer):
+            return chosen
+        if isinstance(chosen, os.PathLike):
+            chosen = os.fspath(chosen)
+        if isinstance(chosen, str):
+            return await asyncio.to_thread(
+                load_tokenizer, chosen, trust_remote_code=self._trust_remote_code
+            )
+        if id(chosen) not in self._wrapped:
+            self._wrapped[id(chosen)] = LoadedTokenizer.wrap(chosen)
+        return self._wrapped[id(chosen)]
+
+    def _refuse_other(self, loaded: LoadedTokenizer, own: Any) -> None:
+        """A sampler that brings its tokenizer says which ids its model has: they mean the same."""
+        own = own if isinstance(own, LoadedTokenizer) else LoadedTokenizer.wrap(own)
+        pair = (id(loaded.tokenizer), id(own.tokenizer))
+        if pair in self._alike:
+            return
+        ours, theirs = ({v: k for k, v in t.tokenizer.get_vocab().items()} for t in (loaded, own))
+        other = next((i for i in sorted(ours) if theirs.get(i, ours[i]) != ours[i]), None)
+        if other is not None:
+            raise TokenizerError(
+                f"tokenizer {loaded.name!r} is not the one of the model, {own.name!r}: id {other} "
+                f"is {ours[other]!r} to one and {theirs[other]!r} to the other. Leave the "
+                "tokenizer out, or name one with the model's vocabulary"
+            )
+        self._alike.add(pair)
+
+    async def _by_model(self, request: RolloutRequest) -> str:
+        """The tokenizer of a request that names none: what Fireworks says of its model, else the
+        model's name as a hub id."""
+        model, endpoint = request.params.model, request.endpoint
+        if not model.startswith("accounts/"):
+            return model
+        hub_id, why = None, "and the sampler brings none"
+        if endpoint is not None:
+            # One question for all rows that start together; shielded, as any of them may end.
+            asked = self._asked.get(model)
+            if asked is None or asked.get_loop() is not asyncio.get_running_loop():
+                asked = self._asked[model] = asyncio.ensure_future(hub_id_of(model, endpoint))
+            hub_id, why = await asyncio.shield(asked)
+        if hub_id is None:
+            raise TokenizerError(
+                f"model {model!r} names no tokenizer ({why}): give the base model's, as "
+                'completion_params["tokenizer"] = "Qwen/Qwen3-8B" or '
+                'FireworksTrainingRolloutProcessor(tokenizer="Qwen/Qwen3-8B")'
+            )
+        return hub_id
+
+
+def _weights_of(request: RolloutRequest) -> str:
+    """The model's name without the deployment that it runs on."""
+    return request.params.model.partition("#")[0]

@@ -1,0 +1,279 @@
+"""From a sampled group to what is on the row: message, usage and record, in one step.
+
+Invariant: everything is built before the first assignment, so a row never holds half of it; keys of
+`extra` that are not ours stay, and a row that is rolled out again has one answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import msgspec
+from openai.types import CompletionUsage
+
+from eval_protocol_rft.local import LoadedTokenizer
+from eval_protocol_rft.record import (
+    RecordError,
+    RolloutRecord,
+    SamplingRecord,
+    TokenTurnTrace,
+    turn_payloads,
+)
+from eval_protocol_rft.rollout._answers import AnswerReader
+from eval_protocol_rft.rollout._params import RolloutRequest
+from eval_protocol_rft.rollout._prompts import (
+    as_message,
+    chat_finish_reason,
+    is_same_answer,
+    rendered_otherwise,
+)
+from eval_protocol_rft.rollout._redaction import redact_params
+from eval_protocol_rft.sampling import (
+    WAIT_FOR_ALL,
+    Completion,
+    Group,
+    TailPolicy,
+    TokenIds,
+    support_truncated,
+)
+
+if TYPE_CHECKING:
+    from eval_protocol.models import EvaluationRow, Message
+
+    from eval_protocol_rft.episodes import Episode
+
+_T = TypeVar("_T")
+_OWN_KEYS = frozenset(RolloutRecord.__struct_fields__)
+
+
+def commit_group(
+    row: EvaluationRow,
+    group: Group,
+    *,
+    messages: Sequence[Message],
+    prompt: TokenIds,
+    request: RolloutRequest,
+    tokenizer: LoadedTokenizer,
+    split_reasoning: bool,
+    began_at: float,
+    seconds: float,
+    tail: TailPolicy = WAIT_FOR_ALL,
+) -> None:
+    """Put the group on its row. `messages` are the ones that were rendered, with the row's tools;
+    the first survivor follows them as the assistant's. `tail` is what the group was sampled
+    with."""
+    record = build_record(
+        group,
+        prompt,
+        request,
+        tokenizer,
+        reader=AnswerReader(prompt, tokenizer, tools=row.tools, split_reasoning=split_reasoning),
+        asked=messages,
+        split_reasoning=split_reasoning,
+        began_at=began_at,
+        tail=tail,
+    )
+    answer = as_message(record.answers()[0])
+    said = [*messages, answer]
+    prompt_tokens = len(prompt) * len(record)
+    completion_tokens = sum(map(len, record.completion_ids))
+    usage = CompletionUsage(
+        prompt_tokens=prompt_tokens,
+        completion_tokens=completion_tokens,
+        total_tokens=prompt_tokens + completion_tokens,
+    )
+    metadata = row.execution_metadata
+    # A row that was rolled out before may carry an older record, scores included: not of these.
+    foreign = {k: v for k, v in (metadata.extra or {}).items() if k not in _OWN_KEYS}
+    extra = {**foreign, **_with_payloads(record, said)}
+
+    row.messages = said
+    metadata.extra = extra
+    metadata.usage = usage
+    metadata.finish_reason = chat_finish_reason(record.finish_reasons[0], answer.tool_calls)
+    metadata.tool_call_count = len(answer.tool_calls or [])
+    metadata.rollout_duration_seconds = seconds
+
+
+def commit_episodes(
+    row: EvaluationRow,
+    group: Group,
+    episodes: Sequence[Episode],
+    *,
+    request: RolloutRequest,
+    tokenizer: LoadedTokenizer,
+    split_reasoning: bool,
+    began_at: float,
+    seconds: float,
+) -> None:
+    """Put episodes on their row; `group` holds the first turn of each. The row's messages become
+    those of the first episode."""
+    record = build_record(
+        group,
+        episodes[0].first_prompt,
+        request,
+        tokenizer,
+        reader=None,
+        asked=row.messages,
+        split_reasoning=split_reasoning,
+        began_at=began_at,
+    )
+    record = msgspec.structs.replace(
+        record,
+        trajectories=[episode.segments for episode in episodes],
+        episodes=[episode.record for episode in episodes],
+        token_turn_traces=[
+            TokenTurnTrace(
+                prompt_ids=turn.prompt_ids,
+                completion_ids=turn.completion_ids,
+                completion_logprobs=turn.completion_logprobs,
+                finish_reason=turn.finish_reason,
+            )
+            for turn in episodes[0].talk.turns()
+        ],
+    )
+    from eval_protocol.models import Message
+
+    prompt_tokens = sum(episode.talk.sent_tokens for episode in episodes)
+    completion_tokens = sum(episode.sampled_tokens for episode in episodes)
+    metadata = row.execution_metadata
+    foreign = {k: v for k, v in (metadata.extra or {}).items() if k not in _OWN_KEYS}
+    said = [Message(**{"content": None, **m}) for m in episodes[0].record.messages]
+    extra = {**foreign, **_with_payloads(record, said)}
+
+    row.messages = said
+    metadata.extra = extra
+    metadata.usage = CompletionUsage(
+        prompt_tokens=prompt_tokens,
+        completion_tokens=completion_tokens,
+        total_tokens=prompt_tokens + completion_tokens,
+    )
+    metadata.finish_reason = chat_finish_reason(
+        episodes[0].record.last_finish_reason, said[-1].tool_calls
+    )
+    metadata.tool_call_count = sum(len(m.tool_calls or []) for m in row.messages)
+    metadata.rollout_duration_seconds = seconds
+
+
+def _with_payloads(record: RolloutRecord, messages: Sequence[Message]) -> dict[str, Any]:
+    """The record as it goes into `extra` of a row with these messages."""
+    extra = record.to_extra()
+    payloads = turn_payloads(extra["token_turn_traces"], messages)
+    return {**extra, "assistant_turn_payloads": payloads}
+
+
+def messages_to_answer(row: EvaluationRow, *, drop_trailing_assistant: bool) -> list[Message]:
+    """The row's messages up to where the assistant is to speak: never with the answer that an
+    earlier rollout of this very row left (Eval Protocol rolls out a row again as it finds it), and
+    without the trailing assistant messages of the data set if they are to be dropped."""
+    messages = _before_episodes(row)
+    if not drop_trailing_assistant:
+        return messages[:-1] if _is_answered(row) else messages
+    while messages and messages[-1].role == "assistant":
+        messages.pop()
+    return messages
+
+
+def _before_episodes(row: EvaluationRow) -> list[Message]:
+    """The row's messages without the episode that an earlier rollout put behind them."""
+    messages = list(row.messages)
+    episodes = (row.execution_metadata.extra or {}).get("episodes")
+    if not episodes or not isinstance(episodes, list) or not isinstance(episodes[0], dict):
+        return messages
+    first = episodes[0]
+    if len(first.get("messages") or ()) != len(messages):
+        return messages  # the caller has put others there
+    return messages[: first.get("row_messages")]
+
+
+def _is_answered(row: EvaluationRow) -> bool:
+    """Whether the last message is the answer that the record on the row tells of."""
+    try:
+        record = RolloutRecord.from_extra(row.execution_metadata.extra)
+    except RecordError:
+        return False
+    last = row.messages[-1] if row.messages else None
+    return last is not None and is_same_answer(last, as_message(record.answers()[0]))
+
+
+def first_policy_versions(completions: Sequence[Completion]) -> list[str | None]:
+    """As the record has them: [G], or empty where no completion spans several versions."""
+    return _if_any([completion.first_policy_version for completion in completions])
+
+
+def _if_any(values: list[_T]) -> list[_T]:
+    """What the record keeps of a list that mostly says nothing: all of it, or none."""
+    return values if any(values) else []
+
+
+def build_record(
+    group: Group,
+    prompt: TokenIds,
+    request: RolloutRequest,
+    tokenizer: LoadedTokenizer,
+    *,
+    reader: AnswerReader | None,
+    asked: Sequence[Message],
+    split_reasoning: bool,
+    began_at: float,
+    tail: TailPolicy = WAIT_FOR_ALL,
+) -> RolloutRecord:
+    """The record of a group with at least one survivor, completions as `LoadedTokenizer.read` gives
+    them; without a `reader` it holds no messages."""
+    params, survivors = request.params, group.survivors
+    completions = [survivor.completion for survivor in survivors]
+    texts = [completion.text or "" for completion in completions]
+    messages = [reader.read_to_record(text) for text in texts] if reader else []
+    prompt_ids = list(prompt)
+    raw = [completion.raw_logprobs for completion in completions]
+    first = completions[0]
+    return RolloutRecord(
+        prompt_ids=prompt_ids,
+        completion_ids=[completion.token_ids for completion in completions],
+        inference_logprobs=[completion.logprobs for completion in completions],
+        completions_text=texts,
+        completion_messages=messages if any(messages) else None,
+        truncated=[completion.truncated for completion in completions],
+        finish_reasons=[completion.finish_reason for completion in completions],
+        raw_logprobs=raw if any(values is not None for values in raw) else None,
+        failures=group.failures,
+        token_turn_traces=[
+            TokenTurnTrace(
+                prompt_ids=prompt_ids,
+                completion_ids=first.token_ids,
+                completion_logprobs=first.logprobs,
+                finish_reason=first.finish_reason,
+            )
+        ],
+        sampling=SamplingRecord(
+            model=params.model,
+            tokenizer=tokenizer.name,
+            chat_template_hash=tokenizer.chat_template_hash,
+            chat_template_kwargs=redact_params(request.chat_template_kwargs),
+            rendered_as=rendered_otherwise(asked, tokenizer),
+            temperature=params.temperature,
+            top_p=params.top_p,
+            top_k=params.top_k,
+            max_tokens=params.max_tokens,
+            stop=list(params.stop),
+            n=request.n,
+            seed=request.seed,
+            began_at=began_at,
+            indices=[survivor.index for survivor in survivors],
+            seeds=[survivor.seed for survivor in survivors],
+            policy_versions=[completion.policy_version for completion in completions],
+            first_policy_versions=first_policy_versions(completions),
+            past_end=_if_any([completion.past_end for completion in completions]),
+            request_ids=[completion.request_id for completion in completions],
+            attempts=[survivor.attempts for survivor in survivors],
+            seconds=[survivor.seconds for survivor in survivors],
+            retry_causes=_if_any([list(survivor.causes) for survivor in survivors]),
+            over_sample=tail.over_sample,
+            cancelled=group.cancelled,
+            straggler_seconds=tail.straggler_seconds,
+            support_truncated=support_truncated(params),
+            split_reasoning=split_reasoning,
+            other=redact_params(params.extra),
+        ),
+    )

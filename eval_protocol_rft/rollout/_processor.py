@@ -1,0 +1,536 @@
+"""`FireworksTrainingRolloutProcessor`: an `EvaluationRow` in, the same row with n exact
+completions out.
+
+Invariant: a row is changed in one step, after everything for it succeeded, or not at all. One task
+per row, in row order, as Eval Protocol matches them by position.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import functools
+import logging
+import re
+import secrets
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from typing import Any
+
+from eval_protocol.models import EvaluationRow
+from eval_protocol.pytest.rollout_processor import RolloutProcessor
+from eval_protocol.pytest.types import RolloutProcessorConfig
+
+from eval_protocol_rft.local import LoadedTokenizer, TokenizerError
+from eval_protocol_rft.rollout._backends import Backends
+from eval_protocol_rft.rollout._commit import commit_group, messages_to_answer
+from eval_protocol_rft.rollout._evaluation_run import (
+    RETRY_KEYWORD,
+    RUN_KEYWORD,
+    RunNames,
+    observe_attempt,
+    watched,
+)
+from eval_protocol_rft.rollout._params import (
+    ParamsError,
+    RolloutRequest,
+    parse_completion_params,
+    refuse_unused,
+    template_values,
+)
+from eval_protocol_rft.rollout._pipeline import ROWS_AHEAD, Ticket
+from eval_protocol_rft.rollout._prompts import (
+    PromptError,
+    given_prompt,
+    prompt_ids_of,
+    render_prompt,
+)
+from eval_protocol_rft.rollout._redaction import redact_params
+from eval_protocol_rft.rollout._replaced_params import REPLACED, is_replacement
+from eval_protocol_rft.rollout._vocabulary import VocabularyWitness
+from eval_protocol_rft.sampling import (
+    PROBE_TEXTS,
+    Endpoint,
+    Failure,
+    Group,
+    HttpSampler,
+    LogprobsMode,
+    RetryPolicy,
+    RunGuard,
+    Sampler,
+    SamplingError,
+    TailPolicy,
+    TokenIds,
+    check_told_kind,
+    derive_seeds,
+    needs_check,
+    sample_group,
+)
+
+logger = logging.getLogger(__name__)
+
+CLEANS_UP_AFTER_EACH_RUN = [
+    int(part) for part in re.findall(r"\d+", version("eval-protocol"))[:3]
+] < [0, 3, 25]
+"""Whether Eval Protocol cleans up when a run has ended (with its priority scheduler, when a rollout
+has), while others share the processor: up to 0.3.23 or 0.3.24."""
+
+
+class RolloutError(RuntimeError):
+    """A row got fewer completions than `min_completions`, or something of the caller's failed. A
+    RuntimeError on purpose: Eval Protocol does not resample the whole row on those."""
+
+    def __init__(self, message: str, *, failures: Sequence[Failure] = ()) -> None:
+        super().__init__(message)
+        self.failures = tuple(failures)
+        """What became of the completions that failed."""
+
+    @property
+    def status(self) -> int | None:
+        """HTTP status of the first failure; what recipes tell a passing trouble by."""
+        return self.failures[0].status if self.failures else None
+
+
+@dataclass(slots=True)
+class _LoopState:
+    """What belongs to one event loop; each test case of Eval Protocol runs in a loop of its own."""
+
+    clients: dict[Endpoint, HttpSampler] = field(default_factory=dict)
+    guards: dict[Endpoint | None, RunGuard] = field(default_factory=dict)
+    """One circuit breaker and budget per server."""
+    tasks: dict[asyncio.Task[EvaluationRow], asyncio.Task[Any] | None] = field(default_factory=dict)
+    """Rollouts, and the task that asked for each."""
+    ends_with_tasks: bool = False
+    """Whether nobody needs it once these have ended."""
+    checks: dict[tuple[Endpoint | None, str], asyncio.Task[None]] = field(default_factory=dict)
+    """Of what the user says of a model's logprobs."""
+    witnesses: dict[tuple[Endpoint | None, str, str], VocabularyWitness] = field(
+        default_factory=dict
+    )
+    """By server, model and tokenizer."""
+
+
+async def _close(state: _LoopState) -> None:
+    """Close its clients, and tell what the texts of servers left in doubt where no summary of a
+    test says it."""
+    for witness in state.witnesses.values() if watched() is None else ():
+        if witness.doubt is not None:
+            logger.warning("%s", witness.doubt)
+    for client in state.clients.values():
+        await client.aclose()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowJob:
+    """One row, ready to be sampled."""
+
+    request: RolloutRequest
+    sampler: Sampler
+    tokenizer: LoadedTokenizer
+    messages: list[Any]
+    """Eval Protocol's, those to be answered."""
+    guard: RunGuard
+    witness: VocabularyWitness
+    began_at: float
+    """Unix seconds."""
+    began: float
+    """Of the performance counter."""
+    run: int | str
+    """Names this rollout among those of its row."""
+    row_key: str = ""
+    """Names the row among all rows."""
+    seeds: list[int | None] = field(default_factory=list)
+    """One per completion that is asked for."""
+
+
+class FireworksTrainingRolloutProcessor(RolloutProcessor):
+    """Samples n completions per row and leaves token ids, sampling logprobs and text on it.
+
+    Give it to `@evaluation_test(rollout_processor=...)`. What to sample comes from
+    `completion_params`, read anew on every call: `model` (`local/...` samples in this process,
+    everything else over HTTP), `n`, `temperature`, `max_tokens`, `top_p`, `top_k`, `stop`, `seed`,
+    `api_base`, `tokenizer`, ... (see docs/processor.md).
+
+    Args:
+        tokenizer: folder or hub id, or a tokenizer object, that renders the prompts; for several
+            models of one evaluation test a mapping from their names to these. Default: the local
+            model's own, or the one that `model` names on the hub.
+        chat_template_kwargs: passed to the chat template (`enable_thinking=False`, ...).
+        drop_trailing_assistant_messages: sample an answer to the last message that is not the
+            assistant's.
+        split_reasoning: put thinking into `Message.reasoning_content`.
+        min_completions: a row with fewer survivors is an error; the default keeps what there is.
+        logprobs_mode: what a server that sends one unnamed logprob per token means by it:
+            "processed_logprobs" if vLLM runs with `--logprobs-mode processed_logprobs`. It is
+            checked with a few requests of one token before the first completion, where a wrong word
+            would give wrong logprobs.
+        retry: budget of attempts per completion.
+        over_sample: k: ask for n + k completions, keep the first n that survive and cancel the
+            others, which the server then stops to generate. Favours short completions.
+        straggler_seconds: deadline of a row's completions, from its first request on: what has not
+            ended by then is cancelled and becomes a failure of kind `cancelled`. Favours short
+            completions.
+        trust_remote_code: let tokenizer and model folders run their own code.
+        sampler: sample from this one, whatever `model` says; it stays the caller's to close.
+
+    Raises (from a row's task, so that the row fails and not the run):
+        ValueError: wrong completion_params, tokenizer or messages.
+        RolloutError: too few completions survived.
+        RunStoppedError: the server refuses every request, or answers none for half an hour; its
+            logprobs are not what `logprobs_mode` says, or its texts not what the tokenizer reads in
+            its ids. No further row asks it.
+    """
+
+    def __init__(
+        self,
+        *,
+        tokenizer: Any = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        drop_trailing_assistant_messages: bool = True,
+        split_reasoning: bool = True,
+        min_completions: int = 1,
+        logprobs_mode: LogprobsMode | None = None,
+        retry: RetryPolicy | None = None,
+        over_sample: int = 0,
+        straggler_seconds: float | None = None,
+        trust_remote_code: bool = False,
+        sampler: Sampler | None = None,
+    ) -> None:
+        if min_completions < 1:
+            raise ValueError(f"min_completions must be at least 1, got {min_completions}")
+        self.chat_template_kwargs = template_values(chat_template_kwargs or {})
+        self.drop_trailing_assistant_messages = drop_trailing_assistant_messages
+        self.split_reasoning = split_reasoning
+        self.min_completions = min_completions
+        self.logprobs_mode: LogprobsMode | None = logprobs_mode
+        self.retry = retry or RetryPolicy()
+        self.tail = TailPolicy(over_sample=over_sample, straggler_seconds=straggler_seconds)
+        self._backends = Backends(
+            tokenizer=tokenizer, sampler=sampler, trust_remote_code=trust_remote_code
+        )
+        self._loops: dict[asyncio.AbstractEventLoop, _LoopState] = {}
+        self._closing: set[asyncio.Task[None]] = set()
+        self._runs = RunNames()
+        self._first_requests: dict[tuple[str | None, str], RolloutRequest] = {}
+        """Of each evaluation test, the first that took the argument `tokenizer`."""
+        self._told_keywords: set[str] = set()
+
+    def __call__(
+        self, rows: list[EvaluationRow], config: RolloutProcessorConfig
+    ) -> list[asyncio.Task[EvaluationRow]]:
+        """Start one task per row, in row order."""
+        state, evaluation = self._state(), watched()
+        admission = asyncio.Semaphore(ROWS_AHEAD)
+        tasks = []
+        for row in rows:
+            # Eval Protocol puts the user's own dict on the row; a key in it must not stay there.
+            row.input_metadata.completion_params = redact_params(
+                row.input_metadata.completion_params or {}
+            )
+            task = asyncio.create_task(self._rollout(row, config, state, admission))
+            state.tasks[task] = asyncio.current_task()
+            task.add_done_callback(functools.partial(self._rolled_out, state))
+            if evaluation is not None:
+                evaluation.started(row, task)
+            tasks.append(task)
+        return tasks
+
+    def sampling_from(self, sampler: Sampler) -> FireworksTrainingRolloutProcessor:
+        """This processor, but for what it samples from; `sampler` stays the caller's to close."""
+        other = copy.copy(self)
+        other._backends = self._backends.sampling_from(sampler)
+        other._loops, other._closing = {}, set()
+        other._runs = RunNames()
+        return other
+
+    async def acleanup(self) -> None:
+        """End what still runs in this loop, then close and forget its clients. Idempotent, and
+        nothing but unclosed sockets is lost if it is never called. Where Eval Protocol calls it
+        after each of several runs, it ends the rollouts of the caller's own, and the last closes.
+        """
+        loop = asyncio.get_running_loop()
+        state = self._loops.get(loop)
+        if state is None:
+            return
+        # Eval Protocol calls this with rollouts in flight when an evaluator raises.
+        caller = asyncio.current_task()
+        tasks: list[asyncio.Task[Any]] = [
+            task
+            for task, owner in state.tasks.items()
+            if owner is caller or not CLEANS_UP_AFTER_EACH_RUN
+        ]
+        is_last = len(tasks) == len(state.tasks)
+        if is_last:
+            del self._loops[loop]
+            tasks += state.checks.values()
+            self._runs.forget_rollouts()
+        for task in tasks:
+            task.cancel()
+        try:
+            await asyncio.gather(*tasks, return_exceptions=True)
+        finally:
+            if is_last:
+                await _close(state)
+            else:
+                self.cleanup()
+
+    def cleanup(self) -> None:
+        """Begin to close what is open in this loop, or where rollouts run, once the last of them
+        has ended. The oldest versions of Eval Protocol call nothing else."""
+        try:
+            state = self._loops.get(asyncio.get_running_loop())
+        except RuntimeError:
+            return  # connections are their loop's to close
+        if state is not None:
+            state.ends_with_tasks = True
+            self._end_if_idle(state)
+
+    def _rolled_out(self, state: _LoopState, task: asyncio.Task[EvaluationRow]) -> None:
+        state.tasks.pop(task, None)
+        if not task.cancelled():  # the loop may be ending
+            self._end_if_idle(state)
+
+    def _end_if_idle(self, state: _LoopState) -> None:
+        loop = asyncio.get_running_loop()
+        if state.tasks or not state.ends_with_tasks or self._loops.get(loop) is not state:
+            return
+        del self._loops[loop]
+        for check in state.checks.values():
+            check.cancel()
+        closing = loop.create_task(_close(state))
+        self._closing.add(closing)
+        closing.add_done_callback(self._closing.discard)
+
+    def _state(self) -> _LoopState:
+        """The state of the running loop. States of loops that closed without acleanup() go here:
+        their clients hold their loop, so a weak reference to it would never die."""
+        for loop in list(self._loops):
+            if loop.is_closed():
+                self._loops.pop(loop, None)
+        return self._loops.setdefault(asyncio.get_running_loop(), _LoopState())
+
+    async def _rollout(
+        self,
+        row: EvaluationRow,
+        config: RolloutProcessorConfig,
+        state: _LoopState,
+        admission: asyncio.Semaphore,
+    ) -> EvaluationRow:
+        """Roll out one row; what is raised is a ValueError or a RuntimeError."""
+        try:
+            # Before anything is waited for: tasks start in the order of rows and calls.
+            messages = messages_to_answer(
+                row, drop_trailing_assistant=self.drop_trailing_assistant_messages
+            )
+            run = self._runs.of(row, messages, config)
+            return await self._roll_out(row, config, state, admission, run)
+        except Exception as error:
+            if isinstance(error, ValueError | RuntimeError) and not isinstance(error, OSError):
+                raise
+            # From a sampler or tokenizer of the caller's. As it is, it could be one of those for
+            # which Eval Protocol runs the whole row up to four times.
+            raise RolloutError(
+                f"row {row.input_metadata.row_id}: {type(error).__name__}: {error}"
+            ) from error
+
+    async def _roll_out(
+        self,
+        row: EvaluationRow,
+        config: RolloutProcessorConfig,
+        state: _LoopState,
+        admission: asyncio.Semaphore,
+        run: int | str,
+    ) -> EvaluationRow:
+        async with Ticket(admission) as ticket:
+            job = await self._prepare(row, config, state, run)
+            prompt = self._render(row, job)
+            ticket.good_for(len(job.seeds))
+            group = await sample_group(
+                job.sampler,
+                prompt,
+                job.request.params,
+                seeds=job.seeds,
+                slots=config.semaphore,
+                retry=self.retry,
+                guard=job.guard,
+                prompt=job.row_key,
+                observe=observe_attempt,
+                on_start=ticket.used,
+                tail=self.tail,
+                read=lambda completion: job.tokenizer.read(
+                    completion, job.request.params, job.witness.look
+                ),
+            )
+        job.witness.require_fit()
+        self._require_survivors(row, job.request, group)
+        commit_group(
+            row,
+            group,
+            messages=job.messages,
+            prompt=prompt,
+            request=job.request,
+            tokenizer=job.tokenizer,
+            split_reasoning=self.split_reasoning,
+            began_at=job.began_at,
+            seconds=time.perf_counter() - job.began,
+            tail=self.tail,
+        )
+        return row
+
+    async def _prepare(
+        self,
+        row: EvaluationRow,
+        config: RolloutProcessorConfig,
+        state: _LoopState,
+        run: int | str,
+    ) -> RowJob:
+        """Everything that is known before the first request for a row."""
+        request = self._request(config)
+        self._refuse_shared_tokenizer(row, request)
+        try:
+            sampler, tokenizer = await self._backends.resolve(request, state.clients)
+        except TokenizerError as error:
+            if request.tokenizer is None and is_replacement(config.completion_params):
+                raise TokenizerError(f"{error} ({REPLACED})") from error
+            raise
+        messages = messages_to_answer(
+            row, drop_trailing_assistant=self.drop_trailing_assistant_messages
+        )
+        began_at, began = time.time(), time.perf_counter()
+        if request.seed is None and self._backends.seeds_are_free(request):
+            # Of this call alone: given again, it draws this again.
+            request, run = replace(request, seed=secrets.randbits(31)), 0
+        job = RowJob(
+            request=request,
+            sampler=sampler,
+            tokenizer=tokenizer,
+            messages=messages,
+            guard=state.guards.setdefault(
+                request.endpoint, RunGuard(patience_seconds=self.retry.max_seconds)
+            ),
+            witness=state.witnesses.setdefault(
+                (request.endpoint, request.params.model, tokenizer.name), VocabularyWitness()
+            ),
+            began_at=began_at,
+            began=began,
+            run=run,
+        )
+        job.witness.require_fit()
+        if (evaluation := watched()) is not None:
+            evaluation.compared(job.witness)
+        await self._check_logprobs(job, state, config)
+        row_key = row.input_metadata.row_id or self._render(row, job).json.decode()
+        asked = request.n + self.tail.over_sample
+        seeds = derive_seeds(request.seed, row_key, asked, run=run)
+        return replace(job, row_key=row_key, seeds=seeds)
+
+    async def _check_logprobs(
+        self, job: RowJob, state: _LoopState, config: RolloutProcessorConfig
+    ) -> None:
+        """What the user says of a server's logprobs is seen once before its first completion."""
+        params = job.request.params
+        if not (isinstance(job.sampler, HttpSampler) and needs_check(params)):
+            return
+        key = (job.request.endpoint, params.model)
+        check = state.checks.get(key)
+        if check is None or (check.done() and isinstance(check.exception(), SamplingError)):
+            check = state.checks[key] = asyncio.create_task(
+                check_told_kind(
+                    job.sampler,
+                    [TokenIds(job.tokenizer.tokenizer.encode(text)) for text in PROBE_TEXTS],
+                    params,
+                    slots=config.semaphore,
+                    retry=self.retry,
+                    guard=job.guard,
+                )
+            )
+        # Other rows wait for it too.
+        await asyncio.shield(check)
+
+    def _request(self, config: RolloutProcessorConfig) -> RolloutRequest:
+        refuse_unused(
+            mcp_config_path=config.mcp_config_path,
+            server_script_path=config.server_script_path,
+            steps=config.steps,
+        )
+        self._tell_unused_keywords(config.kwargs or {})
+        return self.request_of(config.completion_params)
+
+    def _refuse_shared_tokenizer(self, row: EvaluationRow, request: RolloutRequest) -> None:
+        """Under pytest it is said before the first request. Outside of evaluation tests models with
+        several names may be versions of one."""
+        if row.eval_metadata is None or request.tokenizer is not None:
+            return
+        test = (row.execution_metadata.invocation_id, row.eval_metadata.name)
+        first = self._first_requests.setdefault(test, request)
+        if problem := self.tokenizer_problem([first, request]):
+            raise ParamsError(problem)
+
+    def tokenizer_problem(self, requests: Sequence[RolloutRequest]) -> str | None:
+        """Why the argument `tokenizer` cannot stand for all models of an evaluation test that makes
+        these requests; None where it can."""
+        return self._backends.tokenizer_problem(requests)
+
+    def _tell_unused_keywords(self, keywords: Mapping[str, Any]) -> None:
+        """Eval Protocol puts keywords of its own beside the user's, so none is refused."""
+        unused = keywords.keys() - {RUN_KEYWORD, RETRY_KEYWORD} - self._told_keywords
+        self._told_keywords |= unused
+        for keyword in sorted(unused):
+            logger.warning(
+                "rollout_processor_kwargs[%r] is not used by this rollout processor: its options "
+                "are arguments of its own",
+                keyword,
+            )
+
+    @property
+    def names_tokenizer(self) -> bool:
+        """Whether it was made with a tokenizer, for requests that name none."""
+        return self._backends.names_tokenizer
+
+    async def sampler_of(self, request: RolloutRequest) -> Sampler:
+        """What completions of `request` are sampled from in the running event loop; the
+        processor's to close."""
+        sampler, _ = await self._backends.resolve(request, self._state().clients)
+        return sampler
+
+    def request_of(self, completion_params: Mapping[str, Any] | None) -> RolloutRequest:
+        """completion_params, with what this processor was made with.
+
+        Raises:
+            ValueError: they are wrong.
+        """
+        request = parse_completion_params(completion_params)
+        if request.params.logprobs_mode is None and self.logprobs_mode is not None:
+            params = replace(request.params, logprobs_mode=self.logprobs_mode)
+            request = replace(request, params=params)
+        kwargs = {**self.chat_template_kwargs, **request.chat_template_kwargs}
+        if request.n < self.min_completions:
+            raise ValueError(
+                f"completion_params['n'] is {request.n}, less than min_completions="
+                f"{self.min_completions}"
+            )
+        return replace(request, chat_template_kwargs=kwargs)
+
+    def _render(self, row: EvaluationRow, job: RowJob) -> TokenIds:
+        ids = prompt_ids_of(row)
+        try:
+            if ids is not None:
+                return given_prompt(ids, job.tokenizer)
+            return render_prompt(
+                job.messages, row.tools, job.tokenizer, job.request.chat_template_kwargs
+            )
+        except PromptError as error:
+            raise PromptError(f"row {row.input_metadata.row_id}: {error}") from error
+
+    def _require_survivors(self, row: EvaluationRow, request: RolloutRequest, group: Group) -> None:
+        if len(group.survivors) >= self.min_completions:
+            return
+        first = group.failures[0]
+        raise RolloutError(
+            f"row {row.input_metadata.row_id}: {len(group.survivors)} of {request.n} completions "
+            f"survived, {self.min_completions} are needed; completion {first.index} failed "
+            f"({first.kind}, {first.attempts} attempts): {first.message}",
+            failures=group.failures,
+        )

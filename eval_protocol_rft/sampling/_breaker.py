@@ -1,0 +1,225 @@
+"""Whether the server is worth asking at all. Pure: events and times in, decisions out.
+
+Invariant: while the breaker is open, requests start no closer together than `FIRST_PROBE_SECONDS`,
+and once it has tripped none starts. It closes when a probe has brought a completion, and then lets
+requests in step by step, so that those that waited do not all arrive at once.
+
+    closed --transient failures only--> open --probe starts--> half-open --it succeeds--> closed
+                                         ^---------------------- it fails
+    closed, half-open --refused for good, or nothing succeeds for `patience_seconds`--> tripped
+
+When final failures say that the run is lost, not only the prompt. Pure.
+
+Invariant: evidence is of one streak. A success ends it, but only one that began after the streak
+did: what the server accepted before the key expired says nothing about the key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Literal
+
+from eval_protocol_rft.sampling._attempts import Attempt, Decision, Go, Stop, Wait
+
+ACCOUNT_STATUSES = frozenset({401, 402, 403, 404, 405, 407, 412})
+"""Key, bill, access, model, path, proxy, suspended account: no prompt makes a difference."""
+
+ACCOUNT_STREAK = 8
+"""So many of them in a row end the run, or half of those in flight where that is more: with one of
+several replicas misconfigured, as many come back at once while the others are still sampling."""
+
+PROMPT_STREAK = 16
+"""So many different prompts in a row, refused before anything succeeded or answered with what is no
+exact token data, end the run; the n completions of one prompt are one piece of evidence. Once the
+settings have proven to work, a refusal is of the prompt: data sets have long stretches of prompts
+that are too long."""
+
+
+class Refusals:
+    """The present streak of final failures."""
+
+    def __init__(self, *, proven: bool = False) -> None:
+        """`proven`: the same settings have brought completions before this run."""
+        self._proven = proven
+        self._since: float | None = None
+        self._count = 0
+        self._account = 0
+        self._prompts: set[Hashable] = set()
+        self._slowest_success = 0.0
+
+    def succeeded(self, attempt: Attempt) -> None:
+        self._proven = True
+        self._slowest_success = max(self._slowest_success, attempt.seconds)
+        if self._since is not None and attempt.started >= self._since:
+            self._since, self._count, self._account = None, 0, 0
+            self._prompts.clear()
+
+    def failed(self, attempt: Attempt, *, in_flight: int) -> str | None:
+        """Record a failure that no other attempt would mend; the reason to stop the run, or None.
+
+        `in_flight`: requests that have not ended.
+        """
+        of_the_prompt = attempt.kind == "refused" and attempt.status not in ACCOUNT_STATUSES
+        if of_the_prompt and self._proven:
+            return None
+        self._since = attempt.ended if self._since is None else self._since
+        self._count += 1
+        self._account += attempt.status in ACCOUNT_STATUSES
+        # The refusals that have been counted are enough; the set must not grow with the data set.
+        if len(self._prompts) < PROMPT_STREAK:
+            self._prompts.add(self._count if attempt.prompt is None else ("id", attempt.prompt))
+        if self._account >= max(ACCOUNT_STREAK, in_flight / 2):
+            return self._stop(self._account, "requests", attempt)
+        # Refusals are quick and completions slow: for as long as the slowest took, a stretch of
+        # bad prompts looks the same as a server that refuses them all.
+        age = attempt.ended - self._since
+        if len(self._prompts) >= PROMPT_STREAK and age >= self._slowest_success:
+            return self._stop(self._count, "requests for different prompts", attempt)
+        return None
+
+    def _stop(self, count: int, what: str, last: Attempt) -> str:
+        return (
+            f"{count} {what} in a row failed for good and none that began since then succeeded; "
+            f"the last one: {last.cause}: {last.message or 'no message'}. The rest of the data set "
+            "would fare no better: mend the cause and run again"
+        )
+
+
+State = Literal["closed", "open", "half-open", "tripped"]
+
+OPEN_AFTER = 16
+"""Transient failures in a row that open it, or half of those in flight where that is more: one of
+several replicas that is down fails fast while the others are still sampling."""
+
+FIRST_PROBE_SECONDS = 1.0
+"""From opening to the first probe: a restart behind a load balancer takes about as long."""
+
+LONGEST_PROBE_SECONDS = 30.0
+"""Probes come at twice the distance each time one fails, up to this. It bounds both the requests
+that an outage costs (two a minute) and the time that passes before its end is seen."""
+
+LONGEST_RETRY_AFTER = 300.0
+"""Most of a `Retry-After` that delays the next probe, as in `RetryPolicy`."""
+
+FIRST_CONTACT_SECONDS = 60.0
+"""So long a server may refuse connections before the first completion: a wrong address is likelier
+then than an outage. One that answers, if only with 503, may be scaling up, and has the whole
+patience."""
+
+SHORTEST_RAMP, LONGEST_RAMP = 5.0, 60.0
+"""Seconds over which requests are let in again after closing. Between them it takes as long as a
+completion takes on average: then those that waited arrive at the rate at which requests came
+before the outage, so that both together are twice that rate."""
+
+_SMOOTHING = 0.1
+"""Weight of the newest completion in the average of their seconds."""
+
+
+class CircuitBreaker:
+    """One server, seen by one run."""
+
+    def __init__(self, *, patience_seconds: float = 1800.0, proven: bool = False) -> None:
+        """
+        Args:
+            patience_seconds: how long requests may fail, none succeeding, before the run stops.
+                A deployment that scales up from nothing takes minutes.
+            proven: the same settings have brought completions before this run.
+        """
+        self._patience = patience_seconds
+        self._refusals = Refusals(proven=proven)
+        self._failures = 0
+        self._failing_since: float | None = None
+        self._opened_at: float | None = None
+        self._next_probe = 0.0
+        self._distance = FIRST_PROBE_SECONDS
+        self._probes_in_flight = 0
+        self._closed_at = -LONGEST_RAMP
+        self._typical_seconds: float | None = None
+        self._stop: Stop | None = None
+
+    @property
+    def state(self) -> State:
+        if self._stop is not None:
+            return "tripped"
+        if self._opened_at is None:
+            return "closed"
+        return "half-open" if self._probes_in_flight else "open"
+
+    def may_start(self, now: float, *, in_flight: int, limit: int) -> Decision:
+        """Whether one more request may begin beside `in_flight` others of at most `limit`."""
+        if self._stop is not None:
+            return self._stop
+        if self._opened_at is not None:
+            return Go(probe=True) if now >= self._next_probe else Wait(self._next_probe)
+        open_for_it = self._closed_at + self._ramp_seconds() * min(1.0, in_flight / max(1, limit))
+        return Go() if now >= open_for_it else Wait(open_for_it)
+
+    def started(self, now: float, *, probe: bool) -> None:
+        """A request has begun; `probe` as the decision said."""
+        if not probe:
+            return
+        if self._probes_in_flight:
+            # The last one was not turned away: the server may be back. Ask a little faster.
+            self._distance = max(FIRST_PROBE_SECONDS, self._distance / 2)
+        self._probes_in_flight += 1
+        self._next_probe = now + self._distance
+
+    def abandoned(self, *, probe: bool) -> None:
+        """A request was cancelled by us: nothing was learnt from it."""
+        self._probes_in_flight -= probe
+
+    def ended(self, attempt: Attempt, *, in_flight: int) -> None:
+        """A request has ended; `in_flight` others have not."""
+        self._probes_in_flight -= attempt.probe
+        if attempt.kind is None:
+            self._succeeded(attempt)
+        elif attempt.transient:
+            self._failed_for_now(attempt, in_flight)
+        else:
+            self._trip(self._refusals.failed(attempt, in_flight=in_flight))
+
+    def _succeeded(self, attempt: Attempt) -> None:
+        self._refusals.succeeded(attempt)
+        self._failures, self._failing_since = 0, None
+        typical = attempt.seconds if self._typical_seconds is None else self._typical_seconds
+        self._typical_seconds = typical + _SMOOTHING * (attempt.seconds - typical)
+        if self._opened_at is not None and attempt.started >= self._opened_at:
+            self._opened_at, self._closed_at = None, attempt.ended
+
+    def _failed_for_now(self, attempt: Attempt, in_flight: int) -> None:
+        now = attempt.ended
+        self._failing_since = now if self._failing_since is None else self._failing_since
+        if now - self._failing_since >= self._patience_with(attempt):
+            self._trip(
+                f"no request succeeded for {now - self._failing_since:.0f} s; the last one: "
+                f"{attempt.cause}: {attempt.message or 'no message'}. Run again once the server "
+                "answers"
+            )
+        if self._opened_at is not None:
+            self._probe_failed(attempt)
+        elif attempt.status != 429:
+            # 429 is the word of a server that works: whom to slow down is the limit's business.
+            self._failures += 1
+            if self._failures >= max(OPEN_AFTER, in_flight / 2):
+                self._opened_at = now
+                self._distance = FIRST_PROBE_SECONDS
+                self._next_probe = now + self._asked(attempt)
+
+    def _patience_with(self, attempt: Attempt) -> float:
+        stranger = self._typical_seconds is None and attempt.kind == "connection"
+        return min(self._patience, FIRST_CONTACT_SECONDS) if stranger else self._patience
+
+    def _probe_failed(self, attempt: Attempt) -> None:
+        if attempt.probe:
+            self._distance = min(LONGEST_PROBE_SECONDS, self._distance * 2)
+            self._next_probe = max(self._next_probe, attempt.ended + self._asked(attempt))
+
+    def _asked(self, attempt: Attempt) -> float:
+        return max(self._distance, min(attempt.retry_after or 0.0, LONGEST_RETRY_AFTER))
+
+    def _ramp_seconds(self) -> float:
+        return min(LONGEST_RAMP, max(SHORTEST_RAMP, self._typical_seconds or 0.0))
+
+    def _trip(self, reason: str | None) -> None:
+        if reason is not None and self._stop is None:
+            self._stop = Stop(reason)

@@ -1,0 +1,199 @@
+"""Everything that a reply says twice is compared here. Pure.
+
+Invariant: ids, logprobs, prompt and counts leave this module only if no other part of the reply
+contradicts them; a `ContractError` names the field and the first index that differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from operator import attrgetter
+from typing import Any
+
+import msgspec
+
+from eval_protocol_rft.sampling._distribution import reshaped_by
+from eval_protocol_rft.sampling._replies import ABSENT, Choice, Logprobs, Reply
+from eval_protocol_rft.sampling._types import Completion, ContractError, SamplingParams, TokenIds
+
+_ID_PREFIX = "token_id:"
+"""How vLLM writes tokens under `return_tokens_as_token_ids`: text may stand for several ids, this
+cannot."""
+
+_LOWEST = -3.0e38
+"""Below, a logprob is minus infinity in float32, which every trainer computes in."""
+
+_token_id = attrgetter("token_id")
+_logprob = attrgetter("logprob")
+_sampling_logprob = attrgetter("sampling_logprob")
+_text_offset = attrgetter("text_offset")
+
+
+def check_prompt(choice: Choice, prompt: TokenIds) -> None:
+    """Prompt ids that come back are those that were sent."""
+    for name, raw in _echoed_prompts(choice):
+        # Same bytes, same ids: no Python integer is made for the prompt of every completion.
+        if bytes(raw) == prompt.json:
+            continue
+        try:
+            ids = msgspec.json.decode(raw, type=list[int])
+        except msgspec.ValidationError as error:
+            raise ContractError(f"{name}: {error}") from error
+        _check_same(name, ids, "the prompt ids sent", prompt)
+
+
+def sampled_ids(choice: Choice) -> list[int]:
+    """The sampled ids from the first place that has them, equal to every other place."""
+    sources = _id_sources(choice)
+    if not sources:
+        raise ContractError(
+            "no token ids: the server must answer return_token_ids (vLLM, SGLang) or send "
+            "logprobs.content[] (Fireworks)"
+        )
+    (first_name, first), *others = sources
+    for name, ids in others:
+        _check_same(name, ids, first_name, first)
+    return first
+
+
+def _echoed_prompts(choice: Choice) -> list[tuple[str, msgspec.Raw]]:
+    echoed = [("prompt_token_ids", choice.prompt_token_ids)]
+    if choice.raw_output is not None:
+        echoed.append(("raw_output.prompt_token_ids", choice.raw_output.prompt_token_ids))
+    return [(name, raw) for name, raw in echoed if raw != ABSENT]
+
+
+def _id_sources(choice: Choice) -> list[tuple[str, list[int]]]:
+    logprobs, raw_output = choice.logprobs, choice.raw_output
+    content = logprobs.content if logprobs is not None else None
+    sources = [
+        ("logprobs.content[].token_id", None if content is None else list(map(_token_id, content))),
+        ("token_ids", choice.token_ids),
+        (
+            "raw_output.completion_token_ids",
+            raw_output.completion_token_ids if raw_output is not None else None,
+        ),
+        ("logprobs.token_ids", logprobs.token_ids if logprobs is not None else None),
+    ]
+    return [(name, ids) for name, ids in sources if ids is not None]
+
+
+def sampled_logprobs(
+    choice: Choice, token_ids: list[int], params: SamplingParams
+) -> tuple[list[float], list[float] | None]:
+    """Sampling logprobs and, where the reply tells them, raw ones; each as many as `token_ids` or
+    the `Completion` made of them is refused."""
+    logprobs = choice.logprobs
+    if logprobs is None:
+        raise ContractError("no logprobs")
+    if logprobs.content is not None:
+        _check_order("logprobs.content[].text_offset", list(map(_text_offset, logprobs.content)))
+        told = list(map(_logprob, logprobs.content))
+        raw = None if _all_null(told) else _complete("logprobs.content[].logprob", told)
+        sampling: list[float | None] = list(map(_sampling_logprob, logprobs.content))
+        if _all_null(sampling) and raw is not None:
+            if params.logprobs_mode == "processed_logprobs":
+                return raw, None
+            return _raw_as_sampling(raw, params, "sampling_logprob is null"), raw
+        return _complete("logprobs.content[].sampling_logprob", sampling), raw
+    if logprobs.token_logprobs is None:
+        raise ContractError("no logprobs.content and no logprobs.token_logprobs")
+    _check_order("logprobs.text_offset", logprobs.text_offset or [])
+    values = _complete("logprobs.token_logprobs", logprobs.token_logprobs)
+    _check_tokens_as_ids(logprobs, token_ids, values)
+    if params.logprobs_mode == "processed_logprobs":
+        return values, None
+    return _raw_as_sampling(values, params, "token_logprobs may be raw"), values
+
+
+def _raw_as_sampling(raw: list[float], params: SamplingParams, because: str) -> list[float]:
+    """Raw logprobs are sampling logprobs where nothing reshapes the distribution; only there."""
+    reshaping = reshaped_by(params)
+    if reshaping:
+        raise ContractError(
+            f"{because} and {', '.join(reshaping)} reshapes the distribution, so they are not the "
+            "logprobs of sampling. Start vLLM with --logprobs-mode processed_logprobs and say so "
+            "with completion_params['logprobs_mode'] = 'processed_logprobs', or sample with "
+            "temperature 1, top_p 1 and top_k off"
+        )
+    return raw
+
+
+def _check_tokens_as_ids(logprobs: Logprobs, token_ids: list[int], values: list[float]) -> None:
+    """Where tokens are written as ids they are a second witness of ids, and with `top_logprobs` of
+    the logprobs."""
+    tokens = logprobs.tokens
+    if tokens is None or not tokens or not tokens[0].startswith(_ID_PREFIX):
+        return
+    expected = [f"{_ID_PREFIX}{token}" for token in token_ids]
+    _check_same("logprobs.tokens", tokens, "token_ids", expected)
+    if logprobs.top_logprobs is None:
+        return
+    witnessed = [
+        (top or {}).get(token) for token, top in zip(tokens, logprobs.top_logprobs, strict=False)
+    ]
+    _check_same("logprobs.top_logprobs", witnessed, "logprobs.token_logprobs", values)
+
+
+def check_usage(
+    reply: Reply, prompt: TokenIds, params: SamplingParams, completions: list[Completion]
+) -> None:
+    """The server counted what came back. Its counts are asked where nothing else bears witness:
+    prompt ids that were not echoed, sampled ids that were told once."""
+    usage = reply.usage
+    if usage is None:
+        return
+    sampled = sum(len(completion.token_ids) for completion in completions)
+    if usage.prompt_tokens not in (None, len(prompt)) and not all(
+        map(_echoed_prompts, reply.choices)
+    ):
+        raise ContractError(
+            f"usage.prompt_tokens is {usage.prompt_tokens}, but {len(prompt)} prompt ids were sent"
+        )
+    # Whether the tokens of a stop string count is the server's secret.
+    if (
+        usage.completion_tokens not in (None, sampled)
+        and not params.stop
+        and not all(len(_id_sources(choice)) > 1 for choice in reply.choices)
+    ):
+        raise ContractError(
+            f"usage.completion_tokens is {usage.completion_tokens}, but {sampled} ids came back"
+        )
+
+
+def _all_null(values: Sequence[float | None]) -> bool:
+    return values.count(None) == len(values)
+
+
+def _complete(name: str, values: Sequence[float | None]) -> list[float]:
+    if None in values:
+        raise ContractError(f"{name} is null at index {list(values).index(None)}")
+    known: list[float] = list(values)  # type: ignore[arg-type]
+    if known and min(known) < _LOWEST:
+        index = known.index(min(known))
+        raise ContractError(
+            f"{name}[{index}] is {known[index]!r}: minus infinity in float32, no logprob of a token"
+        )
+    return known
+
+
+def _check_same(name: str, got: Sequence[Any], other: str, expected: Sequence[Any]) -> None:
+    if len(got) == len(expected) and list(got) == list(expected):
+        return
+    index = next(
+        (i for i, (a, b) in enumerate(zip(got, expected, strict=False)) if a != b),
+        min(len(got), len(expected)),
+    )
+    a = got[index] if index < len(got) else "nothing"
+    b = expected[index] if index < len(expected) else "nothing"
+    raise ContractError(
+        f"{name} ({len(got)} entries) differs from {other} ({len(expected)}) at index {index}: "
+        f"{a} against {b}"
+    )
+
+
+def _check_order(name: str, offsets: list[int | None]) -> None:
+    """Offsets into the text never go back: entries or events that changed places show."""
+    known = [offset for offset in offsets if offset is not None] if None in offsets else offsets
+    if known != sorted(known):  # type: ignore[type-var]
+        raise ContractError(f"{name} goes back: entries are out of order")

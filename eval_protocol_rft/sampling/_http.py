@@ -1,0 +1,376 @@
+"""`HttpSampler`: one request, one reply. Transport only.
+
+Invariant: one call of `sample` is one HTTP request. It retries nothing, follows no redirect, and
+whatever goes wrong leaves as a `SamplingError` in which no secret appears.
+
+Which requests have the same prompt, or are turns of one episode: what a router needs to send
+them to the replica that has what they begin with in its cache. Pure.
+
+Invariant: where the user says anything of affinity, in a header or in the body, we say nothing.
+
+Which connections may carry a request.
+
+Invariant: a connection on which something came in unasked, or over which a reply came that was not
+ours, is closed: HTTP/1.1 has nothing else to tell one request's reply from another's.
+
+Of aiohttp this needs `BaseConnector.connect`, which gives out a connection for each request, and of
+a connection's protocol `should_close`, which also says whether something came in unasked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import math
+import select
+import urllib.request
+import weakref
+from collections.abc import Iterable, Sequence
+from contextvars import ContextVar
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+from urllib.parse import SplitResult, unquote, urlsplit
+
+import aiohttp
+
+from eval_protocol_rft._text import well_formed
+from eval_protocol_rft.sampling._bodies import (
+    ERROR_BYTES,
+    read_body,
+    read_stream,
+    read_to_the_end,
+    reply_limit,
+    streams,
+)
+from eval_protocol_rft.sampling._clock import Deadline
+from eval_protocol_rft.sampling._endpoint import Endpoint
+from eval_protocol_rft.sampling._errors import short, status_error
+from eval_protocol_rft.sampling._types import (
+    AttemptTimeoutError,
+    Completion,
+    ConnectionFailedError,
+    ContractError,
+    RefusedError,
+    SamplingError,
+    SamplingParams,
+    TokenIds,
+)
+from eval_protocol_rft.sampling._wire import decode_reply, decode_stream, request_body
+
+if TYPE_CHECKING:
+    from aiohttp.connector import Connection
+
+AFFINITY_HEADER = "x-session-affinity"
+"""Known to Fireworks and to routers before several vLLM servers; others do not look at it."""
+AFFINITY_FIELD = "prompt_cache_key"
+"""Fireworks alone gets it: servers may refuse a field that they do not know."""
+_OWN_HEADERS = frozenset({AFFINITY_HEADER, "x-multi-turn-session-id"})
+_OWN_FIELDS = (AFFINITY_FIELD, "user")
+"""Of the body. Fireworks routes by `user` where there is no `prompt_cache_key`."""
+
+
+def has_own_affinity(headers: Iterable[tuple[str, str]]) -> bool:
+    """Whether the user's headers say where requests belong."""
+    return any(name.lower() in _OWN_HEADERS for name, _ in headers)
+
+
+def affinity_of(prompt: TokenIds, params: SamplingParams) -> str | None:
+    """What to call the episode or else the prompt; None where the user turned that off or calls it
+    something else."""
+    if not params.prompt_cache_affinity:
+        return None
+    if params.extra and any(field in params.extra for field in _OWN_FIELDS):
+        return None
+    return params.session or prompt.affinity
+
+
+CONNECT_SECONDS = 30.0
+"""To connect, with what TLS and a proxy need to say first."""
+
+last_connection: ContextVar[asyncio.Transport | None] = ContextVar("last_connection", default=None)
+"""What the newest request of this task goes over. A reply forgets its connection at its end."""
+
+
+class TrustingConnector(aiohttp.TCPConnector):
+    """Looks at a connection before it gives it out; the clock of connecting is the loop's own."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._known: weakref.WeakSet[asyncio.Transport] = weakref.WeakSet()
+        """Carried a request before."""
+
+    async def connect(self, *request: Any, **more: Any) -> Connection:
+        """A connection, from the pool or new, on which nothing has come in unasked.
+
+        Raises:
+            TimeoutError: there was none within `CONNECT_SECONDS`.
+            aiohttp.ClientConnectionError: it could not be made, or the server spoke first.
+        """
+        while True:
+            async with Deadline(CONNECT_SECONDS):
+                connection = await super().connect(*request, **more)
+            transport, protocol = connection.transport, connection.protocol
+            was_used = transport in self._known
+            spoke = protocol is not None and protocol.should_close
+            if not spoke and not (was_used and _says_something(transport)):
+                if transport is not None:
+                    self._known.add(transport)
+                last_connection.set(transport)
+                return connection
+            connection.close()
+            if not was_used:
+                raise aiohttp.ClientConnectionError(
+                    "the server disconnected, or said something, before it was asked"
+                )
+
+
+def require_looked_at() -> None:
+    """Check that this task's newest reply came over a connection that was looked at.
+
+    Raises:
+        RuntimeError: aiohttp gives connections out elsewhere; no reply can be trusted then.
+    """
+    if last_connection.get() is None:
+        raise RuntimeError(
+            f"aiohttp {aiohttp.__version__} does not give out connections by "
+            "BaseConnector.connect, so replies cannot be told apart: install an older one, and "
+            "please report it to the authors of eval-protocol-rft"
+        )
+
+
+def distrust(transport: asyncio.Transport | None) -> None:
+    """Close the connection that a reply came over; a request that is on it already fails, and is
+    made again."""
+    if transport is not None:
+        transport.close()
+
+
+def _says_something(transport: asyncio.Transport | None) -> bool:
+    """Whether something waits in the kernel that the event loop has not seen yet. Not for a new
+    connection, where it may be the tickets of a TLS session."""
+    if transport is None:
+        return False
+    poll = select.poll()
+    poll.register(transport.get_extra_info("socket"), select.POLLIN)
+    return bool(poll.poll(0))
+
+
+KEEPALIVE_SECONDS = 4.0
+"""uvicorn, and so vLLM and SGLang, closes an idle connection after 5 s, under the next request."""
+NO_CLOCKS = aiohttp.ClientTimeout(total=None, sock_connect=None)
+"""aiohttp's run on while the loop is blocked; ours are `Deadline`s."""
+_QUEUE_HEADERS = ("fireworks-prefill-queue-duration", "fireworks-generation-queue-duration")
+_LONGEST_REQUEST_ID = 256
+_REQUEST_ID_HEADERS = ("x-request-id", "x-fireworks-request-id", "cf-ray")
+
+
+class HttpSampler:
+    """Samples from one endpoint's `/completions`. Belongs to the event loop that first uses it."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self._endpoint = endpoint
+        self._url = f"{endpoint.base_url}/completions"
+        self._tells_affinity = not has_own_affinity(endpoint.headers)
+        self._session: aiohttp.ClientSession | None = None
+        self._proxy: str | None = None
+        self._secrets = endpoint.secrets
+
+    async def sample(
+        self, prompt_ids: Sequence[int], params: SamplingParams, *, seed: int | None = None
+    ) -> Completion:
+        """Make one request; see `Sampler.sample`.
+
+        Raises:
+            RefusedError, UnavailableError: the server answered with an error.
+            ConnectionFailedError, AttemptTimeoutError: no whole answer arrived.
+            ContractError: the answer is not exact token data.
+        """
+        prompt = prompt_ids if isinstance(prompt_ids, TokenIds) else TokenIds(prompt_ids)
+        try:
+            return await self._attempt(prompt, params, seed)
+        except SamplingError as error:
+            # Secrets first: what is cut short could leave the first half of one.
+            error.args = tuple(short(self._without_secrets(str(arg))) for arg in error.args)
+            # What it came from may hold the request with its headers, and so the key.
+            error.__cause__ = error.__context__ = None
+            raise
+
+    async def aclose(self) -> None:
+        if self._session is not None:
+            session, self._session = self._session, None
+            await session.close()
+
+    async def _attempt(
+        self, prompt: TokenIds, params: SamplingParams, seed: int | None
+    ) -> Completion:
+        if self._session is None:
+            self._proxy = proxy_for(self._url)
+            self._secrets = (*self._endpoint.secrets, *_password_of(self._proxy))
+            self._open()
+        assert self._session is not None  # noqa: S101 - narrows the type
+        streamed = streams(params)
+        affinity = affinity_of(prompt, params) if self._tells_affinity else None
+        limit = Deadline(params.timeout)
+        last_connection.set(None)
+        try:
+            async with (
+                limit,
+                self._session.post(
+                    self._url,
+                    data=request_body(
+                        prompt,
+                        params,
+                        seed,
+                        stream=streamed,
+                        ask_usage=not self._endpoint.is_fireworks,
+                        prompt_cache_key=affinity if self._endpoint.is_fireworks else None,
+                    ),
+                    headers={AFFINITY_HEADER: affinity} if affinity else None,
+                    timeout=NO_CLOCKS,
+                    allow_redirects=False,
+                    proxy=self._proxy,
+                ) as response,
+            ):
+                require_looked_at()
+                if response.status != 200:
+                    body = await read_body(response, limit=ERROR_BYTES)
+                elif streamed:
+                    body = await read_stream(response, limit=reply_limit(prompt, params))
+                    # The reply is there: what is left concerns its connection alone.
+                    limit.stop()
+                    await read_to_the_end(response)
+                else:
+                    body = await read_body(response, limit=reply_limit(prompt, params))
+        except aiohttp.ClientHttpProxyError as error:
+            raise _proxy_error(error) from None
+        except aiohttp.ConnectionTimeoutError as error:
+            raise ConnectionFailedError(f"{self._url}: {error_text(error)}") from None
+        except TimeoutError as error:
+            if limit.expired():
+                raise AttemptTimeoutError(
+                    f"{self._url}: no whole reply within {params.timeout:g} s"
+                ) from None
+            raise ConnectionFailedError(f"{self._url}: {error_text(error)}") from None
+        except aiohttp.InvalidURL:
+            raise RefusedError(f"{self._url} is not a URL") from None
+        # OSError: a reset socket can surface unwrapped.
+        except (aiohttp.ClientError, OSError) as error:
+            raise ConnectionFailedError(f"{self._url}: {error_text(error)}") from None
+        if response.status != 200:
+            # Before the message is shortened, which could leave the first half of a secret.
+            text = self._without_secrets(body.decode("utf-8", errors="replace"))
+            raise status_error(
+                response.status, text.encode(), response.headers, now=datetime.now(UTC)
+            )
+        decode = decode_stream if streamed else decode_reply
+        try:
+            [completion] = decode(body, prompt, params, request_id=_request_id(response))
+        except ContractError:
+            # It may be the reply to another request: then ours is still to come over this
+            # connection, and whoever asked next would take it for theirs.
+            distrust(last_connection.get())
+            raise
+        queued = _queue_seconds(response)
+        return completion if queued is None else replace(completion, queue_seconds=queued)
+
+    def _without_secrets(self, text: str) -> str:
+        for secret in self._secrets:
+            text = text.replace(secret, "***")
+        return text
+
+    def _open(self) -> None:
+        # The caller bounds requests in flight; a second bound here would only hide the first.
+        connector = TrustingConnector(limit=0, keepalive_timeout=KEEPALIVE_SECONDS)
+        self._session = aiohttp.ClientSession(
+            connector=connector,
+            headers={"content-type": "application/json", **endpoint_headers(self._endpoint)},
+            cookie_jar=aiohttp.DummyCookieJar(),
+        )
+
+
+def endpoint_headers(endpoint: Endpoint) -> dict[str, str]:
+    """What each request to this server carries, names in lower case."""
+    key = endpoint.api_key
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    # The user's header goes before ours, whatever its case: a name sent twice is refused.
+    return headers | {name.lower(): value for name, value in endpoint.headers}
+
+
+def proxy_for(url: str) -> str | None:
+    """The proxy that the environment names for `url`: `HTTP_PROXY` or `HTTPS_PROXY` by its scheme,
+    else `ALL_PROXY`, unless `NO_PROXY` has its host. Look it up once, not for every request.
+
+    Raises:
+        RefusedError: it is no HTTP proxy.
+    """
+    parts = urlsplit(url)
+    named = urllib.request.getproxies()
+    scheme = parts.scheme if named.get(parts.scheme) else "all"
+    proxy = named.get(scheme)
+    if not proxy or _goes_direct(parts, named.get("no", "")):
+        return None
+    if "://" not in proxy:
+        proxy = f"http://{proxy}"
+    if urlsplit(proxy).scheme not in ("http", "https"):
+        host = urlsplit(proxy).netloc.rpartition("@")[2]
+        raise RefusedError(
+            f"{scheme.upper()}_PROXY names a proxy that is not supported "
+            f"({urlsplit(proxy).scheme}://{host}): name one that speaks HTTP, or have "
+            f"{parts.hostname} in NO_PROXY"
+        )
+    return proxy
+
+
+def _goes_direct(url: SplitResult, exceptions: str) -> bool:
+    """Whether `NO_PROXY` names this host: by its name, a domain, `host:port`, or as curl takes it
+    too, by a network (10.0.0.0/8)."""
+    if urllib.request.proxy_bypass(url.netloc.rpartition("@")[2]):
+        return True
+    try:
+        address = ipaddress.ip_address(url.hostname or "")
+    except ValueError:
+        return False
+    for exception in exceptions.split(","):
+        with contextlib.suppress(ValueError):
+            if address in ipaddress.ip_network(exception.strip().strip("[]"), strict=False):
+                return True
+    return False
+
+
+def _password_of(proxy: str | None) -> tuple[str, ...]:
+    parts = urlsplit(proxy or "")
+    return (parts.password, unquote(parts.password)) if parts.password else ()
+
+
+def _proxy_error(error: aiohttp.ClientHttpProxyError) -> SamplingError:
+    """The proxy did not connect us."""
+    told = status_error(error.status, b"", error.headers or {}, now=datetime.now(UTC))
+    message = f"the proxy answered {error.status} {error.message}"
+    return type(told)(message, status=error.status, retry_after=told.retry_after)
+
+
+def error_text(error: Exception) -> str:
+    """What aiohttp says went wrong, without the parts of a reply that some of its errors carry."""
+    if isinstance(error, aiohttp.ServerDisconnectedError):
+        return "ServerDisconnectedError: the server disconnected before its reply was whole"
+    name = type(error).__name__
+    return f"{name}: {error}" if str(error) else name
+
+
+def _queue_seconds(response: aiohttp.ClientResponse) -> float | None:
+    """Seconds in the server's queues before prefill and decoding, by Fireworks' headers."""
+    values = [response.headers.get(name) for name in _QUEUE_HEADERS]
+    try:
+        seconds = [float(value) for value in values if value is not None]
+    except ValueError:
+        return None
+    return sum(seconds) if seconds and all(0 <= value < math.inf for value in seconds) else None
+
+
+def _request_id(response: aiohttp.ClientResponse) -> str | None:
+    names = (name for name in _REQUEST_ID_HEADERS if name in response.headers)
+    text = next((response.headers[name] for name in names), None)
+    # aiohttp decodes bytes that are no UTF-8 to halves of surrogate pairs.
+    return text and well_formed(text)[:_LONGEST_REQUEST_ID]

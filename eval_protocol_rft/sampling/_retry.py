@@ -1,0 +1,259 @@
+"""When to try again. Pure: no clock, no randomness, no sleep; those come in as arguments.
+
+Invariant: one budget for everything. Nothing below this retries, and Eval Protocol does not
+resample our errors, so `max_attempts` is the number of requests that one completion can cost. Not
+counted are probes for a server that is away, and requests that a server turned away while it loaded
+weights: those end with `max_seconds`. The seed stays the same over all attempts: an
+attempt whose reply was lost may have been sampled, and another draw in its place would favour
+whatever is quick to arrive.
+
+How many requests a run may spend beyond one per completion, and for how long. Pure.
+
+Invariant, at any time t seconds into the run, whatever the server does:
+
+    retries <= burst + extra_ratio * first_attempts + trickle_per_second * t
+
+and no attempt begins after `max_seconds` or beyond `max_attempts`. Probes of a breaker are paced
+by the breaker and come on top of the first line. What the budget holds back is late, not lost.
+Source of the ratio: retry budgets of Twitter's Finagle (2016) and Google's SRE book, chapter 21.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from eval_protocol_rft.sampling._attempts import (
+    TRANSIENT_KINDS,
+    Attempt,
+    Decision,
+    Go,
+    Stop,
+    Wait,
+    causes,
+)
+from eval_protocol_rft.sampling._types import SamplingError
+
+
+@dataclass(frozen=True, slots=True)
+class Again:
+    """Another attempt, not before `at` (clock seconds)."""
+
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class GiveUp:
+    """No further attempt."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RetryPolicy:
+    """Exponential backoff with full jitter (delay uniform in [0, base * 2^(attempt-1)], capped),
+    on top of the server's `Retry-After`: all who were told the same time would otherwise come back
+    in the same instant. Source: M. Brooker, "Exponential Backoff And Jitter", AWS Architecture
+    Blog, 2015."""
+
+    max_attempts: int = 8
+    """Requests per completion, the first included."""
+    max_seconds: float = 1800.0
+    """No attempt is made that would have to wait beyond this, counted from the first one's start.
+    Waiting for a slot comes on top."""
+    base_seconds: float = 0.5
+    cap_seconds: float = 30.0
+    """Longest backoff of our own."""
+    retry_after_cap_seconds: float = 300.0
+    """Most of a `Retry-After` that is honoured. Rate limits ask for up to a minute; hours are a
+    clock that is wrong, or a quota that another attempt will only meet again."""
+
+    def __post_init__(self) -> None:
+        if self.max_attempts < 1:
+            raise ValueError(f"max_attempts must be at least 1, got {self.max_attempts}")
+        for name in ("max_seconds", "base_seconds", "cap_seconds", "retry_after_cap_seconds"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+
+    def delay(
+        self,
+        error: SamplingError | Attempt,
+        *,
+        attempt: int,
+        elapsed: float,
+        uniform: float,
+        turned_away: int = 0,
+    ) -> float | None:
+        """Seconds to wait after `attempt` (1-based) failed with `error`; None to give up.
+
+        `attempt` is 0 where all so far were probes or turned away, which do not count.
+        `elapsed`: seconds since the first attempt began. `uniform`: a draw from [0, 1).
+        `turned_away`: attempts that met a server loading weights. They make the backoff longer.
+        """
+        if error.kind not in TRANSIENT_KINDS or attempt >= self.max_attempts:
+            return None
+        # 2.0**attempt overflows a float past 1023 attempts; the cap is reached long before.
+        doublings = min(attempt + turned_away - 1, 60)
+        ceiling = min(self.cap_seconds, self.base_seconds * 2.0**doublings)
+        wait = min(error.retry_after or 0.0, self.retry_after_cap_seconds) + uniform * ceiling
+        return wait if elapsed + wait <= self.max_seconds else None
+
+
+@dataclass(slots=True)
+class CompletionAttempts:
+    """The attempts at one completion, in order. Tell it each that ended; it says what next."""
+
+    policy: RetryPolicy
+    seed: int | None = None
+    """The seed of every attempt."""
+    history: list[Attempt] = field(default_factory=list)
+    began: float | None = None
+    """When the attempt began (clock seconds) that has not ended; None between attempts."""
+
+    @property
+    def requests(self) -> int:
+        """Attempts made, one that has not ended included."""
+        return len(self.history) + (self.began is not None)
+
+    @property
+    def first_began(self) -> float | None:
+        """When the first attempt began (clock seconds); None before it."""
+        return self.history[0].started if self.history else self.began
+
+    @property
+    def counted(self) -> int:
+        """Attempts that count against `max_attempts`. A probe does not: who sends it is chance,
+        and a completion must not be lost for having waited at the head of the queue. Nor does one
+        that met a server loading weights: a swap takes minutes, and where few requests are in
+        flight, a completion would spend all its attempts before the breaker opens."""
+        return sum(not (attempt.probe or attempt.loading) for attempt in self.history)
+
+    def failed(self, attempt: Attempt, *, uniform: float) -> Again | GiveUp:
+        """Record a failure. `uniform`: a draw from [0, 1)."""
+        if attempt.kind is None:
+            raise ValueError("this attempt did not fail; record it with succeeded()")
+        self._ended(attempt)
+        elapsed = attempt.ended - self.history[0].started
+        wait = self.policy.delay(
+            attempt,
+            attempt=self.counted,
+            elapsed=elapsed,
+            uniform=uniform,
+            turned_away=sum(past.loading and not past.probe for past in self.history),
+        )
+        if wait is not None:
+            return Again(attempt.ended + wait)
+        return GiveUp(f"{self._why(attempt)}: {causes(self.history)} in {elapsed:.1f} s")
+
+    def succeeded(self, attempt: Attempt) -> None:
+        """Record the attempt that brought the completion."""
+        self._ended(attempt)
+
+    def _ended(self, attempt: Attempt) -> None:
+        self.history.append(attempt)
+        self.began = None
+
+    def _why(self, attempt: Attempt) -> str:
+        if not attempt.transient:
+            return "another attempt would end the same"
+        if self.counted >= self.policy.max_attempts:
+            return f"max_attempts={self.policy.max_attempts} is reached"
+        return f"the next attempt would begin after max_seconds={self.policy.max_seconds:g}"
+
+
+_ROUNDING = 1e-6
+"""Of a token: who waits until the date that was named must not find it missing by a rounding."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunBudget:
+    """What one run may spend."""
+
+    extra_ratio: float = 0.2
+    """Retries that each first attempt pays for: at most a fifth more load than was asked for, for
+    as long as the server fails. Finagle's default; Google's is 0.1."""
+    burst: float = 512.0
+    """Retries that can be saved up, and what there is at the start. One interruption fails every
+    request in flight at once; twice 256 in flight come back without waiting for their turn."""
+    trickle_per_second: float = 1.0
+    """Retries that time pays for, so that the last completions of a run, which no first attempt
+    follows, still get theirs."""
+    max_attempts: int | None = None
+    """Requests of the whole run; None: as many as the completions may have."""
+    max_seconds: float | None = None
+    """Seconds after which the run begins no attempt; None: no such limit."""
+
+    def __post_init__(self) -> None:
+        for name in ("extra_ratio", "max_attempts", "max_seconds"):
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise ValueError(f"{name} must not be negative, got {value}")
+        if not self.burst >= 1:
+            raise ValueError(f"burst must be at least 1, got {self.burst}")
+        if not self.trickle_per_second > 0:
+            # Nothing would ever wake a retry once no first attempt is left.
+            raise ValueError(f"trickle_per_second must be above 0, got {self.trickle_per_second}")
+
+
+class BudgetMeter:
+    """What a run has spent of its `RunBudget`. A token bucket that first attempts and time fill."""
+
+    def __init__(self, budget: RunBudget, *, began: float) -> None:
+        """`began`: clock seconds at which the run began."""
+        self._budget = budget
+        self._began = began
+        self._tokens = budget.burst
+        self._filled_at = began
+        self.first_attempts = 0
+        self.retries = 0
+        """Without probes."""
+        self.probes = 0
+
+    @property
+    def attempts(self) -> int:
+        return self.first_attempts + self.retries + self.probes
+
+    def may_start(self, now: float, *, retry: bool, probe: bool = False) -> Decision:
+        """Whether the budget has room for one more attempt."""
+        budget = self._budget
+        if budget.max_seconds is not None and now - self._began >= budget.max_seconds:
+            return Stop(
+                f"the run's max_seconds={budget.max_seconds:g} are over after {self._spent()}; "
+                "what is missing can be had by running again"
+            )
+        if budget.max_attempts is not None and self.attempts >= budget.max_attempts:
+            return Stop(
+                f"the run's max_attempts={budget.max_attempts} are spent ({self._spent()}); "
+                "see the failures for the cause before running again"
+            )
+        if not retry or probe:
+            return Go()
+        self._fill(now)
+        if self._tokens >= 1.0 - _ROUNDING:
+            return Go()
+        return Wait(now + (1.0 - self._tokens) / budget.trickle_per_second)
+
+    def started(self, now: float, *, retry: bool, probe: bool = False) -> None:
+        """One more attempt has begun."""
+        self._fill(now)
+        if probe:
+            self.probes += 1
+        elif retry:
+            self.retries += 1
+            self._tokens -= 1.0
+        else:
+            self.first_attempts += 1
+            self._add(self._budget.extra_ratio)
+
+    def _fill(self, now: float) -> None:
+        self._add((now - self._filled_at) * self._budget.trickle_per_second)
+        self._filled_at = now
+
+    def _add(self, tokens: float) -> None:
+        # A run that went well for hours must not have saved up a storm.
+        self._tokens = min(self._budget.burst, self._tokens + tokens)
+
+    def _spent(self) -> str:
+        return (
+            f"{self.attempts} attempts: {self.first_attempts} first ones, "
+            f"{self.retries} retries, {self.probes} probes"
+        )

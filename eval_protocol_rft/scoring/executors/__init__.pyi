@@ -1,0 +1,14 @@
+from ._executor import grade as grade
+from ._items import Graded as Graded
+from ._items import GradingItem as GradingItem
+from ._loading import LoadedEvaluator as LoadedEvaluator
+from ._loading import code_fingerprints as code_fingerprints
+from ._loading import load_evaluator as load_evaluator
+from ._ray import grade_on_ray as grade_on_ray
+from ._ray_nodes import EAGER_SECONDS as EAGER_SECONDS
+from ._ray_nodes import Engine as Engine
+from ._ray_nodes import Node as Node
+from ._ray_nodes import NodeActor as NodeActor
+from ._ray_nodes import NodeActors as NodeActors
+from ._ray_nodes import Work as Work
+from ._ray_nodes import check_engine as check_engine

@@ -1,0 +1,95 @@
+"""One call of a loaded evaluator, from the JSON of its rows to one result per row.
+
+Invariant: whatever the evaluator does to this call, each view gets exactly one result. Only
+`pytest.exit`, by which its author asks for the end of the run, and cancellation from outside pass.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from eval_protocol.models import EvaluationRow
+from pydantic import ValidationError
+
+from eval_protocol_rft.record import CompletionResult
+from eval_protocol_rft.scoring import (
+    BoundCall,
+    Place,
+    inner_evaluator,
+    read_result,
+    sort_answers,
+    unscored,
+)
+from eval_protocol_rft.scoring.executors._loading import LoadedEvaluator
+
+Results = tuple[CompletionResult, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Judge:
+    """An evaluator ready to be called. Build it with `Judge.of`."""
+
+    call: BoundCall
+
+    @classmethod
+    def of(cls, loaded: LoadedEvaluator) -> Judge:
+        """The judge for an evaluator as `load_evaluator` returned it."""
+        inner = inner_evaluator(loaded.function)
+        return cls(inner.bind(**{inner.parameter: None}, **loaded.kwargs))
+
+    def judge(self, views: Sequence[bytes]) -> Results:
+        """Results of a sync evaluator, one per view."""
+        try:
+            rows = _rows(views)
+            return self._read(rows, self.call.attempt(self._argument(rows)))
+        except pytest.exit.Exception:
+            raise
+        except BaseException as error:  # noqa: BLE001
+            # Graders run code that models wrote: sys.exit() in it must not end the run.
+            return _stopped(views, error)
+
+    async def judge_async(self, views: Sequence[bytes]) -> Results:
+        """Results of an async evaluator, one per view."""
+        try:
+            rows = _rows(views)
+            return self._read(rows, await self.call.attempt_async(self._argument(rows)))
+        except pytest.exit.Exception:
+            raise
+        except BaseException as error:
+            task = asyncio.current_task()
+            if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
+                raise
+            return _stopped(views, error)
+
+    def _argument(self, rows: list[EvaluationRow]) -> Any:
+        return rows[0] if self.call.evaluator.parameter == "row" else rows
+
+    def _read(self, rows: list[EvaluationRow], returned: Any) -> Results:
+        if self.call.evaluator.parameter == "row":
+            return (read_result(returned),)
+        # Rows of one completion each: the second half of a place only names it in messages.
+        layout: dict[Place, EvaluationRow] = {
+            (i, (row.execution_metadata.extra or {}).get("completion_index", i)): row
+            for i, row in enumerate(rows)
+        }
+        answers = sort_answers(layout, returned)
+        return tuple(answers.results[i][0] for i in range(len(rows)))
+
+
+def _rows(views: Sequence[bytes]) -> list[EvaluationRow]:
+    return [EvaluationRow.model_validate_json(view) for view in views]
+
+
+def _stopped(views: Sequence[bytes], error: BaseException) -> Results:
+    """`str()` only of errors that are not the evaluator's: its own may raise there again."""
+    if isinstance(error, ValidationError):
+        text = f"the stored row cannot be read: {error}"
+    elif isinstance(error, SystemExit):
+        text = f"the evaluator called sys.exit ({error.code!r})"
+    else:
+        text = f"the evaluator raised {type(error).__name__}"
+    return (unscored(text),) * len(views)

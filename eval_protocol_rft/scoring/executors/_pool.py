@@ -1,0 +1,284 @@
+"""Evaluators in worker processes, which may hang or die without harm to others.
+
+Invariant: every item gets one `Graded`, whatever becomes of the workers. Each worker has a channel
+of its own, so a death says which calls it was in. It is held against a call only where the worker
+had run nothing else: what an earlier call left behind (a thread, a child that kills, an alarm), or
+a call beside it, costs no other one. Such a call is made again: with others if another one's code
+ran when the worker died, and alone, in a new worker, if it was its own or it happens once more.
+
+A pool of our own: `concurrent.futures` gives up all items at the first death, and pebble loses
+the item of an evaluator that ends its process with exit code 0, and has its workers share a lock.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import selectors
+import sys
+import time
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator
+from pathlib import Path
+
+from eval_protocol_rft.scoring.executors._channel import RubbishError
+from eval_protocol_rft.scoring.executors._items import (
+    Answer,
+    Ended,
+    Graded,
+    GradingError,
+    GradingItem,
+    Ready,
+    Setup,
+    all_unscored,
+    late,
+)
+from eval_protocol_rft.scoring.executors._loading import LoadedEvaluator
+from eval_protocol_rft.scoring.executors._process import Call, WorkerProcess, in_words
+
+GOODBYE_SECONDS = 2.0
+"""How long workers without work, and async calls that are cancelled, may take to end."""
+MOST_FAILED_STARTS = 3
+"""So many workers may die one after the other while they load what others have loaded."""
+SILENT_TIMEOUTS = 1.5
+"""A worker whose event loop says nothing for so many times the time of a call is blocked."""
+
+
+def grade_in_processes(
+    items: Iterable[GradingItem],
+    evaluator: LoadedEvaluator,
+    *,
+    workers: int,
+    timeout: float | None,
+    max_concurrency: int | None = None,
+) -> Generator[Graded, None, None]:
+    """Grade in worker processes; see `grade`. `max_concurrency`: of an async evaluator."""
+    pool = Pool(evaluator, workers, timeout, max_concurrency)
+    # Ours runs before multiprocessing's own, which would wait for the workers forever.
+    atexit.register(pool.kill)
+    try:
+        yield from pool.run(iter(items))
+        pool.say_goodbye()
+    finally:
+        try:
+            if evaluator.is_async:
+                pool.say_goodbye()
+        finally:
+            pool.kill()
+            atexit.unregister(pool.kill)
+
+
+class Pool:
+    """Workers, and the items that are here. All on the caller's thread.
+
+    Args:
+        size: workers. For calls that are made alone there may be as many again where workers have
+            several calls at a time.
+        max_concurrency: calls in flight over all workers; None: one per worker.
+    """
+
+    def __init__(
+        self,
+        evaluator: LoadedEvaluator,
+        size: int,
+        timeout: float | None,
+        max_concurrency: int | None = None,
+    ) -> None:
+        self._name = evaluator.name
+        self._size = size
+        self._most = max_concurrency or size
+        self._each = -(-self._most // size)
+        self._spare = size if self._each > 1 else 0
+        self._ahead = 0 if max_concurrency else size
+        """Items that may be here beside those in flight."""
+        self._is_async = evaluator.is_async
+        self._timeout = timeout
+        self._silence = timeout
+        """Seconds after which a worker with calls that says nothing is given up."""
+        if timeout is not None and evaluator.is_async:
+            self._silence = timeout * SILENT_TIMEOUTS
+        self._setup = Setup(
+            timeout=timeout,
+            spec=os.fsencode(evaluator.spec),
+            fingerprint=evaluator.fingerprint,
+            cwd=os.fsencode(Path.cwd()),
+            environ=dict(os.environb),
+            path=[os.fsencode(folder) for folder in sys.path],
+            argv=[os.fsencode(argument) for argument in sys.argv],
+        )
+        self._workers: set[WorkerProcess] = set()
+        self._events = selectors.DefaultSelector()
+        self._waiting: deque[Call] = deque()
+        """Read, and in no worker."""
+        self._suspects: deque[Call] = deque()
+        """To be made alone, in a new worker: one died that had run others too."""
+        self._failed_starts: int | None = None
+        """In a row; None: no worker has loaded the evaluator yet."""
+
+    def run(self, items: Iterator[GradingItem]) -> Iterator[Graded]:
+        """Grade all items, in the order in which they finish."""
+        while True:
+            self._fill(items)
+            if not self._in_flight + len(self._waiting) + len(self._suspects):
+                return
+            self._make_room()
+            self._hand_out()
+            for worker in self._next_events():
+                yield from self._attend(worker)
+            yield from self._give_up_silent_ones()
+
+    def say_goodbye(self) -> None:
+        """Let workers end by themselves: those without calls, and those that can cancel theirs."""
+        able = [w for w in self._workers if w.is_ready and (self._is_async or not w.calls)]
+        for worker in able:
+            worker.let_go()
+        deadline = time.monotonic() + GOODBYE_SECONDS
+        for worker in able:
+            worker.wait(max(0.0, deadline - time.monotonic()))
+
+    def kill(self) -> None:
+        """End all workers at once. May be called again."""
+        self._events.close()
+        for worker in self._workers:
+            worker.kill()
+        while self._workers:
+            self._workers.pop().bury()
+
+    @property
+    def _in_flight(self) -> int:
+        return sum(len(worker.calls) for worker in self._workers)
+
+    def _fill(self, items: Iterator[GradingItem]) -> None:
+        room = self._most + self._ahead - self._in_flight - len(self._waiting)
+        while room > 0 and len(self._suspects) < self._most:
+            item = next(items, None)
+            if item is None:
+                return
+            self._waiting.append(Call(item))
+            room -= 1
+
+    def _make_room(self) -> None:
+        """As many workers as there is work for; for a suspect, one that has run nothing."""
+        wanted = min(self._size, self._in_flight + len(self._waiting) + len(self._suspects))
+        while sum(not (w.is_alone and self._spare) for w in self._workers) < wanted:
+            self._add_worker()
+        idle = [worker for worker in self._workers if worker.is_ready and not worker.calls]
+        if not self._suspects:
+            for worker in idle[: max(0, len(self._workers) - self._size)]:
+                self._remove(worker)
+        elif not any(worker.is_fresh for worker in self._workers):
+            if len(self._workers) >= self._size + self._spare and idle:
+                self._remove(idle[0])
+            if len(self._workers) < self._size + self._spare:
+                self._add_worker()
+
+    def _add_worker(self) -> None:
+        worker = WorkerProcess(self._setup)
+        self._workers.add(worker)
+        self._events.register(worker.channel, selectors.EVENT_READ, worker)
+        # As well as the channel, which a process that the evaluator forked may keep open.
+        self._events.register(worker.life, selectors.EVENT_READ, worker)
+
+    def _remove(self, worker: WorkerProcess) -> tuple[int | None, int]:
+        self._workers.discard(worker)
+        self._events.unregister(worker.channel)
+        self._events.unregister(worker.life)
+        worker.kill()
+        return worker.bury()
+
+    def _hand_out(self) -> None:
+        free = self._most - self._in_flight
+        most_alone = self._spare or self._size
+        ready = [worker for worker in self._workers if worker.is_ready]
+        for worker in ready:
+            alone = sum(worker.is_alone for worker in self._workers)
+            if self._suspects and worker.is_fresh and free > 0 and alone < most_alone:
+                worker.is_alone = True
+                worker.give(self._suspects.popleft())
+                free -= 1
+        shared = [worker for worker in ready if not worker.is_alone]
+        while self._waiting and shared and free > 0:
+            worker = min(shared, key=lambda worker: len(worker.calls))
+            if len(worker.calls) >= self._each:
+                return
+            worker.give(self._waiting.popleft())
+            free -= 1
+
+    def _next_events(self) -> set[WorkerProcess]:
+        """Wait until a worker says something or dies, or has been silent for too long."""
+        for worker in self._workers:
+            wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if worker.has_unsent else 0)
+            if self._events.get_key(worker.channel).events != wanted:
+                self._events.modify(worker.channel, wanted, worker)
+        seconds = None
+        busy = [worker.seen for worker in self._workers if worker.calls]
+        if busy and self._silence is not None:
+            seconds = max(0.0, min(busy) + self._silence - time.monotonic())
+        return {key.data for key, _ in self._events.select(seconds)}
+
+    def _attend(self, worker: WorkerProcess) -> Iterator[Graded]:
+        worker.send()
+        while worker in self._workers:
+            try:
+                found = worker.read()
+            except RubbishError:
+                why = "the worker process died (someone wrote into the channel of its answers)"
+                yield from self._lose(worker, why)
+                return
+            if found is None:
+                if worker.is_over:
+                    yield from self._lose(worker, None)
+                return
+            number, message = found
+            match message:
+                case Ready():
+                    worker.is_ready = True
+                    self._failed_starts = 0
+                case Answer(results, seconds) if number in worker.calls:
+                    item = worker.calls[number].item
+                    if len(results) == len(item.views):
+                        del worker.calls[number]
+                        worker.is_alone = False
+                        yield Graded(item.key, results, seconds)
+                case Ended(reason):
+                    raise GradingError(f"{self._name}: {reason}")
+
+    def _lose(self, worker: WorkerProcess, why: str | None) -> Iterator[Graded]:
+        """`why`: None where it died by itself."""
+        calls, now = worker.calls, time.monotonic()
+        code, running = self._remove(worker)
+        how = in_words(code)
+        for number, call in calls.items():
+            call.losses += 1
+            if worker.given == 1:
+                error = why or f"the worker process died ({how})"
+                yield all_unscored(call.item, error, now - call.began)
+            elif self._each == 1 or number == running or call.losses > 1:
+                self._suspects.append(call)
+            else:
+                self._waiting.appendleft(call)
+        if not worker.is_ready:
+            if self._failed_starts is not None:
+                self._failed_starts += 1
+            if self._failed_starts in (None, MOST_FAILED_STARTS):
+                raise GradingError(
+                    f"{self._name}: a worker process died while it loaded the evaluator ({how})"
+                )
+
+    def _give_up_silent_ones(self) -> Iterator[Graded]:
+        if self._silence is None:
+            return
+        for worker in tuple(self._workers):
+            if not worker.calls or time.monotonic() - worker.seen < self._silence:
+                continue
+            # An answer that came while the caller held us up is an answer.
+            yield from self._attend(worker)
+            silent = time.monotonic() - worker.seen >= self._silence
+            if not (worker.calls and silent and worker in self._workers):
+                continue
+            if self._is_async:
+                yield from self._lose(worker, late(self._timeout))
+            else:
+                ((_, call),) = worker.calls.items()
+                self._remove(worker)
+                yield all_unscored(call.item, late(self._timeout), time.monotonic() - call.began)

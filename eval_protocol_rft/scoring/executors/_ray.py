@@ -1,0 +1,222 @@
+"""Grading on a Ray cluster: one actor per node, each with workers of its own.
+
+Invariant: as for `grade`: every item comes back exactly once, judged by the same workers with the
+same time limit. An item whose node is lost is judged again elsewhere; it comes back unscored if
+that happens to it again and again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import queue
+import time
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+from eval_protocol_rft.scoring.executors._executor import grade
+from eval_protocol_rft.scoring.executors._items import (
+    Graded,
+    GradingError,
+    GradingItem,
+    all_unscored,
+)
+from eval_protocol_rft.scoring.executors._loading import LoadedEvaluator, load_evaluator
+from eval_protocol_rft.scoring.executors._pool import Pool
+from eval_protocol_rft.scoring.executors._ray_nodes import (
+    EAGER_SECONDS,
+    Node,
+    NodeActor,
+    NodeActors,
+    Work,
+)
+
+MOST_LOSSES = 3
+"""So many nodes are lost under an item before it is taken for the reason."""
+_QUEUED_PER_WORKER = 1
+"""Items that wait at a node, so that no worker waits for the way to the driver and back."""
+
+
+def grade_on_ray(
+    items: Iterable[GradingItem],
+    evaluator: LoadedEvaluator,
+    *,
+    address: str | None = None,
+    workers: int | None = None,
+    timeout: float | None = 60.0,
+    max_concurrency: int = 96,
+) -> Generator[Graded, None, None]:
+    """`grade`, on all nodes of a cluster.
+
+    The evaluator's file has to be on every node at the same path, with the same contents.
+
+    Args:
+        items, evaluator, timeout: as for `grade`.
+        address: see `NodeActors`.
+        workers: processes per node for a sync evaluator. None: as many as the node has CPUs.
+        max_concurrency: calls of an async evaluator in flight, over all nodes.
+
+    Raises:
+        RayEngineError: Ray is not installed, there is no cluster, or a node cannot load the
+            evaluator.
+        GradingError, ValueError: as for `grade`.
+    """
+    # Checks the options; nothing runs until the first result is asked for.
+    grade((), evaluator, workers=workers, timeout=timeout, max_concurrency=max_concurrency).close()
+
+    def work(node: Node) -> Work:
+        limits = {"spec": evaluator.spec, "fingerprint": evaluator.fingerprint, "timeout": timeout}
+        arguments = {**limits, "cwd": os.getcwd()}
+        if evaluator.is_async:
+            return Work(LoopGrader, arguments, cpus=1, calls=max_concurrency)
+        size = node.cpus if workers is None else workers
+        queued = size * _QUEUED_PER_WORKER
+        return Work(PoolGrader, {**arguments, "workers": size}, size, calls=size, queued=queued)
+
+    return _Run(NodeActors(address, work), max_concurrency if evaluator.is_async else None).run(
+        iter(items)
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Sent:
+    """An item that is at a node."""
+
+    item: GradingItem
+    losses: int
+    """Nodes that were lost under it before."""
+    actor: NodeActor
+    answer: Future[Graded]
+
+
+class _Run:
+    """Items, and where they are. All on the caller's thread."""
+
+    def __init__(self, actors: NodeActors, most: int | None) -> None:
+        self._actors = actors
+        self._most = most
+        """Calls in flight; None: as many as the actors have room for."""
+        self._in_flight = 0
+        self._again: deque[tuple[GradingItem, int]] = deque()
+        self._done: queue.SimpleQueue[_Sent] = queue.SimpleQueue()
+
+    def run(self, items: Iterator[GradingItem]) -> Generator[Graded, None, None]:
+        try:
+            self._actors.connect()
+            while self._fill(items) or self._in_flight:
+                try:
+                    # Not for good: nodes may have joined or become ready.
+                    sent = self._done.get(timeout=EAGER_SECONDS)
+                except queue.Empty:
+                    continue
+                graded = self._take(sent)
+                if graded is not None:
+                    yield graded
+        finally:
+            self._actors.close()
+
+    def _fill(self, items: Iterator[GradingItem]) -> bool:
+        """Hand out what there is room for; whether there may be more."""
+        while self._most is None or self._in_flight < self._most:
+            actor = self._actors.free()
+            if actor is None:
+                return True
+            if self._again:
+                item, losses = self._again.popleft()
+            elif (following := next(items, None)) is not None:
+                item, losses = following, 0
+            else:
+                return False
+            self._send(item, losses, actor)
+        return True
+
+    def _send(self, item: GradingItem, losses: int, actor: NodeActor) -> None:
+        answer = actor.handle.grade.remote(item.views).future()
+        sent = _Sent(item, losses, actor, answer)
+        actor.busy += 1
+        self._in_flight += 1
+        answer.add_done_callback(lambda _: self._done.put(sent))
+
+    def _take(self, sent: _Sent) -> Graded | None:
+        """What became of an item; None: it has to be judged again."""
+        sent.actor.busy -= 1
+        self._in_flight -= 1
+        try:
+            graded = sent.answer.result()
+        except GradingError as error:
+            # Ray's error is of that type too, and its message a traceback.
+            raise GradingError(str(getattr(error, "cause", error))) from None
+        except self._actors.gone as error:
+            self._actors.lost(sent.actor)
+            if sent.losses + 1 < MOST_LOSSES:
+                self._again.append((sent.item, sent.losses + 1))
+                return None
+            how = f"its Ray node was lost {MOST_LOSSES} times ({type(error).__name__})"
+            return all_unscored(sent.item, how, 0.0)
+        return dataclasses.replace(graded, key=sent.item.key)
+
+
+@dataclass(slots=True)
+class _Grader:
+    """What the actors have in common."""
+
+    spec: str
+    fingerprint: str
+    timeout: float | None
+    cwd: str
+
+    def load(self) -> LoadedEvaluator:
+        os.chdir(self.cwd)
+        loaded = load_evaluator(self.spec)
+        if loaded.fingerprint != self.fingerprint:
+            raise GradingError(f"{self.spec} is not the same file as where the run was started")
+        return loaded
+
+
+@dataclass(slots=True)
+class PoolGrader(_Grader):
+    """Judges with a sync evaluator. Each of its threads has a worker process."""
+
+    workers: int
+    _pools: Any = None
+
+    def ready(self) -> None:
+        loaded = self.load()
+        self._pools = queue.SimpleQueue[Pool]()
+        for _ in range(self.workers):
+            self._pools.put(Pool(loaded, 1, self.timeout))
+
+    def grade(self, views: tuple[bytes, ...]) -> Graded:
+        pool: Pool = self._pools.get()
+        try:
+            (graded,) = pool.run(iter([GradingItem(None, views)]))
+        finally:
+            self._pools.put(pool)
+        return graded
+
+
+@dataclass(slots=True)
+class LoopGrader(_Grader):
+    """Judges with an async evaluator, all calls in the actor's event loop."""
+
+    _judge: Any = None
+
+    async def ready(self) -> None:
+        from eval_protocol_rft.scoring.executors._call import Judge
+
+        self._judge = Judge.of(self.load())
+
+    async def grade(self, views: tuple[bytes, ...]) -> Graded:
+        import pytest
+
+        from eval_protocol_rft.scoring.executors._in_loop import judge_in_time
+
+        began = time.monotonic()
+        try:
+            results = await judge_in_time(self._judge, views, self.timeout)
+        except pytest.exit.Exception as error:
+            raise GradingError(f"{self.spec}: the evaluator ended the run: {error}") from error
+        return Graded(None, results, time.monotonic() - began)

@@ -1,0 +1,233 @@
+"""What each algorithm is made of: one table.
+
+Invariant: every threshold that the wire knows is sent explicitly, as an absolute bound on the
+ratio: eps = 0.2 is `clip_low_threshold` 0.8 and `clip_high_threshold` 1.2.
+
+An algorithm here is an advantage estimator and a server-side loss. The paper's normalisation is
+stated, not applied: see `datums` for who divides, and when.
+
+The choices behind a batch, checked together before any row is read.
+
+Invariant: options that contradict each other are an error here, not a surprise in the data.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypedDict, get_args
+
+from numpy.typing import NDArray
+
+from eval_protocol_rft.training import _advantages as advantages
+from eval_protocol_rft.training._datums import Normalization
+from eval_protocol_rft.training._errors import TrainingDataError
+from eval_protocol_rft.training._filters import Filters
+
+Estimator = Callable[[NDArray[Any]], NDArray[Any]]
+"""[P, G] rewards (NaN: missing) to [P, G] advantages; [P, G, K] in where components are used.
+A function of `advantages`, one with its arguments bound (`functools.partial`), or your own."""
+
+ConfigValue = float | str | bool
+
+_COUNT_ALONE = (advantages.reinforce, advantages.reinforce_pp)
+"""Estimators under which a completion trains without others in its group."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Algorithm:
+    """One row of the table."""
+
+    estimator: Estimator
+    loss_fn: str
+    """Name of the loss on the wire."""
+    loss_fn_config: Mapping[str, float]
+    """Its thresholds, absolute."""
+    paper_normalization: Normalization
+    """How the paper divides the sum over tokens."""
+    source: str
+
+
+_CLIP = {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}
+
+ALGORITHMS: Mapping[str, Algorithm] = {
+    "grpo": Algorithm(
+        estimator=advantages.grpo,
+        loss_fn="ppo",
+        loss_fn_config=_CLIP,
+        paper_normalization="sequence",
+        source="Shao et al. 2024, arXiv:2402.03300, eq. 3, without its KL term",
+    ),
+    "dapo": Algorithm(
+        # Without dual clip, DAPO's objective is ppo with a higher upper bound.
+        estimator=advantages.grpo,
+        loss_fn="ppo",
+        loss_fn_config={"clip_low_threshold": 0.8, "clip_high_threshold": 1.28},
+        paper_normalization="token",
+        source="Yu et al. 2025, arXiv:2503.14476, eq. 8",
+    ),
+    "dr_grpo": Algorithm(
+        estimator=advantages.dr_grpo,
+        loss_fn="ppo",
+        loss_fn_config=_CLIP,
+        paper_normalization="constant",
+        source="Liu et al. 2025, arXiv:2503.20783, section 3.2",
+    ),
+    "cispo": Algorithm(
+        estimator=advantages.grpo,
+        loss_fn="cispo",
+        loss_fn_config={"clip_low_threshold": 0.0, "clip_high_threshold": 4.0},
+        paper_normalization="token",
+        source="MiniMax 2025, arXiv:2506.13585, eq. 4; the paper gives no bounds",
+    ),
+    "gspo": Algorithm(
+        estimator=advantages.grpo,
+        loss_fn="gspo",
+        loss_fn_config={"clip_low_threshold": 1 - 3e-4, "clip_high_threshold": 1 + 4e-4},
+        paper_normalization="sequence",
+        source="Zheng et al. 2025, arXiv:2507.18071, eq. 5; bounds of section 5.1",
+    ),
+    "rloo": Algorithm(
+        estimator=advantages.rloo,
+        loss_fn="importance_sampling",
+        loss_fn_config={},
+        paper_normalization="none",
+        source="Ahmadian et al. 2024, arXiv:2402.14740, section 2",
+    ),
+    "importance_sampling": Algorithm(
+        estimator=advantages.dr_grpo,
+        loss_fn="importance_sampling",
+        loss_fn_config={},
+        paper_normalization="none",
+        source="policy gradient with importance weights, rewards centred per group",
+    ),
+    "reinforce": Algorithm(
+        estimator=advantages.reinforce,
+        loss_fn="reinforce",
+        loss_fn_config={},
+        paper_normalization="none",
+        source="Williams 1992, eq. 4; the server needs the capability supports_reinforce",
+    ),
+    "dro": Algorithm(
+        estimator=advantages.dr_grpo,
+        loss_fn="dro",
+        loss_fn_config={"beta": 0.05},
+        paper_normalization="none",
+        source="Richemond et al. 2024, arXiv:2405.19107, with the group mean as value",
+    ),
+}
+
+
+def find_algorithm(name: str) -> Algorithm:
+    """The row of the table, or a TrainingDataError that lists the names."""
+    if name not in ALGORITHMS:
+        raise TrainingDataError(f"unknown algorithm {name!r}; there are {', '.join(ALGORITHMS)}")
+    return ALGORITHMS[name]
+
+
+def is_group_relative(estimator: Estimator) -> bool:
+    """Whether a completion needs others in its group to have an advantage."""
+    function: Any = estimator
+    while isinstance(function, functools.partial):
+        function = function.func
+    return function not in _COUNT_ALONE
+
+
+def merged_config(
+    algorithm: Algorithm, overrides: Mapping[str, ConfigValue] | None
+) -> dict[str, ConfigValue]:
+    """The table's thresholds with the caller's in their place; other keys travel as they are.
+
+    Raises:
+        TrainingDataError: a threshold is no absolute bound around 1.
+    """
+    config: dict[str, ConfigValue] = {**algorithm.loss_fn_config, **(overrides or {})}
+    low, high = config.get("clip_low_threshold"), config.get("clip_high_threshold")
+    for name, value, fits in (
+        ("clip_low_threshold", low, low is None or 0 <= float(low) <= 1),
+        ("clip_high_threshold", high, high is None or float(high) >= 1),
+    ):
+        if not fits:
+            raise TrainingDataError(
+                f"loss_fn_config[{name!r}] is {value}: thresholds are absolute bounds on the "
+                "ratio, so eps_low 0.2 and eps_high 0.28 are 0.8 and 1.28"
+            )
+    return config
+
+
+BiasedSampling = Literal["warn", "refuse"]
+
+
+class BatchArguments(TypedDict, total=False):
+    """`BatchOptions` as keyword arguments."""
+
+    algorithm: str
+    estimator: Estimator | None
+    components: tuple[str, ...]
+    loss_fn_config: Mapping[str, ConfigValue] | None
+    normalization: Normalization
+    constant_length: int | None
+    filters: Filters
+    biased_sampling: BiasedSampling
+    pass_threshold: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchOptions:
+    """How rows become a batch; each is documented at `build_batch`."""
+
+    algorithm: str = "grpo"
+    estimator: Estimator | None = None
+    components: tuple[str, ...] = ()
+    loss_fn_config: Mapping[str, ConfigValue] | None = None
+    normalization: Normalization = "none"
+    constant_length: int | None = None
+    filters: Filters = field(default_factory=Filters)
+    biased_sampling: BiasedSampling = "warn"
+    pass_threshold: float = 1.0
+
+    def __post_init__(self) -> None:
+        merged_config(find_algorithm(self.algorithm), self.loss_fn_config)
+        _one_of("normalization", self.normalization, get_args(Normalization))
+        _one_of("biased_sampling", self.biased_sampling, get_args(BiasedSampling))
+        length = self.constant_length
+        wanted = self.normalization == "constant"
+        if wanted != (length is not None) or (length is not None and length < 1):
+            raise TrainingDataError(
+                'normalization="constant" and constant_length (L in tokens, at least 1, the same '
+                f"for the whole run) go together; got {self.normalization!r} and {length}"
+            )
+        if self.components and self.estimator is None:
+            raise TrainingDataError(
+                "components= needs an estimator of several rewards: estimator=advantages.gdpo"
+            )
+        if self.components and self.filters.soft_overlong is not None:
+            raise TrainingDataError(
+                "soft_overlong shapes the reward, which an estimator of components does not read"
+            )
+
+    @property
+    def advantage(self) -> Estimator:
+        """The estimator in force."""
+        return self.estimator or find_algorithm(self.algorithm).estimator
+
+    @property
+    def relative(self) -> bool:
+        """Whether a completion needs others in its group."""
+        return is_group_relative(self.advantage)
+
+    @property
+    def loss_fn(self) -> str:
+        """The loss on the wire."""
+        return find_algorithm(self.algorithm).loss_fn
+
+    @property
+    def thresholds(self) -> dict[str, ConfigValue]:
+        """The loss's configuration in force."""
+        return merged_config(find_algorithm(self.algorithm), self.loss_fn_config)
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise TrainingDataError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")

@@ -1,0 +1,196 @@
+"""One training example in target-token coordinates, and how per-token losses are weighed.
+
+Invariant: all arrays of a datum have length T = N-1 for a sequence of N tokens; position t is about
+predicting token t+1 from tokens 0..t. Positions that the policy did not sample (prompt, tool
+output) hold 0.0 in `logprobs`, `advantages` and `weights`; every sampled token, the end-of-turn
+token included, is a target.
+
+How a consumer reads a datum. The loss of a batch is
+
+    sum over datums, sum over t of   weights[t] * loss_t(advantages[t], logprobs[t], ...)
+
+and nothing divides it again. `advantages` is the bare estimate, the same at every sampled token of
+a sequence, in all its segments. `weights` is the loss mask times the normalisation factor, so
+`weights != 0` is the mask. With `normalization="none"`, the default, `weights` is exactly the 0/1
+mask and the trainer divides, once; with any other choice the division is already in `weights` and
+the trainer must not divide again.
+
+A built-in loss that takes no weights (ppo, cispo, importance_sampling, gspo, reinforce on the
+wire) is given `folded_advantages()`, that is advantages * weights: these losses scale with a
+positive factor on the advantage, so this is the same loss. It is not for a loss with a term
+beside the advantage (dro): send that one unweighted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from eval_protocol_rft.training._trajectory import NO_COMPONENTS, Segment, Trajectory
+
+if TYPE_CHECKING:
+    from eval_protocol_rft.training._trajectory import FloatArray, IntArray
+
+Normalization = Literal["none", "token", "sequence", "constant"]
+"""Factor of the weights of a sequence with T_i sampled tokens, in a batch of S sequences. An
+episode of several segments is one sequence, T_i its sampled tokens in all of them, and the factor
+the same in each of its datums:
+
+- none: 1. The loss is a sum over tokens; the trainer divides.
+- token: 1 / sum_i T_i. The mean over all sampled tokens (DAPO).
+- sequence: 1 / (S T_i). The mean over sequences of the mean over their tokens (GRPO).
+- constant: 1 / (S L), with one L for the whole run (Dr.GRPO): no length bias.
+"""
+
+
+class TrainingDatum(msgspec.Struct, frozen=True, kw_only=True, eq=False, gc=False):
+    """One segment of a sequence, ready for a loss. T = N-1 targets.
+
+    A sequence has one segment, unless it is an episode whose history was rewritten between turns:
+    then each of its datums has its reward and its advantage.
+
+    The arrays are views into buffers shared with other datums, and `input_tokens` and
+    `target_tokens` overlap: read them, copy before you write.
+    """
+
+    input_tokens: IntArray
+    """[T] int64, tokens[:-1]."""
+    target_tokens: IntArray
+    """[T] int64, tokens[1:]."""
+    logprobs: FloatArray
+    """[T] float32, sampling logprobs (nats) of the targets; 0.0 where not sampled."""
+    advantages: FloatArray
+    """[T] float32, the advantage at sampled targets; 0.0 elsewhere. Holds no normalisation."""
+    weights: FloatArray
+    """[T] float32, loss mask times normalisation factor: 0.0 where not sampled, and a positive
+    constant of this sequence at sampled targets (1.0 with `normalization="none"`)."""
+    prompt_length: int
+    """Tokens before the first sampled one: `target_tokens[prompt_length - 1]` is the first sampled
+    token. Between further turns stand tokens that were not sampled; `mask` knows them."""
+    reward: float
+    """The reward that the advantage came from, after shaping."""
+    truncated: bool
+    """The completion, or the last turn of the episode, was cut off at max_tokens."""
+    group: int
+    """Index of the prompt group within its batch."""
+    row_id: str | None
+    """The dataset row it came from."""
+    completion: int
+    """Place among the completions asked for in that row's rollout."""
+    segment: int = 0
+    """Place among the segments of its episode."""
+    components: Mapping[str, float | None] = NO_COMPONENTS
+    """The further scores that the advantage came from, by name; None where there is none. Empty
+    where it came from the reward, and in batches that were read from files."""
+
+    def __len__(self) -> int:
+        """T, the number of targets."""
+        return len(self.target_tokens)
+
+    @property
+    def mask(self) -> NDArray[np.bool_]:
+        """[T] True at sampled targets: where the loss acts."""
+        mask: NDArray[np.bool_] = self.weights != 0
+        return mask
+
+    def folded_advantages(self) -> FloatArray:
+        """[T] advantages * weights, for a consumer without a weights input. A new array."""
+        return self.advantages * self.weights
+
+
+class Example(NamedTuple):
+    """One sequence to pack: a datum for each of its segments."""
+
+    trajectory: Trajectory
+    advantage: float
+    reward: float
+    group: int
+    components: Mapping[str, float | None] = NO_COMPONENTS
+
+
+def pack(
+    examples: Sequence[Example], *, normalization: Normalization, constant_length: int | None = None
+) -> list[TrainingDatum]:
+    """Bring S sequences into target coordinates.
+
+    Tokens and logprobs are views of the segments' own arrays, and so are the weights where they
+    are the bare loss mask. What is new lies in one buffer for the whole batch.
+
+    Args:
+        examples: the sequences with their advantages, in order.
+        normalization: how the loss is divided.
+        constant_length: L of the constant normalisation, in tokens.
+
+    Returns:
+        A datum per segment; those of one sequence stand together.
+    """
+    size = sum(target_count(example.trajectory) for example in examples)
+    sampled = np.array([example.trajectory.total_sampled for example in examples], np.int64)
+    factors = weight_factors(sampled, normalization, constant_length)
+    advantages = np.zeros(size, np.float32)
+    weights = np.zeros(0 if normalization == "none" else size, np.float32)
+    datums: list[TrainingDatum] = []
+    stop = 0
+    for (trajectory, advantage, reward, group, components), factor in zip(
+        examples, factors, strict=True
+    ):
+        for place, segment in enumerate(trajectory.segments):
+            start, stop = stop, stop + len(segment.tokens) - 1
+            if normalization != "none":
+                spread(factor, segment, weights[start:stop])
+            spread(advantage, segment, advantages[start:stop])
+            datums.append(
+                TrainingDatum(
+                    input_tokens=segment.tokens[:-1],
+                    target_tokens=segment.tokens[1:],
+                    logprobs=segment.logprobs[1:],
+                    advantages=advantages[start:stop],
+                    weights=(
+                        segment.loss_mask[1:] if normalization == "none" else weights[start:stop]
+                    ),
+                    prompt_length=segment.prompt_length,
+                    reward=reward,
+                    truncated=trajectory.truncated,
+                    group=group,
+                    row_id=trajectory.row_id,
+                    completion=trajectory.completion,
+                    segment=place,
+                    components=components,
+                )
+            )
+    return datums
+
+
+def target_count(trajectory: Trajectory) -> int:
+    """Targets of the datums that a sequence gives."""
+    return sum(len(segment.tokens) - 1 for segment in trajectory.segments)
+
+
+def spread(value: float, segment: Segment, zeros: FloatArray) -> None:
+    """Write `value` at the sampled targets of a segment, into [T] zeros."""
+    prompt = segment.prompt_length
+    if prompt + segment.num_sampled == len(segment.tokens):
+        zeros[prompt - 1 :] = value  # one run of sampled tokens, up to the end
+    else:
+        np.multiply(segment.loss_mask[1:], np.float32(value), out=zeros)
+
+
+def weight_factors(
+    sampled: IntArray, normalization: Normalization, constant_length: int | None
+) -> FloatArray:
+    """[S] float32 factor of each sequence, from its number of sampled tokens."""
+    if normalization == "none":
+        factors = np.ones(len(sampled))
+    elif normalization == "token":
+        factors = np.full(len(sampled), 1.0 / max(int(sampled.sum()), 1))
+    elif normalization == "sequence":
+        factors = 1.0 / (len(sampled) * sampled)
+    elif constant_length is None:
+        raise ValueError('normalization="constant" needs constant_length')
+    else:
+        factors = np.full(len(sampled), 1.0 / (len(sampled) * constant_length))
+    return factors.astype(np.float32)
