@@ -12,7 +12,6 @@ from typing import Any, Literal
 import msgspec
 
 from eval_protocol_rft._episode_record import EpisodeRecord, SegmentRecord, episodes_problem
-from eval_protocol_rft.rollout import recorded_answers
 from eval_protocol_rft.sampling import Failure, FinishReason, token_data_problem
 
 SCHEMA_VERSION = 1
@@ -223,14 +222,6 @@ class RolloutRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Fal
             completion_ids=self.completion_ids,
             logprobs=self.inference_logprobs,
             finish_reasons=self.finish_reasons,
-        )
-
-    def answers(self) -> list[dict[str, Any]]:
-        """[G] the assistant's message of each completion; of episodes, of each first turn."""
-        return recorded_answers(
-            self.completions_text,
-            self.completion_messages,
-            split_reasoning=self.sampling.split_reasoning,
         )
 
     def to_extra(self) -> dict[str, Any]:

@@ -12,16 +12,18 @@ import asyncio
 import contextlib
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from eval_protocol.models import EvaluationRow
+import msgspec
+from eval_protocol.models import EvaluationRow, Message
 from eval_protocol.pytest.types import RolloutProcessorConfig
 
 from eval_protocol_rft.episodes._conversation import OnRewrite, Openings
 from eval_protocol_rft.episodes._environment import Environment, EpisodeLimits
 from eval_protocol_rft.episodes._episode import Episode, EpisodeRun
+from eval_protocol_rft.record import TokenTurnTrace
 from eval_protocol_rft.rollout import (
     PROMPT_IDS_KEY,
     FireworksTrainingRolloutProcessor,
@@ -30,9 +32,10 @@ from eval_protocol_rft.rollout import (
     RowJob,
     Ticket,
     _LoopState,
-    commit_episodes,
+    build_record,
     observe_attempt,
     prompt_ids_of,
+    put_on_row,
 )
 from eval_protocol_rft.sampling import (
     Failure,
@@ -114,17 +117,50 @@ class EpisodeRolloutProcessor(FireworksTrainingRolloutProcessor):
         )
         self._require_survivors(row, job.request, group)
         _require_one_prompt(row, episodes)
-        commit_episodes(
-            row,
+        self._commit(row, job, group, episodes)
+        return row
+
+    def _commit(
+        self, row: EvaluationRow, job: RowJob, group: Group, episodes: Sequence[Episode]
+    ) -> None:
+        """Put episodes on their row; `group` holds the first turn of each. The row's messages
+        become those of the first episode."""
+        first = episodes[0]
+        record = build_record(
             group,
-            episodes,
-            request=job.request,
-            tokenizer=job.tokenizer,
+            first.first_prompt,
+            job.request,
+            job.tokenizer,
+            reader=None,
+            asked=row.messages,
             split_reasoning=self.split_reasoning,
             began_at=job.began_at,
+        )
+        record = msgspec.structs.replace(
+            record,
+            trajectories=[episode.segments for episode in episodes],
+            episodes=[episode.record for episode in episodes],
+            token_turn_traces=[
+                TokenTurnTrace(
+                    prompt_ids=turn.prompt_ids,
+                    completion_ids=turn.completion_ids,
+                    completion_logprobs=turn.completion_logprobs,
+                    finish_reason=turn.finish_reason,
+                )
+                for turn in first.talk.turns()
+            ],
+        )
+        messages = [Message(**{"content": None, **m}) for m in first.record.messages]
+        put_on_row(
+            row,
+            record,
+            messages,
+            prompt_tokens=sum(episode.talk.sent_tokens for episode in episodes),
+            completion_tokens=sum(episode.sampled_tokens for episode in episodes),
+            finish_reason=first.record.last_finish_reason,
+            tool_calls=sum(len(message.tool_calls or []) for message in messages),
             seconds=time.perf_counter() - job.began,
         )
-        return row
 
     async def _episode(
         self,

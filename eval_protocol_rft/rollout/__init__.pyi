@@ -6,8 +6,9 @@ from ._backends import Backends as Backends
 from ._call_formats import ParseProblem as ParseProblem
 from ._call_formats import ToolFormat as ToolFormat
 from ._chat_template import fields_read as fields_read
-from ._commit import commit_episodes as commit_episodes
+from ._commit import build_record as build_record
 from ._commit import messages_to_answer as messages_to_answer
+from ._commit import put_on_row as put_on_row
 from ._evaluation_run import RUN_KEYWORD as RUN_KEYWORD
 from ._evaluation_run import Outcome as Outcome
 from ._evaluation_run import observe_attempt as observe_attempt

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import msgspec
 from openai.types import CompletionUsage
 
 from eval_protocol_rft.local import LoadedTokenizer
@@ -26,12 +25,14 @@ from eval_protocol_rft.rollout._prompts import (
     as_message,
     chat_finish_reason,
     is_same_answer,
+    recorded_answers,
     rendered_otherwise,
 )
 from eval_protocol_rft.rollout._redaction import redact_params
 from eval_protocol_rft.sampling import (
     WAIT_FOR_ALL,
     Completion,
+    FinishReason,
     Group,
     TailPolicy,
     TokenIds,
@@ -41,7 +42,6 @@ from eval_protocol_rft.sampling import (
 if TYPE_CHECKING:
     from eval_protocol.models import EvaluationRow, Message
 
-    from eval_protocol_rft.episodes import Episode
 
 _T = TypeVar("_T")
 _OWN_KEYS = frozenset(RolloutRecord.__struct_fields__)
@@ -74,10 +74,48 @@ def commit_group(
         began_at=began_at,
         tail=tail,
     )
-    answer = as_message(record.answers()[0])
-    said = [*messages, answer]
-    prompt_tokens = len(prompt) * len(record)
-    completion_tokens = sum(map(len, record.completion_ids))
+    answer = _first_answer(record)
+    put_on_row(
+        row,
+        record,
+        [*messages, answer],
+        prompt_tokens=len(prompt) * len(record),
+        completion_tokens=sum(map(len, record.completion_ids)),
+        finish_reason=record.finish_reasons[0],
+        tool_calls=len(answer.tool_calls or []),
+        seconds=seconds,
+    )
+
+
+def _first_answer(record: RolloutRecord) -> Message:
+    """The assistant's message of the first completion."""
+    split = record.sampling.split_reasoning
+    texts, messages = record.completions_text, record.completion_messages
+    (answer,) = recorded_answers(texts[:1], messages and messages[:1], split_reasoning=split)
+    return as_message(answer)
+
+
+def put_on_row(
+    row: EvaluationRow,
+    record: RolloutRecord,
+    messages: list[Message],
+    *,
+    prompt_tokens: int,
+    completion_tokens: int,
+    finish_reason: FinishReason,
+    tool_calls: int,
+    seconds: float,
+) -> None:
+    """Put a record on its row, in one step: messages, `extra`, usage and what Eval Protocol's own
+    processors say of a rollout. Keys of `extra` that are not of the record stay.
+
+    Args:
+        messages: of the whole row, those to answer included.
+        prompt_tokens, completion_tokens: as they were sent and sampled, over all completions.
+        finish_reason: of the last answer in `messages`.
+        tool_calls: in them.
+        seconds: that the rollout took.
+    """
     usage = CompletionUsage(
         prompt_tokens=prompt_tokens,
         completion_tokens=completion_tokens,
@@ -86,73 +124,14 @@ def commit_group(
     metadata = row.execution_metadata
     # A row that was rolled out before may carry an older record, scores included: not of these.
     foreign = {k: v for k, v in (metadata.extra or {}).items() if k not in _OWN_KEYS}
-    extra = {**foreign, **_with_payloads(record, said)}
+    extra = {**foreign, **_with_payloads(record, messages)}
+    reason = chat_finish_reason(finish_reason, messages[-1].tool_calls)
 
-    row.messages = said
+    row.messages = messages
     metadata.extra = extra
     metadata.usage = usage
-    metadata.finish_reason = chat_finish_reason(record.finish_reasons[0], answer.tool_calls)
-    metadata.tool_call_count = len(answer.tool_calls or [])
-    metadata.rollout_duration_seconds = seconds
-
-
-def commit_episodes(
-    row: EvaluationRow,
-    group: Group,
-    episodes: Sequence[Episode],
-    *,
-    request: RolloutRequest,
-    tokenizer: LoadedTokenizer,
-    split_reasoning: bool,
-    began_at: float,
-    seconds: float,
-) -> None:
-    """Put episodes on their row; `group` holds the first turn of each. The row's messages become
-    those of the first episode."""
-    record = build_record(
-        group,
-        episodes[0].first_prompt,
-        request,
-        tokenizer,
-        reader=None,
-        asked=row.messages,
-        split_reasoning=split_reasoning,
-        began_at=began_at,
-    )
-    record = msgspec.structs.replace(
-        record,
-        trajectories=[episode.segments for episode in episodes],
-        episodes=[episode.record for episode in episodes],
-        token_turn_traces=[
-            TokenTurnTrace(
-                prompt_ids=turn.prompt_ids,
-                completion_ids=turn.completion_ids,
-                completion_logprobs=turn.completion_logprobs,
-                finish_reason=turn.finish_reason,
-            )
-            for turn in episodes[0].talk.turns()
-        ],
-    )
-    from eval_protocol.models import Message
-
-    prompt_tokens = sum(episode.talk.sent_tokens for episode in episodes)
-    completion_tokens = sum(episode.sampled_tokens for episode in episodes)
-    metadata = row.execution_metadata
-    foreign = {k: v for k, v in (metadata.extra or {}).items() if k not in _OWN_KEYS}
-    said = [Message(**{"content": None, **m}) for m in episodes[0].record.messages]
-    extra = {**foreign, **_with_payloads(record, said)}
-
-    row.messages = said
-    metadata.extra = extra
-    metadata.usage = CompletionUsage(
-        prompt_tokens=prompt_tokens,
-        completion_tokens=completion_tokens,
-        total_tokens=prompt_tokens + completion_tokens,
-    )
-    metadata.finish_reason = chat_finish_reason(
-        episodes[0].record.last_finish_reason, said[-1].tool_calls
-    )
-    metadata.tool_call_count = sum(len(m.tool_calls or []) for m in row.messages)
+    metadata.finish_reason = reason
+    metadata.tool_call_count = tool_calls
     metadata.rollout_duration_seconds = seconds
 
 
@@ -194,7 +173,7 @@ def _is_answered(row: EvaluationRow) -> bool:
     except RecordError:
         return False
     last = row.messages[-1] if row.messages else None
-    return last is not None and is_same_answer(last, as_message(record.answers()[0]))
+    return last is not None and is_same_answer(last, _first_answer(record))
 
 
 def first_policy_versions(completions: Sequence[Completion]) -> list[str | None]:
