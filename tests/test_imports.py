@@ -1,4 +1,4 @@
-"""What does not need Eval Protocol or torch does not pay for importing them."""
+"""What does not need Eval Protocol, torch or matplotlib does not pay for importing them."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ LIGHT = [
     "import eval_protocol_rft.sampling._http",
     "import eval_protocol_rft.sampling._fanout",
     "import eval_protocol_rft.report._terminal",
+    "from eval_protocol_rft.report import write_report, write_training_report",
     "import eval_protocol_rft.cli",
     "import eval_protocol_rft.training",
     "import eval_protocol_rft.data._generate",
@@ -23,7 +24,7 @@ LIGHT = [
     "import eval_protocol_rft.loop._scheduler",
     "from eval_protocol_rft import SamplingParams, RetryPolicy, RolloutRecord",
 ]
-HEAVY = ("eval_protocol", "litellm", "torch", "transformers")
+HEAVY = ("eval_protocol", "litellm", "torch", "transformers", "matplotlib")
 
 
 def test_light_modules_stay_light() -> None:

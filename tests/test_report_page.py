@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import re
+import sys
 from pathlib import Path
 
 import msgspec
@@ -20,14 +21,10 @@ from typer.testing import CliRunner
 
 from eval_protocol_rft.data.rollouts._format import RewardSettings, SamplingSettings
 from eval_protocol_rft.data.rollouts._rows import CompletionRow, Score
-from eval_protocol_rft.report._page import visible, write_report
-from eval_protocol_rft.report._page_detail import embedded_json, prompt_start
-from eval_protocol_rft.report._page_stats import (
-    ColumnTotals,
-    ReportError,
-    ReportTotals,
-    group_stats,
-)
+from eval_protocol_rft.report._html import ReportError, embedded_json, visible
+from eval_protocol_rft.report._page import write_report
+from eval_protocol_rft.report._page_detail import prompt_start
+from eval_protocol_rft.report._page_stats import ColumnTotals, ReportTotals
 from tests.report_page_rows import (
     END,
     HOSTILE,
@@ -110,9 +107,9 @@ def groups(draw: st.DrawFn) -> list[list[CompletionRow]]:
 def test_sums_count_failed_and_unscored_apart_and_pass_at_k_is_over_all_draws(
     data: list[list[CompletionRow]],
 ) -> None:
-    totals = ReportTotals({"reward": ColumnTotals()})
+    totals = ReportTotals({"reward": ColumnTotals()}, pass_threshold=0.5)
     for group in data:
-        totals.add(group_stats(group, ["reward"], pass_threshold=0.5))
+        totals.add(group)
     rows = [row for group in data for row in group]
     rewards = [row.reward for row in rows if row.reward is not None]
     column = totals.columns["reward"]
@@ -458,3 +455,18 @@ def test_the_command_ends_with_one_line_where_something_is_wrong(tmp_path: Path)
         assert code == 1
         assert words in err
         assert err.count("\n") == 1
+
+
+def test_without_matplotlib_one_line_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = dataset(tmp_path, [completion(0, 0)]).path
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "settings.json").write_text("{}")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for what in (path, tmp_path / "run"):
+        code, _, err = run(str(what))
+        assert code == 1
+        assert "pip install matplotlib" in err
+        assert err.count("\n") == 1
+    assert not list(tmp_path.rglob("*.html"))

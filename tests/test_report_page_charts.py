@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections import Counter
 
+import matplotlib
 import numpy as np
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from eval_protocol_rft.report._charts import (
-    FRAME,
+from eval_protocol_rft.report._charts import histogram, pass_curve
+from eval_protocol_rft.report._page_stats import (
     Bin,
-    bar_chart,
-    curve_chart,
+    PassPoint,
     length_bins,
     nice_step,
     reward_bins,
 )
-from eval_protocol_rft.report._page_stats import PassPoint
+from eval_protocol_rft.report._svg import theme
+from tests.drawings import BOTTOM, LEFT, RIGHT, TOP, Drawing
 
 REWARDS = st.lists(st.floats(-1e9, 1e9) | st.sampled_from([0.0, 0.1, 0.3, 1.0]), min_size=1)
 
@@ -74,43 +78,106 @@ def test_a_nice_step_is_round_and_the_smallest_that_does(span: float, parts: int
     assert step < 2.5 * span / parts * (1 + 1e-6)
 
 
+@settings(max_examples=15)
 @given(st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 10**6)), min_size=1, max_size=40))
 def test_bars_are_as_high_as_their_counts_and_stay_inside(pairs: list[tuple[int, int]]) -> None:
     bins = [Bin(i, i + 1, rest + cut, cut) for i, (rest, cut) in enumerate(pairs)]
-    chart = bar_chart(bins)
-    # The topmost label on the y axis says how much a unit of height counts.
-    top = chart.y_ticks[-1]
-    unit = (FRAME.bottom - top.at) / float(top.label.replace(",", ""))
-    for bar, b in zip(chart.bars, bins, strict=True):
-        assert bar.height + bar.marked_height == pytest.approx(b.count * unit)
-        assert bar.marked_height == pytest.approx(b.marked * unit)
-        assert bar.y + bar.height == pytest.approx(bar.marked_y)
-        assert bar.y >= FRAME.top - 1e-6
-        assert FRAME.left <= bar.x
-        assert bar.x + bar.width <= FRAME.right
-    for left, right in zip(chart.bars, chart.bars[1:], strict=False):
-        assert left.x + left.width < right.x
+    drawn = Drawing(histogram("h", "H", bins, label="x", marked="cut", nothing="").svg)
+    rounding = 2e-4 * max(1, *(b.count for b in bins))
+    right = LEFT - 0.01
+    for i, b in enumerate(bins):
+        low, high = drawn.height(f"h-marked-{i}")
+        assert (low, high) == pytest.approx((0, b.marked), abs=rounding)
+        low, high = drawn.height(f"h-bar-{i}")
+        if b.count > b.marked:
+            assert (low, high) == pytest.approx((b.marked, b.count), abs=rounding)
+        points = [p for part in ("marked", "bar") for c in drawn.pieces(f"h-{part}-{i}") for p in c]
+        for x, y in points:
+            assert right < x < RIGHT
+            assert TOP - 0.01 <= y <= BOTTOM
+        right = max([right, *(x for x, _ in points)])
 
 
 def test_ranges_are_labelled_at_round_edges() -> None:
-    chart = bar_chart(length_bins({(n, False): 1 for n in range(20, 201)}), whole_numbers=True)
-    assert [tick.label for tick in chart.x_ticks] == ["50", "100", "150", "200"]
-    assert chart.bars[0].label == "20 to 29"
+    bins = length_bins({(n, n > 190): 1 for n in range(20, 201)})
+    chart = histogram(
+        "h", "H", bins, label="tokens", marked="truncated", whole_numbers=True, nothing=""
+    )
+    drawn = Drawing(chart.svg)
+    assert drawn.x_labels == ["50", "100", "150", "200"]
+    assert chart.numbers[:2] == [["tokens", "completions", "truncated"], ["20 to 29", "10", "0"]]
+    assert "190 to 199: 10, 9 of them truncated" in drawn.titles
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 8, 64, 100])
 def test_the_curve_runs_from_one_to_n(n: int) -> None:
-    chart = curve_chart([PassPoint(k, k / n, 3) for k in range(1, n + 1)])
-    assert len(chart.dots) == n
-    assert [chart.x_ticks[0].label, chart.x_ticks[-1].label] == (
-        ["1", str(n)] if n > 1 else ["1"] * 2
+    chart = pass_curve("p", [PassPoint(k, k / n, 3) for k in range(1, n + 1)], nothing="")
+    drawn = Drawing(chart.svg)
+    dots = drawn.dots("p-0")
+    assert len(dots) == n
+    assert [drawn.value(y) for _, y in dots] == pytest.approx(
+        [k / n for k in range(1, n + 1)], abs=1e-4
     )
-    assert chart.dots[-1].y == pytest.approx(FRAME.top)
-    xs = [dot.x for dot in chart.dots]
+    assert [drawn.x_labels[0], drawn.x_labels[-1]] == (["1", str(n)] if n > 1 else ["1"] * 2)
+    xs = [x for x, _ in dots]
     assert xs == sorted(xs)
-    assert all(FRAME.left <= x <= FRAME.right + 1e-6 for x in xs)
+    assert all(LEFT <= x <= RIGHT for x in xs)
+    assert drawn.titles[-1] == f"pass@{n} = 1.0000 over 3 prompts"
+    assert len(drawn.titles) == n
 
 
-def test_nothing_makes_an_empty_chart() -> None:
-    assert bar_chart([]).bars == []
-    assert curve_chart([]).dots == []
+def test_nothing_makes_no_drawing_and_says_why() -> None:
+    for chart in (
+        histogram("h", "H", [], label="x", nothing="no rewards"),
+        pass_curve("p", [], nothing="no rewards"),
+    ):
+        assert (chart.svg, chart.nothing) == ("", "no rewards")
+
+
+def test_equal_numbers_give_equal_bytes_whatever_matplotlib_is_set_to() -> None:
+    def draw() -> str:
+        return histogram("h", "H", [Bin(0, 0, 3), Bin(1, 1, 5, 2)], label="x", nothing="").svg
+
+    before = draw()
+    with matplotlib.rc_context(
+        {"font.size": 40, "axes.grid": False, "svg.fonttype": "path", "xtick.major.size": 9}
+    ):
+        assert draw() == before
+
+
+def test_a_page_without_inline_styles_shows_drawings_whole_and_on_dark_screens() -> None:
+    svg = histogram(
+        "h", "H", [Bin(0, 0, 3), Bin(1, 1, 5, 2)], label="x", marked="m", nothing=""
+    ).svg
+    drawn = Drawing(svg)
+    own = {name for element in drawn.root.iter() for name in element.attrib}
+    assert not own & {"style", "clip-path", "href"}
+    colours = {e.get(part) for e in drawn.root.iter() for part in ("fill", "stroke")}
+    for colour in colours - {None, "none"}:
+        assert f'[fill="{colour}"]' in theme()
+        assert f'[stroke="{colour}"]' in theme()
+    assert not any(
+        element.tag in ("style", "defs", "use", "metadata") for element in drawn.root.iter()
+    )
+
+
+def test_who_cannot_see_a_drawing_is_told_what_it_shows() -> None:
+    drawn = Drawing(histogram("h", "H", [Bin(0, 0, 3), Bin(1, 1, 5)], label="x", nothing="").svg)
+    assert drawn.root.get("role") == "img"
+    assert drawn.root.get("aria-labelledby") == "h-title"
+    about = drawn.root.find(f"desc[@id='{drawn.root.get('aria-describedby')}']")
+    assert about is not None
+    assert about.text == "8 completions"
+
+
+def test_matplotlib_is_silent_where_it_finds_no_folder_for_its_caches() -> None:
+    code = """
+from eval_protocol_rft.report._charts import histogram
+from eval_protocol_rft.report._page_stats import Bin
+print(histogram("h", "H", [Bin(0, 0, 3)], label="x", nothing="").svg[:4])
+"""
+    environment = {**os.environ, "MPLCONFIGDIR": os.devnull}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert (done.stdout, done.stderr) == ("<svg\n", "")

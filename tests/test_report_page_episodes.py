@@ -17,8 +17,8 @@ from eval_protocol_rft.data.conversion._job import convert
 from eval_protocol_rft.episodes._environment import Environment, EpisodeLimits, Step
 from eval_protocol_rft.episodes._processor import EpisodeRolloutProcessor
 from eval_protocol_rft.local._tokenizer import LoadedTokenizer
+from eval_protocol_rft.report._html import ReportError
 from eval_protocol_rft.report._page import write_report
-from eval_protocol_rft.report._page_stats import ReportError
 from eval_protocol_rft.sampling._types import Completion, SamplingParams, TokenIds
 from tests.conversation import templates
 from tests.report_page_rows import Page, dataset

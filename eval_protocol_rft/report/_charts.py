@@ -1,246 +1,413 @@
-"""Geometry of the page's charts. Pure: numbers in, coordinates and labels out; the template draws.
+"""The charts of all pages: histograms, pass@k, lines and layers over the steps of a run.
 
-Invariant: the height of a bar is proportional to its count.
-
-Values counted in bins for the page's histograms. Pure.
-
-Invariant: every value is in exactly one bin.
+Invariant: what is drawn is what was measured. A line joins neighbours only: it breaks where a value
+is missing, and a value without neighbours is a dot. A bar is as high as its count. What the pointer
+tells is never a mean that is only drawn.
 """
 
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from eval_protocol_rft.report._page_stats import PassPoint
+from eval_protocol_rft.report._html import visible
+from eval_protocol_rft.report._page_stats import Bin, PassPoint, nice_step
+from eval_protocol_rft.report._svg import (
+    LARGEST,
+    PLOT,
+    FloatArray,
+    as_file,
+    as_svg,
+    light,
+    linear_axis,
+    log_axis,
+    new_figure,
+    own_settings,
+    plot_axes,
+    steps_axis,
+)
 
-_MOST_SINGLE_VALUES = 12
-"""Up to so many different values each get a bin of their own."""
-_BINS = 20
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-
-@dataclass(frozen=True, slots=True)
-class Bin:
-    """How many values v lie in low <= v < high, or equal low where both are the same."""
-
-    low: float
-    high: float
-    count: int
-    marked: int = 0
-    """Those of `count` to set apart."""
-
-
-def reward_bins(rewards: NDArray[np.float64]) -> list[Bin]:
-    """Each value by itself where there are few, else bins of one width with round edges."""
-    values, counts = np.unique(rewards, return_counts=True)
-    if len(values) <= _MOST_SINGLE_VALUES:
-        return [Bin(float(v), float(v), int(n)) for v, n in zip(values, counts, strict=True)]
-    edges = _edges(float(values[0]), float(values[-1]))
-    place = np.searchsorted(edges, values, side="right") - 1
-    totals = np.bincount(place, weights=counts, minlength=len(edges) - 1)
-    return [
-        Bin(low, high, int(total))
-        for low, high, total in zip(edges[:-1], edges[1:], totals, strict=True)
-    ]
-
-
-def length_bins(lengths: Mapping[tuple[int, bool], int]) -> list[Bin]:
-    """Bins of whole numbers, all of one width; `marked` counts truncated completions.
-
-    Args:
-        lengths: (tokens, truncated) -> completions.
-    """
-    if not lengths:
-        return []
-    low = min(length for length, _ in lengths)
-    high = max(length for length, _ in lengths)
-    step = max(1, round(nice_step(high - low + 1, _BINS)))
-    start = low // step * step
-    totals = [[0, 0] for _ in range((high - start) // step + 1)]
-    for (length, truncated), count in lengths.items():
-        totals[(length - start) // step][truncated] += count
-    return [
-        Bin(start + i * step, start + (i + 1) * step, whole + cut, cut)
-        for i, (whole, cut) in enumerate(totals)
-    ]
-
-
-def nice_step(span: float, parts: int) -> float:
-    """The smallest of 1, 2, 5, 10, ... times a power of ten of which `parts` span at least `span`;
-    1 where there is nothing to span, or too little for a float to be divided exactly."""
-    least = span / parts
-    if least < sys.float_info.min:
-        return 1.0
-    power = 10.0 ** math.floor(math.log10(least))
-    return next(m * power for m in (1, 2, 5, 10, 20) if m * power >= least * (1 - 1e-9))
-
-
-def _edges(low: float, high: float) -> list[float]:
-    """Bin edges from at most `low` to above `high`, round where floats allow it."""
-    step = nice_step(high - low, _BINS)
-    digits = max(0, -math.floor(math.log10(step)))
-    first, last = math.floor(low / step), math.floor(high / step)
-    # Rounded, so that the edge at 0.3 is the number that a reward of 0.3 is.
-    edges = [round(i * step, digits) for i in range(first - 1, last + 3)]
-    below = [edge for edge in edges if edge <= low]
-    within = sorted({edge for edge in edges if low < edge <= high})
-    above = [edge for edge in edges if edge > high]
-    return [
-        below[-1] if below else low,
-        *within,
-        above[0] if above else math.nextafter(high, math.inf),
-    ]
-
-
-@dataclass(frozen=True, slots=True)
-class Frame:
-    """A drawing, and the plot in it; around the plot there is room for labels."""
-
-    width: float = 400
-    height: float = 230
-    left: float = 62
-    right: float = 388
-    top: float = 12
-    bottom: float = 184
-
-    def y(self, share: float) -> float:
-        """Where a bar ends that is `share` of the plot's height."""
-        return self.bottom - share * (self.bottom - self.top)
-
-
-FRAME = Frame()
-_PLOT_WIDTH = FRAME.right - FRAME.left
-_PLOT_HEIGHT = FRAME.bottom - FRAME.top
-_GAP = 0.12
-"""Share of a bin's width that stays empty, so that bars can be told apart."""
+SERIES_COLOURS = 6
+_MOST_DOTS = 60
+"""Up to so many values of an evaluation each get a dot."""
+_MOST_COLUMNS = 200
+"""Layers of more steps are drawn as means of neighbours."""
 _WIDEST_BAR = 72.0
 """A few bars as wide as the plot would look like a flag."""
 
 
 @dataclass(frozen=True, slots=True)
-class Tick:
-    """A label at an axis, and where it belongs."""
+class Series:
+    """Values over steps; NaN where a value is missing."""
 
-    at: float
-    label: str
+    name: str
+    steps: Sequence[int]
+    values: FloatArray
+    evaluated: bool = False
+    """Of evaluations: neighbours are further apart, and each value gets a dot."""
+    colour: int = 0
 
-
-@dataclass(frozen=True, slots=True)
-class Bar:
-    """A bar of two parts that stand on each other: marked below, the others above."""
-
-    x: float
-    width: float
-    y: float
-    height: float
-    marked_y: float
-    marked_height: float
-    bin: Bin
-    label: str
+    @property
+    def drawable(self) -> bool:
+        return bool(np.any(~np.isnan(self.values)))
 
 
-@dataclass(frozen=True, slots=True)
-class BarChart:
-    """A histogram."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chart:
+    """A drawing and what is written around it."""
 
-    bars: list[Bar]
-    x_ticks: list[Tick]
-    y_ticks: list[Tick]
-
-
-@dataclass(frozen=True, slots=True)
-class Dot:
-    """A point of a curve."""
-
-    x: float
-    y: float
-    point: PassPoint
-
-
-@dataclass(frozen=True, slots=True)
-class CurveChart:
-    """pass@k over k, k on a logarithmic axis."""
-
-    dots: list[Dot]
-    path: str
-    x_ticks: list[Tick]
-    y_ticks: list[Tick]
+    id: str
+    title: str
+    svg: str = ""
+    """Empty where there is nothing to draw."""
+    numbers: Sequence[Sequence[str]] = ()
+    """What is drawn, as a table: its head, then its rows."""
+    keys: Sequence[tuple[str, int]] = ()
+    """Names and colours."""
+    series: Sequence[Series] = ()
+    """What the pointer tells of."""
+    note: str = ""
+    nothing: str = ""
+    """Why there is nothing to draw, where that is so."""
 
 
-def bar_chart(bins: Sequence[Bin], *, whole_numbers: bool = False) -> BarChart:
-    """Lay out a histogram. `whole_numbers`: the bins hold integers, so 3 <= v < 4 is just 3."""
-    top = max((b.count for b in bins), default=0)
-    step = max(1.0, nice_step(top, 4))
-    limit = max(step, math.ceil(top / step) * step)
-    slot = _PLOT_WIDTH / max(1, len(bins))
-    heights = [(b.count / limit * _PLOT_HEIGHT, b.marked / limit * _PLOT_HEIGHT) for b in bins]
-    width = min(slot * (1 - _GAP), _WIDEST_BAR)
-    bars = [
-        Bar(
-            x=FRAME.left + (i + 0.5) * slot - width / 2,
-            width=width,
-            y=FRAME.bottom - height,
-            height=height - marked,
-            marked_y=FRAME.bottom - marked,
-            marked_height=marked,
-            bin=b,
-            label=_range(b, whole_numbers=whole_numbers),
-        )
-        for i, (b, (height, marked)) in enumerate(zip(bins, heights, strict=True))
+@own_settings
+def histogram(
+    name: str,
+    title: str,
+    bins: Sequence[Bin],
+    *,
+    label: str,
+    unit: str = "completions",
+    marked: str = "",
+    whole_numbers: bool = False,
+    nothing: str,
+) -> Chart:
+    """Bars of one width, one per bin: marked values below, the others above.
+
+    Args:
+        marked: what the marked ones are; empty where none are.
+        whole_numbers: the bins hold integers, so 3 <= v < 4 is just 3.
+        nothing: why there is nothing to draw where there are no bins.
+    """
+    if not bins:
+        return Chart(id=name, title=title, nothing=nothing)
+    names = [_bin_name(b, whole_numbers=whole_numbers) for b in bins]
+    numbers = [[label, unit] + [marked] * bool(marked)]
+    numbers += [
+        [values, f"{b.count:,}"] + [f"{b.marked:,}"] * bool(marked)
+        for values, b in zip(names, bins, strict=True)
+        if b.count
     ]
-    values = np.arange(0, limit + step / 2, step).tolist()
-    return BarChart(
-        bars=bars,
-        x_ticks=_bin_ticks(bins, slot, whole_numbers=whole_numbers),
-        y_ticks=[Tick(FRAME.y(value / limit), format(value, ",.0f")) for value in values],
-    )
+    figure = new_figure()
+    axes = plot_axes(figure, label, unit)
+    axes.set_xlim(-0.5, len(bins) - 0.5)
+    axes.set_xticks(*_bin_ticks(bins, whole_numbers=whole_numbers))
+    linear_axis(axes, 0, max(b.count for b in bins), whole_numbers=True)
+    slot = (PLOT["right"] - PLOT["left"]) / len(bins)
+    width = min(0.88, _WIDEST_BAR / slot)
+    counts, marks = np.array([[b.count, b.marked] for b in bins]).T
+    titles = {}
+    for part, colour, foot, height in (
+        ("marked", "c1", np.zeros_like(marks), marks),
+        ("bar", "c0", marks, counts - marks),
+    ):
+        places = np.flatnonzero(height)
+        drawn = axes.bar(places, height[places], width, foot[places], color=light(colour))
+        for i, bar in zip(places.tolist(), drawn, strict=True):
+            bar.set_gid(f"{name}-{part}-{i}")
+            told = f", {bins[i].marked:,} of them {marked}" if marked else ""
+            titles[f"{name}-{part}-{i}"] = f"{names[i]}: {bins[i].count:,}{told}"
+    svg = as_svg(figure, name, f"{sum(b.count for b in bins):,} {unit}", titles=titles)
+    keys = [(marked, 1)] if marked else []
+    return Chart(id=name, title=title, svg=svg, numbers=numbers, keys=keys)
 
 
-def curve_chart(points: Sequence[PassPoint]) -> CurveChart:
-    """Lay out the pass@k curve."""
-    last = points[-1].k if points else 1
-
-    def x(k: int) -> float:
-        return FRAME.left + (math.log(k) / math.log(last) if last > 1 else 0.5) * _PLOT_WIDTH
-
-    dots = [Dot(x(point.k), FRAME.y(point.estimate), point) for point in points]
+@own_settings
+def pass_curve(name: str, points: Sequence[PassPoint], *, nothing: str) -> Chart:
+    """pass@k over k, k on a logarithmic axis."""
+    if not points:
+        return Chart(id=name, title="pass@k", nothing=nothing)
+    numbers = [["k", "pass@k", "prompts"]]
+    numbers += [[str(p.k), f"{p.estimate:.4f}", f"{p.prompts:,}"] for p in points]
+    last = points[-1].k
+    figure = new_figure()
+    axes = plot_axes(figure, "k (completions drawn)", "share of prompts")
+    axes.set_xlim(*((0, math.log2(last)) if last > 1 else (-0.5, 0.5)))
     ks = sorted({1, last, *(2**i for i in range(last.bit_length()))})
     if len(ks) > 2 and last / ks[-2] < 1.3:
         ks.pop(-2)  # its label would run into the last one's
-    return CurveChart(
-        dots=dots,
-        path=" ".join(f"{dot.x:.1f},{dot.y:.1f}" for dot in dots),
-        x_ticks=[Tick(x(k), str(k)) for k in ks],
-        y_ticks=[Tick(FRAME.y(value), f"{value:g}") for value in (0, 0.25, 0.5, 0.75, 1)],
+    axes.set_xticks([math.log2(k) for k in ks], [str(k) for k in ks])
+    axes.set_ylim(0, 1)
+    axes.set_yticks(np.linspace(0, 1, 5), ["0", "0.25", "0.5", "0.75", "1"])
+    places, heights = [math.log2(p.k) for p in points], [p.estimate for p in points]
+    axes.plot(places, heights, "o-", color=light("c0"), lw=2, gid=f"{name}-0")
+    titles = [f"pass@{p.k} = {p.estimate:.4f} over {p.prompts:,} prompts" for p in points]
+    told = f"pass@1 {heights[0]:.3f}, pass@{last} {heights[-1]:.3f}"
+    svg = as_svg(figure, name, told, dots=titles, radius=3.5 if len(points) <= 32 else 2)
+    return Chart(id=name, title="pass@k", svg=svg, numbers=numbers)
+
+
+@own_settings
+def curves(
+    name: str,
+    title: str,
+    unit: str,
+    series: Sequence[Series],
+    span: tuple[int, int],
+    *,
+    log: bool = False,
+    bars: Sequence[tuple[float, str]] = (),
+    window: int = 0,
+    note: str = "",
+    nothing: str,
+) -> Chart:
+    """Lines over the steps of a run.
+
+    Args:
+        span: first and last step of the axis.
+        log: whether the vertical axis is logarithmic; values up to `LOG_FOOT` lie at its foot.
+        bars: values not to go over, with their names; drawn as horizontal lines.
+        window: draw means over so many steps, and what they are of behind them; 0: no means.
+        nothing: why there is nothing to draw where no series has a value.
+    """
+    series = [one for one in series if one.drawable]
+    if not series:
+        return Chart(id=name, title=title, nothing=nothing)
+    if window and not all(one.evaluated for one in series):
+        note = f"Strong: means over {window} steps. {note}".strip()
+    figure = new_figure()
+    axes = plot_axes(figure, "step", unit)
+    steps_axis(axes, span)
+    known = np.concatenate([*(one.values for one in series), np.array([bar for bar, _ in bars])])
+    known = np.clip(known[~np.isnan(known)], -LARGEST, LARGEST)
+    foot = log_axis(axes, known) if log else -LARGEST
+    if not log:
+        linear_axis(axes, float(known.min()), float(known.max()))
+    for i, one in enumerate(series):
+        values, gid, many = one.values, f"{name}-{i}", bool(window) and not one.evaluated
+        if many:
+            _line(axes, one, values, foot=foot, gid=f"{gid}-each", lw=1, alpha=0.35)
+            values = smoothed(values, window)
+        _line(axes, one, values, foot=foot, gid=gid, lw=1.8)
+    for i, (value, label) in enumerate(bars):
+        axes.axhline(value, ls=(0, (4, 3)), lw=1, color=light("bad"))
+        x, side = (0.01, "left") if i == 0 else (1, "right")
+        place = axes.get_yaxis_transform()
+        axes.text(x, value, label, transform=place, ha=side, va="bottom", color=light("bad"))
+    return _of_steps(figure, name, title, series, note)
+
+
+@own_settings
+def layers(
+    name: str,
+    title: str,
+    unit: str,
+    series: Sequence[Series],
+    span: tuple[int, int],
+    *,
+    shares: bool,
+    note: str = "",
+    nothing: str,
+) -> Chart:
+    """Areas on each other over the steps of a run, the first one lowest.
+
+    Args:
+        series: of the same steps; a step where one is missing is left empty.
+        shares: of their sum, so that all steps are equally high.
+        nothing: why there is nothing to draw where there are no series.
+    """
+    if not series or not len(series[0].steps):
+        return Chart(id=name, title=title, nothing=nothing)
+    steps = series[0].steps
+    size = math.ceil(len(steps) / _MOST_COLUMNS)
+    if size > 1:
+        note = f"Drawn as means over {size} steps. {note}".strip()
+    heights = np.array([binned(np.clip(one.values, 0, LARGEST), size) for one in series])
+    total = heights.sum(axis=0)
+    if shares:
+        heights = np.divide(heights, total, out=np.full_like(heights, np.nan), where=total > 0)
+    starts = np.array(steps[::size], np.float64)
+    # A lost step is a gap, not a wider neighbour.
+    ends = np.minimum(np.append(starts[1:], steps[-1] + 1.0), starts + size)
+    gaps = np.flatnonzero(ends[:-1] < starts[1:])
+    edges = np.insert(np.append(starts, ends[-1]), gaps + 1, ends[gaps]) - 0.5
+    heights = np.insert(heights, gaps + 1, np.nan, axis=1)
+    figure = new_figure()
+    axes = plot_axes(figure, "step", unit)
+    steps_axis(axes, span)
+    tops = np.cumsum(heights, axis=0)
+    linear_axis(axes, 0, 1 if shares or np.all(np.isnan(tops)) else float(np.nanmax(tops)))
+    for i, one in enumerate(series):
+        axes.stairs(
+            tops[i],
+            np.clip(edges, *span),
+            baseline=tops[i] - heights[i],
+            fill=True,
+            color=light(f"c{one.colour % SERIES_COLOURS}"),
+            alpha=0.85,
+            gid=f"{name}-{i}",
+        )
+    return _of_steps(figure, name, title, series, note)
+
+
+def _of_steps(figure: Figure, name: str, title: str, series: Sequence[Series], note: str) -> Chart:
+    ends = [_ends(one) for one in series]
+    told = "; ".join(f"{visible(label)} from {first} to {last}" for label, first, last, *_ in ends)
+    return Chart(
+        id=name,
+        title=title,
+        svg=as_svg(figure, name, told, pointed=True),
+        numbers=[["", "first", "last", "lowest (step)", "highest (step)"], *ends],
+        keys=[(one.name, one.colour % SERIES_COLOURS) for one in series],
+        series=series,
+        note=note,
     )
 
 
-def _bin_ticks(bins: Sequence[Bin], slot: float, *, whole_numbers: bool) -> list[Tick]:
-    """Labels below bars: of single values in the middle, as many as have room; of ranges at their
-    edges, the round ones."""
-    if not bins:
-        return []
-    room = max(2, int(_PLOT_WIDTH / (max(len(f"{b.low:g}") for b in bins) * 8 + 14)))
+@own_settings
+def picture(title: str, series: Sequence[Series]) -> str:
+    """Scores of evaluations as one small picture for a README. It brings its own background, light
+    or dark as the reader's screen is. At its end each line has its name and its last value.
+
+    Args:
+        title: of the picture; any text.
+        series: at most two, each with a value.
+    """
+    steps = [step for one in series for step in one.steps]
+    figure = new_figure(720, 360)
+    axes = plot_axes(figure, "training step", "", (64, 624, 64, 300))
+    axes.tick_params(labelsize=15)
+    axes.xaxis.label.set_fontsize(15)
+    steps_axis(axes, (min(steps), max(*steps, min(steps) + 1)))
+    known = np.concatenate([one.values[~np.isnan(one.values)] for one in series])
+    linear_axis(axes, float(known.min()), float(known.max()))
+    ends = [int(np.flatnonzero(~np.isnan(one.values))[-1]) for one in series]
+    low, high = axes.get_ylim()
+    places = [
+        (float(one.values[i]) - low) / (high - low) for one, i in zip(series, ends, strict=True)
+    ]
+    for k, (one, i, y) in enumerate(zip(series, ends, _apart(places, 40 / 236), strict=True)):
+        _line(axes, one, one.values, gid=f"curve-{k}", lw=3)
+        axes.annotate(
+            f"{one.name}\n{one.values[i]:.3f}",
+            (one.steps[i], y),
+            (10, 0),
+            xycoords=("data", "axes fraction"),
+            textcoords="offset points",
+            va="center",
+            size=15,
+            weight="bold",
+            color=light(f"c{one.colour}"),
+            gid=f"curve-end-{k}",
+            annotation_clip=False,
+        )
+    heading = f"{title}: held-out score"
+    return as_file(
+        as_svg(figure, "curve", "", radius=4), heading, f"{heading} against training step"
+    )
+
+
+def smoothed(values: FloatArray, window: int) -> FloatArray:
+    """[N] means over `window` values (an odd number) around each one, fewer at the ends.
+
+    A value that is missing is in no mean, and stays missing.
+    """
+    known = ~np.isnan(values)
+    kernel = np.ones(window)
+    half = window // 2
+    sums = np.convolve(np.where(known, values, 0.0), kernel)[half : half + len(values)]
+    counts = np.convolve(known.astype(np.float64), kernel)[half : half + len(values)]
+    return np.where(known, sums / np.maximum(counts, 1.0), np.nan)
+
+
+def binned(values: FloatArray, size: int) -> FloatArray:
+    """[ceil(N / size)] means of `size` neighbours each, over those that are not missing."""
+    padded = np.full(math.ceil(len(values) / size) * size, np.nan)
+    padded[: len(values)] = values
+    rows = padded.reshape(-1, size)
+    counts = np.sum(~np.isnan(rows), axis=1)
+    means = np.full(len(rows), np.nan)
+    np.divide(np.nansum(rows, axis=1), counts, out=means, where=counts > 0)
+    return means
+
+
+def _line(
+    axes: Axes, series: Series, values: FloatArray, *, foot: float = -LARGEST, **style: Any
+) -> None:
+    """One series, broken where a value is missing, or in training a whole step."""
+    steps, values = np.asarray(series.steps, np.float64), np.clip(values, foot, LARGEST)
+    if not series.evaluated:
+        gaps = np.flatnonzero(np.diff(steps) > 1) + 1
+        steps, values = np.insert(steps, gaps, steps[gaps]), np.insert(values, gaps, np.nan)
+    known = ~np.isnan(values)
+    around = np.pad(known, 1)
+    every = series.evaluated and len(series.steps) <= _MOST_DOTS
+    dots = known if every else known & ~around[:-2] & ~around[2:]
+    axes.plot(
+        steps,
+        values,
+        color=light(f"c{series.colour % SERIES_COLOURS}"),
+        marker="o" if dots.any() else None,
+        markevery=np.flatnonzero(dots).tolist(),
+        **style,
+    )
+
+
+def _bin_ticks(bins: Sequence[Bin], *, whole_numbers: bool) -> tuple[list[float], list[str]]:
+    """Places and labels below bars: of single values in the middle, as many as have room; of ranges
+    at their edges, the round ones."""
+    plot_width = PLOT["right"] - PLOT["left"]
+    room = max(2, int(plot_width / (max(len(f"{b.low:g}") for b in bins) * 8 + 14)))
     if all(b.low == b.high or (whole_numbers and b.high - b.low == 1) for b in bins):
-        ticks = [Tick(FRAME.left + (i + 0.5) * slot, f"{b.low:g}") for i, b in enumerate(bins)]
-        return ticks[:: math.ceil(len(ticks) / room)]
+        shown = range(0, len(bins), math.ceil(len(bins) / room))
+        return [*shown], [f"{bins[i].low:g}" for i in shown]
     edges = [*(b.low for b in bins), bins[-1].high]
     step = nice_step(edges[-1] - edges[0], room)
-    return [
-        Tick(FRAME.left + i * slot, f"{edge:g}")
+    ticks = [
+        (i - 0.5, f"{edge:g}")
         for i, edge in enumerate(edges)
         if abs(math.remainder(edge, step)) < step / 1e4
     ]
+    return [place for place, _ in ticks], [name for _, name in ticks]
 
 
-def _range(b: Bin, *, whole_numbers: bool) -> str:
+def _bin_name(b: Bin, *, whole_numbers: bool) -> str:
     if b.low == b.high:
         return f"{b.low:g}"
     if whole_numbers:
         return f"{b.low:g}" if b.high - b.low == 1 else f"{b.low:g} to {b.high - 1:g}"
     return f"{b.low:g} to below {b.high:g}"
+
+
+def _ends(series: Series) -> list[str]:
+    """A series in a line: its name, first and last value, and its extremes with their steps."""
+    known = np.flatnonzero(~np.isnan(series.values))
+    if not len(known):
+        return [series.name, "", "", "", ""]
+    values = series.values[known]
+    low, high = known[values.argmin()], known[values.argmax()]
+    return [
+        series.name,
+        *(f"{series.values[i]:.4g}" for i in (known[0], known[-1])),
+        *(f"{series.values[i]:.4g} ({series.steps[i]:,})" for i in (low, high)),
+    ]
+
+
+def _apart(places: Sequence[float], room: float) -> list[float]:
+    """Heights of one or two labels, moved so that neither covers the other nor the axis below."""
+    moved = list(places)
+    if len(places) == 2 and (lack := room - abs(places[0] - places[1])) > 0:
+        upper = int(places[1] > places[0])
+        moved[upper] += lack / 2
+        moved[1 - upper] -= lack / 2
+    lift = max(0.0, room / 2 - min(moved))
+    return [place + lift for place in moved]

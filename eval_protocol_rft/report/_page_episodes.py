@@ -22,14 +22,7 @@ from eval_protocol_rft._episode_record import (
     turn_runs,
 )
 from eval_protocol_rft.data import CompletionRow
-from eval_protocol_rft.report._page_detail import (
-    EpisodeDetail,
-    GroupDetail,
-    PartDetail,
-    RewriteDetail,
-    in_units,
-    plain_text,
-)
+from eval_protocol_rft.report._page_detail import Json, in_units, plain_text
 from eval_protocol_rft.report._page_stats import broken
 from eval_protocol_rft.report._page_tokens import TokenTexts, Vocabulary
 from eval_protocol_rft.sampling import token_data_problem
@@ -75,29 +68,32 @@ def group_episodes(group: Sequence[CompletionRow]) -> dict[int, StoredEpisode]:
 
 
 def put_episodes(
-    detail: GroupDetail,
+    detail: Json,
     episodes: Mapping[int, StoredEpisode],
     vocabulary: Vocabulary,
     texts: TokenTexts | None,
 ) -> None:
     """Let the completions that are episodes be shown whole, where `detail` has first turns."""
-    for completion in detail.completions:
-        episode = episodes.get(completion.index)
+    for completion in detail["completions"]:
+        episode = episodes.get(completion["index"])
         if episode is None:
             continue
-        completion.episode = episode_detail(episode, vocabulary, texts)
-        completion.tokens = []
-        completion.logprobs = completion.raw_logprobs = None
-        completion.finish_reason = episode.record.last_finish_reason
-        completion.truncated = completion.finish_reason == "length"
-        if texts is None:
-            completion.response = None  # the conversation has it
+        # Reason and truncation are of the last turn; the conversation has the first one's text.
+        gone = ["tokens", "logprobs", "raw_logprobs", "truncated"] + ["response"] * (texts is None)
+        for name in gone:
+            completion.pop(name, None)
+        completion["episode"] = episode_detail(episode, vocabulary, texts)
+        completion["finish_reason"] = episode.record.last_finish_reason
+        if completion["finish_reason"] == "length":
+            completion["truncated"] = True
 
 
 def episode_detail(
     episode: StoredEpisode, vocabulary: Vocabulary, texts: TokenTexts | None
-) -> EpisodeDetail:
-    """What to show of an episode. Without `texts` it has the conversation as it is stored."""
+) -> Json:
+    """What to show of an episode, in parts of each segment: consecutive tokens that were all
+    sampled, or all not; the first segment lacks the prompt, which stands above. Without `texts` it
+    has the conversation as it is stored."""
     record = episode.record
     runs = sum(one for s in episode.segments for one, _, _ in turn_runs(s.loss_mask))
     numbers = iter(range(1, record.turns + 1)) if runs == record.turns else None
@@ -108,19 +104,18 @@ def episode_detail(
         tokens = vocabulary.numbers(segment.tokens, texts)
         segments.append(list(_parts(segment, tokens, above, record, numbers)))
     first, raw = segments[0][0], episode.row.raw_logprobs
-    if raw is not None and len(raw) == len(first.tokens):
-        first.raw_logprobs = in_units(raw.tolist())
-    rewrites = _rewrites(record.metrics, len(segments))
-    # What is told where a segment begins is not told again.
-    metrics = {k: v for k, v in record.metrics.items() if not rewrites or k != _REWRITES}
-    return EpisodeDetail(
-        turns=record.turns,
-        stop_reason=record.stop_reason,
-        segments=segments,
-        rewrites=rewrites,
-        metrics=msgspec.json.encode(metrics).decode() if metrics else None,
-        conversation=None if texts else plain_text(record.messages[record.row_messages or 0 :]),
-    )
+    if raw is not None and len(raw) == len(first["tokens"]):
+        first["raw_logprobs"] = in_units(raw.tolist())
+    detail: Json = {"turns": record.turns, "stop_reason": record.stop_reason, "segments": segments}
+    metrics = dict(record.metrics)
+    if rewrites := _rewrites(record.metrics, len(segments)):
+        detail["rewrites"] = rewrites
+        del metrics[_REWRITES]  # told where a segment begins, and not again
+    if metrics:
+        detail["metrics"] = msgspec.json.encode(metrics).decode()
+    if texts is None:
+        detail["conversation"] = plain_text(record.messages[record.row_messages or 0 :])
+    return detail
 
 
 def _parts(
@@ -129,26 +124,28 @@ def _parts(
     above: int,
     record: EpisodeRecord,
     numbers: Iterator[int] | None,
-) -> Iterator[PartDetail]:
+) -> Iterator[Json]:
     """Runs of sampled tokens and of others, from token `above` on. `numbers` gives each sampled
     run the number of its turn; None where they cannot be told apart."""
     for sampled, first, stop in turn_runs(segment.loss_mask):
         start = max(first, above)
         if start == stop:
             continue
-        part = PartDetail(tokens[start:stop])
+        part: Json = {"tokens": tokens[start:stop]}
         if sampled:
-            part.logprobs = in_units(segment.logprobs[start:stop])
-            part.turn = None if numbers is None else next(numbers)
-            if part.turn is not None and part.turn <= len(record.step_rewards):
-                part.reward = record.step_rewards[part.turn - 1]
+            part["logprobs"] = in_units(segment.logprobs[start:stop])
+            if numbers is not None:
+                part["turn"] = next(numbers)
+                reward = next(iter(record.step_rewards[part["turn"] - 1 : part["turn"]]), None)
+                if reward is not None:
+                    part["reward"] = reward
         yield part
 
 
-def _rewrites(metrics: Mapping[str, Any], segments: int) -> list[RewriteDetail]:
+def _rewrites(metrics: Mapping[str, Any], segments: int) -> list[_Rewrite]:
     """Why each segment but the first begins; empty where that is not told of all."""
     try:
-        told = msgspec.convert(metrics.get(_REWRITES), list[RewriteDetail])
+        told = msgspec.convert(metrics.get(_REWRITES), list[_Rewrite])
     except msgspec.ValidationError:
         return []  # an environment may have a metric of this name
     return told if len(told) == segments - 1 else []
@@ -189,6 +186,13 @@ def _decoded(row: CompletionRow, what: str, text: str | msgspec.Raw, kind: type[
 
 _REWRITES = "history_rewrites"
 _KEYS = ("trajectories", "episodes")
+
+
+class _Rewrite(msgspec.Struct):
+    """Where the chat template rendered history anew: the first characters that differ."""
+
+    kept: str
+    rendered: str
 
 
 class _Extra(msgspec.Struct):

@@ -1,27 +1,32 @@
 """Numbers of a report. They are of all prompts, whichever the page shows in full.
 
 Invariant: an unscored completion counts as unscored, never as 0; a failed one as failed, and in no
-mean. Of a completion no more than a few numbers stay in memory.
+mean. Every value is counted in exactly one bin. Of a completion no more than a few numbers stay in
+memory.
 """
 
 from __future__ import annotations
 
 import math
+import sys
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from eval_protocol_rft.data import UNSCORED, CompletionRow, MetricMeans
+from eval_protocol_rft.report._html import ReportError
 from eval_protocol_rft.scoring import pass_at_k
 from eval_protocol_rft.training import LARGEST
 
-
-class ReportError(ValueError):
-    """The report cannot be made; the message says what is in the way and where."""
+_MOST_SINGLE_VALUES = 12
+"""Up to so many different rewards each get a bin of their own."""
+_BINS = 20
 
 
 def broken(row: CompletionRow, problem: str) -> ReportError:
@@ -30,46 +35,6 @@ def broken(row: CompletionRow, problem: str) -> ReportError:
         f"row {row.data_idx} ({row.row_id!r}), completion {row.sample_idx}: {problem}. "
         "The file breaks its format: make it anew, or leave this row out"
     )
-
-
-@dataclass(frozen=True, slots=True)
-class GroupRewards:
-    """What one reward column says of a prompt group."""
-
-    rewards: tuple[float, ...]
-    """Of scored completions."""
-    passed: int
-
-    @property
-    def scored(self) -> int:
-        return len(self.rewards)
-
-    @property
-    def mean(self) -> float | None:
-        return math.fsum(self.rewards) / len(self.rewards) if self.rewards else None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GroupStats:
-    """The numbers of one prompt group."""
-
-    size: int
-    """Completions asked for."""
-    failed: int
-    truncated: int
-    episodes: int
-    """Completions of several turns."""
-    lengths: tuple[tuple[int, bool], ...]
-    """Sampled tokens of each completion that did not fail, and whether it was truncated."""
-    columns: Mapping[str, GroupRewards]
-
-    @property
-    def tokens(self) -> int:
-        return sum(length for length, _ in self.lengths)
-
-    @property
-    def mean_length(self) -> float | None:
-        return self.tokens / len(self.lengths) if self.lengths else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,44 +61,6 @@ def finite_reward(row: CompletionRow, column: str) -> float | None:
     return reward
 
 
-def group_stats(
-    group: Sequence[CompletionRow],
-    columns: Iterable[str],
-    *,
-    pass_threshold: float,
-    episodes: Mapping[int, tuple[int, bool]] | None = None,
-) -> GroupStats:
-    """The numbers of the completions of one prompt.
-
-    Args:
-        group: in the order of `sample_idx`.
-        columns: reward columns.
-        pass_threshold: reward from which on a completion counts as passed.
-        episodes: `sample_idx` -> sampled tokens of all turns and whether the last one was
-            truncated, of completions whose rows hold the first turn alone.
-    """
-    episodes = episodes or {}
-    survivors = [row for row in group if not row.failed]
-    rewards = {
-        column: tuple(r for row in survivors if (r := finite_reward(row, column)) is not None)
-        for column in columns
-    }
-    lengths = tuple(
-        episodes.get(row.sample_idx, (row.num_tokens, bool(row.truncated))) for row in survivors
-    )
-    return GroupStats(
-        size=len(group),
-        failed=len(group) - len(survivors),
-        truncated=sum(truncated for _, truncated in lengths),
-        episodes=len(episodes),
-        lengths=lengths,
-        columns={
-            column: GroupRewards(values, sum(value >= pass_threshold for value in values))
-            for column, values in rewards.items()
-        },
-    )
-
-
 @dataclass(slots=True)
 class ColumnTotals:
     """One reward column over all prompt groups."""
@@ -144,9 +71,13 @@ class ColumnTotals:
     metrics: MetricMeans = field(default_factory=MetricMeans)
     """What the evaluator measured beside the reward."""
 
-    def add(self, rewards: GroupRewards) -> None:
-        self.values.extend(rewards.rewards)
-        self.groups[rewards.scored, rewards.passed] += 1
+    def add(self, rewards: Sequence[float], threshold: float) -> dict[str, Any]:
+        """Count the scored completions of one prompt; what its line in the table says of them."""
+        passed = sum(reward >= threshold for reward in rewards)
+        self.values.extend(rewards)
+        self.groups[len(rewards), passed] += 1
+        mean = math.fsum(rewards) / len(rewards) if rewards else None
+        return {"scored": len(rewards), "passed": passed, "mean": mean}
 
     @property
     def rewards(self) -> NDArray[np.float64]:
@@ -173,6 +104,8 @@ class ReportTotals:
     """Sums over prompt groups, one added after the other."""
 
     columns: dict[str, ColumnTotals]
+    pass_threshold: float
+    """Reward from which on a completion counts as passed."""
     prompts: int = 0
     completions: int = 0
     """Asked for, failed ones included."""
@@ -183,19 +116,119 @@ class ReportTotals:
     tokens: int = 0
     """Sampled."""
     lengths: Counter[tuple[int, bool]] = field(default_factory=Counter)
-    """(sampled tokens, truncated) -> completions."""
+    """(sampled tokens, truncated) -> completions that did not fail."""
 
-    def add(self, stats: GroupStats) -> None:
+    def add(
+        self,
+        group: Sequence[CompletionRow],
+        episodes: Mapping[int, tuple[int, bool]] = MappingProxyType({}),
+    ) -> dict[str, Any]:
+        """Count the completions of one prompt; what its line in the table says of them.
+
+        Args:
+            group: in the order of `sample_idx`.
+            episodes: `sample_idx` -> sampled tokens of all turns and whether the last one was
+                truncated, of completions whose rows hold the first turn alone.
+        """
+        survivors = [row for row in group if not row.failed]
+        lengths = [
+            episodes.get(row.sample_idx, (row.num_tokens, bool(row.truncated))) for row in survivors
+        ]
+        tokens, truncated = sum(n for n, _ in lengths), sum(cut for _, cut in lengths)
         self.prompts += 1
-        self.completions += stats.size
-        self.failed += stats.failed
-        self.truncated += stats.truncated
-        self.episodes += stats.episodes
-        self.tokens += stats.tokens
-        self.lengths.update(stats.lengths)
-        for column, rewards in stats.columns.items():
-            self.columns[column].add(rewards)
+        self.completions += len(group)
+        self.failed += len(group) - len(survivors)
+        self.truncated += truncated
+        self.episodes += len(episodes)
+        self.tokens += tokens
+        self.lengths.update(lengths)
+        columns = []
+        for name, column in self.columns.items():
+            rewards = [r for row in survivors if (r := finite_reward(row, name)) is not None]
+            columns.append(column.add(rewards, self.pass_threshold))
+            for row in group:
+                column.metrics.add(row.scores.get(name, UNSCORED).metrics)
+        return {
+            "size": len(group),
+            "failed": len(group) - len(survivors),
+            "truncated": truncated,
+            "mean_length": tokens / len(lengths) if lengths else None,
+            "columns": columns,
+        }
 
     def unscored(self, column: str) -> int:
         """Completions that did not fail and have no reward."""
         return self.completions - self.failed - len(self.columns[column].values)
+
+
+@dataclass(frozen=True, slots=True)
+class Bin:
+    """How many values v lie in low <= v < high, or equal low where both are the same."""
+
+    low: float
+    high: float
+    count: int
+    marked: int = 0
+    """Those of `count` to set apart."""
+
+
+def reward_bins(rewards: NDArray[np.float64]) -> list[Bin]:
+    """Each value by itself where there are few, else bins of one width with round edges."""
+    values, counts = np.unique(rewards, return_counts=True)
+    if len(values) <= _MOST_SINGLE_VALUES:
+        return [Bin(float(v), float(v), int(n)) for v, n in zip(values, counts, strict=True)]
+    edges = _edges(float(values[0]), float(values[-1]))
+    place = np.searchsorted(edges, values, side="right") - 1
+    totals = np.bincount(place, weights=counts, minlength=len(edges) - 1)
+    return [
+        Bin(low, high, int(total))
+        for low, high, total in zip(edges[:-1], edges[1:], totals, strict=True)
+    ]
+
+
+def length_bins(lengths: Mapping[tuple[int, bool], int]) -> list[Bin]:
+    """Bins of whole numbers, all of one width; `marked` counts truncated completions.
+
+    Args:
+        lengths: (tokens, truncated) -> completions.
+    """
+    if not lengths:
+        return []
+    low = min(length for length, _ in lengths)
+    high = max(length for length, _ in lengths)
+    step = max(1, round(nice_step(high - low + 1, _BINS)))
+    start = low // step * step
+    totals = [[0, 0] for _ in range((high - start) // step + 1)]
+    for (length, truncated), count in lengths.items():
+        totals[(length - start) // step][truncated] += count
+    return [
+        Bin(start + i * step, start + (i + 1) * step, whole + cut, cut)
+        for i, (whole, cut) in enumerate(totals)
+    ]
+
+
+def nice_step(span: float, parts: int) -> float:
+    """The smallest of 1, 2, 5, 10, ... times a power of ten of which `parts` span at least `span`;
+    1 where there is nothing to span, or too little for a float to be divided exactly."""
+    least = span / parts
+    if least < sys.float_info.min:
+        return 1.0
+    power = 10.0 ** math.floor(math.log10(least))
+    return next(m * power for m in (1, 2, 5, 10, 20) if m * power >= least * (1 - 1e-9))
+
+
+def _edges(low: float, high: float) -> list[float]:
+    """Bin edges from at most `low` to above `high`, round where floats allow it."""
+    step = nice_step(high - low, _BINS)
+    digits = max(0, -math.floor(math.log10(step)))
+    first, last = math.floor(low / step), math.floor(high / step)
+    # Rounded, so that the edge at 0.3 is the number that a reward of 0.3 is.
+    edges = [round(i * step, digits) for i in range(first - 1, last + 3)]
+    below = [edge for edge in edges if edge <= low]
+    within = sorted({edge for edge in edges if low < edge <= high})
+    above = [edge for edge in edges if edge > high]
+    return [
+        below[-1] if below else low,
+        *within,
+        above[0] if above else math.nextafter(high, math.inf),
+    ]

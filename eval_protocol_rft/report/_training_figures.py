@@ -1,242 +1,302 @@
-"""Which charts a run's page has, and of what. Pure.
+"""A run's metrics as series over its steps, and the charts that its page has of them. Pure.
 
-Invariant: a chart shows what was measured and nothing else: where nothing was, it says so.
+Invariant: what was not measured is NaN, here and in everything made from it, never 0. A chart shows
+what was measured and nothing else: where nothing was, it says so.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 
-from eval_protocol_rft.report._charts import Bin, bar_chart
-from eval_protocol_rft.report._training_charts import (
-    LOG_FOOT,
-    UNMEASURED,
-    Drawing,
-    Figure,
-    Mark,
-    Span,
-)
-from eval_protocol_rft.report._training_series import Measured
+from eval_protocol_rft.report._charts import Chart, Series, curves, histogram, layers, picture
+from eval_protocol_rft.report._html import visible
+from eval_protocol_rft.report._page_stats import Bin
+from eval_protocol_rft.report._svg import LOG_FOOT, FloatArray
 from eval_protocol_rft.training import FAIL_K3, WARN_K3
 
+_UNMEASURED = "not measured in this run"
 _WIDE = 20.0
 """From this ratio of the largest gradient to the usual one on, the axis is logarithmic."""
+_MANY_STEPS = 150
+"""Of more steps than this the eye sees a band: means are drawn over it."""
+_LONGEST_TITLE = 60
 
 
 @dataclass(frozen=True, slots=True)
-class Section:
-    """Charts that belong together."""
+class Measured:
+    """Lines of one kind (`step` or `eval`), one per step, in order."""
 
-    title: str
-    figures: list[Figure]
+    lines: list[Mapping[str, Any]]
+
+    @classmethod
+    def of(cls, lines: Iterable[Mapping[str, Any]], kind: str) -> Measured:
+        """Those of `kind`; where a step is told of twice, the later line counts."""
+        by_step = {line["step"]: line for line in lines if line.get("kind") == kind}
+        return cls([by_step[step] for step in sorted(by_step)])
+
+    @property
+    def steps(self) -> list[int]:
+        return [line["step"] for line in self.lines]
+
+    def values(self, *path: str) -> FloatArray:
+        """[len(steps)] of what lies at `path` in each line."""
+        return np.array([_number(line, path) for line in self.lines], np.float64)
+
+    def share(self, part: str, whole: str) -> FloatArray:
+        """[len(steps)] of `part` in `whole`; NaN where there is nothing to have a share of."""
+        above, below = self.values(part), self.values(whole)
+        shares = np.full(above.shape, np.nan)
+        np.divide(above, below, out=shares, where=below > 0)
+        return shares
+
+    def counts(self, name: str) -> dict[str, FloatArray]:
+        """Counts by key, for lines that hold them in a mapping; largest total first.
+
+        A mapping without a key counted none of it: that is a 0. A line without the mapping is NaN.
+        """
+        keys = {key for line in self.lines for key in line.get(name) or {}}
+        found = {
+            key: np.array(
+                [
+                    math.nan if line.get(name) is None else float(line[name].get(key, 0))
+                    for line in self.lines
+                ],
+                np.float64,
+            )
+            for key in keys
+        }
+        return dict(sorted(found.items(), key=lambda item: (-np.nansum(item[1]), item[0])))
+
+    def keys(self, name: str) -> list[str]:
+        """Keys of a mapping in the lines; numbers in their order."""
+        keys = {key for line in self.lines for key in line.get(name) or {}}
+        return sorted(
+            keys, key=lambda key: (not key.isdecimal(), int(key) if key.isdecimal() else 0, key)
+        )
 
 
-def sections(steps: Measured, evaluations: Measured) -> list[Section]:
-    """All charts of a run."""
-    of = _Figures(steps, evaluations, Span.over([*steps.steps, *evaluations.steps]))
+def sections(steps: Measured, evaluations: Measured) -> list[tuple[str, list[Chart]]]:
+    """All charts of a run, under their titles."""
+    of = _Charts(steps, evaluations)
     return [
-        Section("What it learns", [of.reward(), of.held_out(), of.pass_at_k(), *of.scores()]),
-        Section("What it samples", [of.length(), of.truncated(), of.entropy()]),
-        Section("Sampler and trainer", [of.mismatch(), of.staleness(), of.stalest()]),
-        Section("The optimiser", [of.clipped(), of.gradient(), of.learning_rate()]),
-        Section("What samples and time are used for", [of.uniform(), of.dropped(), of.time()]),
+        ("What it learns", _learning(of)),
+        ("What it samples", _sampling(of)),
+        ("Sampler and trainer", _agreement(of)),
+        ("The optimiser", _optimising(of)),
+        ("What samples and time are used for", _using(of)),
     ]
 
 
-class _Figures(Drawing):
-    """The figures of a run."""
+def span_of(steps: Measured, evaluations: Measured) -> tuple[int, int]:
+    """First and last step of all charts; at least one apart."""
+    known = [*steps.steps, *evaluations.steps] or [0]
+    return min(known), max(*known, min(known) + 1)
 
-    def reward(self) -> Figure:
-        return self.curves(
-            "reward",
-            "Reward in training",
-            "mean reward",
-            [self.of_steps("all scored completions", self.steps.values("reward_mean"))],
-            smooth_from=0,
-        )
 
-    def held_out(self) -> Figure:
-        return self.curves(
-            "held-out",
-            "Held-out score",
-            "score",
-            [
-                self.of_evaluations("sampled", self.evaluations.values("sampled_score")),
-                self.of_evaluations("greedy", self.evaluations.values("greedy_score"), 1),
-            ],
-        )
+def curve_svg(lines: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> str | None:
+    """Held-out scores, sampled and greedy, against the step, as a picture for a README; None where
+    there are none.
 
-    def pass_at_k(self) -> Figure:
-        ks = self.evaluations.keys("pass_at_k")
-        shown = [
-            self.of_evaluations(f"pass@{k}", self.evaluations.values("pass_at_k", k), i)
-            for i, k in enumerate(ks)
+    Args:
+        lines: of `metrics.jsonl`.
+        settings: of `settings.json`; `evaluator` names the picture.
+    """
+    evaluations = Measured.of(lines, "eval")
+    scores = [
+        Series(name, evaluations.steps, values, evaluated=True, colour=i)
+        for i, (name, values) in enumerate(_held_out(evaluations).items())
+    ]
+    scores = [one for one in scores if one.drawable]
+    title = visible(str(settings.get("evaluator") or "training run"))
+    if len(title) > _LONGEST_TITLE:
+        title = title[: _LONGEST_TITLE - 1] + "…"
+    return picture(title, scores) if scores else None
+
+
+def _held_out(evaluations: Measured) -> dict[str, FloatArray]:
+    return {name: evaluations.values(f"{name}_score") for name in ("sampled", "greedy")}
+
+
+def smoothing_window(steps: int) -> int:
+    """An odd number near a twentieth of the run, at least 5."""
+    return max(5, round(steps / 20) // 2 * 2 + 1)
+
+
+class _Charts:
+    """Draws what was measured in one run; all charts have the same horizontal axis."""
+
+    def __init__(self, steps: Measured, evaluations: Measured) -> None:
+        self.steps, self.evaluations = steps, evaluations
+        self._span = span_of(steps, evaluations)
+
+    def curves(
+        self,
+        name: str,
+        title: str,
+        unit: str,
+        trained: Mapping[str, FloatArray] = MappingProxyType({}),
+        held_out: Mapping[str, FloatArray] = MappingProxyType({}),
+        *,
+        colours: Sequence[int] = range(1_000),
+        many: float = _MANY_STEPS,
+        **options: Any,
+    ) -> Chart:
+        """Lines of values in training, then of those in evaluations. `many`: of more steps than
+        this, means are drawn over the values."""
+        parts = [(self.steps, False, trained), (self.evaluations, True, held_out)]
+        values = [
+            (label, lines.steps, values, evaluated)
+            for lines, evaluated, named in parts
+            for label, values in named.items()
         ]
-        return self.curves("pass", "Held-out pass@k", "share of prompts", shown)
+        series = [Series(*one, colour) for one, colour in zip(values, colours, strict=False)]
+        window = smoothing_window(len(self.steps.lines))
+        window = window if len(self.steps.lines) > max(window, many) else 0
+        options = {"window": window, "nothing": _UNMEASURED, **options}
+        return curves(name, title, unit, series, self._span, **options)
 
-    def scores(self) -> list[Figure]:
-        """Metrics of the evaluator's; no figure where it gives none."""
-        trained, held = self.steps, self.evaluations
-        in_training = [
-            self.of_steps(name, trained.values("scores", name), colour=i)
-            for i, name in enumerate(trained.keys("scores"))
+    def layers(
+        self, name: str, title: str, unit: str, parts: Mapping[str, FloatArray], **options: Any
+    ) -> Chart:
+        series = [
+            Series(label, self.steps.steps, values, colour=i)
+            for i, (label, values) in enumerate(parts.items())
         ]
-        held_out = [
-            self.of_evaluations(name, held.values("scores", name), i)
-            for i, name in enumerate(held.keys("scores"))
-        ]
-        title = "The evaluator's metrics"
-        return [
-            self.curves(f"scores-{place}", f"{title}, {where}", "mean", shown)
-            for place, where, shown in (
-                ("training", "in training", in_training),
-                ("held-out", "held out", held_out),
-            )
-            if shown
-        ]
+        return layers(name, title, unit, series, self._span, **options)
 
-    def length(self) -> Figure:
-        key = "completion_tokens_mean"
-        return self.curves(
-            "length",
-            "Completion length",
-            "mean tokens",
-            [
-                self.of_steps("training", self.steps.values(key)),
-                self.of_evaluations("held out", self.evaluations.values(key), 1),
-            ],
-        )
 
-    def truncated(self) -> Figure:
-        values = self.steps.share("truncated", "completions")
-        return self.curves(
-            "truncated",
-            "Truncated",
-            "share of completions",
-            [self.of_steps("cut off at max_tokens", values)],
-        )
+def _learning(of: _Charts) -> list[Chart]:
+    trained, held = of.steps, of.evaluations
+    reward = {"all scored completions": trained.values("reward_mean")}
+    passed = {f"pass@{k}": held.values("pass_at_k", k) for k in held.keys("pass_at_k")}
+    in_training, held_out = (
+        {name: lines.values("scores", name) for name in lines.keys("scores")}
+        for lines in (trained, held)
+    )
+    charts = [
+        of.curves("reward", "Reward in training", "mean reward", reward, many=0),
+        of.curves("held-out", "Held-out score", "score", held_out=_held_out(held)),
+        of.curves("pass", "Held-out pass@k", "share of prompts", held_out=passed),
+    ]
+    # No chart of the evaluator's metrics where it gives none.
+    title = "The evaluator's metrics"
+    if in_training:
+        charts += [of.curves("scores-training", f"{title}, in training", "mean", in_training)]
+    if held_out:
+        charts += [of.curves("scores-held-out", f"{title}, held out", "mean", held_out=held_out)]
+    return charts
 
-    def uniform(self) -> Figure:
-        return self.curves(
-            "uniform",
-            "Groups without a contrast",
-            "share of groups",
-            [
-                self.of_steps("all right", self.steps.share("all_correct", "groups"), colour=2),
-                self.of_steps("all wrong", self.steps.share("none_correct", "groups"), colour=4),
-            ],
-        )
 
-    def dropped(self) -> Figure:
-        measured = any("dropped" in line for line in self.steps.lines)
-        parts = {_words(name): values for name, values in self.steps.counts("dropped").items()}
-        return self.layers(
-            "dropped",
-            "Dropped before training",
-            "completions",
-            parts,
-            shares=False,
-            nothing="nothing was dropped" if measured else UNMEASURED,
-        )
+def _sampling(of: _Charts) -> list[Chart]:
+    steps, key = of.steps, "completion_tokens_mean"
+    trained, held_out = {"training": steps.values(key)}, {"held out": of.evaluations.values(key)}
+    cut = {"cut off at max_tokens": steps.share("truncated", "completions")}
+    entropy = {
+        "policy": steps.values("entropy"),
+        "sampler, estimated": steps.values("sampler_entropy"),
+    }
+    return [
+        of.curves("length", "Completion length", "mean tokens", trained, held_out),
+        of.curves("truncated", "Truncated", "share of completions", cut),
+        of.curves("entropy", "Entropy", "nats per token", entropy),
+    ]
 
-    def mismatch(self) -> Figure:
-        shown = [
-            self.of_steps("mismatch_k3", self.steps.values("mismatch_k3")),
-            self.of_steps("sampler_kl_k3", self.steps.values("sampler_kl_k3"), colour=1),
-        ]
-        return self.curves(
+
+def _agreement(of: _Charts) -> list[Chart]:
+    steps = of.steps
+    totals = {int(k): int(np.nansum(values)) for k, values in steps.counts("staleness").items()}
+    return [
+        of.curves(
             "kl",
             "Sampler against trainer: KL (k3)",
             "nats per token, log",
-            shown,
+            {name: steps.values(name) for name in ("mismatch_k3", "sampler_kl_k3")},
             log=True,
-            marks=[Mark(WARN_K3, f"warn {WARN_K3:g}"), Mark(FAIL_K3, f"stop {FAIL_K3:g}")],
+            bars=[(WARN_K3, f"warn {WARN_K3:g}"), (FAIL_K3, f"stop {FAIL_K3:g}")],
             note="mismatch_k3: tokens sampled from the very weights in training, which the two "
             "bars are for. sampler_kl_k3: all tokens, also of older weights. Values up to "
             f"{LOG_FOOT:.0e}, rounding alone, lie on the axis.".replace("e-0", "e-"),
-        )
-
-    def clipped(self) -> Figure:
-        values = self.steps.values("clip_fraction")
-        return self.curves(
-            "clip", "Clipped", "share of tokens", [self.of_steps("clip fraction", values)]
-        )
-
-    def staleness(self) -> Figure:
-        totals = {
-            int(key): float(np.nansum(values))
-            for key, values in self.steps.counts("staleness").items()
-        }
-        bins = [Bin(k, k, int(totals.get(k, 0))) for k in range(max(totals, default=-1) + 1)]
-        return Figure(
-            id="staleness",
-            title="Staleness over the run",
-            unit="groups",
+        ),
+        histogram(
+            "staleness",
+            "Staleness over the run",
+            [Bin(k, k, totals.get(k, 0)) for k in range(max(totals, default=-1) + 1)],
             label="versions behind",
-            chart=bar_chart(bins),
-            nothing="" if bins else UNMEASURED,
-        )
-
-    def stalest(self) -> Figure:
-        values = self.steps.values("staleness_max")
-        return self.curves(
+            unit="groups",
+            nothing=_UNMEASURED,
+        ),
+        of.curves(
             "stalest",
             "Most staleness in a step",
             "versions behind",
-            [self.of_steps("most", values)],
-        )
+            {"most": steps.values("staleness_max")},
+        ),
+    ]
 
-    def entropy(self) -> Figure:
-        return self.curves(
-            "entropy",
-            "Entropy",
-            "nats per token",
-            [
-                self.of_steps("policy", self.steps.values("entropy")),
-                self.of_steps("sampler, estimated", self.steps.values("sampler_entropy"), colour=1),
-            ],
-        )
 
-    def gradient(self) -> Figure:
-        values = self.steps.values("grad_norm")
-        known = values[values > 0]
-        log = bool(len(known) and known.max() > _WIDE * np.median(known))
-        return self.curves(
-            "gradient",
-            "Gradient norm",
-            "norm before clipping" + (", log" if log else ""),
-            [self.of_steps("gradient norm", values)],
-            log=log,
-        )
+def _optimising(of: _Charts) -> list[Chart]:
+    steps = of.steps
+    clipped = {"clip fraction": steps.values("clip_fraction")}
+    gradient = {"gradient norm": steps.values("grad_norm")}
+    rate = {"learning rate": steps.values("learning_rate")}
+    known = gradient["gradient norm"][gradient["gradient norm"] > 0]
+    log = bool(len(known) and known.max() > _WIDE * np.median(known))
+    norm = "norm before clipping" + (", log" if log else "")
+    return [
+        of.curves("clip", "Clipped", "share of tokens", clipped),
+        of.curves("gradient", "Gradient norm", norm, gradient, log=log),
+        of.curves("rate", "Learning rate", "learning rate", rate, many=math.inf),
+    ]
 
-    def learning_rate(self) -> Figure:
-        values = self.steps.values("learning_rate")
-        return self.curves(
-            "rate",
-            "Learning rate",
-            "learning rate",
-            [self.of_steps("learning rate", values)],
-            smooth_from=math.inf,
-        )
 
-    def time(self) -> Figure:
-        order = ("sampling", "batch", "train", "publish")
-        found = self.steps.counts("seconds")
-        names = [*(n for n in order if n in found), *(n for n in found if n not in order)]
-        return self.layers(
+def _using(of: _Charts) -> list[Chart]:
+    steps = of.steps
+    uniform = {
+        "all right": steps.share("all_correct", "groups"),
+        "all wrong": steps.share("none_correct", "groups"),
+    }
+    dropped = {name.replace("_", " "): n for name, n in steps.counts("dropped").items()}
+    measured = any("dropped" in line for line in steps.lines)
+    order = ("sampling", "batch", "train", "publish")
+    seconds = steps.counts("seconds")
+    seconds = {name: seconds[name] for name in dict.fromkeys([*order, *seconds]) if name in seconds}
+    return [
+        of.curves(
+            "uniform", "Groups without a contrast", "share of groups", uniform, colours=(2, 4)
+        ),
+        of.layers(
+            "dropped",
+            "Dropped before training",
+            "completions",
+            dropped,
+            shares=False,
+            nothing="nothing was dropped" if measured else _UNMEASURED,
+        ),
+        of.layers(
             "time",
             "Time",
             "share of the time",
-            {name: found[name] for name in names},
+            seconds,
             shares=True,
-            nothing=UNMEASURED,
+            nothing=_UNMEASURED,
             note="sampling: waiting for completions while no step was under way. The pointer is "
             "told seconds. Evaluations are not counted.",
-        )
+        ),
+    ]
 
 
-def _words(name: str) -> str:
-    return name.replace("_", " ")
+def _number(line: Mapping[str, Any], path: tuple[str, ...]) -> float:
+    value: Any = line
+    for key in path:
+        if not isinstance(value, Mapping):
+            return math.nan
+        value = value.get(key)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return math.nan
+    return float(value)

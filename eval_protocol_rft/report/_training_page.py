@@ -1,92 +1,32 @@
 """A training run as one static HTML file that needs no server and asks no network for anything.
 
 Invariant: the page follows from the lines of `metrics.jsonl` and the settings alone. What was not
-measured is a gap, never 0.
-
-Pages from a template, with a policy that lets nothing but their own script run. Pure.
-
-Invariant: text from settings and errors is escaped by the template, and the page asks no network
-for anything: its head allows one script and one style sheet by their hashes.
+measured is a gap or left out, never 0.
 """
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from eval_protocol_rft._durable import write_whole
-from eval_protocol_rft.report._charts import FRAME
-from eval_protocol_rft.report._page import visible
-from eval_protocol_rft.report._page_detail import embedded_json
-from eval_protocol_rft.report._page_stats import ReportError
-from eval_protocol_rft.report._training_charts import Series, Span
-from eval_protocol_rft.report._training_curve import curve_svg
-from eval_protocol_rft.report._training_facts import (
-    all_settings,
-    outcome,
-    planned_steps,
-    setting_facts,
+from eval_protocol_rft.report._charts import Chart
+from eval_protocol_rft.report._html import (
+    Facts,
+    ReportError,
+    check_installed,
+    embedded_json,
+    render,
+    visible,
 )
-from eval_protocol_rft.report._training_figures import Section, sections
-from eval_protocol_rft.report._training_series import FloatArray, Measured
-
-
-def render(
-    template: str,
-    values: Mapping[str, Any],
-    *,
-    scripts: Sequence[str],
-    styles: Sequence[str],
-    data: str,
-) -> str:
-    """The text of a page.
-
-    Args:
-        template: its name among the assets.
-        values: for the template.
-        scripts, styles: names of assets, joined to one script and one style sheet.
-        data: JSON for the script, escaped as `embedded_json` does.
-    """
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-    from markupsafe import Markup
-
-    environment = Environment(
-        loader=PackageLoader("eval_protocol_rft.report", "assets"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["visible"] = visible
-    script, style = _assets(scripts), _assets(styles)
-    return environment.get_template(template).render(
-        **values,
-        script=Markup(script),  # noqa: S704
-        script_hash=_policy_hash(script),
-        style=Markup(style),  # noqa: S704
-        style_hash=_policy_hash(style),
-        data=Markup(data),  # noqa: S704
-    )
-
-
-def _assets(names: Sequence[str]) -> str:
-    folder = resources.files("eval_protocol_rft.report") / "assets"
-    return "\n".join((folder / name).read_text(encoding="utf-8") for name in names)
-
-
-def _policy_hash(text: str) -> str:
-    """As a content security policy names an inline element."""
-    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-
+from eval_protocol_rft.report._svg import PLOT, FloatArray
+from eval_protocol_rft.report._training_figures import Measured, curve_svg, sections, span_of
 
 _DIGITS = 5
 """Significant ones, of values that the pointer is told."""
@@ -117,9 +57,11 @@ def write_training_report(
         stopped: why the run ended before its last step, where it did.
 
     Raises:
-        ReportError: the folder holds no training run, or one whose files cannot be read.
+        ReportError: the folder holds no training run, or one whose files cannot be read; or
+            matplotlib is not installed.
         OSError: the page cannot be written.
     """
+    check_installed()
     lines, settings = read_run(folder)
     page = output or folder / "report.html"
     text = training_page(lines, settings, stopped=stopped).encode()
@@ -178,83 +120,46 @@ def training_page(
     """
     steps, evaluations = Measured.of(lines, "step"), Measured.of(lines, "eval")
     parts = sections(steps, evaluations)
-    span = Span.over([*steps.steps, *evaluations.steps])
     wanted = planned_steps(settings)
     done = steps.steps[-1] if steps.steps else 0
-    return render(
-        "training.html",
-        {
-            "name": str(settings.get("evaluator") or "training run"),
-            "stopped": stopped,
-            "unfinished": bool(settings.get("steps")) and wanted is not None and done < wanted,
-            "facts": setting_facts(settings),
-            "settings": all_settings(settings),
-            "figures": outcome(steps, evaluations, settings),
-            "sections": parts,
-            "summaries": {
-                figure.id: [_summary(one) for one in figure.series]
-                for part in parts
-                for figure in part.figures
-            },
-            "evaluations": _table(evaluations),
-            "frame": FRAME,
-            "version": metadata.version("eval-protocol-rft"),
-        },
-        scripts=("text.js", "training.js"),
-        styles=("page.css", "details.css", "training.css"),
-        data=embedded_json(_pointed(parts, steps, evaluations, span)),
-    )
-
-
-def _pointed(
-    parts: Sequence[Section], steps: Measured, evaluations: Measured, span: Span
-) -> dict[str, Any]:
-    """What the script tells of the step under the pointer."""
-    return {
-        "low": span.low,
-        "high": span.high,
-        "left": FRAME.left,
-        "right": FRAME.right,
-        "top": FRAME.top,
-        "bottom": FRAME.bottom,
+    low, high = span_of(steps, evaluations)
+    # What the script tells of the step under the pointer.
+    data = {
+        "low": low,
+        "high": high,
+        **PLOT,
         "steps": steps.steps,
         "evaluations": evaluations.steps,
-        "charts": {
-            figure.id: [
-                {
-                    "name": visible(one.name),
-                    "evaluated": one.evaluated,
-                    "values": _short(one.values),
-                }
-                for one in figure.series
-            ]
-            for part in parts
-            for figure in part.figures
-            if figure.series
-        },
+        "charts": {chart.id: _pointed(chart) for _, charts in parts for chart in charts},
     }
+    values = {
+        "name": str(settings.get("evaluator") or "training run"),
+        "stopped": stopped,
+        "unfinished": bool(settings.get("steps")) and wanted is not None and done < wanted,
+        "setting_facts": setting_facts(settings),
+        "settings": all_settings(settings),
+        "outcome": outcome(steps, evaluations, settings),
+        "sections": parts,
+        "evaluations": _table(evaluations),
+        "data": embedded_json(data),
+    }
+    scripts, styles = ("text.js", "training.js"), ("page.css",)
+    return "".join(render("training.html", values, scripts=scripts, styles=styles))
+
+
+def _pointed(chart: Chart) -> list[dict[str, Any]]:
+    return [
+        {"name": visible(one.name), "evaluated": one.evaluated, "values": _short(one.values)}
+        for one in chart.series
+    ]
 
 
 def _short(values: FloatArray) -> list[float | None]:
     return [None if math.isnan(v) else float(f"{v:.{_DIGITS}g}") for v in values.tolist()]
 
 
-def _summary(series: Series) -> list[str]:
-    """A series in a line: its name, first and last value, and its extremes with their steps."""
-    known = np.flatnonzero(~np.isnan(series.values))
-    if not len(known):
-        return [series.name, "", "", "", ""]
-    values = series.values[known]
-    low, high = known[values.argmin()], known[values.argmax()]
-    return [
-        series.name,
-        *(f"{series.values[i]:.4g}" for i in (known[0], known[-1])),
-        *(f"{series.values[i]:.4g} ({series.steps[i]:,})" for i in (low, high)),
-    ]
-
-
-def _table(evaluations: Measured) -> dict[str, list[list[str]]]:
-    """All evaluations in numbers: a head and a row each; columns that have values."""
+def _table(evaluations: Measured) -> list[list[str]]:
+    """All evaluations in numbers: a head, and a row each; columns that have values."""
     columns = {
         "rows": evaluations.values("rows"),
         "sampled": evaluations.values("sampled_score"),
@@ -275,7 +180,7 @@ def _table(evaluations: Measured) -> dict[str, list[list[str]]]:
         ]
         for i, step in enumerate(evaluations.steps)
     ]
-    return {"head": [["step", *columns]], "rows": rows}
+    return [["step", *columns], *rows]
 
 
 def _read_json(text: bytes, where: str) -> dict[str, Any]:
@@ -286,3 +191,123 @@ def _read_json(text: bytes, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ReportError(f"{where}: no JSON object")
     return value
+
+
+def setting_facts(settings: Mapping[str, Any]) -> Facts:
+    """The settings that a reader asks for first; those that a run did not record are left out."""
+    sampling = settings.get("completion_params") or {}
+    n = settings.get("completions_per_prompt") or sampling.get("n")
+    facts = [
+        ("Model", sampling.get("model")),
+        ("Algorithm", _joined(settings.get("algorithm"), _named(settings, "normalization"))),
+        (
+            "Batch",
+            _joined(
+                _counted(settings.get("groups_per_step"), "prompts"),
+                _counted(n, "completions each"),
+                _counted(settings.get("passes"), "passes") if settings.get("passes") != 1 else None,
+            ),
+        ),
+        (
+            "Learning rate",
+            _joined(
+                _value(settings.get("learning_rate")),
+                settings.get("schedule"),
+                _named(settings, "warmup_steps", zero=False),
+                _named(settings, "kl_beta", zero=False),
+            ),
+        ),
+        ("Most staleness", _counted(settings.get("max_staleness"), "versions")),
+        ("Sampling", _joined(*(_named(sampling, k) for k in sampling if k not in ("model", "n")))),
+        (
+            "Rows",
+            _joined(
+                _counted(settings.get("train_rows"), "to train on"),
+                _counted(settings.get("eval_rows"), "held out"),
+            ),
+        ),
+        ("Seed", _value(settings.get("seed"))),
+    ]
+    return [(name, value) for name, value in facts if value]
+
+
+def all_settings(settings: Mapping[str, Any]) -> Facts:
+    """Every setting as it was recorded."""
+    return [(name, json.dumps(settings[name], sort_keys=True)) for name in sorted(settings)]
+
+
+def outcome(steps: Measured, evaluations: Measured, settings: Mapping[str, Any]) -> Facts:
+    """What came of it: held-out scores before and after, and how much was sampled."""
+    figures = [
+        ("held out, sampled", before_after(evaluations.values("sampled_score"))),
+        ("held out, greedy", before_after(evaluations.values("greedy_score"))),
+    ]
+    ks = [k for k in evaluations.keys("pass_at_k") if k != "1"]
+    if ks:
+        change = before_after(evaluations.values("pass_at_k", ks[-1]))
+        figures.append((f"held out, pass@{ks[-1]}", change))
+    wanted = planned_steps(settings)
+    done = steps.steps[-1] if steps.steps else 0
+    figures.append(("steps", f"{done:,}" if wanted is None else f"{done:,} of {wanted:,}"))
+    for name, key in (("completions", "completions"), ("sampled tokens", "sampled_tokens")):
+        figures.append((name, _total(steps.values(key))))
+    figures.append(("without evaluations", _duration(steps)))
+    return [(name, value) for name, value in figures if value]
+
+
+def planned_steps(settings: Mapping[str, Any]) -> int | None:
+    """Steps that were asked for; with epochs, the most that these can come to."""
+    if settings.get("steps"):
+        return int(settings["steps"])
+    epochs, rows = settings.get("epochs"), settings.get("train_rows")
+    groups = settings.get("groups_per_step")
+    if not epochs or not rows or not groups:
+        return None
+    return math.ceil(float(epochs) * int(rows) / int(groups))
+
+
+def before_after(values: FloatArray) -> str:
+    """The first and the last value of those there are."""
+    known = values[~np.isnan(values)].tolist()
+    if len(known) < 2:
+        return "".join(f"{value:.3f}" for value in known)
+    return f"{known[0]:.3f} → {known[-1]:.3f}"
+
+
+def _total(values: FloatArray) -> str:
+    return f"{np.nansum(values):,.0f}" if np.any(~np.isnan(values)) else ""
+
+
+def _duration(steps: Measured) -> str:
+    counts = steps.counts("seconds").values()
+    seconds = sum(float(np.nansum(values)) for values in counts)
+    if not seconds:
+        return ""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def _joined(*parts: str | None) -> str:
+    return ", ".join(part for part in parts if part)
+
+
+def _named(settings: Mapping[str, Any], name: str, *, zero: bool = True) -> str | None:
+    value = settings.get(name)
+    if value is None or (not zero and not value):
+        return None
+    return f"{name} {_value(value)}"
+
+
+def _counted(value: Any, what: str) -> str | None:
+    if value is None:
+        return None
+    return f"{value:,} {what.removesuffix('s') if value == 1 else what}"
+
+
+def _value(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:g}"
+    return value if isinstance(value, str) else json.dumps(value)

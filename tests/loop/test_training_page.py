@@ -11,25 +11,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from eval_protocol_rft.cli import app
-from eval_protocol_rft.report._charts import FRAME
-from eval_protocol_rft.report._page_stats import ReportError
-from eval_protocol_rft.report._training_charts import (
-    Series,
-    Span,
-    curve,
-    line_chart,
-    linear_scale,
-    log_scale,
-    stacked_chart,
-)
-from eval_protocol_rft.report._training_curve import curve_svg
+from eval_protocol_rft.report._charts import Chart, Series, binned, curves, layers, smoothed
+from eval_protocol_rft.report._html import ReportError
+from eval_protocol_rft.report._training_figures import Measured, curve_svg
 from eval_protocol_rft.report._training_page import read_run, training_page, write_training_report
-from eval_protocol_rft.report._training_series import Measured, binned, smoothed
+from tests.drawings import BOTTOM, LEFT, RIGHT, TOP, Drawing
 from tests.loop.runs import options, run
 
 NAN = math.nan
@@ -42,14 +33,6 @@ def evaluation(step: int, **values: Any) -> dict[str, Any]:
 
 def step(number: int, **values: Any) -> dict[str, Any]:
     return {"kind": "step", "step": number, "reward_mean": 0.25, **values}
-
-
-def points(path: str) -> list[list[tuple[float, float]]]:
-    """Corners of each unbroken piece of an SVG path."""
-    return [
-        [(float(x), float(y)) for x, y in re.findall(r"([-\d.]+),([-\d.]+)", piece)]
-        for piece in path.split("M")[1:]
-    ]
 
 
 @given(VALUES, st.integers(0, 6))
@@ -75,58 +58,108 @@ def test_bins_are_means_of_neighbours(values: list[float], size: int) -> None:
     np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-6)
 
 
-@given(VALUES)
-def test_a_curve_breaks_where_a_value_is_missing_and_nowhere_else(values: list[float]) -> None:
+def line(values: Any, steps: Any = None, **options: Any) -> Drawing:
+    """A drawing of one series, of steps 1 to N."""
     array = np.array(values)
-    span = Span.over([1, len(values)])
-    drawn = curve(Series("x", range(1, len(values) + 1), array), span, linear_scale(array))
+    steps = steps or range(1, len(array) + 1)
+    evaluated = options.pop("evaluated", False)
+    series = Series("x", steps, array, evaluated=evaluated)
+    span = (steps[0], max(steps[-1], steps[0] + 1))
+    return Drawing(curves("c", "C", "score", [series], span, nothing="", **options).svg)
+
+
+@settings(max_examples=15)
+@given(VALUES.filter(lambda values: not all(map(math.isnan, values))))
+def test_a_curve_breaks_where_a_value_is_missing_and_nowhere_else(values: list[float]) -> None:
+    drawn = line(values)
     runs = "".join("-" if math.isnan(v) else "x" for v in values).replace("-", " ").split()
-    assert [len(piece) for piece in points(drawn.path)] == [len(r) for r in runs if len(r) > 1]
-    assert len(drawn.dots) == sum(len(r) == 1 for r in runs)
-    for x, y in [*drawn.dots, *(p for piece in points(drawn.path) for p in piece)]:
-        assert FRAME.left - 0.01 <= x <= FRAME.right + 0.01
-        assert FRAME.top - 0.1 <= y <= FRAME.bottom + 0.1
+    assert [len(piece) for piece in drawn.pieces("c-0")] == [len(r) for r in runs if len(r) > 1]
+    assert len(drawn.dots("c-0")) == sum(len(r) == 1 for r in runs)
+    points = [p for piece in drawn.pieces("c-0") for p in piece] + drawn.dots("c-0")
+    for x, y in points:
+        assert LEFT - 0.01 <= x <= RIGHT + 0.01
+        assert TOP - 0.01 <= y <= BOTTOM + 0.01
 
 
 def test_a_step_that_is_not_there_is_a_gap_in_training_and_none_between_evaluations() -> None:
     for evaluated, pieces in ((False, 2), (True, 1)):
-        series = Series("x", [1, 2, 10, 11], np.ones(4), evaluated=evaluated)
-        drawn = curve(series, Span(1, 11), linear_scale(np.ones(4)))
-        assert len(points(drawn.path)) == pieces
+        drawn = line(np.ones(4), [1, 2, 10, 11], evaluated=evaluated)
+        assert len(drawn.pieces("c-0")) == pieces
 
 
-def test_heights_are_in_proportion_to_values() -> None:
-    scale = linear_scale(np.array([0.1, 0.7]))
-    foot = scale.y(0)
-    assert foot == FRAME.bottom
-    assert (foot - scale.y(0.6)) == pytest.approx(3 * (foot - scale.y(0.2)))
-    assert [label for _, label in scale.ticks] == ["0", "0.2", "0.4", "0.6", "0.8"]
+def test_values_stand_where_the_labels_say() -> None:
+    values = [0.1, 0.7, 0.2, 0.6]
+    drawn = line(values)
+    assert list(drawn.y_labels) == ["0", "0.2", "0.4", "0.6", "0.8"]
+    [corners] = drawn.pieces("c-0")
+    assert [drawn.value(y) for _, y in corners] == pytest.approx(values, abs=1e-4)
+    assert [x for x, _ in corners] == pytest.approx(np.linspace(LEFT, RIGHT, 4), abs=0.01)
+
+
+@pytest.mark.parametrize(
+    "values", [[1.7e308, -1.7e308], [5e-324, 0], [1e300] * 2, [1, 1 + 2**-52], [-3.0, -3.0]]
+)
+def test_values_at_the_ends_of_floats_are_drawn_inside_the_plot(values: list[float]) -> None:
+    [corners] = line(values).pieces("c-0")
+    assert len(corners) == 2
+    assert all(TOP - 0.01 <= y <= BOTTOM + 0.01 for _, y in corners)
+
+
+def test_means_are_drawn_over_many_values_and_the_pointer_is_told_the_values() -> None:
+    values = np.arange(100) % 2.0
+    series = Series("x", range(100), values)
+    chart = curves("c", "C", "score", [series], (0, 99), window=5, nothing="")
+    assert chart.note == "Strong: means over 5 steps."
+    assert chart.series[0].values is values
+    drawn = Drawing(chart.svg)
+    [each], [means] = drawn.pieces("c-0-each"), drawn.pieces("c-0")
+    assert {round(drawn.value(y), 3) for _, y in each} == {0, 1}
+    assert {round(drawn.value(y), 3) for _, y in means[2:-2]} == {0.4, 0.6}
 
 
 def test_a_logarithmic_axis_has_its_bars_and_keeps_rounding_at_its_foot() -> None:
-    scale = log_scale(np.array([0.0, 1e-13, 1e-4, 2e-3]))
-    assert scale.y(0.0) == scale.y(1e-13) == FRAME.bottom
-    assert scale.ticks[0][1] == "≤1e-8"
-    assert scale.y(1e-5) - scale.y(1e-4) == pytest.approx(scale.y(1e-4) - scale.y(1e-3))
-    above = log_scale(np.array([1e-4, 2e-3]))
-    assert above.ticks[0][1] == "1e-4"
+    drawn = line([0.0, 1e-13, 1e-4, 2e-3], log=True, bars=[(1e-3, "warn 0.001")])
+    [corners] = drawn.pieces("c-0")
+    heights = [BOTTOM - y for _, y in corners]
+    assert heights[:2] == [0, 0]
+    assert next(iter(drawn.y_labels)) == "≤1e-8"
+    # Four decades from 1e-8 to 1e-4, of six up to 1e-2, where the axis ends.
+    assert heights[2] == pytest.approx((BOTTOM - TOP) * 4 / 6, abs=0.01)
+    assert "warn 0.001" in "".join(drawn.root.itertext())
+    assert next(iter(line([1e-4, 2e-3], log=True).y_labels)) == "1e-4"
+
+
+def stack(parts: dict[str, Any], steps: Any, **options: Any) -> Chart:
+    series = [
+        Series(name, steps, np.array(v), colour=i) for i, (name, v) in enumerate(parts.items())
+    ]
+    return layers("s", "S", "share", series, (0, steps[-1]), nothing="", **options)
 
 
 def test_layers_of_a_stack_fill_the_whole_height_and_leave_gaps() -> None:
-    parts = {"a": np.array([1.0, NAN, 3.0]), "b": np.array([1.0, NAN, 1.0])}
-    chart = stacked_chart(parts, [1, 2, 3], Span(0, 3), shares=True)
-    low, high = (points(area.path) for area in chart.areas)
+    drawn = Drawing(stack({"a": [1, NAN, 3], "b": [1, NAN, 1]}, [1, 2, 3], shares=True).svg)
+    low, high = drawn.pieces("s-0"), drawn.pieces("s-1")
     assert len(low) == len(high) == 2  # the second step is a gap
-    middle = (FRAME.top + FRAME.bottom) / 2
-    assert {y for _, y in high[0]} == {FRAME.top, middle}
-    assert {y for _, y in low[0]} == {middle, FRAME.bottom}
-    assert min(y for _, y in low[1]) == pytest.approx(FRAME.y(0.75), abs=0.1)
+    middle = (TOP + BOTTOM) / 2
+    assert {y for _, y in high[0]} == {TOP, middle}
+    assert {y for _, y in low[0]} == {middle, BOTTOM}
+    assert drawn.value(min(y for _, y in low[1])) == pytest.approx(0.75, abs=1e-4)
+
+
+def test_a_step_that_is_not_there_is_a_gap_in_a_stack() -> None:
+    drawn = Drawing(stack({"a": [1, 1, 1, 1]}, [1, 2, 5, 6], shares=False).svg)
+    first, second = drawn.pieces("s-0")
+    unit = (RIGHT - LEFT) / 6
+    assert sorted({x for x, _ in first}) == pytest.approx(
+        [LEFT + u * unit for u in (0.5, 1.5, 2.5)], abs=0.01
+    )
+    assert max(x for x, _ in second) == RIGHT
 
 
 def test_a_long_stack_is_drawn_as_means() -> None:
-    chart = stacked_chart({"a": np.ones(1000)}, range(1, 1001), Span(0, 1000), shares=False)
-    assert chart.columns_of == 5
-    assert len(chart.areas[0].path) < 20_000
+    chart = stack({"a": np.ones(1000)}, range(1, 1001), shares=False)
+    assert chart.note == "Drawn as means over 5 steps."
+    assert len(chart.svg) < 20_000
 
 
 def test_a_count_that_a_line_lacks_is_zero_and_a_line_without_counts_is_a_gap() -> None:
@@ -148,7 +181,6 @@ def test_what_is_not_measured_is_not_drawn_and_the_page_says_so() -> None:
     assert page.count("Nothing to draw") == 14  # all charts but the reward's
     assert training_page([], {}).count("Nothing to draw") == 15
     assert "Nothing to draw: nothing was dropped." in training_page([step(1, dropped={})], {})
-    assert line_chart([Series("x", [1], np.array([NAN]))], Span(0, 1)).curves == []
 
 
 def test_the_evaluators_metrics_are_drawn_where_there_are_any() -> None:
@@ -209,17 +241,21 @@ def test_the_picture_names_the_evaluator_and_the_last_scores() -> None:
     assert "greedy0.625" in told
     assert "sampled" not in told
     assert "prefers-color-scheme:dark" in svg
+    assert curve_svg(lines, {"evaluator": "test_sums"}) == svg  # no dates, no chance
     assert curve_svg([step(1)], {}) is None
 
 
+@settings(max_examples=15)
 @given(st.lists(st.floats(0, 1), min_size=2, max_size=2))
 @example([0.0, 5e-324])
 def test_names_in_the_picture_never_cover_each_other(last: list[float]) -> None:
     svg = curve_svg([evaluation(3, sampled_score=last[0], greedy_score=last[1])], {})
     assert svg is not None
-    heights = [float(y) for y in re.findall(r'class="end" x="[\d.]+" y="([\d.]+)"', svg)]
-    assert abs(heights[0] - heights[1]) >= 39
-    assert max(heights) + 18 < 330
+    # A name and a value each, eighteen apart.
+    heights = [float(y) for y in re.findall(r"translate\([\d.]+ ([\d.]+)\)", svg)]
+    assert len(heights) == 4
+    assert abs(heights[0] - heights[2]) >= 39
+    assert max(heights) < 330
     assert min(heights) > 40
 
 
