@@ -14,10 +14,8 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
-import typer
 from hypothesis import given
 from hypothesis import strategies as st
-from typer.testing import CliRunner
 
 from eval_protocol_rft.data.rollouts._format import RewardSettings, SamplingSettings
 from eval_protocol_rft.data.rollouts._rows import CompletionRow, Score
@@ -25,6 +23,7 @@ from eval_protocol_rft.report._html import ReportError, embedded_json, visible
 from eval_protocol_rft.report._page import write_report
 from eval_protocol_rft.report._page_detail import prompt_start
 from eval_protocol_rft.report._page_stats import ColumnTotals, ReportTotals
+from tests.batch.servers import ep_rft
 from tests.report_page_rows import (
     END,
     HOSTILE,
@@ -424,11 +423,7 @@ def test_what_cannot_be_reported_is_refused(
 
 
 def run(*arguments: str) -> tuple[int, str, str]:
-    from eval_protocol_rft.cli.report import report as command
-
-    app = typer.Typer()
-    app.command()(command)
-    result = CliRunner().invoke(app, list(arguments))
+    result = ep_rft("report", *arguments)
     return result.exit_code, result.stdout, result.stderr
 
 

@@ -1,5 +1,6 @@
-"""`ep-rft`: the command line. Thin: one module per command, which imports its work when it runs, so
-that `--help` costs nothing, and turns that work's errors into one line and exit code 1.
+"""`ep-rft`: the command line. Thin: one module per command. Its flags are the options of what it
+calls (see `_flags`), made when it is called, so that `ep-rft --help` costs nothing; that work's
+errors become one line and exit code 1.
 """
 
 from __future__ import annotations
@@ -7,16 +8,19 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from collections.abc import Callable
 from importlib import metadata
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from eval_protocol_rft._text import visible_lines
 from eval_protocol_rft.cli._common import say
+from eval_protocol_rft.cli._flags import for_typer, help_text
 from eval_protocol_rft.cli.convert import convert
 from eval_protocol_rft.cli.datums import datums
-from eval_protocol_rft.cli.doctor import doctor
+from eval_protocol_rft.cli.doctor import WRONG, doctor
 from eval_protocol_rft.cli.filter import filter  # noqa: A004 - the command's name
 from eval_protocol_rft.cli.generate import generate
 from eval_protocol_rft.cli.report import report
@@ -26,26 +30,50 @@ from eval_protocol_rft.cli.show import show
 from eval_protocol_rft.cli.stats import stats
 from eval_protocol_rft.cli.train import train
 
+COMMANDS: dict[str, Callable[..., None]] = {
+    command.__name__: command
+    for command in (
+        generate,
+        score,
+        filter,
+        stats,
+        report,
+        datums,
+        convert,
+        show,
+        serve,
+        doctor,
+        train,
+    )
+}
+
+
+class _Commands(TyperGroup):
+    """Makes the flags of the command that is called, and of no other: their definitions import
+    what their room does."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, command, rest = super().resolve_command(ctx, args)
+        if name in COMMANDS:
+            command = _with_flags(COMMANDS[name])
+        return name, command, rest
+
+
+def _with_flags(command: Callable[..., None]) -> Any:
+    alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    alone.command()(for_typer(command, wrong=WRONG if command is doctor else 1))
+    return typer.main.get_command(alone)
+
+
 app = typer.Typer(
     name="ep-rft",
+    cls=_Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (
-    generate,
-    score,
-    filter,
-    stats,
-    report,
-    datums,
-    convert,
-    show,
-    serve,
-    doctor,
-    train,
-):
-    app.command(help=command.__doc__)(command)
+for _name, _command in COMMANDS.items():
+    app.command(_name, help=help_text(_command))(lambda: None)
 
 
 def _print_version(wanted: bool) -> None:

@@ -20,7 +20,6 @@ import re
 import signal
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn, ParamSpec
@@ -31,25 +30,13 @@ from eval_protocol_rft._durable import NO_ROOM
 from eval_protocol_rft._text import visible_lines
 
 
-@dataclass(slots=True)
-class Stopped:
-    """Why a `KeyboardInterrupt` came."""
-
-    by: signal.Signals = signal.SIGINT
-
-    @property
-    def exit_code(self) -> int:
-        """As a shell reports a process that this signal ended."""
-        return 128 + self.by
-
-
 @contextlib.contextmanager
-def sigterm_interrupts() -> Iterator[Stopped]:
-    """Within, SIGTERM does what Ctrl-C does; the value tells them apart."""
-    stopped = Stopped()
+def _sigterm_interrupts() -> Iterator[list[signal.Signals]]:
+    """Within, SIGTERM does what Ctrl-C does; the last of the list is the one that came."""
+    came = [signal.SIGINT]
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        stopped.by = signal.SIGTERM
+        came.append(signal.SIGTERM)
         if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
             # So it is in a script's background job, which Ctrl-C is not meant for.
             raise KeyboardInterrupt
@@ -57,7 +44,7 @@ def sigterm_interrupts() -> Iterator[Stopped]:
 
     before = signal.signal(signal.SIGTERM, interrupt)
     try:
-        yield stopped
+        yield came
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -74,7 +61,7 @@ def one_line(command: Callable[P, None]) -> Callable[P, None]:
     @functools.wraps(command)
     def run(*args: P.args, **named: P.kwargs) -> None:
         try:
-            with _no_log_of_attempts(), sigterm_interrupts() as stopped:
+            with _no_log_of_attempts(), _sigterm_interrupts() as came:
                 command(*args, **named)
         except BrokenPipeError:
             raise  # whoever read our output has gone, which typer deals with
@@ -87,9 +74,10 @@ def one_line(command: Callable[P, None]) -> Callable[P, None]:
             fail(f"a number in a file is larger or smaller than can be: {error}")
         except ValueError as error:
             fail(str(error))
-        except KeyboardInterrupt:
-            say("ep-rft: stopped", err=True)
-            raise typer.Exit(stopped.exit_code) from None
+        except KeyboardInterrupt as stop:
+            # Commands that can go on say how: KeyboardInterrupt("; what to do").
+            say(f"ep-rft: stopped{stop}", err=True)
+            raise typer.Exit(128 + came[-1]) from None  # as a shell reports it
         except Exception as error:
             # Errors of this package say what is wrong, with or without a base class.
             if not type(error).__module__.startswith("eval_protocol_rft."):
@@ -130,14 +118,14 @@ def say_json(data: bytes) -> None:
     typer.echo(text)
 
 
-def fail(message: str) -> NoReturn:
+def fail(message: str, *, code: int = 1) -> NoReturn:
     """Say what is wrong and end."""
     say(f"ep-rft: {message}", err=True)
-    raise typer.Exit(1)
+    raise typer.Exit(code)
 
 
 @contextlib.contextmanager
-def rollout_file(path: Path, *, quiet: bool = False) -> Iterator[Path]:
+def rollout_file(path: Path, *, progress: bool = True) -> Iterator[Path]:
     """`path` where it is a rollout file or that of an unfinished job. Where it holds rows of Eval
     Protocol (JSON lines, or a folder of them, of which the newest counts), a rollout file of these,
     which is gone afterwards.
@@ -154,7 +142,7 @@ def rollout_file(path: Path, *, quiet: bool = False) -> Iterator[Path]:
     rows = newest_rows_file(path)
     with tempfile.TemporaryDirectory(prefix="ep-rft-") as folder:
         made = Path(folder) / f"{rows.stem}.parquet"
-        summary = convert(rows, made, from_format="ep", drop_failed_rows=True, progress=not quiet)
+        summary = convert(rows, made, from_format="ep", drop_failed_rows=True, progress=progress)
         for note in summary.notes:
             say(f"ep-rft: {rows}: {note}", err=True)
         try:

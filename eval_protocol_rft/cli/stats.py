@@ -3,35 +3,29 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-import typer
+from annotated_types import Ge
 
-from eval_protocol_rft.cli._common import one_line, rollout_file, say_json
+from eval_protocol_rft import data, report
+from eval_protocol_rft.cli._common import rollout_file, say_json
+from eval_protocol_rft.cli._flags import Takes
 
 
-@one_line
 def stats(
-    file: Annotated[
-        Path, typer.Argument(help="Rollout file, also of an unfinished job, or what a test wrote.")
-    ],
-    reward: Annotated[
-        str | None, typer.Option(help="Name of a further reward.", show_default="the main one")
-    ] = None,
-    pass_threshold: Annotated[
-        float, typer.Option(help="Reward from which on a completion counts as passed.")
-    ] = 1.0,
-    limit_groups: Annotated[
-        int, typer.Option(min=0, help="Prompts to list, the hardest ones.")
-    ] = 20,
-    json: Annotated[
-        bool, typer.Option("--json", help="Print JSON instead, with all prompts.")
-    ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+    file: Path,
+    options: Annotated[dict[str, Any], Takes(data.rollout_stats)],
+    *,
+    limit_groups: Annotated[int, Ge(0)] = 20,
+    json: bool = False,
 ) -> None:
     """Sum up a rollout file: rewards, pass@k, lengths, failures, the hardest prompts.
 
-    \b
+    Args:
+        file: Rollout file, also of an unfinished job, or what a test wrote.
+        limit_groups: Prompts to list, the hardest ones.
+        json: Print JSON instead, with all prompts.
+
     Examples:
       ep-rft stats rollouts.parquet
       ep-rft stats rollouts.parquet --reward style --pass-threshold 0.5
@@ -41,18 +35,12 @@ def stats(
 
     import msgspec
 
-    from eval_protocol_rft.data import rollout_stats
-
-    with rollout_file(file, quiet=quiet) as path:
-        found = rollout_stats(
-            path, reward=reward, pass_threshold=pass_threshold, progress=not quiet
-        )
+    with rollout_file(file, progress=options["progress"]) as path:
+        found = data.rollout_stats(path, **options)
     found = dataclasses.replace(found, path=str(file))
     if json:
         say_json(msgspec.json.format(msgspec.json.encode(found), indent=2))
         return
     from rich.console import Console
 
-    from eval_protocol_rft.report import stats_table
-
-    Console().print(stats_table(found, limit_groups=limit_groups))
+    Console().print(report.stats_table(found, limit_groups=limit_groups))

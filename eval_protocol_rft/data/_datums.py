@@ -33,11 +33,13 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Unpack
+from typing import Annotated, Any, Literal, NamedTuple, Unpack
 
 import msgspec
+from annotated_types import Ge
 
 from eval_protocol_rft._durable import replacing, sync_folder
+from eval_protocol_rft._options import Flag
 from eval_protocol_rft.data._dataset import RolloutDataset
 from eval_protocol_rft.data._files import TargetError, check_target
 from eval_protocol_rft.data._group_values import chosen_reward
@@ -247,11 +249,11 @@ def write_datums(
     source: str | os.PathLike[str],
     output: str | os.PathLike[str],
     *,
-    format: DatumsFormat | None = None,  # noqa: A002
-    reward: str | None = None,
-    max_groups: int | None = None,
-    max_tokens: int | None = None,
-    overwrite: bool = False,
+    format: Annotated[DatumsFormat | None, Flag(unset="what the extension says")] = None,  # noqa: A002
+    reward: Annotated[str | None, Flag(unset="the main one")] = None,
+    max_groups: Annotated[int | None, Ge(1), Flag()] = None,
+    max_tokens: Annotated[int | None, Ge(1), Flag()] = None,
+    overwrite: Annotated[bool, Flag()] = False,
     progress: bool | None = None,
     **options: Unpack[BatchArguments],
 ) -> DatumsSummary:
@@ -262,12 +264,12 @@ def write_datums(
         output: where to. With `max_groups` or `max_tokens`, NPZ and safetensors become one file
             per batch: `datums.npz` stands for `datums-00000.npz` and so on, and files of an
             earlier run beyond the last are removed.
-        format: default what the extension says. "rl-step", a text format in .jsonl, has to be
-            named; it holds rewards, not advantages, so it takes none of the options below.
-        reward: name of a further reward to train on; None is the main one.
-        max_groups, max_tokens: limits of a batch, as for `iter_batches`. Default: all is one batch,
-            in memory.
-        overwrite: take the place of files that are there.
+        format: rl-step: text for a Fireworks RL step, in .jsonl. It holds rewards, not advantages,
+            so it takes none of the options of algorithms.
+        reward: name of a further reward to train on.
+        max_groups: most prompt groups of a batch. Without limits all is one batch, in memory.
+        max_tokens: most tokens of a batch, prompts included; no group is split.
+        overwrite: replace outputs that are there.
         progress: show a bar where it takes long; None: where stderr is a terminal.
         **options: as for `build_batch`: `algorithm`, `normalization`, `filters`, ...
 

@@ -16,7 +16,7 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from eval_protocol_rft._durable import replacing
+from eval_protocol_rft._options import Flag
 from eval_protocol_rft.data._dataset import RolloutDataset
 from eval_protocol_rft.data._files import check_target, write_file
 from eval_protocol_rft.data._filter_rules import (
@@ -151,8 +152,8 @@ def filter_rollouts(
     output: str | os.PathLike[str],
     rules: FilterRules,
     *,
-    prompts: bool = False,
-    overwrite: bool = False,
+    prompts: Annotated[bool, Flag()] = False,
+    overwrite: Annotated[bool, Flag()] = False,
     progress: bool | None = None,
 ) -> FilterSummary:
     """Write what the rules keep of a rollout file.
@@ -161,8 +162,8 @@ def filter_rollouts(
         source: the file, or that of an unfinished job.
         output: .parquet or .jsonl. All columns and the file's metadata stay as they are.
         rules: what to keep. Where one asks about the whole file it is read twice.
-        prompts: write no completions but the data set's own rows of what is kept, once each.
-        overwrite: take the place of a file that is there.
+        prompts: write the data set's own rows of what is left, once each.
+        overwrite: replace an output that is there.
         progress: show a bar where it takes long; None: where stderr is a terminal.
 
     Raises:

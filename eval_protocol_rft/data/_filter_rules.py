@@ -19,13 +19,15 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import msgspec
 import numpy as np
 import pyarrow as pa
+from annotated_types import Ge
 from numpy.typing import NDArray
 
+from eval_protocol_rft._options import Flag, check_options
 from eval_protocol_rft.data._group_values import (
     Flags,
     Floats,
@@ -70,6 +72,27 @@ class Band(NamedTuple):
         return ":".join(ends)
 
 
+def parse_band(text: str) -> Band:
+    """`low:high`, one of which may be left out: `0.1:0.9`, `:0.5`, `25:`.
+
+    Raises:
+        FilterRulesError: it is not that.
+    """
+    low, colon, high = text.partition(":")
+    try:
+        band = Band(float(low or "-inf"), float(high or "inf"))
+    except ValueError:
+        band = None
+    if band is None or not colon or not (low or high) or any(map(math.isnan, band)):
+        raise FilterRulesError(
+            f"{text!r} is no band: write low:high, and leave one of them out where it is open"
+        )
+    return band
+
+
+_BAND = Flag(metavar="LOW:HIGH", parse=parse_band)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FilterRules:
     """What is kept.
@@ -79,35 +102,53 @@ class FilterRules:
     failed one has no length and no reward.
     """
 
-    reward: str | None = None
-    """Name of a further reward; None is the main one."""
-    pass_threshold: float = 1.0
-    """A completion passes where its reward is at least this."""
-    dedupe_prompts: bool = False
-    """Of data rows with the same prompt and tools, the first in the file stays."""
-    pass_rate: Band | None = None
-    """Share of a data row's scored completions that pass, in [0, 1]."""
-    reward_percentile: Band | None = None
-    """In [0, 100], of the mean rewards of data rows: those that have one, without duplicate
+    reward: Annotated[str | None, Flag(unset="the main one")] = None
+    """Name of a further reward."""
+    pass_threshold: Annotated[float, Flag()] = 1.0
+    """Reward from which on a completion counts as passed."""
+    dedupe_prompts: Annotated[bool, Flag()] = False
+    """Of equal prompts keep the first.
+
+    Of data rows with the same prompt and tools."""
+    pass_rate: Annotated[Band | None, _BAND] = None
+    """Prompts of whose scored completions such a share passes, ends included.
+
+    In [0, 1]."""
+    reward_percentile: Annotated[Band | None, _BAND] = None
+    """Prompts whose mean reward lies between these percentiles, ends included.
+
+    In [0, 100], of the mean rewards of data rows: those that have one, without duplicate
     prompts. The q-th percentile of R means in order stands at place q / 100 * (R - 1), between two
     of them in proportion. Means equal to an end of the band are in it, so ties stay together and
     0:100 keeps all."""
-    drop_zero_variance: bool = False
-    """Data rows whose scored completions have one and the same reward: also those with a single
-    one."""
-    drop_failed: bool = False
-    drop_unscored: bool = False
-    """Failed completions have no reward either, and are counted as failed."""
-    drop_truncated: bool = False
-    min_tokens: int | None = None
-    max_tokens: int | None = None
-    reward_min: float | None = None
-    reward_max: float | None = None
-    dedupe_completions: bool = False
-    """Of completions of a data row with the same tokens, the first that passes all rules above
-    stays."""
-    min_completions: int | None = None
-    """Fewest completions of a data row that are left, failed ones not counted."""
+    drop_zero_variance: Annotated[bool, Flag()] = False
+    """Drop prompts whose rewards are all equal.
+
+    Also those with a single scored completion."""
+    drop_failed: Annotated[bool, Flag()] = False
+    """Drop completions that could not be sampled."""
+    drop_unscored: Annotated[bool, Flag()] = False
+    """Drop completions without a reward.
+
+    Failed completions have no reward either, and are counted as failed."""
+    drop_truncated: Annotated[bool, Flag()] = False
+    """Drop completions cut off at max_tokens."""
+    min_tokens: Annotated[int | None, Ge(1), Flag()] = None
+    """Fewest sampled tokens of a completion."""
+    max_tokens: Annotated[int | None, Ge(1), Flag()] = None
+    """Most sampled tokens of a completion."""
+    reward_min: Annotated[float | None, Flag()] = None
+    """Least reward of a completion."""
+    reward_max: Annotated[float | None, Flag()] = None
+    """Most reward of a completion."""
+    dedupe_completions: Annotated[bool, Flag()] = False
+    """Of a prompt's completions with equal tokens keep one.
+
+    The first that passes all rules above."""
+    min_completions: Annotated[int | None, Ge(1), Flag()] = None
+    """Fewest completions of a prompt, after everything above.
+
+    Failed ones are not counted."""
 
     def __post_init__(self) -> None:
         _check_band("pass_rate", self.pass_rate, 1.0)
@@ -116,14 +157,7 @@ class FilterRules:
             least, most = getattr(self, low), getattr(self, high)
             if least is not None and most is not None and least > most:
                 raise FilterRulesError(f"{low} {least:g} is above {high} {most:g}")
-        for name in ("pass_threshold", "reward_min", "reward_max"):
-            value = getattr(self, name)
-            if value is not None and not math.isfinite(value):
-                raise FilterRulesError(f"{name} must be finite, got {value}")
-        for name in ("min_tokens", "max_tokens", "min_completions"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise FilterRulesError(f"{name} must be at least 1, got {value}")
+        check_options(self, FilterRulesError)
 
     @property
     def on_group_rewards(self) -> bool:
@@ -142,24 +176,6 @@ class FilterRules:
     def on_lengths(self) -> bool:
         """Whether a rule asks for the number of tokens."""
         return self.min_tokens is not None or self.max_tokens is not None
-
-
-def parse_band(text: str) -> Band:
-    """`low:high`, one of which may be left out: `0.1:0.9`, `:0.5`, `25:`.
-
-    Raises:
-        FilterRulesError: it is not that.
-    """
-    low, colon, high = text.partition(":")
-    try:
-        band = Band(float(low or "-inf"), float(high or "inf"))
-    except ValueError:
-        band = None
-    if band is None or not colon or not (low or high) or any(map(math.isnan, band)):
-        raise FilterRulesError(
-            f"{text!r} is no band: write low:high, and leave one of them out where it is open"
-        )
-    return band
 
 
 def _check_band(name: str, band: Band | None, most: float) -> None:

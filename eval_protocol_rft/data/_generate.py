@@ -19,8 +19,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
+from annotated_types import Ge
+
+from eval_protocol_rft._options import Flag
 from eval_protocol_rft.data._files import check_not_read, check_rollout_file, room_warning
 from eval_protocol_rft.data._generate_output import Output, OutputJob, find_job
 from eval_protocol_rft.data._missing import Questions, Selection
@@ -29,7 +32,7 @@ from eval_protocol_rft.data._ray import RaySampler
 from eval_protocol_rft.data._sampling_run import SamplingRun
 from eval_protocol_rft.data.rollouts._rows import CompletionRow
 from eval_protocol_rft.data.source._opening import PathOrGlob, open_source
-from eval_protocol_rft.data.source._prompt import prompt_column
+from eval_protocol_rft.data.source._prompt import PROMPT_COLUMNS, prompt_column
 from eval_protocol_rft.data.store._parts import parts_folder
 from eval_protocol_rft.local import LoadedTokenizer
 from eval_protocol_rft.rollout import Backends, parse_completion_params
@@ -54,7 +57,7 @@ from eval_protocol_rft.sampling import (
     observers,
     polling,
 )
-from eval_protocol_rft.scoring.executors import Engine, check_engine
+from eval_protocol_rft.scoring.executors import RAY_ADDRESS, Engine, check_engine
 
 
 @dataclass(slots=True)
@@ -90,6 +93,8 @@ class RunCounts:
 
 
 DEFAULT_CONCURRENCY = 96
+_DATA = functools.partial(Flag, panel="Data set")
+_RUN = functools.partial(Flag, panel="Run")
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
@@ -130,20 +135,24 @@ async def agenerate(
     output: str | os.PathLike[str],
     completion_params: Mapping[str, Any],
     *,
-    prompt_key: str | None = None,
-    system: str | None = None,
-    limit: int | None = None,
-    shuffle_seed: int | None = None,
-    where: str | None = None,
-    concurrency: int | None = None,
+    prompt_key: Annotated[
+        str | None, _DATA(unset=f"the first of {', '.join(PROMPT_COLUMNS)}")
+    ] = None,
+    system: Annotated[str | None, _DATA()] = None,
+    limit: Annotated[int | None, Ge(1), _DATA()] = None,
+    shuffle_seed: Annotated[int | None, Ge(0), _DATA()] = None,
+    where: Annotated[str | None, _DATA()] = None,
+    concurrency: Annotated[
+        int | None, Ge(1), _RUN(unset="found out as it goes; local models: 96")
+    ] = None,
     retry: RetryPolicy | None = None,
-    retry_failed: bool = False,
-    overwrite: bool = False,
+    retry_failed: Annotated[bool, _RUN()] = False,
+    overwrite: Annotated[bool, _RUN()] = False,
     tokenizer: Any = None,
     sampler: Sampler | None = None,
-    trust_remote_code: bool = False,
-    engine: Engine = "local",
-    ray_address: str | None = None,
+    trust_remote_code: Annotated[bool, _RUN()] = False,
+    engine: Annotated[Engine, _RUN()] = "local",
+    ray_address: Annotated[str | None, _RUN(unset=RAY_ADDRESS)] = None,
     prices: Prices | None = None,
     progress: bool | None = None,
 ) -> GenerateSummary:
@@ -155,21 +164,21 @@ async def agenerate(
             `open_source`.
         output: `.parquet` or `.jsonl`. Where a job for it was begun, it is continued.
         completion_params: as for the processor: `model`, `n`, `temperature`, `max_tokens`, ...
-        prompt_key: column of the prompts; default the first of `prompt_token_ids`, `prompt`,
-            `messages`, `question`, `problem` and `instruction`. Text, lists of chat messages, or
-            (in `prompt_token_ids`) token ids that are sampled from as they are.
+        prompt_key: column of the prompts: text, lists of chat messages, or (prompt_token_ids) ids
+            that are sampled from as they are.
         system: system message for prompts that have none.
-        limit, shuffle_seed, where: which rows, see `Source.rows`.
-        concurrency: most requests in flight. None: found out as the run goes, by what the server
-            can take (`AdaptiveLimit`); 96 for a model in this process.
+        limit: at most so many rows.
+        shuffle_seed: shuffle the rows, before --limit.
+        where: only rows of which this is true, e.g. "level >= 3 and subject == 'algebra'".
+        concurrency: requests in flight.
         retry: budget of attempts per completion.
-        retry_failed: sample again what failed for good in earlier runs.
-        overwrite: let the output take the place of another job's. A finished file stays until the
-            new one is; what was begun with the same settings is continued all the same.
-        tokenizer, sampler, trust_remote_code: as for the processor.
-        engine: where requests are made and local models sampled: in this process, or on the nodes
-            of a Ray cluster, which share `concurrency`.
-        ray_address: of the cluster; None: that of RAY_ADDRESS, else one on this machine.
+        retry_failed: sample failed completions again.
+        overwrite: replace an output of other settings. A finished file stays until the new one is
+            there; what was begun with the same settings is continued all the same.
+        tokenizer, sampler: as for the processor.
+        trust_remote_code: let tokenizer and model folders run their own code.
+        engine: with ray, sample on every node of a Ray cluster; they share `concurrency`.
+        ray_address: HOST:PORT of the cluster, or auto.
         prices: of the model, for the cost in `GenerateSummary.attempts`.
         progress: show a bar; None: where stderr is a terminal.
 

@@ -20,11 +20,14 @@ from collections import Counter
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 import pyarrow as pa
 import pyarrow.compute as pc
+from annotated_types import Ge
 
+from eval_protocol_rft._options import Flag
 from eval_protocol_rft.data._dataset import RolloutDataset
 from eval_protocol_rft.data._files import TargetError, check_rollout_file, check_room, write_file
 from eval_protocol_rft.data._progress import reporter
@@ -47,6 +50,7 @@ from eval_protocol_rft.data.store._parts import (
     read_schema,
 )
 from eval_protocol_rft.scoring.executors import (
+    RAY_ADDRESS,
     Engine,
     Graded,
     LoadedEvaluator,
@@ -154,16 +158,18 @@ def score(
     path: str | os.PathLike[str],
     evaluator: str,
     *,
-    output: str | os.PathLike[str] | None = None,
-    name: str | None = None,
-    workers: int | None = None,
-    timeout: float | None = 60.0,
-    max_concurrency: int = 96,
-    retry_unscored: bool = False,
-    overwrite: bool = False,
-    adapt: bool = True,
-    engine: Engine = "local",
-    ray_address: str | None = None,
+    output: Annotated[
+        str | os.PathLike[str] | None, Flag("-o", unset="the rollout file is replaced")
+    ] = None,
+    name: Annotated[str | None, Flag(unset="reward")] = None,
+    workers: Annotated[int | None, Ge(1), Flag(unset="processors; async evaluators: 1")] = None,
+    timeout: Annotated[float | None, Ge(0), Flag()] = 60.0,
+    max_concurrency: Annotated[int, Ge(1), Flag("--concurrency", only=True)] = 96,
+    retry_unscored: Annotated[bool, Flag()] = False,
+    overwrite: Annotated[bool, Flag()] = False,
+    adapt: Annotated[bool, Flag("--no-adapter", only=True)] = True,
+    engine: Annotated[Engine, Flag()] = "local",
+    ray_address: Annotated[str | None, Flag(unset=RAY_ADDRESS)] = None,
     progress: bool | None = None,
 ) -> ScoreSummary:
     """Grade every completion of a file.
@@ -173,16 +179,17 @@ def score(
         evaluator: `tests/test_x.py::test_x`, under `@evaluation_test` or plain, or
             `package.module:function`; it takes `row` (or `rows`) and returns the row, an
             `EvaluateResult` or a number.
-        output: a new file; default: `path` is replaced.
-        name: keeps the rewards in columns of their own, `reward_<name>`; default the main ones.
-        workers, timeout, max_concurrency: see `grade`, and `grade_on_ray` for the ray engine.
-        retry_unscored: grade again what got no reward from this evaluator.
-        overwrite: grade everything anew, in place of rewards that are there, and replace the output
-            where it is there.
-        adapt: pass the data set's columns through the `dataset_adapter` of the evaluation test, for
-            what the evaluator finds on its row besides the messages.
-        engine: where the evaluator runs: on this machine, or on the nodes of a Ray cluster.
-        ray_address: of the cluster; None: that of RAY_ADDRESS, else one on this machine.
+        output: a new file.
+        name: column reward_NAME, beside other rewards.
+        workers: worker processes; with Ray, on each of its nodes.
+        timeout: seconds for one completion; 0: any time.
+        max_concurrency: calls in flight of an async evaluator.
+        retry_unscored: grade again what got no reward.
+        overwrite: grade all anew, replacing rewards or the output.
+        adapt: use the evaluation test's dataset_adapter on the columns, for what the evaluator
+            finds on its row besides the messages.
+        engine: with ray, grade on every node of a Ray cluster.
+        ray_address: HOST:PORT of the cluster, or auto.
         progress: show a bar; None: where stderr is a terminal.
 
     Raises:
@@ -194,6 +201,7 @@ def score(
         OSError: the disk is full or failed. What was graded is safe.
     """
     check_engine(engine)
+    timeout = timeout or None
     dataset = RolloutDataset(path)
     if not dataset.finished:
         raise ScoreError(f"{path}: the job that writes it is not finished: run it to its end first")

@@ -15,13 +15,14 @@ import math
 import os
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from eval_protocol_rft._options import Flag
 from eval_protocol_rft.data._dataset import RolloutDataset
 from eval_protocol_rft.data._group_values import (
     Floats,
@@ -200,16 +201,16 @@ _LENGTH_PERCENTS = (50, 90, 99)
 def rollout_stats(
     path: str | os.PathLike[str],
     *,
-    reward: str | None = None,
-    pass_threshold: float = 1.0,
+    reward: Annotated[str | None, Flag(unset="the main one")] = None,
+    pass_threshold: Annotated[float, Flag()] = 1.0,
     progress: bool | None = None,
 ) -> RolloutStats:
     """Sum up a rollout file, scored or not, or what an unfinished job has put aside.
 
     Args:
         path: the file.
-        reward: name of a further reward; None is the main one.
-        pass_threshold: the reward from which a completion passes.
+        reward: name of a further reward.
+        pass_threshold: reward from which on a completion counts as passed.
         progress: show a bar where it takes long; None: where stderr is a terminal.
 
     Raises:

@@ -9,11 +9,16 @@ What is examined, and with how many probes.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
+from annotated_types import Ge
+
+from eval_protocol_rft._options import Flag
 from eval_protocol_rft.local.models import LOCAL_PREFIX, local_model_folder
 from eval_protocol_rft.rollout import RolloutRequest
 from eval_protocol_rft.sampling import (
@@ -108,9 +113,8 @@ def there(completions: Sequence[Completion | None]) -> list[Completion]:
     return [completion for completion in completions if completion is not None]
 
 
-DEFAULT_REQUESTS = 400
 FEWEST_REQUESTS = 40
-DEFAULT_MAX_TOKENS = 64
+_RUN = functools.partial(Flag, panel="Run")
 DEFAULT_SEED = 20
 """Fixed: the same setup gives the same table. Another one repeats an unlikely p-value."""
 
@@ -121,13 +125,14 @@ class Setup:
 
     request: RolloutRequest
     """Model, endpoint, tokenizer, template arguments, and the temperature to train at (above 0)."""
-    weights: str | Path | None
-    """Folder or hub id of what the trainer loads; None: those of a local model, else none."""
-    requests: int = DEFAULT_REQUESTS
-    """One-token probes for the test of frequencies, over all prompts."""
-    concurrency: int | None = None
-    """Requests in flight; None: 96 in this process, 16 over HTTP."""
-    trust_remote_code: bool = False
+    weights: Annotated[str | Path | None, Flag(unset="a local model's own")] = None
+    """Folder that the trainer loads: compares sampler and trainer."""
+    requests: Annotated[int, Ge(FEWEST_REQUESTS), _RUN()] = 400
+    """One-token probes; a tenth as many for whole completions."""
+    concurrency: Annotated[int | None, Ge(1), _RUN(unset="16; local models: 96")] = None
+    """Requests in flight."""
+    trust_remote_code: Annotated[bool, _RUN()] = False
+    """Let tokenizer and model folders run their own code."""
 
     @property
     def in_flight(self) -> int:

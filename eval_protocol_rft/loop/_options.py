@@ -6,15 +6,23 @@ Invariant: options that contradict each other are an error here. What changes th
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-from eval_protocol_rft.training import BatchOptions, ConfigValue, Filters, Normalization
+from annotated_types import Ge, Gt
 
-Schedule = Literal["constant", "linear", "cosine"]
-OnMismatch = Literal["stop", "warn"]
+from eval_protocol_rft._options import Flag, check_options
+from eval_protocol_rft.training import BatchOptions, ConfigValue, Filters
+
 OnUnscored = Literal["stop", "warn"]
+
+RUN = functools.partial(Flag, panel="What to run")
+HOW = functools.partial(Flag, panel="How to train")
+MODEL = functools.partial(Flag, panel="The model")
+EVALUATION = functools.partial(Flag, panel="Evaluation and files")
+FIREWORKS = functools.partial(Flag, panel="On Fireworks")
 
 
 class OptionsError(ValueError):
@@ -25,82 +33,73 @@ class OptionsError(ValueError):
 class LoopOptions:
     """What `train` does. Steps are optimiser steps on one batch each, times `passes`."""
 
-    steps: int | None = None
+    steps: Annotated[int | None, Ge(1), RUN()] = None
     """Train for so many steps."""
-    epochs: float | None = None
-    """Or until the data set has been gone through so often."""
-    groups_per_step: int = 32
-    """Prompt groups with a gradient that make a batch."""
-    completions_per_prompt: int | None = None
-    """n; None: what the evaluator's completion_params say."""
-    max_staleness: int = 0
-    """Most policy versions between sampling and training a group. 0: strictly on-policy, sampling
-    and training take turns."""
-    passes: int = 1
-    """Optimiser steps on each batch: after the first, ratios are against the sampler's logprobs."""
-    algorithm: str = "grpo"
-    """A name in `training.ALGORITHMS`."""
+    epochs: Annotated[float | None, Gt(0), RUN(unset="1 without --steps")] = None
+    """Or go through the data so often."""
+    groups_per_step: Annotated[int, Ge(1), HOW()] = 32
+    """Prompts with a gradient per step."""
+    completions_per_prompt: Annotated[int | None, Ge(1), HOW("-n", unset="the test's n")] = None
+    """Completions per prompt."""
+    max_staleness: Annotated[int, Ge(0), HOW()] = 0
+    """Sample ahead by so many versions of the weights; 0: take turns.
+
+    Most policy versions between sampling and training a group."""
+    passes: Annotated[int, Ge(1), HOW()] = 1
+    """Optimiser steps on each batch.
+
+    After the first, ratios are against the sampler's logprobs."""
+    algorithm: Annotated[str, HOW()] = "grpo"
+    """grpo, cispo, dapo, gspo, dr_grpo, rloo, ... (docs/training.md)
+
+    A name in `training.ALGORITHMS`."""
     loss_fn_config: dict[str, ConfigValue] = field(default_factory=dict)
     """Thresholds that replace the algorithm's; absolute."""
-    normalization: Normalization = "token"
-    """How the sum over tokens is divided; see `training.datums`. Never "none": nothing divides
-    later."""
-    constant_length: int | None = None
-    """L of `normalization="constant"`."""
-    filters: Filters = field(default_factory=Filters)
-    kl_beta: float = 0.0
-    """Weight of the penalty on the distance (k3) to the weights that training began with."""
-    learning_rate: float = 1e-5
-    schedule: Schedule = "constant"
-    warmup_steps: int = 0
-    """Steps over which the learning rate rises in a line."""
-    min_learning_rate: float = 0.0
-    """Where `linear` and `cosine` would be one step after the last."""
-    eval_every: int = 10
-    """Steps between evaluations on held-out rows; 0: only before and after."""
-    eval_completions: int = 8
-    """Completions per held-out row, for the sampled score and pass@k; 0: greedy only."""
-    checkpoint_every: int = 25
-    keep_checkpoints: int = 2
-    pass_threshold: float = 1.0
-    """The score from which a completion counts as correct."""
-    seed: int = 0
-    on_mismatch: OnMismatch = "stop"
-    """What happens when sampler and trainer disagree about on-policy tokens."""
+    normalization: Annotated[Literal["token", "sequence", "constant"], HOW()] = "token"
+    """How the sum over tokens is divided.
 
-    on_unscored: OnUnscored = "stop"
-    """What happens when nothing at all of an evaluation on held-out rows could be scored."""
+    See `training.datums`. Never "none": nothing divides later."""
+    constant_length: Annotated[int | None, Ge(1), HOW()] = None
+    """L of --normalization constant."""
+    filters: Filters = field(default_factory=Filters)
+    kl_beta: Annotated[float, Ge(0), HOW()] = 0.0
+    """Penalty on the distance (k3) to the first weights."""
+    learning_rate: Annotated[float, Gt(0), HOW("--lr")] = 1e-5
+    """Of AdamW, at its peak."""
+    schedule: Annotated[Literal["constant", "linear", "cosine"], HOW()] = "constant"
+    """How the learning rate goes on after the warm-up."""
+    warmup_steps: Annotated[int, Ge(0), HOW()] = 0
+    """Steps over which it rises."""
+    min_learning_rate: Annotated[float, Ge(0), HOW()] = 0.0
+    """Where linear and cosine would be one step after the last."""
+    eval_every: Annotated[int, Ge(0), EVALUATION()] = 25
+    """Steps between evaluations; 0: before and after."""
+    eval_completions: Annotated[int, Ge(0), EVALUATION()] = 8
+    """Sampled completions per held-out row.
+
+    For the sampled score and pass@k; 0: greedy only."""
+    checkpoint_every: Annotated[int, Ge(1), EVALUATION()] = 25
+    """Steps between checkpoints."""
+    keep_checkpoints: Annotated[int, Ge(1), EVALUATION()] = 2
+    """So many of the newest stay."""
+    pass_threshold: Annotated[float, EVALUATION()] = 1.0
+    """Reward from which on a completion counts as passed."""
+    seed: Annotated[int, RUN()] = 0
+    """Of the order of rows and of every completion."""
+    on_mismatch: Annotated[Literal["stop", "warn"], EVALUATION()] = "stop"
+    """When sampler and trainer disagree about on-policy tokens."""
+    on_unscored: Annotated[OnUnscored, EVALUATION()] = "stop"
+    """When nothing of an evaluation could be scored."""
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):
             raise OptionsError("give steps or epochs, one of them")
-        for name in ("steps", "groups_per_step", "completions_per_prompt", "passes"):
-            _at_least(self, name, 1)
-        for name in ("checkpoint_every", "keep_checkpoints"):
-            _at_least(self, name, 1)
-        for name in ("max_staleness", "warmup_steps", "eval_every", "eval_completions"):
-            _at_least(self, name, 0)
-        for name in ("kl_beta", "min_learning_rate"):
-            _at_least(self, name, 0.0)
-        for name in ("learning_rate", "epochs"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise OptionsError(f"{name} must be above 0, got {value}")
-        for name, allowed in (
-            ("schedule", Schedule),
-            ("on_mismatch", OnMismatch),
-            ("on_unscored", OnUnscored),
-        ):
-            if getattr(self, name) not in get_args(allowed):
-                words = ", ".join(get_args(allowed))
-                raise OptionsError(f"{name} must be one of {words}, got {getattr(self, name)!r}")
-        if self.normalization == "none":
+        if self.normalization == "none":  # type: ignore[comparison-overlap]
             raise OptionsError(
                 'normalization="none" leaves the division to the trainer, and this loop\'s does '
                 "not divide: choose token, sequence or constant"
             )
-        if not -math.inf < self.pass_threshold < math.inf:
-            raise OptionsError(f"pass_threshold must be a number, got {self.pass_threshold}")
+        check_options(self, OptionsError)
         # Checks algorithm, thresholds and normalisation.
         if self.batch.relative and self.completions_per_prompt == 1:
             raise OptionsError(
@@ -137,9 +136,3 @@ class LoopOptions:
         for name in ("checkpoint_every", "keep_checkpoints", "on_mismatch", "on_unscored"):
             del values[name]
         return {**values, "filters": asdict(self.filters)}
-
-
-def _at_least(options: LoopOptions, name: str, low: float) -> None:
-    value = getattr(options, name)
-    if value is not None and not low <= value < math.inf:
-        raise OptionsError(f"{name} must be at least {low}, got {value}")

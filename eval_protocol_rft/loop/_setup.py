@@ -11,14 +11,14 @@ import os
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+from annotated_types import Ge, Lt
+
+from eval_protocol_rft import rollout
+from eval_protocol_rft._options import check_options
 from eval_protocol_rft.local.models import NoSuchModelError, has_tokenizer, local_model_folder
-from eval_protocol_rft.rollout import (
-    FireworksTrainingRolloutProcessor,
-    RolloutRequest,
-    parse_completion_params,
-)
+from eval_protocol_rft.loop._options import HOW, MODEL
 from eval_protocol_rft.sampling import RefusedError
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from eval_protocol_rft.loop._options import LoopOptions
     from eval_protocol_rft.loop._trainer import Trainer
     from eval_protocol_rft.loop._weights import ServedWeights
+    from eval_protocol_rft.rollout import FireworksTrainingRolloutProcessor, RolloutRequest
     from eval_protocol_rft.sampling import Endpoint
 
 
@@ -56,11 +57,24 @@ class Parts:
 class Optimizer:
     """AdamW's settings for a `LocalTrainer`."""
 
-    betas: tuple[float, float] = (0.9, 0.99)
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    max_grad_norm: float | None = 1.0
-    microbatch_tokens: int = 16384
+    beta1: Annotated[float, Ge(0), Lt(1)] = 0.9
+    beta2: Annotated[float, Ge(0), Lt(1), HOW()] = 0.99
+    """Of AdamW."""
+    eps: Annotated[float, Ge(0)] = 1e-8
+    weight_decay: Annotated[float, Ge(0), HOW()] = 0.0
+    """Of AdamW, on matrices."""
+    max_grad_norm: Annotated[float | None, Ge(0), HOW()] = 1.0
+    """Longer gradients are cut; 0: never."""
+    microbatch_tokens: Annotated[int, Ge(1)] = 16384
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    def settings(self) -> dict[str, Any]:
+        """As a run's settings have them."""
+        values = asdict(self)
+        betas = (values.pop("beta1"), values.pop("beta2"))
+        return {"betas": betas, **values, "max_grad_norm": self.max_grad_norm or None}
 
 
 def rollout_params(
@@ -87,7 +101,7 @@ def rollout_params(
         params["model"] = model
     if options.completions_per_prompt is not None:
         params["n"] = options.completions_per_prompt
-    request = parse_completion_params(params)
+    request = rollout.parse_completion_params(params)
     if request.params.temperature == 0:
         raise SetupError("completion_params sample greedily (temperature 0): nothing to learn from")
     if request.n < 2 and options.batch.relative:
@@ -107,6 +121,8 @@ def own_processor(evaluator: Callable[..., Any]) -> FireworksTrainingRolloutProc
     Raises:
         SetupError: it is none that can be pointed at the policy in training.
     """
+    from eval_protocol_rft.rollout import FireworksTrainingRolloutProcessor
+
     test = getattr(evaluator, "__ep_params__", None)
     processor = getattr(test, "rollout_processor", None)
     if test is None:
@@ -134,15 +150,15 @@ class MakeParts:
 
 def local_parts(
     *,
-    weights: Path | None = None,
+    weights: Annotated[Path | None, MODEL()] = None,
     lora: LoraSettings | None = None,
     optimizer: Optimizer | None = None,
-    trust_remote_code: bool = False,
+    trust_remote_code: Annotated[bool, MODEL()] = False,
 ) -> MakeParts:
     """Training in this process, for `train(parts=...)`.
 
     Args:
-        weights: folder of the weights that a server serves, for sampling over HTTP.
+        weights: folder of the weights that the server serves.
         lora: train adapters instead of all parameters.
         optimizer: AdamW's settings.
         trust_remote_code: let the model's folder run its own code.
@@ -165,7 +181,7 @@ def local_parts(
     settings = {
         "weights": None if weights is None else str(weights),
         "lora": None if lora is None else asdict(lora),
-        "optimizer": asdict(optimizer or Optimizer()),
+        "optimizer": (optimizer or Optimizer()).settings(),
     }
     return MakeParts(make, settings)
 
@@ -197,7 +213,7 @@ def assemble(
     from eval_protocol_rft.loop._local_trainer import LocalTrainer
     from eval_protocol_rft.loop._weights import SamplerWeights, WeightSink
 
-    request = parse_completion_params(params)
+    request = rollout.parse_completion_params(params)
     processor = own_processor(evaluator)
     local = request.endpoint is None
     if local and weights is not None:
@@ -209,7 +225,7 @@ def assemble(
         )
     if weights is not None:
         params = with_tokenizer_of(weights, params, processor)
-        request = parse_completion_params(params)
+        request = rollout.parse_completion_params(params)
     try:
         source = str(local_model_folder(request.params.model) if local else weights)
     except NoSuchModelError as error:
@@ -229,10 +245,10 @@ def assemble(
         sink=sink,
         temperature=request.params.temperature,
         lora=lora,
-        betas=chosen.betas,
+        betas=(chosen.beta1, chosen.beta2),
         eps=chosen.eps,
         weight_decay=chosen.weight_decay,
-        max_grad_norm=chosen.max_grad_norm,
+        max_grad_norm=chosen.max_grad_norm or None,
         microbatch_tokens=chosen.microbatch_tokens,
         keep_reference=options.kl_beta > 0,
     )
@@ -264,7 +280,9 @@ def with_tokenizer_of(
     """
     if not os.path.isdir(weights):
         raise SetupError(f"{os.fspath(weights)}: no folder of weights is there (--weights)")
-    named = parse_completion_params(params).tokenizer is not None or processor.names_tokenizer
+    named = (
+        rollout.parse_completion_params(params).tokenizer is not None or processor.names_tokenizer
+    )
     if named or not has_tokenizer(weights):
         return params
     return {**params, "tokenizer": os.fspath(weights)}

@@ -16,15 +16,13 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from annotated_types import Ge
 
 from eval_protocol_rft.data import PathOrGlob, Reporter, reporter
-from eval_protocol_rft.loop._data import Draw, RowStream, load_rows, split_rows
 from eval_protocol_rft.loop._metrics import Line, MetricSink, open_sinks, require_sinks
-from eval_protocol_rft.loop._options import LoopOptions
-from eval_protocol_rft.loop._rollouts import Evaluation, roll_out, sample_prompts
-from eval_protocol_rft.loop._row_runner import RowRunner
-from eval_protocol_rft.loop._run import Run
+from eval_protocol_rft.loop._options import EVALUATION, MODEL, RUN, LoopOptions
 from eval_protocol_rft.loop._run_directory import (
     Checkpoint,
     RunFolder,
@@ -33,18 +31,16 @@ from eval_protocol_rft.loop._run_directory import (
     weights_fingerprint,
 )
 from eval_protocol_rft.loop._setup import MakeParts, Parts, local_parts, rollout_params
-from eval_protocol_rft.loop._step import StepRunner, TrainingStoppedError
 from eval_protocol_rft.loop._trainer import DamagedCheckpointError
-from eval_protocol_rft.loop._watch import Watch
 from eval_protocol_rft.rollout import redact_params
-from eval_protocol_rft.scoring.executors import code_fingerprints
 
 if TYPE_CHECKING:
     from eval_protocol.models import EvaluationRow
 
+    from eval_protocol_rft.loop._data import Draw
+    from eval_protocol_rft.loop._run import Run
     from eval_protocol_rft.training import PromptGroup
 
-DEFAULT_HELD_OUT = 0.1
 _LINE_EVERY = 5.0
 """Seconds between lines of progress where there is no terminal; evaluations have their own."""
 
@@ -76,15 +72,17 @@ async def atrain(
     output: str | Path,
     *,
     options: LoopOptions,
-    model: str | None = None,
+    model: Annotated[str | None, MODEL(unset="the test's")] = None,
     completion_params: Mapping[str, Any] | None = None,
-    data: Sequence[PathOrGlob] | None = None,
-    eval_data: Sequence[PathOrGlob] | None = None,
-    held_out: float = DEFAULT_HELD_OUT,
+    data: Annotated[Sequence[PathOrGlob] | None, RUN()] = None,
+    eval_data: Annotated[Sequence[PathOrGlob] | None, EVALUATION(unset="held out")] = None,
+    held_out: Annotated[float, Ge(0), EVALUATION()] = 0.1,
     parts: MakeParts | None = None,
-    overwrite: bool = False,
+    overwrite: Annotated[bool, RUN()] = False,
     progress: bool | None = None,
-    log_to: Sequence[str] = (),
+    log_to: Annotated[
+        Sequence[str], EVALUATION("--log", only=True, metavar="tensorboard|wandb")
+    ] = (),
     on_line: Callable[[Line], None] = lambda line: None,
     warn: Callable[[str], None] = warnings.warn,
 ) -> TrainResult:
@@ -94,16 +92,17 @@ async def atrain(
         evaluator: a function under `@evaluation_test`.
         output: folder of the run; a run that is there is continued.
         options: how to train.
-        model: in place of the test's: `local/...`, or the name a server knows.
+        model: local/FOLDER, local/arithmetic, or the name that a server knows.
         completion_params: joined with the test's, and before them.
-        data: in place of the test's data set: files, folders or patterns, as `generate` takes them.
-        eval_data: the same to evaluate on; default rows held out from the data.
-        held_out: a share of the rows below 1, or a number of them.
+        data: in place of the test's data set: Parquet, JSONL, JSON, CSV or TSV, text also as .gz or
+            .zst: files, folders, patterns; repeatable.
+        eval_data: the same, to evaluate on; repeatable.
+        held_out: share of the rows, or number of them from 1 on.
         parts: where sampling and training happen: `local_parts(...)`, the default, or
             `fireworks_parts(...)`.
         overwrite: begin anew, whatever run is there.
         progress: False for none; None for what stderr can show.
-        log_to: `tensorboard`, `wandb`: told of every line of metrics, besides `metrics.jsonl`.
+        log_to: besides metrics.jsonl; repeatable.
         on_line: told of every line of metrics.
         warn: told what is wrong and not fatal.
 
@@ -113,6 +112,10 @@ async def atrain(
         NothingToTrainOnError: rows give no completions, or none with a gradient.
         TrainingStoppedError: sampler and trainer disagree; nothing learnt would be right.
     """
+    # Eval Protocol takes seconds to import, and the options above are read for `--help`, too.
+    from eval_protocol_rft.loop._data import load_rows, split_rows
+    from eval_protocol_rft.scoring.executors import code_fingerprints
+
     require_sinks(log_to)
     rows = load_rows(evaluator, data)
     if eval_data is not None:
@@ -182,6 +185,13 @@ def _run(
     folder: RunFolder,
     warn: Callable[[str], None],
 ) -> Run:
+    from eval_protocol_rft.loop._data import RowStream
+    from eval_protocol_rft.loop._rollouts import Evaluation, roll_out, sample_prompts
+    from eval_protocol_rft.loop._row_runner import RowRunner
+    from eval_protocol_rft.loop._run import Run
+    from eval_protocol_rft.loop._step import StepRunner
+    from eval_protocol_rft.loop._watch import Watch
+
     runner = RowRunner(
         evaluator,
         processor=parts.processor,
@@ -299,6 +309,8 @@ def _report(folder: RunFolder, stopped: str | None, warn: Callable[[str], None])
 
 def _why_stopped(error: BaseException) -> str:
     """For the page, which may be published: other messages may quote servers and users' code."""
+    from eval_protocol_rft.loop._step import TrainingStoppedError
+
     if isinstance(error, asyncio.CancelledError):
         return "from outside (Ctrl-C, or a signal)"
     if isinstance(error, TrainingStoppedError):

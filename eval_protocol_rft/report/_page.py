@@ -12,11 +12,13 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
+from annotated_types import Ge
 
 from eval_protocol_rft._durable import check_replaceable, replacing
+from eval_protocol_rft._options import Flag
 from eval_protocol_rft.data import (
     CompletionRow,
     DataSettings,
@@ -50,6 +52,7 @@ DEFAULT_PROMPTS = 2_000
 DEFAULT_TOKENS = 4_000_000
 """Without a limit of the user's the page has texts of so many prompts, and stops sooner where these
 have so many sampled tokens: a browser still opens it within seconds."""
+_UNLIMITED = f"{DEFAULT_PROMPTS}, fewer where they hold {DEFAULT_TOKENS:,} tokens"
 
 _SCRIPTS = ("text.js", "tokens.js", "episode.js", "group.js", "table.js", "start.js")
 _STYLES = ("page.css", "details.css")
@@ -74,9 +77,9 @@ def write_report(
     dataset: RolloutDataset,
     output: Path,
     *,
-    pass_threshold: float = 1.0,
-    limit: int | None = None,
-    tokenizer: str | None = None,
+    pass_threshold: Annotated[float, Flag()] = 1.0,
+    limit: Annotated[int | None, Ge(1), Flag(unset=_UNLIMITED)] = None,
+    tokenizer: Annotated[str | None, Flag(unset="the one the file names")] = None,
     progress: bool | None = None,
 ) -> WrittenReport:
     """Write the page of a rollout file.
@@ -85,9 +88,9 @@ def write_report(
         dataset: read once, group by group.
         output: the HTML file; replaced where it is there.
         pass_threshold: reward from which on a completion counts as passed.
-        limit: prompts to show with their texts, the first of the file; default `DEFAULT_PROMPTS`
-            and `DEFAULT_TOKENS`. Memory grows with these, and with a few numbers per completion.
-        tokenizer: folder or hub id of the one to show tokens with; default what the file names.
+        limit: prompts to show with their texts, the first of the file. Statistics are always of
+            all. Memory grows with these, and with a few numbers per completion.
+        tokenizer: folder or hub id of the tokenizer to show tokens with.
         progress: show a bar where it takes long; None: where stderr is a terminal.
 
     Raises:

@@ -13,14 +13,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
+from annotated_types import Ge
 from rich.console import Group, RenderableType
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from eval_protocol_rft._options import Flag
 from eval_protocol_rft._text import visible
 from eval_protocol_rft.data import MetricMeans
 from eval_protocol_rft.record import RolloutRecord
@@ -126,9 +128,18 @@ _UNSCORED = Text("?", style="yellow")
 
 
 def rollout_table(
-    rows: Sequence[StoredRow], *, limit: int = 10, pass_threshold: float = 1.0
+    rows: Sequence[StoredRow],
+    *,
+    limit: Annotated[int, Ge(0), Flag()] = 10,
+    pass_threshold: Annotated[float, Flag()] = 1.0,
 ) -> RenderableType:
-    """The first `limit` rows and the sums of all of them."""
+    """Some rows, and the sums of all of them.
+
+    Args:
+        rows: what to show.
+        limit: Rows to show of each file.
+        pass_threshold: Reward from which on a completion counts as passed.
+    """
     table = Table(expand=False, header_style="bold", row_styles=["", "dim"])
     table.add_column("prompt", max_width=_LONGEST_TEXT)
     table.add_column("completions (times × text → reward)")

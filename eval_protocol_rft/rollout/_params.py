@@ -12,15 +12,13 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Annotated, Any
 
+from annotated_types import Ge
+
+from eval_protocol_rft._options import Flag
 from eval_protocol_rft.local.models import LOCAL_PREFIX
-from eval_protocol_rft.sampling import Endpoint, SamplingParams, resolve_endpoint
-
-_T = TypeVar("_T")
-
-DEFAULT_TIMEOUT = 600.0
-"""Seconds for one attempt. Long on purpose: a timeout drops the long answers first."""
+from eval_protocol_rft.sampling import SAMPLING, Endpoint, SamplingParams, resolve_endpoint
 
 DEFAULT_MAX_TOKENS = 2048
 """Sent where the user gives none: servers differ (vLLM stops after 16), training data must not."""
@@ -111,12 +109,16 @@ class RolloutRequest:
     """What one row asks for."""
 
     params: SamplingParams
-    n: int
-    seed: int | None
-    endpoint: Endpoint | None
+    n: Annotated[int, Ge(1), Flag()]
+    """Completions per prompt."""
+    seed: Annotated[int | None, SAMPLING(unset="drawn and recorded where seeds are free")] = None
+    """What each completion's own seed is derived from."""
+    endpoint: Endpoint | None = None
     """Where to sample; None: in this process, model `params.model` without its `local/`."""
-    tokenizer: str | None = None
-    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    tokenizer: Annotated[str | None, SAMPLING(unset="the model's")] = None
+    """Folder or hub id."""
+    chat_template_kwargs: Annotated[Mapping[str, Any], SAMPLING()] = field(default_factory=dict)
+    """E.g. '{"enable_thinking": false}'."""
 
 
 def refuse_unused(
@@ -160,7 +162,6 @@ def parse_completion_params(
         raise ParamsError(f"completion_params['model'] must name a model, got {model!r}")
     n = keys.integer("n", at_least=1) or 1
     temperature = keys.number("temperature", low=0.0)
-    temperature = 1.0 if temperature is None else temperature
     if temperature == 0 and n > 1:
         raise ParamsError(
             f"completion_params['temperature'] is 0 with n={n}: greedy completions are all the "
@@ -199,18 +200,21 @@ def parse_completion_params(
             f"in this process and asks no server: leave {', '.join(given)} out, or name the model "
             "as the server does"
         )
+    asked = {
+        "max_tokens": _max_tokens(keys) or (None if local else DEFAULT_MAX_TOKENS),
+        "temperature": temperature,
+        "top_p": keys.number("top_p", above=0.0, high=1.0),
+        "top_k": keys.integer("top_k", at_least=-1),
+        "stop": _stop(keys.take("stop")),
+        "logprobs_mode": _logprobs_mode(keys.take("logprobs_mode")),
+        "stream": stream,
+        "prompt_cache_affinity": affinity,
+        "timeout": next((value for value in timeouts if value is not None), None),
+    }
     params = SamplingParams(
         model=model_name(model),
-        max_tokens=_max_tokens(keys) or (None if local else DEFAULT_MAX_TOKENS),
-        temperature=temperature,
-        top_p=_default(keys.number("top_p", above=0.0, high=1.0), 1.0),
-        top_k=_default(keys.integer("top_k", at_least=-1), 0),
-        stop=_stop(keys.take("stop")),
-        logprobs_mode=_logprobs_mode(keys.take("logprobs_mode")),
-        stream=stream,
-        prompt_cache_affinity=_default(affinity, True),
-        timeout=next((value for value in timeouts if value is not None), DEFAULT_TIMEOUT),
         extra=keys.rest(),
+        **{key: value for key, value in asked.items() if value is not None},
     )
     return RolloutRequest(
         params=params,
@@ -382,7 +386,3 @@ def _plain_json(key: str, value: Any) -> Any:
         return json.loads(json.dumps(value, allow_nan=False))
     except (TypeError, ValueError) as error:
         raise ParamsError(f"completion_params[{key!r}] is not JSON: {error}") from error
-
-
-def _default(value: _T | None, default: _T) -> _T:
-    return default if value is None else value

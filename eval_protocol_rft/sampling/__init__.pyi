@@ -49,6 +49,7 @@ from ._telemetry import log_attempt as log_attempt
 from ._telemetry import observers as observers
 from ._types import LOGPROB_NOISE as LOGPROB_NOISE
 from ._types import LOWEST_LOGPROB as LOWEST_LOGPROB
+from ._types import SAMPLING as SAMPLING
 from ._types import TOKEN_ID_LIMIT as TOKEN_ID_LIMIT
 from ._types import AttemptTimeoutError as AttemptTimeoutError
 from ._types import Completion as Completion

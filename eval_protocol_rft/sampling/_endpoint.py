@@ -9,8 +9,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 from urllib.parse import urlsplit
+
+from eval_protocol_rft._options import Flag, environment_variable
 
 FIREWORKS_URL = "https://api.fireworks.ai/inference/v1"
 _SHORTEST_SECRET = 8
@@ -23,9 +25,21 @@ _BASE_URL_VARIABLES = ("EP_LLM_API_BASE", "EP_LLM_BASE_URL", "FIREWORKS_BASE_URL
 class Endpoint:
     """One server as one caller sees it: clients are cached by it."""
 
-    base_url: str
-    """Up to and including `/v1`."""
-    api_key: str | None = field(default=None, repr=False)
+    base_url: Annotated[str, Flag()]
+    """An OpenAI-compatible server that tells token ids: vLLM, SGLang, ep-rft serve, ...
+
+    Here up to and including `/v1`."""
+    api_key: Annotated[
+        str | None,
+        Flag(
+            "--api-key-env",
+            only=True,
+            metavar="NAME",
+            parse=environment_variable,
+            unset="FIREWORKS_API_KEY, sent to Fireworks alone",
+        ),
+    ] = field(default=None, repr=False)
+    """Environment variable that holds the server's API key."""
     headers: tuple[tuple[str, str], ...] = field(default=(), repr=False)
     is_fireworks: bool = False
     """By its host, by the variable that names it, or by the model asked for there."""

@@ -21,7 +21,11 @@ Source of the ratio: retry budgets of Twitter's Finagle (2016) and Google's SRE 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
+from annotated_types import Ge
+
+from eval_protocol_rft._options import Flag, check_options
 from eval_protocol_rft.sampling._attempts import (
     TRANSIENT_KINDS,
     Attempt,
@@ -55,7 +59,7 @@ class RetryPolicy:
     in the same instant. Source: M. Brooker, "Exponential Backoff And Jitter", AWS Architecture
     Blog, 2015."""
 
-    max_attempts: int = 8
+    max_attempts: Annotated[int, Ge(1), Flag(panel="Run")] = 8
     """Requests per completion, the first included."""
     max_seconds: float = 1800.0
     """No attempt is made that would have to wait beyond this, counted from the first one's start.
@@ -68,8 +72,7 @@ class RetryPolicy:
     clock that is wrong, or a quota that another attempt will only meet again."""
 
     def __post_init__(self) -> None:
-        if self.max_attempts < 1:
-            raise ValueError(f"max_attempts must be at least 1, got {self.max_attempts}")
+        check_options(self)
         for name in ("max_seconds", "base_seconds", "cap_seconds", "retry_after_cap_seconds"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")

@@ -9,8 +9,11 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
+from annotated_types import Ge
+
+from eval_protocol_rft._options import Flag
 from eval_protocol_rft.sampling._telemetry import AttemptEvent
 from eval_protocol_rft.sampling._types import FailureKind
 
@@ -34,8 +37,10 @@ class Prices:
         ValueError: one is no amount of money.
     """
 
-    prompt: float
-    completion: float
+    prompt: Annotated[float, Ge(0), Flag("--price-in", only=True, metavar="USD", panel="Run")]
+    """Per million prompt tokens; with --price-out, the end says what it cost."""
+    completion: Annotated[float, Ge(0), Flag("--price-out", only=True, metavar="USD", panel="Run")]
+    """Per million sampled tokens."""
 
     def __post_init__(self) -> None:
         for name in ("prompt", "completion"):

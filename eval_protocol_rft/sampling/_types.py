@@ -7,14 +7,20 @@ cannot be exact is a `SamplingError`, which the fan-out records as a `Failure`.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
 import msgspec
+from annotated_types import Ge, Gt, Le
+
+from eval_protocol_rft._options import Flag
+
+SAMPLING = functools.partial(Flag, panel="Sampling")
 
 FinishReason = Literal["stop", "length"]
 LogprobsMode = Literal["processed_logprobs", "raw_logprobs"]
@@ -69,21 +75,39 @@ class TokenIds(tuple[int, ...]):
 class SamplingParams:
     """How to sample, in the wire's own words. Built and checked by `eval_protocol_rft.rollout`."""
 
-    model: str
-    """Name that the server knows; unused by samplers that hold one model."""
-    max_tokens: int | None = None
-    """Most tokens to sample, end-of-turn token included; None leaves it to the backend."""
-    temperature: float = 1.0
-    """0 is greedy."""
-    top_p: float = 1.0
-    top_k: int = 0
-    """0 or -1: off."""
-    stop: tuple[str, ...] = ()
-    """Strings that end a completion; they stay in `token_ids`, never in `text`."""
-    extra: Mapping[str, Any] = field(default_factory=dict)
-    """Further request fields, sent as they are; the server judges them."""
-    logprobs_mode: LogprobsMode | None = None
-    """What the user knows of a server that sends one unnamed logprob per token (vLLM's flag
+    model: Annotated[str, Flag()]
+    """local/arithmetic (bundled), local/FOLDER, accounts/... on Fireworks, or the name that the
+    server of --base-url knows.
+
+    Here without `local/`; unused by samplers that hold one model."""
+    max_tokens: Annotated[
+        int | None, Ge(1), SAMPLING(unset="2048; local: what the context holds")
+    ] = None
+    """Most tokens per completion.
+
+    The end-of-turn token is one of them; None leaves it to the backend."""
+    temperature: Annotated[float, Ge(0), SAMPLING()] = 1.0
+    """Of sampling; 0 is greedy."""
+    top_p: Annotated[float, Gt(0), Le(1), SAMPLING()] = 1.0
+    """Sample from the likeliest tokens that together have this probability."""
+    top_k: Annotated[int, Ge(-1), SAMPLING()] = 0
+    """Sample from so many of the likeliest tokens; 0 or -1: off."""
+    stop: Annotated[tuple[str, ...], SAMPLING()] = ()
+    """Ends a completion; repeat for several.
+
+    Stop strings stay in `token_ids`, never in `text`."""
+    extra: Annotated[Mapping[str, Any], SAMPLING("--extra-body", only=True)] = field(
+        default_factory=dict
+    )
+    """Further fields of the request.
+
+    Sent as they are; the server judges them."""
+    logprobs_mode: Annotated[
+        LogprobsMode | None, SAMPLING(parse=str, metavar="processed_logprobs|raw_logprobs")
+    ] = None
+    """What a vLLM server was started with.
+
+    What the user knows of a server that sends one unnamed logprob per token (vLLM's flag
     `--logprobs-mode`); None: unknown."""
     stream: bool | None = None
     """Whether the reply travels as a stream of events; None: where the generation may be long."""
@@ -92,8 +116,10 @@ class SamplingParams:
     session: str | None = None
     """Names the episode that this is a turn of: each turn's prompt begins with the one before and
     its answer. Backends may keep for it what they computed; it changes no token."""
-    timeout: float = 600.0
-    """Seconds that one attempt may take."""
+    timeout: Annotated[float, Gt(0), Flag(panel="Run")] = 600.0
+    """Seconds for one attempt.
+
+    Long on purpose: a timeout drops the long answers first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,10 +16,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypedDict, get_args
+from typing import Annotated, Any, Literal, TypedDict
 
+from annotated_types import Ge
 from numpy.typing import NDArray
 
+from eval_protocol_rft._options import Flag, check_options
 from eval_protocol_rft.training import _advantages as advantages
 from eval_protocol_rft.training._datums import Normalization
 from eval_protocol_rft.training._errors import TrainingDataError
@@ -177,20 +179,22 @@ class BatchArguments(TypedDict, total=False):
 class BatchOptions:
     """How rows become a batch; each is documented at `build_batch`."""
 
-    algorithm: str = "grpo"
+    algorithm: Annotated[str, Flag()] = "grpo"
+    """grpo, dapo, dr_grpo, cispo, gspo, rloo, importance_sampling, reinforce or dro."""
     estimator: Estimator | None = None
     components: tuple[str, ...] = ()
     loss_fn_config: Mapping[str, ConfigValue] | None = None
-    normalization: Normalization = "none"
-    constant_length: int | None = None
+    normalization: Annotated[Normalization, Flag()] = "none"
+    """The division that goes into the weights."""
+    constant_length: Annotated[int | None, Ge(1), Flag()] = None
+    """L of --normalization constant, in tokens."""
     filters: Filters = field(default_factory=Filters)
     biased_sampling: BiasedSampling = "warn"
     pass_threshold: float = 1.0
 
     def __post_init__(self) -> None:
         merged_config(find_algorithm(self.algorithm), self.loss_fn_config)
-        _one_of("normalization", self.normalization, get_args(Normalization))
-        _one_of("biased_sampling", self.biased_sampling, get_args(BiasedSampling))
+        check_options(self, TrainingDataError)
         length = self.constant_length
         wanted = self.normalization == "constant"
         if wanted != (length is not None) or (length is not None and length < 1):
@@ -226,8 +230,3 @@ class BatchOptions:
     def thresholds(self) -> dict[str, ConfigValue]:
         """The loss's configuration in force."""
         return merged_config(find_algorithm(self.algorithm), self.loss_fn_config)
-
-
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise TrainingDataError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")

@@ -8,13 +8,14 @@ completion: it stays or goes with all its segments.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from eval_protocol_rft._options import Flag, check_options
 from eval_protocol_rft.training import _reward_stats as stats
 from eval_protocol_rft.training._errors import TrainingDataError
 from eval_protocol_rft.training._trajectory import PromptGroup, Trajectory
@@ -61,22 +62,15 @@ class SoftOverlong:
         return np.asarray(-np.clip(over / self.cache_tokens, 0.0, 1.0))
 
 
-_CHOICES: Mapping[str, tuple[str | None, ...]] = {
-    "truncated": ("keep", "mask", "drop"),
-    "mixed_versions": ("keep", "drop"),
-    "zero_variance": (None, "keep", "drop"),
-}
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Filters:
     """What trains. Applied in the order of `DROP_REASONS`; the penalty on length comes last. DAPO
     filters on what the answers earned (eq. 11), and shapes what is left (eq. 13): the penalty makes
     no signal where all answers earned the same."""
 
-    truncated: Literal["keep", "mask", "drop"] = "keep"
-    """Completions cut off at max_tokens. mask: they count in the group's statistics and give no
-    datum (DAPO's overlong filtering). drop: as if they had not been sampled."""
+    truncated: Annotated[Literal["keep", "mask", "drop"], Flag()] = "keep"
+    """Completions cut off at max_tokens. mask: they count in their group and train nothing (DAPO's
+    overlong filtering). drop: as if they had not been sampled."""
     soft_overlong: SoftOverlong | None = None
     max_sequence_tokens: int | None = None
     """Longest prompt with completion: what the trainer's context holds. Of an episode, the longest
@@ -94,18 +88,14 @@ class Filters:
     it; needs `policy_versions`."""
     policy_versions: Sequence[str] = ()
     """Versions from old to new; the last is the one that will be trained."""
-    mixed_versions: Literal["keep", "drop"] = "keep"
-    """Completions in whose midst the weights were swapped. Each of their logprobs is that of the
-    weights that drew the token, so importance ratios are right; there is no one policy that the
-    completion as a whole is a sample of."""
+    mixed_versions: Annotated[Literal["keep", "drop"], Flag()] = "keep"
+    """Completions in whose midst the server swapped its weights.
+
+    Each of their logprobs is that of the weights that drew the token, so importance ratios are
+    right; there is no one policy that the completion as a whole is a sample of."""
 
     def __post_init__(self) -> None:
-        for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
-                words = ", ".join(map(str, allowed))
-                raise TrainingDataError(
-                    f"{name} must be one of {words}, got {getattr(self, name)!r}"
-                )
+        check_options(self, TrainingDataError)
         if self.max_staleness is not None and not self.policy_versions:
             raise TrainingDataError(
                 "max_staleness needs policy_versions: the versions from old to new, so that their "

@@ -17,7 +17,6 @@ import pytest
 from eval_protocol.models import EvaluationRow
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from typer.testing import CliRunner
 
 from eval_protocol_rft.data._dataset import RolloutDataset
 from eval_protocol_rft.data._files import TargetError, write_rows
@@ -31,7 +30,7 @@ from eval_protocol_rft.data.store._parts import PartStore, parts_folder
 from eval_protocol_rft.training._batch import build_batch
 from eval_protocol_rft.training._errors import TrainingDataError
 from tests.batch.rollout_files import write_rollouts
-from tests.batch.servers import refused, succeed
+from tests.batch.servers import ep_rft, refused, succeed
 from tests.convert_rows import REWARD_B, SAMPLING, evaluated, files, rounded, same
 from tests.training_rows import failed_row, scored
 
@@ -314,29 +313,18 @@ def test_rollouts_of_an_unfinished_job_are_converted_and_called_that(tmp_path: P
 
 
 def test_the_command_says_what_it_did_and_what_is_wrong(tmp_path: Path) -> None:
-    import typer
-
-    from eval_protocol_rft.cli.convert import convert as command
-
-    app = typer.Typer()
-    app.command(help=command.__doc__)(command)
     source = str(write_lines(tmp_path / "a.jsonl", [scored("a", 1.0, 0.0), failed_row("b")]))
     target = str(tmp_path / "b.parquet")
-    run = CliRunner().invoke
-    refused = run(app, [source, target])
-    assert refused.exit_code == 1
-    assert refused.stderr.startswith("ep-rft: ")
-    assert refused.stderr.count("\n") == 1
-    done = run(app, [source, target, "--drop-failed-rows"])
+    assert refused("convert", source, target).count("\n") == 1
+    done = ep_rft("convert", source, target, "--drop-failed-rows")
     assert done.exit_code == 0
     assert done.stdout == (
         f"{target} (rollouts): 2 completions of 1 data rows\n"
         "1 rows whose rollout failed are not in the output\n"
     )
-    wrong = run(app, [source, target, "--overwrite", "--from", "trl"])
-    assert wrong.exit_code == 1
-    assert "only Parquet that" in wrong.stderr
-    assert run(app, [source, target, "--to", "tinker"]).exit_code == 2
+    wrong = refused("convert", source, target, "--overwrite", "--from", "trl")
+    assert "only Parquet that" in wrong
+    assert ep_rft("convert", source, target, "--to", "tinker").exit_code == 2
 
 
 def test_commands_on_rollouts_take_what_a_test_wrote(tmp_path: Path) -> None:

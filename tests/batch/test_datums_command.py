@@ -12,10 +12,7 @@ import msgspec
 import numpy as np
 import pyarrow as pa
 import pytest
-import typer
-from typer.testing import CliRunner
 
-from eval_protocol_rft.cli.datums import datums as datums_command
 from eval_protocol_rft.data._dataset import RolloutDataset
 from eval_protocol_rft.data._datums import write_datums
 from eval_protocol_rft.data._files import TargetError, write_file, write_rows
@@ -27,10 +24,8 @@ from eval_protocol_rft.training._errors import EmptyBatchError, TrainingDataErro
 from eval_protocol_rft.training._filters import Filters
 from eval_protocol_rft.training.export import rl_step
 from eval_protocol_rft.training.export.files import load_npz, load_safetensors
+from tests.batch.servers import ep_rft
 from tests.scored_files import FAILED, METADATA, SCHEMA, Sampled, rows_of, write
-
-COMMAND = typer.Typer()
-COMMAND.command()(datums_command)
 
 GROUPS = [
     [Sampled(1.0, (1, 2, 3)), Sampled(0.0, (4,)), FAILED],
@@ -241,15 +236,15 @@ def test_nothing_is_written_where_nothing_trains(tmp_path: Path):
 
 def test_the_command_prints_what_was_written_and_what_was_not(file: Path):
     arguments = [str(file), "-o", str(file.with_name("d.npz")), "--truncated", "drop"]
-    result = CliRunner().invoke(COMMAND, [*arguments, "--max-groups", "1"])
+    result = ep_rft("datums", *arguments, "--max-groups", "1")
     assert result.exit_code == 0, result.output
     assert "4 datums of 2 prompts in 2 batches, 8 sampled tokens" in result.stdout
     assert "1  truncated: cut off at max_tokens" in result.stdout
     assert "1  small_group" in result.stdout
     assert result.stdout.rstrip().endswith("d-00000.npz to d-00001.npz")
     step = [str(file), "-o", str(file.with_name("s.jsonl")), "--format", "rl-step"]
-    assert "8 samples of 4 prompts" in CliRunner().invoke(COMMAND, step).stdout
-    again = CliRunner().invoke(COMMAND, step)
+    assert "8 samples of 4 prompts" in ep_rft("datums", *step).stdout
+    again = ep_rft("datums", *step)
     assert (again.exit_code, again.stdout) == (1, "")
     assert "is there already" in again.stderr
 
@@ -264,8 +259,8 @@ def test_the_command_warns_of_biased_sampling_in_one_line(file: Path):
     write_file(file.with_name("biased.parquet"), schema, tables)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        result = CliRunner().invoke(
-            COMMAND, [str(file.with_name("biased.parquet")), "-o", str(file.with_name("d.npz"))]
+        result = ep_rft(
+            "datums", str(file.with_name("biased.parquet")), "-o", str(file.with_name("d.npz"))
         )
     assert result.exit_code == 0, result.output
     assert result.stderr.startswith("ep-rft: warning: 6 of 6 completions have biased")

@@ -9,28 +9,20 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import typer
+from typer.testing import Result
 
-from eval_protocol_rft.cli.convert import convert
-from eval_protocol_rft.cli.datums import datums
-from eval_protocol_rft.cli.filter import filter as filter_command
-from eval_protocol_rft.cli.report import report
-from eval_protocol_rft.cli.stats import stats
 from eval_protocol_rft.data import _progress as progress
 from eval_protocol_rft.data._progress import Reading
 from eval_protocol_rft.data.conversion._job import convert as convert_file
+from tests.batch.servers import ep_rft
 from tests.scored_files import Sampled, write
 
-COMMANDS: dict[str, Callable[..., None]] = {
-    "stats": lambda source, folder, **options: stats(source, **options),
-    "filter": lambda source, folder, **options: filter_command(
-        source, folder / "out.parquet", reward_min=0.0, **options
-    ),
-    "convert": lambda source, folder, **options: convert(source, folder / "out.jsonl", **options),
-    "datums": lambda source, folder, **options: datums(source, folder / "out.npz", **options),
-    "report": lambda source, folder, **options: report(
-        source, folder / "out.html", tokenizer="local/arithmetic", **options
-    ),
+COMMANDS: dict[str, Callable[[Path], list[object]]] = {
+    "stats": lambda folder: [],
+    "filter": lambda folder: ["-o", folder / "out.parquet", "--reward-min", 0],
+    "convert": lambda folder: [folder / "out.jsonl"],
+    "datums": lambda folder: ["-o", folder / "out.npz"],
+    "report": lambda folder: ["-o", folder / "out.html", "--tokenizer", "local/arithmetic"],
 }
 
 
@@ -47,6 +39,10 @@ class Clock:
         if look == 1:
             self._happens()
         return 30.0 * look
+
+
+def run(name: str, source: Path, folder: Path, *more: str) -> Result:
+    return ep_rft(name, source, *COMMANDS[name](folder), *more)
 
 
 @pytest.fixture
@@ -66,45 +62,39 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_long_reading_says_how_far_it_is(name, source, folder, monkeypatch, capsys) -> None:
+def test_a_long_reading_says_how_far_it_is(name, source, folder, monkeypatch) -> None:
     monkeypatch.setattr(progress, "time", Clock())
-    COMMANDS[name](source, folder)
-    assert f"{name}: 6/6" in capsys.readouterr().err.splitlines()
+    assert f"{name}: 6/6" in run(name, source, folder).stderr.splitlines()
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_short_or_a_quiet_one_does_not(name, source, folder, monkeypatch, capsys) -> None:
-    COMMANDS[name](source, folder)
+def test_a_short_or_a_quiet_one_does_not(name, source, folder, monkeypatch) -> None:
+    run(name, source, folder)
     monkeypatch.setattr(progress, "time", Clock())
     for left in folder.iterdir():
         left.unlink()
-    COMMANDS[name](source, folder, quiet=True)
-    assert capsys.readouterr().err == ""
+    assert run(name, source, folder, "--quiet").stderr == ""
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_stopped_it_says_one_line_and_leaves_nothing(
-    name, number, code, source, folder, monkeypatch, capsys
+    name, number, code, source, folder, monkeypatch
 ) -> None:
     monkeypatch.setattr(progress, "time", Clock(lambda: signal.raise_signal(number)))
-    with pytest.raises(typer.Exit) as ended:
-        COMMANDS[name](source, folder)
-    assert ended.value.exit_code == code
-    assert capsys.readouterr().err == "ep-rft: stopped\n"
+    ended = run(name, source, folder)
+    assert ended.exit_code == code
+    assert ended.stderr == "ep-rft: stopped\n"
     assert list(folder.iterdir()) == []
     assert [path.name for path in source.parent.iterdir()] == ["rollouts.parquet"]
 
 
-def test_lines_of_json_and_rows_of_eval_protocol_are_counted(
-    source, folder, monkeypatch, capsys
-) -> None:
+def test_lines_of_json_and_rows_of_eval_protocol_are_counted(source, folder, monkeypatch) -> None:
     convert_file(source, folder / "lines.jsonl")
     convert_file(source, folder / "rows.jsonl", to_format="ep")
     monkeypatch.setattr(progress, "time", Clock())
-    stats(folder / "lines.jsonl")
-    stats(folder / "rows.jsonl")
-    lines = capsys.readouterr().err.splitlines()
+    files = [folder / "lines.jsonl", folder / "rows.jsonl"]
+    lines = "".join(ep_rft("stats", file).stderr for file in files).splitlines()
     assert [line.rstrip() for line in lines if ":" in line] == [
         "stats: 6/6",
         "convert: 1/2",

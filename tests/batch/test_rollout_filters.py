@@ -13,12 +13,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import typer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from typer.testing import CliRunner
 
-from eval_protocol_rft.cli.filter import filter as filter_command
 from eval_protocol_rft.data._dataset import RolloutDataset
 from eval_protocol_rft.data._files import TargetError
 from eval_protocol_rft.data._filter import FilterRun, NothingLeftError, filter_rollouts
@@ -32,6 +29,7 @@ from eval_protocol_rft.data._filter_rules import (
 )
 from eval_protocol_rft.data._group_values import whole_groups
 from eval_protocol_rft.data.rollouts._format import FileMetadata, FormatError, schema
+from tests.batch.servers import ep_rft
 from tests.scored_files import (
     FAILED,
     Sampled,
@@ -41,9 +39,6 @@ from tests.scored_files import (
     table_of,
     write,
 )
-
-COMMAND = typer.Typer()
-COMMAND.command()(filter_command)
 
 Place = tuple[int, int]
 """Data row and completion."""
@@ -420,13 +415,13 @@ def test_an_output_that_cannot_be_is_refused(tmp_path: Path, output: str, words:
 def test_the_command_says_what_became_of_every_completion(tmp_path: Path):
     file = write(tmp_path / "in.parquet", SMALL)
     arguments = [str(file), "-o", str(tmp_path / "out.parquet"), "--reward-percentile", "50:"]
-    result = CliRunner().invoke(COMMAND, [*arguments, "--dedupe-completions"])
+    result = ep_rft("filter", *arguments, "--dedupe-completions")
     assert result.exit_code == 0, result.output
     assert "kept 2 of 6 completions, 1 of 2 prompts" in result.stdout
     assert "mean rewards 0.25:" in result.stdout
     assert "3  reward_percentile" in result.stdout
     assert "1  duplicate_completion" in result.stdout
-    again = CliRunner().invoke(COMMAND, arguments)
+    again = ep_rft("filter", *arguments)
     assert (again.exit_code, again.stdout) == (1, "")
     assert again.stderr.startswith("ep-rft: ")
     assert again.stderr.count("\n") == 1

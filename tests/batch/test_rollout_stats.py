@@ -15,13 +15,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-import typer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
-from typer.testing import CliRunner
 
-from eval_protocol_rft.cli.stats import stats as stats_command
 from eval_protocol_rft.data._stats import (
     MOST_REASONS,
     OTHER_REASONS,
@@ -33,11 +30,8 @@ from eval_protocol_rft.data._stats_types import BARS, MetricMeans, RolloutStats,
 from eval_protocol_rft.data.rollouts._format import FormatError
 from eval_protocol_rft.report._stats_table import stats_table
 from tests.batch.rollout_files import write_rollouts
-from tests.batch.servers import succeed
+from tests.batch.servers import ep_rft, succeed
 from tests.scored_files import FAILED, Sampled, cut, groups_of_completions, table_of, write
-
-COMMAND = typer.Typer()
-COMMAND.command()(stats_command)
 
 
 def summed(
@@ -293,17 +287,17 @@ def test_an_unscored_file_has_lengths_and_no_rewards(tmp_path: Path):
 
 def test_the_command_prints_a_table_or_all_of_it_as_json(tmp_path: Path):
     file = write(tmp_path / "f.parquet", [[Sampled(1.0), Sampled(0.0)]] * 3)
-    table = CliRunner().invoke(COMMAND, [str(file), "--limit-groups", "1"])
+    table = ep_rft("stats", str(file), "--limit-groups", "1")
     assert table.exit_code == 0
     assert "... and 2 easier ones" in table.stdout
-    printed = CliRunner().invoke(COMMAND, [str(file), "--json", "--pass-threshold", "2"])
+    printed = ep_rft("stats", str(file), "--json", "--pass-threshold", "2")
     values = json.loads(printed.stdout)
     assert values["groups_none_passed"] == len(values["per_group"]) == 3
     assert values["pass_at_k"][1] == {"k": 2, "value": 0.0, "groups": 3}
 
 
 def test_the_command_ends_with_one_line_where_there_is_no_such_file(tmp_path: Path):
-    result = CliRunner().invoke(COMMAND, [str(tmp_path / "none.parquet")])
+    result = ep_rft("stats", str(tmp_path / "none.parquet"))
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr.startswith("ep-rft: ")
     assert result.stderr.count("\n") == 1

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tracemalloc
 from functools import partial
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import pytest
@@ -225,9 +225,7 @@ def test_a_misspelt_option_is_a_type_error():
 
 
 def test_the_options_of_both_functions_are_one_list():
-    fields = {name: f.type for name, f in BatchOptions.__dataclass_fields__.items()}
-    arguments = {n: a.__forward_arg__ for n, a in BatchArguments.__annotations__.items()}
-    assert fields == arguments
+    assert get_type_hints(BatchOptions) == get_type_hints(BatchArguments)
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,12 @@ import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
 import pyarrow as pa
 
+from eval_protocol_rft._options import Flag
 from eval_protocol_rft.data._dataset import RolloutDataset
 from eval_protocol_rft.data._files import check_target, write_file
 from eval_protocol_rft.data._progress import Reading
@@ -43,11 +45,11 @@ def convert(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],
     *,
-    from_format: Format | None = None,
-    to_format: Format = "rollouts",
-    drop_failed_rows: bool = False,
-    data_source: str | None = None,
-    overwrite: bool = False,
+    from_format: Annotated[Literal["auto"] | Format | None, Flag("--from", only=True)] = "auto",
+    to_format: Annotated[Format, Flag("--to", only=True)] = "rollouts",
+    drop_failed_rows: Annotated[bool, Flag()] = False,
+    data_source: Annotated[str | None, Flag(unset="the data set's name")] = None,
+    overwrite: Annotated[bool, Flag()] = False,
     progress: bool | None = None,
 ) -> ConvertSummary:
     """Convert `source` to `target`, in constant memory.
@@ -56,13 +58,11 @@ def convert(
         source: a rollout file (Parquet or JSON lines), rows of Eval Protocol (JSON lines), or
             Parquet for verl or TRL that this function wrote.
         target: the file to write; its ending says Parquet or JSON lines.
-        from_format: None: by what is in the file.
-        to_format: `rollouts`, `ep`, `verl` or `trl`.
-        drop_failed_rows: leave out rows of Eval Protocol whose rollout failed, instead of refusing
-            them.
-        data_source: for verl: by this name it finds its reward function. Default: the data set's
-            name.
-        overwrite: replace a `target` that exists.
+        from_format: format of the first file; auto: by its content.
+        to_format: format of the second file.
+        drop_failed_rows: leave out Eval Protocol rows without a rollout, instead of refusing them.
+        data_source: for verl: what it chooses its reward function by.
+        overwrite: replace an output that is there.
         progress: show a bar where it takes long; None: where stderr is a terminal.
 
     Raises:
@@ -76,7 +76,9 @@ def convert(
     output = check_target(target, path, suffixes=_ENDINGS[to_format], overwrite=overwrite)
     if data_source is not None and to_format != "verl":
         raise ConvertError("data_source is verl's: convert to verl, or leave it out")
-    found = from_format or detect_format(path)
+    if from_format is None or from_format == "auto":
+        from_format = detect_format(path)
+    found: Format = from_format
     with Reading("convert", lambda: _rows_about(path, found), show=progress) as reading:
         rollouts = _checked(_read(path, found, drop_failed_rows=drop_failed_rows, reading=reading))
         if to_format == "ep":

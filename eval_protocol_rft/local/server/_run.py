@@ -45,19 +45,14 @@ def serve_local(
     *,
     host: str,
     port: int,
-    served_model_name: str | None = None,
-    reloads: bool = False,
-    api_key: str | None = None,
+    served_model_name: str | None,
+    reloads: bool,
+    api_key: str | None,
     say: Callable[[str], None] = print,
 ) -> None:
     """Load a local model and serve it until Ctrl-C or SIGTERM. `say` prints a line.
 
-    Args:
-        model: as for `load_local_sampler`, with or without `local/` in front.
-        port: 0 takes a free one; the line that is printed tells which.
-        served_model_name: what requests call the model; `model` without `local/` unless given.
-        reloads: let whoever reaches the port give it other weights.
-        api_key: asked of every request but `/health`.
+    The arguments are the options of `ep-rft serve`, where they are described.
 
     Raises:
         ServeError: the address cannot be used, or the model cannot be loaded.

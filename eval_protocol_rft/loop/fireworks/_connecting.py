@@ -14,18 +14,18 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable
-from dataclasses import asdict
-from typing import Any
+from typing import Annotated, Any
 
 import httpx
+from annotated_types import Ge
 
-from eval_protocol_rft.loop._options import LoopOptions
+from eval_protocol_rft import rollout
+from eval_protocol_rft.loop._options import FIREWORKS, MODEL, LoopOptions
 from eval_protocol_rft.loop._setup import MakeParts, Optimizer, Parts, SetupError, own_processor
 from eval_protocol_rft.loop._trainer import TrainerError
 from eval_protocol_rft.loop.fireworks._hot_load import POLL_SECONDS, HotLoad
 from eval_protocol_rft.loop.fireworks._settings import Adam, check_temperature
 from eval_protocol_rft.loop.fireworks._trainer import FireworksTrainer
-from eval_protocol_rft.rollout import parse_completion_params
 from eval_protocol_rft.training import require
 
 FIREWORKS_URL = "https://api.fireworks.ai"
@@ -133,33 +133,34 @@ def _reference(service: Any, client: Any) -> Any:
 
 def fireworks_parts(
     *,
-    base_model: str,
-    deployment: str,
-    lora_rank: int = 0,
+    base_model: Annotated[str, FIREWORKS()],
+    deployment: Annotated[str, FIREWORKS()],
+    lora_rank: Annotated[int, Ge(0), MODEL()] = 0,
     optimizer: Optimizer | None = None,
-    training_shape: str | None = None,
+    training_shape: Annotated[str | None, FIREWORKS()] = None,
     trainer_job: str | None = None,
     base_url: str = FIREWORKS_URL,
-    delete_on_close: bool = False,
+    delete_on_close: Annotated[bool, FIREWORKS()] = False,
 ) -> MakeParts:
     """For `train(parts=...)`.
 
     Args:
-        base_model: `accounts/fireworks/models/...`.
-        deployment: id of the deployment to sample from; made where it is not there.
-        lora_rank: rank of adapters; 0 trains all parameters.
+        base_model: accounts/fireworks/models/... to train.
+        deployment: train on Fireworks: id of the deployment to sample from, made if need be.
+        lora_rank: train LoRA adapters of this rank; 0: all parameters.
         optimizer: AdamW's settings.
         training_shape: id of the hardware to train on.
         trainer_job: id of the trainer job; default one named after the deployment, so that a run
             that is continued finds its weights.
         base_url: of the service.
-        delete_on_close: delete what was started when the run ends.
+        delete_on_close: delete trainer job and deployment at the end, if made here. They cost money
+            while they are there.
     """
 
     async def make(
         evaluator: Callable[..., Any], params: dict[str, Any], options: LoopOptions
     ) -> Parts:
-        request = parse_completion_params(params)
+        request = rollout.parse_completion_params(params)
         if request.endpoint is None:
             raise SetupError(
                 f"{request.params.model} is a model of this process: name the one on Fireworks"
@@ -170,11 +171,11 @@ def fireworks_parts(
             deployment=deployment,
             temperature=request.params.temperature,
             adam=Adam(
-                beta1=chosen.betas[0],
-                beta2=chosen.betas[1],
+                beta1=chosen.beta1,
+                beta2=chosen.beta2,
                 eps=chosen.eps,
                 weight_decay=chosen.weight_decay,
-                max_grad_norm=chosen.max_grad_norm,
+                max_grad_norm=chosen.max_grad_norm or None,
             ),
             lora_rank=lora_rank,
             base_url=base_url,
@@ -189,7 +190,7 @@ def fireworks_parts(
         return Parts(
             trainer=trainer,
             processor=own_processor(evaluator),
-            request=parse_completion_params(sampled),
+            request=rollout.parse_completion_params(sampled),
             params=sampled,
         )
 
@@ -198,6 +199,6 @@ def fireworks_parts(
         "deployment": deployment,
         "lora_rank": lora_rank,
         "training_shape": training_shape,
-        "optimizer": asdict(optimizer or Optimizer()),
+        "optimizer": (optimizer or Optimizer()).settings(),
     }
     return MakeParts(make, settings)

@@ -6,6 +6,7 @@ from ._loading import code_fingerprints as code_fingerprints
 from ._loading import load_evaluator as load_evaluator
 from ._ray import grade_on_ray as grade_on_ray
 from ._ray_nodes import EAGER_SECONDS as EAGER_SECONDS
+from ._ray_nodes import RAY_ADDRESS as RAY_ADDRESS
 from ._ray_nodes import Engine as Engine
 from ._ray_nodes import Node as Node
 from ._ray_nodes import NodeActor as NodeActor

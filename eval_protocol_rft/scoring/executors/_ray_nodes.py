@@ -32,6 +32,9 @@ MOST_START_DEATHS = 3
 Engine = Literal["local", "ray"]
 """Where the work is done: in this process, or on the nodes of a Ray cluster."""
 
+RAY_ADDRESS = "RAY_ADDRESS, else this machine"
+"""Which cluster it is unless one is named."""
+
 CONNECT_SECONDS = 10.0
 
 logger = logging.getLogger(__name__)
