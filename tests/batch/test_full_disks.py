@@ -7,37 +7,40 @@ import gc
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
-import typer
+from typer.testing import Result
 
-from eval_protocol_rft.cli.convert import convert
-from eval_protocol_rft.cli.datums import datums
-from eval_protocol_rft.cli.filter import filter as filter_command
-from eval_protocol_rft.cli.report import report
 from eval_protocol_rft.data import _files as target
 from eval_protocol_rft.data import _sampling_run as sampling_run
 from eval_protocol_rft.data._datums import numbered_path
 from eval_protocol_rft.data._files import amount, room_warning, write_file
 from eval_protocol_rft.data.store import _parts as parts
-from tests.batch.servers import at, succeed, texts, write_jsonl
+from tests.batch.servers import at, ep_rft, succeed, texts, write_jsonl
 from tests.scored_files import SCHEMA, Sampled, table_of, write
 
 GROUPS = [[Sampled(1.0), Sampled(0.0)] for _ in range(6)]
-WRITERS: dict[str, Callable[[Path, Path], None]] = {
-    "out.parquet": convert,
-    "out.jsonl": convert,
-    "fewer.parquet": filter_command,
-    "fewer.jsonl": filter_command,
-    "prompts.parquet": lambda source, to: filter_command(source, to, prompts=True),
-    "rows.jsonl": lambda source, to: convert(source, to, to="ep"),
-    "verl.parquet": lambda source, to: convert(source, to, to="verl"),
-    "trl.json": lambda source, to: convert(source, to, to="trl"),
-    "d.safetensors": datums,
-    "d.jsonl": datums,
-    "page.html": lambda source, to: report(source, to, tokenizer="local/arithmetic"),
+WRITERS = {
+    "out.parquet": ("convert",),
+    "out.jsonl": ("convert",),
+    "fewer.parquet": ("filter", "-o"),
+    "fewer.jsonl": ("filter", "-o"),
+    "prompts.parquet": ("filter", "--prompts", "-o"),
+    "rows.jsonl": ("convert", "--to", "ep"),
+    "verl.parquet": ("convert", "--to", "verl"),
+    "trl.json": ("convert", "--to", "trl"),
+    "d.safetensors": ("datums", "-o"),
+    "d.jsonl": ("datums", "-o"),
+    "page.html": ("report", "--tokenizer", "local/arithmetic", "-o"),
 }
+
+
+def written(source: Path, output: Path, *more: object, command: tuple[str, ...]) -> Result:
+    """What `command` does with a source and an output, which is its last argument or option."""
+    name, *options = command
+    return ep_rft(name, source, *options, output, *more)
 
 
 def full_after(size: int) -> Callable[[int, memoryview, int], int]:
@@ -63,11 +66,10 @@ def test_a_full_disk_is_one_line_with_the_file_and_leaves_none(
     output = tmp_path / "out" / name
     source = write(tmp_path / "in.parquet", GROUPS)
     monkeypatch.setattr(os, "pwrite", full_after(size))
-    with pytest.raises(typer.Exit) as ended:
-        WRITERS[name](source, output)
-    assert ended.value.exit_code == 1
+    ended = written(source, output, command=WRITERS[name])
+    assert ended.exit_code == 1
     gc.collect()
-    (said,) = capfd.readouterr().err.splitlines()
+    (said,) = (ended.stderr + capfd.readouterr().err).splitlines()
     assert said.startswith("ep-rft: ")
     assert said.endswith(f"{output}: No space left on device. Make room, or write elsewhere")
     assert list(output.parent.iterdir()) == []
@@ -87,7 +89,8 @@ def test_arrow_prints_no_traceback_of_its_own_where_a_file_cannot_be_written(
 
 def test_numbered_files_are_replaced_all_together_or_not_at_all(tmp_path, monkeypatch) -> None:
     output = tmp_path / "d.safetensors"
-    datums(write(tmp_path / "in.parquet", GROUPS), output, max_groups=2)
+    datums = partial(written, command=("datums", "--max-groups", "2", "-o"))
+    datums(write(tmp_path / "in.parquet", GROUPS), output)
     files = [numbered_path(output, number) for number in range(3)]
     files[1].chmod(0o640)
     before = [path.read_bytes() for path in files]
@@ -101,10 +104,10 @@ def test_numbered_files_are_replaced_all_together_or_not_at_all(tmp_path, monkey
     pwrite = os.pwrite
     with monkeypatch.context() as patch:
         patch.setattr(os, "pwrite", full_at_the_second)
-        datums(other, output, max_groups=2, overwrite=True)
+        datums(other, output, "--overwrite")
     assert not files[2].exists()
     assert files[1].stat().st_mode & 0o777 == 0o640
-    datums(tmp_path / "in.parquet", output, max_groups=2, overwrite=True)
+    datums(tmp_path / "in.parquet", output, "--overwrite")
     assert [path.read_bytes() for path in files] == before
 
     def write_some(descriptor: int, data: memoryview, offset: int) -> int:
@@ -114,8 +117,7 @@ def test_numbered_files_are_replaced_all_together_or_not_at_all(tmp_path, monkey
         return pwrite(descriptor, data, offset)
 
     monkeypatch.setattr(os, "pwrite", write_some)
-    with pytest.raises(typer.Exit):
-        datums(other, output, max_groups=2, overwrite=True)
+    assert datums(other, output, "--overwrite").exit_code == 1
     assert [path.read_bytes() for path in files] == before
     assert {path.name for path in tmp_path.iterdir()} == {
         *(path.name for path in files),
