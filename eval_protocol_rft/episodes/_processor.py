@@ -30,7 +30,7 @@ from eval_protocol_rft.rollout import (
     PromptError,
     RolloutError,
     RowJob,
-    Ticket,
+    RowSlot,
     _LoopState,
     build_record,
     observe_attempt,
@@ -88,7 +88,7 @@ class EpisodeRolloutProcessor(FireworksTrainingRolloutProcessor):
         row: EvaluationRow,
         config: RolloutProcessorConfig,
         state: _LoopState,
-        admission: asyncio.Semaphore,
+        rows_ahead: asyncio.Semaphore,
         run: int | str,
     ) -> EvaluationRow:
         if prompt_ids_of(row) is not None:
@@ -96,12 +96,12 @@ class EpisodeRolloutProcessor(FireworksTrainingRolloutProcessor):
                 f"row {row.input_metadata.row_id}: it brings its prompt as {PROMPT_IDS_KEY}, and "
                 "an episode renders its turns from messages: give the row messages"
             )
-        async with Ticket(admission) as ticket:
+        async with RowSlot(rows_ahead) as row_slot:
             job = await self._prepare(row, config, state, run)
-            ticket.good_for(len(job.seeds))
+            row_slot.expect(len(job.seeds))
             openings = Openings(job.tokenizer, job.request.chat_template_kwargs)
             tasks = [
-                asyncio.ensure_future(self._episode(row, job, config, index, ticket, openings))
+                asyncio.ensure_future(self._episode(row, job, config, index, row_slot, openings))
                 for index in range(len(job.seeds))
             ]
             try:
@@ -168,7 +168,7 @@ class EpisodeRolloutProcessor(FireworksTrainingRolloutProcessor):
         job: RowJob,
         config: RolloutProcessorConfig,
         index: int,
-        ticket: Ticket,
+        row_slot: RowSlot,
         openings: Openings,
     ) -> Episode | Failure:
         seed = job.seeds[index]
@@ -181,7 +181,7 @@ class EpisodeRolloutProcessor(FireworksTrainingRolloutProcessor):
         ) -> Survivor | Failure:
             def starts() -> None:
                 if not turn:
-                    ticket.used()
+                    row_slot.started()
                 on_start()
 
             # The first turn has the seed that a single completion would have.

@@ -1,6 +1,6 @@
-"""The loop itself: admit rows, take in groups, take steps, until the steps are done.
+"""The loop itself: start rows, take in groups, take steps, until the steps are done.
 
-Invariant: every group that is admitted is in a step's batch or in its count of dropped ones. With
+Invariant: every group that is started is in a step's batch or in its count of dropped ones. With
 `max_staleness=0` sampling and training take turns, and the run is the same to the last bit however
 tasks are scheduled; otherwise sampling goes on while a step is taken.
 """
@@ -118,7 +118,7 @@ class Run:
         while self.scheduler.version < self.steps:
             batch = self.scheduler.take()
             if batch is None:
-                numbers = self._admit()
+                numbers = self._start_rows()
                 if not numbers:
                     if (batch := self.scheduler.take()) is None:
                         return
@@ -141,7 +141,7 @@ class Run:
         step: asyncio.Task[None] | None = None
         try:
             while True:
-                for number in self._admit():
+                for number in self._start_rows():
                     sampling[asyncio.create_task(self._rollout(number))] = number
                 if step is None and (batch := self.scheduler.take()) is not None:
                     step = asyncio.create_task(self._take_step(batch))
@@ -165,15 +165,15 @@ class Run:
             # A step that has begun ends: half of one would be in the weights.
             await asyncio.gather(*sampling, *([step] if step else []), return_exceptions=True)
 
-    def _admit(self) -> list[int]:
+    def _start_rows(self) -> list[int]:
         """Take in as many rows as may be sampled now."""
         numbers: list[int] = []
-        while self.scheduler.may_admit():
+        while self.scheduler.may_start():
             draw = self.stream.next()
             if draw is None:
                 self.scheduler.exhausted = True
                 break
-            number = self.scheduler.admit()
+            number = self.scheduler.start()
             self._draws[number] = draw
             numbers.append(number)
         return numbers

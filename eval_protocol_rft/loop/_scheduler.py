@@ -1,7 +1,7 @@
 """Which groups are sampled ahead, and which of them make a step. Pure.
 
-Invariant: a group trains at most `max_staleness` versions after the one it was admitted under;
-every group that is admitted ends trained or dropped, once; and at most
+Invariant: a group trains at most `max_staleness` versions after the one it was started under;
+every group that is started ends trained or dropped, once; and at most
 (max_staleness + 1) * groups_per_step are outstanding, the ones in the step included.
 
 Each step uses up `groups_per_step` groups, so those outstanding have a slot each in this step and
@@ -21,22 +21,22 @@ State = Literal["sampling", "ready", "training"]
 @dataclass(slots=True)
 class _Group:
     version: int
-    """The policy version when it was admitted."""
+    """The policy version when it was started."""
     state: State = "sampling"
 
 
 @dataclass(slots=True)
 class Scheduler:
-    """Numbers stand for groups, in the order of admission."""
+    """Numbers stand for groups, in the order in which they started."""
 
     groups_per_step: int
     max_staleness: int = 0
     version: int = 0
     """Steps trained and published."""
     last_version: int | None = None
-    """After so many steps all is over; None: when there is nothing more to admit."""
+    """After so many steps all is over; None: when there is nothing more to start."""
     exhausted: bool = False
-    """There is nothing more to admit: the last steps may be smaller."""
+    """There is nothing more to start: the last steps may be smaller."""
     _groups: dict[int, _Group] = field(default_factory=dict)
     _next: int = 0
 
@@ -48,7 +48,7 @@ class Scheduler:
 
     @property
     def outstanding(self) -> int:
-        """Groups admitted that are neither trained nor dropped."""
+        """Groups started that are neither trained nor dropped."""
         return len(self._groups)
 
     @property
@@ -64,17 +64,17 @@ class Scheduler:
         """A step is under way."""
         return self._count("training") > 0
 
-    def may_admit(self) -> bool:
+    def may_start(self) -> bool:
         """Whether one more group would still be trained in time."""
         steps = self.max_staleness + 1
         if self.last_version is not None:
             steps = min(steps, self.last_version - self.version)
         return not self.exhausted and self.outstanding < steps * self.groups_per_step
 
-    def admit(self) -> int:
+    def start(self) -> int:
         """Take in a group, which is being sampled from now on; its number."""
-        if not self.may_admit():
-            raise ValueError("no group may be admitted now")
+        if not self.may_start():
+            raise ValueError("no group may start now")
         number, self._next = self._next, self._next + 1
         self._groups[number] = _Group(self.version)
         return number
@@ -88,7 +88,7 @@ class Scheduler:
             del self._groups[number]
 
     def staleness(self, number: int) -> int:
-        """Versions between the one it was admitted under and today's."""
+        """Versions between the one it was started under and today's."""
         return self.version - self._groups[number].version
 
     def take(self) -> list[int] | None:

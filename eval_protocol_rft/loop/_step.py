@@ -214,7 +214,7 @@ class StepRunner:
     def _check_versions(
         self, step: int, groups: Sequence[PromptGroup], staleness: Sequence[int]
     ) -> None:
-        """Nothing is older than the sampler's weights were when its row was admitted."""
+        """Nothing is older than the sampler's weights were when its row was started."""
         behind = iter(staleness)
         options = self.options.batch
         for group in groups:

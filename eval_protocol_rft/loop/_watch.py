@@ -51,7 +51,7 @@ _ADVICE: dict[str, str] = {
     ),
     "unnamed_versions": (
         "that it samples from the newest weights shows in the logprobs alone, and how old a "
-        "completion is is counted from when its row was admitted"
+        "completion is is counted from when its row was started"
     ),
     "uncompared": (
         "a fault of the sampler would show later, on the first token that the weights in training "
@@ -136,7 +136,7 @@ class Watch:
         Args:
             step: from 1 on.
             completions: of one group.
-            oldest: the version that the sampler had when the group was admitted.
+            oldest: the version that the sampler had when the group was started.
         """
         for completion in completions:
             named = (completion.policy_version, completion.first_policy_version)

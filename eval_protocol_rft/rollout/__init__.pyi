@@ -16,7 +16,7 @@ from ._evaluation_run import watch as watch
 from ._harmony import read_harmony as read_harmony
 from ._params import RolloutRequest as RolloutRequest
 from ._params import parse_completion_params as parse_completion_params
-from ._pipeline import Ticket as Ticket
+from ._pipeline import RowSlot as RowSlot
 from ._processor import FireworksTrainingRolloutProcessor as FireworksTrainingRolloutProcessor
 from ._processor import RolloutError as RolloutError
 from ._processor import RowJob as RowJob

@@ -1,6 +1,6 @@
 """Which rows are prepared ahead of the free slots.
 
-Invariant: a ticket is handed back once, whatever happens to its row.
+Invariant: a row's slot is released once, whatever happens to its row.
 """
 
 from __future__ import annotations
@@ -12,34 +12,34 @@ ROWS_AHEAD = 8
 slot busy, few enough that the first request does not wait for the whole data set's rendering."""
 
 
-class Ticket:
-    """A row's place among those that are prepared. It is handed back once all of the row's
-    completions have started, so that the next row is ready when a slot comes free."""
+class RowSlot:
+    """A row's place among those that are prepared. It is released once all of the row's completions
+    have started, so that the next row is ready when a slot comes free."""
 
-    def __init__(self, admission: asyncio.Semaphore) -> None:
-        self._admission = admission
-        self._unused = 1
+    def __init__(self, rows_ahead: asyncio.Semaphore) -> None:
+        self._rows_ahead = rows_ahead
+        self._to_start = 1
         self._held = False
 
-    async def __aenter__(self) -> Ticket:
-        await self._admission.acquire()
+    async def __aenter__(self) -> RowSlot:
+        await self._rows_ahead.acquire()
         self._held = True
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self._give_back()
+        self._release()
 
-    def good_for(self, n: int) -> None:
+    def expect(self, n: int) -> None:
         """The row has n completions."""
-        self._unused = n
+        self._to_start = n
 
-    def used(self) -> None:
+    def started(self) -> None:
         """One of them has started."""
-        self._unused -= 1
-        if self._unused == 0:
-            self._give_back()
+        self._to_start -= 1
+        if self._to_start == 0:
+            self._release()
 
-    def _give_back(self) -> None:
+    def _release(self) -> None:
         if self._held:
             self._held = False
-            self._admission.release()
+            self._rows_ahead.release()

@@ -40,7 +40,7 @@ from eval_protocol_rft.rollout._params import (
     refuse_unused,
     template_values,
 )
-from eval_protocol_rft.rollout._pipeline import ROWS_AHEAD, Ticket
+from eval_protocol_rft.rollout._pipeline import ROWS_AHEAD, RowSlot
 from eval_protocol_rft.rollout._prompts import (
     PromptError,
     given_prompt,
@@ -222,14 +222,14 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
     ) -> list[asyncio.Task[EvaluationRow]]:
         """Start one task per row, in row order."""
         state, evaluation = self._state(), watched()
-        admission = asyncio.Semaphore(ROWS_AHEAD)
+        rows_ahead = asyncio.Semaphore(ROWS_AHEAD)
         tasks = []
         for row in rows:
             # Eval Protocol puts the user's own dict on the row; a key in it must not stay there.
             row.input_metadata.completion_params = redact_params(
                 row.input_metadata.completion_params or {}
             )
-            task = asyncio.create_task(self._rollout(row, config, state, admission))
+            task = asyncio.create_task(self._rollout(row, config, state, rows_ahead))
             state.tasks[task] = asyncio.current_task()
             task.add_done_callback(functools.partial(self._rolled_out, state))
             if evaluation is not None:
@@ -316,7 +316,7 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
         row: EvaluationRow,
         config: RolloutProcessorConfig,
         state: _LoopState,
-        admission: asyncio.Semaphore,
+        rows_ahead: asyncio.Semaphore,
     ) -> EvaluationRow:
         """Roll out one row; what is raised is a ValueError or a RuntimeError."""
         try:
@@ -325,7 +325,7 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
                 row, drop_trailing_assistant=self.drop_trailing_assistant_messages
             )
             run = self._runs.of(row, messages, config)
-            return await self._roll_out(row, config, state, admission, run)
+            return await self._roll_out(row, config, state, rows_ahead, run)
         except Exception as error:
             if isinstance(error, ValueError | RuntimeError) and not isinstance(error, OSError):
                 raise
@@ -340,13 +340,13 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
         row: EvaluationRow,
         config: RolloutProcessorConfig,
         state: _LoopState,
-        admission: asyncio.Semaphore,
+        rows_ahead: asyncio.Semaphore,
         run: int | str,
     ) -> EvaluationRow:
-        async with Ticket(admission) as ticket:
+        async with RowSlot(rows_ahead) as row_slot:
             job = await self._prepare(row, config, state, run)
             prompt = self._render(row, job)
-            ticket.good_for(len(job.seeds))
+            row_slot.expect(len(job.seeds))
             group = await sample_group(
                 job.sampler,
                 prompt,
@@ -357,7 +357,7 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
                 guard=job.guard,
                 prompt=job.row_key,
                 observe=observe_attempt,
-                on_start=ticket.used,
+                on_start=row_slot.started,
                 tail=self.tail,
                 read=lambda completion: job.tokenizer.read(
                     completion, job.request.params, job.witness.look

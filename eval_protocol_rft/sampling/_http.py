@@ -149,7 +149,7 @@ def distrust(transport: asyncio.Transport | None) -> None:
 
 def _says_something(transport: asyncio.Transport | None) -> bool:
     """Whether something waits in the kernel that the event loop has not seen yet. Not for a new
-    connection, where it may be the tickets of a TLS session."""
+    connection, where it may be what resumes a TLS session later."""
     if transport is None:
         return False
     poll = select.poll()

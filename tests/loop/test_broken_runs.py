@@ -140,7 +140,7 @@ async def test_a_sampler_that_names_no_versions_is_said_once(
     chosen = options(steps=3, eval_every=0)
     await run(tmp_path / "run", chosen, broken=altered(with_names(name)), warn=warned.append)
     [said] = [text for text in warned if "does not name the weights" in text]
-    assert "counted from when its row was admitted" in said
+    assert "counted from when its row was started" in said
 
 
 def test_a_step_that_compares_nothing_is_said_once() -> None:

@@ -46,13 +46,13 @@ class Simulated:
     def run(self, steps: int) -> None:
         """Until the steps are done, or the rows; nothing to wait for before that is a deadlock."""
         while self.scheduler.version < steps:
-            while self.scheduler.may_admit():
+            while self.scheduler.may_start():
                 if self.rows == 0:
                     self.scheduler.exhausted = True
                     break
                 if self.rows is not None:
                     self.rows -= 1
-                self.ends[self.scheduler.admit()] = self.now + self.duration()
+                self.ends[self.scheduler.start()] = self.now + self.duration()
             self.most_outstanding = max(self.most_outstanding, self.scheduler.outstanding)
             if self.step_ends is None and (batch := self.scheduler.take()) is not None:
                 self.staleness += [self.scheduler.staleness(number) for number in batch]
@@ -107,34 +107,34 @@ def test_no_group_is_trained_beyond_the_bound_and_none_is_lost(
     assert max(simulated.staleness, default=0) <= staleness
     assert simulated.most_outstanding <= (staleness + 1) * groups
     assert all(times == 1 for times in simulated.fate.values())
-    assert scheduler.outstanding == 0  # all admitted were trained or dropped
-    admitted = sum(simulated.sizes) + simulated.dropped
-    assert len(simulated.fate) == admitted
+    assert scheduler.outstanding == 0  # all that started were trained or dropped
+    started = sum(simulated.sizes) + simulated.dropped
+    assert len(simulated.fate) == started
     if rows is None:
         assert scheduler.version == steps
         assert simulated.sizes == [groups] * steps
     else:
-        assert admitted == rows or scheduler.version == steps
+        assert started == rows or scheduler.version == steps
         assert all(size == groups for size in simulated.sizes[:-1])
 
 
 def test_strictly_on_policy_nothing_is_sampled_during_a_step() -> None:
     scheduler = Scheduler(2)
-    numbers = [scheduler.admit(), scheduler.admit()]
-    assert not scheduler.may_admit()
+    numbers = [scheduler.start(), scheduler.start()]
+    assert not scheduler.may_start()
     for number in numbers:
         scheduler.sampled(number, trains=True)
 
     assert scheduler.take() == numbers
-    assert not scheduler.may_admit()
+    assert not scheduler.may_start()
 
     scheduler.trained()
-    assert scheduler.may_admit()
+    assert scheduler.may_start()
 
 
 def test_a_straggler_is_overtaken_as_long_as_it_is_in_time() -> None:
     scheduler = Scheduler(1, max_staleness=2)
-    straggler, second, third = (scheduler.admit() for _ in range(3))
+    straggler, second, third = (scheduler.start() for _ in range(3))
     scheduler.sampled(second, trains=True)
     scheduler.sampled(third, trains=True)
 
@@ -142,7 +142,7 @@ def test_a_straggler_is_overtaken_as_long_as_it_is_in_time() -> None:
     scheduler.trained()
     assert scheduler.take() == [third]
     scheduler.trained()
-    fourth = scheduler.admit()
+    fourth = scheduler.start()
     scheduler.sampled(fourth, trains=True)
     assert scheduler.take() is None  # a third step without it would make it too old
 
@@ -171,7 +171,7 @@ def test_waits_are_short_of_the_whole_tail() -> None:
 
 def test_a_last_step_may_be_smaller() -> None:
     scheduler = Scheduler(4)
-    number = scheduler.admit()
+    number = scheduler.start()
     scheduler.exhausted = True
     assert scheduler.take() is None  # it is still being sampled
     scheduler.sampled(number, trains=True)
@@ -186,9 +186,9 @@ def test_bounds_that_make_no_sense_are_refused(groups: int, staleness: int) -> N
 
 def test_calls_out_of_order_are_refused() -> None:
     scheduler = Scheduler(1)
-    number = scheduler.admit()
-    with pytest.raises(ValueError, match="no group may be admitted"):
-        scheduler.admit()
+    number = scheduler.start()
+    with pytest.raises(ValueError, match="no group may start"):
+        scheduler.start()
     with pytest.raises(ValueError, match="no step"):
         scheduler.trained()
     scheduler.sampled(number, trains=False)
