@@ -44,8 +44,8 @@ if TYPE_CHECKING:
 TOKENS = "tokens:sum"
 
 
-def fold_metrics(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Fold `parts`; a metric that only some have is folded over those.
+def reduce_metrics(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Reduce `parts` to one; a metric that only some have is reduced over those.
 
     Raises:
         ValueError: a name has no reduction, or an unknown one.
@@ -53,10 +53,10 @@ def fold_metrics(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
     if len(parts) == 1:
         return dict(parts[0])
     names = dict.fromkeys(name for part in parts for name in part)
-    return {name: _fold(name, [part for part in parts if name in part]) for name in names}
+    return {name: _reduce(name, [part for part in parts if name in part]) for name in names}
 
 
-def _fold(name: str, parts: Sequence[Mapping[str, float]]) -> float:
+def _reduce(name: str, parts: Sequence[Mapping[str, float]]) -> float:
     values = [part[name] for part in parts]
     match name.rpartition(":")[2]:
         case "sum":
@@ -266,7 +266,7 @@ class LocalTrainer:
             parts.append(metrics)
             for i, logprobs in zip(places, values.logprobs, strict=True):
                 found[i] = logprobs.detach().cpu().numpy()
-        return ForwardBackward([found[i] for i in range(len(datums))], fold_metrics(parts))
+        return ForwardBackward([found[i] for i in range(len(datums))], reduce_metrics(parts))
 
     def _optim_step(self, learning_rate: float) -> dict[str, float]:
         if not self._gathered:

@@ -82,7 +82,7 @@ def step_line(
         "staleness": {str(k): n for k, n in sorted(Counter(staleness).items())},
         "staleness_max": max(staleness),
         **_renamed(first.metrics),
-        # Kish's, of all tokens at once: that of parts does not fold.
+        # Kish's, of all tokens at once: parts of it cannot be reduced to it.
         "effective_sample_fraction": float(ratios.mean() ** 2 / np.mean(ratios**2)),
         **optimizer,
         **mismatch,

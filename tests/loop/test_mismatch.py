@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from eval_protocol_rft.loop._local_trainer import fold_metrics
+from eval_protocol_rft.loop._local_trainer import reduce_metrics
 from eval_protocol_rft.loop._watch import WINDOW, Watch
 from eval_protocol_rft.training._mismatch import Mismatch, looks_shifted, measure
 
@@ -118,17 +118,17 @@ def test_completions_without_an_end_are_fatal() -> None:
 
 
 def test_metrics_fold_by_their_reduction() -> None:
-    folded = fold_metrics(
+    reduced = reduce_metrics(
         [
             {"tokens:sum": 10.0, "entropy:mean": 1.0, "ratio:max": 2.0, "loss:sum": 1.0},
             {"tokens:sum": 30.0, "entropy:mean": 3.0, "ratio:max": 1.5, "loss:sum": 2.0},
         ]
     )
-    assert folded == {
+    assert reduced == {
         "tokens:sum": 40.0,
         "entropy:mean": 2.5,
         "ratio:max": 2.0,
         "loss:sum": 3.0,
     }
     with pytest.raises(ValueError, match="no reduction"):
-        fold_metrics([{"loss": 1.0}, {"loss": 2.0}])
+        reduce_metrics([{"loss": 1.0}, {"loss": 2.0}])

@@ -11,7 +11,7 @@ tokens, were compared; an error names the datum.
 What a loss reports beside its value.
 
 Keys are `name:reduction`, the training wire's own form: none hides a metric of the server's, and
-each says how to fold the values of several batches. Every mean is over sampled tokens. A metric
+each says how to reduce the values of several batches. Every mean is over sampled tokens. A metric
 that cannot be had (nothing clips, no reference, no sampled token) is absent, never 0 or NaN.
 """
 
