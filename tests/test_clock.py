@@ -19,7 +19,7 @@ from eval_protocol_rft.episodes._calling import call
 from eval_protocol_rft.sampling import _bodies as bodies
 from eval_protocol_rft.sampling._clock import LONGEST_PASS, Deadline, loop_clock, sampling_time
 from eval_protocol_rft.sampling._endpoint import Endpoint
-from eval_protocol_rft.sampling._fanout import Survivor, TailPolicy, sample_group
+from eval_protocol_rft.sampling._fanout import StragglerPolicy, Survivor, sample_group
 from eval_protocol_rft.sampling._http import HttpSampler, TrustingConnector
 from eval_protocol_rft.sampling._retry import RetryPolicy
 from eval_protocol_rft.sampling._types import (
@@ -268,7 +268,9 @@ async def group_of(sampler: FromThread, retry: RetryPolicy, **options: Any) -> A
 
 async def test_a_completion_that_is_there_is_no_straggler() -> None:
     sampler = FromThread(lambda call: COMPLETION)
-    group = await group_of(sampler, RetryPolicy(), tail=TailPolicy(straggler_seconds=SECONDS))
+    group = await group_of(
+        sampler, RetryPolicy(), stragglers=StragglerPolicy(straggler_seconds=SECONDS)
+    )
     assert [one.index for one in group.survivors] == [0]
 
 

@@ -77,7 +77,7 @@ class EpisodeRolloutProcessor(FireworksTrainingRolloutProcessor):
         if on_rewrite not in ("split", "reject"):
             raise ValueError(f"on_rewrite must be 'split' or 'reject', not {on_rewrite!r}")
         super().__init__(**options)
-        if self.tail:
+        if self.stragglers:
             raise ValueError("over_sample and straggler_seconds are not for episodes")
         self.environment = environment
         self.limits = limits or EpisodeLimits()

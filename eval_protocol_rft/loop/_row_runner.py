@@ -25,7 +25,7 @@ from eval_protocol_rft.rollout import (
     parse_completion_params,
     redact_params,
 )
-from eval_protocol_rft.sampling import TailPolicy, support_truncated
+from eval_protocol_rft.sampling import StragglerPolicy, support_truncated
 from eval_protocol_rft.scoring import Evaluator, Mode, ascore_rows
 from eval_protocol_rft.training import BiasedSamplingWarning
 
@@ -98,8 +98,8 @@ class RowRunner:
                 BiasedSamplingWarning,
                 stacklevel=3,
             )
-        tail = getattr(chosen, "tail", None)
-        if isinstance(tail, TailPolicy) and tail:
+        stragglers = getattr(chosen, "stragglers", None)
+        if isinstance(stragglers, StragglerPolicy) and stragglers:
             warnings.warn(
                 "the rollout processor cancels slow completions (over_sample, straggler_seconds), "
                 "which favours short ones",

@@ -34,7 +34,7 @@ from eval_protocol_rft.sampling import (
     Completion,
     FinishReason,
     Group,
-    TailPolicy,
+    StragglerPolicy,
     TokenIds,
     support_truncated,
 )
@@ -58,10 +58,10 @@ def commit_group(
     split_reasoning: bool,
     began_at: float,
     seconds: float,
-    tail: TailPolicy = WAIT_FOR_ALL,
+    stragglers: StragglerPolicy = WAIT_FOR_ALL,
 ) -> None:
     """Put the group on its row. `messages` are the ones that were rendered, with the row's tools;
-    the first survivor follows them as the assistant's. `tail` is what the group was sampled
+    the first survivor follows them as the assistant's. `stragglers` is what the group was sampled
     with."""
     record = build_record(
         group,
@@ -72,7 +72,7 @@ def commit_group(
         asked=messages,
         split_reasoning=split_reasoning,
         began_at=began_at,
-        tail=tail,
+        stragglers=stragglers,
     )
     answer = _first_answer(record)
     put_on_row(
@@ -196,7 +196,7 @@ def build_record(
     asked: Sequence[Message],
     split_reasoning: bool,
     began_at: float,
-    tail: TailPolicy = WAIT_FOR_ALL,
+    stragglers: StragglerPolicy = WAIT_FOR_ALL,
 ) -> RolloutRecord:
     """The record of a group with at least one survivor, completions as `LoadedTokenizer.read` gives
     them; without a `reader` it holds no messages."""
@@ -248,9 +248,9 @@ def build_record(
             attempts=[survivor.attempts for survivor in survivors],
             seconds=[survivor.seconds for survivor in survivors],
             retry_causes=_if_any([list(survivor.causes) for survivor in survivors]),
-            over_sample=tail.over_sample,
+            over_sample=stragglers.over_sample,
             cancelled=group.cancelled,
-            straggler_seconds=tail.straggler_seconds,
+            straggler_seconds=stragglers.straggler_seconds,
             support_truncated=support_truncated(params),
             split_reasoning=split_reasoning,
             other=redact_params(params.extra),

@@ -61,7 +61,7 @@ from eval_protocol_rft.sampling import (
     RunGuard,
     Sampler,
     SamplingError,
-    TailPolicy,
+    StragglerPolicy,
     TokenIds,
     check_told_kind,
     derive_seeds,
@@ -206,7 +206,9 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
         self.min_completions = min_completions
         self.logprobs_mode: LogprobsMode | None = logprobs_mode
         self.retry = retry or RetryPolicy()
-        self.tail = TailPolicy(over_sample=over_sample, straggler_seconds=straggler_seconds)
+        self.stragglers = StragglerPolicy(
+            over_sample=over_sample, straggler_seconds=straggler_seconds
+        )
         self._backends = Backends(
             tokenizer=tokenizer, sampler=sampler, trust_remote_code=trust_remote_code
         )
@@ -358,7 +360,7 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
                 prompt=job.row_key,
                 observe=observe_attempt,
                 on_start=row_slot.started,
-                tail=self.tail,
+                stragglers=self.stragglers,
                 read=lambda completion: job.tokenizer.read(
                     completion, job.request.params, job.witness.look
                 ),
@@ -375,7 +377,7 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
             split_reasoning=self.split_reasoning,
             began_at=job.began_at,
             seconds=time.perf_counter() - job.began,
-            tail=self.tail,
+            stragglers=self.stragglers,
         )
         return row
 
@@ -422,7 +424,7 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
             evaluation.compared(job.witness)
         await self._check_logprobs(job, state, config)
         row_key = row.input_metadata.row_id or self._render(row, job).json.decode()
-        asked = request.n + self.tail.over_sample
+        asked = request.n + self.stragglers.over_sample
         seeds = derive_seeds(request.seed, row_key, asked, run=run)
         return replace(job, row_key=row_key, seeds=seeds)
 

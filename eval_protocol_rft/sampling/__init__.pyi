@@ -13,8 +13,8 @@ from ._endpoint import resolve_endpoint as resolve_endpoint
 from ._errors import short as short
 from ._fanout import WAIT_FOR_ALL as WAIT_FOR_ALL
 from ._fanout import Group as Group
+from ._fanout import StragglerPolicy as StragglerPolicy
 from ._fanout import Survivor as Survivor
-from ._fanout import TailPolicy as TailPolicy
 from ._fanout import derive_seeds as derive_seeds
 from ._fanout import sample_group as sample_group
 from ._fanout import sample_one as sample_one

@@ -4,7 +4,7 @@ Invariant: every one that was asked for ends as a `Completion`, as a `Failure`, 
 `cancelled` that over-sampling had no more use for, at its own index. A slot is held for one attempt
 of one completion, never for a row, a sibling or a pause between attempts.
 
-The long tail of a group: who is waited for, and until when.
+The stragglers of a group: who is waited for, and until when.
 
 Invariant: a group ends once. What has ended by then counts as it ended; whatever has not is
 cancelled, and nothing that a cancelled completion still does changes the group.
@@ -36,7 +36,7 @@ from eval_protocol_rft.sampling._types import (
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TailPolicy:
+class StragglerPolicy:
     """Whom not to wait for. Either choice favours short completions: what takes long is what is
     cancelled."""
 
@@ -67,14 +67,14 @@ class TailPolicy:
         return self.over_sample > 0 or self.straggler_seconds is not None
 
 
-WAIT_FOR_ALL = TailPolicy()
+WAIT_FOR_ALL = StragglerPolicy()
 
 
 class GroupEnd:
     """When a group of completions ends, and the cancelling that goes with it. Belongs to one event
     loop; the group's owner awaits the tasks."""
 
-    def __init__(self, policy: TailPolicy, wanted: int) -> None:
+    def __init__(self, policy: StragglerPolicy, wanted: int) -> None:
         """`wanted`: n, the survivors after which the others are surplus."""
         self.reason: Literal["enough", "deadline"] | None = None
         """None while it has not ended early."""
@@ -121,7 +121,7 @@ class GroupEnd:
 
 
 def straggler(
-    index: int, attempts: CompletionAttempts, policy: TailPolicy, *, now: float
+    index: int, attempts: CompletionAttempts, policy: StragglerPolicy, *, now: float
 ) -> Failure:
     """The failure of a completion that the deadline cut off. `now`: clock seconds, of the clock of
     the attempts."""
@@ -200,22 +200,22 @@ async def sample_group(
     prompt: Hashable = None,
     on_start: Callable[[], None] = lambda: None,
     observe: Observer | None = None,
-    tail: TailPolicy = WAIT_FOR_ALL,
+    stragglers: StragglerPolicy = WAIT_FOR_ALL,
     read: Read | None = None,
 ) -> Group:
     """Sample one completion per seed, concurrently.
 
     Args:
         sampler, prompt_ids, params: what to sample.
-        seeds: one per completion: n, and one more for each that `tail` over-samples.
+        seeds: one per completion: n, and one more for each that `stragglers` over-samples.
         slots: bounds attempts in flight.
         retry: budget of attempts per completion.
         guard: shared by all groups of a run: circuit breaker, budget and limit of the run.
         prompt: names the prompt: the row id.
         on_start: called as each completion gets its first slot.
         observe: told of every attempt that ends by itself.
-        tail: whom not to wait for. The completions kept are the first n to survive, whatever their
-            index.
+        stragglers: whom not to wait for. The completions kept are the first n to survive, whatever
+            their index.
         read: what to make of each completion; may raise a `SamplingError`, as the sampler may.
 
     Cancelling this cancels every attempt and waits for them to end. An exception that is no
@@ -225,13 +225,13 @@ async def sample_group(
         RunStoppedError: the run is over: the server refuses everything, or a budget is spent.
         ValueError: `seeds` has none beside those to over-sample.
     """
-    wanted = len(seeds) - tail.over_sample
-    if tail.over_sample and wanted < 1:
+    wanted = len(seeds) - stragglers.over_sample
+    if stragglers.over_sample and wanted < 1:
         raise ValueError(
-            f"{len(seeds)} seeds with over_sample={tail.over_sample} leave no completion that is "
-            "wanted: pass n + over_sample of them"
+            f"{len(seeds)} seeds with over_sample={stragglers.over_sample} leave no completion that "
+            "is wanted: pass n + over_sample of them"
         )
-    end = GroupEnd(tail, wanted)
+    end = GroupEnd(stragglers, wanted)
     attempts = [CompletionAttempts(retry, seed) for seed in seeds]
     outcomes: dict[int, Survivor | Failure] = {}
     guard = guard or RunGuard(patience_seconds=retry.max_seconds)
@@ -273,7 +273,7 @@ async def sample_group(
     cut = [index for index in range(len(seeds)) if index not in outcomes]
     if end.reason == "deadline":
         now = sampling_time()
-        outcomes |= {index: straggler(index, attempts[index], tail, now=now) for index in cut}
+        outcomes |= {index: straggler(index, attempts[index], stragglers, now=now) for index in cut}
         cut = []
     ended = [outcome for _, outcome in sorted(outcomes.items())]
     return Group(

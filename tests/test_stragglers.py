@@ -18,7 +18,7 @@ from eval_protocol_rft.loop._rollout_fn import RolloutFnError, make_group_rollou
 from eval_protocol_rft.record import RecordError, RolloutRecord
 from eval_protocol_rft.rollout._processor import RolloutError
 from eval_protocol_rft.sampling._endpoint import Endpoint
-from eval_protocol_rft.sampling._fanout import Group, TailPolicy, derive_seeds, sample_group
+from eval_protocol_rft.sampling._fanout import Group, StragglerPolicy, derive_seeds, sample_group
 from eval_protocol_rft.sampling._http import HttpSampler
 from eval_protocol_rft.sampling._limiter import RunGuard
 from eval_protocol_rft.sampling._types import (
@@ -88,7 +88,7 @@ class FatedSampler:
 
 
 async def group_of(sampler, asked: int, *, slots=None, retry=QUICK, **options) -> Group:
-    tail = {name: options.pop(name) for name in TailPolicy.__slots__ if name in options}
+    stragglers = {name: options.pop(name) for name in StragglerPolicy.__slots__ if name in options}
     return await sample_group(
         sampler,
         [1, 2],
@@ -96,7 +96,7 @@ async def group_of(sampler, asked: int, *, slots=None, retry=QUICK, **options) -
         seeds=list(range(asked)),
         slots=slots or asyncio.Semaphore(asked or 1),
         retry=retry,
-        tail=TailPolicy(**tail),
+        stragglers=StragglerPolicy(**stragglers),
         **options,
     )
 
@@ -272,7 +272,7 @@ async def test_cancelling_the_group_leaves_no_task_and_no_request():
 
 
 @pytest.mark.parametrize("bug", [ZeroDivisionError, KeyError])
-async def test_a_bug_is_raised_whatever_the_tail(bug):
+async def test_a_bug_is_raised_whatever_the_straggler_policy(bug):
     sampler = FatedSampler([Fate(NEVER), Fate(0, bug), Fate(NEVER)])
     with pytest.raises(bug):
         await group_of(sampler, 3, over_sample=1, straggler_seconds=NEVER)
@@ -339,7 +339,7 @@ async def test_the_server_sees_at_once_that_surplus_is_cancelled(server):
             seeds=[0, 1, 2, 3],
             slots=asyncio.Semaphore(4),
             retry=QUICK,
-            tail=TailPolicy(over_sample=2),
+            stragglers=StragglerPolicy(over_sample=2),
         )
         assert places(group) == ([1, 2], [], [0, 3])
         for survivor in group.survivors:
