@@ -1,5 +1,5 @@
 """A deterministic discrete-event simulator: a server of some shape, and a run that samples from it
-through the real `RunControl`, `RetryPolicy` and `CompletionAttempts`.
+through the real `RunLimits`, `RetryPolicy` and `CompletionAttempts`.
 
 The server shares itself out: `tokens_per_second(n)` is what n requests in service get together, in
 equal parts, so a request is done when the work per request has grown by its tokens. Everything
@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from eval_protocol_rft.sampling._attempts import Attempt, Go, Stop, Wait, failed_attempt
-from eval_protocol_rft.sampling._limiter import RunControl
+from eval_protocol_rft.sampling._limiter import RunLimits
 from eval_protocol_rft.sampling._retry import Again, CompletionAttempts, RetryPolicy
 from eval_protocol_rft.sampling._types import ConnectionFailedError, SamplingError, UnavailableError
 
@@ -111,7 +111,7 @@ class Simulation:
     def __init__(
         self,
         server: Server,
-        control: RunControl,
+        limits: RunLimits,
         *,
         lengths: Callable[[random.Random], int],
         seconds: float,
@@ -130,7 +130,7 @@ class Simulation:
             error_rate: share of requests that fail with `error(name)` whatever the load.
             window: completions begun and not done; None for no bound.
         """
-        self.server, self.control = server, control
+        self.server, self.limits = server, limits
         self.policy = policy or RetryPolicy()
         self.lengths, self.horizon, self.jobs = lengths, seconds, jobs
         self.noise, self.error_rate, self.error, self.window = noise, error_rate, error, window
@@ -192,19 +192,19 @@ class Simulation:
             self.open += 1
 
     def _start(self, job: _Job, *, retry: bool) -> bool:
-        decision = self.control.may_start(self.now, retry=retry)
-        if isinstance(decision, Stop):
-            self.result.stopped = self.result.stopped or (self.now, decision.reason)
+        answer = self.limits.may_start(self.now, retry=retry)
+        if isinstance(answer, Stop):
+            self.result.stopped = self.result.stopped or (self.now, answer.reason)
             return False
-        if isinstance(decision, Wait):
-            self._wake(decision.until)
+        if isinstance(answer, Wait):
+            self._wake(answer.until)
             return False
-        assert isinstance(decision, Go)
+        assert isinstance(answer, Go)
         if not job.tokens:
             job.tokens = max(1, self.lengths(self.random))
-        self.control.started(self.now, retry=retry, probe=decision.probe)
+        self.limits.started(self.now, retry=retry, probe=answer.probe)
         self.result.starts.append(self.now)
-        flight = _Flight(job, self.now, decision.probe)
+        flight = _Flight(job, self.now, answer.probe)
         self.at(self.now + ROUND_TRIP, lambda: self._arrive(flight))
         return True
 
@@ -253,8 +253,8 @@ class Simulation:
         self._report(attempt)
 
     def _report(self, attempt: Attempt) -> None:
-        self.control.ended(attempt)
-        limit = self.control.limit.limit
+        self.limits.ended(attempt)
+        limit = self.limits.limit.limit
         if not self.result.limits or self.result.limits[-1][1] != limit:
             self.result.limits.append((self.now, limit))
 

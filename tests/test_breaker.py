@@ -99,14 +99,14 @@ def play_outage(breaker: CircuitBreaker, now: float, seconds: float) -> list[flo
     probes = []
     end = now + seconds
     while True:
-        decision = ask(breaker, now)
-        if isinstance(decision, Wait):
-            now = decision.until
+        answer = ask(breaker, now)
+        if isinstance(answer, Wait):
+            now = answer.until
         if now >= end:
             return probes
-        if isinstance(decision, Go):
+        if isinstance(answer, Go):
             probes.append(now)
-            breaker.started(now, probe=decision.probe)
+            breaker.started(now, probe=answer.probe)
             breaker.ended(failure(now, probe=True), in_flight=0)
 
 
@@ -123,9 +123,9 @@ def test_an_outage_of_ten_minutes_costs_two_probes_a_minute_and_five():
 def test_the_end_of_an_outage_is_seen_within_the_longest_distance():
     breaker = opened()
     last = play_outage(breaker, 100, 600)[-1]
-    decision = ask(breaker, 700)
-    assert isinstance(decision, Wait)
-    assert decision.until <= last + LONGEST_PROBE_SECONDS
+    answer = ask(breaker, 700)
+    assert isinstance(answer, Wait)
+    assert answer.until <= last + LONGEST_PROBE_SECONDS
 
 
 def test_a_probe_that_is_not_turned_away_is_followed_by_the_next_one_sooner():
@@ -134,10 +134,10 @@ def test_a_probe_that_is_not_turned_away_is_followed_by_the_next_one_sooner():
     now = play_outage(breaker, 100, 600)[-1]
     gaps = []
     for _ in range(8):
-        decision = ask(breaker, now)
-        assert isinstance(decision, Wait)
-        gaps.append(decision.until - now)
-        now = decision.until
+        answer = ask(breaker, now)
+        assert isinstance(answer, Wait)
+        gaps.append(answer.until - now)
+        now = answer.until
         breaker.started(now, probe=True)
     assert gaps == [30, 30, 15, 7.5, 3.75, 1.875, 1, 1]
 
@@ -193,11 +193,11 @@ def test_a_key_or_model_that_no_prompt_can_mend_ends_the_run(kind, status):
     fail(breaker, ACCOUNT_STREAK - 1, kind=kind, status=status)
     assert breaker.state == "closed"
     fail(breaker, 1, kind=kind, status=status, message="HTTP 401: no such key")
-    decision = ask(breaker, 2)
-    assert isinstance(decision, Stop)
-    assert f"{ACCOUNT_STREAK} requests in a row" in decision.reason
-    assert f"refused {status}: HTTP 401: no such key" in decision.reason
-    assert "run again" in decision.reason
+    answer = ask(breaker, 2)
+    assert isinstance(answer, Stop)
+    assert f"{ACCOUNT_STREAK} requests in a row" in answer.reason
+    assert f"refused {status}: HTTP 401: no such key" in answer.reason
+    assert "run again" in answer.reason
 
 
 @pytest.mark.parametrize(("kind", "status"), OF_A_PROMPT)
@@ -271,10 +271,10 @@ def test_a_server_that_stays_away_longer_than_our_patience_ends_the_run():
     assert breaker.state == "open"
     breaker.started(700, probe=True)
     breaker.ended(failure(700, "connection", None, message="refused", probe=True), in_flight=0)
-    decision = ask(breaker, 701)
-    assert isinstance(decision, Stop)
-    assert "no request succeeded for 600 s" in decision.reason
-    assert "connection: refused" in decision.reason
+    answer = ask(breaker, 701)
+    assert isinstance(answer, Stop)
+    assert "no request succeeded for 600 s" in answer.reason
+    assert "connection: refused" in answer.reason
     assert probes
 
 
@@ -298,24 +298,24 @@ def test_whatever_happens_probes_keep_their_distance_and_a_stop_is_final(script)
     now, last_probe, stopped = 0.0, None, None
     for what, seconds, _ in script:
         now += seconds if what == "wait" else 0.01
-        decision = ask(breaker, now)
+        answer = ask(breaker, now)
         if stopped is not None:
-            assert decision == stopped
-        if isinstance(decision, Stop):
+            assert answer == stopped
+        if isinstance(answer, Stop):
             assert breaker.state == "tripped"
-            stopped = decision
-        if not isinstance(decision, Go):
+            stopped = answer
+        if not isinstance(answer, Go):
             continue
-        if decision.probe:
+        if answer.probe:
             assert breaker.state in ("open", "half-open")
             assert last_probe is None or now - last_probe >= FIRST_PROBE_SECONDS
             last_probe = now
-        breaker.started(now, probe=decision.probe)
+        breaker.started(now, probe=answer.probe)
         if what == "wait":
-            breaker.abandoned(probe=decision.probe)
+            breaker.abandoned(probe=answer.probe)
         elif what == "success":
-            breaker.ended(success(now, now, probe=decision.probe), in_flight=0)
+            breaker.ended(success(now, now, probe=answer.probe), in_flight=0)
             assert breaker.state == "closed"
         else:
             kind, status = what
-            breaker.ended(failure(now, kind, status, probe=decision.probe), in_flight=0)
+            breaker.ended(failure(now, kind, status, probe=answer.probe), in_flight=0)

@@ -1,4 +1,4 @@
-"""Limits, epochs of measurement, and everything that guards a request together."""
+"""Limits, what they measure, and limit, breaker and budget together."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from eval_protocol_rft.sampling._adaptive import (
 )
 from eval_protocol_rft.sampling._attempts import UNTIL_SOMETHING_ENDS, Attempt, Go, Stop, Wait
 from eval_protocol_rft.sampling._breaker import OPEN_AFTER, CircuitBreaker
-from eval_protocol_rft.sampling._limiter import ConcurrencyLimit, FixedLimit, RunControl
+from eval_protocol_rft.sampling._limiter import ConcurrencyLimit, FixedLimit, RunLimits
 from eval_protocol_rft.sampling._retry import BudgetMeter, RunBudget
 
 
@@ -32,8 +32,8 @@ def failure(started: float, ended: float, kind="unavailable", status: int | None
     return Attempt(started=started, ended=ended, kind=kind, status=status)
 
 
-def control_of(limit: ConcurrencyLimit | int, **budget) -> RunControl:
-    return RunControl(
+def limits_of(limit: ConcurrencyLimit | int, **budget) -> RunLimits:
+    return RunLimits(
         limit=FixedLimit(limit) if isinstance(limit, int) else limit,
         breaker=CircuitBreaker(),
         budget=BudgetMeter(RunBudget(**budget), began=0),
@@ -246,30 +246,30 @@ def test_the_spread_is_the_relative_standard_deviation_of_the_pace(paces):
 
 
 def test_no_more_than_the_limit_are_in_flight():
-    control = control_of(3)
+    limits = limits_of(3)
     for _ in range(3):
-        assert control.may_start(0, retry=False) == Go()
-        control.started(0, retry=False, probe=False)
-    assert control.may_start(0, retry=False) == Wait(UNTIL_SOMETHING_ENDS)
-    control.ended(success(0, 1))
-    assert control.may_start(1, retry=False) == Go()
-    control.started(1, retry=False, probe=False)
-    control.abandoned(probe=False)
-    assert control.in_flight == 2
+        assert limits.may_start(0, retry=False) == Go()
+        limits.started(0, retry=False, probe=False)
+    assert limits.may_start(0, retry=False) == Wait(UNTIL_SOMETHING_ENDS)
+    limits.ended(success(0, 1))
+    assert limits.may_start(1, retry=False) == Go()
+    limits.started(1, retry=False, probe=False)
+    limits.abandoned(probe=False)
+    assert limits.in_flight == 2
 
 
 def test_a_retry_waits_for_the_budget_while_a_first_attempt_goes():
-    control = control_of(8, burst=1, trickle_per_second=0.5)
-    control.started(0, retry=True, probe=False)
-    assert control.may_start(0, retry=True) == Wait(2.0)
-    assert control.may_start(0, retry=False) == Go()
+    limits = limits_of(8, burst=1, trickle_per_second=0.5)
+    limits.started(0, retry=True, probe=False)
+    assert limits.may_start(0, retry=True) == Wait(2.0)
+    assert limits.may_start(0, retry=False) == Go()
 
 
 def test_the_end_of_the_budget_ends_the_run_and_so_does_the_breaker():
-    spent = control_of(8, max_attempts=1)
+    spent = limits_of(8, max_attempts=1)
     spent.started(0, retry=False, probe=False)
     assert isinstance(spent.may_start(0, retry=False), Stop)
-    refused = control_of(8)
+    refused = limits_of(8)
     for _ in range(8):
         refused.started(0, retry=False, probe=False)
         refused.ended(failure(0, 1, "refused", 401))
@@ -277,13 +277,13 @@ def test_the_end_of_the_budget_ends_the_run_and_so_does_the_breaker():
 
 
 def test_failures_of_an_outage_leave_the_limit_as_it_was():
-    control = control_of(AdaptiveLimit(start=64))
+    limits = limits_of(AdaptiveLimit(start=64))
     for _ in range(64):
-        control.started(0, retry=False, probe=False)
+        limits.started(0, retry=False, probe=False)
     for _ in range(64):
-        control.ended(failure(0, 10, "connection", None))
-    assert control.breaker.state == "open"
-    assert control.limit.limit == 64
+        limits.ended(failure(0, 10, "connection", None))
+    assert limits.breaker.state == "open"
+    assert limits.limit.limit == 64
 
 
 steps = st.tuples(
@@ -293,27 +293,27 @@ steps = st.tuples(
 
 @given(script=st.lists(steps, max_size=300), limit=st.integers(1, 20))
 def test_in_flight_is_what_was_started_and_has_not_ended(script, limit):
-    control = control_of(limit, burst=5)
+    limits = limits_of(limit, burst=5)
     now, flying = 0.0, []
     for what, seconds, retry in script:
         now += seconds
-        decision = control.may_start(now, retry=retry)
-        if isinstance(decision, Go):
-            control.started(now, retry=retry, probe=decision.probe)
-            flying.append((now, decision.probe))
+        answer = limits.may_start(now, retry=retry)
+        if isinstance(answer, Go):
+            limits.started(now, retry=retry, probe=answer.probe)
+            flying.append((now, answer.probe))
             assert len(flying) <= limit
         else:
-            assert isinstance(decision, Stop) or decision.until > now or math.isinf(decision.until)
-            assert not isinstance(decision, Wait) or math.isfinite(decision.until) or flying
-        if flying and (what == "abandon" or not isinstance(decision, Go)):
+            assert isinstance(answer, Stop) or answer.until > now or math.isinf(answer.until)
+            assert not isinstance(answer, Wait) or math.isfinite(answer.until) or flying
+        if flying and (what == "abandon" or not isinstance(answer, Go)):
             began, probe = flying.pop(0)
             if what == "abandon":
-                control.abandoned(probe=probe)
+                limits.abandoned(probe=probe)
             elif what == "ok":
-                control.ended(Attempt(started=began, ended=now, tokens=5, probe=probe))
+                limits.ended(Attempt(started=began, ended=now, tokens=5, probe=probe))
             else:
                 kind = "refused" if what == "401" else "unavailable"
-                control.ended(
+                limits.ended(
                     Attempt(started=began, ended=now, kind=kind, status=int(what), probe=probe)
                 )
-        assert control.in_flight == len(flying)
+        assert limits.in_flight == len(flying)

@@ -17,7 +17,7 @@ import pytest
 
 from eval_protocol_rft.sampling._adaptive import AdaptiveLimit
 from eval_protocol_rft.sampling._breaker import CircuitBreaker
-from eval_protocol_rft.sampling._limiter import ConcurrencyLimit, FixedLimit, RunControl
+from eval_protocol_rft.sampling._limiter import ConcurrencyLimit, FixedLimit, RunLimits
 from eval_protocol_rft.sampling._retry import BudgetMeter, RunBudget
 from tests.simulation import Result, Server, Simulation
 
@@ -84,11 +84,11 @@ def sample(
     seconds: float = SECONDS,
     noise: float = 0.1,
 ) -> Result:
-    control = RunControl(
+    limits = RunLimits(
         limit=limit, breaker=CircuitBreaker(), budget=BudgetMeter(RunBudget(), began=0.0)
     )
     simulation = Simulation(
-        server, control, lengths=lengths, seconds=seconds, window=2 * HIGHEST, noise=noise
+        server, limits, lengths=lengths, seconds=seconds, window=2 * HIGHEST, noise=noise
     )
     return simulation.run()
 

@@ -42,10 +42,10 @@ def test_retries_stay_below_the_line_that_the_budget_states(budget, began, scrip
 def test_a_retry_that_must_wait_may_go_at_the_time_that_is_named(budget, began, spent):
     meter = BudgetMeter(budget, began=began)
     for _ in range(spent):
-        decision = meter.may_start(began, retry=True)
-        if isinstance(decision, Wait):
-            assert decision.until > began
-            assert meter.may_start(decision.until, retry=True) == Go()
+        answer = meter.may_start(began, retry=True)
+        if isinstance(answer, Wait):
+            assert answer.until > began
+            assert meter.may_start(answer.until, retry=True) == Go()
             return
         meter.started(began, retry=True)
     assert spent <= budget.burst + 1
@@ -94,18 +94,18 @@ def test_the_run_stops_at_its_last_attempt_and_says_what_it_spent():
     meter.started(0, retry=True)
     assert meter.may_start(0, retry=False) == Go()
     meter.started(0, retry=True, probe=True)
-    decision = meter.may_start(0, retry=False)
-    assert isinstance(decision, Stop)
-    assert "max_attempts=3" in decision.reason
-    assert "3 attempts: 1 first ones, 1 retries, 1 probes" in decision.reason
+    answer = meter.may_start(0, retry=False)
+    assert isinstance(answer, Stop)
+    assert "max_attempts=3" in answer.reason
+    assert "3 attempts: 1 first ones, 1 retries, 1 probes" in answer.reason
 
 
 def test_the_run_stops_when_its_time_is_over():
     meter = BudgetMeter(RunBudget(max_seconds=60), began=100)
     assert meter.may_start(159.9, retry=False) == Go()
-    decision = meter.may_start(160, retry=False)
-    assert isinstance(decision, Stop)
-    assert "max_seconds=60" in decision.reason
+    answer = meter.may_start(160, retry=False)
+    assert isinstance(answer, Stop)
+    assert "max_seconds=60" in answer.reason
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from eval_protocol_rft.sampling._breaker import (
     SHORTEST_RAMP,
     CircuitBreaker,
 )
-from eval_protocol_rft.sampling._limiter import ConcurrencyLimit, FixedLimit, RunControl
+from eval_protocol_rft.sampling._limiter import ConcurrencyLimit, FixedLimit, RunLimits
 from eval_protocol_rft.sampling._retry import BudgetMeter, RetryPolicy, RunBudget
 from eval_protocol_rft.sampling._types import ContractError, RefusedError, UnavailableError
 from tests.simulation import Result, Server, Simulation
@@ -56,19 +56,19 @@ def run(
     seconds: float = END,
     patience: float = 1800.0,
     **options,
-) -> tuple[Result, RunControl]:
-    control = RunControl(
+) -> tuple[Result, RunLimits]:
+    limits = RunLimits(
         limit=limit,
         breaker=CircuitBreaker(patience_seconds=patience),
         budget=BudgetMeter(budget or RunBudget(), began=0.0),
     )
     server = Server(tokens_per_second, outages=outages or [])
     options = {"window": 1024, **options}
-    return Simulation(server, control, lengths=even, seconds=seconds, **options).run(), control
+    return Simulation(server, limits, lengths=even, seconds=seconds, **options).run(), limits
 
 
-def assert_within_budget(result: Result, control: RunControl, budget: RunBudget) -> None:
-    meter = control.budget
+def assert_within_budget(result: Result, limits: RunLimits, budget: RunBudget) -> None:
+    meter = limits.budget
     assert len(result.starts) == meter.attempts
     line = budget.burst + budget.extra_ratio * meter.first_attempts
     assert meter.retries <= line + budget.trickle_per_second * result.seconds
@@ -85,11 +85,11 @@ def limit(request) -> ConcurrencyLimit:
 
 
 def test_an_outage_of_five_minutes_loses_no_completion_and_sends_no_herd(how, limit):
-    result, control = run(limit, outages=[(DOWN, UP, how)])
+    result, limits = run(limit, outages=[(DOWN, UP, how)])
 
     assert not result.failed
     assert result.stopped is None
-    assert_within_budget(result, control, RunBudget())
+    assert_within_budget(result, limits, RunBudget())
 
     # Until it opens, at most twice the limit fails: those in flight, and those that follow them.
     opening = [at for at in result.starts if DOWN <= at < DOWN + 2]
@@ -108,13 +108,13 @@ def test_an_outage_of_five_minutes_loses_no_completion_and_sends_no_herd(how, li
 
 def test_without_a_breaker_the_same_outage_would_cost_every_attempt():
     """That the outage is one: it takes what the breaker prevents."""
-    control = RunControl(
+    limits = RunLimits(
         limit=FixedLimit(SLOTS),
         breaker=_NoBreaker(),
         budget=BudgetMeter(RunBudget(burst=1e6), began=0.0),
     )
     server = Server(tokens_per_second, outages=[(10.0, 130.0, "refused")])
-    result = Simulation(server, control, lengths=even, seconds=130, window=256).run()
+    result = Simulation(server, limits, lengths=even, seconds=130, window=256).run()
     assert len(result.failed) > 256
 
 
@@ -163,12 +163,12 @@ def test_a_key_that_expires_in_mid_run_spends_no_more_than_what_is_in_flight():
         return RefusedError("HTTP 402: pay", status=402)
 
     server = Server(tokens_per_second)
-    control = RunControl(
+    limits = RunLimits(
         limit=FixedLimit(SLOTS),
         breaker=CircuitBreaker(),
         budget=BudgetMeter(RunBudget(), began=0.0),
     )
-    simulation = Simulation(server, control, lengths=even, seconds=END, error=error)
+    simulation = Simulation(server, limits, lengths=even, seconds=END, error=error)
 
     def expire() -> None:
         simulation.error_rate = 1.0
@@ -182,11 +182,11 @@ def test_a_key_that_expires_in_mid_run_spends_no_more_than_what_is_in_flight():
 @pytest.mark.parametrize("share", [0.05, 0.3])
 def test_a_server_that_fails_at_random_gets_no_more_than_the_budget(share):
     budget = RunBudget(extra_ratio=0.2, burst=20, trickle_per_second=0.05)
-    result, control = run(
+    result, limits = run(
         FixedLimit(SLOTS), error_rate=share, budget=budget, window=4 * SLOTS, seconds=600
     )
-    assert_within_budget(result, control, budget)
-    assert control.breaker.state == "closed"
+    assert_within_budget(result, limits, budget)
+    assert limits.breaker.state == "closed"
     assert result.completions > 0
     if share < 0.2 / 1.2:
         assert not result.failed
@@ -194,12 +194,12 @@ def test_a_server_that_fails_at_random_gets_no_more_than_the_budget(share):
 
 
 def test_every_attempt_is_in_a_record():
-    result, control = run(
+    result, limits = run(
         FixedLimit(SLOTS), error_rate=0.1, jobs=500, outages=[(30.0, 60.0, "503")], seconds=5000
     )
     assert result.finished is not None
     assert len(result.histories) == 500
-    assert sum(map(len, result.histories)) == len(result.starts) == control.budget.attempts
+    assert sum(map(len, result.histories)) == len(result.starts) == limits.budget.attempts
 
 
 def test_a_run_stops_at_its_budget_of_seconds():

@@ -20,7 +20,7 @@ from eval_protocol_rft.rollout._processor import RolloutError
 from eval_protocol_rft.sampling._endpoint import Endpoint
 from eval_protocol_rft.sampling._fanout import Group, StragglerPolicy, derive_seeds, sample_group
 from eval_protocol_rft.sampling._http import HttpSampler
-from eval_protocol_rft.sampling._limiter import RunGuard
+from eval_protocol_rft.sampling._limiter import RunLimiter
 from eval_protocol_rft.sampling._types import (
     AttemptTimeoutError,
     Completion,
@@ -128,17 +128,17 @@ def test_every_one_that_was_asked_for_is_a_survivor_a_failure_or_surplus(fates, 
 
     async def run() -> Group:
         before = asyncio.all_tasks()
-        bound, guard = asyncio.Semaphore(slots), RunGuard()
+        bound, limiter = asyncio.Semaphore(slots), RunLimiter()
         group = await group_of(
             sampler,
             len(fates),
             slots=bound,
-            guard=guard,
+            limiter=limiter,
             over_sample=surplus,
             straggler_seconds=0.02,
         )
         assert asyncio.all_tasks() == before
-        assert sampler.in_flight == guard.control.in_flight == 0
+        assert sampler.in_flight == limiter.limits.in_flight == 0
         # All slots are free again.
         for _ in range(slots):
             await asyncio.wait_for(bound.acquire(), PATIENCE)

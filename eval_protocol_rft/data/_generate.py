@@ -48,7 +48,7 @@ from eval_protocol_rft.sampling import (
     HttpSampler,
     Prices,
     RetryPolicy,
-    RunGuard,
+    RunLimiter,
     RunSummary,
     Sampler,
     TokenIds,
@@ -227,7 +227,7 @@ async def agenerate(
                 request.params,
                 slots=asyncio.Semaphore(PROBE_DRAWS),
                 retry=retry or RetryPolicy(),
-                guard=RunGuard(),
+                limiter=RunLimiter(),
             )
         if engine == "ray":
             remote = RaySampler(

@@ -28,7 +28,7 @@ from eval_protocol_rft.sampling import (
     Failure,
     Observer,
     RetryPolicy,
-    RunGuard,
+    RunLimiter,
     RunStoppedError,
     Sampler,
     SamplingParams,
@@ -45,7 +45,7 @@ and the rest of the data set would fare no better."""
 _HOPELESS_KINDS = frozenset({"connection", "unavailable"})
 """Said of the server, so of every row, after all attempts of all of them."""
 _NO_SLOTS: contextlib.nullcontext[None] = contextlib.nullcontext()
-"""The guard's limit is the bound."""
+"""The limiter's limit is the bound."""
 
 
 class HopelessError(RunStoppedError):
@@ -85,7 +85,7 @@ class SamplingRun:
     _finished: asyncio.Queue[CompletionRow | None] = field(init=False)
     _room: asyncio.Semaphore = field(init=False)
     """For a completion, from before it is started until it is stored."""
-    _guard: RunGuard = field(init=False)
+    _limiter: RunLimiter = field(init=False)
     _witness: VocabularyWitness = field(default_factory=VocabularyWitness)
     _held: list[CompletionRow] | None = field(default_factory=list)
     """Failures before the first success; None once there was one."""
@@ -108,7 +108,7 @@ class SamplingRun:
         # Without a limit of its own: a completion that had to wait here would be lost by Ctrl-C.
         self._finished = asyncio.Queue()
         self._room = asyncio.Semaphore(2 * self.highest + _STORED_AT_ONCE)
-        self._guard = RunGuard(
+        self._limiter = RunLimiter(
             limit=self.limit, patience_seconds=self.retry.max_seconds, proven=not self.fresh
         )
         with ThreadPoolExecutor(1, "rollout-store") as thread:
@@ -161,7 +161,7 @@ class SamplingRun:
                 seed=seed,
                 slots=_NO_SLOTS,
                 retry=self.retry,
-                guard=self._guard,
+                limiter=self._limiter,
                 prompt=row.row_id,
                 observe=self._observer(len(prompt.ids)),
                 on_start=started,

@@ -26,7 +26,7 @@ from eval_protocol_rft.sampling import (
     Failure,
     FixedLimit,
     RetryPolicy,
-    RunGuard,
+    RunLimiter,
     Sampler,
     SamplingParams,
     TokenIds,
@@ -53,13 +53,13 @@ class Probe:
     failures: Counter[str] = field(default_factory=Counter)
     """Kind of failure -> completions."""
     first_failure: str | None = None
-    _guard: RunGuard = field(init=False)
+    _limiter: RunLimiter = field(init=False)
 
     def __post_init__(self) -> None:
-        self._guard = self._fresh_guard()
+        self._limiter = self._fresh_limiter()
 
-    def _fresh_guard(self) -> RunGuard:
-        return RunGuard(limit=FixedLimit(self.concurrency), patience_seconds=PATIENCE_SECONDS)
+    def _fresh_limiter(self) -> RunLimiter:
+        return RunLimiter(limit=FixedLimit(self.concurrency), patience_seconds=PATIENCE_SECONDS)
 
     async def one(
         self, prompt: TokenIds, params: SamplingParams, *, seed: int | None, attempts: int = 1
@@ -72,7 +72,7 @@ class Probe:
             seeds=[seed],
             slots=contextlib.nullcontext(),
             retry=RetryPolicy(max_attempts=attempts, max_seconds=PATIENCE_SECONDS),
-            guard=self._fresh_guard(),
+            limiter=self._fresh_limiter(),
         )
         self.on_done(1)
         return group.survivors[0].completion if group.survivors else group.failures[0]
@@ -94,7 +94,7 @@ class Probe:
             seeds=seeds,
             slots=contextlib.nullcontext(),
             retry=RetryPolicy(max_attempts=3, max_seconds=PATIENCE_SECONDS),
-            guard=self._guard,
+            limiter=self._limiter,
             prompt=stage,
         )
         self.on_done(n)

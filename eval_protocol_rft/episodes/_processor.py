@@ -194,7 +194,7 @@ class EpisodeRolloutProcessor(FireworksTrainingRolloutProcessor):
                 seed=own,
                 slots=contextlib.nullcontext(),  # the episode's own holds for its requests
                 retry=self.retry,
-                guard=job.guard,
+                limiter=job.limiter,
                 prompt=job.row_key,
                 observe=observe_attempt,
                 on_start=starts,

@@ -58,7 +58,7 @@ from eval_protocol_rft.sampling import (
     HttpSampler,
     LogprobsMode,
     RetryPolicy,
-    RunGuard,
+    RunLimiter,
     Sampler,
     SamplingError,
     StragglerPolicy,
@@ -98,7 +98,7 @@ class _LoopState:
     """What belongs to one event loop; each test case of Eval Protocol runs in a loop of its own."""
 
     clients: dict[Endpoint, HttpSampler] = field(default_factory=dict)
-    guards: dict[Endpoint | None, RunGuard] = field(default_factory=dict)
+    limiters: dict[Endpoint | None, RunLimiter] = field(default_factory=dict)
     """One circuit breaker and budget per server."""
     tasks: dict[asyncio.Task[EvaluationRow], asyncio.Task[Any] | None] = field(default_factory=dict)
     """Rollouts, and the task that asked for each."""
@@ -131,7 +131,7 @@ class RowJob:
     tokenizer: LoadedTokenizer
     messages: list[Any]
     """Eval Protocol's, those to be answered."""
-    guard: RunGuard
+    limiter: RunLimiter
     witness: VocabularyWitness
     began_at: float
     """Unix seconds."""
@@ -356,7 +356,7 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
                 seeds=job.seeds,
                 slots=config.semaphore,
                 retry=self.retry,
-                guard=job.guard,
+                limiter=job.limiter,
                 prompt=job.row_key,
                 observe=observe_attempt,
                 on_start=row_slot.started,
@@ -409,8 +409,8 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
             sampler=sampler,
             tokenizer=tokenizer,
             messages=messages,
-            guard=state.guards.setdefault(
-                request.endpoint, RunGuard(patience_seconds=self.retry.max_seconds)
+            limiter=state.limiters.setdefault(
+                request.endpoint, RunLimiter(patience_seconds=self.retry.max_seconds)
             ),
             witness=state.witnesses.setdefault(
                 (request.endpoint, request.params.model, tokenizer.name), VocabularyWitness()
@@ -445,7 +445,7 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
                     params,
                     slots=config.semaphore,
                     retry=self.retry,
-                    guard=job.guard,
+                    limiter=job.limiter,
                 )
             )
         # Other rows wait for it too.

@@ -26,7 +26,7 @@ from ._http import error_text as error_text
 from ._http import proxy_for as proxy_for
 from ._limiter import ConcurrencyLimit as ConcurrencyLimit
 from ._limiter import FixedLimit as FixedLimit
-from ._limiter import RunGuard as RunGuard
+from ._limiter import RunLimiter as RunLimiter
 from ._limiter import RunStoppedError as RunStoppedError
 from ._logprob_kind import LOWER_TEMPERATURE as LOWER_TEMPERATURE
 from ._logprob_kind import PROBE_DRAWS as PROBE_DRAWS

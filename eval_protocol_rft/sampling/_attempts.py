@@ -1,13 +1,12 @@
-"""What became of one request: the event that every machine of reliability learns from, and the
-record of a completion's attempts.
+"""What became of one request: the event that limits, breaker, budget and retries learn from.
 
 Invariant: one request, one `Attempt`, whatever its end. Times are seconds of the clock of the loop
-that samples, see `clock`.
+that samples, see `_clock.py`.
 
-What a machine that guards requests may answer: go, wait, or stop.
+Whether a request may start, as breaker, budget and limits answer: go, wait, or stop.
 
-Invariant: an answer commits to nothing. Whoever asks tells the machine separately what it did, so
-several machines can be asked before one request is made.
+Invariant: an answer commits to nothing. Whoever asks says separately what it did, so several can
+be asked before one request is made.
 """
 
 from __future__ import annotations
@@ -127,4 +126,4 @@ class Stop:
     """What happened and what to do about it, for the user."""
 
 
-Decision: TypeAlias = Go | Wait | Stop
+MayStart: TypeAlias = Go | Wait | Stop

@@ -1,4 +1,4 @@
-"""Whether the server is worth asking at all. Pure: events and times in, decisions out.
+"""Whether the server is worth asking at all. Pure: events and times in, answers out.
 
 Invariant: while the breaker is open, requests start no closer together than `FIRST_PROBE_SECONDS`,
 and once it has tripped none starts. It closes when a probe has brought a completion, and then lets
@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import Literal
 
-from eval_protocol_rft.sampling._attempts import Attempt, Decision, Go, Stop, Wait
+from eval_protocol_rft.sampling._attempts import Attempt, Go, MayStart, Stop, Wait
 
 ACCOUNT_STATUSES = frozenset({401, 402, 403, 404, 405, 407, 412})
 """Key, bill, access, model, path, proxy, suspended account: no prompt makes a difference."""
@@ -145,7 +145,7 @@ class CircuitBreaker:
             return "closed"
         return "half-open" if self._probes_in_flight else "open"
 
-    def may_start(self, now: float, *, in_flight: int, limit: int) -> Decision:
+    def may_start(self, now: float, *, in_flight: int, limit: int) -> MayStart:
         """Whether one more request may begin beside `in_flight` others of at most `limit`."""
         if self._stop is not None:
             return self._stop
@@ -155,7 +155,7 @@ class CircuitBreaker:
         return Go() if now >= open_for_it else Wait(open_for_it)
 
     def started(self, now: float, *, probe: bool) -> None:
-        """A request has begun; `probe` as the decision said."""
+        """A request has begun; `probe` as the answer said."""
         if not probe:
             return
         if self._probes_in_flight:

@@ -23,7 +23,7 @@ from typing import Literal
 
 from eval_protocol_rft.sampling._attempts import Attempt, causes
 from eval_protocol_rft.sampling._clock import Alarm, loop_clock, sampling_time
-from eval_protocol_rft.sampling._limiter import RunGuard
+from eval_protocol_rft.sampling._limiter import RunLimiter
 from eval_protocol_rft.sampling._retry import CompletionAttempts, GiveUp, RetryPolicy
 from eval_protocol_rft.sampling._telemetry import AttemptEvent, Observer
 from eval_protocol_rft.sampling._types import (
@@ -196,7 +196,7 @@ async def sample_group(
     seeds: Sequence[int | None],
     slots: AbstractAsyncContextManager[object],
     retry: RetryPolicy,
-    guard: RunGuard | None = None,
+    limiter: RunLimiter | None = None,
     prompt: Hashable = None,
     on_start: Callable[[], None] = lambda: None,
     observe: Observer | None = None,
@@ -210,7 +210,7 @@ async def sample_group(
         seeds: one per completion: n, and one more for each that `stragglers` over-samples.
         slots: bounds attempts in flight.
         retry: budget of attempts per completion.
-        guard: shared by all groups of a run: circuit breaker, budget and limit of the run.
+        limiter: shared by all groups of a run: circuit breaker, budget and limit of the run.
         prompt: names the prompt: the row id.
         on_start: called as each completion gets its first slot.
         observe: told of every attempt that ends by itself.
@@ -228,13 +228,13 @@ async def sample_group(
     wanted = len(seeds) - stragglers.over_sample
     if stragglers.over_sample and wanted < 1:
         raise ValueError(
-            f"{len(seeds)} seeds with over_sample={stragglers.over_sample} leave no completion that "
-            "is wanted: pass n + over_sample of them"
+            f"{len(seeds)} seeds with over_sample={stragglers.over_sample} leave no completion "
+            "that is wanted: pass n + over_sample of them"
         )
     end = GroupEnd(stragglers, wanted)
     attempts = [CompletionAttempts(retry, seed) for seed in seeds]
     outcomes: dict[int, Survivor | Failure] = {}
-    guard = guard or RunGuard(patience_seconds=retry.max_seconds)
+    limiter = limiter or RunLimiter(patience_seconds=retry.max_seconds)
 
     def start() -> None:
         end.started()
@@ -249,7 +249,7 @@ async def sample_group(
             seed=seeds[index],
             slots=slots,
             retry=retry,
-            guard=guard,
+            limiter=limiter,
             prompt=prompt,
             on_start=start,
             observe=observe,
@@ -292,7 +292,7 @@ async def sample_one(
     seed: int | None,
     slots: AbstractAsyncContextManager[object],
     retry: RetryPolicy,
-    guard: RunGuard,
+    limiter: RunLimiter,
     prompt: Hashable = None,
     on_start: Callable[[], None] = lambda: None,
     observe: Observer | None = None,
@@ -322,12 +322,12 @@ async def sample_one(
                     request_id=request_id,
                     in_flight=others,
                     gives_up=gives_up,
-                    repeated=gives_up and guard.has_met(attempt),
+                    repeated=gives_up and limiter.has_met(attempt),
                 )
             )
 
     while True:
-        async with guard.turn(slots, retry=bool(attempts.history), prompt=prompt) as turn:
+        async with limiter.turn(slots, retry=bool(attempts.history), prompt=prompt) as turn:
             attempts.began = turn.started
             if not attempts.history:
                 on_start()
@@ -339,7 +339,7 @@ async def sample_one(
             else:
                 attempt = turn.succeeded(completion)
                 attempts.succeeded(attempt)
-                others = guard.control.in_flight - 1
+                others = limiter.limits.in_flight - 1
                 tell(attempt, others, request_id=completion.request_id)
                 seconds = attempt.ended - attempts.history[0].started
                 return Survivor(
@@ -356,7 +356,7 @@ async def sample_one(
             raise asyncio.CancelledError
         # Outside `slots`: a pause is nobody's request in flight.
         again = attempts.failed(attempt, uniform=random.random())  # noqa: S311
-        tell(attempt, guard.control.in_flight, gives_up=isinstance(again, GiveUp))
+        tell(attempt, limiter.limits.in_flight, gives_up=isinstance(again, GiveUp))
         if isinstance(again, GiveUp):
             return _failure(index, failure, attempts)
         with loop_clock().runs():

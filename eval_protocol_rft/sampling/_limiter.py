@@ -1,25 +1,20 @@
-"""Waiting for leave to make a request: `RunControl` with a clock and tasks around it.
+"""What every request of a run goes through before it starts: limit, breaker and budget together.
 
-Invariant: a request is made only on a decision that was taken in the same step of the event loop,
-each one that began ends or is abandoned exactly once, and whoever waits is woken when its turn may
-have come.
+Invariant: `RunLimits.in_flight` is what was started and has neither ended nor been abandoned, and
+it grows only while it is below the limit. A request starts in the same step of the event loop in
+which it was allowed, and whoever waits is woken when its turn may have come.
 
-Everything that decides whether a request of a run may start, as one machine. Pure.
+`RunLimits` is pure; the caller owns the clock, the tasks and the waiting. Breaker, budget and limit
+see the same events in the same order:
 
-Invariant: `in_flight` is what was started and has neither ended nor been abandoned, and it grows
-only while it is below the limit. Breaker, budget and limit see the same events in the same order.
-
-The caller owns the clock, the tasks and the waiting:
-
-    decision = control.may_start(now, retry=...)
-    Go:   control.started(now, ...); make the request; control.ended(attempt), or abandoned()
+    answer = limits.may_start(now, retry=...)
+    Go:   limits.started(now, ...); make the request; limits.ended(attempt), or abandoned()
     Wait: ask again at `until`, or when a request ends
     Stop: end the run with its reason
 
-How many requests may be in flight: the interface, and the simple choice. Pure.
-
-Invariant: a limit owns no task, client or clock. It hears of every request that ended and answers
-with a number, at least 1. See `adaptive.py` for the one that finds it by itself.
+`RunLimiter` is that caller. A `ConcurrencyLimit` owns no task, client or clock either: it hears of
+every request that ended and answers with a number, at least 1. `FixedLimit` is the simple one; see
+`_adaptive.py` for the one that finds it by itself.
 """
 
 from __future__ import annotations
@@ -37,8 +32,8 @@ from typing import Protocol
 from eval_protocol_rft.sampling._attempts import (
     UNTIL_SOMETHING_ENDS,
     Attempt,
-    Decision,
     Go,
+    MayStart,
     Stop,
     Wait,
     failed_attempt,
@@ -83,7 +78,7 @@ class FixedLimit:
         """Changes nothing."""
 
 
-class RunControl:
+class RunLimits:
     """One run against one server."""
 
     def __init__(
@@ -94,20 +89,20 @@ class RunControl:
         self.budget = budget
         self.in_flight = 0
 
-    def may_start(self, now: float, *, retry: bool) -> Decision:
+    def may_start(self, now: float, *, retry: bool) -> MayStart:
         """Whether a request may start now. `retry`: it is not its completion's first."""
         limit = self.limit.limit
-        decision = self.breaker.may_start(now, in_flight=self.in_flight, limit=limit)
-        if isinstance(decision, Stop):
-            return decision
-        probe = not isinstance(decision, Wait) and decision.probe
-        allowance = self.budget.may_start(now, retry=retry, probe=probe)
-        if isinstance(allowance, Stop):
-            return allowance
+        breaker = self.breaker.may_start(now, in_flight=self.in_flight, limit=limit)
+        if isinstance(breaker, Stop):
+            return breaker
+        probe = isinstance(breaker, Go) and breaker.probe
+        budget = self.budget.may_start(now, retry=retry, probe=probe)
+        if isinstance(budget, Stop):
+            return budget
         if self.in_flight >= limit:
             return Wait(UNTIL_SOMETHING_ENDS)
-        waits = [answer for answer in (decision, allowance) if isinstance(answer, Wait)]
-        return max(waits, key=lambda wait: wait.until) if waits else decision
+        waits = [answer for answer in (breaker, budget) if isinstance(answer, Wait)]
+        return max(waits, key=lambda wait: wait.until) if waits else breaker
 
     def started(self, now: float, *, retry: bool, probe: bool) -> None:
         """The request that was allowed has begun."""
@@ -174,7 +169,7 @@ class Turn:
         return self.attempt
 
 
-class RunGuard:
+class RunLimiter:
     """What all requests of a run against one server go through. Belongs to one event loop."""
 
     def __init__(
@@ -192,7 +187,7 @@ class RunGuard:
             patience_seconds: how long the server may be away.
             proven: the same settings have brought completions before this run.
         """
-        self.control = RunControl(
+        self.limits = RunLimits(
             limit=limit or FixedLimit(_NO_LIMIT),
             breaker=CircuitBreaker(patience_seconds=patience_seconds, proven=proven),
             budget=BudgetMeter(budget or RunBudget(), began=sampling_time()),
@@ -225,7 +220,7 @@ class RunGuard:
                         yield turn
                     finally:
                         if turn.attempt is None:
-                            self.control.abandoned(probe=turn.probe)
+                            self.limits.abandoned(probe=turn.probe)
                         else:
                             self._ended(turn.attempt)
                         self._wake()
@@ -240,9 +235,9 @@ class RunGuard:
         return met
 
     def _ended(self, attempt: Attempt) -> None:
-        """Tell the machines, and the user when the server goes away or comes back."""
+        """Tell the limits, and the user when the server goes away or comes back."""
         was_away = self._is_away()
-        self.control.ended(attempt)
+        self.limits.ended(attempt)
         if self._is_away() and not was_away:
             why = f"{attempt.cause}: {attempt.message}"
             logger.warning("the server is away (%s); asking now and then until it is back", why)
@@ -250,25 +245,25 @@ class RunGuard:
             logger.warning("the server is back")
 
     def _is_away(self) -> bool:
-        return self.control.breaker.state in ("open", "half-open")
+        return self.limits.breaker.state in ("open", "half-open")
 
     async def _may_start(self, retry: bool) -> None:
         """Come back when a request might start, or never could."""
         while True:
-            decision = self.control.may_start(sampling_time(), retry=retry)
-            if isinstance(decision, Stop):
-                raise RunStoppedError(decision.reason)
-            if isinstance(decision, Go):
+            answer = self.limits.may_start(sampling_time(), retry=retry)
+            if isinstance(answer, Stop):
+                raise RunStoppedError(answer.reason)
+            if isinstance(answer, Go):
                 return
-            await self._until(decision.until)
+            await self._until(answer.until)
 
     def _start(self, retry: bool, prompt: Hashable) -> Turn | None:
         now = sampling_time()
-        decision = self.control.may_start(now, retry=retry)
-        if not isinstance(decision, Go):
+        answer = self.limits.may_start(now, retry=retry)
+        if not isinstance(answer, Go):
             return None
-        self.control.started(now, retry=retry, probe=decision.probe)
-        return Turn(now, decision.probe, prompt)
+        self.limits.started(now, retry=retry, probe=answer.probe)
+        return Turn(now, answer.probe, prompt)
 
     async def _until(self, when: float) -> None:
         """Sleep until `when` (seconds of the loop's clock), or until something ends."""
@@ -290,8 +285,8 @@ class RunGuard:
 
     def _wake(self) -> None:
         """Wake as many as there is room for; when the run is over, all."""
-        stopped = self.control.breaker.state == "tripped"
-        room = max(1, self.control.limit.limit - self.control.in_flight)
+        stopped = self.limits.breaker.state == "tripped"
+        room = max(1, self.limits.limit.limit - self.limits.in_flight)
         while self._waiting and (stopped or room > 0):
             future = self._waiting.popleft()
             if not future.done():

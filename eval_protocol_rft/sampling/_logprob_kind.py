@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from eval_protocol_rft.sampling._distribution import plain, reshaped_by
 from eval_protocol_rft.sampling._fanout import sample_group
-from eval_protocol_rft.sampling._limiter import RunGuard, RunStoppedError
+from eval_protocol_rft.sampling._limiter import RunLimiter, RunStoppedError
 from eval_protocol_rft.sampling._retry import RetryPolicy
 from eval_protocol_rft.sampling._types import (
     Failure,
@@ -170,7 +170,7 @@ async def check_told_kind(
     *,
     slots: AbstractAsyncContextManager[object],
     retry: RetryPolicy,
-    guard: RunGuard,
+    limiter: RunLimiter,
 ) -> None:
     """See for oneself whether unnamed logprobs are those of sampling, where the user says so: a few
     requests of one token, until it is clear.
@@ -179,7 +179,7 @@ async def check_told_kind(
         sampler: of the server.
         prompts: ids of `PROBE_TEXTS`.
         params: how will be sampled.
-        slots, retry, guard: as for `sample_group`.
+        slots, retry, limiter: as for `sample_group`.
 
     Raises:
         RunStoppedError: they are not.
@@ -197,7 +197,7 @@ async def check_told_kind(
                 seeds=[None] * PROBE_DRAWS,
                 slots=slots,
                 retry=retry,
-                guard=guard,
+                limiter=limiter,
                 prompt="logprobs probe",
             )
             if any(failure.kind == "contract" for failure in group.failures):

@@ -29,8 +29,8 @@ from eval_protocol_rft._options import Flag, check_options
 from eval_protocol_rft.sampling._attempts import (
     TRANSIENT_KINDS,
     Attempt,
-    Decision,
     Go,
+    MayStart,
     Stop,
     Wait,
     causes,
@@ -215,7 +215,7 @@ class BudgetMeter:
     def attempts(self) -> int:
         return self.first_attempts + self.retries + self.probes
 
-    def may_start(self, now: float, *, retry: bool, probe: bool = False) -> Decision:
+    def may_start(self, now: float, *, retry: bool, probe: bool = False) -> MayStart:
         """Whether the budget has room for one more attempt."""
         budget = self._budget
         if budget.max_seconds is not None and now - self._began >= budget.max_seconds:

@@ -12,7 +12,7 @@ import random
 from eval_protocol_rft.sampling._endpoint import Endpoint
 from eval_protocol_rft.sampling._fanout import Group, derive_seeds, sample_group
 from eval_protocol_rft.sampling._http import HttpSampler
-from eval_protocol_rft.sampling._limiter import RunGuard
+from eval_protocol_rft.sampling._limiter import RunLimiter
 from eval_protocol_rft.sampling._telemetry import log_attempt
 from eval_protocol_rft.sampling._types import SamplingError, SamplingParams, TokenIds
 from tests.hostile.ask import Ask, listening
@@ -65,9 +65,9 @@ async def through_sampler(ask: Ask, book: Book) -> None:
 
 
 async def through_fanout(ask: Ask, book: Book) -> None:
-    """`sample_group` with one guard for all prompts; some of them are cancelled on the way."""
+    """`sample_group` with one limiter for all prompts; some of them are cancelled on the way."""
     sampler, slots = HttpSampler(Endpoint(f"{ask.url}/v1")), asyncio.Semaphore(ask.in_flight)
-    guard, prompts = RunGuard(patience_seconds=ask.retry.max_seconds), iter(ask.prompts)
+    limiter, prompts = RunLimiter(patience_seconds=ask.retry.max_seconds), iter(ask.prompts)
 
     async def one(prompt: int) -> None:
         ids = TokenIds([7, 11, prompt])
@@ -81,7 +81,7 @@ async def through_fanout(ask: Ask, book: Book) -> None:
                 seeds=seeds,
                 slots=slots,
                 retry=ask.retry,
-                guard=guard,
+                limiter=limiter,
                 prompt=prompt,
                 observe=log_attempt,
             )

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 
-from eval_protocol_rft.sampling._limiter import FixedLimit, RunGuard, RunStoppedError
+from eval_protocol_rft.sampling._limiter import FixedLimit, RunLimiter, RunStoppedError
 from eval_protocol_rft.sampling._types import Completion, RefusedError, UnavailableError
 from tests.rollouts import config_of, params_for, row_of
 from tests.stub_server import Status
@@ -16,9 +16,11 @@ NO_SLOTS = contextlib.nullcontext()
 DONE = Completion(token_ids=[1], logprobs=[-0.5], finish_reason="stop")
 
 
-async def request(guard: RunGuard, seconds: float = 0.0, *, error: Exception | None = None) -> int:
-    async with guard.turn(NO_SLOTS, retry=False, prompt=None) as turn:
-        peak = guard.control.in_flight
+async def request(
+    limiter: RunLimiter, seconds: float = 0.0, *, error: Exception | None = None
+) -> int:
+    async with limiter.turn(NO_SLOTS, retry=False, prompt=None) as turn:
+        peak = limiter.limits.in_flight
         await asyncio.sleep(seconds)
         if error is None:
             turn.succeeded(DONE)
@@ -28,17 +30,17 @@ async def request(guard: RunGuard, seconds: float = 0.0, *, error: Exception | N
 
 
 async def test_the_limit_is_reached_and_never_exceeded():
-    guard = RunGuard(limit=FixedLimit(3))
-    peaks = await asyncio.gather(*(request(guard, 0.001) for _ in range(50)))
+    limiter = RunLimiter(limit=FixedLimit(3))
+    peaks = await asyncio.gather(*(request(limiter, 0.001) for _ in range(50)))
     assert max(peaks) == 3
-    assert guard.control.in_flight == 0
+    assert limiter.limits.in_flight == 0
 
 
 async def test_those_who_wait_are_woken_although_the_first_of_them_was_cancelled():
-    guard = RunGuard(limit=FixedLimit(1))
-    running = asyncio.create_task(request(guard, 0.01))
+    limiter = RunLimiter(limit=FixedLimit(1))
+    running = asyncio.create_task(request(limiter, 0.01))
     await asyncio.sleep(0)
-    waiting = [asyncio.create_task(request(guard)) for _ in range(3)]
+    waiting = [asyncio.create_task(request(limiter)) for _ in range(3)]
     await asyncio.sleep(0)
     waiting[0].cancel()
     async with asyncio.timeout(PATIENCE):
@@ -46,20 +48,20 @@ async def test_those_who_wait_are_woken_although_the_first_of_them_was_cancelled
 
 
 async def test_a_request_that_was_cancelled_leaves_its_place():
-    guard = RunGuard(limit=FixedLimit(1))
-    stuck = asyncio.create_task(request(guard, 1000))
+    limiter = RunLimiter(limit=FixedLimit(1))
+    stuck = asyncio.create_task(request(limiter, 1000))
     await asyncio.sleep(0)
     stuck.cancel()
     async with asyncio.timeout(PATIENCE):
-        await request(guard)
-    assert guard.control.in_flight == 0
+        await request(limiter)
+    assert limiter.limits.in_flight == 0
 
 
 async def test_a_wrong_key_stops_the_run_for_all_who_wait():
-    guard = RunGuard(limit=FixedLimit(1))
+    limiter = RunLimiter(limit=FixedLimit(1))
     wrong = RefusedError("HTTP 401: bad key", status=401)
     outcomes = await asyncio.gather(
-        *(request(guard, error=wrong) for _ in range(30)), return_exceptions=True
+        *(request(limiter, error=wrong) for _ in range(30)), return_exceptions=True
     )
     stopped = [outcome for outcome in outcomes if isinstance(outcome, RunStoppedError)]
     assert len(outcomes) - len(stopped) == 8
@@ -67,11 +69,11 @@ async def test_a_wrong_key_stops_the_run_for_all_who_wait():
 
 
 async def test_while_the_server_is_away_nearly_nobody_asks_and_the_user_is_told(caplog):
-    guard = RunGuard(limit=FixedLimit(100))
+    limiter = RunLimiter(limit=FixedLimit(100))
     busy = UnavailableError("HTTP 503: scaling up", status=503)
-    await asyncio.gather(*(request(guard, error=busy) for _ in range(16)))
+    await asyncio.gather(*(request(limiter, error=busy) for _ in range(16)))
     assert "the server is away" in caplog.text
-    asked = [asyncio.create_task(request(guard)) for _ in range(20)]
+    asked = [asyncio.create_task(request(limiter)) for _ in range(20)]
     await asyncio.sleep(0.3)
     assert not any(task.done() for task in asked)
     async with asyncio.timeout(PATIENCE):
