@@ -15,7 +15,7 @@ from eval_protocol_rft.sampling._adaptive import (
     SMALL_STEP,
     START,
     AdaptiveLimit,
-    Epoch,
+    Measurement,
     ServerLoad,
 )
 from eval_protocol_rft.sampling._attempts import UNTIL_SOMETHING_ENDS, Attempt, Go, Stop, Wait
@@ -204,42 +204,42 @@ def test_whatever_it_hears_it_stays_within_its_bounds(script, bounds):
 
 
 def test_only_requests_begun_after_the_move_took_effect_are_measured():
-    epoch = Epoch(FEWEST)
-    epoch.succeeded(success(0, 9, tokens=1), in_flight=FEWEST + 5)
-    epoch.succeeded(success(0, 10, tokens=1), in_flight=FEWEST)
+    measurement = Measurement(FEWEST)
+    measurement.succeeded(success(0, 9, tokens=1), in_flight=FEWEST + 5)
+    measurement.succeeded(success(0, 10, tokens=1), in_flight=FEWEST)
     for _ in range(FEWEST):
-        epoch.succeeded(success(9, 20, tokens=1), in_flight=FEWEST)
-    assert not epoch.full
+        measurement.succeeded(success(9, 20, tokens=1), in_flight=FEWEST)
+    assert not measurement.full
     for _ in range(FEWEST):
-        epoch.succeeded(success(10, 20, tokens=250), in_flight=FEWEST)
-    assert epoch.full
-    assert epoch.rate == 25.0
+        measurement.succeeded(success(10, 20, tokens=250), in_flight=FEWEST)
+    assert measurement.full
+    assert measurement.rate == 25.0
 
 
 @given(before=st.floats(1, 100), after=st.floats(1, 100), share=st.floats(0.5, 1))
 def test_the_early_estimate_finds_the_new_rate_of_requests_that_began_before(before, after, share):
     """Closed form: what a request did before the move is its old rate times its time."""
-    epoch = Epoch(FEWEST, rate_before=before)
-    epoch.succeeded(success(0, 100), in_flight=FEWEST)
+    measurement = Measurement(FEWEST, rate_before=before)
+    measurement.succeeded(success(0, 100), in_flight=FEWEST)
     old = 10 * (1 - share) / share
     tokens = round(1e6 * (before * old + after * 10))
     attempt = success(100 - old * 1e6, 100 + 10 * 1e6, tokens)
     for _ in range(FEWEST - 1):
-        epoch.succeeded(attempt, in_flight=FEWEST)
-    assert epoch.early_rate is None
-    epoch.succeeded(attempt, in_flight=FEWEST)
+        measurement.succeeded(attempt, in_flight=FEWEST)
+    assert measurement.early_rate is None
+    measurement.succeeded(attempt, in_flight=FEWEST)
     if share > 0.5001:
-        assert epoch.early_rate == pytest.approx(after, rel=1e-3)
+        assert measurement.early_rate == pytest.approx(after, rel=1e-3)
 
 
 @given(paces=st.lists(st.floats(0.01, 10), min_size=2, max_size=60))
 def test_the_spread_is_the_relative_standard_deviation_of_the_pace(paces):
-    epoch = Epoch(1)
-    epoch.succeeded(success(0, 0), in_flight=1)
+    measurement = Measurement(1)
+    measurement.succeeded(success(0, 0), in_flight=1)
     for pace in paces:
-        epoch.succeeded(success(0, 100 * pace), in_flight=1)
+        measurement.succeeded(success(0, 100 * pace), in_flight=1)
     expected = statistics.pstdev(paces) / statistics.fmean(paces)
-    assert epoch.spread == pytest.approx(expected, rel=1e-3, abs=1e-6)
+    assert measurement.spread == pytest.approx(expected, rel=1e-3, abs=1e-6)
 
 
 # All machines together.

@@ -60,8 +60,8 @@ RECENT = 16
 """Latest clean samples, in which a change of the server shows."""
 
 
-class Epoch:
-    """Measurements at one limit."""
+class Measurement:
+    """What was measured at one limit since it was last moved."""
 
     def __init__(self, limit: int, *, rate_before: float | None = None) -> None:
         """`rate_before`: tokens per second that a request had before the move, where known."""
@@ -141,8 +141,8 @@ class Epoch:
 
     @property
     def early_rate(self) -> float | None:
-        """The same before the epoch is full, from the time after the move of all samples; None
-        where that is too little."""
+        """The same before there are enough clean samples, from the time after the move of all
+        samples; None where that is too little."""
         enough = max(EARLY, self._limit / 4)
         if self._early < enough or self._early_seconds < EARLY_SHARE * self._whole_seconds:
             return None
@@ -203,8 +203,8 @@ HOPELESS = 0.85
 falls by 0.5%; 0.95 gains 0.3% here, but is as close as an early estimate errs."""
 
 LONGEST_HOLD = 6
-"""Epochs from a failed trial to the next, after a few have failed. With 2 the worst is 0.86: trials
-cost. With 12 a server that grew is noticed so late that it has 0.895."""
+"""Measurements from a failed trial to the next, after a few have failed. With 2 the worst is 0.86:
+trials cost. With 12 a server that grew is noticed so late that it has 0.895."""
 
 BACK_OFF = 0.97
 """Of the requests that a server took when it turned others away. With 0.9, 6% more of a server
@@ -279,7 +279,7 @@ class AdaptiveLimit:
             )
         self._lowest, self._highest = lowest, highest
         self._limit = start
-        self._epoch = Epoch(start)
+        self._measurement = Measurement(start)
         self._base: _Base | None = None
         self._trial = 0
         """+1 or -1 while a trial further up or down is on."""
@@ -289,7 +289,7 @@ class AdaptiveLimit:
         self._far = True
         """No trial has failed since the server was new or changed: the best is far away."""
         self._hold = self._held = 0
-        """Epochs from a failed trial to the next, and how many of them have passed."""
+        """Measurements from a failed trial to the next, and how many of them have passed."""
         self._before_cuts: int | None = None
         """The limit at the first failure since the last success."""
 
@@ -309,7 +309,7 @@ class AdaptiveLimit:
             self._failed(attempt, in_flight)
         elif attempt.kind is None:
             self._before_cuts = None
-            self._epoch.succeeded(attempt, in_flight)
+            self._measurement.succeeded(attempt, in_flight)
             if self._trial:
                 self._judge_trial()
             else:
@@ -318,7 +318,7 @@ class AdaptiveLimit:
     def observe(self, load: ServerLoad) -> None:
         """Take a poll of the server's metrics into account."""
         if load.waiting or load.running:
-            self._epoch.saw_queue(load.waiting / (load.waiting + load.running))
+            self._measurement.saw_queue(load.waiting / (load.waiting + load.running))
         if load.preempted and not self._trial:
             self._cut(self._limit * BACK_OFF)
 
@@ -327,7 +327,7 @@ class AdaptiveLimit:
         if attempt.status == 429:
             # Those in flight are what the server did take.
             self._cut(in_flight * BACK_OFF)
-        elif self._epoch.failed(attempt):
+        elif self._measurement.failed(attempt):
             self._cut(self._limit * OVERLOAD_CUT)
 
     def _cut(self, to: float) -> None:
@@ -338,13 +338,13 @@ class AdaptiveLimit:
 
     def _judge_trial(self) -> None:
         assert self._base is not None  # noqa: S101 - narrows the type
-        best, epoch = max(self._base.throughput, _TINY), self._epoch
-        early = epoch.early_rate
-        if epoch.full:
+        best, measurement = max(self._base.throughput, _TINY), self._measurement
+        early = measurement.early_rate
+        if measurement.full:
             moved = abs(math.log(self._limit / self._base.limit))
-            gain = math.log(max(self._limit * epoch.rate / best, _TINY)) / moved
+            gain = math.log(max(self._limit * measurement.rate / best, _TINY)) / moved
             kept = gain > (WORTH if self._trial > 0 else -COSTS_NOTHING)
-            self._end_trial(epoch.rate if kept else None)
+            self._end_trial(measurement.rate if kept else None)
         elif early is None:
             return
         elif self._limit * early < (HOPELESS - self._base.spread**2) * best:
@@ -363,14 +363,16 @@ class AdaptiveLimit:
             self._next = -trial
             self._move(self._base.limit)
             return
-        self._base = _Base(self._limit, rate, self._epoch.spread, rough=not self._epoch.full)
+        self._base = _Base(
+            self._limit, rate, self._measurement.spread, rough=not self._measurement.full
+        )
         self._hold, self._next = 0, trial
         self._step = min(BIG_STEP, self._step**ACCELERATION)
         self._go_on()
 
     def _watch(self) -> None:
         """Measure where we are, and see whether the server has changed."""
-        recent = self._epoch.recent_rate
+        recent = self._measurement.recent_rate
         if self._base is not None and not self._base.rough and recent is not None:
             noise = SIGMAS * self._base.spread / math.sqrt(RECENT)
             change = recent / self._base.rate
@@ -380,19 +382,19 @@ class AdaptiveLimit:
                 return
             if change > max(SPED_UP, 1 + noise):
                 self._changed(1)
-                self._epoch.restart()
+                self._measurement.restart()
                 return
-        if self._epoch.full:
-            rate = self._epoch.rate
+        if self._measurement.full:
+            rate = self._measurement.rate
             if self._base is not None and not self._base.rough:
                 rate = self._base.rate + SMOOTHING * (rate - self._base.rate)
-            self._base = _Base(self._limit, rate, self._epoch.spread, rough=False)
+            self._base = _Base(self._limit, rate, self._measurement.spread, rough=False)
             self._held += 1
             self._go_on()
 
     def _go_on(self) -> None:
-        """After a measurement: the next trial, or stay for another epoch."""
-        queue = self._epoch.queue_share
+        """After a measurement: the next trial, or stay for another measurement."""
+        queue = self._measurement.queue_share
         if queue is not None and queue > QUEUE_TOO_LONG:
             self._wait_longer()
             self._base = None
@@ -408,7 +410,7 @@ class AdaptiveLimit:
                 return
             # At a bound: the best is here or a little way back.
             self._next, self._step, self._far = -direction, SMALL_STEP, False
-        self._epoch.restart()
+        self._measurement.restart()
 
     def _wait_longer(self) -> None:
         self._step, self._far = SMALL_STEP, False
@@ -423,5 +425,5 @@ class AdaptiveLimit:
         limit = min(self._highest, max(self._lowest, math.floor(to)))
         moved = limit != self._limit
         self._limit = limit
-        self._epoch = Epoch(limit, rate_before=self._base.rate if self._base else None)
+        self._measurement = Measurement(limit, rate_before=self._base.rate if self._base else None)
         return moved
