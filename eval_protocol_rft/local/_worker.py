@@ -6,9 +6,9 @@ that failure and the thread goes on with the next ones.
 
 Requests that run together: one forward and one draw for all of them, then who goes on.
 
-Invariant: which requests share a cohort changes neither their tokens nor their logprobs, beyond
+Invariant: which requests share a batch changes neither their tokens nor their logprobs, beyond
 float noise in the logits. A request whose logits are unusable leaves the others as they are.
-Shapes: R requests of a cohort, V vocabulary entries.
+Shapes: R requests of a running batch, V vocabulary entries.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Outcome(NamedTuple):
     result: Completion | SamplingError
 
 
-class Cohort:
+class RunningBatch:
     """R requests, each with its row of a batch of key/value caches."""
 
     def __init__(self, batch: Batch, requests: Sequence[Request], rows: Sequence[int]) -> None:
@@ -60,7 +60,7 @@ class Cohort:
     @classmethod
     def start(
         cls, model: LocalModel, joining: Sequence[Joining], decode: Decode
-    ) -> tuple[Cohort, list[Outcome]]:
+    ) -> tuple[RunningBatch, list[Outcome]]:
         """Prefill, each distinct prompt once, and draw every request's first token. Something is
         known of every prompt, or of none."""
         requests = [one.request for one in joining]
@@ -68,11 +68,11 @@ class Cohort:
         rows = [row_of.setdefault(request.prompt_ids, len(row_of)) for request in requests]
         known = [joining[rows.index(row)].known for row in range(len(row_of))]
         batch, logits_BV = Batch.prefill(model, list(row_of), [one for one in known if one])
-        cohort = cls(batch, requests, rows)
-        return cohort, cohort._draw(logits_BV[rows], decode)
+        running = cls(batch, requests, rows)
+        return running, running._draw(logits_BV[rows], decode)
 
     def advance(self, decode: Decode) -> list[Outcome]:
-        """One token more for every request; the cohort must come from `merge`."""
+        """One token more for every request; it must come from `merge`."""
         return self._draw(self._batch.step(self._tokens_R), decode)
 
     def keep(self, prefixes: Prefixes) -> None:
@@ -87,26 +87,26 @@ class Cohort:
                 prefixes.keep(request.session, ids, columns)
 
     @classmethod
-    def merge(cls, cohorts: Sequence[Cohort]) -> Cohort | None:
-        """One cohort of all requests that go on, a row each; None if there are none. The cohorts
+    def merge(cls, parts: Sequence[RunningBatch]) -> RunningBatch | None:
+        """One batch of all requests that go on, a row each; None if there are none. The parts
         given are used up."""
-        cohorts = [cohort for cohort in cohorts if cohort._live]
-        if not cohorts:
+        parts = [part for part in parts if part._live]
+        if not parts:
             return None
-        if len(cohorts) > 1 or cohorts[0]._shares_rows():
-            return cls._gather(cohorts)
-        (cohort,) = cohorts
-        return cohort if len(cohort._live) == len(cohort.requests) else cohort._shrink()
+        if len(parts) > 1 or parts[0]._shares_rows():
+            return cls._gather(parts)
+        (part,) = parts
+        return part if len(part._live) == len(part.requests) else part._shrink()
 
     @classmethod
-    def _gather(cls, cohorts: Sequence[Cohort]) -> Cohort:
-        requests = [request for c in cohorts for request in c.live]
-        batch = Batch.gather([(c._batch, [c._rows[i] for i in c._live]) for c in cohorts])
+    def _gather(cls, parts: Sequence[RunningBatch]) -> RunningBatch:
+        requests = [request for c in parts for request in c.live]
+        batch = Batch.gather([(c._batch, [c._rows[i] for i in c._live]) for c in parts])
         merged = cls(batch, requests, range(len(requests)))
-        merged._tokens_R = torch.cat([c._tokens_R[c._live] for c in cohorts])
+        merged._tokens_R = torch.cat([c._tokens_R[c._live] for c in parts])
         return merged
 
-    def _shrink(self) -> Cohort:
+    def _shrink(self) -> RunningBatch:
         order = self._batch.shrink(self._live)
         smaller = type(self)(self._batch, [self.requests[i] for i in order], range(len(order)))
         smaller._tokens_R = self._tokens_R[order]
@@ -247,13 +247,13 @@ class Worker:
     def _run(self) -> None:
         if sum(p.numel() for p in self._model.module.parameters()) < SMALL_MODEL_PARAMETERS:
             torch.set_num_threads(1)
-        cohort: Cohort | None = None
-        while (admitted := self._next(cohort)) is not None:
-            cohort = self._round(cohort, admitted)
+        batch: RunningBatch | None = None
+        while (admitted := self._next(batch)) is not None:
+            batch = self._round(batch, admitted)
 
-    def _next(self, cohort: Cohort | None) -> list[Joining] | None:
+    def _next(self, batch: RunningBatch | None) -> list[Joining] | None:
         """Requests that join now; None when the thread has ended."""
-        running = cohort.requests if cohort else []
+        running = batch.requests if batch else []
         with self._changed:
             while True:
                 while self._swaps:
@@ -321,32 +321,34 @@ class Worker:
             self._waiting.popleft()
         return admitted
 
-    def _round(self, cohort: Cohort | None, admitted: Sequence[Joining]) -> Cohort | None:
+    def _round(
+        self, batch: RunningBatch | None, admitted: Sequence[Joining]
+    ) -> RunningBatch | None:
         """One token for everyone: a step for those that run, a prefill for those that join.
         Returns those that go on."""
         outcomes: list[Outcome] = []
-        cohorts: list[Cohort] = []
-        if cohort:
-            with _failing(cohort.requests, outcomes):
-                outcomes += cohort.advance(self._decode)
-                cohorts.append(cohort)
+        parts: list[RunningBatch] = []
+        if batch:
+            with _failing(batch.requests, outcomes):
+                outcomes += batch.advance(self._decode)
+                parts.append(batch)
         for group in prefill_groups(admitted):
             with _failing([one.request for one in group], outcomes):
-                joined, ended = Cohort.start(self._model, group, self._decode)
+                joined, ended = RunningBatch.start(self._model, group, self._decode)
                 outcomes += ended
-                cohorts.append(joined)
-        self._keep(cohorts)
-        merged: Cohort | None = None
-        with _failing([request for c in cohorts for request in c.live], outcomes):
-            merged = Cohort.merge(cohorts)
+                parts.append(joined)
+        self._keep(parts)
+        merged: RunningBatch | None = None
+        with _failing([request for c in parts for request in c.live], outcomes):
+            merged = RunningBatch.merge(parts)
         _deliver(outcomes)
         return merged
 
-    def _keep(self, cohorts: Iterable[Cohort]) -> None:
+    def _keep(self, parts: Iterable[RunningBatch]) -> None:
         """For the next turns of sessions, which can do without: what goes wrong fails nobody."""
         try:
-            for cohort in cohorts:
-                cohort.keep(self._prefixes)
+            for part in parts:
+                part.keep(self._prefixes)
         except Exception:  # noqa: BLE001 - of the device, when its memory is full
             _log.exception("what sessions had is not kept")
             self._prefixes.clear()
