@@ -6,12 +6,10 @@ requests in step by step, so that those that waited do not all arrive at once.
 
     closed --transient failures only--> open --probe starts--> half-open --it succeeds--> closed
                                          ^---------------------- it fails
-    closed, half-open --refused for good, or nothing succeeds for `patience_seconds`--> tripped
+    closed, half-open --the streak of failures says that the run is lost--> tripped
 
-When final failures say that the run is lost, not only the prompt. Pure.
-
-Invariant: evidence is of one streak. A success ends it, but only one that began after the streak
-did: what the server accepted before the key expired says nothing about the key.
+`Streak` is the one rule that says so. A success ends a streak of refusals, but only one that began
+after the streak did: what the server accepted before the key expired says nothing about the key.
 """
 
 from __future__ import annotations
@@ -34,55 +32,86 @@ exact token data, end the run; the n completions of one prompt are one piece of 
 settings have proven to work, a refusal is of the prompt: data sets have long stretches of prompts
 that are too long."""
 
+FIRST_CONTACT_SECONDS = 60.0
+"""So long a server may refuse connections before the first completion: a wrong address is likelier
+then than an outage. One that answers, if only with 503, may be scaling up, and has the whole
+patience."""
 
-class Refusals:
-    """The present streak of final failures."""
 
-    def __init__(self, *, proven: bool = False) -> None:
-        """`proven`: the same settings have brought completions before this run."""
+class Streak:
+    """Failures in a row, and whether the run is lost by them. It is when
+
+    - `ACCOUNT_STREAK` requests or more were refused for what no prompt can mend,
+    - `PROMPT_STREAK` different prompts or more failed for good, for as long as a completion takes,
+    - or no request has succeeded for `patience_seconds`.
+    """
+
+    def __init__(self, *, patience_seconds: float, proven: bool) -> None:
+        """As for `CircuitBreaker`."""
+        self._patience = patience_seconds
         self._proven = proven
-        self._since: float | None = None
-        self._count = 0
-        self._account = 0
+        self._slowest_success: float | None = None
+        self._failing_since: float | None = None
+        """The first transient failure since the last success."""
+        self._refused_since: float | None = None
+        self._refused = self._account = 0
         self._prompts: set[Hashable] = set()
-        self._slowest_success = 0.0
 
     def succeeded(self, attempt: Attempt) -> None:
         self._proven = True
-        self._slowest_success = max(self._slowest_success, attempt.seconds)
-        if self._since is not None and attempt.started >= self._since:
-            self._since, self._count, self._account = None, 0, 0
+        self._slowest_success = max(self._slowest_success or 0.0, attempt.seconds)
+        self._failing_since = None
+        if self._refused_since is not None and attempt.started >= self._refused_since:
+            self._refused_since, self._refused, self._account = None, 0, 0
             self._prompts.clear()
 
     def failed(self, attempt: Attempt, *, in_flight: int) -> str | None:
-        """Record a failure that no other attempt would mend; the reason to stop the run, or None.
-
-        `in_flight`: requests that have not ended.
-        """
-        of_the_prompt = attempt.kind == "refused" and attempt.status not in ACCOUNT_STATUSES
-        if of_the_prompt and self._proven:
+        """Record a failure; why the run is lost by it, or None. `in_flight`: requests that have
+        not ended."""
+        if attempt.transient:
+            return self._failed_for_now(attempt)
+        of_account = attempt.status in ACCOUNT_STATUSES
+        if attempt.kind == "refused" and self._proven and not of_account:
             return None
-        self._since = attempt.ended if self._since is None else self._since
-        self._count += 1
-        self._account += attempt.status in ACCOUNT_STATUSES
+        if self._refused_since is None:
+            self._refused_since = attempt.ended
+        self._refused += 1
+        self._account += of_account
         # The refusals that have been counted are enough; the set must not grow with the data set.
         if len(self._prompts) < PROMPT_STREAK:
-            self._prompts.add(self._count if attempt.prompt is None else ("id", attempt.prompt))
+            self._prompts.add(self._refused if attempt.prompt is None else ("id", attempt.prompt))
         if self._account >= max(ACCOUNT_STREAK, in_flight / 2):
-            return self._stop(self._account, "requests", attempt)
+            return self._refusals(self._account, "requests", attempt)
         # Refusals are quick and completions slow: for as long as the slowest took, a stretch of
         # bad prompts looks the same as a server that refuses them all.
-        age = attempt.ended - self._since
-        if len(self._prompts) >= PROMPT_STREAK and age >= self._slowest_success:
-            return self._stop(self._count, "requests for different prompts", attempt)
+        seconds = attempt.ended - self._refused_since
+        if len(self._prompts) >= PROMPT_STREAK and seconds >= (self._slowest_success or 0.0):
+            return self._refusals(self._refused, "requests for different prompts", attempt)
         return None
 
-    def _stop(self, count: int, what: str, last: Attempt) -> str:
+    def _failed_for_now(self, attempt: Attempt) -> str | None:
+        now, patience = attempt.ended, self._patience
+        self._failing_since = now if self._failing_since is None else self._failing_since
+        if self._slowest_success is None and attempt.kind == "connection":
+            patience = min(patience, FIRST_CONTACT_SECONDS)
+        seconds = now - self._failing_since
+        if seconds < patience:
+            return None
+        return (
+            f"no request succeeded for {seconds:.0f} s; {_last(attempt)}. Run again once the "
+            "server answers"
+        )
+
+    def _refusals(self, count: int, what: str, attempt: Attempt) -> str:
         return (
             f"{count} {what} in a row failed for good and none that began since then succeeded; "
-            f"the last one: {last.cause}: {last.message or 'no message'}. The rest of the data set "
-            "would fare no better: mend the cause and run again"
+            f"{_last(attempt)}. The rest of the data set would fare no better: mend the cause and "
+            "run again"
         )
+
+
+def _last(attempt: Attempt) -> str:
+    return f"the last one: {attempt.cause}: {attempt.message or 'no message'}"
 
 
 State = Literal["closed", "open", "half-open", "tripped"]
@@ -100,11 +129,6 @@ that an outage costs (two a minute) and the time that passes before its end is s
 
 LONGEST_RETRY_AFTER = 300.0
 """Most of a `Retry-After` that delays the next probe, as in `RetryPolicy`."""
-
-FIRST_CONTACT_SECONDS = 60.0
-"""So long a server may refuse connections before the first completion: a wrong address is likelier
-then than an outage. One that answers, if only with 503, may be scaling up, and has the whole
-patience."""
 
 SHORTEST_RAMP, LONGEST_RAMP = 5.0, 60.0
 """Seconds over which requests are let in again after closing. Between them it takes as long as a
@@ -125,10 +149,9 @@ class CircuitBreaker:
                 A deployment that scales up from nothing takes minutes.
             proven: the same settings have brought completions before this run.
         """
-        self._patience = patience_seconds
-        self._refusals = Refusals(proven=proven)
+        self._streak = Streak(patience_seconds=patience_seconds, proven=proven)
         self._failures = 0
-        self._failing_since: float | None = None
+        """Transient ones in a row, without those of status 429."""
         self._opened_at: float | None = None
         self._next_probe = 0.0
         self._distance = FIRST_PROBE_SECONDS
@@ -173,41 +196,31 @@ class CircuitBreaker:
         self._probes_in_flight -= attempt.probe
         if attempt.kind is None:
             self._succeeded(attempt)
-        elif attempt.transient:
+            return
+        reason = self._streak.failed(attempt, in_flight=in_flight)
+        if reason is not None and self._stop is None:
+            self._stop = Stop(reason)
+        if attempt.transient:
             self._failed_for_now(attempt, in_flight)
-        else:
-            self._trip(self._refusals.failed(attempt, in_flight=in_flight))
 
     def _succeeded(self, attempt: Attempt) -> None:
-        self._refusals.succeeded(attempt)
-        self._failures, self._failing_since = 0, None
+        self._streak.succeeded(attempt)
+        self._failures = 0
         typical = attempt.seconds if self._typical_seconds is None else self._typical_seconds
         self._typical_seconds = typical + _SMOOTHING * (attempt.seconds - typical)
         if self._opened_at is not None and attempt.started >= self._opened_at:
             self._opened_at, self._closed_at = None, attempt.ended
 
     def _failed_for_now(self, attempt: Attempt, in_flight: int) -> None:
-        now = attempt.ended
-        self._failing_since = now if self._failing_since is None else self._failing_since
-        if now - self._failing_since >= self._patience_with(attempt):
-            self._trip(
-                f"no request succeeded for {now - self._failing_since:.0f} s; the last one: "
-                f"{attempt.cause}: {attempt.message or 'no message'}. Run again once the server "
-                "answers"
-            )
         if self._opened_at is not None:
             self._probe_failed(attempt)
         elif attempt.status != 429:
             # 429 is the word of a server that works: whom to slow down is the limit's business.
             self._failures += 1
             if self._failures >= max(OPEN_AFTER, in_flight / 2):
-                self._opened_at = now
+                self._opened_at = attempt.ended
                 self._distance = FIRST_PROBE_SECONDS
-                self._next_probe = now + self._asked(attempt)
-
-    def _patience_with(self, attempt: Attempt) -> float:
-        stranger = self._typical_seconds is None and attempt.kind == "connection"
-        return min(self._patience, FIRST_CONTACT_SECONDS) if stranger else self._patience
+                self._next_probe = attempt.ended + self._asked(attempt)
 
     def _probe_failed(self, attempt: Attempt) -> None:
         if attempt.probe:
@@ -219,7 +232,3 @@ class CircuitBreaker:
 
     def _ramp_seconds(self) -> float:
         return min(LONGEST_RAMP, max(SHORTEST_RAMP, self._typical_seconds or 0.0))
-
-    def _trip(self, reason: str | None) -> None:
-        if reason is not None and self._stop is None:
-            self._stop = Stop(reason)
