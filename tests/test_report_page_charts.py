@@ -151,7 +151,8 @@ def test_a_page_without_inline_styles_shows_drawings_whole_and_on_dark_screens()
     ).svg
     drawn = Drawing(svg)
     own = {name for element in drawn.root.iter() for name in element.attrib}
-    assert not own & {"style", "clip-path", "href"}
+    assert not own & {"style", "font", "clip-path", "href"}
+    assert {text.get("font-size") for text in drawn.root.iter("text")} == {"13px"}
     colours = {e.get(part) for e in drawn.root.iter() for part in ("fill", "stroke")}
     for colour in colours - {None, "none"}:
         assert f'[fill="{colour}"]' in theme()

@@ -403,11 +403,13 @@ def _ends(series: Series) -> list[str]:
 
 
 def _apart(places: Sequence[float], room: float) -> list[float]:
-    """Heights of one or two labels, moved so that neither covers the other nor the axis below."""
-    moved = list(places)
-    if len(places) == 2 and (lack := room - abs(places[0] - places[1])) > 0:
-        upper = int(places[1] > places[0])
-        moved[upper] += lack / 2
-        moved[1 - upper] -= lack / 2
-    lift = max(0.0, room / 2 - min(moved))
-    return [place + lift for place in moved]
+    """Heights of one or two labels, in shares of the plot, moved so that neither covers the other,
+    the axis below or the title above."""
+    if len(places) == 1:
+        return [max(places[0], room / 2)]
+    lower, upper = sorted(places)
+    lack = max(0.0, room - (upper - lower))
+    upper = min(upper + lack / 2, 1.0)
+    lower = max(min(lower - lack / 2, upper - room), room / 2)
+    upper = max(upper, lower + room)
+    return [lower, upper] if places[0] <= places[1] else [upper, lower]
