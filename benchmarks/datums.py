@@ -15,6 +15,7 @@ import argparse
 import ctypes
 import gc
 import itertools
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,6 +25,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from eval_protocol_rft.data._dataset import RolloutDataset
+from eval_protocol_rft.data._files import write_rows
+from eval_protocol_rft.data.rollouts._format import FileMetadata, SamplingSettings, schema
+from eval_protocol_rft.data.rollouts._rows import CompletionRow, Score
 from eval_protocol_rft.training._batch import build_batch
 from eval_protocol_rft.training._filters import Filters
 from eval_protocol_rft.training._groups import group_rows
@@ -285,6 +290,42 @@ def compare_arrays(rows: list[dict], tokens: int) -> None:
     comparison.line("arrays: build_batch, prompt groups", lambda: build_batch(groups))
 
 
+def write_file(path: Path, rows: list[dict]) -> None:
+    """The same rollouts as a rollout file."""
+    sampling = SamplingSettings(model="m", tokenizer="t", temperature=1, top_p=1, top_k=0, n=1)
+    completions = (
+        CompletionRow(
+            row_id=r["input_metadata"]["row_id"],
+            data_idx=g,
+            sample_idx=i,
+            prompt="-",
+            prompt_ids=x["prompt_ids"].astype(np.int32),
+            completion_ids=ids.astype(np.int32),
+            logprobs=logprobs,
+            response="",
+            finish_reason="stop",
+            truncated=False,
+            scores={"reward": Score(reward=x["rewards"][i])},
+        )
+        for g, r in enumerate(rows)
+        for x in [r["execution_metadata"]["extra"]]
+        for i, (ids, logprobs) in enumerate(
+            zip(x["completion_ids"], x["inference_logprobs"], strict=True)
+        )
+    )
+    write_rows(path, schema(FileMetadata(sampling=sampling), {}), completions)
+
+
+def compare_files(rows: list[dict], tokens: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "rollouts.parquet"
+        write_file(path, rows)
+        data = RolloutDataset(path)
+        comparison = Comparison(tokens)
+        comparison.line("file: columns read (floor)", lambda: [None for _ in data.tables()])
+        comparison.line("file: build_batch", lambda: build_batch(group_rows(data.prompt_groups())))
+
+
 def compare_lists(rows: list[dict], tokens: int) -> None:
     comparison = Comparison(tokens)
     comparison.line("lists: bare np.asarray (floor)", lambda: bare_conversion(rows))
@@ -303,6 +344,7 @@ def main() -> None:
     print(f"{'':44}{'Mtok/s':>9}{'x floor':>9}{'peak MiB':>10}")
     rows = array_rows(args.groups, args.completions, args.tokens)
     compare_arrays(rows, total)
+    compare_files(rows, total)
     rows = list_rows(rows)
     compare_lists(rows, total)
 

@@ -1,18 +1,40 @@
-"""The contract in `execution_metadata.extra`: what a rollout leaves on a row for a trainer.
+"""What was rolled out for one prompt: the one form of it, on its way from a sampler or a file to a
+trainer. In `execution_metadata.extra` it is plain JSON, see docs/record.md.
 
-Invariant: plain JSON, and every per-completion list has the same length and order. A record that
-breaks this cannot be built or read: `RecordError` names the field and the completion.
+Invariant: every per-completion list has the same length and order. A record that breaks this cannot
+be built; what is read has had each of its numbers checked, once: `RecordError` names field,
+completion and index. Token data stay what they are, lists of `extra` or arrays of a file's columns,
+and are not copied; `read_record` gives them as segments too, which is what trains.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Sized
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
+import numpy as np
+from msgspec.structs import force_setattr
 
-from eval_protocol_rft._episode_record import EpisodeRecord, SegmentRecord, episodes_problem
-from eval_protocol_rft.sampling import Failure, FinishReason, token_data_problem
+from eval_protocol_rft._segments import RecordError as RecordError
+from eval_protocol_rft._segments import (
+    Segment,
+    TokenBuffer,
+    beginning_problem,
+    check_logprobs,
+    lay_out,
+    read_segment,
+)
+from eval_protocol_rft._turns import EpisodeRecord, episode_problem
+from eval_protocol_rft.sampling import Failure, FinishReason
+
+if TYPE_CHECKING:
+    Numbers = Sequence[int]
+    Logprobs = Sequence[float]
+    Segments = list[Segment]
+else:  # checked when they are read as arrays, not one by one before
+    Numbers = Logprobs = Any
+    Segments = list[Any]
 
 SCHEMA_VERSION = 1
 ARRAY_KEYS = (
@@ -34,10 +56,6 @@ PUBLISHED_KEYS = (
     "finish_reasons",
 )
 """What the published contract promises. A row with these alone is read too."""
-
-
-class RecordError(ValueError):
-    """`extra` holds no rollout record, or one that contradicts itself."""
 
 
 class SamplingRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -100,31 +118,19 @@ class SamplingRecord(msgspec.Struct, frozen=True, kw_only=True):
     """Further request fields that were sent."""
 
 
-class TokenTurnTrace(msgspec.Struct, frozen=True, kw_only=True):
-    """One turn as the public fw-ai/cookbook adapter reads it."""
+class Score(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """What one evaluator said of one completion."""
 
-    prompt_ids: list[int]
-    completion_ids: list[int]
-    completion_logprobs: list[float]
-    finish_reason: str
-
-
-class AssistantTurnPayload(msgspec.Struct, frozen=True, kw_only=True):
-    """What was sampled for one message of the assistant, as public converters read it."""
-
-    assistant_turn_index: int
-    """Which of the row's assistant messages it is, from 0; those of the prompt count."""
-    completion_ids: list[int]
-    completion_logprobs: list[float]
-
-
-class CompletionResult(msgspec.Struct, frozen=True, kw_only=True):
-    """What the evaluator said of one completion. `score` is None where it said nothing valid."""
-
-    score: float | None
+    reward: float | None = msgspec.field(default=None, name="score")
+    """None: no valid score, which is not 0."""
     reason: str | None = None
-    metrics: dict[str, Any] = {}
+    metrics: dict[str, Any] | None = None
+    """Further scores by name."""
     error: str | None = None
+    """Why there is no reward."""
+
+
+UNSCORED = Score()
 
 
 class RolloutRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=False):
@@ -134,11 +140,11 @@ class RolloutRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Fal
     `trajectories` and `episodes` hold the whole of it; rewards are the episode's.
     """
 
-    prompt_ids: list[int]
+    prompt_ids: Numbers
     """[P] ids that went to the sampler."""
-    completion_ids: list[list[int]]
+    completion_ids: Sequence[Numbers]
     """[G][T_i] sampled ids, the sampled end-of-turn token included."""
-    inference_logprobs: list[list[float]]
+    inference_logprobs: Sequence[Logprobs]
     """[G][T_i] sampling logprobs, nats."""
     completions_text: list[str]
     """[G] decoded from the ids, without the end-of-turn token and without a stop string."""
@@ -152,17 +158,19 @@ class RolloutRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Fal
     where that is so of all of them."""
     failures: list[Failure] = []
     """Completions that could not be had, each with its place among those asked for."""
-    raw_logprobs: list[list[float] | None] | None = None
-    token_turn_traces: list[TokenTurnTrace] = []
-    assistant_turn_payloads: list[AssistantTurnPayload] = []
-    """The same turns by the row's assistant messages, without their prompts."""
-    trajectories: list[list[SegmentRecord]] | None = None
+    raw_logprobs: Sequence[Logprobs | None] | None = None
+    token_turn_traces: list[dict[str, Any]] = []
+    """Each turn of the completion that became the message, see `turn_trace`."""
+    assistant_turn_payloads: list[dict[str, Any]] = []
+    """The same turns by the row's assistant messages, without their prompts, see
+    `turn_payloads`."""
+    trajectories: list[Segments] | None = None
     """[G][S_i] the segments of each episode, in order; None for rollouts of one turn."""
     episodes: list[EpisodeRecord] | None = None
     """[G] how each episode went; there exactly where `trajectories` is."""
     rewards: list[float | None] | None = None
     """[G] after scoring; None where a completion has no valid score, which is not 0.0."""
-    completion_results: list[CompletionResult] | None = None
+    completion_results: list[Score] | None = None
     rft_schema: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
@@ -178,24 +186,33 @@ class RolloutRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Fal
         """[G] sampled tokens of each completion; of an episode, of all its turns."""
         if self.trajectories is None:
             return [len(ids) for ids in self.completion_ids]
-        return [sum(sum(s.loss_mask) for s in segments) for segments in self.trajectories]
+        return [sum(s.num_sampled for s in segments) for segments in self.trajectories]
+
+    @property
+    def last_finish_reasons(self) -> list[FinishReason]:
+        """[G] of each completion; of an episode, of its last turn."""
+        if self.episodes is None:
+            return self.finish_reasons
+        return [episode.last_finish_reason for episode in self.episodes]
 
     @property
     def ends_truncated(self) -> list[bool]:
         """[G] whether each completion was cut off; of an episode, its last turn."""
         if self.episodes is None:
             return self.truncated
-        return [episode.last_finish_reason == "length" for episode in self.episodes]
+        return [reason == "length" for reason in self.last_finish_reasons]
 
     def _problem(self) -> str | None:
         if self.rft_schema != SCHEMA_VERSION:
             return f"rft_schema is {self.rft_schema}, this version reads {SCHEMA_VERSION}"
-        if not self.prompt_ids:
-            return "prompt_ids is empty"
-        if min(self.prompt_ids) < 0:
-            index = next(i for i, token in enumerate(self.prompt_ids) if token < 0)
-            return f"prompt_ids[{index}] is {self.prompt_ids[index]}: not a token id"
+        for name in ("completion_ids", "inference_logprobs"):
+            if not _is_list(getattr(self, name)):
+                kind = type(getattr(self, name)).__name__
+                return f"{name} is {kind}, not a list of lists or arrays"
         size = len(self.completion_ids)
+        if (self.trajectories is None) != (self.episodes is None):
+            missing = "trajectories" if self.trajectories is None else "episodes"
+            return f"{missing} is missing: trajectories and episodes come together"
         for name in (*_PER_COMPLETION, *_PER_COMPLETION_OR_NONE):
             values = getattr(self, name)
             if values is not None and len(values) != size:
@@ -208,28 +225,25 @@ class RolloutRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Fal
             values = getattr(self.sampling, name)
             if values and len(values) != size:
                 return f"sampling.{name} has {len(values)} entries, not {size} or none"
-        for i, (ids, logprobs) in enumerate(
-            zip(self.completion_ids, self.inference_logprobs, strict=True)
-        ):
-            raw = self.raw_logprobs[i] if self.raw_logprobs is not None else None
-            problem = token_data_problem(ids, logprobs, raw)
-            if problem:
-                return f"completion {i}: {problem}"
-        return episodes_problem(
-            self.trajectories,
-            self.episodes,
-            prompt_ids=self.prompt_ids,
-            completion_ids=self.completion_ids,
-            logprobs=self.inference_logprobs,
-            finish_reasons=self.finish_reasons,
-        )
+        if self.trajectories is None or self.episodes is None:
+            return None
+        for i, (segments, episode) in enumerate(zip(self.trajectories, self.episodes, strict=True)):
+            if problem := episode_problem(episode, len(segments), self.finish_reasons[i]):
+                return f"episode {i}: {problem}"
+        return None
 
     def to_extra(self) -> dict[str, Any]:
         """The record as plain JSON values, to be merged into `execution_metadata.extra`. Keys that
-        do not apply (no scores yet, no raw logprobs, one turn) are left out.
+        do not apply (no scores yet, no raw logprobs, one turn) are left out. Lists of token data
+        are the record's own.
         """
-        values: dict[str, Any] = msgspec.to_builtins(self)
-        return {key: value for key, value in values.items() if value is not None}
+        names = [n for n in self.__struct_fields__ if getattr(self, n) is not None]
+        return {
+            name: _listed(getattr(self, name))
+            if name in ARRAY_KEYS
+            else msgspec.to_builtins(getattr(self, name))
+            for name in names
+        }
 
     @classmethod
     def from_extra(
@@ -246,16 +260,68 @@ class RolloutRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Fal
         Raises:
             RecordError: there is no record, or a field is missing, mistyped or contradictory.
         """
-        if not has_record(extra):
-            raise RecordError(
-                "no rollout record in execution_metadata.extra: was the row produced by "
-                "FireworksTrainingRolloutProcessor, and did its rollout succeed?"
-            )
-        assert extra is not None  # noqa: S101 - it has a record
-        try:
-            return msgspec.convert(extra if is_marked(extra) else _marked(extra, params), cls)
-        except msgspec.ValidationError as error:
-            raise RecordError(f"invalid rollout record: {error}") from error
+        return read_record(extra, params)[0]
+
+
+def read_record(
+    extra: Mapping[str, Any] | None,
+    params: Mapping[str, Any] | None = None,
+    buffer: TokenBuffer | None = None,
+) -> tuple[RolloutRecord, list[tuple[Segment, ...]]]:
+    """`RolloutRecord.from_extra`, and its token data as arrays in `buffer`: [G] the segments of
+    each completion. Of an episode these are those of all its turns."""
+    if not has_record(extra):
+        raise RecordError(
+            "no rollout record in execution_metadata.extra: was the row produced by "
+            "FireworksTrainingRolloutProcessor, and did its rollout succeed?"
+        )
+    assert extra is not None  # noqa: S101 - it has a record
+    try:
+        fields = extra if is_marked(extra) else _marked(extra, params)
+        record = msgspec.convert(fields, RolloutRecord)
+    except msgspec.ValidationError as error:
+        raise RecordError(f"invalid rollout record: {error}") from error
+    return record, segments_of(record, buffer or TokenBuffer())
+
+
+def segments_of(record: RolloutRecord, buffer: TokenBuffer) -> list[tuple[Segment, ...]]:
+    """[G] the segments of each completion, laid out in `buffer` and checked; an episode's are those
+    that the record holds from then on.
+
+    Raises:
+        RecordError: a number is no token id or no logprob, or lists contradict each other; the
+            message names completion, segment and index.
+    """
+    names = [f"completion {index}" for index in record.sampling.indices]
+    trajectories = record.trajectories
+    # Of an episode, the first turn is only compared with what the first segment begins with.
+    first_turns = lay_out(
+        record.prompt_ids,
+        record.completion_ids,
+        record.inference_logprobs,
+        buffer if trajectories is None else TokenBuffer(0),
+        names,
+    )
+    for raw, ids, name in zip(
+        record.raw_logprobs or (), record.completion_ids, names, strict=False
+    ):
+        if raw is not None:
+            check_logprobs(raw, len(ids), f"{name}: raw_logprobs")
+    if trajectories is None:
+        return [(segment,) for segment in first_turns]
+    read: list[tuple[Segment, ...]] = []
+    for given, first_turn, name in zip(trajectories, first_turns, names, strict=True):
+        segments = []
+        for k, segment in enumerate(given):
+            try:
+                segments.append(read_segment(segment, buffer))
+            except RecordError as error:
+                raise RecordError(f"{name}, segment {k}: {error}") from error
+        if problem := beginning_problem(segments[0], first_turn):
+            raise RecordError(f"{name}, segment 0: {problem}")
+        read.append(tuple(segments))
+    force_setattr(record, "trajectories", [list(segments) for segments in read])
+    return read
 
 
 def has_record(extra: Mapping[str, Any] | None) -> bool:
@@ -280,25 +346,12 @@ def result_score(result: Any) -> float | None:
     return None if field("is_score_valid") is False else field("score")
 
 
-def turn_payloads(
-    traces: Sequence[Mapping[str, Any]], messages: Sequence[Any]
-) -> list[dict[str, Any]]:
-    """`assistant_turn_payloads` of turns whose answers are the last assistant messages of a row.
-
-    Args:
-        traces: the turns, in order, as in `token_turn_traces`.
-        messages: of the row, as objects or as JSON.
-    """
-    roles = [m.get("role") if isinstance(m, Mapping) else m.role for m in messages]
-    first = max(roles.count("assistant") - len(traces), 0)
-    return [
-        {
-            "assistant_turn_index": index,
-            "completion_ids": trace["completion_ids"],
-            "completion_logprobs": trace["completion_logprobs"],
-        }
-        for index, trace in enumerate(traces, start=first)
-    ]
+def score_of_result(result: Mapping[str, Any]) -> Score:
+    """What an `evaluation_result` says of a row's only completion: the evaluator judged the row as
+    it is, and left no rewards in the record."""
+    reward, reason = result_score(result), result.get("reason")
+    error = None if reward is not None else "the evaluator marked the score as invalid"
+    return Score(reward=reward, reason=reason, error=error)
 
 
 def _marked(extra: Mapping[str, Any], params: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -321,10 +374,35 @@ def _marked(extra: Mapping[str, Any], params: Mapping[str, Any] | None) -> dict[
     return {**own, "rft_schema": SCHEMA_VERSION, "sampling": sampling}
 
 
+def _is_list(values: Any) -> bool:
+    return isinstance(values, Sized) and not isinstance(values, (str, bytes, Mapping))
+
+
+def _listed(values: Any) -> Any:
+    """Lists of numbers, in lists where they are arrays, and of segments as objects."""
+    if isinstance(values, np.ndarray):
+        return values.tolist()
+    if isinstance(values, Segment):
+        return values.to_json()
+    if isinstance(values, Mapping):
+        return {name: _listed(value) for name, value in values.items()}
+    if isinstance(values, list | tuple) and values and isinstance(values[0], _NESTED):
+        return [_listed(value) for value in values]
+    return values
+
+
+_NESTED = (list, tuple, np.ndarray, Mapping, Segment, type(None))
 _BESIDE = ("rewards", "completion_results", "raw_logprobs")
 _HOW_SAMPLED = ("model", "temperature", "top_p", "top_k", "max_tokens")
 _PER_COMPLETION = ("inference_logprobs", "completions_text", "truncated", "finish_reasons")
-_PER_COMPLETION_OR_NONE = ("completion_messages", "raw_logprobs", "rewards", "completion_results")
+_PER_COMPLETION_OR_NONE = (
+    "completion_messages",
+    "raw_logprobs",
+    "rewards",
+    "completion_results",
+    "trajectories",
+    "episodes",
+)
 _PER_COMPLETION_SAMPLING = (
     "indices",
     "seeds",

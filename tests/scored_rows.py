@@ -10,7 +10,8 @@ from eval_protocol.dataset_logger.dataset_logger import DatasetLogger
 from eval_protocol.models import EvaluateResult, EvaluationRow, Message
 from eval_protocol.pytest.rollout_processor import RolloutProcessor
 
-from eval_protocol_rft.record import RolloutRecord, SamplingRecord, TokenTurnTrace
+from eval_protocol_rft._turns import turn_trace
+from eval_protocol_rft.record import RolloutRecord, SamplingRecord
 from eval_protocol_rft.rollout._prompts import assistant_message
 from eval_protocol_rft.sampling._types import Failure
 
@@ -40,14 +41,7 @@ def record_of(
             Failure(index=size + i, kind="timeout", message="-", attempts=1, seconds=1.0)
             for i in range(num_failed)
         ],
-        token_turn_traces=[
-            TokenTurnTrace(
-                prompt_ids=[11, 12, 13],
-                completion_ids=ids[0],
-                completion_logprobs=logprobs[0],
-                finish_reason=reasons[0],
-            )
-        ],
+        token_turn_traces=[turn_trace([11, 12, 13], ids[0], logprobs[0], reasons[0])],
         sampling=SamplingRecord(
             model="m",
             temperature=1.0,

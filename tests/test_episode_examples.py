@@ -69,7 +69,7 @@ def test_tool_calls_move_and_are_trained_on_token_by_token(lake: Any) -> None:
             assert [call["function"]["name"] for m in said for call in m["tool_calls"]] == [
                 "move"
             ] * episode.turns
-            sampled = [t for t, m in zip(segment.tokens, segment.loss_mask, strict=True) if m]
+            sampled = segment.tokens[segment.loss_mask == 1].tolist()
             texts = tokenizer.decode(sampled).split("<|im_end|>")[:-1]
             directions = [
                 json.loads(calls[0]["function"]["arguments"])["direction"]

@@ -481,23 +481,21 @@ def check_record(record: RolloutRecord, alive: dict[int, list[Exchange]]) -> Non
         expected = segments_of(exchanges)
         assert len(trajectory) == len(expected)
         for segment, wanted in zip(trajectory, expected, strict=True):
-            assert segment.tokens == wanted.tokens
-            assert segment.loss_mask == wanted.loss_mask
-            assert segment.logprobs == np.float32(wanted.logprobs).tolist()
+            assert segment.tokens.tolist() == wanted.tokens
+            assert segment.loss_mask.tolist() == wanted.loss_mask
+            assert segment.logprobs.tolist() == np.float32(wanted.logprobs).tolist()
         # Each turn ends a beginning of one segment, and all that is sampled is one of theirs.
         for exchange in exchanges:
             whole = [*exchange.prompt, *exchange.ids]
-            assert any(segment.tokens[: len(whole)] == whole for segment in trajectory)
+            assert any(segment.tokens[: len(whole)].tolist() == whole for segment in trajectory)
         sampled = sum(len(exchange.ids) for exchange in exchanges)
-        assert sum(sum(segment.loss_mask) for segment in trajectory) == sampled
+        assert sum(segment.num_sampled for segment in trajectory) == sampled
         first = exchanges[0]
         assert record.prompt_ids == first.prompt
         assert record.completion_ids[i] == first.ids
         assert record.inference_logprobs[i] == first.logprobs
-    traces = [
-        (trace.prompt_ids, trace.completion_ids, trace.completion_logprobs, trace.finish_reason)
-        for trace in record.token_turn_traces
-    ]
+    keys = ("prompt_ids", "completion_ids", "completion_logprobs", "finish_reason")
+    traces = [tuple(trace[key] for key in keys) for trace in record.token_turn_traces]
     assert traces == [
         (one.prompt, one.ids, one.logprobs, one.finish_reason)
         for one in alive[record.sampling.seeds[0]]

@@ -30,6 +30,8 @@ def extra_of_two(**options: Any) -> dict[str, Any]:
 @given(st.lists(shapes, min_size=1, max_size=3), st.integers(0, 99))
 def test_a_record_of_episodes_survives_json(made: Any, seed: int) -> None:
     extra = episodes_extra(made, [1.0] * len(made), seed=seed)
+    for one in (segment for segments in extra["trajectories"] for segment in segments):
+        one["logprobs"] = np.array(one["logprobs"], np.float32).tolist()  # as they are written
     read = RolloutRecord.from_extra(json.loads(json.dumps(extra)))
     again = read.to_extra()
     assert again["trajectories"] == extra["trajectories"]

@@ -148,7 +148,7 @@ async def test_segments_are_what_went_over_the_wire() -> None:
     assert record.trajectories is not None
     ((segment,),) = record.trajectories
     last_prompt, last_answer = sampler.exchanges[-1]
-    assert segment.tokens == [*last_prompt, *last_answer]
+    assert segment.tokens.tolist() == [*last_prompt, *last_answer]
     sampled = [i for i, one in enumerate(segment.loss_mask) if one]
     assert [segment.tokens[i] for i in sampled] == [t for _, ids in sampler.exchanges for t in ids]
     for (prompt, answer), (following, _) in zip(
@@ -264,7 +264,7 @@ async def test_a_turn_that_outlasts_the_episode_is_cancelled_and_left_out() -> N
     assert record.trajectories is not None
     assert (record.episodes[0].stop_reason, record.episodes[0].turns) == ("seconds", 1)
     ((prompt, answer),) = sampler.exchanges
-    assert [segment.tokens for segment in record.trajectories[0]] == [[*prompt, *answer]]
+    assert [segment.tokens.tolist() for segment in record.trajectories[0]] == [[*prompt, *answer]]
 
 
 async def test_an_episode_whose_first_turn_never_comes_is_a_failure() -> None:

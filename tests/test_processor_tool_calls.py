@@ -46,7 +46,7 @@ async def test_calls_are_fields_of_the_message_and_the_record_keeps_the_text():
     record = record_of_row(row)
     assert record.completions_text == [f"I add.\n{CALL}\n{CALL}"]
     assert record.finish_reasons == ["stop"]
-    assert record.token_turn_traces[0].finish_reason == "stop"
+    assert record.token_turn_traces[0]["finish_reason"] == "stop"
 
 
 async def test_a_row_without_tools_has_no_calls():

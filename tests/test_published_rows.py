@@ -11,8 +11,6 @@ import pytest
 from eval_protocol.models import EvaluationRow, Message
 
 from eval_protocol_rft.data._dataset import RolloutDataset
-from eval_protocol_rft.data._datums import scored_rows
-from eval_protocol_rft.data._progress import Reading
 from eval_protocol_rft.data.conversion._job import convert
 from eval_protocol_rft.episodes._environment import EpisodeLimits
 from eval_protocol_rft.episodes._processor import EpisodeRolloutProcessor
@@ -23,6 +21,7 @@ from eval_protocol_rft.report._terminal import summarize_rows
 from eval_protocol_rft.scoring._offline import score_rows
 from eval_protocol_rft.training._batch import TrainingBatch, build_batch
 from eval_protocol_rft.training._errors import TrainingDataError
+from eval_protocol_rft.training._groups import group_rows
 from tests.rollouts import chat_tokenizer, params_for, roll_out, row_of
 from tests.serving import EOS
 
@@ -151,14 +150,8 @@ def test_they_become_a_rollout_file_and_rows_again(tmp_path: Path) -> None:
         (None, 0.5, None),
         (0.75, 0.5, None),
     ]
-    assert (
-        contents(
-            build_batch(
-                scored_rows(dataset, reading=Reading("datums", lambda: None)), algorithm="reinforce"
-            )
-        )
-        == EXPECTED
-    )
+    for rows in (group_rows(dataset.prompt_groups()), dataset.training_rows()):
+        assert contents(build_batch(rows, algorithm="reinforce")) == EXPECTED
     convert(tmp_path / "r.parquet", tmp_path / "again.jsonl", to_format="ep")
     again = [json.loads(line) for line in (tmp_path / "again.jsonl").read_text().splitlines()]
     assert contents(build_batch(again, algorithm="reinforce")) == EXPECTED

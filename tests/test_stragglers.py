@@ -368,7 +368,7 @@ async def test_the_record_of_an_over_sampled_row_says_so(server):
     assert sampling.seeds == [seeds[1], seeds[2], seeds[4]]
     assert record.failures == []
     assert_is_what_the_server_sampled(record)
-    assert record.token_turn_traces[0].completion_ids == record.completion_ids[0]
+    assert record.token_turn_traces[0]["completion_ids"] == record.completion_ids[0]
     await server.until(lambda: Counter(server.outcomes())["disconnected"] == 2)
 
 

@@ -21,9 +21,9 @@ from ._stats_types import PromptStats as PromptStats
 from ._stats_types import RolloutStats as RolloutStats
 from .conversion._ep import read_rows as read_rows
 from .conversion._job import convert as convert
+from .conversion._to_ep import to_rows as to_rows
 from .conversion._types import ConvertError as ConvertError
 from .conversion._types import ConvertSummary as ConvertSummary
-from .evaluation_rows._to_row import to_rows as to_rows
 from .rollouts._format import DataSettings as DataSettings
 from .rollouts._format import FileMetadata as FileMetadata
 from .rollouts._format import FormatError as FormatError

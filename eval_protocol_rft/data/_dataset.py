@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from eval_protocol_rft.data.evaluation_rows._to_row import to_rows
+from eval_protocol_rft.data.conversion._to_ep import to_rows
 from eval_protocol_rft.data.rollouts import _jsonl as jsonl
 from eval_protocol_rft.data.rollouts._checking import in_order, with_json_text
 from eval_protocol_rft.data.rollouts._format import (
@@ -27,7 +27,8 @@ from eval_protocol_rft.data.rollouts._format import (
     metadata_of,
 )
 from eval_protocol_rft.data.rollouts._parquet import open_parquet, read_row_groups
-from eval_protocol_rft.data.rollouts._rows import CompletionRow, from_record_batch
+from eval_protocol_rft.data.rollouts._records import part_of
+from eval_protocol_rft.data.rollouts._rows import CompletionRow, by_prompt, from_record_batch
 from eval_protocol_rft.data.source._arrow import plain_type
 from eval_protocol_rft.data.store._merge import (
     KEY_COLUMNS,
@@ -43,6 +44,7 @@ from eval_protocol_rft.data.store._parts import (
     parts_folder,
     read_schema,
 )
+from eval_protocol_rft.training import PromptGroup, TokenBuffer
 
 if TYPE_CHECKING:
     from eval_protocol.models import EvaluationRow
@@ -126,12 +128,20 @@ class RolloutDataset:
         for _, rows in itertools.groupby(self.rows(columns), key=lambda row: row.data_idx):
             yield list(rows)
 
-    def training_rows(self) -> Iterator[dict[str, Any]]:
-        """One dict per data row, for `training.build_batch` and `training.iter_batches`; token data
-        are arrays. Where completions of a data row were sampled behind different prompt ids, there
-        is one for each prompt; these are one prompt group all the same."""
+    def prompt_groups(self) -> Iterator[PromptGroup]:
+        """What each data row is of a prompt group, for `training.group_rows` and
+        `training.iter_groups`, which put together what belongs together. Where completions of a
+        data row were sampled behind different prompt ids, there is one part for each prompt."""
+        buffer = TokenBuffer()
         for group in self.groups():
-            yield from to_rows(group, self.metadata, arrays=True)
+            for part in by_prompt(group):
+                yield part_of(part, self.metadata, buffer)
+
+    def training_rows(self) -> Iterator[dict[str, Any]]:
+        """One dict per data row, as Eval Protocol's rows are, with arrays for token data. Several
+        where `prompt_groups` has several."""
+        for group in self.groups():
+            yield from to_rows(group, self.metadata, tokens="arrays")
 
     def evaluation_rows(self) -> Iterator[EvaluationRow]:
         """One `EvaluationRow` per data row, as the rollout processor leaves it; several where

@@ -17,10 +17,10 @@ RL-step lines of more rollouts than fit in memory: one prompt group after the ot
 
 Invariant: the lines are those of `export.rl_step.to_lines` for all rows at once.
 
-Rows of a rollout file as `training` reads them, by any of the file's rewards.
+Completions of a rollout file as `training` reads them, by any of the file's rewards.
 
-Invariant: a row carries the rewards that were asked for and no others; a data row that was never
-scored is an error, since its completions are not the evaluator's failures.
+Invariant: a completion carries the reward that was asked for and no other; a data row that was
+never scored is an error, since its completions are not the evaluator's failures.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Unpack
+from typing import Annotated, Any, Literal, Unpack
 
 import msgspec
 from annotated_types import Ge
@@ -44,17 +44,23 @@ from eval_protocol_rft.data._dataset import RolloutDataset
 from eval_protocol_rft.data._files import TargetError, check_target
 from eval_protocol_rft.data._group_values import chosen_reward
 from eval_protocol_rft.data._progress import Reading
-from eval_protocol_rft.data.evaluation_rows._to_row import to_rows
+from eval_protocol_rft.data.conversion._to_ep import to_rows
+from eval_protocol_rft.data.rollouts._format import FileMetadata
 from eval_protocol_rft.data.rollouts._jsonl import replacing_lines
-from eval_protocol_rft.data.rollouts._rows import UNSCORED
+from eval_protocol_rft.data.rollouts._records import part_of
+from eval_protocol_rft.data.rollouts._rows import UNSCORED, CompletionRow, by_prompt
 from eval_protocol_rft.training import (
     BatchArguments,
     EmptyBatchError,
+    PromptGroup,
+    TokenBuffer,
     TrainingBatch,
     TrainingDataError,
     TrainingDatum,
     build_batch,
+    group_rows,
     iter_batches,
+    iter_groups,
     row_key,
 )
 from eval_protocol_rft.training.export import files
@@ -133,16 +139,7 @@ def _line(batch: int, datum: TrainingDatum) -> dict[str, Any]:
     return {"batch": batch, **values, **arrays}
 
 
-class RLStepCounts(NamedTuple):
-    """What was written."""
-
-    groups: int
-    """Lines."""
-    samples: int
-    dropped: dict[str, int]
-
-
-def write_rl_step(path: Path, rows: Iterable[dict[str, Any]]) -> RLStepCounts:
+def write_rl_step(path: Path, rows: Iterable[dict[str, Any]]) -> DatumsSummary:
     """Write scored rows as RL-step lines; completions without a reward are dropped and counted.
 
     Raises:
@@ -160,7 +157,9 @@ def write_rl_step(path: Path, rows: Iterable[dict[str, Any]]) -> RLStepCounts:
                 file.write(msgspec.json.encode(line) + b"\n")
         if not groups:
             raise EmptyBatchError(dropped)
-    return RLStepCounts(groups, samples, dict(dropped))
+    return DatumsSummary(
+        files=[path], groups=groups, datums=samples, sampled_tokens=None, dropped=dropped
+    )
 
 
 def _by_group(rows: Iterable[dict[str, Any]]) -> Iterator[RLStepData]:
@@ -178,10 +177,11 @@ def _by_group(rows: Iterable[dict[str, Any]]) -> Iterator[RLStepData]:
             yield RLStepData([], nothing.dropped)
 
 
-def scored_rows(
+def scored_groups(
     dataset: RolloutDataset, *, reward: str | None = None, reading: Reading
-) -> Iterator[dict[str, Any]]:
-    """`dataset.training_rows()`, with a further reward in the place of the main one.
+) -> Iterator[list[CompletionRow]]:
+    """The completions of one data row after the other, with no other rewards than those asked for,
+    and these as the main ones.
 
     Args:
         dataset: a scored file.
@@ -192,10 +192,12 @@ def scored_rows(
         FormatError: at once, if there is no such reward.
         TrainingDataError: while iterating, at a data row that was never scored.
     """
-    return _rows(dataset, chosen_reward(dataset, reward), reading)
+    return _scored(dataset, chosen_reward(dataset, reward), reading)
 
 
-def _rows(dataset: RolloutDataset, column: str, reading: Reading) -> Iterator[dict[str, Any]]:
+def _scored(
+    dataset: RolloutDataset, column: str, reading: Reading
+) -> Iterator[list[CompletionRow]]:
     for group in reading(dataset.groups()):
         survivors = [row for row in group if not row.failed]
         if survivors and not any(column in row.scores for row in survivors):
@@ -206,7 +208,17 @@ def _rows(dataset: RolloutDataset, column: str, reading: Reading) -> Iterator[di
             )
         for row in group:
             row.scores = {"reward": row.scores.get(column, UNSCORED)}
-        yield from to_rows(group, dataset.metadata, arrays=True)
+        yield group
+
+
+def scored_parts(
+    groups: Iterable[list[CompletionRow]], metadata: FileMetadata
+) -> Iterator[PromptGroup]:
+    """`scored_groups` as `RolloutDataset.prompt_groups` reads them."""
+    buffer = TokenBuffer()
+    for group in groups:
+        for part in by_prompt(group):
+            yield part_of(part, metadata, buffer)
 
 
 DatumsFormat = Literal["npz", "safetensors", "jsonl", "rl-step"]
@@ -290,53 +302,35 @@ def write_datums(
         )
     dataset = RolloutDataset(source)
     with Reading("datums", dataset.rows_about, show=progress) as reading:
-        rows = scored_rows(dataset, reward=reward, reading=reading)
-        return _write(
-            target, chosen, rows, max_groups, max_tokens, overwrite=overwrite, options=options
-        )
-
-
-def _write(
-    target: Path,
-    format: DatumsFormat,  # noqa: A002
-    rows: Iterator[dict[str, Any]],
-    max_groups: int | None,
-    max_tokens: int | None,
-    *,
-    overwrite: bool,
-    options: BatchArguments,
-) -> DatumsSummary:
-    if format == "rl-step":
-        counts = write_rl_step(target, rows)
-        return DatumsSummary(
-            files=[target],
-            groups=counts.groups,
-            datums=counts.samples,
-            sampled_tokens=None,
-            dropped=Counter(counts.dropped),
-        )
-    summary = DatumsSummary(files=[target])
-    batches = summary.counting(_batches(rows, max_groups, max_tokens, options))
-    if format == "jsonl":
-        write_datums_jsonl(target, batches)
-    elif max_groups is not None or max_tokens is not None:
-        check_numbered(target, overwrite=overwrite)
-        summary.files = write_numbered(target, batches)
-    else:
-        write_batch(target, next(batches))
-    return summary
+        groups = scored_groups(dataset, reward=reward, reading=reading)
+        if chosen == "rl-step":
+            # The text of the rows, which the format takes, is that of Eval Protocol's.
+            rows = (r for group in groups for r in to_rows(group, dataset.metadata))
+            return write_rl_step(target, rows)
+        summary = DatumsSummary(files=[target])
+        parts = scored_parts(groups, dataset.metadata)
+        batches = summary.counting(_batches(parts, max_groups, max_tokens, options))
+        if chosen == "jsonl":
+            write_datums_jsonl(target, batches)
+        elif limited:
+            check_numbered(target, overwrite=overwrite)
+            summary.files = write_numbered(target, batches)
+        else:
+            write_batch(target, next(batches))
+        return summary
 
 
 def _batches(
-    rows: Iterator[dict[str, Any]],
+    parts: Iterator[PromptGroup],
     max_groups: int | None,
     max_tokens: int | None,
     options: BatchArguments,
 ) -> Iterator[TrainingBatch]:
     if max_groups is None and max_tokens is None:
-        yield build_batch(rows, **options)
+        yield build_batch(group_rows(parts), **options)
     else:
-        yield from iter_batches(rows, max_groups=max_groups, max_tokens=max_tokens, **options)
+        groups = iter_groups(parts)
+        yield from iter_batches(groups, max_groups=max_groups, max_tokens=max_tokens, **options)
 
 
 def _format_of(path: Path) -> DatumsFormat:

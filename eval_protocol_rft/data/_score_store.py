@@ -36,7 +36,7 @@ from eval_protocol_rft.data.rollouts._format import (
 )
 from eval_protocol_rft.data.store._merge import KEY_COLUMNS, Keys
 from eval_protocol_rft.data.store._parts import PartStore
-from eval_protocol_rft.record import CompletionResult
+from eval_protocol_rft.record import Score
 from eval_protocol_rft.scoring.executors import Graded
 
 SCORES = pa.schema(
@@ -152,7 +152,7 @@ def _without_result(column: pa.ChunkedArray) -> pa.ChunkedArray:
     return pa.chunked_array([pa.array(texts, pa.string()).take(encoded.indices)])
 
 
-Result = tuple[Place, CompletionResult]
+Result = tuple[Place, Score]
 
 
 class GradedStore:
@@ -221,7 +221,7 @@ def _batch(results: Sequence[Result]) -> pa.RecordBatch:
     columns = [
         [place[0] for place, _ in results],
         [place[1] for place, _ in results],
-        [result.score for result in said],
+        [result.reward for result in said],
         [result.reason for result in said],
         metrics,
         [result.error for result in said],

@@ -14,11 +14,9 @@ from numpy.typing import NDArray
 
 from eval_protocol_rft._text import text_of, well_formed_json
 from eval_protocol_rft.data._dataset import RolloutDataset
-from eval_protocol_rft.data.evaluation_rows._record import FILE_KEY
-from eval_protocol_rft.data.evaluation_rows._to_row import to_row
+from eval_protocol_rft.data.conversion._to_ep import to_row
 from eval_protocol_rft.data.rollouts._format import ARRAY_COLUMNS
 from eval_protocol_rft.data.rollouts._rows import CompletionRow
-from eval_protocol_rft.record import ARRAY_KEYS
 from eval_protocol_rft.scoring.executors import GradingItem, LoadedEvaluator
 
 if TYPE_CHECKING:
@@ -78,15 +76,8 @@ def _groups(dataset: RolloutDataset) -> Iterator[list[CompletionRow]]:
     columns = [name for name in dataset.schema.names if name not in ARRAY_COLUMNS]
     for group in dataset.groups(columns):
         survivors = [row for row in group if not row.failed]
-        for row in survivors:
-            row.prompt_ids = row.completion_ids = _NO_IDS
-            row.logprobs = _NO_LOGPROBS
         if survivors:
             yield survivors
-
-
-_NO_IDS = np.empty(0, np.int32)
-_NO_LOGPROBS = np.empty(0, np.float32)
 
 
 def _views(
@@ -96,10 +87,7 @@ def _views(
 
     from eval_protocol_rft.scoring import completion_views
 
-    values = to_row(group, dataset.metadata, arrays=True)
-    extra = values["execution_metadata"]["extra"]
-    for key in (*ARRAY_KEYS, FILE_KEY):
-        extra.pop(key, None)
+    values = to_row(group, dataset.metadata, tokens="none")
     row = EvaluationRow.model_validate(values)
     if adapter is not None and group[0].original:
         row = _adapted(row, group[0], adapter)

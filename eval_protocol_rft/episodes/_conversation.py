@@ -24,8 +24,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
+from eval_protocol_rft._segments import Segment as Segment
 from eval_protocol_rft.episodes._rendering import (
     ChatText,
     ConversationError,
@@ -44,22 +44,6 @@ from eval_protocol_rft.rollout import (
     tool_format,
 )
 from eval_protocol_rft.sampling import Completion, FinishReason, TokenIds
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Segment:
-    """Turns of which each continues, id by id, what was there before it. N tokens."""
-
-    tokens: NDArray[np.int64]
-    """[N] ids sent and sampled, in order."""
-    logprobs: NDArray[np.float32]
-    """[N] sampling logprobs (nats) of sampled ids, 0.0 elsewhere."""
-    loss_mask: NDArray[np.float32]
-    """[N] 1.0 exactly on sampled ids."""
-
-    def __len__(self) -> int:
-        """N, the number of tokens."""
-        return len(self.tokens)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

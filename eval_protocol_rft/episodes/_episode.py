@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from eval_protocol_rft._episode_record import EpisodeRecord, SegmentRecord
+from eval_protocol_rft._segments import Segment
 from eval_protocol_rft._text import well_formed_json
+from eval_protocol_rft._turns import EpisodeRecord
 from eval_protocol_rft.episodes._calling import call
 from eval_protocol_rft.episodes._conversation import Conversation, OnRewrite, Openings
 from eval_protocol_rft.episodes._environment import (
@@ -170,7 +171,7 @@ class Episode:
     first: Survivor
     """Its first turn, with the attempts and seconds of all of them."""
     record: EpisodeRecord
-    segments: list[SegmentRecord]
+    segments: list[Segment]
     talk: Conversation
     first_prompt: TokenIds
     sampled_tokens: int
@@ -334,14 +335,7 @@ class EpisodeRun:
                 messages=said.kept,
                 row_messages=len(self.messages),
             ),
-            segments=[
-                SegmentRecord(
-                    tokens=segment.tokens.tolist(),
-                    logprobs=segment.logprobs.tolist(),
-                    loss_mask=segment.loss_mask.astype(int).tolist(),
-                )
-                for segment in talk.segments()
-            ],
+            segments=talk.segments(),
             talk=talk,
             first_prompt=first_prompt,
             sampled_tokens=sum(len(s.completion.token_ids) for s in self._survivors),

@@ -20,10 +20,10 @@ import msgspec
 from eval_protocol.models import EvaluationRow, Message
 from eval_protocol.pytest.types import RolloutProcessorConfig
 
+from eval_protocol_rft._turns import turn_trace
 from eval_protocol_rft.episodes._conversation import OnRewrite, Openings
 from eval_protocol_rft.episodes._environment import Environment, EpisodeLimits
 from eval_protocol_rft.episodes._episode import Episode, EpisodeRun
-from eval_protocol_rft.record import TokenTurnTrace
 from eval_protocol_rft.rollout import (
     PROMPT_IDS_KEY,
     FireworksTrainingRolloutProcessor,
@@ -141,11 +141,11 @@ class EpisodeRolloutProcessor(FireworksTrainingRolloutProcessor):
             trajectories=[episode.segments for episode in episodes],
             episodes=[episode.record for episode in episodes],
             token_turn_traces=[
-                TokenTurnTrace(
-                    prompt_ids=turn.prompt_ids,
-                    completion_ids=turn.completion_ids,
-                    completion_logprobs=turn.completion_logprobs,
-                    finish_reason=turn.finish_reason,
+                turn_trace(
+                    turn.prompt_ids,
+                    turn.completion_ids,
+                    turn.completion_logprobs,
+                    turn.finish_reason,
                 )
                 for turn in first.talk.turns()
             ],

@@ -26,7 +26,7 @@ from eval_protocol_rft.sampling import sampling_time
 if TYPE_CHECKING:
     from eval_protocol.models import EvaluationRow, Message
 
-    from eval_protocol_rft.record import CompletionResult
+    from eval_protocol_rft.record import Score
 
 TOOL_SECONDS = 30.0
 TOOL_CHARACTERS = 100_000
@@ -148,7 +148,7 @@ class _Tool:
         return {name: getattr(given, name) for name in type(given).model_fields}
 
 
-def _reason(result: CompletionResult) -> str:
+def _reason(result: Score) -> str:
     return f"That is not right: {result.reason or 'wrong'}. Try again."
 
 
@@ -167,7 +167,7 @@ class RetryWithFeedback(Environment):
         evaluator: Callable[..., Any],
         *,
         threshold: float = 1.0,
-        say: Callable[[CompletionResult], str] = _reason,
+        say: Callable[[Score], str] = _reason,
     ) -> None:
         self._evaluator = evaluator
         self._threshold = threshold
@@ -185,9 +185,9 @@ class RetryWithFeedback(Environment):
         row.messages = [*messages, assistant]
         (judged,) = await ascore_rows([row], self._evaluator, mode="pointwise")
         result = read_result(judged)
-        if result.score is None:
+        if result.reward is None:
             raise ValueError(f"the evaluator gave no score: {result.error}")
-        if result.score >= self._threshold:
-            return Step(done=True, reward=result.score)
+        if result.reward >= self._threshold:
+            return Step(done=True, reward=result.reward)
         told = {"role": "user", "content": self._say(result)}
-        return Step(messages=[told], reward=result.score)
+        return Step(messages=[told], reward=result.reward)

@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 from eval_protocol.models import EvaluationRow
 
 from eval_protocol_rft.loop._row_runner import RowRunner, RunnerOptions
-from eval_protocol_rft.training import RowRollout, TokenBuffer, Trajectory, read_row
+from eval_protocol_rft.training import PromptGroup, TokenBuffer, Trajectory, read_row
 from eval_protocol_rft.training.export.cookbook import DICTS, CookbookTypes, to_run
 
 
@@ -163,15 +163,15 @@ class RolloutFn:
                 runs.append(self._run(row, trajectory, i))
         return runs, errors
 
-    async def _scored(self, given: Any) -> tuple[EvaluationRow, RowRollout]:
+    async def _scored(self, given: Any) -> tuple[EvaluationRow, PromptGroup]:
         try:
             row = await self.runner(given)
             rollout = read_row(row, TokenBuffer(0))
         except Exception as error:
             raise RolloutFnError(f"{type(error).__name__}: {error}") from error
-        if rollout.failed is not None:
+        if rollout.failed_rows:
             raise RolloutFnError(
-                f"{rollout.name}: {rollout.failed}", row_id=row.input_metadata.row_id
+                f"{rollout.name}: {rollout.failed_rows[0]}", row_id=row.input_metadata.row_id
             )
         return row, rollout
 

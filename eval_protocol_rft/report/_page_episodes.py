@@ -15,17 +15,19 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from eval_protocol_rft._episode_record import (
-    EpisodeRecord,
-    SegmentRecord,
-    episodes_problem,
-    turn_runs,
+from eval_protocol_rft._segments import (
+    RecordError,
+    Segment,
+    TokenBuffer,
+    beginning_problem,
+    lay_out,
+    read_segment,
 )
+from eval_protocol_rft._turns import EpisodeRecord, episode_problem, turn_runs
 from eval_protocol_rft.data import CompletionRow
 from eval_protocol_rft.report._page_detail import Json, in_units, plain_text
 from eval_protocol_rft.report._page_stats import broken
 from eval_protocol_rft.report._page_tokens import TokenTexts, Vocabulary
-from eval_protocol_rft.sampling import token_data_problem
 
 T = TypeVar("T")
 
@@ -37,12 +39,12 @@ class StoredEpisode:
     row: CompletionRow
     """Its columns are of the first turn."""
     record: EpisodeRecord
-    segments: list[SegmentRecord]
+    segments: list[Segment]
 
     @property
     def length(self) -> tuple[int, bool]:
         """Sampled tokens of all turns, and whether the last one was cut off."""
-        sampled = sum(sum(segment.loss_mask) for segment in self.segments)
+        sampled = sum(segment.num_sampled for segment in self.segments)
         return sampled, self.record.last_finish_reason == "length"
 
 
@@ -95,13 +97,13 @@ def episode_detail(
     sampled, or all not; the first segment lacks the prompt, which stands above. Without `texts` it
     has the conversation as it is stored."""
     record = episode.record
-    runs = sum(one for s in episode.segments for one, _, _ in turn_runs(s.loss_mask))
+    runs = sum(one for s in episode.segments for one, _, _ in turn_runs(s.loss_mask.tolist()))
     numbers = iter(range(1, record.turns + 1)) if runs == record.turns else None
     segments = []
     for k, segment in enumerate(episode.segments):
         above = 0 if k or episode.row.prompt_ids is None else len(episode.row.prompt_ids)
         # Decoded as a whole: a character may have tokens on both sides of a turn's start.
-        tokens = vocabulary.numbers(segment.tokens, texts)
+        tokens = vocabulary.numbers(segment.tokens.tolist(), texts)
         segments.append(list(_parts(segment, tokens, above, record, numbers)))
     first, raw = segments[0][0], episode.row.raw_logprobs
     if raw is not None and len(raw) == len(first["tokens"]):
@@ -119,7 +121,7 @@ def episode_detail(
 
 
 def _parts(
-    segment: SegmentRecord,
+    segment: Segment,
     tokens: list[int],
     above: int,
     record: EpisodeRecord,
@@ -127,13 +129,13 @@ def _parts(
 ) -> Iterator[Json]:
     """Runs of sampled tokens and of others, from token `above` on. `numbers` gives each sampled
     run the number of its turn; None where they cannot be told apart."""
-    for sampled, first, stop in turn_runs(segment.loss_mask):
+    for sampled, first, stop in turn_runs(segment.loss_mask.tolist()):
         start = max(first, above)
         if start == stop:
             continue
         part: Json = {"tokens": tokens[start:stop]}
         if sampled:
-            part["logprobs"] = in_units(segment.logprobs[start:stop])
+            part["logprobs"] = in_units(segment.logprobs[start:stop].tolist())
             if numbers is not None:
                 part["turn"] = next(numbers)
                 reward = next(iter(record.step_rewards[part["turn"] - 1 : part["turn"]]), None)
@@ -157,23 +159,26 @@ def _stored(row: CompletionRow, extra: _Extra) -> StoredEpisode:
     if place not in trajectories or place not in episodes:
         missing = "episodes" if place in trajectories else "trajectories"
         raise broken(row, f"evaluation_row has no {missing} of it")
-    raw = trajectories[place]
-    segments = [_decoded(row, f"segment {k}", raw[k], SegmentRecord) for k in range(len(raw))]
     record = _decoded(row, "episode", episodes[place], EpisodeRecord)
-    problem = episodes_problem(
-        [segments],
-        [record],
-        prompt_ids=[] if row.prompt_ids is None else row.prompt_ids.tolist(),
-        completion_ids=[[] if row.completion_ids is None else row.completion_ids.tolist()],
-        logprobs=[[] if row.logprobs is None else row.logprobs.tolist()],
-        finish_reasons=["length" if row.truncated else "stop"],
-    )
-    if problem:
-        # It is the only one of those given; where it stands in the file is said before.
-        raise broken(row, problem.removeprefix("episode 0, ").removeprefix("episode 0: "))
-    for k, segment in enumerate(segments):
-        if problem := token_data_problem(segment.tokens, segment.logprobs, None):
-            raise broken(row, f"segment {k}: {problem}")
+    raw = trajectories[place]
+    if problem := episode_problem(record, len(raw), "length" if row.truncated else "stop"):
+        raise broken(row, problem)
+    segments = []
+    for k in range(len(raw)):
+        try:
+            segments.append(
+                read_segment(_decoded(row, f"segment {k}", raw[k], Any), TokenBuffer(0))
+            )
+        except RecordError as error:
+            raise broken(row, f"segment {k}: {error}") from error
+    try:
+        [first_turn] = lay_out(
+            row.prompt_ids, [row.completion_ids], [row.logprobs], TokenBuffer(0), ["first turn"]
+        )
+    except RecordError as error:
+        raise broken(row, str(error)) from error
+    if problem := beginning_problem(segments[0], first_turn):
+        raise broken(row, f"segment 0: {problem}")
     return StoredEpisode(row=row, record=record, segments=segments)
 
 

@@ -11,14 +11,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from openai.types import CompletionUsage
 
+from eval_protocol_rft._turns import turn_payloads, turn_trace
 from eval_protocol_rft.local import LoadedTokenizer
-from eval_protocol_rft.record import (
-    RecordError,
-    RolloutRecord,
-    SamplingRecord,
-    TokenTurnTrace,
-    turn_payloads,
-)
+from eval_protocol_rft.record import RecordError, RolloutRecord, SamplingRecord
 from eval_protocol_rft.rollout._answers import AnswerReader
 from eval_protocol_rft.rollout._params import RolloutRequest
 from eval_protocol_rft.rollout._prompts import (
@@ -218,12 +213,7 @@ def build_record(
         raw_logprobs=raw if any(values is not None for values in raw) else None,
         failures=group.failures,
         token_turn_traces=[
-            TokenTurnTrace(
-                prompt_ids=prompt_ids,
-                completion_ids=first.token_ids,
-                completion_logprobs=first.logprobs,
-                finish_reason=first.finish_reason,
-            )
+            turn_trace(prompt_ids, first.token_ids, first.logprobs, first.finish_reason)
         ],
         sampling=SamplingRecord(
             model=params.model,

@@ -23,19 +23,19 @@ from pydantic import BaseModel
 from pydantic_core import to_jsonable_python
 
 from eval_protocol_rft._text import text_of, well_formed, well_formed_json
-from eval_protocol_rft.record import CompletionResult
+from eval_protocol_rft.record import Score
 from eval_protocol_rft.scoring._evaluator import CallFailed
 
 STEP_OUTPUTS = "step_outputs"
 """The metric that holds what an evaluator said of single steps."""
 
 
-def unscored(error: str) -> CompletionResult:
+def unscored(error: str) -> Score:
     """The result of a completion about which nothing valid was said."""
-    return CompletionResult(score=None, error=well_formed(error))
+    return Score(error=well_formed(error))
 
 
-def read_result(returned: Any) -> CompletionResult:
+def read_result(returned: Any) -> Score:
     """The result of one completion, from what the evaluator returned for its view.
 
     That is the view with an `evaluation_result`, a bare `EvaluateResult`, or a number, which is
@@ -52,7 +52,7 @@ def read_result(returned: Any) -> CompletionResult:
         return unscored(returned.text)
     if isinstance(returned, Real | np.bool_):
         problem = _score_problem(returned, True)
-        return unscored(problem) if problem else CompletionResult(score=float(returned))
+        return unscored(problem) if problem else Score(reward=float(returned))
     # Pydantic does not check assignments, so these fields can hold anything.
     result: Any = returned
     if isinstance(returned, EvaluationRow):
@@ -71,8 +71,8 @@ def read_result(returned: Any) -> CompletionResult:
     metrics, dropped = _plain_metrics({**steps, **(result.metrics or {})})
     said = None if result.error is None else f"the evaluator reported: {text_of(result.error)}"
     errors = [text for text in (problem, said, *dropped) if text]
-    return CompletionResult(
-        score=float(result.score) if problem is None else None,
+    return Score(
+        reward=float(result.score) if problem is None else None,
         reason=None if result.reason is None else text_of(result.reason),
         metrics=metrics,
         error=well_formed("; ".join(errors)) or None,
@@ -149,7 +149,7 @@ Place = tuple[int, int | None]
 class Answers(NamedTuple):
     """What one call said of the rows it was given, by their position in the call."""
 
-    results: dict[int, list[CompletionResult]]
+    results: dict[int, list[Score]]
     """Per row with a record: a result per completion, in order."""
     passed: dict[int, list[EvaluationRow]]
     """Per row without one: the rows that the evaluator returned for it."""
@@ -189,7 +189,7 @@ def sort_answers(layout: Mapping[Place, EvaluationRow], returned: Any) -> Answer
 
 def _assign(
     layout: Mapping[Place, EvaluationRow], returned: Any
-) -> tuple[dict[Place, list[EvaluationRow]], int, CompletionResult | None]:
+) -> tuple[dict[Place, list[EvaluationRow]], int, Score | None]:
     """The returned rows by place, how many fit none, and what is wrong with the call itself."""
     if isinstance(returned, CallFailed):
         return {}, 0, read_result(returned)
@@ -230,7 +230,7 @@ def _key(row: EvaluationRow) -> tuple[Any, Any]:
 
 def _only_result(
     rows: Sequence[EvaluationRow], view: EvaluationRow, index: int, strays: int
-) -> CompletionResult:
+) -> Score:
     if len(rows) == 1:
         return read_result(rows[0])
     where = f"completion {index} of rollout {view.execution_metadata.rollout_id}"

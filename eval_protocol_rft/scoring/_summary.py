@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 import msgspec
 from eval_protocol.models import EvaluateResult, EvaluationRow, MetricResult, StepOutput
 
-from eval_protocol_rft.record import CompletionResult
+from eval_protocol_rft.record import Score
 from eval_protocol_rft.scoring._pass_at_k import pass_at_k
 from eval_protocol_rft.scoring._results import STEP_OUTPUTS
 
@@ -45,9 +45,7 @@ class ScoringOptions:
             raise ValueError(f"max_concurrency must be at least 1, got {self.max_concurrency}")
 
 
-def commit_scores(
-    row: EvaluationRow, results: Sequence[CompletionResult], options: ScoringOptions
-) -> None:
+def commit_scores(row: EvaluationRow, results: Sequence[Score], options: ScoringOptions) -> None:
     """Write the results of all completions of `row`, replacing earlier ones."""
     extra = row.execution_metadata.extra or {}
     failed = len(extra.get("failures") or [])
@@ -55,8 +53,10 @@ def commit_scores(
     evaluation_result.step_outputs = _steps(results, extra.get("episodes"))
     row.execution_metadata.extra = {
         **extra,
-        "rewards": [result.score for result in results],
-        "completion_results": msgspec.to_builtins(list(results)),
+        "rewards": [result.reward for result in results],
+        "completion_results": [
+            {**msgspec.to_builtins(result), "metrics": result.metrics or {}} for result in results
+        ],
     }
     row.evaluation_result = evaluation_result
 
@@ -73,9 +73,7 @@ def commit_failed_rollout(row: EvaluationRow) -> EvaluationRow:
     return row
 
 
-def summarize(
-    results: Sequence[CompletionResult], failed: int, options: ScoringOptions
-) -> EvaluateResult:
+def summarize(results: Sequence[Score], failed: int, options: ScoringOptions) -> EvaluateResult:
     """One result for a row.
 
     Args:
@@ -92,7 +90,7 @@ def summarize(
     Every metric is in [0, 1]: Eval Protocol's page refuses others, and shows none of its rows then.
     Where the scores themselves are not, their range is told in the reason.
     """
-    scores = [result.score for result in results if result.score is not None]
+    scores = [result.reward for result in results if result.reward is not None]
     asked = len(results) + failed
     metrics = {
         "completions_scored": _share(len(scores), asked, "have a valid score"),
@@ -118,11 +116,11 @@ def summarize(
 
 
 def _steps(
-    results: Sequence[CompletionResult], episodes: Sequence[Mapping[str, Any]] | None
+    results: Sequence[Score], episodes: Sequence[Mapping[str, Any]] | None
 ) -> list[StepOutput] | None:
     """Of the row's own conversation, which is the first completion's: what the evaluator said of
     its steps, or else the rewards that the environment gave."""
-    told = results[0].metrics.get(STEP_OUTPUTS) if results else None
+    told = (results[0].metrics or {}).get(STEP_OUTPUTS) if results else None
     if told:
         try:
             return [StepOutput.model_validate(step) for step in told]
@@ -177,9 +175,9 @@ def _metric(score: float, reason: str) -> MetricResult:
     return MetricResult(score=score, reason=reason)
 
 
-def _problems(results: Sequence[CompletionResult], failed: int) -> str:
+def _problems(results: Sequence[Score], failed: int) -> str:
     """What kept completions from having a score, by way of the first one."""
-    unscored = [(i, result) for i, result in enumerate(results) if result.score is None]
+    unscored = [(i, result) for i, result in enumerate(results) if result.reward is None]
     parts = []
     if unscored:
         index, first = unscored[0]

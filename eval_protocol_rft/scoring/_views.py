@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 from eval_protocol.models import EvaluationRow, Message
 
+from eval_protocol_rft._turns import EpisodeRecord
 from eval_protocol_rft.record import (
     ARRAY_KEYS,
     PUBLISHED_KEYS,
@@ -42,20 +43,6 @@ class _Sampling(msgspec.Struct, frozen=True):
     split_reasoning: bool = True
 
 
-class _Episode(msgspec.Struct, frozen=True):
-    messages: list[dict[str, Any]]
-    turns: int
-    stop_reason: str
-    finish_reason: str | None = None
-    step_rewards: list[float | None] = []
-    metrics: dict[str, Any] = {}
-
-    @property
-    def last_finish_reason(self) -> str:
-        """As `EpisodeRecord` has it."""
-        return self.finish_reason or ("length" if self.stop_reason == "length" else "stop")
-
-
 class _ScoredPart(msgspec.Struct, frozen=True):
     """The part of a rollout record that scoring needs. Reading no more than this leaves the
     token arrays untouched, and rows that were logged without them can be scored."""
@@ -66,7 +53,7 @@ class _ScoredPart(msgspec.Struct, frozen=True):
     sampling: _Sampling | None = None
     """None where only the published keys are there."""
     completion_messages: list[dict[str, Any] | None] | None = None
-    episodes: list[_Episode] | None = None
+    episodes: list[EpisodeRecord] | None = None
 
 
 def rollout_failed(row: EvaluationRow) -> bool:
@@ -113,7 +100,7 @@ def completion_views(row: EvaluationRow) -> list[EvaluationRow] | None:
 
 
 def _episode_views(
-    row: EvaluationRow, extra: dict[str, Any], episodes: list[_Episode]
+    row: EvaluationRow, extra: dict[str, Any], episodes: list[EpisodeRecord]
 ) -> list[EvaluationRow]:
     template = _template(row, extra)
     template.messages = []

@@ -6,7 +6,6 @@ from ._algorithms import ConfigValue as ConfigValue
 from ._batch import TrainingBatch as TrainingBatch
 from ._batch import build_batch as build_batch
 from ._batch import iter_batches as iter_batches
-from ._buffers import TokenBuffer as TokenBuffer
 from ._datums import Normalization as Normalization
 from ._datums import TrainingDatum as TrainingDatum
 from ._errors import BiasedSamplingError as BiasedSamplingError
@@ -32,7 +31,10 @@ from ._mismatch import missing_eos as missing_eos
 from ._mismatch import sampled_pairs as sampled_pairs
 from ._reward_stats import LARGEST as LARGEST
 from ._reward_stats import equal as equal
-from ._rows import RowRollout as RowRollout
+from ._rows import TokenBuffer as TokenBuffer
+from ._rows import group_of as group_of
+from ._rows import question_of as question_of
+from ._rows import read_named as read_named
 from ._rows import read_row as read_row
 from ._rows import row_key as row_key
 from ._stats import BatchStats as BatchStats

@@ -23,24 +23,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eval_protocol_rft.training._algorithms import BatchArguments, BatchOptions, ConfigValue
-from eval_protocol_rft.training._datums import (
-    Example,
-    Normalization,
-    TrainingDatum,
-    pack,
-    target_count,
-)
+from eval_protocol_rft.training._datums import Normalization, TrainingDatum, pack, target_count
 from eval_protocol_rft.training._errors import (
     BiasedSamplingError,
     BiasedSamplingWarning,
     EmptyBatchError,
     TrainingDataError,
 )
-from eval_protocol_rft.training._filters import FilteredGroup, filter_group
+from eval_protocol_rft.training._filters import filter_group
 from eval_protocol_rft.training._groups import GroupKey, group_rows, iter_groups
 from eval_protocol_rft.training._rows import Row
 from eval_protocol_rft.training._stats import BatchStats, GroupStats, batch_stats
-from eval_protocol_rft.training._trajectory import NO_COMPONENTS, PromptGroup, Trajectory
+from eval_protocol_rft.training._trajectory import PromptGroup, Trajectory
 
 
 class Collector:
@@ -48,7 +42,7 @@ class Collector:
 
     def __init__(self, options: BatchOptions) -> None:
         self._options = options
-        self._kept: list[FilteredGroup] = []
+        self._kept: list[PromptGroup] = []
         self._seen: list[GroupStats] = []
         self._cut_off: list[PromptGroup] = []
         self._named: PromptGroup | None = None
@@ -66,7 +60,7 @@ class Collector:
         """The tokenizer of all groups so far, where known."""
         return self._named.tokenizer if self._named else None
 
-    def add(self, group: PromptGroup, left: FilteredGroup | None, dropped: Counter[str]) -> None:
+    def add(self, group: PromptGroup, left: PromptGroup | None, dropped: Counter[str]) -> None:
         """Take in a group and what the filters left of it.
 
         Raises:
@@ -99,36 +93,26 @@ class Collector:
         if not self._kept:
             raise EmptyBatchError(self.dropped)
         options = self._options
-        advantages = self._advantages().tolist()
-        examples = [
-            Example(
-                trajectory,
-                advantage,
-                reward,
-                p,
-                {name: trajectory.components.get(name) for name in options.components}
-                if options.components
-                else NO_COMPONENTS,
-            )
+        rows = self._advantages().tolist()  # padded where a group is smaller than the largest
+        trained = [
+            (trajectory, advantage, p)
             for p, kept in enumerate(self._kept)
-            for trajectory, advantage, reward, trains in zip(
-                kept.group.trajectories,
-                advantages[p],  # padded
-                kept.rewards.tolist(),
-                kept.trains,
-                strict=False,
-            )
-            if trains
+            for trajectory, advantage in zip(kept.trajectories, rows[p], strict=False)
+            if trajectory.trains
         ]
-        self._check_bias([example.trajectory for example in examples])
+        trajectories, advantages, groups = map(list, zip(*trained, strict=True))
+        self._check_bias(trajectories)
         self._check_cut_off()
         datums = pack(
-            examples,
+            trajectories,
+            advantages,
+            groups,
             normalization=options.normalization,
             constant_length=options.constant_length,
+            components=options.components,
         )
-        stats = batch_stats(self._seen, examples, pass_threshold=options.pass_threshold)
-        return datums, stats
+        threshold = options.pass_threshold
+        return datums, batch_stats(self._seen, trajectories, groups, pass_threshold=threshold)
 
     def _advantages(self) -> NDArray[np.float64]:
         """[P, G] for the largest G; NaN went in beyond the end of a smaller group."""
@@ -141,11 +125,11 @@ class Collector:
                 f"shape {rewards.shape}; it must keep [P, G]"
             )
         for p, kept in enumerate(self._kept):
-            finite = np.isfinite(advantages[p, : len(kept.group)])
+            finite = np.isfinite(advantages[p, : len(kept)])
             if not finite.all():
                 g = int(finite.argmin())
                 raise TrainingDataError(
-                    f"the estimator gave {advantages[p, g]} to {_name(kept.group.trajectories[g])}"
+                    f"the estimator gave {advantages[p, g]} to {_name(kept.trajectories[g])}"
                     f", with rewards {kept.rewards.tolist()} in its group"
                 )
         return advantages
@@ -153,10 +137,10 @@ class Collector:
     def _scores(self) -> NDArray[np.float64]:
         """[P, G] rewards or [P, G, K] components."""
         names = self._options.components
-        largest = max(len(kept.group) for kept in self._kept)
+        largest = max(map(len, self._kept))
         scores = np.full((len(self._kept), largest, max(len(names), 1)), np.nan)
         for p, kept in enumerate(self._kept):
-            own = kept.group.components(names) if names else kept.rewards[:, None]
+            own = kept.components(names) if names else kept.rewards[:, None]
             scores[p, : len(own)] = own
         if not names:
             return scores[:, :, 0]
@@ -196,10 +180,9 @@ class Collector:
         warnings.warn(message, BiasedSamplingWarning, stacklevel=6)
 
 
-def target_tokens(left: FilteredGroup) -> int:
+def target_tokens(left: PromptGroup) -> int:
     """Targets of the datums that a group will give."""
-    pairs = zip(left.group.trajectories, left.trains, strict=True)
-    return sum(target_count(trajectory) for trajectory, trains in pairs if trains)
+    return sum(map(target_count, (t for t in left.trajectories if t.trains)))
 
 
 def _name(trajectory: Trajectory) -> str:
@@ -348,7 +331,7 @@ def _batches(
     yield _finish(collector, options)
 
 
-def _filter(group: PromptGroup, options: BatchOptions) -> tuple[FilteredGroup | None, Counter[str]]:
+def _filter(group: PromptGroup, options: BatchOptions) -> tuple[PromptGroup | None, Counter[str]]:
     return filter_group(
         group, options.filters, relative=options.relative, components=options.components
     )

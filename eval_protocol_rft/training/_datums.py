@@ -24,16 +24,14 @@ beside the advantage (dro): send that one unweighted.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from eval_protocol_rft.training._trajectory import NO_COMPONENTS, Segment, Trajectory
-
-if TYPE_CHECKING:
-    from eval_protocol_rft.training._trajectory import FloatArray, IntArray
+from eval_protocol_rft._segments import FloatArray, IntArray, Segment
+from eval_protocol_rft.training._trajectory import NO_COMPONENTS, Trajectory
 
 Normalization = Literal["none", "token", "sequence", "constant"]
 """Factor of the weights of a sequence with T_i sampled tokens, in a batch of S sequences. An
@@ -102,64 +100,65 @@ class TrainingDatum(msgspec.Struct, frozen=True, kw_only=True, eq=False, gc=Fals
         return self.advantages * self.weights
 
 
-class Example(NamedTuple):
-    """One sequence to pack: a datum for each of its segments."""
-
-    trajectory: Trajectory
-    advantage: float
-    reward: float
-    group: int
-    components: Mapping[str, float | None] = NO_COMPONENTS
-
-
 def pack(
-    examples: Sequence[Example], *, normalization: Normalization, constant_length: int | None = None
+    trajectories: Sequence[Trajectory],
+    advantages: Sequence[float],
+    groups: Sequence[int],
+    *,
+    normalization: Normalization,
+    constant_length: int | None = None,
+    components: Sequence[str] = (),
 ) -> list[TrainingDatum]:
-    """Bring S sequences into target coordinates.
+    """Bring S scored sequences into target coordinates.
 
     Tokens and logprobs are views of the segments' own arrays, and so are the weights where they
     are the bare loss mask. What is new lies in one buffer for the whole batch.
 
     Args:
-        examples: the sequences with their advantages, in order.
+        trajectories: [S] the sequences, in order.
+        advantages: [S]
+        groups: [S] index of the prompt group of each.
         normalization: how the loss is divided.
         constant_length: L of the constant normalisation, in tokens.
+        components: names of the further scores that the advantages came from.
 
     Returns:
         A datum per segment; those of one sequence stand together.
     """
-    size = sum(target_count(example.trajectory) for example in examples)
-    sampled = np.array([example.trajectory.total_sampled for example in examples], np.int64)
+    size = sum(map(target_count, trajectories))
+    sampled = np.array([trajectory.total_sampled for trajectory in trajectories], np.int64)
     factors = weight_factors(sampled, normalization, constant_length)
-    advantages = np.zeros(size, np.float32)
+    spread_out = np.zeros(size, np.float32)
     weights = np.zeros(0 if normalization == "none" else size, np.float32)
     datums: list[TrainingDatum] = []
     stop = 0
-    for (trajectory, advantage, reward, group, components), factor in zip(
-        examples, factors, strict=True
+    for trajectory, advantage, group, factor in zip(
+        trajectories, advantages, groups, factors, strict=True
     ):
+        assert trajectory.reward is not None  # noqa: S101 - filters leave what is scored
+        named = {name: trajectory.components.get(name) for name in components} or NO_COMPONENTS
         for place, segment in enumerate(trajectory.segments):
             start, stop = stop, stop + len(segment.tokens) - 1
             if normalization != "none":
                 spread(factor, segment, weights[start:stop])
-            spread(advantage, segment, advantages[start:stop])
+            spread(advantage, segment, spread_out[start:stop])
             datums.append(
                 TrainingDatum(
                     input_tokens=segment.tokens[:-1],
                     target_tokens=segment.tokens[1:],
                     logprobs=segment.logprobs[1:],
-                    advantages=advantages[start:stop],
+                    advantages=spread_out[start:stop],
                     weights=(
                         segment.loss_mask[1:] if normalization == "none" else weights[start:stop]
                     ),
                     prompt_length=segment.prompt_length,
-                    reward=reward,
+                    reward=float(trajectory.reward),
                     truncated=trajectory.truncated,
                     group=group,
                     row_id=trajectory.row_id,
                     completion=trajectory.completion,
                     segment=place,
-                    components=components,
+                    components=named,
                 )
             )
     return datums

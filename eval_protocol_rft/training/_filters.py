@@ -7,11 +7,13 @@ completion: it stays or goes with all its segments.
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+import msgspec
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -103,21 +105,9 @@ class Filters:
             )
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class FilteredGroup:
-    """What is left of a group."""
-
-    group: PromptGroup
-    """Its trajectories are those left, all scored."""
-    rewards: NDArray[np.float64]
-    """[G] after shaping."""
-    trains: tuple[bool, ...]
-    """[G] False where a completion counts in the statistics and gives no datum."""
-
-
 def filter_group(
     group: PromptGroup, filters: Filters, *, relative: bool, components: tuple[str, ...] = ()
-) -> tuple[FilteredGroup | None, Counter[str]]:
+) -> tuple[PromptGroup | None, Counter[str]]:
     """Apply `filters` to one group.
 
     Args:
@@ -127,7 +117,8 @@ def filter_group(
         components: the scores that the estimator will read; default the reward alone.
 
     Returns:
-        What is left, None where nothing trains; and the completions dropped, by reason.
+        What is left, all of it scored, with shaped rewards, None where nothing trains; and the
+        completions dropped, by reason.
     """
     reasons = [_reason(trajectory, filters) for trajectory in group.trajectories]
     left = tuple(t for t, reason in zip(group.trajectories, reasons, strict=True) if not reason)
@@ -137,19 +128,22 @@ def filter_group(
         failed_row=len(group.failed_rows),
         cancelled=group.cancelled,
     )
-    kept = PromptGroup(key=group.key, trajectories=left, tokenizer=group.tokenizer)
+    kept = dataclasses.replace(group, trajectories=left, failures=(), cancelled=0, failed_rows=())
     group_reason = _group_reason(kept, filters, relative, components)
     if group_reason is not None:
         dropped[group_reason] += len(kept)
         return None, +dropped
-    rewards = kept.rewards
     if filters.soft_overlong is not None:
-        rewards = rewards + filters.soft_overlong.penalty([t.total_sampled for t in left])
-    trains = (True,) * len(left)
+        shaped = kept.rewards + filters.soft_overlong.penalty([t.total_sampled for t in left])
+        left = tuple(
+            msgspec.structs.replace(trajectory, reward=reward)
+            for trajectory, reward in zip(left, shaped.tolist(), strict=True)
+        )
     if filters.truncated == "mask":
-        trains = tuple(not trajectory.truncated for trajectory in left)
-        dropped["masked"] += trains.count(False)
-    return (FilteredGroup(kept, rewards, trains) if any(trains) else None), +dropped
+        left = tuple(msgspec.structs.replace(t, trains=not t.truncated) for t in left)
+        dropped["masked"] += sum(not trajectory.trains for trajectory in left)
+    trains = any(trajectory.trains for trajectory in left)
+    return (dataclasses.replace(kept, trajectories=left) if trains else None), +dropped
 
 
 def _reason(trajectory: Trajectory, filters: Filters) -> str | None:

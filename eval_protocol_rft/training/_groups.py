@@ -12,19 +12,22 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 
 import numpy as np
 
-from eval_protocol_rft.training._buffers import TokenBuffer
+from eval_protocol_rft._segments import TokenBuffer
 from eval_protocol_rft.training._errors import TrainingDataError
-from eval_protocol_rft.training._rows import Row, RowRollout, read_row, row_key
+from eval_protocol_rft.training._rows import Row, read_row, row_key, same_question
 from eval_protocol_rft.training._trajectory import PromptGroup
 
 GroupKey = Callable[[Row], Hashable]
 
 
-def group_rows(rows: Iterable[Row], *, key: GroupKey | None = None) -> list[PromptGroup]:
+def group_rows(
+    rows: Iterable[Row | PromptGroup], *, key: GroupKey | None = None
+) -> list[PromptGroup]:
     """Read all rows and put together what belongs to one prompt, in order of appearance.
 
     Args:
-        rows: evaluated rows, as objects or as dicts of Eval Protocol's JSONL.
+        rows: evaluated rows, as objects or as dicts of Eval Protocol's JSONL; or parts of groups,
+            as `RolloutDataset.prompt_groups` reads them, which have a key already.
         key: names the group of a row. Default: experiment id and row id. Rows with identical
             content have the same row id, and so share a group.
 
@@ -32,20 +35,23 @@ def group_rows(rows: Iterable[Row], *, key: GroupKey | None = None) -> list[Prom
         TrainingDataError: a row without an id, record or rewards, or with invalid ones; rows of
             one group that differ in tokenizer, or in what they ask (with the default key).
     """
-    buffer = TokenBuffer()
-    found: dict[Hashable, list[RowRollout]] = {}
-    for row in rows:
-        found.setdefault((key or row_key)(row), []).append(read_row(row, buffer))
-    return [_group(k, rollouts, same_prompt=key is None) for k, rollouts in found.items()]
+    found: dict[Hashable, list[PromptGroup]] = {}
+    for part in _parts(rows, key):
+        found.setdefault(part.key, []).append(part)
+    return [_joined(parts, same_prompt=key is None) for parts in found.values()]
 
 
 def iter_groups(
-    rows: Iterable[Row], *, key: GroupKey | None = None, completions_per_group: int | None = None
+    rows: Iterable[Row | PromptGroup],
+    *,
+    key: GroupKey | None = None,
+    completions_per_group: int | None = None,
 ) -> Iterator[PromptGroup]:
     """As `group_rows`, lazily: holds the groups that are not complete yet, and nothing else.
 
     Args:
-        rows: evaluated rows. Without `completions_per_group`, those of one group stand together.
+        rows: as for `group_rows`. Without `completions_per_group`, those of one group stand
+            together.
         key: names the group of a row.
         completions_per_group: a group is complete when that many completions were asked for,
             failed ones included, the surplus of over-sampling not; its rows may then stand
@@ -54,83 +60,89 @@ def iter_groups(
     Raises:
         TrainingDataError: as `group_rows`; or a row of a group that was complete already.
     """
-    buffer = TokenBuffer()
-    incomplete: dict[Hashable, list[RowRollout]] = {}
+    incomplete: dict[Hashable, list[PromptGroup]] = {}
     complete: set[int] = set()  # hashes: keys of a long run would not fit in memory either
 
     def close(group_key: Hashable) -> PromptGroup:
         complete.add(hash(group_key))
-        return _group(group_key, incomplete.pop(group_key), same_prompt=key is None)
+        return _joined(incomplete.pop(group_key), same_prompt=key is None)
 
-    for row in rows:
-        group_key = (key or row_key)(row)
-        rollout = read_row(row, buffer)
-        if hash(group_key) in complete:
-            raise TrainingDataError(_came_late(rollout, completions_per_group))
+    for part in _parts(rows, key):
+        if hash(part.key) in complete:
+            raise TrainingDataError(_came_late(part, completions_per_group))
         if completions_per_group is None:
-            for other in [k for k in incomplete if k != group_key]:
+            for other in [k for k in incomplete if k != part.key]:
                 yield close(other)
-        rollouts = incomplete.setdefault(group_key, [])
-        rollouts.append(rollout)
-        if completions_per_group and sum(r.asked for r in rollouts) >= completions_per_group:
-            yield close(group_key)
+        parts = incomplete.setdefault(part.key, [])
+        parts.append(part)
+        if completions_per_group and sum(p.asked for p in parts) >= completions_per_group:
+            yield close(part.key)
     for group_key in list(incomplete):
         yield close(group_key)
 
 
-def _came_late(rollout: RowRollout, completions_per_group: int | None) -> str:
+def _parts(rows: Iterable[Row | PromptGroup], key: GroupKey | None) -> Iterator[PromptGroup]:
+    buffer = TokenBuffer()
+    for row in rows:
+        if isinstance(row, PromptGroup):
+            yield row
+        else:
+            yield read_row(row, buffer, key=(key or row_key)(row))
+
+
+def _came_late(part: PromptGroup, completions_per_group: int | None) -> str:
     if completions_per_group is None:
         return (
-            f"{rollout.name} belongs to a group whose rows ended before it: sort the rows by "
+            f"{part.name} belongs to a group whose rows ended before it: sort the rows by "
             "row id, or pass completions_per_group=, or use group_rows() if they fit in memory"
         )
     return (
-        f"{rollout.name} belongs to a group that had its {completions_per_group} completions "
+        f"{part.name} belongs to a group that had its {completions_per_group} completions "
         "already: completions_per_group must be completions per row times runs"
     )
 
 
-def _group(key: Hashable, rollouts: Sequence[RowRollout], *, same_prompt: bool) -> PromptGroup:
-    sampled = [rollout for rollout in rollouts if rollout.trajectories]
+def _joined(parts: Sequence[PromptGroup], *, same_prompt: bool) -> PromptGroup:
+    """One group of what each of its rows has of it."""
+    if len(parts) == 1:
+        return parts[0]
+    sampled = [part for part in parts if part.trajectories]
     if same_prompt:
-        _check_prompts(key, sampled)
+        _check_prompts(sampled)
     return PromptGroup(
-        key=key,
-        trajectories=tuple(t for rollout in sampled for t in rollout.trajectories),
-        failures=tuple(f for rollout in rollouts for f in rollout.failures),
-        cancelled=sum(rollout.cancelled for rollout in rollouts),
-        failed_rows=tuple(r.failed for r in rollouts if r.failed is not None),
+        key=parts[0].key,
+        trajectories=tuple(t for part in sampled for t in part.trajectories),
+        failures=tuple(f for part in parts for f in part.failures),
+        cancelled=sum(part.cancelled for part in parts),
+        failed_rows=tuple(message for part in parts for message in part.failed_rows),
         tokenizer=_common_tokenizer(sampled),
+        asked=sum(part.asked for part in parts),
+        name=parts[0].name,
+        question=parts[0].question,
     )
 
 
-def _common_tokenizer(rollouts: Sequence[RowRollout]) -> str | None:
-    named = [rollout for rollout in rollouts if rollout.tokenizer is not None]
-    for rollout in named[1:]:
-        if rollout.tokenizer != named[0].tokenizer:
+def _common_tokenizer(parts: Sequence[PromptGroup]) -> str | None:
+    named = [part for part in parts if part.tokenizer is not None]
+    for part in named[1:]:
+        if part.tokenizer != named[0].tokenizer:
             raise TrainingDataError(
-                f"{named[0].name} was tokenized with {named[0].tokenizer!r}, {rollout.name} with "
-                f"{rollout.tokenizer!r}: their token ids mean different things"
+                f"{named[0].name} was tokenized with {named[0].tokenizer!r}, {part.name} with "
+                f"{part.tokenizer!r}: their token ids mean different things"
             )
     return named[0].tokenizer if named else None
 
 
-def _check_prompts(key: Hashable, rollouts: Sequence[RowRollout]) -> None:
+def _check_prompts(parts: Sequence[PromptGroup]) -> None:
     """Refuse a group of several questions. One question may have several prompts: chat templates
     that say the date render another one the next day, and each trajectory has its own."""
-    prompts = [r.trajectories[0].tokens[: r.trajectories[0].prompt_length] for r in rollouts]
-    for prompt, rollout in zip(prompts[1:], rollouts[1:], strict=True):
-        if not (np.array_equal(prompt, prompts[0]) or _same_question(rollouts[0], rollout)):
+    prompts = [p.trajectories[0].tokens[: p.trajectories[0].prompt_length] for p in parts]
+    for prompt, part in zip(prompts[1:], parts[1:], strict=True):
+        if not (
+            np.array_equal(prompt, prompts[0]) or same_question(parts[0].question, part.question)
+        ):
             raise TrainingDataError(
-                f"two rows have the key {key!r} but different prompts ({len(prompts[0])} and "
+                f"two rows have the key {part.key!r} but different prompts ({len(prompts[0])} and "
                 f"{len(prompt)} tokens), and they do not ask the same by the same chat template: "
                 "row ids of Eval Protocol can collide; pass key= to tell them apart"
             )
-
-
-def _same_question(one: RowRollout, other: RowRollout) -> bool:
-    return (
-        one.question is not None
-        and other.question is not None
-        and one.question.same(other.question)
-    )

@@ -1,4 +1,4 @@
-"""One evaluated row into trajectories: what the rollout record holds, checked, as arrays.
+"""A rollout record, or the evaluated row that it is on, as what trains.
 
 Invariant: a row is read exactly or refused with its name; a rollout that failed, and a completion
 without a score, stay visible as such. An episode of several turns is one trajectory, with one
@@ -9,22 +9,21 @@ token data in `extra` may be lists or arrays.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Sized
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, Protocol
 
+from eval_protocol_rft._segments import Segment
+from eval_protocol_rft._segments import TokenBuffer as TokenBuffer
 from eval_protocol_rft.record import (
-    ARRAY_KEYS,
-    CompletionResult,
     RecordError,
     RolloutRecord,
     SamplingRecord,
+    Score,
+    read_record,
     result_score,
 )
-from eval_protocol_rft.sampling import Failure
-from eval_protocol_rft.training._buffers import TokenBuffer, read_segments, stand_ins
 from eval_protocol_rft.training._errors import TrainingDataError
-from eval_protocol_rft.training._trajectory import Trajectory, reward_problem
+from eval_protocol_rft.training._trajectory import PromptGroup, Trajectory, reward_problem
 
 _INTERNAL = 13
 """The one status code that Eval Protocol counts as a failed rollout."""
@@ -60,44 +59,6 @@ class EvaluatedRow(Protocol):
 Row = EvaluatedRow | Mapping[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class RowRollout:
-    """What one row's rollout left."""
-
-    name: str
-    """How messages call the row."""
-    trajectories: tuple[Trajectory, ...]
-    failures: tuple[Failure, ...]
-    failed: str | None
-    """What ended the whole rollout; then there are no trajectories."""
-    tokenizer: str | None
-    asked: int
-    """Completions asked for, without the surplus of over-sampling."""
-    cancelled: int = 0
-    """The surplus that over-sampling cancelled."""
-    question: Question | None = None
-    """What was rendered into its prompt."""
-
-
-class Question(NamedTuple):
-    """What a prompt was made of: the same question may be rendered differently another day."""
-
-    messages: Sequence[Any]
-    """Those that were there before anything was sampled."""
-    tools: Any
-    chat_template_hash: str | None
-    chat_template_kwargs: Mapping[str, Any]
-
-    def same(self, other: Question) -> bool:
-        """Whether both ask the same by the same template; no messages are no question."""
-        return bool(self.messages) and (
-            self.chat_template_hash == other.chat_template_hash
-            and self.chat_template_kwargs == other.chat_template_kwargs
-            and plain(self.tools) == plain(other.tools)
-            and list(map(plain_message, self.messages)) == list(map(plain_message, other.messages))
-        )
-
-
 def field_of(value: Any, name: str) -> Any:
     """Attribute or key `name`, None where there is neither."""
     return value.get(name) if isinstance(value, Mapping) else getattr(value, name, None)
@@ -118,72 +79,143 @@ def row_key(row: Row) -> tuple[str | None, str]:
     return field_of(field_of(row, "execution_metadata"), "experiment_id"), row_id
 
 
-def read_row(row: Row, buffer: TokenBuffer) -> RowRollout:
-    """Read the rollout record and the scores of one row.
+def read_row(row: Row, buffer: TokenBuffer, *, key: Hashable = None) -> PromptGroup:
+    """Read the rollout record and the scores of one row: what it has of its prompt group.
 
     Raises:
         TrainingDataError: no record, an invalid one, no scores at all, or a score that is no
             number; the message names row and completion.
     """
     name = _name(row)
+    asked = field_of(row, "input_metadata")
+    params = field_of(asked, "completion_params")
     status = field_of(row, "rollout_status")
     if field_of(status, "code") == _INTERNAL:
-        return RowRollout(name, (), (), str(field_of(status, "message")), None, _asked(row))
-    extra = field_of(field_of(row, "execution_metadata"), "extra")
-    params = field_of(field_of(row, "input_metadata"), "completion_params")
+        n = field_of(params, "n")
+        message = str(field_of(status, "message"))
+        asked_for = n if isinstance(n, int) else 1
+        return PromptGroup(
+            key=key, trajectories=(), failed_rows=(message,), asked=asked_for, name=name
+        )
+    extra = field_of(field_of(row, "execution_metadata"), "extra") or {}
+    record, segments = read_named(name, extra, params, buffer)
+    messages = _asked_messages(row, record)
+    return group_of(
+        record,
+        segments,
+        _rewards(row, record, name),
+        key=key,
+        name=name,
+        row_id=field_of(asked, "row_id"),
+        question=question_of(messages, field_of(row, "tools"), record.sampling),
+    )
+
+
+def read_named(
+    name: str,
+    extra: Mapping[str, Any],
+    params: Mapping[str, Any] | None,
+    buffer: TokenBuffer,
+) -> tuple[RolloutRecord, list[tuple[Segment, ...]]]:
+    """`read_record`, but for token data that nothing trains on. What is wrong is a
+    `TrainingDataError` that begins with `name`."""
     try:
-        record = _without_tokens(extra, params)
+        trained = {key: value for key, value in extra.items() if key not in _NOT_TRAINED}
+        return read_record(trained, params, buffer)
     except RecordError as error:
-        raise TrainingDataError(f"{name}: {error}") from error
+        place = str(error)
+        joint = ", " if place.startswith("completion ") else ": "
+        raise TrainingDataError(name + joint + place) from error
+
+
+def group_of(
+    record: RolloutRecord,
+    segments: Sequence[tuple[Segment, ...]],
+    rewards: Sequence[float | None],
+    *,
+    key: Hashable,
+    name: str,
+    row_id: str | None,
+    question: tuple[Any, ...] | None,
+) -> PromptGroup:
+    """What a record has of its prompt group.
+
+    Args:
+        record: what was rolled out.
+        segments: [G] of each completion, as `read_record` gives them.
+        rewards: [G]
+        key: of the group.
+        name: how messages call the record.
+        row_id: of its row.
+        question: see `question_of`.
+
+    Raises:
+        TrainingDataError: a reward is no number.
+    """
     sampling, firsts = record.sampling, record.sampling.first_policy_versions
-    results: Sequence[CompletionResult | None] = record.completion_results or [None] * len(record)
-    finish_reasons = record.finish_reasons
-    if record.episodes is not None:
-        finish_reasons = [episode.last_finish_reason for episode in record.episodes]
-    row_id = field_of(field_of(row, "input_metadata"), "row_id")
+    results: Sequence[Score | None] = record.completion_results or [None] * len(record)
+    finish_reasons = record.last_finish_reasons
     bias = _bias(sampling)
-    names = [f"{name}, completion {index}" for index in sampling.indices]
-    segments = read_segments(extra, buffer, row=name, names=names)
-    trajectories = tuple(
-        Trajectory(
-            tokens=first.tokens,
-            logprobs=first.logprobs,
-            loss_mask=first.loss_mask,
-            more=tuple(more),
-            reward=reward,
-            score_error=_score_error(results[i]) if reward is None else None,
-            components=_components(results[i]),
-            finish_reason=finish_reasons[i],
-            policy_version=sampling.policy_versions[i],
-            first_policy_version=firsts[i] if firsts else None,
-            row_id=row_id,
-            completion=sampling.indices[i],
-            bias=bias,
-            prompt_length=first.prompt_length,
-            num_sampled=first.num_sampled,
+    trajectories = []
+    for i, ((first, *more), reward) in enumerate(zip(segments, rewards, strict=True)):
+        if problem := reward_problem(reward):
+            raise TrainingDataError(f"{name}, completion {sampling.indices[i]}: {problem}")
+        trajectories.append(
+            Trajectory(
+                tokens=first.tokens,
+                logprobs=first.logprobs,
+                loss_mask=first.loss_mask,
+                more=tuple(more),
+                reward=reward,
+                score_error=_score_error(results[i]) if reward is None else None,
+                components=_components(results[i]),
+                finish_reason=finish_reasons[i],
+                policy_version=sampling.policy_versions[i],
+                first_policy_version=firsts[i] if firsts else None,
+                row_id=row_id,
+                completion=sampling.indices[i],
+                bias=bias,
+                prompt_length=first.prompt_length,
+                num_sampled=first.num_sampled,
+            )
         )
-        for i, ((first, *more), reward) in enumerate(
-            zip(segments, _rewards(row, record, name), strict=True)
-        )
-    )
-    return RowRollout(
-        name,
-        trajectories,
-        tuple(record.failures),
-        None,
-        sampling.tokenizer,
-        sampling.n,
-        len(sampling.cancelled),
-        Question(
-            _asked_messages(row, record),
-            field_of(row, "tools"),
-            sampling.chat_template_hash,
-            sampling.chat_template_kwargs,
-        ),
+    return PromptGroup(
+        key=key,
+        trajectories=tuple(trajectories),
+        failures=tuple(record.failures),
+        cancelled=len(sampling.cancelled),
+        tokenizer=sampling.tokenizer,
+        asked=sampling.n,
+        name=name,
+        question=question,
     )
 
 
-def _score_error(result: CompletionResult | None) -> str | None:
+def question_of(messages: Sequence[Any], tools: Any, sampling: SamplingRecord) -> tuple[Any, ...]:
+    """What a prompt is made of: the same question may be rendered differently another day.
+
+    Args:
+        messages: those that were there before anything was sampled.
+        tools: that were rendered into the prompt.
+        sampling: says by which chat template.
+    """
+    return messages, tools, sampling.chat_template_hash, sampling.chat_template_kwargs
+
+
+def same_question(one: tuple[Any, ...] | None, other: tuple[Any, ...] | None) -> bool:
+    """Whether both ask the same by the same template; no messages are no question."""
+    if not one or not other or not one[0]:
+        return False
+    messages, tools, *template = one
+    others, other_tools, *other_template = other
+    return (
+        template == other_template
+        and plain(tools) == plain(other_tools)
+        and list(map(plain_message, messages)) == list(map(plain_message, others))
+    )
+
+
+def _score_error(result: Score | None) -> str | None:
     parts = [] if result is None else [part for part in (result.error, result.reason) if part]
     return ": ".join(dict.fromkeys(parts)) or None
 
@@ -197,6 +229,8 @@ def _asked_messages(row: Row, record: RolloutRecord) -> Sequence[Any]:
     return messages[:-1] if answered else messages
 
 
+_NOT_TRAINED = frozenset({"raw_logprobs", "token_turn_traces", "assistant_turn_payloads"})
+"""Keys of `extra` that hold token data and that no datum is made of."""
 _MESSAGE_KEYS = (
     "role",
     "content",
@@ -232,37 +266,6 @@ def _name(row: Row) -> str:
     return f"row {row_id!r}" + (f", run {run}" if run is not None else "")
 
 
-def _asked(row: Row) -> int:
-    """What a row without a record asked for, as its completion params say."""
-    params = field_of(field_of(row, "input_metadata"), "completion_params")
-    n = field_of(params, "n")
-    return n if isinstance(n, int) else 1
-
-
-def _without_tokens(
-    extra: Mapping[str, Any] | None, params: Mapping[str, Any] | None
-) -> RolloutRecord:
-    """The record with stand-ins for the token data: everything else in it is validated as always,
-    and the tokens, which `read_segments` checks, are not copied on the way."""
-    without: dict[str, Any] = {}
-    if extra:
-        for key in ("prompt_ids", "completion_ids", "inference_logprobs"):
-            if not isinstance(extra.get(key), Sized):
-                return RolloutRecord.from_extra(extra)  # which says what is missing
-        without = {
-            "prompt_ids": [0],
-            "completion_ids": [[0]] * len(extra["completion_ids"]),
-            "inference_logprobs": [[0.0]] * len(extra["inference_logprobs"]),
-        }
-        if extra.get("trajectories") is not None:
-            segments = stand_ins(extra["trajectories"])
-            if segments is None:
-                return RolloutRecord.from_extra(extra)  # likewise
-            without["trajectories"] = segments
-    rest = {key: value for key, value in (extra or {}).items() if key not in ARRAY_KEYS}
-    return RolloutRecord.from_extra({**rest, **without}, params)
-
-
 def _rewards(row: Row, record: RolloutRecord, name: str) -> list[float | None]:
     """[G] one per completion; a row of one completion may carry it as its evaluation result."""
     rewards = record.rewards
@@ -274,14 +277,10 @@ def _rewards(row: Row, record: RolloutRecord, name: str) -> list[float | None]:
                 "under @evaluation_test, or score the rows with score_rows()"
             )
         rewards = [result_score(result)]
-    for index, reward in zip(record.sampling.indices, rewards, strict=True):
-        problem = reward_problem(reward)
-        if problem:
-            raise TrainingDataError(f"{name}, completion {index}: {problem}")
     return rewards
 
 
-def _components(result: CompletionResult | None) -> dict[str, float | None]:
+def _components(result: Score | None) -> dict[str, float | None]:
     """The metrics that are scores: a number, or an object with `score` and `is_score_valid`."""
     if result is None or not result.metrics:
         return {}

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eval_protocol_rft.scoring import pass_at_k
-from eval_protocol_rft.training._datums import Example, target_count
-from eval_protocol_rft.training._trajectory import PromptGroup
+from eval_protocol_rft.training._datums import target_count
+from eval_protocol_rft.training._trajectory import PromptGroup, Trajectory
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,27 +77,32 @@ class BatchStats:
 
 
 def batch_stats(
-    groups: Sequence[GroupStats], examples: Sequence[Example], *, pass_threshold: float
+    groups: Sequence[GroupStats],
+    trained: Sequence[Trajectory],
+    trained_of: Sequence[int],
+    *,
+    pass_threshold: float,
 ) -> BatchStats:
     """Put the statistics together.
 
     Args:
         groups: all groups read.
-        examples: the sequences trained on.
+        trained: [S] the sequences trained on.
+        trained_of: [S] number of the group of each.
         pass_threshold: the reward from which a completion counts as correct.
     """
-    sampled_tokens = sum(e.trajectory.total_sampled for e in examples)
-    targets = sum(target_count(e.trajectory) for e in examples)
+    sampled_tokens = sum(trajectory.total_sampled for trajectory in trained)
+    targets = sum(map(target_count, trained))
     rewards = np.concatenate([g.rewards for g in groups]) if groups else np.empty(0)
     scored = np.array([len(g.rewards) for g in groups], np.int64)
     correct = np.array([np.sum(g.rewards >= pass_threshold) for g in groups], np.int64)
-    trained_of_group = Counter(e.group for e in examples)
+    trained_of_group = Counter(trained_of)
     return BatchStats(
         groups=len(groups),
         groups_trained=len(trained_of_group),
         completions=sum(g.sampled for g in groups),
         scored=len(rewards),
-        datums=sum(len(e.trajectory.segments) for e in examples),
+        datums=sum(len(trajectory.segments) for trajectory in trained),
         group_sizes=dict(sorted(Counter(trained_of_group.values()).items())),
         reward_mean=float(rewards.mean()) if len(rewards) else None,
         reward_std=float(rewards.std()) if len(rewards) else None,

@@ -1,10 +1,7 @@
-"""What was sampled for one prompt, flat: `Segment`, `Trajectory`, and `PromptGroup` around it.
+"""What was sampled for one prompt, scored and flat: `Trajectory`, and `PromptGroup` around it.
 
-Invariant: a segment's arrays have equal length, its loss mask is 1 exactly on sampled tokens, and a
-logprob stands only there. A trajectory counts once, however many segments it has. A reward is a
-finite number or None; None (not scored) is never confused with 0.0.
-
-Names for the two array types that training data is made of.
+Invariant: a trajectory counts once, however many segments it has. A reward is a finite number or
+None; None (not scored) is never confused with 0.0.
 """
 
 from __future__ import annotations
@@ -16,76 +13,16 @@ from numbers import Real
 from types import MappingProxyType
 from typing import Any
 
-import msgspec
 import numpy as np
-from msgspec.structs import force_setattr
 from numpy.typing import NDArray
 
-from eval_protocol_rft.sampling import (
-    LOGPROB_NOISE,
-    LOWEST_LOGPROB,
-    Failure,
-    FinishReason,
-    logprob_problem,
-)
+from eval_protocol_rft._segments import FloatArray as FloatArray
+from eval_protocol_rft._segments import RecordError
+from eval_protocol_rft._segments import Segment as Segment
+from eval_protocol_rft.sampling import Failure, FinishReason
 from eval_protocol_rft.training._errors import TrainingDataError
 
-FloatArray = NDArray[np.float32]
-IntArray = NDArray[np.int64]
-
-
 NO_COMPONENTS: Mapping[str, float | None] = MappingProxyType({})
-
-
-class Segment(msgspec.Struct, frozen=True, kw_only=True, eq=False, gc=False):
-    """A contiguous token sequence, as one forward pass reads it. N tokens.
-
-    Lists and other dtypes are converted; the arrays may be views, so do not write to them.
-
-    Raises:
-        TrainingDataError: a field contradicts another; the message names the first such token.
-    """
-
-    tokens: IntArray
-    """[N] int64: prompt and sampled tokens in order."""
-    logprobs: FloatArray
-    """[N] float32 sampling logprobs (nats) of sampled tokens, 0.0 elsewhere."""
-    loss_mask: FloatArray
-    """[N] float32: 1.0 on sampled tokens, 0.0 elsewhere. The first token is never sampled."""
-    prompt_length: int = 0
-    """Tokens before the first sampled one. Leave it out, and `num_sampled`: they are counted. Who
-    has checked a whole buffer of token data gives both, and this one is not checked again."""
-    num_sampled: int = 0
-    """Tokens of this segment that the policy sampled, over all its turns."""
-
-    def __post_init__(self) -> None:
-        if not self.num_sampled:
-            self._check("")
-
-    def _check(self, where: str) -> None:
-        """Check and convert the arrays. What is wrong is said with `where` before it."""
-        tokens = _array("tokens", self.tokens, "iu", np.dtype(np.int64), where)
-        logprobs = _array("logprobs", self.logprobs, "iuf", np.dtype(np.float32), where)
-        mask = _array("loss_mask", self.loss_mask, "iubf", np.dtype(np.float32), where)
-        problem = (
-            _length_problem(tokens, logprobs, mask)
-            or _mask_problem(mask)
-            or _value_problem(tokens, logprobs, mask)
-        )
-        if problem:
-            raise TrainingDataError(where + problem)
-        for name, value in (
-            ("tokens", tokens),
-            ("logprobs", logprobs),
-            ("loss_mask", mask),
-            ("prompt_length", int(mask.argmax())),
-            ("num_sampled", int(np.count_nonzero(mask))),
-        ):
-            force_setattr(self, name, value)
-
-    def __len__(self) -> int:
-        """N, the number of tokens."""
-        return len(self.tokens)
 
 
 class Trajectory(Segment, frozen=True, kw_only=True, eq=False, gc=False):
@@ -100,6 +37,8 @@ class Trajectory(Segment, frozen=True, kw_only=True, eq=False, gc=False):
 
     reward: float | None
     """None: not scored, which is not 0.0."""
+    trains: bool = True
+    """False where it counts in the statistics of its group and gives no datum."""
     more: tuple[Segment, ...] = ()
     """Further segments of the episode, in order."""
     score_error: str | None = None
@@ -123,7 +62,10 @@ class Trajectory(Segment, frozen=True, kw_only=True, eq=False, gc=False):
         if self.num_sampled:
             return
         where = f"row {self.row_id!r}, completion {self.completion}: "
-        self._check(where)
+        try:
+            Segment.__post_init__(self)
+        except RecordError as error:
+            raise TrainingDataError(where + str(error)) from error
         problem = reward_problem(self.reward)
         if problem:
             raise TrainingDataError(where + problem)
@@ -160,6 +102,12 @@ class PromptGroup:
     """What ended the rollouts that left nothing at all, one message per row."""
     tokenizer: str | None = None
     """Name of the tokenizer of all its tokens, where known."""
+    asked: int = 0
+    """Completions asked for, without the surplus of over-sampling."""
+    name: str = ""
+    """How messages call it."""
+    question: tuple[Any, ...] | None = None
+    """What was rendered into its prompt, for groups of several rows; see `_rows.question_of`."""
 
     def __len__(self) -> int:
         """G, the number of completions that were sampled."""
@@ -187,51 +135,3 @@ def reward_problem(reward: Any) -> str | None:
     if reward is None or (number and math.isfinite(reward)):
         return None
     return f"reward is {reward!r}: it must be a finite number, or None where there is no score"
-
-
-def _array(name: str, values: Any, kinds: str, dtype: np.dtype[Any], where: str) -> NDArray[Any]:
-    """`values` as a one-dimensional array of `dtype`, refusing what a cast would distort."""
-    array = np.asarray(values)
-    if array.ndim != 1:
-        raise TrainingDataError(f"{where}{name} has shape {array.shape}, it must be flat")
-    if array.size and array.dtype.kind not in kinds:
-        raise TrainingDataError(f"{where}{name} holds {array.dtype}, not {dtype}")
-    return array.astype(dtype, copy=False)
-
-
-def _length_problem(tokens: IntArray, logprobs: FloatArray, mask: FloatArray) -> str | None:
-    if not len(tokens) == len(logprobs) == len(mask):
-        return f"{len(tokens)} tokens, {len(logprobs)} logprobs, loss_mask of {len(mask)}"
-    if len(tokens) < 2:
-        return "needs at least a prompt token and a sampled token"
-    return None
-
-
-def _mask_problem(mask: FloatArray) -> str | None:
-    odd = (mask != 0) & (mask != 1)
-    if odd.any():
-        index = int(odd.argmax())
-        return f"loss_mask[{index}] is {mask[index]}: it must be 0 or 1"
-    if mask[0]:
-        return "loss_mask[0] is 1: the first token follows nothing, so nothing predicts it"
-    if not mask.any():
-        return "loss_mask is 0 everywhere: no token was sampled"
-    return None
-
-
-def _value_problem(tokens: IntArray, logprobs: FloatArray, mask: FloatArray) -> str | None:
-    if tokens.min() < 0:
-        index = int((tokens < 0).argmax())
-        return f"tokens[{index}] is {tokens[index]}: not a token id"
-    wrong = ~((logprobs <= LOGPROB_NOISE) & (logprobs >= LOWEST_LOGPROB))
-    if wrong.any():
-        index = int(wrong.argmax())
-        return f"logprobs[{index}] is {logprobs[index]}: {logprob_problem(logprobs[index])}"
-    stray = (logprobs != 0) & (mask == 0)
-    if stray.any():
-        index = int(stray.argmax())
-        return (
-            f"logprobs[{index}] is {logprobs[index]} where loss_mask is 0: put 0.0 where the "
-            "policy sampled nothing"
-        )
-    return None

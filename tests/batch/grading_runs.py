@@ -52,7 +52,7 @@ def outcomes(name: str, items: Iterable[GradingItem], **options: Any) -> dict[An
 
 
 def scores(graded: Graded) -> list[float | None]:
-    return [result.score for result in graded.results]
+    return [result.reward for result in graded.results]
 
 
 def errors(graded: Graded) -> list[str | None]:

@@ -190,7 +190,7 @@ def test_a_broken_row_is_named_even_where_failed_ones_are_dropped(tmp_path: Path
     broken = scored("b", 1.0)
     broken["execution_metadata"]["extra"]["completion_ids"][0].append(7)
     source = write_lines(tmp_path / "a.jsonl", [scored("a", 1.0), broken])
-    with pytest.raises(ConvertError, match=r"a\.jsonl:2: row 'b': .*completion 0: 3 token ids but"):
+    with pytest.raises(ConvertError, match=r"a\.jsonl:2: row 'b': .*completion 0: 3 token ids and"):
         convert(source, tmp_path / "b.parquet", drop_failed_rows=True)
 
 

@@ -9,16 +9,19 @@ import msgspec
 import numpy as np
 import pytest
 from eval_protocol.models import EvaluationRow
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from eval_protocol_rft.data.evaluation_rows._from_row import FailedRolloutError, from_row
-from eval_protocol_rft.data.evaluation_rows._to_row import to_row
+from eval_protocol_rft.data.conversion._from_ep import FailedRolloutError, from_row
+from eval_protocol_rft.data.conversion._to_ep import to_row
 from eval_protocol_rft.data.rollouts._format import FileMetadata, metadata_of
+from eval_protocol_rft.data.rollouts._records import part_of
 from eval_protocol_rft.data.rollouts._rows import CompletionRow, Score
 from eval_protocol_rft.record import RecordError, RolloutRecord
+from eval_protocol_rft.training import PromptGroup, TokenBuffer, group_rows
 from tests.convert_rows import evaluated, files, rounded, same, through_json
 from tests.scored_rows import asked, roll_out
+from tests.training_rows import contents_of
 
 BARE = FileMetadata(prompt_kind="messages")
 
@@ -81,6 +84,33 @@ def test_survivors_are_a_record_and_a_group_of_failures_is_a_failed_rollout(file
             assert (record.rewards is not None) == any("reward" in c.scores for c in survivors)
         else:
             assert "rft_schema" not in extra
+
+
+def trained(group: PromptGroup) -> Any:
+    own = ("components", "score_error", "policy_version", "first_policy_version", "completion")
+    also = ("row_id", "bias", "prompt_length", "num_sampled")
+    return (
+        (group.key, group.failed_rows, group.failures, group.tokenizer, contents_of(group)),
+        [[getattr(t, name) for name in (*own, *also)] for t in group.trajectories],
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(files(), st.data())
+def test_columns_train_as_the_rows_of_eval_protocol_do_that_they_are_of(
+    file: Any, data: st.DataObject
+) -> None:
+    imported = data.draw(evaluated(7))
+    assume(imported["input_metadata"].get("row_id"))
+    metadata = metadata_of(file[0])
+    for group, of in [
+        *((group, metadata) for group in by_group(file[1])),
+        (from_row(imported, 7, prompt_kind="messages"), BARE),
+    ]:
+        survivors = [row for row in group if not row.failed]
+        if not survivors or any("reward" in row.scores for row in survivors):
+            [expected] = group_rows([through_json(to_row(group, of))])
+            assert trained(part_of(group, of, TokenBuffer())) == trained(expected)
 
 
 def rolled_out(*texts: str, **options: Any) -> dict[str, Any]:
@@ -215,7 +245,7 @@ def broken() -> dict[str, Any]:
         (lambda: dumped(asked("q")), FailedRolloutError, "it has no rollout"),
         (twice, RecordError, "two completions have the index 1"),
         (with_image, RecordError, "a message holds 'image_url'"),
-        (huge, RecordError, "prompt_ids: 2147483648 is no token id"),
+        (huge, RecordError, r"prompt_ids\[0\] is 2147483648: not a token id"),
         (broken, RecordError, "broken 'rollout_file' in extra: .*data_idx"),
     ],
 )

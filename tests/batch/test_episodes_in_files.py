@@ -17,10 +17,10 @@ from eval_protocol_rft import EpisodeRolloutProcessor, score_rows
 from eval_protocol_rft.cli import app
 from eval_protocol_rft.data._dataset import RolloutDataset
 from eval_protocol_rft.data._files import write_rows
+from eval_protocol_rft.data.conversion._from_ep import extra_of, from_row
 from eval_protocol_rft.data.conversion._job import convert
+from eval_protocol_rft.data.conversion._to_ep import to_row
 from eval_protocol_rft.data.conversion._types import ConvertError
-from eval_protocol_rft.data.evaluation_rows._from_row import extra_of, from_row
-from eval_protocol_rft.data.evaluation_rows._to_row import to_row
 from eval_protocol_rft.data.rollouts._format import FileMetadata
 from eval_protocol_rft.data.rollouts._rows import Score
 from eval_protocol_rft.episodes._environment import EpisodeLimits
@@ -140,8 +140,8 @@ def test_without_its_first_episode_a_row_is_the_next_one(heard_and_rows: Any) ->
                 m["content"] for m in episode.messages
             ]
             assert left["execution_metadata"]["finish_reason"] == episode.last_finish_reason
-            whole = heard[tuple(record.trajectories[0][-1].tokens)]
-            traces = [(t.prompt_ids, t.completion_ids) for t in record.token_turn_traces]
+            whole = heard[tuple(record.trajectories[0][-1].tokens.tolist())]
+            traces = [(t["prompt_ids"], t["completion_ids"]) for t in record.token_turn_traces]
             assert traces == whole
             assert EvaluationRow.model_validate(left)
 

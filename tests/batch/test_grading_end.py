@@ -23,7 +23,7 @@ from eval_protocol_rft.scoring.executors import grade
 
 hang = "hang in C" if sys.argv[1:] == ["in C"] else "hang"
 running = grade(one_each(["a", hang, "b"]), grader("process_id"), workers=2, timeout=None)
-print(int(next(running).results[0].score), flush=True)
+print(int(next(running).results[0].reward), flush=True)
 if sys.argv[1:] == ["leave"]:
     sys.exit()
 next(running)

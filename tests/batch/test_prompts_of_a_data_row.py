@@ -15,7 +15,7 @@ from eval_protocol_rft.data._dataset import RolloutDataset
 from eval_protocol_rft.data._datums import write_datums
 from eval_protocol_rft.data._files import write_rows
 from eval_protocol_rft.data.conversion._job import convert
-from eval_protocol_rft.data.evaluation_rows._to_row import to_row
+from eval_protocol_rft.data.conversion._to_ep import to_row
 from eval_protocol_rft.data.rollouts._format import FileMetadata, schema
 from eval_protocol_rft.data.rollouts._rows import CompletionRow, Score
 from eval_protocol_rft.record import RecordError

@@ -277,7 +277,7 @@ def test_async_evaluators_run_on_the_nodes_too(cluster):
     items = one_each(f"{i}" for i in range(60))
     done = list(grade_on_ray(items, evaluator, max_concurrency=4))
     assert sorted(graded.key for graded in done) == sorted(f"{i}" for i in range(60))
-    assert os.getpid() not in {graded.results[0].score for graded in done}
+    assert os.getpid() not in {graded.results[0].reward for graded in done}
 
 
 @pytest.mark.ray
@@ -291,12 +291,12 @@ def test_an_item_that_ends_its_node_again_and_again_is_unscored_and_the_others_a
     done = {g.key: g.results[0] for g in grade_on_ray(one_each(texts), evaluator, workers=1)}
     assert len(done) == len(texts)
     bomb = done.pop("bomb")
-    assert bomb.score is None
+    assert bomb.reward is None
     assert f"lost {MOST_LOSSES} times" in bomb.error
     # One beside it may have been on the same nodes each time.
-    unlucky = [text for text, result in done.items() if result.score is None]
+    unlucky = [text for text, result in done.items() if result.reward is None]
     assert len(unlucky) <= 2
-    assert all(done[text].score == len(text) for text in done if text not in unlucky)
+    assert all(done[text].reward == len(text) for text in done if text not in unlucky)
 
 
 @pytest.mark.ray

@@ -20,7 +20,7 @@ from eval_protocol_rft.data._dataset import RolloutDataset
 from eval_protocol_rft.data._files import write_rows
 from eval_protocol_rft.data._score import score
 from eval_protocol_rft.data._score_views import ScoreError
-from eval_protocol_rft.data.evaluation_rows._from_row import from_row
+from eval_protocol_rft.data.conversion._from_ep import from_row
 from eval_protocol_rft.data.rollouts._format import FileMetadata, reward_columns, schema
 from eval_protocol_rft.data.rollouts._rows import CompletionRow, to_record_batch
 from eval_protocol_rft.data.store._merge import row_keys

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eval_protocol_rft.training._datums import Example, pack, weight_factors
+from eval_protocol_rft.training._datums import pack, weight_factors
 from eval_protocol_rft.training._trajectory import Trajectory
 
 
@@ -24,16 +24,23 @@ def sequence(mask: list[int], first: int = 10) -> Trajectory:
     )
 
 
+def given_of(
+    batch: list[tuple[list[int], float]],
+) -> tuple[list[Trajectory], list[float], list[int]]:
+    """Masks and advantages as sequences of one group each."""
+    return [sequence(mask) for mask, _ in batch], [a for _, a in batch], [0] * len(batch)
+
+
 def test_a_datum_by_hand():
     # prompt 10 11, sampled 12 13 (13 is the end of turn)
-    (datum,) = pack([Example(sequence([0, 0, 1, 1]), 0.5, 0.75, 2)], normalization="none")
+    (datum,) = pack([sequence([0, 0, 1, 1])], [0.5], [2], normalization="none")
     assert datum.input_tokens.tolist() == [10, 11, 12]
     assert datum.target_tokens.tolist() == [11, 12, 13]
     assert datum.logprobs.tolist() == [0.0, -0.375, -0.5]
     assert datum.advantages.tolist() == [0.0, 0.5, 0.5]
     assert datum.weights.tolist() == [0.0, 1.0, 1.0]
     assert datum.mask.tolist() == [False, True, True]
-    assert (len(datum), datum.prompt_length, datum.group, datum.reward) == (3, 2, 2, 0.75)
+    assert (len(datum), datum.prompt_length, datum.group, datum.reward) == (3, 2, 2, 1.0)
     assert (datum.row_id, datum.completion, datum.truncated) == ("r", 4, True)
     assert [datum.input_tokens.dtype, datum.target_tokens.dtype] == [np.int64] * 2
     floats = (datum.logprobs, datum.advantages, datum.weights)
@@ -42,9 +49,7 @@ def test_a_datum_by_hand():
 
 
 def test_several_turns_leave_what_the_environment_said_without_weight():
-    datums = pack(
-        [Example(sequence([0, 1, 0, 0, 1, 1, 0]), -2.0, 0.0, 0)], normalization="sequence"
-    )
+    datums = pack([sequence([0, 1, 0, 0, 1, 1, 0])], [-2.0], [0], normalization="sequence")
     third = np.float32(1 / 3)
     assert datums[0].weights.tolist() == [third, 0, 0, third, third, 0]
     assert datums[0].advantages.tolist() == [-2, 0, 0, -2, -2, 0]
@@ -74,9 +79,8 @@ batches = st.lists(st.tuples(masks, st.floats(-3, 3, width=32)), min_size=1, max
 @given(batches, st.sampled_from(["none", "token", "sequence", "constant"]))
 def test_the_weighted_sum_is_the_mean_that_the_normalisation_names(batch, normalization):
     """With loss_t = x_t, any values x: brute force over tokens."""
-    examples = [Example(sequence(mask), advantage, 0.0, 0) for mask, advantage in batch]
     length = 7 if normalization == "constant" else None
-    datums = pack(examples, normalization=normalization, constant_length=length)
+    datums = pack(*given_of(batch), normalization=normalization, constant_length=length)
     per_sequence = [
         [float(t) for t, m in zip(range(10, 30), mask, strict=False) if m] for mask, _ in batch
     ]
@@ -93,9 +97,8 @@ def test_the_weighted_sum_is_the_mean_that_the_normalisation_names(batch, normal
 
 @given(batches, st.sampled_from(["none", "token"]))
 def test_every_array_agrees_with_a_loop_over_tokens(batch, normalization):
-    examples = [Example(sequence(mask), advantage, 0.0, 0) for mask, advantage in batch]
     for datum, (mask, advantage) in zip(
-        pack(examples, normalization=normalization), batch, strict=True
+        pack(*given_of(batch), normalization=normalization), batch, strict=True
     ):
         for t, target in enumerate(mask[1:]):
             assert datum.input_tokens[t] == 10 + t
@@ -110,7 +113,7 @@ def test_every_array_agrees_with_a_loop_over_tokens(batch, normalization):
 
 def test_the_datums_share_the_memory_of_the_trajectories():
     whole = sequence([0, 1, 1])
-    (datum,) = pack([Example(whole, 1.0, 1.0, 0)], normalization="none")
+    (datum,) = pack([whole], [1.0], [0], normalization="none")
     assert np.shares_memory(datum.input_tokens, whole.tokens)
     assert np.shares_memory(datum.target_tokens, whole.tokens)
     assert np.shares_memory(datum.logprobs, whole.logprobs)

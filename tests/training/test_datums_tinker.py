@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from eval_protocol_rft.training._datums import Example, pack
+from eval_protocol_rft.training._datums import pack
 from eval_protocol_rft.training._trajectory import Trajectory
 
 tinker = pytest.importorskip("tinker")
@@ -36,7 +36,7 @@ def test_two_turns_give_the_datum_that_tinker_cookbook_builds():
         loss_mask=[0, 0, 0, 1, 1, 0, 0, 1, 1, 1],
         reward=1.0,
     )
-    (ours,) = pack([Example(ours_from, 1.5, 1.0, 0)], normalization="none")
+    (ours,) = pack([ours_from], [1.5], [0], normalization="none")
     assert ours.input_tokens.tolist() == theirs.model_input.to_ints()
     for name, array in (
         ("target_tokens", ours.target_tokens),

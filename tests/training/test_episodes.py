@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from eval_protocol_rft.record import RecordError
 from eval_protocol_rft.training._batch import build_batch, iter_batches
 from eval_protocol_rft.training._datums import TrainingDatum
-from eval_protocol_rft.training._errors import TrainingDataError
 from eval_protocol_rft.training._filters import Filters, SoftOverlong
 from eval_protocol_rft.training._groups import group_rows
 from eval_protocol_rft.training._trajectory import Segment, Trajectory
@@ -132,7 +132,7 @@ def test_rows_of_one_group_may_be_of_one_turn_and_of_several() -> None:
 
 
 def test_a_segment_by_hand_says_what_is_wrong_with_it() -> None:
-    with pytest.raises(TrainingDataError, match=r"^loss_mask\[1\] is 0.5"):
+    with pytest.raises(RecordError, match=r"^loss_mask\[1\] is 0.5"):
         Segment(tokens=[1, 2], logprobs=[0, -1], loss_mask=[0, 0.5])
     made = Trajectory(
         tokens=[1, 2],

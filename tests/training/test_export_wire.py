@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eval_protocol_rft.training._datums import Example, Normalization, pack
+from eval_protocol_rft.training._datums import Normalization, pack
 from eval_protocol_rft.training._errors import ExportError
 from eval_protocol_rft.training._trajectory import Trajectory
 from eval_protocol_rft.training.export._wire import FOLDED_LOSSES, loss_fn_inputs
@@ -25,20 +25,18 @@ examples = st.lists(
 
 def packed(drawn, normalization: Normalization, length: int | None):
     made = [
-        Example(
-            Trajectory(
-                tokens=list(range(len(mask))),
-                logprobs=[-0.5 * m for m in mask],
-                loss_mask=mask,
-                reward=1.0,
-            ),
-            advantage,
-            1.0,
-            0,
+        Trajectory(
+            tokens=list(range(len(mask))),
+            logprobs=[-0.5 * m for m in mask],
+            loss_mask=mask,
+            reward=1.0,
         )
-        for mask, advantage in drawn
+        for mask, _ in drawn
     ]
-    return pack(made, normalization=normalization, constant_length=length)
+    advantages = [advantage for _, advantage in drawn]
+    return pack(
+        made, advantages, [0] * len(made), normalization=normalization, constant_length=length
+    )
 
 
 @given(examples, st.sampled_from(sorted(FOLDED_LOSSES)), st.data())

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from eval_protocol_rft.training._errors import TrainingDataError
 from eval_protocol_rft.training._filters import (
     DROP_REASONS,
-    FilteredGroup,
     Filters,
     SoftOverlong,
     filter_group,
@@ -29,7 +28,7 @@ def group(*rewards: float | None, **kwargs: Any) -> PromptGroup:
 
 def left_of(
     made: PromptGroup, relative: bool = True, **filters: Any
-) -> tuple[FilteredGroup | None, dict[str, int]]:
+) -> tuple[PromptGroup | None, dict[str, int]]:
     left, dropped = filter_group(made, Filters(**filters), relative=relative)
     return left, dict(dropped)
 
@@ -42,7 +41,7 @@ def test_unscored_and_failed_completions_are_dropped_and_counted():
     left, dropped = left_of(group(1.0, None, 0.0, failures=2))
     assert left is not None
     assert left.rewards.tolist() == [1.0, 0.0]
-    assert [t.completion for t in left.group.trajectories] == [0, 2]
+    assert [t.completion for t in left.trajectories] == [0, 2]
     assert dropped == {"failed": 2, "unscored": 1}
 
 
@@ -86,7 +85,8 @@ def test_components_vary_or_the_group_has_no_gradient():
 def test_a_truncated_completion_is_kept_masked_or_dropped(choice, rewards, trains, dropped):
     left, counts = left_of(group(1.0, 0.0, 0.5, truncated=[1]), truncated=choice)
     assert left is not None
-    assert (left.rewards.tolist(), left.trains, counts) == (rewards, trains, dropped)
+    assert left.rewards.tolist() == rewards
+    assert (tuple(t.trains for t in left.trajectories), counts) == (trains, dropped)
 
 
 def test_a_group_in_which_everything_is_masked_gives_nothing():
@@ -106,7 +106,7 @@ def test_length_limits_count_sampled_tokens_or_the_whole_sequence(limits, kept):
     made = group(1.0, 0.0, 0.5, completions=lengths(3, 4, 5))
     left, dropped = left_of(made, relative=False, **limits)
     assert left is not None
-    assert [t.completion for t in left.group.trajectories] == kept
+    assert [t.completion for t in left.trajectories] == kept
     assert dropped == {"too_long": 3 - len(kept)}
 
 
@@ -114,7 +114,7 @@ def test_staleness_is_the_distance_in_the_list_of_versions():
     made = group(1.0, 0.0, 0.5, 0.25, 0.0, versions=["v1", "v2", "v3", None, "other"])
     left, dropped = left_of(made, max_staleness=1, policy_versions=["v1", "v2", "v3"])
     assert left is not None
-    assert [t.policy_version for t in left.group.trajectories] == ["v2", "v3"]
+    assert [t.policy_version for t in left.trajectories] == ["v2", "v3"]
     assert dropped == {"stale": 1, "unknown_version": 2}
     assert left_of(made)[1] == {}
     with pytest.raises(TrainingDataError, match="max_staleness needs policy_versions"):
@@ -130,7 +130,7 @@ def test_a_completion_that_spans_versions_is_as_stale_as_the_oldest_of_them():
     )
     left, dropped = left_of(made, max_staleness=1, policy_versions=versions)
     assert left is not None
-    assert [t.completion for t in left.group.trajectories] == [1, 3]
+    assert [t.completion for t in left.trajectories] == [1, 3]
     assert dropped == {"stale": 1, "unknown_version": 1}
 
 
@@ -139,7 +139,7 @@ def test_completions_that_span_versions_can_be_left_out():
     assert left_of(made)[1] == {}
     left, dropped = left_of(made, mixed_versions="drop")
     assert left is not None
-    assert [t.completion for t in left.group.trajectories] == [0, 2]
+    assert [t.completion for t in left.trajectories] == [0, 2]
     assert dropped == {"mixed_versions": 1}
 
 
@@ -204,7 +204,7 @@ def test_every_completion_trains_or_is_counted_once(
     )
     filters = Filters(truncated=truncated, min_group_size=size, max_completion_tokens=longest)
     left, dropped = filter_group(made, filters, relative=relative)
-    trained = sum(left.trains) if left else 0
+    trained = sum(t.trains for t in left.trajectories) if left else 0
     assert trained + sum(dropped.values()) == len(rewards) + failures
     assert set(dropped) <= set(DROP_REASONS)
     assert all(count > 0 for count in dropped.values())

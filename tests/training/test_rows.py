@@ -12,13 +12,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eval_protocol_rft._episode_record import EpisodeRecord, SegmentRecord, episodes_problem
+from eval_protocol_rft._segments import TokenBuffer, lay_out
 from eval_protocol_rft.record import RecordError, RolloutRecord
 from eval_protocol_rft.training._batch import build_batch
-from eval_protocol_rft.training._buffers import TokenBuffer, store_completions
 from eval_protocol_rft.training._errors import TrainingDataError
 from eval_protocol_rft.training._groups import group_rows
 from eval_protocol_rft.training._trajectory import Segment
+from tests.training_episodes import episodes_extra
 from tests.training_rows import completion, contents_of, record, row, scored
 
 
@@ -118,7 +118,9 @@ def test_a_row_that_breaks_the_contract_is_an_error_that_names_row_and_completio
     prompt=st.lists(st.integers(0, 200_000), min_size=1, max_size=5),
     made=st.lists(
         st.lists(
-            st.tuples(st.integers(0, 2**62), st.floats(-50, 0, width=32)), min_size=1, max_size=6
+            st.tuples(st.integers(0, 2**31 - 1), st.floats(-50, 0, width=32)),
+            min_size=1,
+            max_size=6,
         ),
         min_size=1,
         max_size=4,
@@ -132,8 +134,12 @@ def test_lists_and_arrays_come_out_of_the_buffer_as_they_went_in(prompt, made, b
     convert = np.array if as_arrays else (lambda x: x)
     buffer = TokenBuffer(block_tokens=block)
     for _ in range(2):  # the second time may start inside a block
-        slabs = store_completions(
-            buffer, convert(prompt), [convert(x) for x in ids], [convert(x) for x in values]
+        slabs = lay_out(
+            convert(prompt),
+            [convert(x) for x in ids],
+            [convert(x) for x in values],
+            buffer,
+            [f"completion {i}" for i in range(len(ids))],
         )
         assert [s.tokens.tolist() for s in slabs] == [prompt + x for x in ids]
         assert [s.logprobs.tolist() for s in slabs] == [[0.0] * len(prompt) + x for x in values]
@@ -180,18 +186,13 @@ def test_a_stand_in_for_minus_infinity_is_no_logprob_of_a_sampled_token(stand_in
     broken = scored("a", 1.0, completions=[([7, 8], [-0.5, stand_in])])
     with pytest.raises(TrainingDataError, match=r"row 'a'.*completion 0.*\[1\].*stands for -inf"):
         build_batch([broken])
-    with pytest.raises(RecordError, match=r"completion 0: logprobs\[1\] .*stands for -inf"):
+    with pytest.raises(
+        RecordError, match=r"completion 0: inference_logprobs\[1\] .*stands for -inf"
+    ):
         RolloutRecord.from_extra(broken["execution_metadata"]["extra"])
-    with pytest.raises(TrainingDataError, match=r"logprobs\[1\] .*stands for -inf"):
+    with pytest.raises(RecordError, match=r"logprobs\[1\] .*stands for -inf"):
         Segment(tokens=[1, 2], logprobs=[0.0, stand_in], loss_mask=[0, 1])
-    segment = SegmentRecord(tokens=[1, 2], logprobs=[0.0, stand_in], loss_mask=[0, 1])
-    problem = episodes_problem(
-        [[segment]],
-        [EpisodeRecord(turns=1, stop_reason="done")],
-        prompt_ids=[1],
-        completion_ids=[[2]],
-        logprobs=[[-0.5]],
-        finish_reasons=["stop"],
-    )
-    assert problem is not None
-    assert "episode 0, segment 0: logprobs[1]" in problem
+    extra = episodes_extra([[[(3, 1)]], [[(3, 1)], [(1, 1)]]], [1.0, 0.0])
+    extra["trajectories"][1][1]["logprobs"][1] = stand_in
+    with pytest.raises(RecordError, match=r"completion 1, segment 1: logprobs\[1\] .*stands"):
+        RolloutRecord.from_extra(extra)

@@ -26,11 +26,15 @@ import pyarrow as pa
 from eval_protocol_rft._durable import replacing
 from eval_protocol_rft.data._files import tables_of
 from eval_protocol_rft.data._progress import Reading
+from eval_protocol_rft.data.conversion._from_ep import (
+    FailedRolloutError,
+    extra_of,
+    from_row,
+    read_file_part,
+)
 from eval_protocol_rft.data.conversion._plain_file import JsonColumn, NonFinite, text_notes
+from eval_protocol_rft.data.conversion._to_ep import FilePart, to_rows
 from eval_protocol_rft.data.conversion._types import ConvertError, Rollouts, Written, split_note
-from eval_protocol_rft.data.evaluation_rows._from_row import FailedRolloutError, extra_of, from_row
-from eval_protocol_rft.data.evaluation_rows._record import FilePart, FileWide, read_file_part
-from eval_protocol_rft.data.evaluation_rows._to_row import to_rows
 from eval_protocol_rft.data.rollouts._format import (
     ORIGINAL_PREFIX,
     FileMetadata,
@@ -127,7 +131,7 @@ class EpScan:
     """What names the data row of the last row, where it came from a rollout file."""
     _places: set[int] = field(default_factory=set)
     """`sample_idx` of its completions so far."""
-    _file_wide: FileWide | None = None
+    _file_wide: FileMetadata | None = None
     one_file: bool = True
     """Whether the rows say alike which rollout file they came from, or that from none."""
     _rewards: dict[str, RewardSettings] = field(default_factory=dict)
@@ -274,7 +278,7 @@ def write(rollouts: Rollouts, target: Path) -> Written:
             data_rows += 1
             completions += len(group)
     notes = (*text_notes(rollouts.schema), *non_finite.notes, *split_note(split))
-    return Written(data_rows, completions, notes)
+    return data_rows, completions, notes
 
 
 def _rows(scan: EpScan, schema: pa.Schema, reading: Reading) -> Iterator[CompletionRow]:

@@ -82,21 +82,21 @@ def convert(
     with Reading("convert", lambda: _rows_about(path, found), show=progress) as reading:
         rollouts = _checked(_read(path, found, drop_failed_rows=drop_failed_rows, reading=reading))
         if to_format == "ep":
-            written = ep.write(rollouts, output)
+            data_rows, completions, notes = ep.write(rollouts, output)
         elif to_format == "verl":
-            written = verl.write(rollouts, output, data_source=data_source)
+            data_rows, completions, notes = verl.write(rollouts, output, data_source=data_source)
         elif to_format == "trl":
-            written = trl.write(rollouts, output)
+            data_rows, completions, notes = trl.write(rollouts, output)
         else:
-            written = _write_rollouts(rollouts, output)
+            data_rows, completions, notes = _write_rollouts(rollouts, output)
     return ConvertSummary(
         source=path,
         target=output,
         from_format=found,
         to_format=to_format,
-        data_rows=written.data_rows,
-        completions=written.completions,
-        notes=(*rollouts.notes, *written.notes),
+        data_rows=data_rows,
+        completions=completions,
+        notes=(*rollouts.notes, *notes),
     )
 
 
@@ -128,22 +128,15 @@ def _checked(rollouts: Rollouts) -> Rollouts:
 
 
 def _write_rollouts(rollouts: Rollouts, target: Path) -> Written:
-    counted = _Groups()
-    rows = write_file(target, rollouts.schema, counted.watch(rollouts.read()))
-    return Written(counted.found, rows)
+    data_rows, last = 0, None
 
-
-class _Groups:
-    """Counts data rows, which stand together."""
-
-    def __init__(self) -> None:
-        self.found = 0
-        self._last: int | None = None
-
-    def watch(self, tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
-        """The same tables."""
-        for table in tables:
-            numbers = table.column("data_idx").to_numpy()
-            self.found += int(np.count_nonzero(np.diff(numbers))) + int(numbers[0] != self._last)
-            self._last = int(numbers[-1])
+    def counted() -> Iterator[pa.Table]:
+        nonlocal data_rows, last
+        for table in rollouts.read():
+            numbers = table.column("data_idx").to_numpy()  # those of a data row stand together
+            data_rows += int(np.count_nonzero(np.diff(numbers))) + int(numbers[0] != last)
+            last = int(numbers[-1])
             yield table
+
+    completions = write_file(target, rollouts.schema, counted())
+    return data_rows, completions, ()

@@ -32,11 +32,10 @@ from eval_protocol_rft.data.conversion._types import (
     is_parquet,
     read_parquet_schema,
 )
-from eval_protocol_rft.data.evaluation_rows._from_row import extra_of
-from eval_protocol_rft.data.evaluation_rows._to_row import stored_row
 from eval_protocol_rft.data.rollouts._format import FileMetadata, PromptKind, decode_metadata
 from eval_protocol_rft.data.rollouts._format import schema as rollout_schema
 from eval_protocol_rft.data.rollouts._parquet import ROW_GROUP_ROWS, ROW_GROUP_TOKENS
+from eval_protocol_rft.data.rollouts._records import stored_row
 from eval_protocol_rft.data.rollouts._rows import ChatMessages, CompletionRow
 
 _INT64 = range(-(2**63), 2**63)
@@ -255,11 +254,6 @@ def _count_tokens(value: Any) -> int:
     return len(value) if isinstance(value, np.ndarray) else 0
 
 
-def as_messages(prompt: str | ChatMessages) -> ChatMessages:
-    """A text is what the user says."""
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-
-
 def as_prompt(messages: Sequence[Mapping[str, Any]], kind: PromptKind) -> str | ChatMessages:
     """`as_messages` undone, nulls of the file left out."""
     if kind == "text":
@@ -300,7 +294,7 @@ def check_one_turn(rows: Sequence[CompletionRow], path: Path, target: str) -> No
         if text is None or '"episodes"' not in text:
             continue
         if text not in episodes:
-            episodes[text] = extra_of(stored_row(row)).get("episodes") or {}
+            episodes[text] = stored_row(row)["execution_metadata"]["extra"]["episodes"]
         own = episodes[text].get(str(row.sample_idx))
         if own is not None and own["turns"] > 1:
             raise ConvertError(

@@ -12,7 +12,6 @@ refused, as there is a place for one answer.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ import pyarrow as pa
 
 from eval_protocol_rft.data.conversion import _plain_file as plain_file
 from eval_protocol_rft.data.conversion._plain_file import (
-    as_messages,
     as_prompt,
     check_one_turn,
     from_json_text,
@@ -31,6 +29,7 @@ from eval_protocol_rft.data.conversion._plain_file import (
 )
 from eval_protocol_rft.data.conversion._types import Rollouts, Survey, Written
 from eval_protocol_rft.data.rollouts._format import FileMetadata, reward_columns
+from eval_protocol_rft.data.rollouts._records import as_messages
 from eval_protocol_rft.data.rollouts._rows import UNSCORED, CompletionRow, Score
 
 _KEPT = (
@@ -56,10 +55,19 @@ def write(rollouts: Rollouts, target: Path) -> Written:
     known = {name: rollouts.schema.field(name).type for name in rollouts.schema.names}
     own = [name for name in carried if name not in ("prompt", "response")]
     types |= {name: known[name] for name in own if name in survey.held}
-    count = _Count()
-    fields = pa.schema(list(types.items()))
-    lost = plain_file.write_rows(target, fields, metadata, _rows(rollouts, list(types), count))
-    return Written(count.data_rows, count.completions, (*survey.notes(carried, metadata), *lost))
+    data_rows = completions = 0
+
+    def rows() -> Iterator[dict[str, Any]]:
+        nonlocal data_rows, completions
+        for group in rollouts.groups():
+            survivors = [row for row in group if not row.failed]
+            check_one_turn(survivors, rollouts.path, "TRL")
+            data_rows += bool(survivors)
+            completions += len(survivors)
+            yield from (_row(row, list(types), metadata) for row in survivors)
+
+    lost = plain_file.write_rows(target, pa.schema(list(types.items())), metadata, rows())
+    return data_rows, completions, (*survey.notes(carried, metadata), *lost)
 
 
 def read(path: Path) -> Rollouts:
@@ -76,30 +84,16 @@ def read(path: Path) -> Rollouts:
     )
 
 
-@dataclass(slots=True)
-class _Count:
-    data_rows: int = 0
-    completions: int = 0
-
-
-def _rows(rollouts: Rollouts, names: list[str], count: _Count) -> Iterator[dict[str, Any]]:
-    own = [name for name in _KEPT if name in names]
-    metadata = rollouts.metadata
-    for group in rollouts.groups():
-        survivors = [row for row in group if not row.failed]
-        check_one_turn(survivors, rollouts.path, "TRL")
-        count.data_rows += bool(survivors)
-        count.completions += len(survivors)
-        for row in survivors:
-            yield {
-                "prompt": as_messages(row.prompt),
-                "completion": [{"role": "assistant", "content": row.response}],
-                **{name: getattr(row, name) for name in own},
-                "tools": json_text(row.tools),
-                "message": json_text(row.message),
-                "ground_truth": stored_truth(row.ground_truth, metadata),
-                **{name: score.reward for name, score in row.scores.items()},
-            }
+def _row(row: CompletionRow, names: list[str], metadata: FileMetadata) -> dict[str, Any]:
+    return {
+        "prompt": as_messages(row.prompt),
+        "completion": [{"role": "assistant", "content": row.response}],
+        **{name: getattr(row, name) for name in _KEPT if name in names},
+        "tools": json_text(row.tools),
+        "message": json_text(row.message),
+        "ground_truth": stored_truth(row.ground_truth, metadata),
+        **{name: score.reward for name, score in row.scores.items()},
+    }
 
 
 def _completion(row: dict[str, Any], metadata: FileMetadata) -> CompletionRow:

@@ -95,13 +95,8 @@ def split_note(data_rows: int) -> tuple[str, ...]:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Written:
-    """What a writer put into the target."""
-
-    data_rows: int
-    completions: int
-    notes: tuple[str, ...] = ()
+Written = tuple[int, int, tuple[str, ...]]
+"""What a writer put into the target: data rows, completions, and notes on what it did not."""
 
 
 _MARKS: Mapping[Format, frozenset[str]] = {

@@ -13,6 +13,7 @@ turns is refused, as there is a place for one answer.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,6 @@ import pyarrow as pa
 
 from eval_protocol_rft.data.conversion import _plain_file as plain_file
 from eval_protocol_rft.data.conversion._plain_file import (
-    as_messages,
     as_prompt,
     check_one_turn,
     from_json_text,
@@ -39,7 +39,8 @@ from eval_protocol_rft.data.conversion._types import (
     Written,
     split_note,
 )
-from eval_protocol_rft.data.rollouts._format import ORIGINAL_PREFIX
+from eval_protocol_rft.data.rollouts._format import ORIGINAL_PREFIX, FileMetadata
+from eval_protocol_rft.data.rollouts._records import as_messages
 from eval_protocol_rft.data.rollouts._rows import UNSCORED, CompletionRow, Score, by_prompt
 
 _IDS = pa.list_(pa.int32())
@@ -99,7 +100,7 @@ def write(rollouts: Rollouts, target: Path, *, data_source: str | None) -> Writt
         notes.append(f"data rows without a completion ({writer.without}) are not in the output")
     if "tools" in survey.held:
         notes.append("verl takes tools from its own configuration, not from the column tools")
-    return Written(writer.data_rows, writer.completions, tuple(notes))
+    return writer.data_rows, writer.completions, tuple(notes)
 
 
 def read(path: Path) -> Rollouts:
@@ -117,7 +118,7 @@ def read(path: Path) -> Rollouts:
     kind = file.schema.field("reward_model").type
     place = kind.get_field_index("ground_truth") if pa.types.is_struct(kind) else -1
     return file.rollouts(
-        _Reader(file).completions,
+        functools.partial(_completions, file.metadata),
         ground_truth=None if place < 0 else kind.field(place).type,
     )
 
@@ -174,41 +175,36 @@ class _Writer:
         return list(map(json_text, values)) if column == "message" else values
 
 
-@dataclass(frozen=True, slots=True)
-class _Reader:
-    file: plain_file.ConvertedFile
-
-    def completions(self, row: dict[str, Any]) -> Iterator[CompletionRow]:
-        metadata = self.file.metadata
-        truth = (row["reward_model"] or {}).get("ground_truth")
-        once = {
-            "row_id": row["row_id"],
-            "data_idx": row["data_idx"],
-            "prompt": as_prompt(row["prompt"], metadata.prompt_kind),
-            "prompt_ids": np.array(row["prompt_ids"], np.int32),
-            "tools": from_json_text(row.get("tools")),
-            "ground_truth": read_truth(truth, metadata),
-            **{name: getattr(metadata.sampling, name) for name in _SAMPLED},
+def _completions(metadata: FileMetadata, row: dict[str, Any]) -> Iterator[CompletionRow]:
+    truth = (row["reward_model"] or {}).get("ground_truth")
+    once = {
+        "row_id": row["row_id"],
+        "data_idx": row["data_idx"],
+        "prompt": as_prompt(row["prompt"], metadata.prompt_kind),
+        "prompt_ids": np.array(row["prompt_ids"], np.int32),
+        "tools": from_json_text(row.get("tools")),
+        "ground_truth": read_truth(truth, metadata),
+        **{name: getattr(metadata.sampling, name) for name in _SAMPLED},
+    }
+    for i in range(len(row["response_ids"])):
+        lists = {
+            column: _entry(row[name], i, kind)
+            for name, (column, kind) in _LISTS.items()
+            if name in row
         }
-        for i in range(len(row["response_ids"])):
-            lists = {
-                column: _entry(row[name], i, kind)
-                for name, (column, kind) in _LISTS.items()
-                if name in row
-            }
-            scores = {
-                name: Score(reward=row[_rewards_column(name)][i])
-                for name in ("reward", *metadata.rewards)
-                if _rewards_column(name) in row
-            }
-            message = from_json_text(lists.pop("message", None))
-            yield CompletionRow(
-                **once,
-                **lists,
-                message=message,
-                truncated=lists["finish_reason"] == "length",
-                scores={name: score for name, score in scores.items() if score != UNSCORED},
-            )
+        scores = {
+            name: Score(reward=row[_rewards_column(name)][i])
+            for name in ("reward", *metadata.rewards)
+            if _rewards_column(name) in row
+        }
+        message = from_json_text(lists.pop("message", None))
+        yield CompletionRow(
+            **once,
+            **lists,
+            message=message,
+            truncated=lists["finish_reason"] == "length",
+            scores={name: score for name, score in scores.items() if score != UNSCORED},
+        )
 
 
 def _entry(values: Sequence[Any], i: int, kind: pa.DataType) -> Any:

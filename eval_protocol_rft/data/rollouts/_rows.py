@@ -24,23 +24,12 @@ from eval_protocol_rft.data.rollouts._format import (
     metadata_of,
     reward_columns,
 )
+from eval_protocol_rft.record import UNSCORED as UNSCORED
+from eval_protocol_rft.record import Score as Score
 
 Ids = NDArray[np.int32]
 Logprobs = NDArray[np.float32]
 ChatMessages = list[dict[str, Any]]
-
-
-class Score(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """What one evaluator said of one completion. `reward` None: no valid score, which is not 0."""
-
-    reward: float | None = None
-    reason: str | None = None
-    metrics: dict[str, Any] | None = None
-    error: str | None = None
-
-
-UNSCORED = Score()
-_NOTHING_SAID: list[Any] = [None] * 4
 
 
 class CompletionRow(msgspec.Struct, kw_only=True, eq=False):

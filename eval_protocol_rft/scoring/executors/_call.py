@@ -15,7 +15,7 @@ import pytest
 from eval_protocol.models import EvaluationRow
 from pydantic import ValidationError
 
-from eval_protocol_rft.record import CompletionResult
+from eval_protocol_rft.record import Score
 from eval_protocol_rft.scoring import (
     BoundCall,
     Place,
@@ -26,7 +26,7 @@ from eval_protocol_rft.scoring import (
 )
 from eval_protocol_rft.scoring.executors._loading import LoadedEvaluator
 
-Results = tuple[CompletionResult, ...]
+Results = tuple[Score, ...]
 
 
 @dataclass(frozen=True, slots=True)

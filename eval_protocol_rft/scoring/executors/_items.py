@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from eval_protocol_rft.record import CompletionResult
+from eval_protocol_rft.record import Score
 from eval_protocol_rft.scoring.executors._channel import WorkerChannel
 
 
@@ -34,7 +34,7 @@ class Graded:
     """What became of one item."""
 
     key: Any
-    results: tuple[CompletionResult, ...]
+    results: tuple[Score, ...]
     """One per view, in the order of the views."""
     seconds: float
     """How long the call took; until it was given up where it did not end by itself."""
@@ -42,7 +42,7 @@ class Graded:
 
 def all_unscored(item: GradingItem, error: str, seconds: float) -> Graded:
     """The item, with no score and the same reason for each of its views."""
-    return Graded(item.key, (CompletionResult(score=None, error=error),) * len(item.views), seconds)
+    return Graded(item.key, (Score(error=error),) * len(item.views), seconds)
 
 
 def late(limit: float | None) -> str:
@@ -77,7 +77,7 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
 class Answer(msgspec.Struct, frozen=True, tag=True):
     """What became of one call."""
 
-    results: tuple[CompletionResult, ...]
+    results: tuple[Score, ...]
     seconds: float
 
 
@@ -107,6 +107,6 @@ def send(channel: WorkerChannel, number: int, message: Message, *, views: int = 
     except (TypeError, ValueError, RecursionError) as error:
         body, problem = b"", f"cannot be written as JSON: {type(error).__name__}"
     if problem is not None:
-        result = CompletionResult(score=None, error=f"what the evaluator said {problem}")
+        result = Score(error=f"what the evaluator said {problem}")
         body = msgspec.json.encode(Answer((result,) * views, 0.0))
     channel.send(number, body)

@@ -20,8 +20,9 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from eval_protocol_rft._segments import Segment
 from eval_protocol_rft.training._errors import ExportError
-from eval_protocol_rft.training._trajectory import PromptGroup, Segment, Trajectory
+from eval_protocol_rft.training._trajectory import PromptGroup, Trajectory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

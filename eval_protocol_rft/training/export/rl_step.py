@@ -22,18 +22,18 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 
 from eval_protocol_rft._durable import replacing
-from eval_protocol_rft.training._buffers import TokenBuffer
+from eval_protocol_rft._segments import TokenBuffer
 from eval_protocol_rft.training._errors import EmptyBatchError, ExportError, TrainingDataError
 from eval_protocol_rft.training._groups import GroupKey
 from eval_protocol_rft.training._rows import (
     Row,
-    RowRollout,
     field_of,
     plain,
     plain_message,
     read_row,
     row_key,
 )
+from eval_protocol_rft.training._trajectory import PromptGroup
 
 Unscored = Literal["error", "drop"]
 
@@ -71,7 +71,7 @@ def to_lines(
         rollout = read_row(row, TokenBuffer(0))
         dropped.update(
             failed=len(rollout.failures),
-            failed_row=int(rollout.failed is not None),
+            failed_row=len(rollout.failed_rows),
             unscored=sum(t.reward is None for t in rollout.trajectories),
         )
         if not rollout.trajectories:
@@ -106,7 +106,7 @@ def write_jsonl(
     return data
 
 
-def _check_turns(row: Row, rollout: RowRollout) -> None:
+def _check_turns(row: Row, rollout: PromptGroup) -> None:
     episodes = field_of(field_of(row, "execution_metadata"), "extra").get("episodes") or ()
     for trajectory, episode in zip(rollout.trajectories, episodes, strict=False):
         if episode["turns"] > 1:
@@ -118,7 +118,7 @@ def _check_turns(row: Row, rollout: RowRollout) -> None:
 
 
 def _samples(
-    row: Row, rollout: RowRollout, prompt: list[dict[str, Any]], unscored: Unscored
+    row: Row, rollout: PromptGroup, prompt: list[dict[str, Any]], unscored: Unscored
 ) -> list[dict[str, Any]]:
     texts = field_of(field_of(row, "execution_metadata"), "extra")["completions_text"]
     tools = field_of(row, "tools")
@@ -141,7 +141,7 @@ def _samples(
     return samples
 
 
-def _prompt(row: Row, rollout: RowRollout) -> list[dict[str, Any]]:
+def _prompt(row: Row, rollout: PromptGroup) -> list[dict[str, Any]]:
     """The messages that were answered: those of the row without the answer at their end."""
     messages = field_of(row, "messages") or []
     if len(messages) < 2 or field_of(messages[-1], "role") != "assistant":

@@ -1,0 +1,347 @@
+"""Token data as arrays: `Segment`, and a row's completions laid out in few large blocks.
+
+Invariant: what is stored is what was given. Lists and arrays are read alike, without a Python loop
+per token; a value of the wrong type is an error, never a cast that loses something; nothing is
+padded or repaired. A segment's arrays have equal length, `loss_mask` is 1 exactly on sampled
+tokens, and a logprob stands only there. What breaks this is told with completion and index.
+
+Segments are views into large blocks: many small arrays would each pay for fresh memory, which costs
+more than filling it.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping, Sequence, Sized
+from typing import Any
+
+import msgspec
+import numpy as np
+from msgspec.structs import force_setattr
+from numpy.typing import NDArray
+
+from eval_protocol_rft.sampling import (
+    LOGPROB_NOISE,
+    LOWEST_LOGPROB,
+    TOKEN_ID_LIMIT,
+    logprob_problem,
+)
+
+FloatArray = NDArray[np.float32]
+IntArray = NDArray[np.int64]
+Room = tuple[IntArray, FloatArray, FloatArray]
+"""Tokens, logprobs and loss mask of consecutive tokens."""
+
+BLOCK_TOKENS = 1 << 22
+"""Tokens per block: three arrays of 16 to 32 MiB, so that they lie in huge pages (with a
+quarter as many tokens, building batches was a third slower). What is not filled is address space,
+not memory; what is filled stays as long as one segment of the block does."""
+
+
+class RecordError(ValueError):
+    """There is no rollout record, or one that contradicts itself; the message says where."""
+
+
+class Segment(msgspec.Struct, frozen=True, kw_only=True, eq=False, gc=False):
+    """A contiguous token sequence, as one forward pass reads it. N tokens.
+
+    Lists and other dtypes are converted; the arrays may be views, so do not write to them.
+
+    Raises:
+        RecordError: a field contradicts another; the message names the first such token.
+    """
+
+    tokens: IntArray
+    """[N] int64: ids sent and sampled, in order."""
+    logprobs: FloatArray
+    """[N] float32 sampling logprobs (nats) of sampled tokens, 0.0 elsewhere."""
+    loss_mask: FloatArray
+    """[N] float32: 1.0 on sampled tokens, 0.0 elsewhere. The first token is never sampled."""
+    prompt_length: int = 0
+    """Tokens before the first sampled one. Leave it out, and `num_sampled`: they are counted. Who
+    has checked a whole buffer of token data gives both, and this one is not checked again."""
+    num_sampled: int = 0
+    """Tokens of this segment that the policy sampled, over all its turns."""
+
+    def __post_init__(self) -> None:
+        if self.num_sampled:
+            return
+        tokens = _array("tokens", self.tokens, "iu", np.dtype(np.int64))
+        logprobs = _array("logprobs", self.logprobs, "iuf", np.dtype(np.float32))
+        mask = _array("loss_mask", self.loss_mask, "iubf", np.dtype(np.float32))
+        problem = (
+            _length_problem(tokens, logprobs, mask)
+            or _mask_problem(mask)
+            or _value_problem(tokens, logprobs, mask)
+        )
+        if problem:
+            raise RecordError(problem)
+        for name, value in (
+            ("tokens", tokens),
+            ("logprobs", logprobs),
+            ("loss_mask", mask),
+            ("prompt_length", int(mask.argmax())),
+            ("num_sampled", int(np.count_nonzero(mask))),
+        ):
+            force_setattr(self, name, value)
+
+    def __len__(self) -> int:
+        """N, the number of tokens."""
+        return len(self.tokens)
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both hold the same numbers."""
+        return isinstance(other, Segment) and all(
+            np.array_equal(getattr(self, name), getattr(other, name)) for name in _ARRAYS
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def to_json(self) -> dict[str, list[Any]]:
+        """As `trajectories` of a record has it: lists, the loss mask of integers."""
+        return {
+            "tokens": self.tokens.tolist(),
+            "logprobs": self.logprobs.tolist(),
+            "loss_mask": self.loss_mask.astype(np.int8).tolist(),
+        }
+
+
+_ARRAYS = ("tokens", "logprobs", "loss_mask")
+
+
+class TokenBuffer:
+    """Hands out room from large blocks, in order. A block lives as long as a view into it, so
+    blocks begin small, and each is twice as large as the one before, up to `block_tokens`."""
+
+    def __init__(self, block_tokens: int = BLOCK_TOKENS) -> None:
+        self._most = block_tokens
+        self._block = _new_block(0)
+        self._used = 0
+
+    def take(self, size: int) -> Room:
+        """Room for `size` tokens. Logprobs and loss mask come zeroed, tokens do not."""
+        if self._used + size > len(self._block[0]):
+            self._block = _new_block(max(size, min(2 * len(self._block[0]), self._most)))
+            self._used = 0
+        start, self._used = self._used, self._used + size
+        tokens, logprobs, mask = self._block
+        stop = self._used
+        return tokens[start:stop], logprobs[start:stop], mask[start:stop]
+
+
+def _new_block(size: int) -> Room:
+    return np.empty(size, np.int64), np.zeros(size, np.float32), np.zeros(size, np.float32)
+
+
+def lay_out(
+    prompt_ids: Any,
+    completion_ids: Sequence[Any],
+    logprobs: Sequence[Any],
+    buffer: TokenBuffer,
+    names: Sequence[str],
+) -> list[Segment]:
+    """Each completion behind its prompt, as a segment.
+
+    Args:
+        prompt_ids: [P] ids.
+        completion_ids: [G][T_i] ids. Lists, numpy arrays, or anything numpy reads without a copy.
+        logprobs: [G][T_i] sampling logprobs.
+        buffer: where to.
+        names: [G] how messages call the completions.
+
+    Returns:
+        [G] segments of P + T_i tokens.
+
+    Raises:
+        RecordError: lengths differ, a value has the wrong type, is no token id or no logprob.
+    """
+    prompt = np.empty(_size(prompt_ids, "prompt_ids"), np.int64)
+    _store(prompt_ids, prompt, "prompt_ids")
+    if prompt.size == 0:
+        raise RecordError("prompt_ids must hold at least one id")
+    sizes: list[int] = []
+    for ids, values, name in zip(completion_ids, logprobs, names, strict=True):
+        sizes.append(_size(ids, f"{name}: completion_ids"))
+        if (count := _size(values, f"{name}: inference_logprobs")) != sizes[-1] or not count:
+            raise RecordError(
+                f"{name}: {sizes[-1]} token ids and {count} logprobs; they must be as many, not 0"
+            )
+    room = buffer.take(len(sizes) * len(prompt) + sum(sizes))
+    tokens, sampled, mask = room
+    segments: list[Segment] = []
+    first, stop = len(prompt), 0
+    for ids, values, size, name in zip(completion_ids, logprobs, sizes, names, strict=True):
+        start, stop = stop, stop + first + size
+        segment = Segment(
+            tokens=tokens[start:stop],
+            logprobs=sampled[start:stop],
+            loss_mask=mask[start:stop],
+            prompt_length=first,
+            num_sampled=size,
+        )
+        segment.tokens[:first] = prompt
+        _store(ids, segment.tokens[first:], f"{name}: completion_ids")
+        _store(values, segment.logprobs[first:], f"{name}: inference_logprobs")
+        segment.loss_mask[first:] = 1.0
+        segments.append(segment)
+    if not _fine(tokens, sampled):
+        _check_ids(prompt, "prompt_ids")
+        for segment, name in zip(segments, names, strict=True):
+            _check_ids(segment.tokens[first:], f"{name}: completion_ids")
+            _check_logprobs(segment.logprobs[first:], f"{name}: inference_logprobs")
+    return segments
+
+
+def read_segment(given: Any, buffer: TokenBuffer) -> Segment:
+    """A segment of an episode: one already, or an object with `tokens`, `logprobs`, `loss_mask`.
+
+    Raises:
+        RecordError: it is none, or its values contradict each other.
+    """
+    if isinstance(given, Segment):
+        return given
+    if not isinstance(given, Mapping) or not all(name in given for name in _ARRAYS):
+        held = sorted(map(str, given)) if isinstance(given, Mapping) else type(given).__name__
+        raise RecordError(f"needs tokens, logprobs and loss_mask, got {held}")
+    sizes = [_size(given[name], name) for name in _ARRAYS]
+    if len(set(sizes)) > 1:
+        raise RecordError("{} tokens, {} logprobs, loss_mask of {}".format(*sizes))
+    tokens, logprobs, mask = buffer.take(sizes[0])
+    _store(given["tokens"], tokens, "tokens")
+    _store(given["logprobs"], logprobs, "logprobs")
+    _store(given["loss_mask"], mask, "loss_mask", kinds="iubf")
+    return Segment(tokens=tokens, logprobs=logprobs, loss_mask=mask)
+
+
+def beginning_problem(segment: Segment, first_turn: Segment) -> str | None:
+    """Say where an episode's first segment is not what its first turn was, or None."""
+    size = len(first_turn)
+    for name in _ARRAYS:
+        values, wanted = getattr(segment, name)[:size], getattr(first_turn, name)
+        if np.array_equal(values, wanted):
+            continue
+        different = np.flatnonzero(values != wanted[: len(values)])
+        index = int(different[0]) if len(different) else len(values)
+        value = values[index] if index < len(values) else "missing"
+        return (
+            f"{name}[{index}] is {value}, and {wanted[index]} in the record's prompt and first "
+            "turn, which an episode begins with"
+        )
+    return None
+
+
+def check_logprobs(values: Any, size: int, where: str) -> None:
+    """Refuse what are not `size` logprobs of sampled tokens.
+
+    Raises:
+        RecordError: their number, type or values are wrong; the message begins with `where`.
+    """
+    if (count := _size(values, where)) != size:
+        raise RecordError(f"{where}: {count} for {size} token ids")
+    numbers = np.empty(count, np.float64)
+    _store(values, numbers, where)
+    _check_logprobs(numbers, where)
+
+
+def _size(values: Any, where: str) -> int:
+    if isinstance(values, (list, np.ndarray)):
+        return len(values)
+    if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Sized):
+        kind = type(values).__name__
+        raise RecordError(f"{where} is {kind}, not a list or an array of numbers")
+    return len(values)
+
+
+def _store(values: Any, target: NDArray[Any], where: str, *, kinds: str | None = None) -> None:
+    """Copy `values` into `target`, which has their length. Arrays are of one of `kinds`; default
+    the kind of the target."""
+    if isinstance(values, (list, tuple)):
+        # struct writes into place at twice the speed of numpy's conversion, and refuses None,
+        # text, and a float among the ids where numpy would cast.
+        try:
+            struct.pack_into(f"{len(values)}{target.dtype.char}", target.data, 0, *values)
+        except (struct.error, OverflowError) as error:
+            raise RecordError(f"{where}: {error}") from error
+        return
+    array = values if isinstance(values, np.ndarray) else np.asarray(values)
+    allowed = kinds or ("iu" if target.dtype.kind == "i" else "f")
+    if array.ndim != 1 or array.dtype.kind not in allowed:
+        raise RecordError(
+            f"{where} is an array of {array.dtype} with shape {array.shape}, expected "
+            f"{target.dtype} with shape {target.shape}"
+        )
+    target[:] = array
+
+
+def _fine(tokens: IntArray, logprobs: FloatArray) -> bool:
+    """Whether no number of a row is wrong, in few passes over all of its completions."""
+    return not len(tokens) or bool(
+        tokens.view(np.uint64).max() < TOKEN_ID_LIMIT  # those below 0 are large there
+        and logprobs.max() <= LOGPROB_NOISE
+        and logprobs.min() >= LOWEST_LOGPROB  # False for NaN as well
+    )
+
+
+def _check_ids(ids: IntArray, where: str) -> None:
+    wrong = (ids < 0) | (ids >= TOKEN_ID_LIMIT)
+    if wrong.any():
+        index = int(wrong.argmax())
+        raise RecordError(f"{where}[{index}] is {ids[index]}: not a token id")
+
+
+def _check_logprobs(values: NDArray[Any], where: str) -> None:
+    wrong = ~((values <= LOGPROB_NOISE) & (values >= LOWEST_LOGPROB))
+    if wrong.any():
+        index = int(wrong.argmax())
+        raise RecordError(
+            f"{where}[{index}] is {values[index]}: {logprob_problem(float(values[index]))}"
+        )
+
+
+def _array(name: str, values: Any, kinds: str, dtype: np.dtype[Any]) -> NDArray[Any]:
+    """`values` as a one-dimensional array of `dtype`, refusing what a cast would distort."""
+    array = np.asarray(values)
+    if array.ndim != 1:
+        raise RecordError(f"{name} has shape {array.shape}, it must be flat")
+    if array.size and array.dtype.kind not in kinds:
+        raise RecordError(f"{name} holds {array.dtype}, not {dtype}")
+    return array.astype(dtype, copy=False)
+
+
+def _length_problem(tokens: IntArray, logprobs: FloatArray, mask: FloatArray) -> str | None:
+    if not len(tokens) == len(logprobs) == len(mask):
+        return f"{len(tokens)} tokens, {len(logprobs)} logprobs, loss_mask of {len(mask)}"
+    if len(tokens) < 2:
+        return "needs at least a prompt token and a sampled token"
+    return None
+
+
+def _mask_problem(mask: FloatArray) -> str | None:
+    odd = (mask != 0) & (mask != 1)
+    if odd.any():
+        index = int(odd.argmax())
+        return f"loss_mask[{index}] is {mask[index]}: it must be 0 or 1"
+    if mask[0]:
+        return "loss_mask[0] is 1: the first token follows nothing, so nothing predicts it"
+    if not mask.any():
+        return (
+            "loss_mask is 0 everywhere: no token was sampled. A segment in which nothing was "
+            "sampled is none; leave it out"
+        )
+    return None
+
+
+def _value_problem(tokens: IntArray, logprobs: FloatArray, mask: FloatArray) -> str | None:
+    try:
+        _check_ids(tokens, "tokens")
+        _check_logprobs(logprobs, "logprobs")
+    except RecordError as error:
+        return str(error)
+    stray = (logprobs != 0) & (mask == 0)
+    if stray.any():
+        index = int(stray.argmax())
+        return (
+            f"logprobs[{index}] is {logprobs[index]} where loss_mask is 0: put 0.0 where the "
+            "policy sampled nothing"
+        )
+    return None

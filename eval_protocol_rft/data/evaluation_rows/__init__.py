@@ -1,1 +1,0 @@
-"""Rows of the file as rows of Eval Protocol, and back."""

@@ -1,0 +1,274 @@
+"""The rollout record of a data row's completions: what training, scoring and conversions read of a
+rollout file.
+
+Invariant: a record says what the columns say; where they say nothing, neither does it. Token data
+are views of the columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import msgspec
+
+from eval_protocol_rft._turns import EpisodeRecord, turn_trace
+from eval_protocol_rft.data.rollouts._format import FileMetadata, FormatError, SamplingSettings
+from eval_protocol_rft.data.rollouts._rows import ChatMessages, CompletionRow
+from eval_protocol_rft.record import SCHEMA_VERSION, UNSCORED, RecordError
+from eval_protocol_rft.sampling import FailureKind, SamplingParams, support_truncated
+from eval_protocol_rft.training import (
+    PromptGroup,
+    TokenBuffer,
+    TrainingDataError,
+    group_of,
+    question_of,
+    read_named,
+)
+
+Tokens = Literal["lists", "arrays", "none"]
+"""What token data a record is to have."""
+EPISODE_KEYS = ("trajectories", "episodes")
+"""Lists per completion that no column holds: they travel in `evaluation_row`, by place."""
+SAMPLING_BY_PLACE = ("retry_causes",)
+"""The same of `sampling`: lists of lists, empty where there is nothing to say."""
+_ONCE_BY_PLACE = "past_end"
+"""In files from before it was a column."""
+_NOT_RECORDED = ("model_fingerprint", "system", "seed_given")
+_FAILURE_KINDS = frozenset(get_args(FailureKind))
+
+
+def part_of(
+    group: Sequence[CompletionRow], metadata: FileMetadata, buffer: TokenBuffer
+) -> PromptGroup:
+    """What a data row's completions, sampled behind the same prompt ids, are of a prompt group.
+
+    Raises:
+        TrainingDataError: they are no record; the message names row, completion and index.
+        FormatError: `evaluation_row` is none that a conversion wrote.
+    """
+    first = group[0]
+    stored = stored_row(first) if first.evaluation_row is not None else {}
+    execution = stored.get("execution_metadata") or {}
+    extra = execution.get("extra") or {}
+    run = extra.get("run_index")
+    name = f"row {first.row_id!r}" + (f", run {run}" if run is not None else "")
+    key = (execution.get("experiment_id"), first.row_id)
+    survivors = [row for row in group if not row.failed]
+    if not survivors:
+        return PromptGroup(
+            key=key,
+            trajectories=(),
+            failed_rows=(failed_message(group),),
+            asked=len(group),
+            name=name,
+        )
+    try:
+        fields = record_fields(group, survivors, extra, metadata)
+    except RecordError as error:
+        raise TrainingDataError(str(error)) from error
+    record, segments = read_named(name, fields, None, buffer)
+    return group_of(
+        record,
+        segments,
+        fields["rewards"],
+        key=key,
+        name=name,
+        row_id=first.row_id,
+        question=question_of(as_messages(first.prompt), first.tools, record.sampling),
+    )
+
+
+def record_fields(
+    group: Sequence[CompletionRow],
+    survivors: Sequence[CompletionRow],
+    stored: Mapping[str, Any],
+    metadata: FileMetadata,
+    *,
+    tokens: Tokens = "arrays",
+) -> dict[str, Any]:
+    """The keys of a rollout record, the optional ones too.
+
+    Args:
+        group: completions of one data row.
+        survivors: those that did not fail, one at least.
+        stored: what `evaluation_row` has of the record.
+        metadata: of their file.
+        tokens: the form of the token data.
+
+    Raises:
+        RecordError: nothing says at which temperature they were sampled.
+        FormatError: `stored` has no episode of one of them.
+    """
+    sampling = _sampling_of(stored.get("sampling"), group, metadata)
+    for name in (*SAMPLING_BY_PLACE, _ONCE_BY_PLACE):
+        if isinstance(values := sampling.get(name), Mapping):
+            sampling[name] = [values.get(str(row.sample_idx), []) for row in survivors]
+    if any(row.past_end is not None for row in survivors):
+        sampling["past_end"] = [
+            [] if row.past_end is None else row.past_end.tolist() for row in survivors
+        ]
+    firsts = [row.first_policy_version for row in survivors]
+    scores = [row.scores.get("reward", UNSCORED) for row in survivors]
+    episodes = {
+        key: [_of_place(stored[key], row, key) for row in survivors]
+        for key in EPISODE_KEYS
+        if stored.get(key) is not None
+    }
+    return {
+        **(_token_data(survivors, tokens) if tokens != "none" else {}),
+        "completions_text": [row.response for row in survivors],
+        "completion_messages": [row.message for row in survivors],
+        "truncated": [row.truncated for row in survivors],
+        "finish_reasons": [row.finish_reason for row in survivors],
+        "failures": [failure(row) for row in group if row.failed],
+        "sampling": {
+            **sampling,
+            "indices": [row.sample_idx for row in survivors],
+            "seeds": [row.seed for row in survivors],
+            "policy_versions": [row.policy_version for row in survivors],
+            **({"first_policy_versions": firsts} if any(f is not None for f in firsts) else {}),
+            "request_ids": [row.request_id for row in survivors],
+            "attempts": [_or(row.attempts, 1) for row in survivors],
+            "seconds": [_or(row.seconds, 0.0) for row in survivors],
+        },
+        "rft_schema": SCHEMA_VERSION,
+        "rewards": [score.reward for score in scores],
+        "completion_results": [
+            {**msgspec.to_builtins(score), "metrics": score.metrics or {}} for score in scores
+        ],
+        **episodes,
+    }
+
+
+def _token_data(survivors: Sequence[CompletionRow], tokens: Tokens) -> dict[str, Any]:
+    def numbers(array: Any) -> Any:
+        return array if tokens == "arrays" or array is None else array.tolist()
+
+    prompt_ids = numbers(survivors[0].prompt_ids)
+    ids = [numbers(row.completion_ids) for row in survivors]
+    logprobs = [numbers(row.logprobs) for row in survivors]
+    last = survivors[0].finish_reason
+    return {
+        "prompt_ids": prompt_ids,
+        "completion_ids": ids,
+        "inference_logprobs": logprobs,
+        "token_turn_traces": [turn_trace(prompt_ids, ids[0], logprobs[0], last)],
+    }
+
+
+def _sampling_of(
+    own: Mapping[str, Any] | None, group: Sequence[CompletionRow], metadata: FileMetadata
+) -> dict[str, Any]:
+    """How the group was sampled, as the record says it, but for the lists per completion."""
+    if own is not None:
+        return dict(own)
+    values: dict[str, Any] = msgspec.to_builtins(metadata.sampling or _settings_of(group))
+    for name in _NOT_RECORDED:
+        values.pop(name)
+    began = [row.began_at for row in group if row.began_at is not None]
+    return {**values, "n": len(group), "began_at": min(began, default=0.0)}
+
+
+def _settings_of(group: Sequence[CompletionRow]) -> SamplingSettings:
+    """What the rows themselves say, in a file that does not."""
+    first = group[0]
+    if first.temperature is None or first.top_p is None or first.top_k is None:
+        raise RecordError(
+            f"row {first.row_id!r}: neither the file's metadata nor the columns temperature, top_p "
+            "and top_k say how it was sampled"
+        )
+    params = SamplingParams(
+        model="unknown", temperature=first.temperature, top_p=first.top_p, top_k=first.top_k
+    )
+    return SamplingSettings(
+        model=params.model,
+        temperature=params.temperature,
+        top_p=params.top_p,
+        top_k=params.top_k,
+        n=len(group),
+        support_truncated=support_truncated(params),
+    )
+
+
+def failure(row: CompletionRow) -> dict[str, Any]:
+    """A failed completion, as a record has it."""
+    return {
+        "index": row.sample_idx,
+        "kind": row.error_kind if row.error_kind in _FAILURE_KINDS else "internal",
+        "message": row.error,
+        "attempts": _or(row.attempts, 0),
+        "seconds": _or(row.seconds, 0.0),
+        "seed": row.seed,
+        "status": row.error_status,
+    }
+
+
+def failed_message(group: Sequence[CompletionRow]) -> str:
+    """What is said of a data row all of whose completions failed."""
+    return f"none of {len(group)} completions survived; the first: {group[0].error}"
+
+
+def as_messages(prompt: str | ChatMessages) -> ChatMessages:
+    """A text is what the user says."""
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
+def stored_row(completion: CompletionRow) -> dict[str, Any]:
+    """What a row that came from Eval Protocol has kept in `evaluation_row`.
+
+    Raises:
+        FormatError: it is nothing that a conversion writes.
+    """
+    text = completion.evaluation_row or ""
+    try:
+        msgspec.json.decode(text, type=_StoredRow)
+        row: dict[str, Any] = msgspec.json.decode(text)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise FormatError(
+            f"data row {completion.data_idx}, completion {completion.sample_idx}: evaluation_row "
+            f"is none that `ep-rft convert` wrote: {error}"
+        ) from error
+    return row
+
+
+class Imported(msgspec.Struct, frozen=True, kw_only=True):
+    """What `evaluation_row` says of the record that its row had."""
+
+    keys: list[str]
+    """Which optional keys the record had."""
+    answer: int | None
+    """`sample_idx` of the completion that is the last message, or of the episode that is the row's
+    conversation; None where it is none's."""
+
+
+class _StoredExtra(msgspec.Struct):
+    rollout_file: Imported | None = None
+    sampling: dict[str, Any] | None = None
+    episodes: dict[str, EpisodeRecord] | None = None
+    trajectories: dict[str, list[dict[str, Any]]] | None = None
+
+
+class _StoredExecution(msgspec.Struct):
+    extra: _StoredExtra | None = None
+
+
+class _StoredRow(msgspec.Struct):
+    """As much of it as is looked at here."""
+
+    execution_metadata: _StoredExecution
+    messages: list[dict[str, Any]] = []
+
+
+def _of_place(values: Mapping[str, Any], completion: CompletionRow, key: str) -> Any:
+    try:
+        return values[str(completion.sample_idx)]
+    except KeyError:
+        raise FormatError(
+            f"data row {completion.data_idx}, completion {completion.sample_idx}: evaluation_row "
+            f"has no {key} of it"
+        ) from None
+
+
+def _or(value: Any, default: Any) -> Any:
+    return default if value is None else value
