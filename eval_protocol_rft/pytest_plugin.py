@@ -34,7 +34,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
     """Watch an evaluation test, and fail it where it passes without having found out anything."""
-    test = getattr(getattr(item, "obj", None), "__ep_params__", None)
+    from eval_protocol_rft.scoring import parameters_of
+
+    test = parameters_of(getattr(item, "obj", None))
     if test is None:
         return (yield)
     from eval_protocol_rft.rollout import FireworksTrainingRolloutProcessor, watch
@@ -59,11 +61,14 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
 def _problem(item: Any, test: Any, processor: FireworksTrainingRolloutProcessor) -> str | None:
     """What the test asks for and cannot have, before anything is paid for."""
     from eval_protocol_rft.rollout import lost_tokenizer
+    from eval_protocol_rft.scoring import sampled_sets
 
-    if not processor.names_tokenizer and (problem := lost_tokenizer(item.function, _sets(test))):
+    if not processor.names_tokenizer and (
+        problem := lost_tokenizer(item.function, test.completion_params)
+    ):
         return problem
     try:
-        requests = [processor.request_of(params) for params in _sampled_sets(item, test)]
+        requests = [processor.request_of(params) for params in sampled_sets(item)]
     except ValueError:
         return None  # its rows say so
     return processor.tokenizer_problem(requests) or _groups_problem(item, test, requests)
@@ -71,28 +76,18 @@ def _problem(item: Any, test: Any, processor: FireworksTrainingRolloutProcessor)
 
 def _groups_problem(item: Any, test: Any, requests: Sequence[RolloutRequest]) -> str | None:
     """The scorer would refuse such groups afterwards."""
-    from eval_protocol_rft.scoring import OPTIONS_ATTRIBUTE, several_models_problem
+    from eval_protocol_rft.scoring import (
+        OPTIONS_ATTRIBUTE,
+        function_below,
+        several_models_problem,
+    )
 
     most = max((request.n for request in requests), default=1)
     if test.mode != "groupwise" or len(requests) < 2 or most < 2:
         return None
-    if not hasattr(getattr(item.obj, "_origin_func", None), OPTIONS_ATTRIBUTE):
+    if not hasattr(function_below(item.obj), OPTIONS_ATTRIBUTE):
         return None
     return several_models_problem(len(requests), most)
-
-
-def _sets(test: Any) -> Sequence[Any]:
-    return test.completion_params or []
-
-
-def _sampled_sets(item: Any, test: Any) -> list[Any]:
-    """The completion_params that this run of pytest samples with for the test: those of its cases,
-    and with mode="groupwise" all in each case."""
-    if test.mode == "groupwise":
-        return list(_sets(test))
-    cases = [case for case in item.session.items if getattr(case, "function", 0) is item.function]
-    calls = [case.callspec.params for case in cases if hasattr(case, "callspec")]
-    return [params["completion_params"] for params in calls if "completion_params" in params]
 
 
 def _warnings(item: Any, test: Any, processor: FireworksTrainingRolloutProcessor) -> list[str]:
@@ -100,7 +95,7 @@ def _warnings(item: Any, test: Any, processor: FireworksTrainingRolloutProcessor
 
     if processor.names_tokenizer:
         return []
-    warning = untold_tokenizer(item.function, _sets(test))
+    warning = untold_tokenizer(item.function, test.completion_params)
     return [warning] if warning else []
 
 

@@ -36,8 +36,8 @@ ROOMS = (
 """From the top floor down: a room imports from those behind it alone."""
 DATA_CLASSES = ("Struct", "NamedTuple", "BaseModel", "TypedDict")
 """Base classes that make a class one of data, as `@dataclass` does."""
-EVAL_PROTOCOL_MARKS = ("__ep_", "origin_func", "rollout_processor_kwargs")
-"""What Eval Protocol leaves on functions and rows and promises nobody."""
+EVAL_PROTOCOL_MARKS = ("__ep_", "_origin_func", "_metainfo", "callspec")
+"""Attributes that Eval Protocol, and pytest for it, leave on evaluators and promise nobody."""
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,10 @@ def test_no_chain_of_imports_in_a_room_is_longer_than_twelve(house):
     assert len(house.longest_chain) <= 12, " > ".join(house.longest_chain)
 
 
+def test_one_file_reads_what_eval_protocol_leaves_on_evaluators(house):
+    assert house.mark_readers == {"scoring/_evaluation_test.py"}
+
+
 def test_every_folder_is_a_room_of_the_page(house):
     page = (ROOT / "docs" / "architecture.md").read_text()
     folders = {path.name for path in house.root.iterdir() if (path / "__init__.py").is_file()}

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 from eval_protocol.common_utils import load_jsonl
 from eval_protocol.human_id import generate_id, num_combinations
 from eval_protocol.models import EPParameters, EvaluationRow, Message
-from eval_protocol.pytest.default_dataset_adapter import default_dataset_adapter
 from pydantic import ValidationError
 
 from eval_protocol_rft.data import (
@@ -27,6 +26,7 @@ from eval_protocol_rft.data import (
 )
 from eval_protocol_rft.episodes import EpisodeRolloutProcessor
 from eval_protocol_rft.rollout import PROMPT_IDS_KEY
+from eval_protocol_rft.scoring import adapt, adapter_of, parameters_of
 
 
 class DataError(ValueError):
@@ -49,7 +49,7 @@ def load_rows(
             and none was chosen.
         SourceError: `data` cannot be read.
     """
-    test: EPParameters | None = getattr(evaluator, "__ep_params__", None)
+    test = parameters_of(evaluator)
     if test is None and data is None:
         raise DataError(
             "the evaluator is no @evaluation_test, so it brings no data set: pass one with --data"
@@ -74,17 +74,14 @@ def load_rows(
 def _rows_of(source: Source, test: EPParameters) -> list[EvaluationRow]:
     """The rows that the test's adapter makes of a data set's."""
     records = list(source.records())
-    if test.dataset_adapter not in (None, default_dataset_adapter):
+    if adapter_of(test) is not None:
         try:
-            adapted: list[EvaluationRow] = test.dataset_adapter(
-                [record.values for record in records]
-            )
+            return adapt(test, [record.values for record in records])
         except Exception as error:
             raise DataError(
                 f"{source.name}: the test's dataset_adapter raised {type(error).__name__}: "
                 f"{error}. The data has {_listed(source)}"
             ) from error
-        return adapted
     rows = [_evaluation_row(record) for record in records]
     prompted = any(row.messages or PROMPT_IDS_KEY in (row.model_extra or {}) for row in rows)
     if not prompted and not isinstance(test.rollout_processor, EpisodeRolloutProcessor):
@@ -128,8 +125,7 @@ def _own_rows(test: EPParameters) -> list[EvaluationRow]:
             if not found:
                 raise DataError(f"{path} has no lines")
             lines += found
-        adapter = test.dataset_adapter or default_dataset_adapter
-        return adapter(lines[:most])
+        return adapt(test, lines[:most])
     if test.data_loaders:
         loaders = test.data_loaders
         loaders = loaders if isinstance(loaders, Sequence) else [loaders]

@@ -10,12 +10,11 @@ from __future__ import annotations
 import asyncio
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, TypedDict
 
 from eval_protocol.human_id import generate_id, num_combinations
 from eval_protocol.models import EPParameters, EvaluationRow, Status
-from eval_protocol.pytest.default_dataset_adapter import default_dataset_adapter
 from eval_protocol.pytest.rollout_processor import RolloutProcessor
 from eval_protocol.pytest.types import RolloutProcessorConfig
 
@@ -26,7 +25,14 @@ from eval_protocol_rft.rollout import (
     redact_params,
 )
 from eval_protocol_rft.sampling import StragglerPolicy, support_truncated
-from eval_protocol_rft.scoring import Evaluator, Mode, ascore_rows
+from eval_protocol_rft.scoring import (
+    Mode,
+    adapt,
+    ascore_rows,
+    inner_evaluator,
+    parameters_of,
+    sets_of,
+)
 from eval_protocol_rft.training import BiasedSamplingWarning
 
 DEFAULT_CONCURRENCY = 96
@@ -70,7 +76,7 @@ class RowRunner:
     ) -> None:
         if max_concurrency is not None and max_concurrency < 1:
             raise ValueError(f"max_concurrency must be at least 1, got {max_concurrency}")
-        test: EPParameters | None = getattr(evaluator, "__ep_params__", None)
+        test = parameters_of(evaluator)
         self._test = test or EPParameters(max_concurrent_rollouts=DEFAULT_CONCURRENCY)
         self._evaluator = evaluator
         self.mode = _mode(evaluator, test)
@@ -197,7 +203,7 @@ class RowRunner:
             raise ValueError(
                 f"a row is an EvaluationRow or a dict of the data set, not {type(given).__name__}"
             )
-        rows = (self._test.dataset_adapter or default_dataset_adapter)([dict(given)])
+        rows = adapt(self._test, [given])
         if self._test.preprocess_fn is not None:
             rows = self._test.preprocess_fn(rows)
         if len(rows) != 1:
@@ -209,7 +215,7 @@ class RowRunner:
 
 
 def _mode(evaluator: Callable[..., Any], test: EPParameters | None) -> Mode:
-    parameter = Evaluator.of(getattr(evaluator, "_origin_func", evaluator)).parameter
+    parameter = inner_evaluator(evaluator).parameter
     if test is not None and test.mode == "all":
         raise ValueError(
             'the evaluation test has mode="all": it judges a whole data set in one call, and here '
@@ -219,7 +225,7 @@ def _mode(evaluator: Callable[..., Any], test: EPParameters | None) -> Mode:
 
 
 def _completion_params(test: EPParameters, given: Mapping[str, Any] | None) -> dict[str, Any]:
-    sets: Sequence[Mapping[str, Any] | None] = test.completion_params or []
+    sets = sets_of(test, "completion_params")
     if len(sets) > 1:
         if given is None:
             raise ValueError(
@@ -227,14 +233,14 @@ def _completion_params(test: EPParameters, given: Mapping[str, Any] | None) -> d
                 "sample with as completion_params="
             )
         return dict(given)
-    return {**((sets[0] if sets else None) or {}), **(given or {})}
+    return {**(sets[0] if sets else {}), **(given or {})}
 
 
 def _kwargs(test: EPParameters, given: Mapping[str, Any] | None) -> Mapping[str, Any]:
-    sets: Sequence[Mapping[str, Any] | None] = test.evaluation_test_kwargs or []
+    sets = sets_of(test, "evaluation_test_kwargs")
     if given is None and len(sets) > 1:
         raise ValueError(
             f"the evaluation test has {len(sets)} sets of evaluation_test_kwargs: pass the one to "
             "score with as evaluation_test_kwargs="
         )
-    return dict(given if given is not None else (sets[0] if sets else None) or {})
+    return dict(given if given is not None else sets[0] if sets else {})

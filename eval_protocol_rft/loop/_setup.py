@@ -20,6 +20,7 @@ from eval_protocol_rft._options import check_options
 from eval_protocol_rft.local.models import NoSuchModelError, has_tokenizer, local_model_folder
 from eval_protocol_rft.loop._options import HOW, MODEL
 from eval_protocol_rft.sampling import RefusedError
+from eval_protocol_rft.scoring import parameters_of, sets_of
 
 if TYPE_CHECKING:
     from eval_protocol_rft.local import LocalSampler
@@ -90,8 +91,7 @@ def rollout_params(
         SetupError: the test has several sets of completion_params, or samples greedily.
         ParamsError: they are wrong.
     """
-    test = getattr(evaluator, "__ep_params__", None)
-    sets = list(getattr(test, "completion_params", None) or [{}])
+    sets = sets_of(parameters_of(evaluator), "completion_params")
     if len(sets) > 1 and given is None and model is None:
         raise SetupError(
             f"the evaluation test has {len(sets)} sets of completion_params: choose a model"
@@ -123,10 +123,10 @@ def own_processor(evaluator: Callable[..., Any]) -> FireworksTrainingRolloutProc
     """
     from eval_protocol_rft.rollout import FireworksTrainingRolloutProcessor
 
-    test = getattr(evaluator, "__ep_params__", None)
-    processor = getattr(test, "rollout_processor", None)
+    test = parameters_of(evaluator)
     if test is None:
         return FireworksTrainingRolloutProcessor()
+    processor = test.rollout_processor
     if not isinstance(processor, FireworksTrainingRolloutProcessor):
         raise SetupError(
             f"the evaluation test rolls out with {type(processor).__name__}, which keeps no "

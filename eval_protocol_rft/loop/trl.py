@@ -33,7 +33,6 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from eval_protocol.models import EvaluationRow
-from eval_protocol.pytest.default_dataset_adapter import default_dataset_adapter
 
 from eval_protocol_rft.local.models import NoSuchModelError, local_model_folder
 from eval_protocol_rft.loop._data import DataError, load_rows
@@ -51,6 +50,7 @@ from eval_protocol_rft.loop._watch import Trouble, Watch
 from eval_protocol_rft.loop._weights import SamplerWeights, WeightSink, version_name
 from eval_protocol_rft.rollout import messages_to_answer, parse_completion_params
 from eval_protocol_rft.sampling import RefusedError
+from eval_protocol_rft.scoring import adapt, parameters_of, sets_of
 from eval_protocol_rft.training import (
     Mismatch,
     MissingPackageError,
@@ -63,6 +63,7 @@ from eval_protocol_rft.training import (
 from eval_protocol_rft.training.export.trl import recorded_reward, rollout_result
 
 if TYPE_CHECKING:
+    from eval_protocol.models import EPParameters
     from torch import Tensor
 
     from eval_protocol_rft.local import LocalSampler
@@ -119,13 +120,12 @@ def trl_rollouts(
         RefusedError: there is no such local model.
     """
     _require_trl()
-    test = getattr(evaluator, "__ep_params__", None)
+    test = parameters_of(evaluator)
     if rows is None:
         found = load_rows(evaluator)
     else:
-        adapter = getattr(test, "dataset_adapter", None) or default_dataset_adapter
-        found = [row for given in rows for row in _as_rows(given, adapter)]
-    sets = list(getattr(test, "completion_params", None) or [{}])
+        found = [row for given in rows for row in _as_rows(given, test)]
+    sets = sets_of(test, "completion_params")
     params = {**(sets[0] if len(sets) == 1 else {}), **(completion_params or {})}
     if model is not None:
         params["model"] = model
@@ -425,9 +425,9 @@ def _require_trl() -> None:
 
 
 def _as_rows(
-    given: EvaluationRow | Mapping[str, Any], adapter: Callable[..., list[EvaluationRow]]
+    given: EvaluationRow | Mapping[str, Any], test: EPParameters | None
 ) -> list[EvaluationRow]:
-    return [given] if isinstance(given, EvaluationRow) else adapter([dict(given)])
+    return [given] if isinstance(given, EvaluationRow) else adapt(test, [given])
 
 
 def _prompt(row: EvaluationRow, *, drop_trailing_assistant: bool) -> list[dict[str, Any]]:

@@ -1,3 +1,9 @@
+from ._evaluation_test import adapt as adapt
+from ._evaluation_test import adapter_of as adapter_of
+from ._evaluation_test import function_below as function_below
+from ._evaluation_test import parameters_of as parameters_of
+from ._evaluation_test import sampled_sets as sampled_sets
+from ._evaluation_test import sets_of as sets_of
 from ._evaluator import BoundCall as BoundCall
 from ._evaluator import Evaluator as Evaluator
 from ._evaluator import EvaluatorError as EvaluatorError

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from eval_protocol.models import EvaluationRow
 
+from eval_protocol_rft.scoring._evaluation_test import function_below, parameters_of, sets_of
 from eval_protocol_rft.scoring._evaluator import Evaluator, EvaluatorError
 from eval_protocol_rft.scoring._scorer import OPTIONS_ATTRIBUTE, Scorer, run_all
 from eval_protocol_rft.scoring._summary import Aggregation, ScoringOptions
@@ -142,8 +143,8 @@ def _job(
 
 
 def inner_evaluator(evaluator: Callable[..., Any]) -> Evaluator:
-    """The function that judges: what `@evaluation_test` was put on, or `evaluator` itself."""
-    return Evaluator.of(getattr(evaluator, "_origin_func", evaluator))
+    """The function that scores: what `@evaluation_test` was put on, or `evaluator` itself."""
+    return Evaluator.of(function_below(evaluator))
 
 
 def mode_of(evaluator: Callable[..., Any], function: Evaluator, mode: Mode | None = None) -> Mode:
@@ -152,8 +153,9 @@ def mode_of(evaluator: Callable[..., Any], function: Evaluator, mode: Mode | Non
     Raises:
         EvaluatorError: none of them says, or the mode does not fit the parameter.
     """
-    if mode is None:
-        mode = getattr(evaluator, "_metainfo", {}).get("mode")
+    test = parameters_of(evaluator)
+    if mode is None and test is not None:
+        mode = test.mode
     if mode is None:
         if function.parameter == "rows":
             raise EvaluatorError("an evaluator of `rows` needs mode='groupwise' or mode='all'")
@@ -169,13 +171,13 @@ def own_kwargs(evaluator: Callable[..., Any]) -> Mapping[str, Any]:
     Raises:
         EvaluatorError: it gives several sets of them.
     """
-    sets = getattr(getattr(evaluator, "__ep_params__", None), "evaluation_test_kwargs", None) or []
+    sets = sets_of(parameters_of(evaluator), "evaluation_test_kwargs")
     if len(sets) > 1:
         raise EvaluatorError(
             f"the evaluation test has {len(sets)} sets of evaluation_test_kwargs: pass the one to "
             "score with as evaluation_test_kwargs="
         )
-    return (sets[0] if sets else None) or {}
+    return sets[0] if sets else {}
 
 
 def _group(row: EvaluationRow) -> tuple[Any, ...]:

@@ -21,6 +21,7 @@ from typing import Any, TypeVar, cast, overload
 
 from eval_protocol.models import EvaluationRow
 
+from eval_protocol_rft.scoring._evaluation_test import is_evaluation_test
 from eval_protocol_rft.scoring._evaluator import BoundCall, CallFailed, Evaluator, EvaluatorError
 from eval_protocol_rft.scoring._results import Place, lay_out, read_result, sort_answers
 from eval_protocol_rft.scoring._summary import (
@@ -245,7 +246,7 @@ def score_each_completion(
 
 
 def _decorate(function: F, *, options: ScoringOptions) -> F:
-    if hasattr(function, "_origin_func"):
+    if is_evaluation_test(function):
         raise EvaluatorError(
             f"{function.__name__} is already an evaluation test: put @score_each_completion "
             "below @evaluation_test, next to the function"

@@ -326,10 +326,12 @@ def _function(place: _Place, module: ModuleType) -> Callable[..., Any]:
 
 def _evaluators_in(module: ModuleType) -> list[str]:
     """Names of the module's own functions that take `row` or `rows`, and evaluation tests."""
+    from eval_protocol_rft.scoring import parameters_of
+
     return sorted(
         name
         for name, value in vars(module).items()
-        if hasattr(value, "__ep_params__")
+        if parameters_of(value) is not None
         or (
             inspect.isfunction(value)
             and value.__module__ == module.__name__
@@ -339,9 +341,14 @@ def _evaluators_in(module: ModuleType) -> list[str]:
 
 
 def _look_at(place: _Place, function: Callable[..., Any]) -> LoadedEvaluator:
-    from eval_protocol.pytest.default_dataset_adapter import default_dataset_adapter
-
-    from eval_protocol_rft.scoring import EvaluatorError, inner_evaluator, mode_of, own_kwargs
+    from eval_protocol_rft.scoring import (
+        EvaluatorError,
+        adapter_of,
+        inner_evaluator,
+        mode_of,
+        own_kwargs,
+        parameters_of,
+    )
 
     try:
         inner = inner_evaluator(function)
@@ -356,7 +363,6 @@ def _look_at(place: _Place, function: Callable[..., Any]) -> LoadedEvaluator:
             f"{place.name}: it cannot be called with `{inner.parameter}` and its "
             f"evaluation_test_kwargs ({given}): {error}"
         ) from error
-    adapter = getattr(getattr(function, "__ep_params__", None), "dataset_adapter", None)
     return LoadedEvaluator(
         spec=place.spec,
         name=place.name,
@@ -364,7 +370,7 @@ def _look_at(place: _Place, function: Callable[..., Any]) -> LoadedEvaluator:
         mode=mode,
         is_async=inner.is_async,
         kwargs=kwargs,
-        dataset_adapter=None if adapter is default_dataset_adapter else adapter,
+        dataset_adapter=adapter_of(parameters_of(function)),
         fingerprint=_fingerprint(place),
         code=code_fingerprints(inner.function, name=place.function),
     )
