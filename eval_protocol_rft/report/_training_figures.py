@@ -60,22 +60,15 @@ class Measured:
 
         A mapping without a key counted none of it: that is a 0. A line without the mapping is NaN.
         """
-        keys = {key for line in self.lines for key in line.get(name) or {}}
         found = {
-            key: np.array(
-                [
-                    math.nan if line.get(name) is None else float(line[name].get(key, 0))
-                    for line in self.lines
-                ],
-                np.float64,
-            )
-            for key in keys
+            key: np.array([_count(line, name, key) for line in self.lines], np.float64)
+            for key in self.keys(name)
         }
         return dict(sorted(found.items(), key=lambda item: (-np.nansum(item[1]), item[0])))
 
     def keys(self, name: str) -> list[str]:
         """Keys of a mapping in the lines; numbers in their order."""
-        keys = {key for line in self.lines for key in line.get(name) or {}}
+        keys = {key for line in self.lines for key in _mapping(line, name) or {}}
         return sorted(
             keys, key=lambda key: (not key.isdecimal(), int(key) if key.isdecimal() else 0, key)
         )
@@ -210,7 +203,11 @@ def _sampling(of: _Charts) -> list[Chart]:
 
 def _agreement(of: _Charts) -> list[Chart]:
     steps = of.steps
-    totals = {int(k): int(np.nansum(values)) for k, values in steps.counts("staleness").items()}
+    totals = {
+        int(versions): int(np.nansum(values))
+        for versions, values in steps.counts("staleness").items()
+        if versions.isdecimal()
+    }
     return [
         of.curves(
             "kl",
@@ -289,6 +286,18 @@ def _using(of: _Charts) -> list[Chart]:
             "told seconds. Evaluations are not counted.",
         ),
     ]
+
+
+def _mapping(line: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
+    value = line.get(name)
+    return value if isinstance(value, Mapping) else None
+
+
+def _count(line: Mapping[str, Any], name: str, key: str) -> float:
+    counts = _mapping(line, name)
+    if counts is None:
+        return math.nan
+    return _number(counts, (key,)) if key in counts else 0.0
 
 
 def _number(line: Mapping[str, Any], path: tuple[str, ...]) -> float:

@@ -169,6 +169,24 @@ def test_a_count_that_a_line_lacks_is_zero_and_a_line_without_counts_is_a_gap() 
     np.testing.assert_equal(found["failed"], [2, 0, NAN])
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"dropped": {"stale": "many"}, "staleness": {"new": 1}, "seconds": {"train": None}},
+        {"dropped": 3, "staleness": [1], "scores": "none", "reward_mean": "high"},
+        {"dropped": {"stale": math.inf}, "grad_norm": math.inf, "mismatch_k3": 1e308},
+        {"dropped": {"stale": 10**30}, "seconds": {"train": 1e300}, "learning_rate": -1e308},
+    ],
+)
+def test_values_that_a_loop_does_not_write_leave_gaps_and_the_page_is_written(
+    damage: dict[str, Any],
+) -> None:
+    lines = [step(10**12), step(10**12 + 1, **damage), step(10**12 + 7)]
+    page = training_page(lines, {})
+    assert 'data-chart="reward"' in page
+    assert "nan" not in page.partition("<main")[2].partition("</main")[0]
+
+
 def test_a_share_of_nothing_is_a_gap() -> None:
     lines = [step(1, truncated=1, completions=4), step(2, truncated=0, completions=0), step(3)]
     np.testing.assert_equal(
