@@ -126,8 +126,8 @@ def test_sums_count_failed_and_unscored_apart_and_pass_at_k_is_over_all_draws(
             for group in scored
             if len(group) >= point.k
         ]
-        assert point.estimate == pytest.approx(np.mean(shares))
-        assert point.prompts == len(shares)
+        assert point.value == pytest.approx(np.mean(shares))
+        assert point.groups == len(shares)
 
 
 def test_the_table_has_a_line_per_prompt(tmp_path: Path) -> None:

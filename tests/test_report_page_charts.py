@@ -13,10 +13,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from eval_protocol_rft._statistics import PassAtK
 from eval_protocol_rft.report._charts import histogram, pass_curve
 from eval_protocol_rft.report._page_stats import (
     Bin,
-    PassPoint,
     length_bins,
     nice_step,
     reward_bins,
@@ -111,7 +111,7 @@ def test_ranges_are_labelled_at_round_edges() -> None:
 
 @pytest.mark.parametrize("n", [1, 2, 5, 8, 64, 100])
 def test_the_curve_runs_from_one_to_n(n: int) -> None:
-    chart = pass_curve("p", [PassPoint(k, k / n, 3) for k in range(1, n + 1)], nothing="")
+    chart = pass_curve("p", [PassAtK(k, k / n, 3) for k in range(1, n + 1)], nothing="")
     drawn = Drawing(chart.svg)
     dots = drawn.dots("p-0")
     assert len(dots) == n

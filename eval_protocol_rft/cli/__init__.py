@@ -27,6 +27,7 @@ from eval_protocol_rft.cli.report import report
 from eval_protocol_rft.cli.score import score
 from eval_protocol_rft.cli.serve import serve
 from eval_protocol_rft.cli.show import show
+from eval_protocol_rft.cli.sql import sql
 from eval_protocol_rft.cli.stats import stats
 from eval_protocol_rft.cli.train import train
 
@@ -37,6 +38,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
         score,
         filter,
         stats,
+        sql,
         report,
         datums,
         convert,

@@ -33,6 +33,7 @@ def filter(  # noqa: A001
       ep-rft filter in.parquet -o out.parquet --pass-rate 0.1:0.9 --drop-truncated
       ep-rft filter in.parquet -o middle.jsonl --reward-percentile 25:75
       ep-rft filter in.parquet -o prompts.jsonl --prompts --pass-rate :0.9
+      ep-rft filter in.parquet -o out.parquet --where "response not like '%sorry%'"
     """
     with rollout_file(file, progress=options["progress"]) as source:
         summary = data.filter_rollouts(source, output, rules, **options)

@@ -22,9 +22,11 @@ from eval_protocol_rft.data.rollouts._checking import in_order, with_json_text
 from eval_protocol_rft.data.rollouts._format import (
     FIXED_COLUMNS,
     MESSAGES,
+    REWARD_PREFIX,
     FileMetadata,
     FormatError,
     metadata_of,
+    reward_column,
 )
 from eval_protocol_rft.data.rollouts._parquet import open_parquet, read_row_groups
 from eval_protocol_rft.data.rollouts._records import part_of
@@ -151,6 +153,22 @@ class RolloutDataset:
         for group in self.groups():
             yield from map(EvaluationRow.model_validate, to_rows(group, self.metadata))
 
+    def reward_column(self, name: str | None) -> str:
+        """The column of the reward called `name`; None is the main one.
+
+        Raises:
+            FormatError: the file has no such column.
+        """
+        column = reward_column(name)
+        if column not in self.schema.names:
+            others = [key.removeprefix(REWARD_PREFIX) for key in self.metadata.rewards]
+            known = ", ".join(repr(key) for key in others if key != "reward")
+            raise FormatError(
+                f"{self.path}: no reward {name!r}; there are the main one, which needs no name"
+                + (f", and {known}" if known else "")
+            )
+        return column
+
     @functools.cached_property
     def num_rows(self) -> int:
         """Completions, failed ones included."""
@@ -229,6 +247,8 @@ def _documented(field: pa.Field) -> pa.DataType:
         wanted = MESSAGES
     if wanted is None or field.name == "ground_truth":
         return plain_type(field.type)
+    if field.type == wanted:  # casting imports pandas, for a second
+        return wanted
     try:
         pa.schema([field]).empty_table().cast(pa.schema([field.with_type(wanted)]))
     except pa.ArrowException:

@@ -42,7 +42,6 @@ from eval_protocol_rft._durable import replacing, sync_folder
 from eval_protocol_rft._options import Flag
 from eval_protocol_rft.data._dataset import RolloutDataset
 from eval_protocol_rft.data._files import TargetError, check_target
-from eval_protocol_rft.data._group_values import chosen_reward
 from eval_protocol_rft.data._progress import Reading
 from eval_protocol_rft.data.conversion._to_ep import to_rows
 from eval_protocol_rft.data.rollouts._format import FileMetadata
@@ -192,7 +191,7 @@ def scored_groups(
         FormatError: at once, if there is no such reward.
         TrainingDataError: while iterating, at a data row that was never scored.
     """
-    return _scored(dataset, chosen_reward(dataset, reward), reading)
+    return _scored(dataset, dataset.reward_column(reward), reading)
 
 
 def _scored(

@@ -1,12 +1,8 @@
 """What a rollout file holds, in numbers: rewards, pass@k, lengths, failures, data rows.
 
-Invariant: every completion asked for is counted once, as failed, scored or unscored. Of token data
-only its length is read.
-
-Tables of a rollout file go in one by one; their numbers stay.
-
-Invariant: what is held is 8 bytes a scored completion, one line a data row, and a bounded number
-of reasons, whatever the file's size in tokens.
+Invariant: every completion asked for is counted once, as failed, scored or unscored. None stands
+where there is nothing to compute a number from, never 0. What is held is a few numbers a completion
+and a bounded number of reasons, whatever the file's size in tokens.
 """
 
 from __future__ import annotations
@@ -14,8 +10,9 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable
-from typing import Annotated, Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,171 +20,108 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from eval_protocol_rft._options import Flag
-from eval_protocol_rft.data._dataset import RolloutDataset
-from eval_protocol_rft.data._group_values import (
-    Floats,
-    Ints,
-    chosen_reward,
-    group_numbers,
-    group_rewards,
-    token_counts,
-    truncated_flags,
-    whole_groups,
-    with_rewards,
-)
-from eval_protocol_rft.data._progress import Reading
-from eval_protocol_rft.data._stats_types import (
-    PROMPT_CHARACTERS,
-    REASON_CHARACTERS,
-    TOP_REASONS,
+from eval_protocol_rft._statistics import (
+    GROUP_NUMBERS,
+    LARGEST,
+    Distribution,
     MetricMeans,
     PassAtK,
-    PromptStats,
-    Reason,
-    RolloutStats,
+    count_outcomes,
     distribution,
+    group_numbers,
+    mean_pass_at_k,
 )
-from eval_protocol_rft.data.rollouts._format import FormatError, reward_columns
-from eval_protocol_rft.scoring import pass_at_k
+from eval_protocol_rft.data._dataset import RolloutDataset
+from eval_protocol_rft.data._progress import Reading
+from eval_protocol_rft.data.rollouts._format import ARRAY_COLUMNS, FormatError, reward_columns
+from eval_protocol_rft.data.store._merge import KEY_COLUMNS
 
 MOST_REASONS = 1000
 """Different reasons that are counted one by one. Evaluators may put a number or an address into
 each, and then there are as many as completions."""
 OTHER_REASONS = f"(reasons beyond the first {MOST_REASONS} different ones)"
+REASON_CHARACTERS = 200
+PROMPT_CHARACTERS = 80
+TOP_REASONS = 10
 
 
-class GroupColumns(NamedTuple):
-    """Numbers of P data rows, [P] each."""
+@dataclass(frozen=True, slots=True)
+class Reason:
+    """Why completions have no reward."""
 
-    data_idx: Ints
-    row_id: NDArray[Any]
-    prompt_start: NDArray[Any]
-    completions: Ints
-    failed: Ints
-    scored: Ints
-    passed: Ints
-    mean_reward: Floats
-    """NaN where nothing is scored."""
-    truncated: Ints
-    tokens: Ints
-
-    def hardest_first(self) -> list[PromptStats]:
-        """The data rows by pass rate, mean reward and place in the file."""
-        rate = np.where(self.scored > 0, self.passed / np.maximum(self.scored, 1), np.nan)
-        order = np.lexsort((self.mean_reward, rate))  # stable, and NaN goes last
-        lines = zip(*(column[order].tolist() for column in (*self, rate)), strict=True)
-        names = (*self._fields, "pass_rate")
-        return [_prompt_stats(**dict(zip(names, line, strict=True))) for line in lines]
+    text: str | None
+    """The first line of what the evaluator left, at most `REASON_CHARACTERS` of it. None: no word
+    of it, as before scoring."""
+    count: int
 
 
-class StatsCollector:
-    """The numbers of a file in the making."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptStats:
+    """The completions of one data row."""
 
-    def __init__(self, reward: str, pass_threshold: float) -> None:
-        self._reward = reward
-        self._pass_threshold = pass_threshold
-        self._groups: list[GroupColumns] = []
-        self._rewards: list[Floats] = []
-        self._failures: Counter[str] = Counter()
-        self._reasons: Counter[str | None] = Counter()
-        self._metrics = MetricMeans()
-        self.lengths: Ints = np.zeros(0, np.int64)
-        """[longest + 1] completions with that many sampled tokens; failed ones are left out."""
-
-    def add(self, table: pa.Table) -> None:
-        """Count a table of whole data rows."""
-        numbers = group_numbers(table, self._reward)
-        rewards = group_rewards(numbers, pass_threshold=self._pass_threshold)
-        tokens = token_counts(table)
-        self._groups.append(
-            GroupColumns(
-                data_idx=numbers.data_idx,
-                row_id=_objects(table.column("row_id").take(numbers.starts).to_pylist()),
-                prompt_start=_objects(_prompt_starts(table.column("prompt").take(numbers.starts))),
-                completions=numbers.sizes,
-                failed=numbers.count(numbers.failed),
-                scored=rewards.scored,
-                passed=rewards.passed,
-                mean_reward=rewards.mean,
-                truncated=numbers.count(truncated_flags(table)),
-                tokens=np.add.reduceat(tokens, numbers.starts),
-            )
-        )
-        self._rewards.append(numbers.rewards[~np.isnan(numbers.rewards)])
-        lengths = np.bincount(tokens[~numbers.failed], minlength=len(self.lengths))
-        lengths[: len(self.lengths)] += self.lengths
-        self.lengths = lengths
-        self._count_reasons(table)
-        metrics = reward_columns(self._reward)[2]
-        if metrics in table.schema.names:
-            self._metrics.add_json(table.column(metrics).drop_null().to_pylist())
-
-    @property
-    def groups(self) -> GroupColumns | None:
-        """All data rows; None where there were no tables."""
-        if not self._groups:
-            return None
-        return GroupColumns(*(np.concatenate(parts) for parts in zip(*self._groups, strict=True)))
-
-    @property
-    def rewards(self) -> Floats:
-        """Of all scored completions."""
-        return np.concatenate(self._rewards)
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        """Mean of each metric beside the reward."""
-        return self._metrics.means
-
-    @property
-    def failures(self) -> dict[str, int]:
-        return dict(self._failures.most_common())
-
-    @property
-    def unscored_reasons(self) -> list[Reason]:
-        return [Reason(text, count) for text, count in self._reasons.most_common(TOP_REASONS)]
-
-    def _count_reasons(self, table: pa.Table) -> None:
-        failed = table.column("error").is_valid()
-        for kind, count in _value_counts(table.column("error_kind").filter(failed)):
-            self._failures["unknown" if kind is None else kind] += count
-        unscored = pc.and_(pc.invert(failed), table.column(self._reward).is_null())
-        why = table.column(reward_columns(self._reward)[3]).filter(unscored)
-        for text, count in _value_counts(why):
-            reason = None if text is None else text.strip().partition("\n")[0][:REASON_CHARACTERS]
-            if reason not in self._reasons and len(self._reasons) >= MOST_REASONS:
-                reason = OTHER_REASONS
-            self._reasons[reason] += count
+    data_idx: int
+    row_id: str
+    prompt_start: str
+    """The first `PROMPT_CHARACTERS` of the prompt, or of its last message."""
+    completions: int
+    """Asked for."""
+    failed: int
+    scored: int
+    passed: int
+    pass_rate: float | None
+    """Of the scored ones."""
+    mean_reward: float | None
+    truncated: int
+    mean_tokens: float | None
+    """Sampled tokens of a completion."""
 
 
-def _value_counts(column: pa.ChunkedArray) -> list[tuple[str | None, int]]:
-    return [(pair["values"], pair["counts"]) for pair in column.value_counts().to_pylist()]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutStats:
+    """A rollout file in numbers."""
 
-
-def _prompt_starts(column: pa.ChunkedArray) -> list[str]:
-    """How prompts begin; of messages, the last one with text."""
-    starts: list[str] = []
-    for prompt in column.to_pylist():
-        texts = [prompt] if not isinstance(prompt, list) else [m["content"] for m in prompt]
-        starts.append(next((text for text in reversed(texts) if text), "")[:PROMPT_CHARACTERS])
-    return starts
-
-
-def _objects(values: list[str]) -> NDArray[Any]:
-    """[N] Python strings as they are: numpy's own would all take the room of the longest."""
-    array = np.empty(len(values), object)
-    array[:] = values
-    return array
-
-
-def _prompt_stats(*, tokens: int, pass_rate: float, mean_reward: float, **line: Any) -> PromptStats:
-    sampled = line["completions"] - line["failed"]
-    return PromptStats(
-        **line,
-        pass_rate=pass_rate if line["scored"] else None,
-        mean_reward=mean_reward if line["scored"] else None,
-        mean_tokens=tokens / sampled if sampled else None,
-    )
+    path: str
+    finished: bool
+    """False where these are the parts of a job that is not done."""
+    model: str | None
+    reward: str
+    """Column of the rewards."""
+    pass_threshold: float
+    """A completion passes where its reward is at least this."""
+    completions: int
+    """Asked for: failed + scored + unscored."""
+    failed: int
+    scored: int
+    unscored: int
+    """Sampled, without a reward."""
+    truncated: int
+    truncation_rate: float | None
+    """Of the completions that were sampled."""
+    tokens: int
+    """Sampled tokens."""
+    rewards: Distribution | None
+    """Over scored completions."""
+    lengths: Distribution | None
+    """Sampled tokens, over completions that were sampled."""
+    metrics: dict[str, float]
+    """Mean of each of the evaluator's own metrics, over the completions for which it is valid."""
+    pass_at_k: list[PassAtK]
+    """For every k up to the most scored completions of a data row."""
+    failures: dict[str, int]
+    """Kind -> failed completions, the most frequent first."""
+    unscored_reasons: list[Reason]
+    """The most frequent first, at most `TOP_REASONS`."""
+    groups: int
+    """Data rows."""
+    groups_all_passed: int
+    """All scored completions passed, and there are some."""
+    groups_none_passed: int
+    groups_mixed: int
+    groups_unscored: int
+    """No completion has a reward."""
+    per_group: list[PromptStats]
+    """Hardest first: by pass rate, then mean reward, then place in the file. Data rows without a
+    reward come last."""
 
 
 _COLUMNS = (
@@ -220,7 +154,7 @@ def rollout_stats(
     if not math.isfinite(pass_threshold):
         raise ValueError(f"pass_threshold must be finite, got {pass_threshold}")
     dataset = RolloutDataset(path)
-    column = chosen_reward(dataset, reward)
+    column = dataset.reward_column(reward)
     further = [name for name in reward_columns(column)[2:] if name in dataset.schema.names]
     tables = dataset.tables([*_COLUMNS, column, *further])
     sampling = dataset.metadata.sampling
@@ -245,18 +179,22 @@ def summarize_tables(
     pass_threshold: float,
 ) -> RolloutStats:
     """`rollout_stats` of tables in file order, none of them empty; `reward` is a column here."""
-    seen = StatsCollector(reward, pass_threshold)
-    for table in whole_groups(with_rewards(tables, reward, where=path), where=path):
-        seen.add(table)
-    groups = seen.groups
-    if groups is None:
+    texts = _Texts(reward)
+    rows, heads = read_numbers(
+        texts.counted(tables),
+        reward,
+        where=path,
+        of_heads={"row_id": lambda table: table["row_id"].to_pylist(), "start": _prompt_starts},
+    )
+    groups = numbers_of_groups(rows, pass_threshold)
+    rewards, failed = rows["reward"], rows["failed"]
+    completions = len(failed)
+    if not completions:
         nothing = "it holds no completions" if finished else "no completion is stored yet"
         raise FormatError(f"{path}: {nothing}")
-    failed, scored = int(groups.failed.sum()), int(groups.scored.sum())
-    completions, truncated = int(groups.completions.sum()), int(groups.truncated.sum())
-    sampled = completions - failed
-    rewards, times = np.unique(seen.rewards, return_counts=True)
-    lengths = np.flatnonzero(seen.lengths)
+    sampled, truncated = completions - int(failed.sum()), int(rows["truncated"].sum())
+    scored, passed = groups["num_scored"], groups["num_passed"]
+    outcomes = count_outcomes(scored, passed)
     return RolloutStats(
         path=path,
         finished=finished,
@@ -264,43 +202,205 @@ def summarize_tables(
         reward=reward,
         pass_threshold=pass_threshold,
         completions=completions,
-        failed=failed,
-        scored=scored,
-        unscored=sampled - scored,
+        failed=completions - sampled,
+        scored=int(scored.sum()),
+        unscored=sampled - int(scored.sum()),
         truncated=truncated,
         truncation_rate=truncated / sampled if sampled else None,
-        tokens=int(groups.tokens.sum()),
-        rewards=distribution(rewards, times, percents=_REWARD_PERCENTS),
-        lengths=distribution(lengths, seen.lengths[lengths], percents=_LENGTH_PERCENTS),
-        metrics=seen.metrics,
-        pass_at_k=pass_at_every_k(groups.scored, groups.passed),
-        failures=seen.failures,
-        unscored_reasons=seen.unscored_reasons,
-        groups=len(groups.scored),
-        groups_all_passed=int(np.sum((groups.passed == groups.scored) & (groups.scored > 0))),
-        groups_none_passed=int(np.sum((groups.passed == 0) & (groups.scored > 0))),
-        groups_mixed=int(np.sum((groups.passed > 0) & (groups.passed < groups.scored))),
-        groups_unscored=int(np.sum(groups.scored == 0)),
-        per_group=groups.hardest_first(),
+        tokens=int(groups["num_tokens"].sum()),
+        rewards=_spread(rewards[~np.isnan(rewards)], _REWARD_PERCENTS),
+        lengths=_spread(rows["tokens"][~failed], _LENGTH_PERCENTS),
+        metrics=texts.metrics.means,
+        pass_at_k=mean_pass_at_k(scored, passed),
+        failures=dict(texts.failures.most_common()),
+        unscored_reasons=[Reason(*pair) for pair in texts.reasons.most_common(TOP_REASONS)],
+        groups=len(scored),
+        groups_all_passed=outcomes["all"],
+        groups_none_passed=outcomes["none"],
+        groups_mixed=outcomes["mixed"],
+        groups_unscored=outcomes["unscored"],
+        per_group=_hardest_first(groups, heads),
     )
 
 
-def pass_at_every_k(scored: Ints, passed: Ints) -> list[PassAtK]:
-    """pass@k for k = 1, 2, ... up to the most scored completions of a data row.
+def _spread(values: NDArray[Any], percents: Sequence[int]) -> Distribution | None:
+    return distribution(*np.unique(values, return_counts=True), percents=percents)
 
-    Args:
-        scored: [P] scored completions.
-        passed: [P] those that passed.
-    """
-    pairs, times = np.unique(np.stack([scored, passed], axis=1), axis=0, return_counts=True)
-    most = int(scored.max(initial=0))
-    total, groups = np.zeros(most), np.zeros(most, np.int64)
-    for (n, c), count in zip(pairs.tolist(), times.tolist(), strict=True):
-        total[:n] += count * pass_at_k(n, c, np.arange(1, n + 1))
-        groups[:n] += count
+
+def _hardest_first(
+    groups: Mapping[str, NDArray[Any]], heads: Mapping[str, list[Any]]
+) -> list[PromptStats]:
+    """The data rows by pass rate, mean reward and place in the file."""
+    order = np.lexsort((groups["mean_reward"], groups["pass_rate"]))  # stable, and NaN goes last
+    columns = [groups[name][order].tolist() for name in GROUP_NUMBERS]
     return [
-        PassAtK(k, value, size)
-        for k, (value, size) in enumerate(
-            zip((total / groups).tolist(), groups.tolist(), strict=True), start=1
+        PromptStats(
+            data_idx=heads["data_idx"][place],
+            row_id=heads["row_id"][place],
+            prompt_start=heads["start"][place],
+            completions=size,
+            failed=failed,
+            scored=scored,
+            passed=passed,
+            pass_rate=rate if scored else None,
+            mean_reward=mean if scored else None,
+            truncated=truncated,
+            mean_tokens=tokens / (size - failed) if size > failed else None,
+        )
+        for place, size, failed, scored, passed, truncated, tokens, rate, mean, *_ in zip(
+            order.tolist(), *columns, strict=True
         )
     ]
+
+
+def read_numbers(
+    tables: Iterable[pa.Table],
+    reward: str,
+    *,
+    where: str,
+    of_rows: Mapping[str, Callable[[pa.Table], list[Any]]] | None = None,
+    of_heads: Mapping[str, Callable[[pa.Table], list[Any]]] | None = None,
+) -> tuple[dict[str, NDArray[Any]], dict[str, list[Any]]]:
+    """The numbers of all completions, and what the first one of each data row says.
+
+    Args:
+        tables: of a rollout file in its order; with `data_idx`, `sample_idx`, `error` and the
+            reward, and with `completion_ids` and `truncated` where numbers of them are asked for.
+        reward: column.
+        where: how messages call the file.
+        of_rows: further values: name -> what a table of N rows has [N] of.
+        of_heads: name -> what a table of the first rows of P data rows has [P] of.
+
+    Returns:
+        Name -> [N]: `data_idx`, `failed`, `reward` (NaN where there is none), `tokens` (sampled
+        ones, 0 where a completion failed) and `truncated`, some 30 bytes a completion; and name ->
+        [P], `data_idx` among them.
+
+    Raises:
+        FormatError: a reward is not finite, too large, or that of a failed completion.
+    """
+    parts: list[dict[str, NDArray[Any]]] = []
+    heads: dict[str, list[Any]] = {name: [] for name in ("data_idx", *(of_heads or {}))}
+    last = -1
+    for table in tables:
+        numbers = _numbers(table, reward, where)
+        for name, read in (of_rows or {}).items():
+            numbers[name] = np.empty(len(table), object)
+            numbers[name][:] = read(table)
+        parts.append(numbers)
+        data_idx = numbers["data_idx"]
+        first = np.flatnonzero(np.diff(data_idx, prepend=last))
+        last = data_idx[-1]
+        heads["data_idx"] += data_idx[first].tolist()
+        if of_heads and len(first):
+            without_tokens = [n for n in table.schema.names if n not in ARRAY_COLUMNS]
+            head = table.select(without_tokens).take(first)
+            for name, read in of_heads.items():
+                heads[name] += read(head)
+    if not parts:
+        return _NONE, heads
+    rows = {name: np.concatenate([part.pop(name) for part in parts]) for name in [*parts[0]]}
+    return rows, heads
+
+
+def numbers_of_groups(
+    rows: Mapping[str, NDArray[Any]], pass_threshold: float
+) -> dict[str, NDArray[Any]]:
+    """`group_numbers` of the data rows of `read_numbers`."""
+    return group_numbers(
+        rows["data_idx"],
+        rewards=rows["reward"],
+        tokens=rows["tokens"],
+        failed=rows["failed"],
+        truncated=rows["truncated"],
+        pass_threshold=pass_threshold,
+    )
+
+
+_NONE: dict[str, NDArray[Any]] = {
+    "data_idx": np.zeros(0, np.int64),
+    "failed": np.zeros(0, np.bool_),
+    "reward": np.zeros(0, np.float64),
+    "tokens": np.zeros(0, np.int64),
+    "truncated": np.zeros(0, np.bool_),
+}
+
+
+def _numbers(table: pa.Table, reward: str, where: str) -> dict[str, NDArray[Any]]:
+    names = table.schema.names
+    failed = table["error"].is_valid()
+    _check_rewards(table, reward, failed, where)
+    nothing = np.zeros(len(table), np.int32)
+    tokens, truncated = nothing, nothing.astype(bool)
+    if "completion_ids" in names:
+        tokens = pc.list_value_length(table["completion_ids"]).fill_null(0).to_numpy()
+    if "truncated" in names:
+        truncated = table["truncated"].fill_null(False).to_numpy().astype(bool)
+    return {
+        "data_idx": table["data_idx"].to_numpy(),
+        "failed": failed.to_numpy().astype(bool),
+        "reward": table[reward].to_numpy(),
+        "tokens": tokens,
+        "truncated": truncated,
+    }
+
+
+def _check_rewards(table: pa.Table, reward: str, failed: pa.ChunkedArray, where: str) -> None:
+    column = table[reward]
+    for wrong, problem in (
+        (pc.invert(pc.is_finite(column)), "is no finite number"),
+        (
+            pc.greater(pc.abs(column), LARGEST),
+            f"is beyond {LARGEST:g}, too large to be summed up",
+        ),
+        (pc.and_(failed, column.is_valid()), "is that of a completion which failed"),
+    ):
+        if (row := int(pc.index(wrong, True).as_py())) >= 0:
+            data_idx, sample_idx = (table[name][row] for name in KEY_COLUMNS)
+            raise FormatError(
+                f"{where}: data row {data_idx}, completion {sample_idx}: {reward} "
+                f"{column[row].as_py()} {problem}. Score the file again with `ep-rft score`"
+            )
+
+
+class _Texts:
+    """What the texts of tables that go by say: kinds of failures, reasons, metrics."""
+
+    def __init__(self, reward: str) -> None:
+        self._reward = reward
+        self.failures: Counter[str] = Counter()
+        self.reasons: Counter[str | None] = Counter()
+        self.metrics = MetricMeans()
+
+    def counted(self, tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+        _, _, metrics, why = reward_columns(self._reward)
+        for table in tables:
+            failed = table.column("error").is_valid()
+            for kind, count in _value_counts(table.column("error_kind").filter(failed)):
+                self.failures["unknown" if kind is None else kind] += count
+            unscored = pc.and_(pc.invert(failed), table.column(self._reward).is_null())
+            for text, count in _value_counts(table.column(why).filter(unscored)):
+                self._add_reason(text, count)
+            if metrics in table.schema.names:
+                for text, count in _value_counts(table.column(metrics)):
+                    self.metrics.add_json(text, count)
+            yield table
+
+    def _add_reason(self, text: str | None, count: int) -> None:
+        reason = None if text is None else text.strip().partition("\n")[0][:REASON_CHARACTERS]
+        if reason not in self.reasons and len(self.reasons) >= MOST_REASONS:
+            reason = OTHER_REASONS
+        self.reasons[reason] += count
+
+
+def _value_counts(column: pa.ChunkedArray) -> list[tuple[str | None, int]]:
+    return [(pair["values"], pair["counts"]) for pair in column.value_counts().to_pylist()]
+
+
+def _prompt_starts(table: pa.Table) -> list[str]:
+    """How prompts begin; of messages, the last one with text."""
+    starts: list[str] = []
+    for prompt in table.column("prompt").to_pylist():
+        texts = [prompt] if not isinstance(prompt, list) else [m["content"] for m in prompt]
+        starts.append(next((text for text in reversed(texts) if text), "")[:PROMPT_CHARACTERS])
+    return starts

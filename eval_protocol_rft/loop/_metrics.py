@@ -23,8 +23,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from eval_protocol_rft._durable import write_whole
+from eval_protocol_rft._statistics import count_passes, mean_pass_at_k, powers_of_two
 from eval_protocol_rft.loop._trainer import ForwardBackward
-from eval_protocol_rft.scoring import pass_at_k
 from eval_protocol_rft.training import PromptGroup, TrainingBatch
 
 Line = dict[str, Any]
@@ -108,11 +108,9 @@ def eval_line(
     scored = [rewards for rewards in scored if len(rewards)]
     if scored:
         line["sampled_score"] = float(np.mean([rewards.mean() for rewards in scored]))
-        counts = np.array([len(rewards) for rewards in scored])
-        correct = np.array([np.sum(rewards >= pass_threshold) for rewards in scored])
-        line["pass_at_k"] = {
-            str(k): float(np.mean(pass_at_k(counts, correct, k))) for k in _powers(counts.min())
-        }
+        counts, correct = count_passes(scored, pass_threshold)
+        ks = powers_of_two(counts.min())
+        line["pass_at_k"] = {str(p.k): p.value for p in mean_pass_at_k(counts, correct, ks)}
     every = [*greedy, *sampled]
     line["unscored"] = sum(
         len(g.failures) + len(g.failed_rows) + sum(t.reward is None for t in g.trajectories)
@@ -137,10 +135,6 @@ def component_means(groups: Sequence[PromptGroup]) -> dict[str, float] | None:
                 if score is not None:
                     found[name].append(score)
     return {name: float(np.mean(found[name])) for name in sorted(found)} or None
-
-
-def _powers(most: int) -> list[int]:
-    return [1 << i for i in range(int(most).bit_length())]
 
 
 _NAMES = {

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from eval_protocol_rft._statistics import PassAtK
 from eval_protocol_rft.report._html import visible
-from eval_protocol_rft.report._page_stats import Bin, PassPoint, nice_step
+from eval_protocol_rft.report._page_stats import Bin, nice_step
 from eval_protocol_rft.report._svg import (
     LARGEST,
     PLOT,
@@ -132,12 +133,12 @@ def histogram(
 
 
 @own_settings
-def pass_curve(name: str, points: Sequence[PassPoint], *, nothing: str) -> Chart:
+def pass_curve(name: str, points: Sequence[PassAtK], *, nothing: str) -> Chart:
     """pass@k over k, k on a logarithmic axis."""
     if not points:
         return Chart(id=name, title="pass@k", nothing=nothing)
     numbers = [["k", "pass@k", "prompts"]]
-    numbers += [[str(p.k), f"{p.estimate:.4f}", f"{p.prompts:,}"] for p in points]
+    numbers += [[str(p.k), f"{p.value:.4f}", f"{p.groups:,}"] for p in points]
     last = points[-1].k
     figure = new_figure()
     axes = plot_axes(figure, "k (completions drawn)", "share of prompts")
@@ -148,9 +149,9 @@ def pass_curve(name: str, points: Sequence[PassPoint], *, nothing: str) -> Chart
     axes.set_xticks([math.log2(k) for k in ks], [str(k) for k in ks])
     axes.set_ylim(0, 1)
     axes.set_yticks(np.linspace(0, 1, 5), ["0", "0.25", "0.5", "0.75", "1"])
-    places, heights = [math.log2(p.k) for p in points], [p.estimate for p in points]
+    places, heights = [math.log2(p.k) for p in points], [p.value for p in points]
     axes.plot(places, heights, "o-", color=light("c0"), lw=2, gid=f"{name}-0")
-    titles = [f"pass@{p.k} = {p.estimate:.4f} over {p.prompts:,} prompts" for p in points]
+    titles = [f"pass@{p.k} = {p.value:.4f} over {p.groups:,} prompts" for p in points]
     told = f"pass@1 {heights[0]:.3f}, pass@{last} {heights[-1]:.3f}"
     svg = as_svg(figure, name, told, dots=titles, radius=3.5 if len(points) <= 32 else 2)
     return Chart(id=name, title="pass@k", svg=svg, numbers=numbers)

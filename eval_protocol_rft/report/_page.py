@@ -224,7 +224,7 @@ def _column(i: int, name: str, metadata: FileMetadata, totals: ReportTotals) -> 
         "evaluator": None if settings is None else settings.evaluator,
         "figures": [
             ("mean reward", "none" if column.mean is None else f"{column.mean:.3f}"),
-            *((f"pass@{p.k}", f"{p.estimate:.3f}") for p in points if p.k in shown),
+            *((f"pass@{p.k}", f"{p.value:.3f}") for p in points if p.k in shown),
             ("unscored", f"{totals.unscored(name):,}"),
             *((f"mean {metric}", f"{mean:.3f}") for metric, mean in column.metrics.means.items()),
         ],

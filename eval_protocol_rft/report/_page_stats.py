@@ -19,10 +19,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from eval_protocol_rft.data import UNSCORED, CompletionRow, MetricMeans
+from eval_protocol_rft._statistics import LARGEST, MetricMeans, PassAtK, mean_pass_at_k
+from eval_protocol_rft.data import UNSCORED, CompletionRow
 from eval_protocol_rft.report._html import ReportError
-from eval_protocol_rft.scoring import pass_at_k
-from eval_protocol_rft.training import LARGEST
 
 _MOST_SINGLE_VALUES = 12
 """Up to so many different rewards each get a bin of their own."""
@@ -35,16 +34,6 @@ def broken(row: CompletionRow, problem: str) -> ReportError:
         f"row {row.data_idx} ({row.row_id!r}), completion {row.sample_idx}: {problem}. "
         "The file breaks its format: make it anew, or leave this row out"
     )
-
-
-@dataclass(frozen=True, slots=True)
-class PassPoint:
-    """One point of the pass@k curve."""
-
-    k: int
-    estimate: float
-    prompts: int
-    """Prompts with at least k scored completions, which the estimate is the mean over."""
 
 
 def finite_reward(row: CompletionRow, column: str) -> float | None:
@@ -87,16 +76,11 @@ class ColumnTotals:
     def mean(self) -> float | None:
         return math.fsum(self.values) / len(self.values) if self.values else None
 
-    def pass_curve(self) -> list[PassPoint]:
+    def pass_curve(self) -> list[PassAtK]:
         """pass@k for every k up to the most scored completions of a prompt, each the mean over the
         prompts that have k of them."""
-        counts = np.array([[n, c, times] for (n, c), times in self.groups.items()]).reshape(-1, 3)
-        points = []
-        for k in range(1, int(counts[:, 0].max(initial=0)) + 1):
-            n, c, times = counts[counts[:, 0] >= k].T
-            estimate = float(np.average(pass_at_k(n, c, k), weights=times))
-            points.append(PassPoint(k, estimate, int(times.sum())))
-        return points
+        pairs = np.array(list(self.groups), np.int64).reshape(-1, 2)
+        return mean_pass_at_k(*pairs.T, times=list(self.groups.values()))
 
 
 @dataclass(slots=True)

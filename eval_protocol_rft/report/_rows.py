@@ -14,8 +14,8 @@ from typing import Any
 
 import msgspec
 
+from eval_protocol_rft._statistics import LARGEST
 from eval_protocol_rft.record import RecordError, RolloutRecord, has_record, result_score
-from eval_protocol_rft.training import LARGEST
 
 
 class RowsFileError(ValueError):

@@ -11,8 +11,9 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from eval_protocol_rft._statistics import Distribution
 from eval_protocol_rft._text import visible
-from eval_protocol_rft.data import Distribution, PromptStats, RolloutStats
+from eval_protocol_rft.data import PromptStats, RolloutStats
 
 _BAR_WIDTH = 32
 _LONGEST_PROMPT = 40

@@ -23,11 +23,10 @@ from rich.table import Table
 from rich.text import Text
 
 from eval_protocol_rft._options import Flag
+from eval_protocol_rft._statistics import MetricMeans, count_passes, mean_pass_at_k
 from eval_protocol_rft._text import visible
-from eval_protocol_rft.data import MetricMeans
 from eval_protocol_rft.record import RolloutRecord
 from eval_protocol_rft.report._rows import StoredRow
-from eval_protocol_rft.scoring import pass_at_k
 
 T = TypeVar("T")
 
@@ -98,16 +97,9 @@ def _known(values: Iterable[T | None]) -> set[T]:
 
 
 def _pass_at_k(scored: list[list[float]], threshold: float) -> dict[int, float]:
-    sizes = [len(group) for group in scored if group]
-    if not sizes:
-        return {}
-    estimates = {}
-    for k in sorted({1, max(sizes)}):
-        groups = [group for group in scored if len(group) >= k]
-        n = np.array([len(group) for group in groups])
-        c = np.array([sum(reward >= threshold for reward in group) for group in groups])
-        estimates[k] = float(np.mean(pass_at_k(n, c, k)))
-    return estimates
+    counts, passed = count_passes(scored, threshold)
+    ks = sorted({1, int(counts.max(initial=0))})
+    return {point.k: point.value for point in mean_pass_at_k(counts, passed, ks)}
 
 
 def _rate(rows: list[StoredRow], tokens: int) -> float | None:

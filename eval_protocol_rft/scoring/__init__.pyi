@@ -14,7 +14,6 @@ from ._offline import inner_evaluator as inner_evaluator
 from ._offline import mode_of as mode_of
 from ._offline import own_kwargs as own_kwargs
 from ._offline import score_rows as score_rows
-from ._pass_at_k import pass_at_k as pass_at_k
 from ._results import Place as Place
 from ._results import read_result as read_result
 from ._results import sort_answers as sort_answers

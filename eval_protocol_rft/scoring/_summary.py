@@ -14,8 +14,8 @@ from typing import Any, Literal, get_args
 import msgspec
 from eval_protocol.models import EvaluateResult, EvaluationRow, MetricResult, StepOutput
 
+from eval_protocol_rft._statistics import mean_pass_at_k, powers_of_two
 from eval_protocol_rft.record import Score
-from eval_protocol_rft.scoring._pass_at_k import pass_at_k
 from eval_protocol_rft.scoring._results import STEP_OUTPUTS
 
 Aggregation = Literal["mean", "first", "max"]
@@ -145,7 +145,7 @@ def _aggregate(scores: Sequence[float], aggregation: Aggregation) -> float:
 def _score_metrics(scores: Sequence[float], threshold: float) -> dict[str, MetricResult]:
     n = len(scores)
     passed = sum(score >= threshold for score in scores)
-    ks = sorted({n, *(2**i for i in range(n.bit_length()))})
+    ks = sorted({n, *powers_of_two(n)})
     why = f"{passed} of {n} scored completions reached {threshold:g}"
     over = f"over {n} scored completions"
     rewards = {
@@ -155,7 +155,7 @@ def _score_metrics(scores: Sequence[float], threshold: float) -> dict[str, Metri
     }
     return {
         **(rewards if _in_range(scores) else {}),
-        **{f"pass@{k}": _metric(pass_at_k(n, passed, k), why) for k in ks},
+        **{f"pass@{p.k}": _metric(p.value, why) for p in mean_pass_at_k([n], [passed], ks)},
     }
 
 

@@ -29,8 +29,6 @@ from ._mismatch import looks_shifted as looks_shifted
 from ._mismatch import measure as measure
 from ._mismatch import missing_eos as missing_eos
 from ._mismatch import sampled_pairs as sampled_pairs
-from ._reward_stats import LARGEST as LARGEST
-from ._reward_stats import equal as equal
 from ._rows import TokenBuffer as TokenBuffer
 from ._rows import group_of as group_of
 from ._rows import question_of as question_of

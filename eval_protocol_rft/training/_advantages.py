@@ -18,8 +18,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
-from eval_protocol_rft.training import _reward_stats as stats
-from eval_protocol_rft.training._reward_stats import Array
+from eval_protocol_rft import _statistics as stats
+from eval_protocol_rft._statistics import Array
 
 
 def grpo(rewards: ArrayLike, *, ddof: int = 1, eps: float = 1e-6) -> Array:
@@ -38,7 +38,7 @@ def grpo(rewards: ArrayLike, *, ddof: int = 1, eps: float = 1e-6) -> Array:
     Returns:
         [..., G] float64.
     """
-    values = stats.read(rewards)
+    values = stats.read_rewards(rewards)
     centered = stats.center(values)
     return stats.divide(centered, stats.deviation(centered, values, ddof=ddof) + eps)
 
@@ -55,7 +55,7 @@ def dr_grpo(rewards: ArrayLike) -> Array:
     Returns:
         [..., G] float64; sums to zero in each group.
     """
-    return stats.center(stats.read(rewards))
+    return stats.center(stats.read_rewards(rewards))
 
 
 def rloo(rewards: ArrayLike) -> Array:
@@ -71,7 +71,7 @@ def rloo(rewards: ArrayLike) -> Array:
     Returns:
         [..., G] float64; sums to zero in each group.
     """
-    values = stats.read(rewards)
+    values = stats.read_rewards(rewards)
     n = stats.count(values)
     return stats.divide(stats.center(values) * n, n - 1)
 
@@ -90,7 +90,7 @@ def reinforce(rewards: ArrayLike, *, baseline: float = 0.0) -> Array:
     Returns:
         [..., G] float64.
     """
-    values = stats.read(rewards)
+    values = stats.read_rewards(rewards)
     return stats.zero_missing(values - baseline)
 
 
@@ -113,7 +113,7 @@ def reinforce_pp(
     Returns:
         [..., G] float64; sums to zero over the batch.
     """
-    values = stats.read(rewards)
+    values = stats.read_rewards(rewards)
     if group_baseline:
         values = np.where(np.isnan(values), np.nan, stats.center(values))
     return _normalize_batch(values, ddof=ddof, eps=eps)
@@ -136,7 +136,7 @@ def maxrl(rewards: ArrayLike) -> Array:
     Raises:
         ValueError: a reward is negative.
     """
-    values = stats.read(rewards)
+    values = stats.read_rewards(rewards)
     if (values < 0).any():
         place = [int(i) for i in np.argwhere(values < 0)[0]]
         raise ValueError(
@@ -165,7 +165,7 @@ def gdpo(
     Returns:
         [..., G] float64; sums to zero over the batch.
     """
-    values = stats.read(rewards)
+    values = stats.read_rewards(rewards)
     if values.ndim < 2:
         raise ValueError(f"gdpo needs rewards of shape [..., G, K], got {values.shape}")
     factors = np.ones(values.shape[-1]) if weights is None else np.asarray(weights, np.float64)
@@ -202,7 +202,7 @@ def pkpo(rewards: ArrayLike, *, k: int) -> Array:
     """
     if k < 2:
         raise ValueError(f"pkpo needs k >= 2, got {k}: for k = 1, the mean reward, use rloo")
-    values = stats.read(rewards)
+    values = stats.read_rewards(rewards)
     worst = stats.low(values)
     same = stats.equal(worst, stats.high(values))
     above_worst = np.where(same & ~np.isnan(values), 0.0, values - worst)

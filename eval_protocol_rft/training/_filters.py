@@ -17,8 +17,8 @@ import msgspec
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from eval_protocol_rft import _statistics as stats
 from eval_protocol_rft._options import Flag, check_options
-from eval_protocol_rft.training import _reward_stats as stats
 from eval_protocol_rft.training._errors import TrainingDataError
 from eval_protocol_rft.training._trajectory import PromptGroup, Trajectory
 

@@ -14,7 +14,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from eval_protocol_rft.scoring import pass_at_k
+from eval_protocol_rft._statistics import (
+    count_outcomes,
+    count_passes,
+    mean_pass_at_k,
+    powers_of_two,
+)
 from eval_protocol_rft.training._datums import target_count
 from eval_protocol_rft.training._trajectory import PromptGroup, Trajectory
 
@@ -94,8 +99,9 @@ def batch_stats(
     sampled_tokens = sum(trajectory.total_sampled for trajectory in trained)
     targets = sum(map(target_count, trained))
     rewards = np.concatenate([g.rewards for g in groups]) if groups else np.empty(0)
-    scored = np.array([len(g.rewards) for g in groups], np.int64)
-    correct = np.array([np.sum(g.rewards >= pass_threshold) for g in groups], np.int64)
+    scored, correct = count_passes([g.rewards for g in groups], pass_threshold)
+    outcomes = count_outcomes(scored, correct)
+    ks = powers_of_two(scored.max(initial=0))
     trained_of_group = Counter(trained_of)
     return BatchStats(
         groups=len(groups),
@@ -111,19 +117,8 @@ def batch_stats(
         truncated=sum(g.truncated for g in groups),
         sampled_tokens=sampled_tokens,
         context_tokens=targets - sampled_tokens,
-        pass_at_k=_pass_at_powers_of_two(scored, correct),
-        all_correct=int(np.sum((scored > 0) & (correct == scored))),
-        none_correct=int(np.sum((scored > 0) & (correct == 0))),
+        pass_at_k={p.k: p.value for p in mean_pass_at_k(scored, correct, ks)},
+        all_correct=outcomes["all"],
+        none_correct=outcomes["none"],
         policy_versions=dict(sum((g.versions for g in groups), Counter[str | None]())),
     )
-
-
-def _pass_at_powers_of_two(
-    scored: NDArray[np.int64], correct: NDArray[np.int64]
-) -> dict[int, float]:
-    found: dict[int, float] = {}
-    k = 1
-    while (enough := scored >= k).any():
-        found[k] = float(np.mean(pass_at_k(scored[enough], correct[enough], k)))
-        k *= 2
-    return found

@@ -16,18 +16,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from eval_protocol_rft._statistics import percentile
 from eval_protocol_rft.data._dataset import RolloutDataset
 from eval_protocol_rft.data._files import TargetError
-from eval_protocol_rft.data._filter import FilterRun, NothingLeftError, filter_rollouts
-from eval_protocol_rft.data._filter_rules import (
+from eval_protocol_rft.data._filter import (
     Band,
     FilterRules,
     FilterRulesError,
+    NothingLeftError,
+    decide,
+    filter_rollouts,
     parse_band,
-    percentile,
-    survey,
 )
-from eval_protocol_rft.data._group_values import whole_groups
 from eval_protocol_rft.data.rollouts._format import FileMetadata, FormatError, schema
 from tests.batch.servers import ep_rft
 from tests.scored_files import (
@@ -52,21 +52,11 @@ def run(
 ) -> tuple[set[Place], dict[str, int]]:
     """What is kept and what is dropped, over tables that end anywhere."""
     table = table_of(groups, prompts=prompts)
-
-    def whole() -> Any:
-        return whole_groups(cut(table, cuts or []), where="f")
-
     column = "reward" if rules.reward is None else f"reward_{rules.reward}"
-    filtering = FilterRun(rules, survey(whole(), rules, column), column)
-    kept: set[Place] = set()
-    try:
-        for part in filtering.kept(whole()):
-            kept |= set(
-                zip(part["data_idx"].to_pylist(), part["sample_idx"].to_pylist(), strict=True)
-            )
-    except NothingLeftError:
-        assert not kept
-    return kept, filtering.summary().dropped
+    codes, summary = decide(cut(table, cuts or []), rules, column, where="f")
+    left = table.filter(pa.array(codes == 0))
+    places = zip(left["data_idx"].to_pylist(), left["sample_idx"].to_pylist(), strict=True)
+    return set(places), summary.dropped
 
 
 def kept(groups: list[list[Sampled]], **rules: Any) -> set[Place]:

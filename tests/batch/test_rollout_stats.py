@@ -19,19 +19,29 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
+from eval_protocol_rft._statistics import BARS, MetricMeans, distribution, mean_pass_at_k
+from eval_protocol_rft.data._files import write_rows
 from eval_protocol_rft.data._stats import (
     MOST_REASONS,
     OTHER_REASONS,
-    pass_at_every_k,
+    RolloutStats,
     rollout_stats,
     summarize_tables,
 )
-from eval_protocol_rft.data._stats_types import BARS, MetricMeans, RolloutStats, distribution
 from eval_protocol_rft.data.rollouts._format import FormatError
 from eval_protocol_rft.report._stats_table import stats_table
 from tests.batch.rollout_files import write_rollouts
 from tests.batch.servers import ep_rft, succeed
-from tests.scored_files import FAILED, Sampled, cut, groups_of_completions, table_of, write
+from tests.scored_files import (
+    FAILED,
+    SCHEMA,
+    Sampled,
+    cut,
+    groups_of_completions,
+    rows_of,
+    table_of,
+    write,
+)
 
 
 def summed(
@@ -152,7 +162,7 @@ def test_prompts_are_all_passed_mixed_none_passed_or_unscored(groups):
 
 
 def test_pass_at_k_of_larger_groups_counts_those_that_have_as_many():
-    found = pass_at_every_k(np.array([2, 4]), np.array([1, 1]))
+    found = mean_pass_at_k(np.array([2, 4]), np.array([1, 1]))
     # 1 - C(n-1, k) / C(n, k) is k / n where one of n passes.
     assert [(e.k, e.value, e.groups) for e in found] == [
         (1, pytest.approx((1 / 2 + 1 / 4) / 2), 2),
@@ -232,10 +242,11 @@ def test_a_failed_completion_with_a_reward_is_refused():
         _summed([table])
 
 
-def test_completions_of_a_data_row_that_are_scattered_are_refused():
-    table = table_of([[Sampled(1.0), Sampled(0.0)], [Sampled(1.0)]])
-    with pytest.raises(FormatError, match="data row 0 do not stand together"):
-        _summed([table.take([0, 2, 1])])
+def test_completions_of_a_data_row_that_are_scattered_are_refused(tmp_path: Path):
+    rows = rows_of([[Sampled(1.0), Sampled(0.0)], [Sampled(1.0)]])
+    write_rows(tmp_path / "f.parquet", SCHEMA, [rows[0], rows[2], rows[1]])
+    with pytest.raises(FormatError, match=r"f\.parquet: .* data row 0 do not stand together"):
+        rollout_stats(tmp_path / "f.parquet")
 
 
 def test_the_table_says_what_is_missing_and_lists_the_hardest():
@@ -312,7 +323,8 @@ def test_a_metric_is_averaged_over_the_completions_for_which_it_is_valid():
         None,
     ):
         means.add(metrics)
-    means.add_json(['{"length": 3}', None, "null"])
+    for text in ('{"length": 3}', None, "null"):
+        means.add_json(text)
     assert means.means == {"format": 0.5, "length": 5.0}
 
 
