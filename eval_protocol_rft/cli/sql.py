@@ -25,10 +25,11 @@ def sql(
 ) -> None:
     """Ask a rollout file anything, in DuckDB's SQL.
 
-    Table `completions` has a row a completion: the columns of the file, and tokens
-    and passed. Table `rollouts` has a row a prompt: row_id, data_idx, prompt,
-    ground_truth, original_*, and num_completions, num_failed, num_scored, num_passed,
-    num_truncated, num_tokens, pass_rate, mean_reward, min_reward, max_reward.
+    Table `completions` has a row a completion: the columns of the file, and
+    tokens and passed. Table `rollouts` has a row a prompt: row_id, data_idx,
+    prompt, tools, ground_truth, original_*, and the numbers of its completions:
+    num_completions, num_failed, num_scored, num_passed, num_truncated,
+    num_tokens, pass_rate, mean_reward, min_reward, max_reward.
 
     Args:
         file: Rollout file, also of an unfinished job, or what a test wrote.
