@@ -1,3 +1,4 @@
+from ._errors import EvalProtocolRftError as EvalProtocolRftError
 from .episodes import EpisodeRolloutProcessor as EpisodeRolloutProcessor
 from .local import LocalSampler as LocalSampler
 from .loop import make_group_rollout_fn as make_group_rollout_fn

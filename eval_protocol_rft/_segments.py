@@ -20,6 +20,7 @@ import numpy as np
 from msgspec.structs import force_setattr
 from numpy.typing import NDArray
 
+from eval_protocol_rft._errors import EvalProtocolRftError
 from eval_protocol_rft.sampling import (
     LOGPROB_NOISE,
     LOWEST_LOGPROB,
@@ -38,7 +39,7 @@ quarter as many tokens, building batches was a third slower). What is not filled
 not memory; what is filled stays as long as one segment of the block does."""
 
 
-class RecordError(ValueError):
+class RecordError(EvalProtocolRftError, ValueError):
     """There is no rollout record, or one that contradicts itself; the message says where."""
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import builtins
 import statistics
 from collections import defaultdict
 from collections.abc import Iterator
@@ -198,6 +199,27 @@ class House:
         ]
 
     @cached_property
+    def exceptions(self) -> dict[str, set[str]]:
+        """The package's exception classes (no warnings), each with the names of all its bases."""
+        bases = {
+            node.name: {ast.unparse(base) for base in node.bases}
+            for tree in self.trees.values()
+            for node in ast.walk(tree)
+            if isinstance(node, ast.ClassDef)
+        }
+
+        def above(name: str) -> set[str]:
+            names: set[str] = set()
+            waiting = {name}
+            while waiting:
+                names |= waiting
+                waiting = {base for name in waiting for base in bases.get(name, ())} - names
+            return names - {name}
+
+        ancestors = {name: above(name) for name in bases}
+        return {name: names for name, names in ancestors.items() if any(map(_is_exception, names))}
+
+    @cached_property
     def function_lines(self) -> list[int]:
         """Lines of each function, ascending."""
         return sorted(
@@ -215,6 +237,16 @@ class House:
             for path in self.files.values()
             if any(mark in path.read_text() for mark in EVAL_PROTOCOL_MARKS)
         }
+
+
+def _is_exception(name: str) -> bool:
+    """Whether that is the name of a built-in exception which is no warning."""
+    found = getattr(builtins, name, None)
+    return (
+        isinstance(found, type)
+        and issubclass(found, BaseException)
+        and not issubclass(found, Warning)
+    )
 
 
 def main() -> None:
@@ -242,6 +274,7 @@ def main() -> None:
         "circles": len(house.circles),
         "arrows up, or into another room": len(house.upward),
         "files that read Eval Protocol's marks": len(house.mark_readers),
+        "exception classes": len(house.exceptions),
     }
     for name, value in table.items():
         print(f"{name:40} {value}")

@@ -32,6 +32,15 @@ def test_one_file_reads_what_eval_protocol_leaves_on_evaluators(house):
     assert house.mark_readers == {"scoring/_evaluation_test.py"}
 
 
+def test_every_error_is_an_error_of_the_package(house):
+    strangers = [
+        name
+        for name, bases in house.exceptions.items()
+        if "EvalProtocolRftError" not in {name, *bases}
+    ]
+    assert strangers == []
+
+
 def test_every_folder_is_a_room_of_the_page(house):
     page = (ROOT / "docs" / "architecture.md").read_text()
     folders = {path.name for path in house.root.iterdir() if (path / "__init__.py").is_file()}

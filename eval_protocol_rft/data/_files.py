@@ -19,6 +19,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from eval_protocol_rft._durable import check_replaceable, link_target, replacing
+from eval_protocol_rft._errors import EvalProtocolRftError
 from eval_protocol_rft.data.rollouts import _jsonl as jsonl
 from eval_protocol_rft.data.rollouts import _parquet as parquet
 from eval_protocol_rft.data.rollouts._jsonl import is_jsonl, metadata_path
@@ -64,7 +65,7 @@ _RATE_FROM = 1_000_000
 ROLLOUT_SUFFIXES = (".parquet", ".jsonl", ".ndjson")
 
 
-class TargetError(ValueError):
+class TargetError(EvalProtocolRftError, ValueError):
     """A place that must not be written to, or cannot be."""
 
 

@@ -28,6 +28,7 @@ from annotated_types import Ge
 from numpy.typing import NDArray
 
 from eval_protocol_rft._durable import replacing
+from eval_protocol_rft._errors import EvalProtocolRftError
 from eval_protocol_rft._options import Flag, check_options
 from eval_protocol_rft._statistics import equal, percentile
 from eval_protocol_rft.data._dataset import RolloutDataset
@@ -61,7 +62,7 @@ REASONS = {
 """In the order in which they are looked at: what is dropped counts under the first that applies."""
 
 
-class FilterRulesError(ValueError):
+class FilterRulesError(EvalProtocolRftError, ValueError):
     """Rules that contradict themselves, or that cannot be asked of this file."""
 
 
@@ -197,7 +198,7 @@ def _check_band(name: str, band: Band | None, most: float) -> None:
         raise FilterRulesError(f"{name} {band}: the first end is above the second")
 
 
-class NothingLeftError(ValueError):
+class NothingLeftError(EvalProtocolRftError, ValueError):
     """The rules leave nothing, so nothing was written."""
 
 

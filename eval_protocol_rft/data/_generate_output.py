@@ -24,6 +24,7 @@ import msgspec
 import numpy as np
 import pyarrow as pa
 
+from eval_protocol_rft._errors import EvalProtocolRftError
 from eval_protocol_rft.data._dataset import RolloutDataset
 from eval_protocol_rft.data._files import check_room, write_file
 from eval_protocol_rft.data._missing import Questions
@@ -158,7 +159,7 @@ FailedFor = tuple[str | None, int | None]
 _REASON = ["error_kind", "error_status"]
 
 
-class JobError(ValueError):
+class JobError(EvalProtocolRftError, ValueError):
     """The output is of another job; the message says what differs."""
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from eval_protocol_rft._errors import EvalProtocolRftError
 from eval_protocol_rft._text import text_of, well_formed_json
 from eval_protocol_rft.data._dataset import RolloutDataset
 from eval_protocol_rft.data.conversion._to_ep import to_row
@@ -26,7 +27,7 @@ Place = tuple[int, int]
 """(data_idx, sample_idx)"""
 
 
-class ScoreError(ValueError):
+class ScoreError(EvalProtocolRftError, ValueError):
     """These rollouts cannot be scored so; the message says why."""
 
 

@@ -22,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from eval_protocol_rft._errors import EvalProtocolRftError
 from eval_protocol_rft._options import Flag
 from eval_protocol_rft._statistics import GROUP_NUMBERS
 from eval_protocol_rft.data._dataset import RolloutDataset
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 _BATCH_ROWS = 10_000
 
 
-class QueryError(ValueError):
+class QueryError(EvalProtocolRftError, ValueError):
     """SQL that cannot be run, or that does more than read."""
 
 

@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
+from eval_protocol_rft._errors import EvalProtocolRftError
 from eval_protocol_rft.sampling import Completion, TokenIds
 from eval_protocol_rft.training import TrainingDatum
 from eval_protocol_rft.training.losses import token_logprobs
@@ -22,7 +23,7 @@ _AT_ONCE = 8
 """Sequences per forward."""
 
 
-class WeightsError(ValueError):
+class WeightsError(EvalProtocolRftError, ValueError):
     """The weights cannot be loaded, or are not of the model that sampled."""
 
 

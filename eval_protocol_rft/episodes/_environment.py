@@ -18,6 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from eval_protocol_rft._errors import EvalProtocolRftError
 from eval_protocol_rft._text import well_formed_json
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ Said = Sequence["Message | Mapping[str, Any]"]
 """Messages of Eval Protocol, or dicts of the chat API."""
 
 
-class EnvironmentFaultError(RuntimeError):
+class EnvironmentFaultError(EvalProtocolRftError, RuntimeError):
     """The environment raised, hung, or answered what is no step. Its episode is a failure."""
 
 

@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from eval_protocol_rft._errors import EvalProtocolRftError
 from eval_protocol_rft.local import LoadedTokenizer
 from eval_protocol_rft.rollout import SEVERAL_CALLS, PromptError, as_template_reads, with_one_call
 
@@ -159,7 +160,7 @@ EXCERPT = 60
 _BEFORE = 20
 
 
-class ConversationError(RuntimeError):
+class ConversationError(EvalProtocolRftError, RuntimeError):
     """A conversation cannot take this step. A RuntimeError, as a `SamplingError` is: Eval Protocol
     does not resample on those."""
 

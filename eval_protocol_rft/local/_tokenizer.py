@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from eval_protocol_rft._errors import EvalProtocolRftError
 from eval_protocol_rft.local.models import LOCAL_PREFIX, NoSuchModelError, local_model_folder
 from eval_protocol_rft.sampling import TOKEN_ID_LIMIT, Completion, SamplingParams
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class TokenizerError(ValueError):
+class TokenizerError(EvalProtocolRftError, ValueError):
     """The tokenizer cannot be loaded, or lacks what training needs."""
 
 

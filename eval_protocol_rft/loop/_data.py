@@ -16,6 +16,7 @@ from eval_protocol.human_id import generate_id, num_combinations
 from eval_protocol.models import EPParameters, EvaluationRow, Message
 from pydantic import ValidationError
 
+from eval_protocol_rft._errors import EvalProtocolRftError
 from eval_protocol_rft.data import (
     PathOrGlob,
     Source,
@@ -29,7 +30,7 @@ from eval_protocol_rft.rollout import PROMPT_IDS_KEY
 from eval_protocol_rft.scoring import adapt, adapter_of, parameters_of
 
 
-class DataError(ValueError):
+class DataError(EvalProtocolRftError, ValueError):
     """There is no data to train on, or not enough."""
 
 

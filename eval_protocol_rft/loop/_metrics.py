@@ -23,6 +23,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from eval_protocol_rft._durable import write_whole
+from eval_protocol_rft._errors import EvalProtocolRftError
 from eval_protocol_rft._statistics import count_passes, mean_pass_at_k, powers_of_two
 from eval_protocol_rft.loop._trainer import ForwardBackward
 from eval_protocol_rft.training import PromptGroup, TrainingBatch
@@ -162,7 +163,7 @@ PACKAGES = {"tensorboard": ("tensorboard", "torch"), "wandb": ("wandb",)}
 _GROUPS = {"step": "train", "eval": "eval"}
 
 
-class SinkError(ValueError):
+class SinkError(EvalProtocolRftError, ValueError):
     """There is no such sink, or its package is missing; the message says what to install."""
 
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt
 
+from eval_protocol_rft._errors import EvalProtocolRftError
 from eval_protocol_rft._options import Flag, check_options
 from eval_protocol_rft.training import BatchOptions, ConfigValue, Filters
 
@@ -25,7 +26,7 @@ EVALUATION = functools.partial(Flag, panel="Evaluation and files")
 FIREWORKS = functools.partial(Flag, panel="On Fireworks")
 
 
-class OptionsError(ValueError):
+class OptionsError(EvalProtocolRftError, ValueError):
     """An option that is wrong or contradicts another; the message names it."""
 
 

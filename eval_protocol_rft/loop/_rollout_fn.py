@@ -23,12 +23,13 @@ from urllib.parse import urlsplit
 
 from eval_protocol.models import EvaluationRow
 
+from eval_protocol_rft._errors import EvalProtocolRftError
 from eval_protocol_rft.loop._row_runner import RowRunner, RunnerOptions
 from eval_protocol_rft.training import PromptGroup, TokenBuffer, Trajectory, read_row
 from eval_protocol_rft.training.export.cookbook import DICTS, CookbookTypes, to_run
 
 
-class RolloutFnError(RuntimeError):
+class RolloutFnError(EvalProtocolRftError, RuntimeError):
     """A row, or one completion of it, from which there is nothing to train on."""
 
     def __init__(

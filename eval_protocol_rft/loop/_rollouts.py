@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from eval_protocol_rft._errors import EvalProtocolRftError
 from eval_protocol_rft.loop._metrics import Line, eval_line
 from eval_protocol_rft.loop._options import OnUnscored
 from eval_protocol_rft.loop._row_runner import RowRunner
@@ -50,7 +51,7 @@ GATHERING_SECONDS = 30.0
 fewer than expected would otherwise keep it waiting."""
 
 
-class NothingToTrainOnError(RuntimeError):
+class NothingToTrainOnError(EvalProtocolRftError, RuntimeError):
     """Rows give no completions, no scores, or none with a gradient; the message says why."""
 
 

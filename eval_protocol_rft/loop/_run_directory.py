@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from eval_protocol_rft._durable import DurableFile, sync_folder, write_whole
+from eval_protocol_rft._errors import EvalProtocolRftError
 from eval_protocol_rft.local.models import (
     LOCAL_PREFIX,
     bundled_model_path,
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 _PREFIX = "step-"
 
 
-class RunFolderError(ValueError):
+class RunFolderError(EvalProtocolRftError, ValueError):
     """The folder is of another run, or damaged; the message says what differs."""
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from annotated_types import Ge, Lt
 
 from eval_protocol_rft import rollout
+from eval_protocol_rft._errors import EvalProtocolRftError
 from eval_protocol_rft._options import check_options
 from eval_protocol_rft.local.models import NoSuchModelError, has_tokenizer, local_model_folder
 from eval_protocol_rft.loop._options import HOW, MODEL
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from eval_protocol_rft.sampling import Endpoint
 
 
-class SetupError(ValueError):
+class SetupError(EvalProtocolRftError, ValueError):
     """The parts of a run do not fit; the message says what to change."""
 
 

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from eval_protocol_rft._errors import EvalProtocolRftError
 from eval_protocol_rft.loop._metrics import Line, step_line
 from eval_protocol_rft.loop._options import LoopOptions
 from eval_protocol_rft.loop._trainer import ForwardBackward, NamedLoss, Trainer
@@ -42,7 +43,7 @@ Probe = Callable[[Sequence[Sequence[int]]], Coroutine[Any, Any, "list[Trajectory
 PROBED_PROMPTS = 4
 
 
-class TrainingStoppedError(RuntimeError):
+class TrainingStoppedError(EvalProtocolRftError, RuntimeError):
     """Training on would teach the wrong thing; the message says why and what to do."""
 
     def __init__(self, trouble: Trouble) -> None:

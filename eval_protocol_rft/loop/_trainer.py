@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeAlias, runtime_checkable
 
+from eval_protocol_rft._errors import EvalProtocolRftError
 from eval_protocol_rft.training import ConfigValue, FloatArray, TrainingDatum
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from eval_protocol_rft.training.losses import Correction
 
 
-class TrainerError(RuntimeError):
+class TrainerError(EvalProtocolRftError, RuntimeError):
     """A trainer that cannot do what was asked; the message says what to do next."""
 
 

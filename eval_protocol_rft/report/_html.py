@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from eval_protocol_rft._errors import EvalProtocolRftError
 from eval_protocol_rft.report._svg import theme
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ Facts = list[tuple[str, str]]
 """Names and values, to be shown one below the other."""
 
 
-class ReportError(ValueError):
+class ReportError(EvalProtocolRftError, ValueError):
     """The report cannot be made; the message says what is in the way and where."""
 
 

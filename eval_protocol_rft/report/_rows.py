@@ -14,11 +14,12 @@ from typing import Any
 
 import msgspec
 
+from eval_protocol_rft._errors import EvalProtocolRftError
 from eval_protocol_rft._statistics import LARGEST
 from eval_protocol_rft.record import RecordError, RolloutRecord, has_record, result_score
 
 
-class RowsFileError(ValueError):
+class RowsFileError(EvalProtocolRftError, ValueError):
     """A rows file is missing, empty or broken; the message names file and line."""
 
 

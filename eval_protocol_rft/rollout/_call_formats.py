@@ -21,6 +21,8 @@ from typing import Any, Literal
 
 import msgspec
 
+from eval_protocol_rft._errors import EvalProtocolRftError
+
 ToolFormat = Literal[
     "hermes", "llama3_json", "qwen3_coder", "glm", "mistral", "deepseek", "harmony"
 ]
@@ -44,7 +46,7 @@ class ParseProblem:
     """What is wrong and what is expected, in words that can be shown to the model."""
 
 
-class CallProblemError(Exception):
+class CallProblemError(EvalProtocolRftError):
     """Carries a `ParseProblem`."""
 
     def __init__(self, kind: ProblemKind, message: str) -> None:

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 from annotated_types import Ge
 
+from eval_protocol_rft._errors import EvalProtocolRftError
 from eval_protocol_rft._options import Flag
 from eval_protocol_rft.local.models import LOCAL_PREFIX
 from eval_protocol_rft.sampling import SAMPLING, Endpoint, SamplingParams, resolve_endpoint
@@ -100,7 +101,7 @@ _MUST_BE_TRUE = ("logprobs", "return_token_ids", "raw_output")
 """Asked for in every request: without them there is nothing to train on."""
 
 
-class ParamsError(ValueError):
+class ParamsError(EvalProtocolRftError, ValueError):
     """completion_params hold a wrong or contradictory value; the message names the key."""
 
 

@@ -23,6 +23,7 @@ from eval_protocol.models import EvaluationRow
 from eval_protocol.pytest.rollout_processor import RolloutProcessor
 from eval_protocol.pytest.types import RolloutProcessorConfig
 
+from eval_protocol_rft._errors import EvalProtocolRftError
 from eval_protocol_rft.local import LoadedTokenizer, TokenizerError
 from eval_protocol_rft.rollout._backends import Backends
 from eval_protocol_rft.rollout._commit import commit_group, messages_to_answer
@@ -78,7 +79,7 @@ CLEANS_UP_AFTER_EACH_RUN = [
 has), while others share the processor: up to 0.3.23 or 0.3.24."""
 
 
-class RolloutError(RuntimeError):
+class RolloutError(EvalProtocolRftError, RuntimeError):
     """A row got fewer completions than `min_completions`, or something of the caller's failed. A
     RuntimeError on purpose: Eval Protocol does not resample the whole row on those."""
 

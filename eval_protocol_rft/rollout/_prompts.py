@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from eval_protocol_rft._errors import EvalProtocolRftError
 from eval_protocol_rft.local import LoadedTokenizer
 from eval_protocol_rft.rollout._chat_template import fields_read, variables_read
 from eval_protocol_rft.sampling import TokenIds
@@ -35,7 +36,7 @@ _OWN_ARGUMENTS = frozenset(
 _COMMON_ROLES = frozenset({"system", "user", "assistant", "tool"})
 
 
-class PromptError(ValueError):
+class PromptError(EvalProtocolRftError, ValueError):
     """The prompt of a row cannot be rendered exactly."""
 
 

@@ -29,6 +29,7 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
+from eval_protocol_rft._errors import EvalProtocolRftError
 from eval_protocol_rft.sampling._attempts import (
     UNTIL_SOMETHING_ENDS,
     Attempt,
@@ -133,7 +134,7 @@ _MOST_MET = 256
 logger = logging.getLogger(__name__)
 
 
-class RunStoppedError(RuntimeError):
+class RunStoppedError(EvalProtocolRftError, RuntimeError):
     """The run makes no further request, and says why. A RuntimeError on purpose: Eval Protocol does
     not resample on those."""
 

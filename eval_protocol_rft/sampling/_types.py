@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 import msgspec
 from annotated_types import Ge, Gt, Le
 
+from eval_protocol_rft._errors import EvalProtocolRftError
 from eval_protocol_rft._options import Flag
 
 SAMPLING = functools.partial(Flag, panel="Sampling")
@@ -175,7 +176,7 @@ class Failure:
     """HTTP status of the last attempt, if it got one."""
 
 
-class SamplingError(RuntimeError):
+class SamplingError(EvalProtocolRftError, RuntimeError):
     """No completion. A RuntimeError on purpose: Eval Protocol does not resample on those."""
 
     kind: FailureKind = "internal"

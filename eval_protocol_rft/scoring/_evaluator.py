@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import pytest
 
+from eval_protocol_rft._errors import EvalProtocolRftError
 from eval_protocol_rft._text import end_copy_of, text_of
 
 Parameter = Literal["row", "rows"]
@@ -27,7 +28,7 @@ _RAISED_BY_EVALUATORS = (Exception, pytest.skip.Exception, pytest.fail.Exception
 would take every other row's completions with them, silently so under the priority scheduler."""
 
 
-class EvaluatorError(TypeError):
+class EvaluatorError(EvalProtocolRftError, TypeError):
     """The function cannot be used as an evaluator; the message says what to change."""
 
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from eval_protocol.models import EvaluationRow
 
+from eval_protocol_rft._errors import EvalProtocolRftError
 from eval_protocol_rft.scoring._evaluation_test import function_below, parameters_of, sets_of
 from eval_protocol_rft.scoring._evaluator import Evaluator, EvaluatorError
 from eval_protocol_rft.scoring._scorer import OPTIONS_ATTRIBUTE, Scorer, run_all
@@ -20,7 +21,7 @@ from eval_protocol_rft.scoring._summary import Aggregation, ScoringOptions
 Mode = Literal["pointwise", "groupwise", "all"]
 
 
-class RunningLoopError(RuntimeError):
+class RunningLoopError(EvalProtocolRftError, RuntimeError):
     """`score_rows` was called where an event loop is running."""
 
 

@@ -11,8 +11,10 @@ import importlib
 from collections.abc import Mapping
 from typing import Any
 
+from eval_protocol_rft._errors import EvalProtocolRftError
 
-class TrainingDataError(ValueError):
+
+class TrainingDataError(EvalProtocolRftError, ValueError):
     """Rows, trajectories or options from which no correct training batch can be built."""
 
 
@@ -42,7 +44,7 @@ class ExportError(TrainingDataError):
     """Data that this consumer cannot be given exactly, or a file that does not hold it."""
 
 
-class MissingPackageError(ImportError):
+class MissingPackageError(EvalProtocolRftError, ImportError):
     """The package of a consumer is not installed, or not all of it."""
 
 

@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from eval_protocol_rft._errors import EvalProtocolRftError
 from eval_protocol_rft.data.rollouts._format import (
     MESSAGES,
     METADATA_KEY,
@@ -37,7 +38,7 @@ from eval_protocol_rft.data.store._parts import parts_folder
 Format = Literal["rollouts", "ep", "verl", "trl"]
 
 
-class ConvertError(ValueError):
+class ConvertError(EvalProtocolRftError, ValueError):
     """The file cannot be converted; the message names file and place."""
 
 

@@ -16,6 +16,8 @@ import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from eval_protocol_rft._errors import EvalProtocolRftError
+
 SCHEMA_VERSION = 1
 METADATA_KEY = b"eval_protocol_rft"
 """Key of the JSON text in the Parquet file's key-value metadata."""
@@ -90,7 +92,7 @@ FIXED_COLUMNS: dict[str, pa.DataType] = {
 ARRAY_COLUMNS = ("prompt_ids", "completion_ids", "logprobs", "raw_logprobs", "past_end")
 
 
-class FormatError(ValueError):
+class FormatError(EvalProtocolRftError, ValueError):
     """A file is no rollout file, or breaks the format; the message names file and place."""
 
 

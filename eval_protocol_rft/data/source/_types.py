@@ -27,6 +27,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from eval_protocol_rft._errors import EvalProtocolRftError
+
 if TYPE_CHECKING:
     import pyarrow as pa
 
@@ -87,7 +89,7 @@ LISTED_COLUMNS = 30
 """Columns that a message names at most."""
 
 
-class FilterError(ValueError):
+class FilterError(EvalProtocolRftError, ValueError):
     """An expression that is wrong, or that fails on a row."""
 
 
@@ -188,7 +190,7 @@ def listed_columns(columns: Sequence[str]) -> str:
     return f"the columns are {shown}" + (f" and {rest} more" if rest > 0 else "")
 
 
-class SourceError(ValueError):
+class SourceError(EvalProtocolRftError, ValueError):
     """A data set that cannot be used as it is. The message says what, where and what to do."""
 
 

@@ -40,6 +40,7 @@ import numpy as np
 import pyarrow as pa
 
 from eval_protocol_rft._durable import DurableFile, link_target, replacing, sync_folder, write_whole
+from eval_protocol_rft._errors import EvalProtocolRftError
 from eval_protocol_rft.data.rollouts._format import METADATA_KEY, FormatError
 from eval_protocol_rft.data.rollouts._parquet import (
     ROW_GROUP_ROWS,
@@ -116,7 +117,7 @@ _OURS = re.compile(
 """Names of files that a job writes."""
 
 
-class BusyError(RuntimeError):
+class BusyError(EvalProtocolRftError, RuntimeError):
     """Another process works on the same output."""
 
 

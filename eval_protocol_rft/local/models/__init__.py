@@ -11,6 +11,8 @@ import os
 from difflib import get_close_matches
 from pathlib import Path
 
+from eval_protocol_rft._errors import EvalProtocolRftError
+
 BUNDLED = ("arithmetic",)
 """Names that `local/<name>` finds inside the package."""
 
@@ -18,7 +20,7 @@ BUNDLED = ("arithmetic",)
 LOCAL_PREFIX = "local/"
 
 
-class NoSuchModelError(ValueError):
+class NoSuchModelError(EvalProtocolRftError, ValueError):
     """Nothing on this machine has that name; the message names what there is."""
 
 

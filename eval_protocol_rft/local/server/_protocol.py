@@ -30,6 +30,7 @@ from msgspec import Meta
 from starlette.requests import Request
 from starlette.responses import Response
 
+from eval_protocol_rft._errors import EvalProtocolRftError
 from eval_protocol_rft.sampling import FailureKind, SamplingError, SamplingParams
 
 _STATUS_OF_FAILURE: Mapping[FailureKind, HTTPStatus] = {
@@ -39,7 +40,7 @@ _STATUS_OF_FAILURE: Mapping[FailureKind, HTTPStatus] = {
 }
 
 
-class ApiError(Exception):
+class ApiError(EvalProtocolRftError):
     """A request that gets an error reply: status, body in Fireworks' form, perhaps Retry-After."""
 
     def __init__(

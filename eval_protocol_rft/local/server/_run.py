@@ -19,6 +19,7 @@ import uvicorn
 from jinja2 import TemplateError
 from starlette.applications import Starlette
 
+from eval_protocol_rft._errors import EvalProtocolRftError
 from eval_protocol_rft.local._sampler import LocalSampler, load_local_sampler
 from eval_protocol_rft.local.models import LOCAL_PREFIX, NoSuchModelError, local_model_folder
 from eval_protocol_rft.local.server._access import Access, is_loopback
@@ -36,7 +37,7 @@ _WAITING_CONNECTIONS = 2048
 """Clients that may wait to be accepted: a training run opens hundreds at once."""
 
 
-class ServeError(RuntimeError):
+class ServeError(EvalProtocolRftError, RuntimeError):
     """The server cannot start; the message says why and what to do."""
 
 

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from eval_protocol_rft._errors import EvalProtocolRftError
 from eval_protocol_rft.loop.fireworks._settings import StepSettings
 from eval_protocol_rft.training import require
 
@@ -40,7 +41,7 @@ _JOB: dict[str, Verdict] = {
 }
 
 
-class ControlPlaneError(RuntimeError):
+class ControlPlaneError(EvalProtocolRftError, RuntimeError):
     """The control plane did not give what was asked for; the message says what to do next."""
 
 

@@ -17,6 +17,7 @@ from typing import Literal
 import msgspec
 
 from eval_protocol_rft._durable import write_whole
+from eval_protocol_rft._errors import EvalProtocolRftError
 
 Phase = Literal["serve", "generate", "upload", "train", "clean", "failed", "done"]
 SCHEMA = 1
@@ -24,7 +25,7 @@ STATE_FILE = "run.json"
 _NAME = re.compile(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?")
 
 
-class RunStateError(ValueError):
+class RunStateError(EvalProtocolRftError, ValueError):
     """A run that cannot go on as asked: other settings, or a file that is not one of ours."""
 
 

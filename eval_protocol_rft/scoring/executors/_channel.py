@@ -16,12 +16,14 @@ import socket
 import struct
 from collections.abc import Callable
 
+from eval_protocol_rft._errors import EvalProtocolRftError
+
 _HEAD = struct.Struct("<QQ16s")
 """Number of the call, length of the body, and the seal of both."""
 _HIGHEST_DESCRIPTOR = 4096
 
 
-class RubbishError(ValueError):
+class RubbishError(EvalProtocolRftError, ValueError):
     """Someone else wrote into the channel."""
 
 

@@ -10,11 +10,12 @@ from typing import Any
 
 import msgspec
 
+from eval_protocol_rft._errors import EvalProtocolRftError
 from eval_protocol_rft.record import Score
 from eval_protocol_rft.scoring.executors._channel import WorkerChannel
 
 
-class GradingError(RuntimeError):
+class GradingError(EvalProtocolRftError, RuntimeError):
     """Grading cannot go on: not one item's fault, and the message says whose."""
 
 

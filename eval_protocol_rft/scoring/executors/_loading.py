@@ -28,6 +28,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
+from eval_protocol_rft._errors import EvalProtocolRftError
+
 _SHOWN = 16
 """Hex digits kept."""
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -181,7 +183,7 @@ INSTALLED = ("<", *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "
 """How the names of files begin that are Python's or a library's."""
 
 
-class EvaluatorNotFoundError(ValueError):
+class EvaluatorNotFoundError(EvalProtocolRftError, ValueError):
     """The spec leads to no function; the message says where the way ends."""
 
 

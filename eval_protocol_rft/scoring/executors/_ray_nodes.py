@@ -21,6 +21,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, get_args
 
+from eval_protocol_rft._errors import EvalProtocolRftError
+
 LOOK_SECONDS = 5.0
 """How often it is looked for nodes that joined, and for actors that are ready meanwhile."""
 EAGER_SECONDS = 0.1
@@ -40,7 +42,7 @@ CONNECT_SECONDS = 10.0
 logger = logging.getLogger(__name__)
 
 
-class RayEngineError(RuntimeError):
+class RayEngineError(EvalProtocolRftError, RuntimeError):
     """Ray is not there, or the cluster cannot do the work; the message says which node."""
 
 

@@ -16,12 +16,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from eval_protocol_rft._errors import EvalProtocolRftError
+
 LOG_RATIO_LIMIT = 20.0
 """Log-ratios are capped here before `exp`, so that one absurd token cannot turn the gradient of a
 batch into inf or NaN. e^20 is 4.9e8: no honest ratio comes near it, and `ratio:max` shows it."""
 
 
-class LossError(ValueError):
+class LossError(EvalProtocolRftError, ValueError):
     """A loss that cannot be built or computed; the message says what is missing or wrong."""
 
 
