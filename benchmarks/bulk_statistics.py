@@ -26,15 +26,16 @@ GROUP = 8
 TABLE_ROWS = 4096
 
 _MEASURED = """
-import resource, sys, time, warnings
+import re, sys, time
 path, output = sys.argv[1:]
 import numpy, pyarrow, msgspec
 from eval_protocol_rft import data
 from eval_protocol_rft.data import FilterRules, filter_rollouts, rollout_stats
 
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def peak():  # not ru_maxrss, which begins with that of the process before exec
+    return int(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1]) / 1024
 
+data.RolloutDataset, data.REASONS
 before, wall, cpu = peak(), time.perf_counter(), time.process_time()
 {work}
 print(time.perf_counter() - wall, time.process_time() - cpu, peak() - before, told)
