@@ -13,7 +13,7 @@ import pytest
 from eval_protocol_rft._durable import check_replaceable, replacing, write_whole
 from eval_protocol_rft.data._dataset import RolloutDataset
 from eval_protocol_rft.data._datums import write_datums
-from eval_protocol_rft.data._files import TargetError
+from eval_protocol_rft.data._files import JobError
 from eval_protocol_rft.data._filter import FilterRules, filter_rollouts
 from eval_protocol_rft.data._score import score
 from eval_protocol_rft.data.conversion._job import convert
@@ -141,7 +141,7 @@ def test_names_as_long_as_the_disk_takes_them_are_written_or_refused_at_once(
         stem = "x" * (size - len(".parquet"))
         try:
             write(scored, folder / stem)
-        except (TargetError, OSError) as error:
+        except (JobError, OSError) as error:
             assert "File name too long" in str(error)  # noqa: PT017
             assert not list(folder.iterdir())
         else:

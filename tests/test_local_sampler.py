@@ -22,7 +22,6 @@ from transformers import AutoModelForCausalLM  # noqa: E402
 
 from eval_protocol_rft.local import _worker as local_worker  # noqa: E402
 from eval_protocol_rft.local._draw import stop_hit  # noqa: E402
-from eval_protocol_rft.local._model import UnsupportedModelError  # noqa: E402
 from eval_protocol_rft.local._sampler import (  # noqa: E402
     LocalSampler,
     load_local_sampler,
@@ -227,7 +226,7 @@ async def test_requests_that_join_midway_are_as_exact_as_those_they_join(sampler
     ids=["recurrent", "no context length"],
 )
 def test_a_model_that_cannot_be_batched_exactly_is_refused(sampler, config, words):
-    with pytest.raises(UnsupportedModelError, match=words):
+    with pytest.raises(RefusedError, match=words):
         LocalSampler(AutoModelForCausalLM.from_config(config), sampler.tokenizer)
 
 

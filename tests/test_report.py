@@ -11,7 +11,8 @@ import pytest
 from rich.console import Console
 
 from eval_protocol_rft.record import RolloutRecord, SamplingRecord
-from eval_protocol_rft.report._rows import RowsFileError, newest_rows_file, read_rows
+from eval_protocol_rft.report._html import ReportError
+from eval_protocol_rft.report._rows import newest_rows_file, read_rows
 from eval_protocol_rft.report._terminal import rollout_table, summarize_rows
 from eval_protocol_rft.sampling._types import Failure
 
@@ -127,7 +128,7 @@ def test_a_number_that_cannot_be_is_named_with_its_place(
     file = _write(tmp_path, [_row(["2"], [1.0]), _row(["2"], [1.0])])
     first, second = file.read_text().splitlines()
     file.write_text(f"{first}\n{second.replace(old, new, 1)}\n")
-    with pytest.raises(RowsFileError, match=rf"rows\.jsonl:2: .*{re.escape(words)}"):
+    with pytest.raises(ReportError, match=rf"rows\.jsonl:2: .*{re.escape(words)}"):
         list(read_rows(file))
 
 
@@ -168,7 +169,7 @@ def test_completions_cannot_draw_on_the_terminal(tmp_path: Path) -> None:
 def test_a_broken_line_is_named_by_file_and_number(tmp_path: Path, line: bytes, words: str) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_bytes(json.dumps(FAILED).encode() + b"\n\n" + line + b"\n")
-    with pytest.raises(RowsFileError, match=rf"rows\.jsonl:3: .*{words}"):
+    with pytest.raises(ReportError, match=rf"rows\.jsonl:3: .*{words}"):
         list(read_rows(file))
 
 
@@ -179,8 +180,8 @@ def test_a_folder_stands_for_its_newest_file(tmp_path: Path) -> None:
     newer = _write(tmp_path, [FAILED], "newer.jsonl")
     os.utime(older, (1, 1))
     assert newest_rows_file(tmp_path) == newer
-    with pytest.raises(RowsFileError, match="no such file"):
+    with pytest.raises(ReportError, match="no such file"):
         newest_rows_file(tmp_path / "nothing")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(RowsFileError, match="EP_OUTPUT_DIR"):
+    with pytest.raises(ReportError, match="EP_OUTPUT_DIR"):
         newest_rows_file(tmp_path / "empty")

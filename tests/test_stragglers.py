@@ -29,7 +29,7 @@ from eval_protocol_rft.sampling._types import (
     UnavailableError,
 )
 from eval_protocol_rft.training._batch import build_batch, iter_batches
-from eval_protocol_rft.training._errors import BiasedSamplingError, BiasedSamplingWarning
+from eval_protocol_rft.training._errors import BiasedSamplingWarning, TrainingDataError
 from eval_protocol_rft.training._groups import group_rows, iter_groups
 from tests.rollouts import (
     assert_is_what_the_server_sampled,
@@ -478,7 +478,7 @@ def test_building_datums_warns_once_where_slow_completions_were_cancelled(row, c
     with pytest.warns(BiasedSamplingWarning, match=message) as caught:
         next(iter_batches(rows, max_groups=3))
     assert [warning.filename for warning in caught] == [__file__]
-    with pytest.raises(BiasedSamplingError, match=message):
+    with pytest.raises(TrainingDataError, match=message):
         build_batch(rows, biased_sampling="refuse")
 
 

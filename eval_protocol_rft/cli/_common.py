@@ -131,10 +131,10 @@ def rollout_file(path: Path, *, progress: bool = True) -> Iterator[Path]:
     which is gone afterwards.
 
     Raises:
-        RowsFileError, ConvertError: there is neither, or it is broken.
+        ReportError, JobError: there is neither, or it is broken.
     """
     from eval_protocol_rft.data import convert
-    from eval_protocol_rft.report import RowsFileError, is_rollouts, newest_rows_file
+    from eval_protocol_rft.report import ReportError, is_rollouts, newest_rows_file
 
     if is_rollouts(path) or (not path.exists() and path.suffix):
         yield path
@@ -151,5 +151,5 @@ def rollout_file(path: Path, *, progress: bool = True) -> Iterator[Path]:
             # By the name that the user knows.
             text = str(error)
             if str(made) in text:
-                raise RowsFileError(text.replace(str(made), str(rows))) from error
+                raise ReportError(text.replace(str(made), str(rows))) from error
             raise

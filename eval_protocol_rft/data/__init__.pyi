@@ -1,5 +1,6 @@
 from ._dataset import RolloutDataset as RolloutDataset
 from ._datums import write_datums as write_datums
+from ._files import JobError as JobError
 from ._files import same_file as same_file
 from ._files import write_rows as write_rows
 from ._filter import REASONS as REASONS
@@ -23,7 +24,6 @@ from ._stats import rollout_stats as rollout_stats
 from .conversion._ep import read_rows as read_rows
 from .conversion._job import convert as convert
 from .conversion._to_ep import to_rows as to_rows
-from .conversion._types import ConvertError as ConvertError
 from .conversion._types import ConvertSummary as ConvertSummary
 from .rollouts._format import DataSettings as DataSettings
 from .rollouts._format import FileMetadata as FileMetadata

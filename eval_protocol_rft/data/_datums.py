@@ -41,7 +41,7 @@ from annotated_types import Ge
 from eval_protocol_rft._durable import replacing, sync_folder
 from eval_protocol_rft._options import Flag
 from eval_protocol_rft.data._dataset import RolloutDataset
-from eval_protocol_rft.data._files import TargetError, check_target
+from eval_protocol_rft.data._files import JobError, check_target
 from eval_protocol_rft.data._progress import Reading
 from eval_protocol_rft.data.conversion._to_ep import to_rows
 from eval_protocol_rft.data.rollouts._format import FileMetadata
@@ -75,11 +75,11 @@ def check_numbered(path: Path, *, overwrite: bool) -> None:
     """Refuse to mix with the files of an earlier run.
 
     Raises:
-        TargetError: some are there.
+        JobError: some are there.
     """
     first = numbered_path(path, 0)
     if first.exists() and not overwrite:
-        raise TargetError(
+        raise JobError(
             f"{first} is there already, of an earlier run; write elsewhere, or say --overwrite "
             "(overwrite=True)"
         )
@@ -288,7 +288,7 @@ def write_datums(
         FormatError: no rollout file, or a broken one; no such reward.
         TrainingDataError: a row or an option is wrong; see `build_batch`.
         EmptyBatchError: nothing is left to train on.
-        TargetError: the output must not be written to.
+        JobError: the output must not be written to.
         MissingPackageError: `safetensors` is not installed.
     """
     limited = max_groups is not None or max_tokens is not None
@@ -336,4 +336,4 @@ def _format_of(path: Path) -> DatumsFormat:
     for name, suffix in SUFFIXES.items():
         if path.suffix == suffix:
             return name
-    raise TargetError(f"{path}: its name must end in {', '.join(sorted(set(SUFFIXES.values())))}")
+    raise JobError(f"{path}: its name must end in {', '.join(sorted(set(SUFFIXES.values())))}")

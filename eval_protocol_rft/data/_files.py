@@ -65,8 +65,9 @@ _RATE_FROM = 1_000_000
 ROLLOUT_SUFFIXES = (".parquet", ".jsonl", ".ndjson")
 
 
-class TargetError(EvalProtocolRftError, ValueError):
-    """A place that must not be written to, or cannot be."""
+class JobError(EvalProtocolRftError, ValueError):
+    """A job on data cannot be done as it was asked: what it reads, where it writes, its options;
+    the message says what to change."""
 
 
 def check_target(
@@ -79,16 +80,16 @@ def check_target(
     """`output` as a path, if it may be written to.
 
     Raises:
-        TargetError: it is the source, is there already, has another extension, or cannot be
+        JobError: it is the source, is there already, has another extension, or cannot be
             written.
     """
     path = Path(output)
     if path.suffix not in suffixes:
-        raise TargetError(f"{path}: what to write there? Its name must end in {_listed(suffixes)}")
+        raise JobError(f"{path}: what to write there? Its name must end in {_listed(suffixes)}")
     with _as_target_error(path):
         check_not_read(path, [Path(source)])
         if path.exists() and not overwrite:
-            raise TargetError(
+            raise JobError(
                 f"{path} is there already; write elsewhere, or say --overwrite (overwrite=True)"
             )
         _check_writable(path)
@@ -99,10 +100,10 @@ def check_not_read(target: Path, sources: Iterable[Path]) -> None:
     """See that a command does not write over what it reads, whatever it may overwrite.
 
     Raises:
-        TargetError: it would.
+        JobError: it would.
     """
     if any(same_file(target, source) for source in sources):
-        raise TargetError(f"{target}: that is the file to be read; write to another one")
+        raise JobError(f"{target}: that is the file to be read; write to another one")
 
 
 def check_rollout_file(path: Path, *, folders: Iterable[Path]) -> None:
@@ -113,10 +114,10 @@ def check_rollout_file(path: Path, *, folders: Iterable[Path]) -> None:
         folders: of the jobs that make it.
 
     Raises:
-        TargetError: its name says no format or is too long, or its folder cannot be written.
+        JobError: its name says no format or is too long, or its folder cannot be written.
     """
     if path.suffix not in ROLLOUT_SUFFIXES:
-        raise TargetError(f"{path}: name the output .parquet or .jsonl")
+        raise JobError(f"{path}: name the output .parquet or .jsonl")
     with _as_target_error(path):
         _check_writable(path)
         for folder in folders:
@@ -129,12 +130,12 @@ def check_room(target: Path, size: int) -> None:
     disk can tell.
 
     Raises:
-        TargetError: it has not.
+        JobError: it has not.
     """
     folder = link_target(target).absolute().parent
     usage = shutil.disk_usage(folder)
     if usage.total and usage.free < size:
-        raise TargetError(
+        raise JobError(
             f"{target}: writing it takes {amount(size)}, and the disk of {folder} has "
             f"{amount(usage.free)} left. Make room first, or choose another output"
         )
@@ -187,10 +188,10 @@ def same_file(path: Path, other: Path) -> bool:
 def _check_writable(path: Path) -> None:
     """See that `path`, and what goes with it, can be made and replaced."""
     if path.is_dir():
-        raise TargetError(f"{path}: there is a folder of that name")
+        raise JobError(f"{path}: there is a folder of that name")
     folder = link_target(path).absolute().parent
     if not folder.is_dir():
-        raise TargetError(f"{path}: there is no folder {folder}")
+        raise JobError(f"{path}: there is no folder {folder}")
     check_replaceable(path)
     if is_jsonl(path):
         check_replaceable(metadata_path(path))
@@ -203,7 +204,7 @@ def _as_target_error(path: Path) -> Iterator[None]:
     except OSError as error:
         name = "" if error.filename is None else Path(os.fsdecode(error.filename)).name
         where = f" ({name})" if name not in ("", path.name) else ""
-        raise TargetError(f"{path}: cannot be written: {error.strerror or error}{where}") from error
+        raise JobError(f"{path}: cannot be written: {error.strerror or error}{where}") from error
 
 
 def _listed(suffixes: Sequence[str]) -> str:

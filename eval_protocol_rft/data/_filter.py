@@ -28,11 +28,10 @@ from annotated_types import Ge
 from numpy.typing import NDArray
 
 from eval_protocol_rft._durable import replacing
-from eval_protocol_rft._errors import EvalProtocolRftError
 from eval_protocol_rft._options import Flag, check_options
 from eval_protocol_rft._statistics import equal, percentile
 from eval_protocol_rft.data._dataset import RolloutDataset
-from eval_protocol_rft.data._files import check_target, write_file
+from eval_protocol_rft.data._files import JobError, check_target, write_file
 from eval_protocol_rft.data._progress import Reading
 from eval_protocol_rft.data._sql import rows_where
 from eval_protocol_rft.data._stats import numbers_of_groups, read_numbers
@@ -62,10 +61,6 @@ REASONS = {
 """In the order in which they are looked at: what is dropped counts under the first that applies."""
 
 
-class FilterRulesError(EvalProtocolRftError, ValueError):
-    """Rules that contradict themselves, or that cannot be asked of this file."""
-
-
 class Band(NamedTuple):
     """Numbers from `low` to `high`, both included."""
 
@@ -81,7 +76,7 @@ def parse_band(text: str) -> Band:
     """`low:high`, one of which may be left out: `0.1:0.9`, `:0.5`, `25:`.
 
     Raises:
-        FilterRulesError: it is not that.
+        JobError: it is not that.
     """
     low, colon, high = text.partition(":")
     try:
@@ -89,7 +84,7 @@ def parse_band(text: str) -> Band:
     except ValueError:
         band = None
     if band is None or not colon or not (low or high) or any(map(math.isnan, band)):
-        raise FilterRulesError(
+        raise JobError(
             f"{text!r} is no band: write low:high, and leave one of them out where it is open"
         )
     return band
@@ -166,8 +161,8 @@ class FilterRules:
         for low, high in (("min_tokens", "max_tokens"), ("reward_min", "reward_max")):
             least, most = getattr(self, low), getattr(self, high)
             if least is not None and most is not None and least > most:
-                raise FilterRulesError(f"{low} {least:g} is above {high} {most:g}")
-        check_options(self, FilterRulesError)
+                raise JobError(f"{low} {least:g} is above {high} {most:g}")
+        check_options(self, JobError)
 
     @property
     def on_group_rewards(self) -> bool:
@@ -193,13 +188,9 @@ def _check_band(name: str, band: Band | None, most: float) -> None:
         return
     for end in band:
         if not (math.isinf(end) or 0 <= end <= most):
-            raise FilterRulesError(f"{name} {band}: both ends must lie between 0 and {most:g}")
+            raise JobError(f"{name} {band}: both ends must lie between 0 and {most:g}")
     if not band.low <= band.high:
-        raise FilterRulesError(f"{name} {band}: the first end is above the second")
-
-
-class NothingLeftError(EvalProtocolRftError, ValueError):
-    """The rules leave nothing, so nothing was written."""
+        raise JobError(f"{name} {band}: the first end is above the second")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -388,11 +379,11 @@ def filter_rollouts(
 
     Raises:
         FormatError: no rollout file, or a broken one; no such reward; no columns of a data set.
-        FilterRulesError: a rule on rewards, and the file has none.
+        JobError: a rule on rewards, and the file has none.
         MissingPackageError: `where` is asked for, and DuckDB is not installed.
-        NothingLeftError: nothing is kept.
+        JobError: nothing is kept.
         QueryError: `where` is no expression, or fails on a row.
-        TargetError: the output is the source, exists already, or has another extension.
+        JobError: the output is the source, exists already, or has another extension.
     """
     target = check_target(output, source, suffixes=_SUFFIXES, overwrite=overwrite)
     dataset = RolloutDataset(source)
@@ -408,13 +399,13 @@ def filter_rollouts(
         tables = reading(dataset.tables(decision_columns(rules, reward)))
         codes, summary = decide(tables, rules, reward, where=str(source), asked=asked)
         if rules.on_rewards and not summary.scored:
-            raise FilterRulesError(
+            raise JobError(
                 f"{source}: a rule asks for rewards, and no completion has one in the column "
                 f"{reward!r}. Score the file first, with `ep-rft score`"
             )
         if not summary.kept:
             counts = ", ".join(f"{reason} {count}" for reason, count in summary.dropped.items())
-            raise NothingLeftError(
+            raise JobError(
                 f"nothing is left of {summary.completions} completions, so nothing was written. "
                 f"Dropped: {counts or 'there were none'}"
             )

@@ -185,11 +185,11 @@ async def agenerate(
     Raises:
         SourceError: the data set, or a row of it, is wrong; nothing was asked yet.
         ParamsError, TokenizerError, PromptError: settings are; nothing was asked yet.
-        TargetError: the output could not be written at the end; nothing was asked yet.
-        JobError: the output is there and of another job.
+        JobError: the output could not be written at the end; nothing was asked yet;
+            the output is there and of another job.
         BusyError: another process writes to the same output.
         RayEngineError: there is no Ray, no cluster, or a node of it cannot do its work.
-        HopelessError: the first completions all failed.
+        RunStoppedError: the first completions all failed.
         RunStoppedError: the server's logprobs are not what `logprobs_mode` says; nothing was kept.
         OSError: the disk is full or failed. What was stored is safe.
     """

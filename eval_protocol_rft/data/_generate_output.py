@@ -24,9 +24,8 @@ import msgspec
 import numpy as np
 import pyarrow as pa
 
-from eval_protocol_rft._errors import EvalProtocolRftError
 from eval_protocol_rft.data._dataset import RolloutDataset
-from eval_protocol_rft.data._files import check_room, write_file
+from eval_protocol_rft.data._files import JobError, check_room, write_file
 from eval_protocol_rft.data._missing import Questions
 from eval_protocol_rft.data.rollouts._format import (
     ORIGINAL_PREFIX,
@@ -159,10 +158,6 @@ FailedFor = tuple[str | None, int | None]
 _REASON = ["error_kind", "error_status"]
 
 
-class JobError(EvalProtocolRftError, ValueError):
-    """The output is of another job; the message says what differs."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutputJob:
     """A job and where its rows go. Made by `find_job`."""
@@ -205,8 +200,8 @@ class OutputJob:
 
         Raises:
             BusyError: another process has it.
-            JobError: another process just finished the file.
-        TargetError: the disk has no room for the file.
+            JobError: another process just finished the file;
+            the disk has no room for the file.
         """
         selection, num_rows = self.questions.selection, self.questions.source.num_rows
         position: Keys | None = None

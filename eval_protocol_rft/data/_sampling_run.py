@@ -48,10 +48,6 @@ _NO_SLOTS: contextlib.nullcontext[None] = contextlib.nullcontext()
 """The limiter's limit is the bound."""
 
 
-class HopelessError(RunStoppedError):
-    """Nothing succeeds. None of the failures of this run is stored."""
-
-
 class Prompt(NamedTuple):
     """One data row, ready to be asked."""
 
@@ -99,7 +95,7 @@ class SamplingRun:
         """Sample and store everything.
 
         Raises:
-            HopelessError: the first completions all failed.
+            RunStoppedError: the first completions all failed.
             RunStoppedError: the server refuses everything, or answers nothing for long, or its
                 texts are not what the tokenizer reads in its ids.
             OSError: the store's disk is full or failed.
@@ -228,7 +224,7 @@ class SamplingRun:
             if not enough and not ended:
                 return []
             if all(map(_concerns_all, held)) or (enough and self.fresh):
-                raise HopelessError(
+                raise RunStoppedError(
                     f"the first {len(held)} completions all failed ({held[0].error_kind}); "
                     f"row {held[0].row_id}: {held[0].error}"
                 )

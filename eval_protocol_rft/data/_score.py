@@ -29,7 +29,7 @@ from annotated_types import Ge
 
 from eval_protocol_rft._options import Flag
 from eval_protocol_rft.data._dataset import RolloutDataset
-from eval_protocol_rft.data._files import TargetError, check_rollout_file, check_room, write_file
+from eval_protocol_rft.data._files import JobError, check_rollout_file, check_room, write_file
 from eval_protocol_rft.data._progress import reporter
 from eval_protocol_rft.data._score_store import (
     SCORES,
@@ -38,7 +38,7 @@ from eval_protocol_rft.data._score_store import (
     schema_with_reward,
     with_scores,
 )
-from eval_protocol_rft.data._score_views import ScoreError, grading_items
+from eval_protocol_rft.data._score_views import grading_items
 from eval_protocol_rft.data.rollouts._format import RewardSettings, reward_column, reward_columns
 from eval_protocol_rft.data.rollouts._jsonl import is_jsonl
 from eval_protocol_rft.data.source._types import file_fingerprint
@@ -193,7 +193,7 @@ def score(
         progress: show a bar; None: where stderr is a terminal.
 
     Raises:
-        FormatError, ScoreError, TargetError: the file cannot be read, scored so, or written.
+        FormatError, JobError: the file cannot be read, scored so, or written.
         EvaluatorNotFoundError, EvaluatorError: the evaluator cannot be had or used.
         GradingError: a worker process cannot load it.
         RayEngineError: there is no Ray, no cluster, or a node of it cannot do its work.
@@ -204,14 +204,14 @@ def score(
     timeout = timeout or None
     dataset = RolloutDataset(path)
     if not dataset.finished:
-        raise ScoreError(f"{path}: the job that writes it is not finished: run it to its end first")
+        raise JobError(f"{path}: the job that writes it is not finished: run it to its end first")
     loaded = load_evaluator(evaluator)
     column = reward_column(name)
     target = dataset.path if output is None else Path(output)
     folders = [parts_folder(target), parts_folder(target, column)]
     check_rollout_file(target, folders=folders)
     if target.exists() and not target.samefile(dataset.path) and not overwrite:
-        raise TargetError(f"{target}: exists; choose another output, or overwrite it")
+        raise JobError(f"{target}: exists; choose another output, or overwrite it")
     if is_jsonl(target) == is_jsonl(dataset.path):
         check_room(target, dataset.path.stat().st_size)
     with _alone(target):
@@ -243,7 +243,7 @@ def score(
                 progress=progress,
             )
             if _job_id(dataset.path, column, settings, adapt=adapt) != job_id:
-                raise ScoreError(f"{dataset.path} was changed while it was scored: score it again")
+                raise JobError(f"{dataset.path} was changed while it was scored: score it again")
             if store.has_parts or target != dataset.path or column not in dataset.metadata.rewards:
                 wanted = schema_with_reward(dataset.schema, column, settings)
                 tables = with_scores(
@@ -279,11 +279,11 @@ def _alone(target: Path) -> Iterator[None]:
 
     Raises:
         BusyError: another process has it.
-        ScoreError: a job that samples it is not finished.
+        JobError: a job that samples it is not finished.
     """
     folder = parts_folder(target)
     if read_schema(folder) is not None:
-        raise ScoreError(f"{target}: the job that writes it is not finished: run it to its end")
+        raise JobError(f"{target}: the job that writes it is not finished: run it to its end")
     try:
         lock = lock_folder(folder)
     except BusyError:
@@ -313,7 +313,7 @@ def _keeps_old(
             if not files:
                 return True
             why = f"an earlier version of its file (changed: {', '.join(files)})"
-        raise ScoreError(
+        raise JobError(
             f"{dataset.path}: {column!r} has rewards of {why}. Choose a name (--name) to keep "
             "both, or replace them with --overwrite"
         )

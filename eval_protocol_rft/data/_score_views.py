@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from eval_protocol_rft._errors import EvalProtocolRftError
 from eval_protocol_rft._text import text_of, well_formed_json
 from eval_protocol_rft.data._dataset import RolloutDataset
+from eval_protocol_rft.data._files import JobError
 from eval_protocol_rft.data.conversion._to_ep import to_row
 from eval_protocol_rft.data.rollouts._format import ARRAY_COLUMNS
 from eval_protocol_rft.data.rollouts._rows import CompletionRow
@@ -25,10 +25,6 @@ if TYPE_CHECKING:
 
 Place = tuple[int, int]
 """(data_idx, sample_idx)"""
-
-
-class ScoreError(EvalProtocolRftError, ValueError):
-    """These rollouts cannot be scored so; the message says why."""
 
 
 def grading_items(
@@ -48,7 +44,7 @@ def grading_items(
         adapt: let the evaluation test's `dataset_adapter` make the rows of the data set's columns.
 
     Raises:
-        ScoreError: the adapter fails, or makes no row.
+        JobError: the adapter fails, or makes no row.
     """
     adapter = evaluator.dataset_adapter if adapt else None
     groups = ((group, _views(group, dataset, adapter)) for group in _groups(dataset))
@@ -116,11 +112,11 @@ def _adapted(
         made = adapter([dict(completion.original)])
     # It is the user's: it raises whatever its expressions raise.
     except Exception as error:
-        raise ScoreError(
+        raise JobError(
             f"{where} failed: {type(error).__name__}: {text_of(error)}; {advice}"
         ) from error
     if len(made) != 1:
-        raise ScoreError(f"{where} made {len(made)} rows of one; {advice}")
+        raise JobError(f"{where} made {len(made)} rows of one; {advice}")
     adapted: EvaluationRow = made[0].model_copy(deep=True)
     adapted.messages = row.messages
     adapted.execution_metadata = row.execution_metadata

@@ -15,7 +15,6 @@ from ._ready_made import ToolLoop as ToolLoop
 from ._rendering import ConversationError as ConversationError
 from ._rendering import HistoryRewrittenError as HistoryRewrittenError
 from ._rendering import Rewrite as Rewrite
-from ._rendering import UnfinishedTurnError as UnfinishedTurnError
 from ._template_report import TemplateCase as TemplateCase
 from ._template_report import TemplateReport as TemplateReport
 from ._template_report import template_report as template_report

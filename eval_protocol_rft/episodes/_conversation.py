@@ -31,7 +31,6 @@ from eval_protocol_rft.episodes._rendering import (
     ConversationError,
     HistoryRewrittenError,
     Rewrite,
-    UnfinishedTurnError,
     first_difference,
 )
 from eval_protocol_rft.local import LoadedTokenizer
@@ -288,7 +287,7 @@ class Conversation:
         by a stop string, the template's own end of turn, which is context and was not sampled.
 
         Raises:
-            UnfinishedTurnError: the last turn was cut off at its token limit.
+            ConversationError: the last turn was cut off at its token limit.
             HistoryRewrittenError: the template rewrites history and the policy is `reject`.
             ConversationError: there is no answer to append to, or nothing to append.
             PromptError: the template cannot render the messages, or drops them.
@@ -299,7 +298,7 @@ class Conversation:
             raise ConversationError("no messages to append")
         last = self._last
         if last.cut_off:
-            raise UnfinishedTurnError(
+            raise ConversationError(
                 f"turn {self._turns} was cut off at its token limit: nothing can be said after a "
                 "turn that has no end. End the episode, or allow more tokens per turn"
             )

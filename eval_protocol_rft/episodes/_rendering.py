@@ -165,11 +165,6 @@ class ConversationError(EvalProtocolRftError, RuntimeError):
     does not resample on those."""
 
 
-class UnfinishedTurnError(ConversationError):
-    """The last turn was cut off at its token limit, so nothing can be said after it: end the
-    episode, with `length` as its stop reason."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rewrite:
     """Where a template no longer renders what was sent and sampled before."""

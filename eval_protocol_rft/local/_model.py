@@ -18,10 +18,6 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 from eval_protocol_rft.sampling import RefusedError
 
 
-class UnsupportedModelError(RefusedError):
-    """This sampler cannot batch the model exactly."""
-
-
 @dataclass(frozen=True, slots=True)
 class LocalModel:
     """A model and the few facts about it that decide how it is sampled."""
@@ -40,20 +36,20 @@ class LocalModel:
         """Take a causal language model, and put it into evaluation mode.
 
         Raises:
-            UnsupportedModelError: it is recurrent or hybrid, or its config names no context length.
+            RefusedError: it is recurrent or hybrid, or its config names no context length.
         """
         config = module.config.get_text_config(decoder=True)
         cache_layers = DynamicCache(config=config).layers
         kinds = {type(layer) for layer in cache_layers}
         if not kinds or kinds - {DynamicLayer, DynamicSlidingWindowLayer}:
             names = ", ".join(sorted(kind.__name__ for kind in kinds)) or "no cache layers"
-            raise UnsupportedModelError(
+            raise RefusedError(
                 f"{type(module).__name__} has {names}; local sampling batches plain attention "
                 "caches only: serve this model with vLLM and sample over HTTP"
             )
         context_length = getattr(config, "max_position_embeddings", None)
         if not isinstance(context_length, int):
-            raise UnsupportedModelError(
+            raise RefusedError(
                 f"the config of {type(module).__name__} has no max_position_embeddings, so its "
                 "context length is unknown: set it on the config"
             )

@@ -158,7 +158,7 @@ class LocalSampler:
             policy_version: names the weights; every completion carries it.
 
         Raises:
-            UnsupportedModelError: the model's state is more than keys and values.
+            RefusedError: the model's state is more than keys and values.
         """
         from eval_protocol_rft.local._model import LocalModel
         from eval_protocol_rft.local._worker import Worker
@@ -190,7 +190,7 @@ class LocalSampler:
 
         Raises:
             RefusedError: torch is not installed, or there is no such model.
-            UnsupportedModelError: the model's state is more than keys and values.
+            RefusedError: the model's state is more than keys and values.
         """
         try:
             import torch
@@ -339,7 +339,7 @@ def load_local_sampler(name: str, *, trust_remote_code: bool = False) -> LocalSa
 
     Raises:
         RefusedError: torch is not installed, or there is no such model.
-        UnsupportedModelError: the model's state is more than keys and values.
+        RefusedError: the model's state is more than keys and values.
     """
     with _LOADING:
         key = (name, trust_remote_code)

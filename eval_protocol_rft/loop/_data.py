@@ -16,7 +16,6 @@ from eval_protocol.human_id import generate_id, num_combinations
 from eval_protocol.models import EPParameters, EvaluationRow, Message
 from pydantic import ValidationError
 
-from eval_protocol_rft._errors import EvalProtocolRftError
 from eval_protocol_rft.data import (
     PathOrGlob,
     Source,
@@ -26,12 +25,9 @@ from eval_protocol_rft.data import (
     type_name,
 )
 from eval_protocol_rft.episodes import EpisodeRolloutProcessor
+from eval_protocol_rft.loop._options import SetupError
 from eval_protocol_rft.rollout import PROMPT_IDS_KEY
 from eval_protocol_rft.scoring import adapt, adapter_of, parameters_of
-
-
-class DataError(EvalProtocolRftError, ValueError):
-    """There is no data to train on, or not enough."""
 
 
 def load_rows(
@@ -46,13 +42,13 @@ def load_rows(
             are read by the default adapter.
 
     Raises:
-        DataError: there are no rows, the adapter takes them not, or the test has several data sets
+        SetupError: there are no rows, the adapter takes them not, or the test has several data sets
             and none was chosen.
         SourceError: `data` cannot be read.
     """
     test = parameters_of(evaluator)
     if test is None and data is None:
-        raise DataError(
+        raise SetupError(
             "the evaluator is no @evaluation_test, so it brings no data set: pass one with --data"
         )
     test = test or EPParameters()
@@ -62,7 +58,7 @@ def load_rows(
     if test.preprocess_fn is not None and (data is not None or not test.data_loaders):
         rows = test.preprocess_fn(rows)
     if not rows:
-        raise DataError(
+        raise SetupError(
             f"no rows in {', '.join(map(str, data)) if data else 'the test`s data set'}"
         )
     for row in rows:
@@ -79,14 +75,14 @@ def _rows_of(source: Source, test: EPParameters) -> list[EvaluationRow]:
         try:
             return adapt(test, [record.values for record in records])
         except Exception as error:
-            raise DataError(
+            raise SetupError(
                 f"{source.name}: the test's dataset_adapter raised {type(error).__name__}: "
                 f"{error}. The data has {_listed(source)}"
             ) from error
     rows = [_evaluation_row(record) for record in records]
     prompted = any(row.messages or PROMPT_IDS_KEY in (row.model_extra or {}) for row in rows)
     if not prompted and not isinstance(test.rollout_processor, EpisodeRolloutProcessor):
-        raise DataError(
+        raise SetupError(
             f"{source.name}: no row has messages. It has {_listed(source)}: give the test a "
             "dataset_adapter that makes messages of them"
         )
@@ -107,7 +103,7 @@ def _evaluation_row(record: SourceRow) -> EvaluationRow:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
-        raise DataError(
+        raise SetupError(
             f"{record.where}: no row of an evaluation test: {place}: {first['msg']}, not "
             f"{type_name(first['input'])}. Rows of other data are made by a dataset_adapter of the "
             "test"
@@ -122,9 +118,9 @@ def _own_rows(test: EPParameters) -> list[EvaluationRow]:
             try:
                 found = load_jsonl(path)
             except (OSError, ValueError) as error:
-                raise DataError(f"{path}: {error}") from error
+                raise SetupError(f"{path}: {error}") from error
             if not found:
-                raise DataError(f"{path} has no lines")
+                raise SetupError(f"{path} has no lines")
             lines += found
         return adapt(test, lines[:most])
     if test.data_loaders:
@@ -146,9 +142,9 @@ def _one(sets: Sequence[Any], name: str, combine: bool) -> Sequence[Any]:
     if combine and all(isinstance(item, str) for item in sets):
         return sets
     if len(sets) > 1:
-        raise DataError(f"the evaluation test has {len(sets)} sets of {name}: choose with --data")
+        raise SetupError(f"the evaluation test has {len(sets)} sets of {name}: choose with --data")
     if not sets:
-        raise DataError("the evaluation test has no data set: pass one with --data")
+        raise SetupError("the evaluation test has no data set: pass one with --data")
     return [sets[0]] if isinstance(sets[0], str) else sets[0]
 
 
@@ -163,11 +159,11 @@ def split_rows(
         seed: of the choice.
 
     Raises:
-        DataError: nothing would be left to train on.
+        SetupError: nothing would be left to train on.
     """
     count = round(held_out * len(rows)) if held_out < 1 else int(held_out)
     if held_out < 0 or count >= len(rows):
-        raise DataError(
+        raise SetupError(
             f"{held_out:g} of {len(rows)} rows cannot be held out: some must be left to train on"
         )
     chosen = set(random.Random(f"held out {seed}").sample(range(len(rows)), count))  # noqa: S311
@@ -200,7 +196,7 @@ class RowStream:
 
     def __post_init__(self) -> None:
         if self.rows < 1:
-            raise DataError("no rows to train on")
+            raise SetupError("no rows to train on")
 
     def next(self) -> Draw | None:
         """The next turn, None where the epochs are over."""

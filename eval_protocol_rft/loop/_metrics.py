@@ -23,8 +23,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from eval_protocol_rft._durable import write_whole
-from eval_protocol_rft._errors import EvalProtocolRftError
 from eval_protocol_rft._statistics import count_passes, mean_pass_at_k, powers_of_two
+from eval_protocol_rft.loop._options import SetupError
 from eval_protocol_rft.loop._trainer import ForwardBackward
 from eval_protocol_rft.training import PromptGroup, TrainingBatch
 
@@ -163,10 +163,6 @@ PACKAGES = {"tensorboard": ("tensorboard", "torch"), "wandb": ("wandb",)}
 _GROUPS = {"step": "train", "eval": "eval"}
 
 
-class SinkError(EvalProtocolRftError, ValueError):
-    """There is no such sink, or its package is missing; the message says what to install."""
-
-
 class MetricSink(Protocol):
     """Takes a run's metrics."""
 
@@ -181,14 +177,14 @@ def require_sinks(names: Sequence[str]) -> None:
     """Check that these sinks can be opened.
 
     Raises:
-        SinkError: one is unknown, or its package is not installed.
+        SetupError: one is unknown, or its package is not installed.
     """
     for name in names:
         if name not in PACKAGES:
-            raise SinkError(f"no logger {name!r}: choose from {', '.join(PACKAGES)}")
+            raise SetupError(f"no logger {name!r}: choose from {', '.join(PACKAGES)}")
         missing = [p for p in PACKAGES[name] if importlib.util.find_spec(p) is None]
         if missing:
-            raise SinkError(
+            raise SetupError(
                 f"logging to {name} needs a package that is not here: pip install "
                 f"{' '.join(missing)}"
             )
@@ -206,7 +202,7 @@ def open_sinks(
         lines: the metrics so far that the run goes on from. A sink that is new gets them first.
 
     Raises:
-        SinkError: see `require_sinks`; or a service did not take the run.
+        SetupError: see `require_sinks`; or a service did not take the run.
     """
     require_sinks(names)
     opened: list[MetricSink] = []
@@ -281,7 +277,7 @@ class WandbSink:
                 resume="never" if is_new else "allow",
             )
         except wandb.Error as error:
-            raise SinkError(f"Weights & Biases did not take the run: {error}") from error
+            raise SetupError(f"Weights & Biases did not take the run: {error}") from error
         for line in lines if is_new else ():
             self.write(line)
 

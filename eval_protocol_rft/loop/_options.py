@@ -26,8 +26,9 @@ EVALUATION = functools.partial(Flag, panel="Evaluation and files")
 FIREWORKS = functools.partial(Flag, panel="On Fireworks")
 
 
-class OptionsError(EvalProtocolRftError, ValueError):
-    """An option that is wrong or contradicts another; the message names it."""
+class SetupError(EvalProtocolRftError, ValueError):
+    """A run cannot be begun as it was asked for: its options, its data, or parts that do not
+    fit; the message says what to change."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,16 +95,16 @@ class LoopOptions:
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):
-            raise OptionsError("give steps or epochs, one of them")
+            raise SetupError("give steps or epochs, one of them")
         if self.normalization == "none":  # type: ignore[comparison-overlap]
-            raise OptionsError(
+            raise SetupError(
                 'normalization="none" leaves the division to the trainer, and this loop\'s does '
                 "not divide: choose token, sequence or constant"
             )
-        check_options(self, OptionsError)
+        check_options(self, SetupError)
         # Checks algorithm, thresholds and normalisation.
         if self.batch.relative and self.completions_per_prompt == 1:
-            raise OptionsError(
+            raise SetupError(
                 f"{self.algorithm} compares the completions of a prompt: ask for at least 2"
             )
 

@@ -16,10 +16,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 from annotated_types import Ge, Lt
 
 from eval_protocol_rft import rollout
-from eval_protocol_rft._errors import EvalProtocolRftError
 from eval_protocol_rft._options import check_options
 from eval_protocol_rft.local.models import NoSuchModelError, has_tokenizer, local_model_folder
-from eval_protocol_rft.loop._options import HOW, MODEL
+from eval_protocol_rft.loop._options import HOW, MODEL, SetupError
 from eval_protocol_rft.sampling import RefusedError
 from eval_protocol_rft.scoring import parameters_of, sets_of
 
@@ -31,10 +30,6 @@ if TYPE_CHECKING:
     from eval_protocol_rft.loop._weights import ServedWeights
     from eval_protocol_rft.rollout import FireworksTrainingRolloutProcessor, RolloutRequest
     from eval_protocol_rft.sampling import Endpoint
-
-
-class SetupError(EvalProtocolRftError, ValueError):
-    """The parts of a run do not fit; the message says what to change."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

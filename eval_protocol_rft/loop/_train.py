@@ -107,7 +107,7 @@ async def atrain(
         warn: told what is wrong and not fatal.
 
     Raises:
-        OptionsError, SourceError, DataError, SetupError, ParamsError, RunFolderError, SinkError:
+        SetupError, SourceError, ParamsError, RunFolderError:
             something given is wrong, or a logger's package is missing; nothing was started.
         NothingToTrainOnError: rows give no completions, or none with a gradient.
         TrainingStoppedError: sampler and trainer disagree; nothing learnt would be right.

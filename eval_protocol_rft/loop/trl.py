@@ -35,16 +35,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from eval_protocol.models import EvaluationRow
 
 from eval_protocol_rft.local.models import NoSuchModelError, local_model_folder
-from eval_protocol_rft.loop._data import DataError, load_rows
+from eval_protocol_rft.loop._data import load_rows
+from eval_protocol_rft.loop._options import SetupError
 from eval_protocol_rft.loop._rollouts import RUN, NothingToTrainOnError, roll_out, why_fruitless
 from eval_protocol_rft.loop._row_runner import RowRunner
 from eval_protocol_rft.loop._run import FRUITLESS_ROWS
-from eval_protocol_rft.loop._setup import (
-    SetupError,
-    own_processor,
-    served_weights,
-    with_tokenizer_of,
-)
+from eval_protocol_rft.loop._setup import own_processor, served_weights, with_tokenizer_of
 from eval_protocol_rft.loop._step import TrainingStoppedError
 from eval_protocol_rft.loop._watch import Trouble, Watch
 from eval_protocol_rft.loop._weights import SamplerWeights, WeightSink, version_name
@@ -115,7 +111,7 @@ def trl_rollouts(
 
     Raises:
         MissingPackageError: TRL is not installed, or older than 1.0.
-        DataError: there are no rows, or two with one prompt and different answers.
+        SetupError: there are no rows, or two with one prompt and different answers.
         SetupError, ParamsError: sampling cannot be set up so.
         RefusedError: there is no such local model.
     """
@@ -224,7 +220,7 @@ class TrlRollouts:
 
         Raises:
             SetupError: the trainer's settings contradict how is sampled.
-            DataError: there is no row with such a prompt.
+            SetupError: there is no row with such a prompt.
             TrainerError: the weights did not reach the sampler.
             TrainingStoppedError: the sampler has other weights than the trainer.
             NothingToTrainOnError: nothing could be scored.
@@ -315,12 +311,12 @@ class TrlRollouts:
             times = len(list(same))
             row = self._rows.get(key)
             if row is None:
-                raise DataError(
+                raise SetupError(
                     f"no row has the prompt {key[:200]}: train and evaluate on prompts of "
                     "rollouts.dataset, or give trl_rollouts(rows=...) the rows behind yours"
                 )
             if times % count:
-                raise DataError(
+                raise SetupError(
                     f"TRL gave the prompt of row {row.input_metadata.row_id} {times} times, which "
                     f"is no multiple of the {count} generations of a prompt: set the batch size to "
                     "a multiple of num_generations (num_generations_eval)"
@@ -454,19 +450,19 @@ def _by_prompt(
     """Rows by their prompts.
 
     Raises:
-        DataError: one prompt stands for two rows that differ otherwise; or there are none.
+        SetupError: one prompt stands for two rows that differ otherwise; or there are none.
     """
     found: dict[str, EvaluationRow] = {}
     for row, prompt in zip(rows, prompts, strict=True):
         first = found.setdefault(_key(prompt), row)
         if first is not row and _beside_prompt(first) != _beside_prompt(row):
-            raise DataError(
+            raise SetupError(
                 f"rows {first.input_metadata.row_id} and {row.input_metadata.row_id} have the same "
                 "prompt and differ otherwise (ground_truth, tools or columns), and TRL passes on "
                 "prompts alone: leave one of them out, or make the prompts differ"
             )
     if not found:
-        raise DataError("no rows to train on")
+        raise SetupError("no rows to train on")
     return found
 
 

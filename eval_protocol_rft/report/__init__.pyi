@@ -1,6 +1,5 @@
 from ._html import ReportError as ReportError
 from ._page import write_report as write_report
-from ._rows import RowsFileError as RowsFileError
 from ._rows import is_rollouts as is_rollouts
 from ._rows import newest_rows_file as newest_rows_file
 from ._rows import read_rows as read_rows

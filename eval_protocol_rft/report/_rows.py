@@ -14,13 +14,9 @@ from typing import Any
 
 import msgspec
 
-from eval_protocol_rft._errors import EvalProtocolRftError
 from eval_protocol_rft._statistics import LARGEST
 from eval_protocol_rft.record import RecordError, RolloutRecord, has_record, result_score
-
-
-class RowsFileError(EvalProtocolRftError, ValueError):
-    """A rows file is missing, empty or broken; the message names file and line."""
+from eval_protocol_rft.report._html import ReportError
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,16 +38,16 @@ def newest_rows_file(path: Path) -> Path:
     """`path` itself, or the newest JSONL file below it where it is a folder of Eval Protocol's.
 
     Raises:
-        RowsFileError: nothing is there.
+        ReportError: nothing is there.
     """
     if path.is_file() or is_rollouts(path):
         return path
     if not path.is_dir():
-        raise RowsFileError(f"{path}: no such file or folder")
+        raise ReportError(f"{path}: no such file or folder")
     visible = [file for file in path.rglob("*.jsonl") if not file.name.startswith((".", "_"))]
     files = sorted(visible, key=lambda file: file.stat().st_mtime)
     if not files:
-        raise RowsFileError(
+        raise ReportError(
             f"{path}: no .jsonl file inside. Eval Protocol writes one per test case when "
             "EP_OUTPUT_DIR names a folder"
         )
@@ -72,7 +68,7 @@ def read_rows(file: Path) -> Iterator[StoredRow]:
     lines, or what is stored of an unfinished job.
 
     Raises:
-        RowsFileError: a line is not UTF-8 JSON, not a row, or holds a record that contradicts
+        ReportError: a line is not UTF-8 JSON, not a row, or holds a record that contradicts
             itself; or it is Parquet, and not rollouts.
     """
     if is_rollouts(file):
@@ -84,7 +80,7 @@ def read_rows(file: Path) -> Iterator[StoredRow]:
                 try:
                     yield _row(msgspec.json.decode(line))
                 except (ValueError, RecursionError) as error:
-                    raise RowsFileError(f"{file}:{number}: {error}") from error
+                    raise ReportError(f"{file}:{number}: {error}") from error
 
 
 def _rollouts(file: Path) -> Iterator[StoredRow]:
@@ -96,9 +92,9 @@ def _rollouts(file: Path) -> Iterator[StoredRow]:
             row_id = group[0].row_id
             yield from map(_row, to_rows(group, dataset.metadata))
     except FormatError as error:
-        raise RowsFileError(str(error)) from error
+        raise ReportError(str(error)) from error
     except RecordError as error:
-        raise RowsFileError(f"{file}: row {row_id!r}: {error}") from error
+        raise ReportError(f"{file}: row {row_id!r}: {error}") from error
 
 
 def _row(value: Any) -> StoredRow:

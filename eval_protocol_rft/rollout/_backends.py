@@ -177,7 +177,7 @@ class Backends:
 
         Raises:
             TokenizerError: there is no tokenizer, or it cannot be loaded.
-            RefusedError, UnsupportedModelError: the local model cannot be loaded or sampled.
+            RefusedError: the local model cannot be loaded or sampled.
         """
         if self._sampler is not None:
             own = getattr(self._sampler, "tokenizer", None)

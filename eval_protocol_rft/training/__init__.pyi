@@ -8,7 +8,6 @@ from ._batch import build_batch as build_batch
 from ._batch import iter_batches as iter_batches
 from ._datums import Normalization as Normalization
 from ._datums import TrainingDatum as TrainingDatum
-from ._errors import BiasedSamplingError as BiasedSamplingError
 from ._errors import BiasedSamplingWarning as BiasedSamplingWarning
 from ._errors import EmptyBatchError as EmptyBatchError
 from ._errors import ExportError as ExportError

@@ -25,7 +25,6 @@ from numpy.typing import NDArray
 from eval_protocol_rft.training._algorithms import BatchArguments, BatchOptions, ConfigValue
 from eval_protocol_rft.training._datums import Normalization, TrainingDatum, pack, target_count
 from eval_protocol_rft.training._errors import (
-    BiasedSamplingError,
     BiasedSamplingWarning,
     EmptyBatchError,
     TrainingDataError,
@@ -87,7 +86,7 @@ class Collector:
 
         Raises:
             EmptyBatchError: no group is left.
-            BiasedSamplingError: the caller refuses biased sampling, and there is some.
+            TrainingDataError: the caller refuses biased sampling, and there is some.
             TrainingDataError: the estimator cannot work with these groups.
         """
         if not self._kept:
@@ -175,7 +174,7 @@ class Collector:
 
     def _tell_bias(self, message: str) -> None:
         if self._options.biased_sampling == "refuse":
-            raise BiasedSamplingError(message)
+            raise TrainingDataError(message)
         # The caller of build_batch, or of next() on the iterator.
         warnings.warn(message, BiasedSamplingWarning, stacklevel=6)
 
@@ -259,7 +258,7 @@ def build_batch(
 
     Raises:
         EmptyBatchError: nothing is left to train on.
-        BiasedSamplingError: see `biased_sampling`.
+        TrainingDataError: see `biased_sampling`.
         TrainingDataError: rows or options are wrong; the message names the row.
     """
     chosen = BatchOptions(**options)
@@ -295,7 +294,7 @@ def iter_batches(
 
     Raises:
         EmptyBatchError: no group at all is left to train on.
-        TrainingDataError, BiasedSamplingError: as for `build_batch`, at the batch concerned.
+        TrainingDataError: as for `build_batch`, at the batch concerned.
     """
     if max_groups is None and max_tokens is None:
         raise TrainingDataError(

@@ -36,10 +36,6 @@ class BiasedSamplingWarning(UserWarning):
     were cancelled, so that short ones are too many."""
 
 
-class BiasedSamplingError(TrainingDataError):
-    """As `BiasedSamplingWarning`, where the caller chose to refuse them."""
-
-
 class ExportError(TrainingDataError):
     """Data that this consumer cannot be given exactly, or a file that does not hold it."""
 

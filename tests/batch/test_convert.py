@@ -19,10 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eval_protocol_rft.data._dataset import RolloutDataset
-from eval_protocol_rft.data._files import TargetError, write_rows
+from eval_protocol_rft.data._files import JobError, write_rows
 from eval_protocol_rft.data.conversion._ep import read_rows
 from eval_protocol_rft.data.conversion._job import convert
-from eval_protocol_rft.data.conversion._types import ConvertError
 from eval_protocol_rft.data.rollouts._format import FileMetadata, FormatError, metadata_of, schema
 from eval_protocol_rft.data.rollouts._rows import CompletionRow, to_record_batch
 from eval_protocol_rft.data.store._merge import row_keys
@@ -177,7 +176,7 @@ def test_a_row_without_a_rollout_is_refused_by_line_or_dropped_and_counted(tmp_p
     rows = [scored("a", 1.0), failed_row("b"), scored("c", 0.0)]
     source = write_lines(tmp_path / "a.jsonl", rows)
     source.write_text("\n" + source.read_text())
-    with pytest.raises(ConvertError, match=r"a\.jsonl:3: row 'b': .*'no server'.*--drop-failed"):
+    with pytest.raises(JobError, match=r"a\.jsonl:3: row 'b': .*'no server'.*--drop-failed"):
         convert(source, tmp_path / "b.parquet")
     assert not (tmp_path / "b.parquet").exists()
     summary = convert(source, tmp_path / "b.parquet", drop_failed_rows=True)
@@ -190,7 +189,7 @@ def test_a_broken_row_is_named_even_where_failed_ones_are_dropped(tmp_path: Path
     broken = scored("b", 1.0)
     broken["execution_metadata"]["extra"]["completion_ids"][0].append(7)
     source = write_lines(tmp_path / "a.jsonl", [scored("a", 1.0), broken])
-    with pytest.raises(ConvertError, match=r"a\.jsonl:2: row 'b': .*completion 0: 3 token ids and"):
+    with pytest.raises(JobError, match=r"a\.jsonl:2: row 'b': .*completion 0: 3 token ids and"):
         convert(source, tmp_path / "b.parquet", drop_failed_rows=True)
 
 
@@ -216,7 +215,7 @@ def test_files_that_were_put_together_are_numbered_anew(tmp_path: Path) -> None:
 def test_a_value_that_has_no_column_leaves_no_file(tmp_path: Path) -> None:
     rows = [scored("a", 1.0), scored("b", 1.0, seeds=[2**63])]
     source = write_lines(tmp_path / "a.jsonl", rows)
-    with pytest.raises(ConvertError, match="a value does not fit its column"):
+    with pytest.raises(JobError, match="a value does not fit its column"):
         convert(source, tmp_path / "b.parquet")
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
 
@@ -246,11 +245,11 @@ def test_a_file_is_not_written_over_by_accident(tmp_path: Path) -> None:
     link = tmp_path / "link.jsonl"
     link.symlink_to(source)
     for target in (source, link):
-        with pytest.raises(TargetError, match="that is the file to be read"):
+        with pytest.raises(JobError, match="that is the file to be read"):
             convert(source, target, overwrite=True)
     there = tmp_path / "b.parquet"
     there.write_text("mine")
-    with pytest.raises(TargetError, match="say --overwrite"):
+    with pytest.raises(JobError, match="say --overwrite"):
         convert(source, there)
     assert there.read_text() == "mine"
     convert(source, there, overwrite=True)
@@ -259,13 +258,13 @@ def test_a_file_is_not_written_over_by_accident(tmp_path: Path) -> None:
 
 def test_a_file_that_cannot_be_told_apart_is_asked_about(tmp_path: Path) -> None:
     cases = {
-        "x.jsonl": (b'{"question": "q"}\n', ConvertError, "which format is this.*question"),
-        "y.jsonl": (b"\n\nno json\n", ConvertError, "y.jsonl:3: neither Parquet nor JSON"),
-        "z.jsonl": (b"", ConvertError, "an empty file"),
-        "p.parquet": (b"PAR1 and no more", ConvertError, "not a whole Parquet file"),
+        "x.jsonl": (b'{"question": "q"}\n', JobError, "which format is this.*question"),
+        "y.jsonl": (b"\n\nno json\n", JobError, "y.jsonl:3: neither Parquet nor JSON"),
+        "z.jsonl": (b"", JobError, "an empty file"),
+        "p.parquet": (b"PAR1 and no more", JobError, "not a whole Parquet file"),
         "e.jsonl": (
             b'{"messages": [], "execution_metadata": {}}\n[]\n',
-            ConvertError,
+            JobError,
             "e.jsonl:1: row None: it has no rollout",
         ),
         "f.jsonl": (b'{"data_idx": 0, "sample_idx": 0, "completion_ids": [], "response": ""}\n',
@@ -275,9 +274,9 @@ def test_a_file_that_cannot_be_told_apart_is_asked_about(tmp_path: Path) -> None
         (tmp_path / name).write_bytes(content)
         with pytest.raises(kind, match=message):
             convert(tmp_path / name, tmp_path / "out.parquet")
-    with pytest.raises(ConvertError, match="no such file"):
+    with pytest.raises(JobError, match="no such file"):
         convert(tmp_path / "none.jsonl", tmp_path / "out.parquet")
-    with pytest.raises(ConvertError, match="a folder"):
+    with pytest.raises(JobError, match="a folder"):
         convert(tmp_path, tmp_path / "out.parquet")
     write_lines(tmp_path / "g.jsonl", [scored("a", 1.0), []])
     with pytest.raises(TrainingDataError, match=r"g\.jsonl, line 2"):
@@ -296,7 +295,7 @@ def test_a_target_is_called_what_its_readers_expect(
     tmp_path: Path, name: str, kind: Any, endings: str
 ) -> None:
     source = rollout_file(tmp_path / "a.parquet")
-    with pytest.raises(TargetError, match=f"must end in {endings}$"):
+    with pytest.raises(JobError, match=f"must end in {endings}$"):
         convert(source, tmp_path / name, to_format=kind)
 
 

@@ -13,9 +13,8 @@ import pytest
 from hypothesis import given, settings
 
 from eval_protocol_rft.data._dataset import RolloutDataset
-from eval_protocol_rft.data._files import write_rows
+from eval_protocol_rft.data._files import JobError, write_rows
 from eval_protocol_rft.data.conversion._job import convert
-from eval_protocol_rft.data.conversion._types import ConvertError
 from eval_protocol_rft.data.rollouts._format import DataSettings, FileMetadata, metadata_of, schema
 from eval_protocol_rft.data.rollouts._rows import CompletionRow, Score
 from eval_protocol_rft.training._batch import build_batch
@@ -184,7 +183,7 @@ def test_data_source_is_what_the_user_says_or_the_files_name(tmp_path: Path) -> 
         "a",
         "mine",
     ]
-    with pytest.raises(ConvertError, match="data_source is verl's"):
+    with pytest.raises(JobError, match="data_source is verl's"):
         convert(source, tmp_path / "d.parquet", to_format="trl", data_source="mine")
 
 
@@ -244,15 +243,15 @@ def test_text_is_never_tokenized_again(tmp_path: Path) -> None:
     }
     pq.write_table(pa.table(demonstrations), tmp_path / "trl.parquet")
     for name in ("verl", "trl"):
-        with pytest.raises(ConvertError, match="text is never tokenized again"):
+        with pytest.raises(JobError, match="text is never tokenized again"):
             convert(tmp_path / f"{name}.parquet", tmp_path / "out.parquet")
     source = rollouts(tmp_path / "a.parquet", *GROUPS)
     convert(source, tmp_path / "b.json", to_format="verl")
-    with pytest.raises(ConvertError, match="only Parquet that `ep-rft convert` wrote"):
+    with pytest.raises(JobError, match="only Parquet that `ep-rft convert` wrote"):
         convert(tmp_path / "b.json", tmp_path / "out.parquet")
     convert(source, tmp_path / "c.parquet", to_format="trl")
     stripped = pq.read_table(tmp_path / "c.parquet").replace_schema_metadata(None)
     pq.write_table(stripped, tmp_path / "d.parquet")
-    with pytest.raises(ConvertError, match="does not say how the completions were sampled"):
+    with pytest.raises(JobError, match="does not say how the completions were sampled"):
         convert(tmp_path / "d.parquet", tmp_path / "out.parquet")
     assert not (tmp_path / "out.parquet").exists()

@@ -15,7 +15,7 @@ import pytest
 
 from eval_protocol_rft.data._dataset import RolloutDataset
 from eval_protocol_rft.data._datums import write_datums
-from eval_protocol_rft.data._files import TargetError, write_file, write_rows
+from eval_protocol_rft.data._files import JobError, write_file, write_rows
 from eval_protocol_rft.data.rollouts._format import METADATA_KEY, FormatError
 from eval_protocol_rft.data.rollouts._rows import Score
 from eval_protocol_rft.training._batch import TrainingBatch, build_batch, iter_batches
@@ -124,7 +124,7 @@ def test_batches_of_an_earlier_run_are_refused_or_replaced_to_the_last(file: Pat
     write_datums(file, output, max_groups=1)
     kept = file.with_name("d-notes.npz")
     kept.touch()
-    with pytest.raises(TargetError, match=r"d-00000\.npz is there already"):
+    with pytest.raises(JobError, match=r"d-00000\.npz is there already"):
         write_datums(file, output, max_groups=2)
     write_datums(file, output, max_groups=2, overwrite=True)
     left = sorted(path.name for path in file.parent.glob("*.npz"))
@@ -207,9 +207,9 @@ def test_options_that_rl_step_lines_cannot_hold_are_refused(file: Path):
 @pytest.mark.parametrize(
     ("output", "options", "error", "words"),
     [
-        ("d.txt", {}, TargetError, r"must end in \.jsonl, \.npz, \.safetensors"),
-        ("d.npz", {"format": "jsonl"}, TargetError, r"must end in \.jsonl"),
-        ("in.parquet", {"format": "npz"}, TargetError, r"must end in \.npz"),
+        ("d.txt", {}, JobError, r"must end in \.jsonl, \.npz, \.safetensors"),
+        ("d.npz", {"format": "jsonl"}, JobError, r"must end in \.jsonl"),
+        ("in.parquet", {"format": "npz"}, JobError, r"must end in \.npz"),
         ("d.npz", {"reward": "taste"}, FormatError, "no reward 'taste'"),
         ("d.npz", {"algorithm": "grop"}, TrainingDataError, "unknown algorithm"),
         ("d.npz", {"normalization": "constant"}, TrainingDataError, "constant_length"),

@@ -16,11 +16,10 @@ from typer.testing import CliRunner
 from eval_protocol_rft import EpisodeRolloutProcessor, score_rows
 from eval_protocol_rft.cli import app
 from eval_protocol_rft.data._dataset import RolloutDataset
-from eval_protocol_rft.data._files import write_rows
+from eval_protocol_rft.data._files import JobError, write_rows
 from eval_protocol_rft.data.conversion._from_ep import extra_of, from_row
 from eval_protocol_rft.data.conversion._job import convert
 from eval_protocol_rft.data.conversion._to_ep import to_row
-from eval_protocol_rft.data.conversion._types import ConvertError
 from eval_protocol_rft.data.rollouts._format import FileMetadata
 from eval_protocol_rft.data.rollouts._rows import Score
 from eval_protocol_rft.episodes._environment import EpisodeLimits
@@ -203,7 +202,7 @@ def test_an_episode_is_not_converted_to_its_first_turn_with_the_reward_of_all(
     lines, file = tmp_path / "rows.jsonl", tmp_path / "r.parquet"
     lines.write_bytes(b"".join(msgspec.json.encode(row) + b"\n" for row in rows))
     convert(lines, file)
-    with pytest.raises(ConvertError, match=r"an episode of 2 turns, .*--to ep"):
+    with pytest.raises(JobError, match=r"an episode of 2 turns, .*--to ep"):
         convert(file, tmp_path / name, to_format=to)
     assert not (tmp_path / name).exists()
     convert(file, tmp_path / "again.jsonl", to_format="ep")

@@ -18,16 +18,8 @@ from hypothesis import strategies as st
 
 from eval_protocol_rft._statistics import percentile
 from eval_protocol_rft.data._dataset import RolloutDataset
-from eval_protocol_rft.data._files import TargetError
-from eval_protocol_rft.data._filter import (
-    Band,
-    FilterRules,
-    FilterRulesError,
-    NothingLeftError,
-    decide,
-    filter_rollouts,
-    parse_band,
-)
+from eval_protocol_rft.data._files import JobError
+from eval_protocol_rft.data._filter import Band, FilterRules, decide, filter_rollouts, parse_band
 from eval_protocol_rft.data.rollouts._format import FileMetadata, FormatError, schema
 from tests.batch.servers import ep_rft
 from tests.scored_files import (
@@ -261,7 +253,7 @@ def test_a_further_reward_decides_where_it_is_named():
 
 @pytest.mark.parametrize("text", ["0.5", ":", "a:b", "nan:1", "1:0", "0:1.5", "-1:"])
 def test_what_is_no_band_is_refused(text: str):
-    with pytest.raises(FilterRulesError):
+    with pytest.raises(JobError):
         FilterRules(pass_rate=parse_band(text))
 
 
@@ -274,7 +266,7 @@ def test_what_is_no_band_is_refused(text: str):
     ],
 )
 def test_rules_that_contradict_themselves_are_refused(rules, words: str):
-    with pytest.raises(FilterRulesError, match=words):
+    with pytest.raises(JobError, match=words):
         FilterRules(**rules)
 
 
@@ -359,13 +351,13 @@ def test_rollouts_that_came_from_no_data_set_have_no_prompts_to_give(tmp_path: P
 )
 def test_rules_on_rewards_are_refused_where_nothing_is_scored(tmp_path: Path, rules: FilterRules):
     file = write(tmp_path / "in.parquet", [[Sampled(), FAILED]])
-    with pytest.raises(FilterRulesError, match="ep-rft score"):
+    with pytest.raises(JobError, match="ep-rft score"):
         filter_rollouts(file, tmp_path / "out.parquet", rules)
 
 
 def test_nothing_is_written_where_nothing_is_left(tmp_path: Path):
     file = write(tmp_path / "in.parquet", SMALL)
-    with pytest.raises(NothingLeftError, match=r"of 6 completions.* failed 1, too_short 5"):
+    with pytest.raises(JobError, match=r"of 6 completions.* failed 1, too_short 5"):
         filter_rollouts(file, tmp_path / "out.parquet", FilterRules(min_tokens=99))
     assert [found.name for found in tmp_path.iterdir()] == ["in.parquet"]
 
@@ -375,7 +367,7 @@ def test_the_input_is_never_the_output(tmp_path: Path):
     before = file.read_bytes()
     (tmp_path / "link.parquet").symlink_to(file)
     for output in (file, tmp_path / "link.parquet", tmp_path / "x" / ".." / "in.parquet"):
-        with pytest.raises(TargetError, match="to be read"):
+        with pytest.raises(JobError, match="to be read"):
             filter_rollouts(file, output, FilterRules(), overwrite=True)
     assert file.read_bytes() == before
 
@@ -383,7 +375,7 @@ def test_the_input_is_never_the_output(tmp_path: Path):
 def test_an_output_that_is_there_is_replaced_only_when_asked(tmp_path: Path):
     file = write(tmp_path / "in.parquet", SMALL)
     other = write(tmp_path / "other.parquet", [[Sampled(1.0)]])
-    with pytest.raises(TargetError, match="is there already"):
+    with pytest.raises(JobError, match="is there already"):
         filter_rollouts(file, other, FilterRules())
     filter_rollouts(file, other, FilterRules(), overwrite=True)
     assert len(RolloutDataset(other)) == 6
@@ -398,7 +390,7 @@ def test_an_output_that_is_there_is_replaced_only_when_asked(tmp_path: Path):
 )
 def test_an_output_that_cannot_be_is_refused(tmp_path: Path, output: str, words: str):
     file = write(tmp_path / "in.parquet", SMALL)
-    with pytest.raises(TargetError, match=words):
+    with pytest.raises(JobError, match=words):
         filter_rollouts(file, tmp_path / output, FilterRules())
 
 

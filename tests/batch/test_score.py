@@ -17,9 +17,8 @@ import pytest
 from eval_protocol.models import EvaluateResult
 
 from eval_protocol_rft.data._dataset import RolloutDataset
-from eval_protocol_rft.data._files import write_rows
+from eval_protocol_rft.data._files import JobError, write_rows
 from eval_protocol_rft.data._score import score
-from eval_protocol_rft.data._score_views import ScoreError
 from eval_protocol_rft.data.conversion._from_ep import from_row
 from eval_protocol_rft.data.rollouts._format import FileMetadata, reward_columns, schema
 from eval_protocol_rft.data.rollouts._rows import CompletionRow, to_record_batch
@@ -367,7 +366,7 @@ def one_byte_in_the_middle(path):
 
 
 def suppressed(path):
-    with contextlib.suppress(ScoreError):
+    with contextlib.suppress(JobError):
         run(path, "gated")
 
 
@@ -388,7 +387,7 @@ def test_a_file_that_changes_while_it_is_scored_is_not_overwritten(
     def scores() -> None:
         try:
             run(path, "gated")
-        except ScoreError as error:
+        except JobError as error:
             problems.append(error)
 
     thread = threading.Thread(target=scores)

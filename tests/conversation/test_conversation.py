@@ -8,11 +8,7 @@ from typing import Any
 import pytest
 
 from eval_protocol_rft.episodes._conversation import Conversation
-from eval_protocol_rft.episodes._rendering import (
-    ConversationError,
-    HistoryRewrittenError,
-    UnfinishedTurnError,
-)
+from eval_protocol_rft.episodes._rendering import ConversationError, HistoryRewrittenError
 from eval_protocol_rft.local._tokenizer import LoadedTokenizer
 from eval_protocol_rft.rollout._prompts import PromptError
 from eval_protocol_rft.sampling._types import Completion, TokenIds
@@ -105,7 +101,7 @@ def test_what_was_appended_and_never_answered_is_nothing_to_train_on():
 def test_nothing_can_be_said_after_a_turn_that_was_cut_off():
     talk = begun()
     talk.sampled(said([7], finish_reason="length"))
-    with pytest.raises(UnfinishedTurnError, match="turn 1 was cut off at its token limit"):
+    with pytest.raises(ConversationError, match="turn 1 was cut off at its token limit"):
         talk.append([FEEDBACK])
     assert talk.segments()[0].tokens.tolist()[-1] == 7
 

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from eval_protocol_rft.loop._run_directory import RunFolderError
 from eval_protocol_rft.loop._trainer import TrainerError
 from eval_protocol_rft.loop.fireworks._control_plane import judge_deployment, judge_job
 from eval_protocol_rft.loop.fireworks._hot_load import SnapshotChain, judge_replicas
 from eval_protocol_rft.loop.fireworks._run_state import (
     RunState,
-    RunStateError,
     StepReport,
     check_run_name,
     read_state,
@@ -75,7 +75,7 @@ def test_a_state_reads_back_as_it_was_written(tmp_path: Path) -> None:
 )
 def test_a_file_that_is_not_ours_is_refused(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "run.json").write_text(content)
-    with pytest.raises(RunStateError, match=message):
+    with pytest.raises(RunFolderError, match=message):
         read_state(tmp_path, FRESH)
 
 

@@ -15,9 +15,9 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("fireworks", reason="needs the extra `fireworks`")
 
+from eval_protocol_rft.loop._run_directory import RunFolderError
 from eval_protocol_rft.loop.fireworks import _iterate as running
 from eval_protocol_rft.loop.fireworks._control_plane import ControlPlaneError, JobFailedError
-from eval_protocol_rft.loop.fireworks._run_state import RunStateError
 from eval_protocol_rft.sampling._types import Completion, SamplingParams
 from eval_protocol_rft.training._errors import TrainingDataError
 from tests.emulator.account import BASE_MODEL
@@ -268,9 +268,9 @@ async def test_a_folder_belongs_to_one_run_with_its_settings(
     emulator: Emulator, tmp_path: Path
 ) -> None:
     await go(emulator, tmp_path, steps=1)
-    with pytest.raises(RunStateError, match="run='sums', and this is run='other'"):
+    with pytest.raises(RunFolderError, match="run='sums', and this is run='other'"):
         await go(emulator, tmp_path, run="other")
-    with pytest.raises(RunStateError, match="deployment='dep'"):
+    with pytest.raises(RunFolderError, match="deployment='dep'"):
         await go(emulator, tmp_path, deployment="another")
 
 
@@ -278,7 +278,7 @@ async def test_a_folder_is_worked_on_by_one_process(emulator: Emulator, tmp_path
     outcomes = await asyncio.gather(
         go(emulator, tmp_path), go(emulator, tmp_path), return_exceptions=True
     )
-    refused = [o for o in outcomes if isinstance(o, RunStateError)]
+    refused = [o for o in outcomes if isinstance(o, RunFolderError)]
     assert len(refused) == 1
     assert len(emulator.account.trained) == STEPS
 

@@ -16,7 +16,8 @@ from eval_protocol.models import EPParameters, EvaluationRow, Message
 
 from eval_protocol_rft.data.source._types import SourceError
 from eval_protocol_rft.episodes._processor import EpisodeRolloutProcessor
-from eval_protocol_rft.loop._data import DataError, load_rows
+from eval_protocol_rft.loop._data import load_rows
+from eval_protocol_rft.loop._options import SetupError
 from eval_protocol_rft.loop._run_directory import rows_fingerprint
 
 CALL = {"id": "1", "type": "function", "function": {"name": "look", "arguments": "{}"}}
@@ -131,7 +132,7 @@ def test_an_adapter_makes_rows_of_any_columns(tmp_path) -> None:
     test = _test(dataset_adapter=adapter)
     (row,) = load_rows(test, [tmp_path / "good.csv"])
     assert row.messages[0].content == "1+1="
-    with pytest.raises(DataError, match=r"bad: .* KeyError: 'question'.*problem, answer"):
+    with pytest.raises(SetupError, match=r"bad: .* KeyError: 'question'.*problem, answer"):
         load_rows(test, [tmp_path / "bad.csv"])
 
 
@@ -153,7 +154,7 @@ def test_an_adapter_makes_rows_of_any_columns(tmp_path) -> None:
 )
 def test_what_is_wrong_with_data_is_said_with_its_place(tmp_path, name, content, message) -> None:
     (tmp_path / name).write_bytes(content)
-    with pytest.raises((DataError, SourceError), match=message):
+    with pytest.raises((SetupError, SourceError), match=message):
         load_rows(_test(), [tmp_path / name])
 
 

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eval_protocol_rft.data.source._types import SourceError
-from eval_protocol_rft.loop._data import DataError, Draw, RowStream, load_rows, split_rows
-from eval_protocol_rft.loop._options import LoopOptions, OptionsError
+from eval_protocol_rft.loop._data import Draw, RowStream, load_rows, split_rows
+from eval_protocol_rft.loop._options import LoopOptions, SetupError
 from examples.arithmetic import test_arithmetic as example
 
 
@@ -110,7 +110,7 @@ def test_held_out_rows_are_never_trained_on() -> None:
 
 @pytest.mark.parametrize("held_out", [-0.1, 50, 100])
 def test_something_must_be_left_to_train_on(held_out: float) -> None:
-    with pytest.raises(DataError, match="left to train on"):
+    with pytest.raises(SetupError, match="left to train on"):
         split_rows(_rows(50), held_out, seed=0)
 
 
@@ -126,9 +126,9 @@ def test_the_tests_own_data_set_is_read_and_can_be_replaced(tmp_path) -> None:
 def test_missing_data_is_said(tmp_path) -> None:
     with pytest.raises(SourceError, match="nowhere"):
         load_rows(example.test_arithmetic, [str(tmp_path / "nowhere.jsonl")])
-    with pytest.raises(DataError, match="--data"):
+    with pytest.raises(SetupError, match="--data"):
         load_rows(lambda row: 1.0)
 
 
 def test_options_are_errors_of_value() -> None:
-    assert issubclass(OptionsError, ValueError)
+    assert issubclass(SetupError, ValueError)

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from eval_protocol_rft.loop import _metrics as sinks
-from eval_protocol_rft.loop._metrics import SinkError, open_sinks, require_sinks, scalars
+from eval_protocol_rft.loop._metrics import open_sinks, require_sinks, scalars
+from eval_protocol_rft.loop._options import SetupError
 from tests.loop.runs import options, run
 
 
@@ -78,7 +79,7 @@ def test_a_line_becomes_its_numbers_and_nothing_is_made_up() -> None:
 
 
 def test_an_unknown_logger_is_refused_by_name() -> None:
-    with pytest.raises(SinkError, match="no logger 'mlflow': choose from tensorboard, wandb"):
+    with pytest.raises(SetupError, match="no logger 'mlflow': choose from tensorboard, wandb"):
         require_sinks(["mlflow"])
 
 
@@ -87,7 +88,7 @@ async def test_a_missing_package_is_named_before_the_run_has_a_folder(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sinks, "PACKAGES", {name: (f"{name}_that_is_not_here",)})
-    with pytest.raises(SinkError, match=f"pip install {name}_that_is_not_here"):
+    with pytest.raises(SetupError, match=f"pip install {name}_that_is_not_here"):
         await run(tmp_path / "run", options(), log_to=[name])
     assert not (tmp_path / "run").exists()
 
@@ -130,7 +131,7 @@ def test_a_run_that_wandb_refuses_leaves_no_id(
         raise module.Error("no API key")
 
     monkeypatch.setattr(module, "init", refuse)
-    with pytest.raises(SinkError, match="did not take the run: no API key"):
+    with pytest.raises(SetupError, match="did not take the run: no API key"):
         open_sinks(["wandb"], tmp_path, settings={}, lines=[])
     assert list(tmp_path.iterdir()) == []
 

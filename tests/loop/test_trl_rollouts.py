@@ -15,9 +15,8 @@ from transformers import AutoTokenizer
 
 from eval_protocol_rft.local.models import bundled_model_path
 from eval_protocol_rft.loop import trl as loop_trl
-from eval_protocol_rft.loop._data import DataError
+from eval_protocol_rft.loop._options import SetupError
 from eval_protocol_rft.loop._rollouts import NothingToTrainOnError
-from eval_protocol_rft.loop._setup import SetupError
 from eval_protocol_rft.loop._step import TrainingStoppedError
 from eval_protocol_rft.loop._trainer import TrainerError
 from eval_protocol_rft.loop.trl import TrlRollouts, trl_rollouts
@@ -129,14 +128,14 @@ def test_weights_of_others_in_the_sampler_stop_the_run(rollouts: TrlRollouts, na
 
 def test_a_prompt_without_a_row_is_refused(rollouts: TrlRollouts) -> None:
     trainer = grpo_trainer(rollouts)
-    with pytest.raises(DataError, match=r"no row has the prompt .*99\+99="):
+    with pytest.raises(SetupError, match=r"no row has the prompt .*99\+99="):
         rollouts([prompt(99, 99)] * G, trainer)
-    with pytest.raises(DataError, match="no row has the prompt"):
+    with pytest.raises(SetupError, match="no row has the prompt"):
         rollouts(["12+34="] * G, trainer)
 
 
 def test_repetitions_that_are_no_groups_are_refused(rollouts: TrlRollouts) -> None:
-    with pytest.raises(DataError, match="6 times, which is no multiple of the 4"):
+    with pytest.raises(SetupError, match="6 times, which is no multiple of the 4"):
         rollouts([prompt(12, 34)] * 6, grpo_trainer(rollouts))
 
 
@@ -145,7 +144,7 @@ def test_one_prompt_of_two_rows_is_refused_where_they_differ() -> None:
         assert len(made._rows) == 1
     wrong = rows((12, 34))
     wrong[0].ground_truth = "47"
-    with pytest.raises(DataError, match="have the same prompt and differ otherwise"):
+    with pytest.raises(SetupError, match="have the same prompt and differ otherwise"):
         trl_rollouts(sums.test_sums, [*rows((12, 34)), *wrong])
 
 
@@ -192,7 +191,7 @@ def test_what_can_not_be_set_up_is_refused_at_once() -> None:
         trl_rollouts(sums.test_sums, data, completion_params=served)
     with pytest.raises(SetupError, match="names its own"):
         trl_rollouts(sums.test_sums, data, weights=str(FOLDER))
-    with pytest.raises(DataError, match="no rows"):
+    with pytest.raises(SetupError, match="no rows"):
         trl_rollouts(sums.test_sums, [])
 
 

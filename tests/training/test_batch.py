@@ -19,7 +19,6 @@ from eval_protocol_rft.training import _advantages as advantages
 from eval_protocol_rft.training._algorithms import ALGORITHMS, BatchArguments, BatchOptions
 from eval_protocol_rft.training._batch import build_batch, iter_batches
 from eval_protocol_rft.training._errors import (
-    BiasedSamplingError,
     BiasedSamplingWarning,
     EmptyBatchError,
     TrainingDataError,
@@ -160,7 +159,7 @@ def test_biased_sampling_warns_or_is_refused(sampling, reason):
     with pytest.warns(BiasedSamplingWarning, match=message) as caught:
         next(iter_batches(rows, max_groups=2))
     assert caught[0].filename == __file__
-    with pytest.raises(BiasedSamplingError, match=message):
+    with pytest.raises(TrainingDataError, match=message):
         build_batch(rows, biased_sampling="refuse")
     build_batch(rows[:1], biased_sampling="refuse")
 

@@ -24,7 +24,7 @@ import msgspec
 import pyarrow as pa
 
 from eval_protocol_rft._durable import replacing
-from eval_protocol_rft.data._files import tables_of
+from eval_protocol_rft.data._files import JobError, tables_of
 from eval_protocol_rft.data._progress import Reading
 from eval_protocol_rft.data.conversion._from_ep import (
     FailedRolloutError,
@@ -34,7 +34,7 @@ from eval_protocol_rft.data.conversion._from_ep import (
 )
 from eval_protocol_rft.data.conversion._plain_file import JsonColumn, NonFinite, text_notes
 from eval_protocol_rft.data.conversion._to_ep import FilePart, to_rows
-from eval_protocol_rft.data.conversion._types import ConvertError, Rollouts, Written, split_note
+from eval_protocol_rft.data.conversion._types import Rollouts, Written, split_note
 from eval_protocol_rft.data.rollouts._format import (
     ORIGINAL_PREFIX,
     FileMetadata,
@@ -145,7 +145,7 @@ class EpScan:
         """Take row `index` into account.
 
         Raises:
-            ConvertError: it is broken, or its rollout failed and is not to be dropped.
+            JobError: it is broken, or its rollout failed and is not to be dropped.
         """
         try:
             completions = from_row(row, index, prompt_kind="messages")
@@ -154,12 +154,12 @@ class EpScan:
             if self.drop_failed_rows:
                 self.dropped.add(index)
                 return
-            raise ConvertError(
+            raise JobError(
                 f"{self.path}:{line_of(self.path, index)}: {error}. It has no completions to "
                 "convert: --drop-failed-rows leaves such rows out and counts them"
             ) from error
         except RecordError as error:
-            raise ConvertError(f"{self.path}:{line_of(self.path, index)}: {error}") from error
+            raise JobError(f"{self.path}:{line_of(self.path, index)}: {error}") from error
         self.num_rows += 1
         self._add_columns(completions[0])
         self._add_part(index, part, completions)
@@ -244,21 +244,21 @@ def read(path: Path, *, drop_failed_rows: bool, reading: Reading) -> Rollouts:
     """The completions of all rows. Reads the file once here, and once each time they are read.
 
     Raises:
-        ConvertError: a row is broken or its rollout failed; the message names the line.
+        JobError: a row is broken or its rollout failed; the message names the line.
         TrainingDataError: a line is no row.
     """
     scan = EpScan(path, drop_failed_rows)
     for index, row in reading(numbered_rows(path), lambda row: 1):
         scan.add(index, row)
     if not scan.num_rows:
-        raise ConvertError(f"{path}: no row with a rollout in it")
+        raise JobError(f"{path}: no row with a rollout in it")
     schema = scan.schema()
 
     def tables() -> Iterator[pa.Table]:
         try:
             yield from tables_of(_rows(scan, schema, reading), schema)
         except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
-            raise ConvertError(f"{path}: a value does not fit its column: {error}") from error
+            raise JobError(f"{path}: a value does not fit its column: {error}") from error
 
     return Rollouts(path, schema, tables, scan.notes)
 

@@ -16,13 +16,12 @@ import pyarrow as pa
 
 from eval_protocol_rft._options import Flag
 from eval_protocol_rft.data._dataset import RolloutDataset
-from eval_protocol_rft.data._files import check_target, write_file
+from eval_protocol_rft.data._files import JobError, check_target, write_file
 from eval_protocol_rft.data._progress import Reading
 from eval_protocol_rft.data.conversion import _ep as ep
 from eval_protocol_rft.data.conversion import _trl as trl
 from eval_protocol_rft.data.conversion import _verl as verl
 from eval_protocol_rft.data.conversion._types import (
-    ConvertError,
     ConvertSummary,
     Format,
     Rollouts,
@@ -66,8 +65,8 @@ def convert(
         progress: show a bar where it takes long; None: where stderr is a terminal.
 
     Raises:
-        ConvertError: the file cannot be converted.
-        TargetError: the target must not be written to.
+        JobError: the file cannot be converted;
+            the target must not be written to.
         FormatError: the rollout file is broken.
         TrainingDataError: a line is no row of Eval Protocol.
         OSError: a file cannot be read or written.
@@ -75,7 +74,7 @@ def convert(
     path = Path(source)
     output = check_target(target, path, suffixes=_ENDINGS[to_format], overwrite=overwrite)
     if data_source is not None and to_format != "verl":
-        raise ConvertError("data_source is verl's: convert to verl, or leave it out")
+        raise JobError("data_source is verl's: convert to verl, or leave it out")
     if from_format is None or from_format == "auto":
         from_format = detect_format(path)
     found: Format = from_format

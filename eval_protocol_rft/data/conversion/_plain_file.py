@@ -25,13 +25,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from eval_protocol_rft._durable import DurableFile, replacing
-from eval_protocol_rft.data._files import tables_of
-from eval_protocol_rft.data.conversion._types import (
-    ConvertError,
-    Rollouts,
-    is_parquet,
-    read_parquet_schema,
-)
+from eval_protocol_rft.data._files import JobError, tables_of
+from eval_protocol_rft.data.conversion._types import Rollouts, is_parquet, read_parquet_schema
 from eval_protocol_rft.data.rollouts._format import FileMetadata, PromptKind, decode_metadata
 from eval_protocol_rft.data.rollouts._format import schema as rollout_schema
 from eval_protocol_rft.data.rollouts._parquet import ROW_GROUP_ROWS, ROW_GROUP_TOKENS
@@ -167,25 +162,25 @@ class ConvertedFile:
         """Look at a file that has to have the columns `needed`.
 
         Raises:
-            ConvertError: it is no such file; most often, it has text and no tokens.
+            JobError: it is no such file; most often, it has text and no tokens.
         """
         if not path.is_file():
-            raise ConvertError(f"{path}: no such file")
+            raise JobError(f"{path}: no such file")
         if not is_parquet(path):
-            raise ConvertError(
+            raise JobError(
                 f"{path}: only Parquet that `ep-rft convert` wrote is read back: other files do "
                 "not say which tokens were sampled, and how"
             )
         schema = read_parquet_schema(path)
         missing = [name for name in needed if name not in schema.names]
         if missing:
-            raise ConvertError(
+            raise JobError(
                 f"{path}: no column {missing[0]!r}. Rollouts need the tokens that were sampled "
                 "and their logprobs, and text is never tokenized again: sample anew with "
                 "`ep-rft generate`"
             )
         if SOURCE_KEY not in (schema.metadata or {}):
-            raise ConvertError(
+            raise JobError(
                 f"{path}: its metadata does not say how the completions were sampled. Only files "
                 "that `ep-rft convert` wrote do; whatever writes them anew leaves it out"
             )
@@ -286,7 +281,7 @@ def check_one_turn(rows: Sequence[CompletionRow], path: Path, target: str) -> No
     for one prompt and one answer, and the reward is that of all turns.
 
     Raises:
-        ConvertError: one of them is.
+        JobError: one of them is.
     """
     episodes: dict[str, Any] = {}
     for row in rows:
@@ -297,7 +292,7 @@ def check_one_turn(rows: Sequence[CompletionRow], path: Path, target: str) -> No
             episodes[text] = stored_row(row)["execution_metadata"]["extra"]["episodes"]
         own = episodes[text].get(str(row.sample_idx))
         if own is not None and own["turns"] > 1:
-            raise ConvertError(
+            raise JobError(
                 f"{path}: data row {row.data_idx}, completion {row.sample_idx}: an episode of "
                 f"{own['turns']} turns, and a row for {target} is a prompt with one answer; the "
                 "reward is that of all turns. Train on `ep-rft datums` of the file, which hold "

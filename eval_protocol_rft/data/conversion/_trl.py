@@ -74,7 +74,7 @@ def read(path: Path) -> Rollouts:
     """The completions of a file that `write` made.
 
     Raises:
-        ConvertError: it has no token ids, or does not say how they were sampled.
+        JobError: it has no token ids, or does not say how they were sampled.
     """
     file = plain_file.ConvertedFile.open(path, needed=_NEEDED)
     has_truth = "ground_truth" in file.schema.names

@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from eval_protocol_rft._errors import EvalProtocolRftError
+from eval_protocol_rft.data._files import JobError
 from eval_protocol_rft.data.rollouts._format import (
     MESSAGES,
     METADATA_KEY,
@@ -36,10 +36,6 @@ from eval_protocol_rft.data.rollouts._rows import CompletionRow, from_record_bat
 from eval_protocol_rft.data.store._parts import parts_folder
 
 Format = Literal["rollouts", "ep", "verl", "trl"]
-
-
-class ConvertError(EvalProtocolRftError, ValueError):
-    """The file cannot be converted; the message names file and place."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,26 +116,26 @@ def read_parquet_schema(path: Path) -> pa.Schema:
     """The schema of any Parquet file.
 
     Raises:
-        ConvertError: it is not a whole one.
+        JobError: it is not a whole one.
     """
     try:
         return pq.read_schema(path)
     except (pa.ArrowInvalid, OSError) as error:
-        raise ConvertError(f"{path}: not a whole Parquet file: {error}") from error
+        raise JobError(f"{path}: not a whole Parquet file: {error}") from error
 
 
 def detect_format(path: Path) -> Format:
     """The format of a file, or of the unfinished job that is to write it.
 
     Raises:
-        ConvertError: there is no such file, or it may be anything.
+        JobError: there is no such file, or it may be anything.
     """
     if path.is_dir():
-        raise ConvertError(f"{path}: a folder; name the file in it")
+        raise JobError(f"{path}: a folder; name the file in it")
     if not path.is_file():
         if parts_folder(path).is_dir():
             return "rollouts"
-        raise ConvertError(f"{path}: no such file")
+        raise JobError(f"{path}: no such file")
     if is_parquet(path):
         schema = read_parquet_schema(path)
         if METADATA_KEY in (schema.metadata or {}):
@@ -154,7 +150,7 @@ def _by_columns(path: Path, names: Sequence[str]) -> Format:
     for name, marks in _MARKS.items():
         if marks <= set(names):
             return name
-    raise ConvertError(
+    raise JobError(
         f"{path}: which format is this? It has {', '.join(names) or 'no columns'}; say --from "
         f"{', '.join(_MARKS)}"
     )
@@ -168,11 +164,11 @@ def _first_line(path: Path) -> dict[str, Any]:
             try:
                 values: dict[str, Any] = msgspec.json.decode(line, type=dict[str, Any])
             except (msgspec.DecodeError, UnicodeDecodeError) as error:
-                raise ConvertError(
+                raise JobError(
                     f"{path}:{number}: neither Parquet nor JSON lines: {error}"
                 ) from error
             return values
-    raise ConvertError(f"{path}: an empty file")
+    raise JobError(f"{path}: an empty file")
 
 
 _ALWAYS = ("role", "content")

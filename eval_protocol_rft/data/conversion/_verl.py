@@ -23,6 +23,7 @@ import msgspec
 import numpy as np
 import pyarrow as pa
 
+from eval_protocol_rft.data._files import JobError
 from eval_protocol_rft.data.conversion import _plain_file as plain_file
 from eval_protocol_rft.data.conversion._plain_file import (
     as_prompt,
@@ -32,13 +33,7 @@ from eval_protocol_rft.data.conversion._plain_file import (
     read_truth,
     stored_truth,
 )
-from eval_protocol_rft.data.conversion._types import (
-    ConvertError,
-    Rollouts,
-    Survey,
-    Written,
-    split_note,
-)
+from eval_protocol_rft.data.conversion._types import Rollouts, Survey, Written, split_note
 from eval_protocol_rft.data.rollouts._format import ORIGINAL_PREFIX, FileMetadata
 from eval_protocol_rft.data.rollouts._records import as_messages
 from eval_protocol_rft.data.rollouts._rows import UNSCORED, CompletionRow, Score, by_prompt
@@ -107,11 +102,11 @@ def read(path: Path) -> Rollouts:
     """The completions of a file that `write` made.
 
     Raises:
-        ConvertError: it has no token ids, or does not say how they were sampled.
+        JobError: it has no token ids, or does not say how they were sampled.
     """
     file = plain_file.ConvertedFile.open(path, needed=_NEEDED)
     if file.metadata.sampling is None:
-        raise ConvertError(
+        raise JobError(
             f"{path}: its completions were sampled in different ways, which a file for verl does "
             "not hold: convert the file that it was made of"
         )

@@ -4,7 +4,6 @@ from ._control_plane import ControlPlaneError as ControlPlaneError
 from ._control_plane import JobFailedError as JobFailedError
 from ._hot_load import HotLoad as HotLoad
 from ._iterate import iterate as iterate
-from ._run_state import RunStateError as RunStateError
 from ._run_state import StepReport as StepReport
 from ._settings import Adam as Adam
 from ._settings import StepSettings as StepSettings

@@ -20,8 +20,8 @@ import httpx
 from annotated_types import Ge
 
 from eval_protocol_rft import rollout
-from eval_protocol_rft.loop._options import FIREWORKS, MODEL, LoopOptions
-from eval_protocol_rft.loop._setup import MakeParts, Optimizer, Parts, SetupError, own_processor
+from eval_protocol_rft.loop._options import FIREWORKS, MODEL, LoopOptions, SetupError
+from eval_protocol_rft.loop._setup import MakeParts, Optimizer, Parts, own_processor
 from eval_protocol_rft.loop._trainer import TrainerError
 from eval_protocol_rft.loop.fireworks._hot_load import POLL_SECONDS, HotLoad
 from eval_protocol_rft.loop.fireworks._settings import Adam, check_temperature

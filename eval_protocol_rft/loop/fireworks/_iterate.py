@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 
 from eval_protocol_rft._durable import write_whole
+from eval_protocol_rft.loop._run_directory import RunFolderError
 from eval_protocol_rft.loop.fireworks._control_plane import (
     ControlPlane,
     ControlPlaneError,
@@ -36,7 +37,6 @@ from eval_protocol_rft.loop.fireworks._control_plane import (
 )
 from eval_protocol_rft.loop.fireworks._run_state import (
     RunState,
-    RunStateError,
     StepReport,
     check_run_name,
     read_state,
@@ -315,7 +315,7 @@ async def iterate(
             `retry_failed`; its data set is deleted, its data stays in `folder`.
         ControlPlaneError: something else was not to be had, start again to go on; or the run is
             new and there is a job or a data set of its name.
-        RunStateError: `folder` is of a run with other settings, or another process runs it.
+        RunFolderError: `folder` is of a run with other settings, or another process runs it.
     """
     from filelock import FileLock, Timeout
 
@@ -329,7 +329,7 @@ async def iterate(
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
-        raise RunStateError(f"another process runs {folder}") from error
+        raise RunFolderError(f"another process runs {folder}") from error
     try:
         return await Run(
             evaluator=evaluator,

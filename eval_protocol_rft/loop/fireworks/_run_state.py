@@ -17,16 +17,12 @@ from typing import Literal
 import msgspec
 
 from eval_protocol_rft._durable import write_whole
-from eval_protocol_rft._errors import EvalProtocolRftError
+from eval_protocol_rft.loop._run_directory import RunFolderError
 
 Phase = Literal["serve", "generate", "upload", "train", "clean", "failed", "done"]
 SCHEMA = 1
 STATE_FILE = "run.json"
 _NAME = re.compile(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?")
-
-
-class RunStateError(EvalProtocolRftError, ValueError):
-    """A run that cannot go on as asked: other settings, or a file that is not one of ours."""
 
 
 class StepReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -119,7 +115,7 @@ def read_state(folder: Path, fresh: RunState) -> RunState | None:
     """The state in `folder`, which must be of the run that began with `fresh`; None: there is none.
 
     Raises:
-        RunStateError: it is not readable, or of a run with another name or other settings.
+        RunFolderError: it is not readable, or of a run with another name or other settings.
     """
     path = folder / STATE_FILE
     try:
@@ -127,15 +123,15 @@ def read_state(folder: Path, fresh: RunState) -> RunState | None:
     except FileNotFoundError:
         return None
     except msgspec.DecodeError as error:
-        raise RunStateError(f"{path} is no state of a run: {error}") from error
+        raise RunFolderError(f"{path} is no state of a run: {error}") from error
     if state.schema != SCHEMA:
-        raise RunStateError(f"{path} has layout {state.schema}, this version reads {SCHEMA}")
+        raise RunFolderError(f"{path} has layout {state.schema}, this version reads {SCHEMA}")
     for name, ours, theirs in (
         ("run", fresh.run, state.run),
         *((name, value, state.settings.get(name)) for name, value in fresh.settings.items()),
     ):
         if ours != theirs:
-            raise RunStateError(
+            raise RunFolderError(
                 f"{path} is of a run with {name}={theirs!r}, and this is {name}={ours!r}: take "
                 "another folder, or the same value"
             )
