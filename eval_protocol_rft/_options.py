@@ -21,7 +21,7 @@ import os
 import re
 import sys
 import typing
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from typing import Annotated, Any, Literal, NamedTuple, Union, cast, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt
@@ -129,8 +129,16 @@ def check_options(settings: Any, error: type[ValueError] = ValueError) -> None:
     Raises:
         ValueError: of the type `error`; it names the first that is outside.
     """
-    for name, option in _signature(cast("Hashable", type(settings))).items():
-        value = getattr(settings, name)
+    names = _signature(cast("Hashable", type(settings)))
+    check_arguments(type(settings), {name: getattr(settings, name) for name in names}, error)
+
+
+def check_arguments(
+    function: Callable[..., Any], values: Mapping[str, Any], error: type[ValueError] = ValueError
+) -> None:
+    """Check the arguments of a function, its `locals()` at the start, as `check_options` does."""
+    for name, option in _signature(cast("Hashable", function)).items():
+        value = values[name]
         if value is None:
             continue
         choices = get_args(option.type) if get_origin(option.type) is Literal else ()

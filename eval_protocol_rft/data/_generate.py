@@ -23,7 +23,7 @@ from typing import Annotated, Any, TypeVar
 
 from annotated_types import Ge
 
-from eval_protocol_rft._options import Flag
+from eval_protocol_rft._options import Flag, check_arguments
 from eval_protocol_rft.data._files import check_not_read, check_rollout_file, room_warning
 from eval_protocol_rft.data._generate_output import Output, OutputJob, find_job
 from eval_protocol_rft.data._missing import Questions, Selection
@@ -193,11 +193,10 @@ async def agenerate(
         RunStoppedError: the server's logprobs are not what `logprobs_mode` says; nothing was kept.
         OSError: the disk is full or failed. What was stored is safe.
     """
+    check_engine(engine)
+    check_arguments(agenerate, locals())
     target = Path(output)
     check_rollout_file(target, folders=[parts_folder(target)])
-    if concurrency is not None and concurrency < 1:
-        raise ValueError(f"concurrency must be at least 1, got {concurrency}")
-    check_engine(engine)
     if engine == "ray" and sampler is not None:
         raise ValueError("a sampler of your own lives in this process: use the local engine")
     request = parse_completion_params(completion_params)

@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from annotated_types import Ge
 
-from eval_protocol_rft._options import Flag
+from eval_protocol_rft._options import Flag, check_arguments
 from eval_protocol_rft.data._dataset import RolloutDataset
 from eval_protocol_rft.data._files import JobError, check_rollout_file, check_room, write_file
 from eval_protocol_rft.data._progress import reporter
@@ -201,6 +201,7 @@ def score(
         OSError: the disk is full or failed. What was graded is safe.
     """
     check_engine(engine)
+    check_arguments(score, locals())
     timeout = timeout or None
     dataset = RolloutDataset(path)
     if not dataset.finished:

@@ -7,7 +7,6 @@ and a bounded number of reasons, whatever the file's size in tokens.
 
 from __future__ import annotations
 
-import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from eval_protocol_rft._options import Flag
+from eval_protocol_rft._options import Flag, check_arguments
 from eval_protocol_rft._statistics import (
     GROUP_NUMBERS,
     LARGEST,
@@ -151,8 +150,7 @@ def rollout_stats(
         FormatError: no rollout file, an empty or a broken one; no such reward.
         ValueError: the threshold is not finite.
     """
-    if not math.isfinite(pass_threshold):
-        raise ValueError(f"pass_threshold must be finite, got {pass_threshold}")
+    check_arguments(rollout_stats, locals())
     dataset = RolloutDataset(path)
     column = dataset.reward_column(reward)
     further = [name for name in reward_columns(column)[2:] if name in dataset.schema.names]

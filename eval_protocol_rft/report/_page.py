@@ -8,7 +8,6 @@ costs the texts of its groups, and the page says so.
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ import msgspec
 from annotated_types import Ge
 
 from eval_protocol_rft._durable import check_replaceable, replacing
-from eval_protocol_rft._options import Flag
+from eval_protocol_rft._options import Flag, check_arguments
 from eval_protocol_rft.data import (
     CompletionRow,
     DataSettings,
@@ -103,8 +102,7 @@ def write_report(
         raise ReportError(f"{output} is the rollout file itself: name another file for the page")
     check_replaceable(output)
     check_installed()
-    if not math.isfinite(pass_threshold):
-        raise ReportError(f"pass_threshold must be finite, got {pass_threshold}")
+    check_arguments(write_report, locals(), ReportError)
     columns = list(dict.fromkeys(["reward", *dataset.metadata.rewards]))
     totals = ReportTotals({name: ColumnTotals() for name in columns}, pass_threshold)
     vocabulary = Vocabulary()
