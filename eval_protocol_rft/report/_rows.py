@@ -90,7 +90,7 @@ def _rollouts(file: Path) -> Iterator[StoredRow]:
         dataset = RolloutDataset(file)
         for group in dataset.groups():
             row_id = group[0].row_id
-            yield from map(_row, to_rows(group, dataset.metadata))
+            yield from map(_row, to_rows(group, dataset.metadata, tokens="arrays"))
     except FormatError as error:
         raise ReportError(str(error)) from error
     except RecordError as error:
