@@ -335,23 +335,28 @@ def _prompt_digests(table: pa.Table) -> list[bytes]:
     return [hashlib.sha256(msgspec.json.encode(pair)).digest()[:16] for pair in pairs]
 
 
-def _token_digests(table: pa.Table) -> list[bytes]:
+def _token_digests(table: pa.Table) -> NDArray[np.uint64]:
+    """[N, 2] equal where the sampled tokens are."""
     column = table["completion_ids"].combine_chunks()
     ids, ends = column.values.to_numpy(), column.offsets.to_numpy().tolist()
-    return [hashlib.sha256(ids[start:end].tobytes()).digest()[:16] for start, end in pairwise(ends)]
+    digests = (hashlib.sha256(ids[i:j].tobytes()).digest()[:16] for i, j in pairwise(ends))
+    return np.frombuffer(b"".join(digests), np.uint64).reshape(-1, 2)
 
 
-def _seen_before(digests: list[Any]) -> Flags:
+def _seen_before(digests: list[bytes]) -> Flags:
     """[P] whether an earlier one is the same."""
-    first: dict[Any, int] = {}
+    first: dict[bytes, int] = {}
     return np.array([first.setdefault(d, i) != i for i, d in enumerate(digests)], np.bool_)
 
 
 def _same_tokens(rows: Mapping[str, NDArray[Any]], among: Flags) -> Flags:
     """[N] whether an earlier completion of the data row has the same tokens; only among some."""
+    keys = np.column_stack([rows["digest"], rows["data_idx"].astype(np.uint64)])[among]
+    order = np.lexsort(keys.T)  # stable: of the same ones, the first comes first
+    again = np.zeros(len(keys), np.bool_)
+    again[order[1:]] = (keys[order[1:]] == keys[order[:-1]]).all(axis=1)
     flags = np.zeros(len(among), np.bool_)
-    keys = zip(rows["data_idx"][among].tolist(), rows["digest"][among].tolist(), strict=True)
-    flags[among] = _seen_before([*keys])
+    flags[among] = again
     return flags
 
 

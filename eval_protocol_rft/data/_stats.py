@@ -230,7 +230,7 @@ def _hardest_first(
 ) -> list[PromptStats]:
     """The data rows by pass rate, mean reward and place in the file."""
     order = np.lexsort((groups["mean_reward"], groups["pass_rate"]))  # stable, and NaN goes last
-    columns = [groups[name][order].tolist() for name in GROUP_NUMBERS]
+    columns = [groups[name][order].tolist() for name in GROUP_NUMBERS[:8]]
     return [
         PromptStats(
             data_idx=heads["data_idx"][place],
@@ -245,7 +245,7 @@ def _hardest_first(
             truncated=truncated,
             mean_tokens=tokens / (size - failed) if size > failed else None,
         )
-        for place, size, failed, scored, passed, truncated, tokens, rate, mean, *_ in zip(
+        for place, size, failed, scored, passed, truncated, tokens, rate, mean in zip(
             order.tolist(), *columns, strict=True
         )
     ]
@@ -256,7 +256,7 @@ def read_numbers(
     reward: str,
     *,
     where: str,
-    of_rows: Mapping[str, Callable[[pa.Table], list[Any]]] | None = None,
+    of_rows: Mapping[str, Callable[[pa.Table], NDArray[Any]]] | None = None,
     of_heads: Mapping[str, Callable[[pa.Table], list[Any]]] | None = None,
 ) -> tuple[dict[str, NDArray[Any]], dict[str, list[Any]]]:
     """The numbers of all completions, and what the first one of each data row says.
@@ -283,8 +283,7 @@ def read_numbers(
     for table in tables:
         numbers = _numbers(table, reward, where)
         for name, read in (of_rows or {}).items():
-            numbers[name] = np.empty(len(table), object)
-            numbers[name][:] = read(table)
+            numbers[name] = read(table)
         parts.append(numbers)
         data_idx = numbers["data_idx"]
         first = np.flatnonzero(np.diff(data_idx, prepend=last))
@@ -293,8 +292,8 @@ def read_numbers(
         if of_heads and len(first):
             without_tokens = [n for n in table.schema.names if n not in ARRAY_COLUMNS]
             head = table.select(without_tokens).take(first)
-            for name, read in of_heads.items():
-                heads[name] += read(head)
+            for name, read_head in of_heads.items():
+                heads[name] += read_head(head)
     if not parts:
         return _NONE, heads
     rows = {name: np.concatenate([part.pop(name) for part in parts]) for name in [*parts[0]]}
