@@ -1,3 +1,5 @@
+# For other rooms alone: these may change.
+# isort: split
 from ._findings import unfit as unfit
 from ._probe import Setup as Setup
 from ._run import diagnosis_json as diagnosis_json

@@ -1,6 +1,9 @@
 from ._sampler import LocalSampler as LocalSampler
+from ._tokenizer import TokenizerError as TokenizerError
+from ._tokenizer import load_tokenizer as load_tokenizer
+
+# For other rooms alone: these may change.
+# isort: split
 from ._sampler import load_local_sampler as load_local_sampler
 from ._sampler import no_loading_bar as no_loading_bar
 from ._tokenizer import LoadedTokenizer as LoadedTokenizer
-from ._tokenizer import TokenizerError as TokenizerError
-from ._tokenizer import load_tokenizer as load_tokenizer

@@ -1,18 +1,21 @@
 from ._lora import LoraSettings as LoraSettings
-from ._options import MODEL as MODEL
-from ._options import RUN as RUN
 from ._options import LoopOptions as LoopOptions
 from ._options import SetupError as SetupError
 from ._rollout_fn import make_group_rollout_fn as make_group_rollout_fn
 from ._rollout_fn import make_rollout_fn as make_rollout_fn
 from ._rollout_fn import recipe_params as recipe_params
 from ._rollouts import NothingToTrainOnError as NothingToTrainOnError
-from ._setup import MakeParts as MakeParts
 from ._setup import Optimizer as Optimizer
 from ._setup import local_parts as local_parts
 from ._step import TrainingStoppedError as TrainingStoppedError
 from ._train import TrainResult as TrainResult
-from ._train import atrain as atrain
 from ._train import train as train
 from ._trainer import NamedLoss as NamedLoss
 from ._trainer import TrainerError as TrainerError
+
+# For other rooms alone: these may change.
+# isort: split
+from ._options import MODEL as MODEL
+from ._options import RUN as RUN
+from ._setup import MakeParts as MakeParts
+from ._train import atrain as atrain

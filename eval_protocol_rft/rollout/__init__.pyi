@@ -1,3 +1,10 @@
+from ._processor import FireworksTrainingRolloutProcessor as FireworksTrainingRolloutProcessor
+from ._processor import RolloutError as RolloutError
+from ._prompts import PromptError as PromptError
+from ._slim_logger import SlimLogger as SlimLogger
+
+# For other rooms alone: these may change.
+# isort: split
 from ._answers import Answer as Answer
 from ._answers import AnswerReader as AnswerReader
 from ._answers import parse_tool_calls as parse_tool_calls
@@ -17,13 +24,10 @@ from ._harmony import read_harmony as read_harmony
 from ._params import RolloutRequest as RolloutRequest
 from ._params import parse_completion_params as parse_completion_params
 from ._pipeline import RowSlot as RowSlot
-from ._processor import FireworksTrainingRolloutProcessor as FireworksTrainingRolloutProcessor
-from ._processor import RolloutError as RolloutError
 from ._processor import RowJob as RowJob
 from ._processor import _LoopState as _LoopState
 from ._prompts import PROMPT_IDS_KEY as PROMPT_IDS_KEY
 from ._prompts import SEVERAL_CALLS as SEVERAL_CALLS
-from ._prompts import PromptError as PromptError
 from ._prompts import answer_fields as answer_fields
 from ._prompts import as_message as as_message
 from ._prompts import as_template_reads as as_template_reads
@@ -40,5 +44,4 @@ from ._prompts import with_one_call as with_one_call
 from ._redaction import redact_params as redact_params
 from ._replaced_params import lost_tokenizer as lost_tokenizer
 from ._replaced_params import untold_tokenizer as untold_tokenizer
-from ._slim_logger import SlimLogger as SlimLogger
 from ._vocabulary import VocabularyWitness as VocabularyWitness

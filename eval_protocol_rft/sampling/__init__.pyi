@@ -1,3 +1,22 @@
+from ._endpoint import Endpoint as Endpoint
+from ._http import HttpSampler as HttpSampler
+from ._limiter import RunStoppedError as RunStoppedError
+from ._retry import RetryPolicy as RetryPolicy
+from ._types import AttemptTimeoutError as AttemptTimeoutError
+from ._types import Completion as Completion
+from ._types import ConnectionFailedError as ConnectionFailedError
+from ._types import ContractError as ContractError
+from ._types import Failure as Failure
+from ._types import FailureKind as FailureKind
+from ._types import FinishReason as FinishReason
+from ._types import RefusedError as RefusedError
+from ._types import Sampler as Sampler
+from ._types import SamplingError as SamplingError
+from ._types import SamplingParams as SamplingParams
+from ._types import UnavailableError as UnavailableError
+
+# For other rooms alone: these may change.
+# isort: split
 from ._adaptive import HIGHEST as HIGHEST
 from ._adaptive import AdaptiveLimit as AdaptiveLimit
 from ._bodies import read_body as read_body
@@ -8,7 +27,6 @@ from ._clock import loop_clock as loop_clock
 from ._clock import sampling_time as sampling_time
 from ._distribution import reshaped_by as reshaped_by
 from ._distribution import support_truncated as support_truncated
-from ._endpoint import Endpoint as Endpoint
 from ._endpoint import resolve_endpoint as resolve_endpoint
 from ._errors import short as short
 from ._fanout import WAIT_FOR_ALL as WAIT_FOR_ALL
@@ -19,7 +37,6 @@ from ._fanout import derive_seeds as derive_seeds
 from ._fanout import sample_group as sample_group
 from ._fanout import sample_one as sample_one
 from ._http import NO_CLOCKS as NO_CLOCKS
-from ._http import HttpSampler as HttpSampler
 from ._http import TrustingConnector as TrustingConnector
 from ._http import endpoint_headers as endpoint_headers
 from ._http import error_text as error_text
@@ -27,7 +44,6 @@ from ._http import proxy_for as proxy_for
 from ._limiter import ConcurrencyLimit as ConcurrencyLimit
 from ._limiter import FixedLimit as FixedLimit
 from ._limiter import RunLimiter as RunLimiter
-from ._limiter import RunStoppedError as RunStoppedError
 from ._logprob_kind import LOWER_TEMPERATURE as LOWER_TEMPERATURE
 from ._logprob_kind import PROBE_DRAWS as PROBE_DRAWS
 from ._logprob_kind import PROBE_TEXTS as PROBE_TEXTS
@@ -39,7 +55,6 @@ from ._logprob_kind import measure_kind as measure_kind
 from ._logprob_kind import needs_check as needs_check
 from ._replies import ABSENT as ABSENT
 from ._replies import parse_reply as parse_reply
-from ._retry import RetryPolicy as RetryPolicy
 from ._run_summary import Prices as Prices
 from ._run_summary import RunSummary as RunSummary
 from ._server_metrics import polling as polling
@@ -51,20 +66,8 @@ from ._types import LOGPROB_NOISE as LOGPROB_NOISE
 from ._types import LOWEST_LOGPROB as LOWEST_LOGPROB
 from ._types import SAMPLING as SAMPLING
 from ._types import TOKEN_ID_LIMIT as TOKEN_ID_LIMIT
-from ._types import AttemptTimeoutError as AttemptTimeoutError
-from ._types import Completion as Completion
-from ._types import ConnectionFailedError as ConnectionFailedError
-from ._types import ContractError as ContractError
-from ._types import Failure as Failure
-from ._types import FailureKind as FailureKind
-from ._types import FinishReason as FinishReason
 from ._types import LogprobsMode as LogprobsMode
-from ._types import RefusedError as RefusedError
-from ._types import Sampler as Sampler
-from ._types import SamplingError as SamplingError
-from ._types import SamplingParams as SamplingParams
 from ._types import TokenIds as TokenIds
-from ._types import UnavailableError as UnavailableError
 from ._types import logprob_problem as logprob_problem
 from ._types import token_data_problem as token_data_problem
 from ._wire import request_body as request_body

@@ -1,22 +1,29 @@
-from ._algorithms import ALGORITHMS as ALGORITHMS
-from ._algorithms import Algorithm as Algorithm
-from ._algorithms import BatchArguments as BatchArguments
 from ._algorithms import BatchOptions as BatchOptions
-from ._algorithms import ConfigValue as ConfigValue
 from ._batch import TrainingBatch as TrainingBatch
 from ._batch import build_batch as build_batch
 from ._batch import iter_batches as iter_batches
-from ._datums import Normalization as Normalization
 from ._datums import TrainingDatum as TrainingDatum
 from ._errors import BiasedSamplingWarning as BiasedSamplingWarning
 from ._errors import EmptyBatchError as EmptyBatchError
 from ._errors import ExportError as ExportError
 from ._errors import MissingPackageError as MissingPackageError
 from ._errors import TrainingDataError as TrainingDataError
-from ._errors import require as require
-from ._filters import DROP_REASONS as DROP_REASONS
 from ._filters import Filters as Filters
 from ._filters import SoftOverlong as SoftOverlong
+from ._stats import BatchStats as BatchStats
+from ._trajectory import PromptGroup as PromptGroup
+from ._trajectory import Segment as Segment
+from ._trajectory import Trajectory as Trajectory
+
+# For other rooms alone: these may change.
+# isort: split
+from ._algorithms import ALGORITHMS as ALGORITHMS
+from ._algorithms import Algorithm as Algorithm
+from ._algorithms import BatchArguments as BatchArguments
+from ._algorithms import ConfigValue as ConfigValue
+from ._datums import Normalization as Normalization
+from ._errors import require as require
+from ._filters import DROP_REASONS as DROP_REASONS
 from ._filters import filter_group as filter_group
 from ._groups import group_rows as group_rows
 from ._groups import iter_groups as iter_groups
@@ -34,10 +41,6 @@ from ._rows import question_of as question_of
 from ._rows import read_named as read_named
 from ._rows import read_row as read_row
 from ._rows import row_key as row_key
-from ._stats import BatchStats as BatchStats
 from ._trajectory import FloatArray as FloatArray
-from ._trajectory import PromptGroup as PromptGroup
-from ._trajectory import Segment as Segment
-from ._trajectory import Trajectory as Trajectory
 from .export._wire import build_datum as build_datum
 from .export._wire import loss_fn_inputs as loss_fn_inputs

@@ -2,9 +2,12 @@ from ._connecting import connect as connect
 from ._connecting import fireworks_parts as fireworks_parts
 from ._control_plane import ControlPlaneError as ControlPlaneError
 from ._control_plane import JobFailedError as JobFailedError
-from ._hot_load import HotLoad as HotLoad
 from ._iterate import iterate as iterate
 from ._run_state import StepReport as StepReport
 from ._settings import Adam as Adam
 from ._settings import StepSettings as StepSettings
 from ._trainer import FireworksTrainer as FireworksTrainer
+
+# For other rooms alone: these may change.
+# isort: split
+from ._hot_load import HotLoad as HotLoad

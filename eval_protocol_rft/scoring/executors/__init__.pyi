@@ -1,3 +1,5 @@
+# For other rooms alone: these may change.
+# isort: split
 from ._executor import grade as grade
 from ._items import Graded as Graded
 from ._items import GradingItem as GradingItem
