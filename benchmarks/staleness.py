@@ -51,7 +51,7 @@ def measure(staleness: int, arguments: argparse.Namespace, seed: int) -> dict[st
     from test_sums import test_sums
 
     from eval_protocol_rft.loop._options import LoopOptions
-    from eval_protocol_rft.loop._setup import MakeParts, Parts, local_parts
+    from eval_protocol_rft.loop._setup import LocalParts, Parts
     from eval_protocol_rft.loop._train import train
 
     options = LoopOptions(
@@ -65,10 +65,11 @@ def measure(staleness: int, arguments: argparse.Namespace, seed: int) -> dict[st
         seed=seed,
     )
 
-    async def slow_parts(evaluator: Any, params: Any, loop: LoopOptions) -> Parts:
-        parts = await local_parts().make(evaluator, params, loop)
-        slow = SlowSampler(parts.sampler, arguments.delay)
-        return replace(parts, sampler=None, processor=parts.processor.sampling_from(slow))
+    class SlowParts(LocalParts):
+        async def make(self, evaluator: Any, params: Any, options: LoopOptions) -> Parts:
+            parts = await LocalParts.make(self, evaluator, params, options)
+            slow = SlowSampler(parts.sampler, arguments.delay)
+            return replace(parts, sampler=None, processor=parts.processor.sampling_from(slow))
 
     marks: list[float] = []
 
@@ -82,7 +83,7 @@ def measure(staleness: int, arguments: argparse.Namespace, seed: int) -> dict[st
             folder + "/run",
             options=options,
             eval_data=[str(EXAMPLE / "held_out.jsonl")],
-            parts=MakeParts(slow_parts),
+            parts=SlowParts(),
             progress=False,
             on_line=on_line,
         )

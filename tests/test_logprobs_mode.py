@@ -21,7 +21,7 @@ from eval_protocol_rft import FireworksTrainingRolloutProcessor
 from eval_protocol_rft.data._generate import agenerate
 from eval_protocol_rft.local.models import bundled_model_path
 from eval_protocol_rft.loop._options import LoopOptions
-from eval_protocol_rft.loop._setup import local_parts
+from eval_protocol_rft.loop._setup import LocalParts
 from eval_protocol_rft.loop._train import atrain
 from eval_protocol_rft.sampling._limiter import RunStoppedError
 from eval_protocol_rft.sampling._types import Completion, RefusedError, SamplingParams
@@ -133,7 +133,7 @@ async def test_train_checks_it(server: Any, tmp_path: Path) -> None:
 
     lines = [{"messages": [{"role": "user", "content": f"{i}+1="}]} for i in range(4)]
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    parts = local_parts(weights=Path(FOLDER))
+    parts = LocalParts(weights=Path(FOLDER))
 
     async def make(*arguments: Any) -> Any:
         return replace(await parts.make(*arguments), publish_first=False)

@@ -52,7 +52,7 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], ...]] = {
     "convert": (data.convert,),
     "show": (report.rollout_table,),
     "doctor": (doctor.Setup,),
-    "train": (loop.atrain, loop.LoopOptions, loop.local_parts, loop.Optimizer),
+    "train": (loop.atrain, loop.LoopOptions, loop.LocalParts, loop.Optimizer),
 }
 
 

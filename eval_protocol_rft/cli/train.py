@@ -24,8 +24,8 @@ def train(
     filters: training.Filters,
     optimizer: loop.Optimizer,
     params: Annotated[dict[str, Any], Takes(sampling.SamplingParams, _THE_TESTS, list(_THE_TESTS))],
-    here: Annotated[dict[str, Any], Takes(loop.local_parts)],
-    there: Annotated[dict[str, Any], Takes(fireworks.fireworks_parts, _PLACE)],
+    here: Annotated[dict[str, Any], Takes(loop.LocalParts)],
+    there: Annotated[dict[str, Any], Takes(fireworks.FireworksParts, _PLACE)],
     *,
     output: Annotated[Path, loop.RUN("-o")] = Path("run"),
     base_url: Annotated[str | None, loop.MODEL()] = None,
@@ -92,10 +92,10 @@ def _parts(
             raise loop.SetupError(
                 "--deployment trains on Fireworks: name the model, with --base-model"
             )
-        return fireworks.fireworks_parts(optimizer=optimizer, **there)
+        return fireworks.FireworksParts(optimizer=optimizer, **there)
     rank = there.get("lora_rank", 0)
     lora = loop.LoraSettings(rank=rank, alpha=2 * rank) if rank else None
-    return loop.local_parts(lora=lora, optimizer=optimizer, **here)
+    return loop.LocalParts(lora=lora, optimizer=optimizer, **here)
 
 
 def _flag(name: str) -> str:

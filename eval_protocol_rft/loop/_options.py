@@ -17,8 +17,6 @@ from eval_protocol_rft._errors import EvalProtocolRftError
 from eval_protocol_rft._options import Flag, check_options
 from eval_protocol_rft.training import BatchOptions, ConfigValue, Filters
 
-OnUnscored = Literal["stop", "warn"]
-
 RUN = functools.partial(Flag, panel="What to run")
 HOW = functools.partial(Flag, panel="How to train")
 MODEL = functools.partial(Flag, panel="The model")
@@ -90,7 +88,7 @@ class LoopOptions:
     """Of the order of rows and of every completion."""
     on_mismatch: Annotated[Literal["stop", "warn"], EVALUATION()] = "stop"
     """When sampler and trainer disagree about on-policy tokens."""
-    on_unscored: Annotated[OnUnscored, EVALUATION()] = "stop"
+    on_unscored: Annotated[Literal["stop", "warn"], EVALUATION()] = "stop"
     """When nothing of an evaluation could be scored."""
 
     def __post_init__(self) -> None:

@@ -22,7 +22,7 @@ import numpy as np
 
 from eval_protocol_rft._errors import EvalProtocolRftError
 from eval_protocol_rft.loop._metrics import Line, eval_line
-from eval_protocol_rft.loop._options import OnUnscored
+from eval_protocol_rft.loop._options import LoopOptions
 from eval_protocol_rft.loop._row_runner import RowRunner
 from eval_protocol_rft.sampling import RetryPolicy, RunStoppedError, TokenIds, sample_group
 from eval_protocol_rft.training import (
@@ -53,6 +53,16 @@ fewer than expected would otherwise keep it waiting."""
 
 class NothingToTrainOnError(EvalProtocolRftError, RuntimeError):
     """Rows give no completions, no scores, or none with a gradient; the message says why."""
+
+
+def row_runner(evaluator: Callable[..., Any], parts: Parts, **changes: Any) -> RowRunner:
+    """Rolls rows out with `parts`; `changes` are to its completion_params."""
+    return RowRunner(
+        evaluator,
+        processor=parts.processor,
+        completion_params={**parts.params, **changes},
+        max_concurrency=parts.max_concurrency,
+    )
 
 
 async def roll_out(runner: RowRunner, row: EvaluationRow, *, run: int) -> PromptGroup:
@@ -188,9 +198,7 @@ class Evaluation:
     greedy: RowRunner
     sampled: RowRunner | None
     parts: Parts
-    pass_threshold: float
-    per_row: int
-    on_unscored: OnUnscored = "stop"
+    options: LoopOptions
     warn: Callable[[str], None] = print
 
     @classmethod
@@ -199,43 +207,27 @@ class Evaluation:
         evaluator: Callable[..., Any],
         rows: Sequence[EvaluationRow],
         parts: Parts,
+        options: LoopOptions,
         *,
-        completions: int,
-        pass_threshold: float,
-        on_unscored: OnUnscored = "stop",
         warn: Callable[[str], None] = print,
     ) -> Evaluation | None:
         """None where nothing is held out."""
         if not rows:
             return None
-
-        def runner(**changes: Any) -> RowRunner:
-            with warnings.catch_warnings():
-                # Greedy completions are not trained on.
-                warnings.simplefilter("ignore", BiasedSamplingWarning)
-                return RowRunner(
-                    evaluator,
-                    processor=parts.processor,
-                    completion_params={**parts.params, **changes},
-                    max_concurrency=parts.max_concurrency,
-                )
-
-        return cls(
-            rows=rows,
-            greedy=runner(temperature=0.0, n=1),
-            sampled=runner(n=completions) if completions else None,
-            parts=parts,
-            pass_threshold=pass_threshold,
-            per_row=completions,
-            on_unscored=on_unscored,
-            warn=warn,
-        )
+        n = options.eval_completions
+        with warnings.catch_warnings():
+            # Greedy completions are not trained on.
+            warnings.simplefilter("ignore", BiasedSamplingWarning)
+            greedy = row_runner(evaluator, parts, temperature=0.0, n=1)
+            sampled = row_runner(evaluator, parts, n=n) if n else None
+        return cls(rows, greedy, sampled, parts, options, warn)
 
     async def __call__(self, step: int) -> Line:
+        n = self.options.eval_completions
         greedy = await self._groups(self.greedy, 1)
-        sampled = [] if self.sampled is None else await self._groups(self.sampled, self.per_row)
+        sampled = [] if self.sampled is None else await self._groups(self.sampled, n)
         self._require_scores(step, [*greedy, *sampled])
-        return eval_line(step, greedy, sampled, pass_threshold=self.pass_threshold)
+        return eval_line(step, greedy, sampled, pass_threshold=self.options.pass_threshold)
 
     def _require_scores(self, step: int, groups: Sequence[PromptGroup]) -> None:
         """A curve without points is no curve: say so, and why."""
@@ -245,7 +237,7 @@ class Evaluation:
             f"step {step}: nothing of {len(self.rows)} held-out rows could be scored; the first: "
             f"{why_fruitless(groups[0])}"
         )
-        if self.on_unscored == "stop":
+        if self.options.on_unscored == "stop":
             raise NothingToTrainOnError(f"{message}. To train all the same: --on-unscored warn")
         self.warn(message)
 

@@ -8,21 +8,31 @@ tasks are scheduled; otherwise sampling goes on while a step is taken.
 from __future__ import annotations
 
 import asyncio
+import json
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from eval_protocol_rft.loop._data import Draw, RowStream
 from eval_protocol_rft.loop._metrics import Line
 from eval_protocol_rft.loop._options import LoopOptions
-from eval_protocol_rft.loop._rollouts import NothingToTrainOnError, wave, why_fruitless
+from eval_protocol_rft.loop._rollouts import (
+    Evaluation,
+    NothingToTrainOnError,
+    roll_out,
+    wave,
+    why_fruitless,
+)
+from eval_protocol_rft.loop._row_runner import RowRunner
+from eval_protocol_rft.loop._run_directory import RunFolder
 from eval_protocol_rft.loop._scheduler import Scheduler
+from eval_protocol_rft.loop._setup import Parts
 from eval_protocol_rft.loop._step import StepRunner, Times
 from eval_protocol_rft.training import PromptGroup, filter_group
 
 if TYPE_CHECKING:
-    from eval_protocol_rft.local import LocalSampler
+    from eval_protocol.models import EvaluationRow
 
 FRUITLESS_ROWS = 64
 """So many rows in a row of which nothing could be sampled or scored end the run."""
@@ -36,15 +46,16 @@ class Run:
 
     options: LoopOptions
     steps: int
-    stream: RowStream
-    roll_out: Callable[[Draw], Awaitable[PromptGroup]]
+    parts: Parts
+    runner: RowRunner
+    rows: Sequence[EvaluationRow]
+    """To train on."""
     step: StepRunner
-    evaluate: Callable[[int], Awaitable[Line | None]]
+    evaluation: Evaluation | None
+    """None: nothing is held out."""
+    folder: RunFolder
     on_line: Callable[[Line], None]
-    save: Callable[[int, dict[str, Any]], Awaitable[None]]
-    sampler: LocalSampler | None = None
-    per_row: int = 1
-    """Requests that a row makes at once."""
+    stream: RowStream = field(init=False)
     scheduler: Scheduler = field(init=False)
     _draws: dict[int, Draw] = field(default_factory=dict)
     """Of groups that are outstanding."""
@@ -60,6 +71,7 @@ class Run:
     """Seconds in which no step was under way, since the last one."""
 
     def __post_init__(self) -> None:
+        self.stream = RowStream(len(self.rows), self.options.seed, self.options.epochs)
         self.scheduler = Scheduler(
             self.options.groups_per_step, self.options.max_staleness, last_version=self.steps
         )
@@ -76,7 +88,7 @@ class Run:
             self.step.seen(line)
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from what `save` was given."""
+        """Go on from a checkpoint's state."""
         self.scheduler.version = self._saved = state["version"]
         self.stream.taken = state["taken"]
         self.stream.put_back = [Draw(*draw) for draw in state["put_back"]]
@@ -127,8 +139,8 @@ class Run:
                 began = time.perf_counter()
                 groups = await wave(
                     [self._rollout(number) for number in numbers],
-                    sampler=self.sampler,
-                    per_row=self.per_row,
+                    sampler=self.parts.sampler,
+                    per_row=self.parts.request.n,
                 )
                 self._waited += time.perf_counter() - began
                 for number, group in zip(numbers, groups, strict=True):
@@ -179,7 +191,8 @@ class Run:
         return numbers
 
     async def _rollout(self, number: int) -> PromptGroup:
-        return await self.roll_out(self._draws[number])
+        draw = self._draws[number]
+        return await roll_out(self.runner, self.rows[draw.place], run=draw.epoch)
 
     def _arrived(self, number: int, group: PromptGroup) -> None:
         options = self.options.batch
@@ -252,15 +265,19 @@ class Run:
             await self._save()
 
     async def _evaluate(self, step: int) -> None:
-        line = await self.evaluate(step)
+        line = None if self.evaluation is None else await self.evaluation(step)
         self._evaluated.add(step)
         if line is not None:
             self.on_line(line)
 
     async def _save(self) -> None:
-        if self._saved != self.scheduler.version:
-            self._saved = self.scheduler.version
-            await self.save(self.scheduler.version, self._state())
+        version = self.scheduler.version
+        if self._saved == version:
+            return
+        self._saved = version
+        with self.folder.checkpoint(version, keep=self.options.keep_checkpoints) as unfinished:
+            await self.parts.trainer.save(unfinished)
+            (unfinished / "state.json").write_text(json.dumps(self._state()) + "\n")
 
     def _state(self) -> dict[str, Any]:
         """Enough to go on with the very rows that come next; those that are outstanding are

@@ -24,7 +24,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from eval_protocol_rft._durable import DurableFile, sync_folder, write_whole
 from eval_protocol_rft._errors import EvalProtocolRftError
@@ -42,14 +42,6 @@ _PREFIX = "step-"
 
 class RunFolderError(EvalProtocolRftError, ValueError):
     """The folder is of another run, or damaged; the message says what differs."""
-
-
-class Checkpoint(NamedTuple):
-    """A checkpoint that the trainer has loaded."""
-
-    step: int
-    state: dict[str, Any]
-    """The loop's own, see `Run.restore`."""
 
 
 class RunFolder:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 from annotated_types import Ge, Lt
 
@@ -131,137 +131,110 @@ def own_processor(evaluator: Callable[..., Any]) -> FireworksTrainingRolloutProc
     return processor
 
 
-Make = Callable[[Callable[..., Any], dict[str, Any], "LoopOptions"], Awaitable[Parts]]
-"""Evaluator, completion_params and options in, the parts of a run out."""
+class MakeParts(Protocol):
+    """Where sampling and training happen: here, as `LocalParts` says, or as `FireworksParts`."""
 
-
-@dataclass(frozen=True, slots=True)
-class MakeParts:
-    """How a run gets its parts; made by `local_parts` and `fireworks_parts`."""
-
-    make: Make
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    """What of it changes the curve; plain JSON values."""
-
-
-def local_parts(
-    *,
-    weights: Annotated[Path | None, MODEL()] = None,
-    lora: LoraSettings | None = None,
-    optimizer: Optimizer | None = None,
-    trust_remote_code: Annotated[bool, MODEL()] = False,
-) -> MakeParts:
-    """Training in this process, for `train(parts=...)`.
-
-    Args:
-        weights: folder of the weights that the server serves.
-        lora: train adapters instead of all parameters.
-        optimizer: AdamW's settings.
-        trust_remote_code: let the model's folder run its own code.
-    """
+    def settings(self) -> dict[str, Any]:
+        """What of it changes the curve; plain JSON values."""
+        ...
 
     async def make(
-        evaluator: Callable[..., Any], params: dict[str, Any], options: LoopOptions
+        self, evaluator: Callable[..., Any], params: dict[str, Any], options: LoopOptions
     ) -> Parts:
-        return await asyncio.to_thread(
-            assemble,
-            evaluator,
-            params,
-            options,
-            weights=weights,
-            lora=lora,
-            optimizer=optimizer,
-            trust_remote_code=trust_remote_code,
-        )
-
-    settings = {
-        "weights": None if weights is None else str(weights),
-        "lora": None if lora is None else asdict(lora),
-        "optimizer": (optimizer or Optimizer()).settings(),
-    }
-    return MakeParts(make, settings)
+        """The parts of a run. `params`: completion_params of training rollouts."""
+        ...
 
 
-def assemble(
-    evaluator: Callable[..., Any],
-    params: dict[str, Any],
-    options: LoopOptions,
-    *,
-    weights: Path | None = None,
-    lora: LoraSettings | None = None,
-    optimizer: Optimizer | None = None,
-    trust_remote_code: bool = False,
-) -> Parts:
-    """Load the model and put sampler and trainer together.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalParts:
+    """Training in this process, for `train(parts=...)`."""
 
-    Args:
-        evaluator, params, options: what trains.
-        weights: folder of the weights that a server serves; needed where sampling is over HTTP.
-        lora: train adapters.
-        optimizer: AdamW's settings.
-        trust_remote_code: let the model's folder run its own code.
+    weights: Annotated[Path | None, MODEL()] = None
+    """Folder of the weights that the server serves."""
+    lora: LoraSettings | None = None
+    """Train adapters instead of all parameters."""
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    trust_remote_code: Annotated[bool, MODEL()] = False
+    """Let the model's folder run its own code."""
 
-    Raises:
-        SetupError: weights are missing, or superfluous.
-        RefusedError: there is no such model, or torch is missing.
-    """
-    from eval_protocol_rft.local import LocalSampler
-    from eval_protocol_rft.loop._local_trainer import LocalTrainer
-    from eval_protocol_rft.loop._weights import SamplerWeights, WeightSink
+    def settings(self) -> dict[str, Any]:
+        return {
+            "weights": None if self.weights is None else str(self.weights),
+            "lora": None if self.lora is None else asdict(self.lora),
+            "optimizer": self.optimizer.settings(),
+        }
 
-    request = rollout.parse_completion_params(params)
-    processor = own_processor(evaluator)
-    local = request.endpoint is None
-    if local and weights is not None:
-        raise SetupError("weights= is for a server's; a local/... model names its own")
-    if not local and weights is None:
-        raise SetupError(
-            f"{request.params.model} is sampled from a server: name the folder of its weights "
-            "(--weights), which are trained here and sent there"
-        )
-    if weights is not None:
-        params = with_tokenizer_of(weights, params, processor)
+    async def make(
+        self, evaluator: Callable[..., Any], params: dict[str, Any], options: LoopOptions
+    ) -> Parts:
+        """Load the model and put sampler and trainer together.
+
+        Raises:
+            SetupError: weights are missing, or superfluous.
+            RefusedError: there is no such model, or torch is missing.
+        """
+        return await asyncio.to_thread(self._make, evaluator, params, options)
+
+    def _make(
+        self, evaluator: Callable[..., Any], params: dict[str, Any], options: LoopOptions
+    ) -> Parts:
+        from eval_protocol_rft.local import LocalSampler
+        from eval_protocol_rft.loop._local_trainer import LocalTrainer
+        from eval_protocol_rft.loop._weights import SamplerWeights, WeightSink
+
         request = rollout.parse_completion_params(params)
-    try:
-        source = str(local_model_folder(request.params.model) if local else weights)
-    except NoSuchModelError as error:
-        raise RefusedError(str(error)) from error
-    loaded = LocalSampler.from_pretrained(
-        source, trust_remote_code=trust_remote_code, policy_version="step-0"
-    )
-    sink: WeightSink
-    if request.endpoint is None:
-        sink = SamplerWeights(loaded)
-        processor = processor.sampling_from(loaded)
-    else:
-        sink = served_weights(request.endpoint)
-    chosen = optimizer or Optimizer()
-    trainer = LocalTrainer(
-        loaded.model,
-        sink=sink,
-        temperature=request.params.temperature,
-        lora=lora,
-        betas=(chosen.beta1, chosen.beta2),
-        eps=chosen.eps,
-        weight_decay=chosen.weight_decay,
-        max_grad_norm=chosen.max_grad_norm or None,
-        microbatch_tokens=chosen.microbatch_tokens,
-        keep_reference=options.kl_beta > 0,
-    )
-    return Parts(
-        trainer=trainer,
-        processor=processor,
-        request=request,
-        params=params,
-        sampler=loaded if local else None,
-        eos_token_ids={
-            *loaded.eos_token_ids,
-            *request.params.extra.get("stop_token_ids", ()),
-        },
-        max_concurrency=_UNBOUNDED if local else None,
-        publish_first=not local,
-        tokenizer=loaded.tokenizer,
-    )
+        processor = own_processor(evaluator)
+        local = request.endpoint is None
+        if local and self.weights is not None:
+            raise SetupError("weights= is for a server's; a local/... model names its own")
+        if not local and self.weights is None:
+            raise SetupError(
+                f"{request.params.model} is sampled from a server: name the folder of its weights "
+                "(--weights), which are trained here and sent there"
+            )
+        if self.weights is not None:
+            params = with_tokenizer_of(self.weights, params, processor)
+            request = rollout.parse_completion_params(params)
+        try:
+            source = str(local_model_folder(request.params.model) if local else self.weights)
+        except NoSuchModelError as error:
+            raise RefusedError(str(error)) from error
+        loaded = LocalSampler.from_pretrained(
+            source, trust_remote_code=self.trust_remote_code, policy_version="step-0"
+        )
+        sink: WeightSink
+        if request.endpoint is None:
+            sink = SamplerWeights(loaded)
+            processor = processor.sampling_from(loaded)
+        else:
+            sink = served_weights(request.endpoint)
+        optimizer = self.optimizer
+        trainer = LocalTrainer(
+            loaded.model,
+            sink=sink,
+            temperature=request.params.temperature,
+            lora=self.lora,
+            betas=(optimizer.beta1, optimizer.beta2),
+            eps=optimizer.eps,
+            weight_decay=optimizer.weight_decay,
+            max_grad_norm=optimizer.max_grad_norm or None,
+            microbatch_tokens=optimizer.microbatch_tokens,
+            keep_reference=options.kl_beta > 0,
+        )
+        return Parts(
+            trainer=trainer,
+            processor=processor,
+            request=request,
+            params=params,
+            sampler=loaded if local else None,
+            eos_token_ids={
+                *loaded.eos_token_ids,
+                *request.params.extra.get("stop_token_ids", ()),
+            },
+            max_concurrency=_UNBOUNDED if local else None,
+            publish_first=not local,
+            tokenizer=loaded.tokenizer,
+        )
 
 
 def with_tokenizer_of(

@@ -10,15 +10,17 @@ from __future__ import annotations
 import asyncio
 import time
 import warnings
-from collections.abc import Callable, Collection, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from eval_protocol_rft._errors import EvalProtocolRftError
 from eval_protocol_rft.loop._metrics import Line, step_line
 from eval_protocol_rft.loop._options import LoopOptions
-from eval_protocol_rft.loop._trainer import ForwardBackward, NamedLoss, Trainer
+from eval_protocol_rft.loop._rollouts import sample_prompts
+from eval_protocol_rft.loop._setup import Parts
+from eval_protocol_rft.loop._trainer import ForwardBackward, NamedLoss
 from eval_protocol_rft.loop._watch import Trouble, Watch
 from eval_protocol_rft.training import (
     BiasedSamplingWarning,
@@ -38,8 +40,6 @@ from eval_protocol_rft.training import (
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-Probe = Callable[[Sequence[Sequence[int]]], Coroutine[Any, Any, "list[Trajectory]"]]
-"""Prompts in, a completion of each out, as far as they can be had."""
 PROBED_PROMPTS = 4
 
 
@@ -71,21 +71,15 @@ class Times:
 class StepRunner:
     """Takes the steps of one run."""
 
-    trainer: Trainer
+    parts: Parts
     options: LoopOptions
     steps: int
     """Of the whole run, for the learning rate's schedule."""
-    watch: Watch
-    eos_token_ids: Collection[int] = ()
-    stops: bool = False
-    """Completions may end at stop strings."""
-    temperature: float = 1.0
-    sample: Probe | None = None
-    """Samples a little with the weights that were just published: where sampling runs ahead, a
-    batch may hold nothing that they sampled."""
     warn: Callable[[str], None] = print
+    watch: Watch = field(default_factory=Watch)
     _probe: asyncio.Task[list[Trajectory]] | None = None
-    """Of the weights in training, for the next step."""
+    """Completions of the weights in training, for the next step: where sampling runs ahead, a batch
+    may hold nothing that they sampled."""
 
     async def __call__(
         self,
@@ -105,7 +99,7 @@ class StepRunner:
         Raises:
             TrainingStoppedError: sampler and trainer disagree, or completions do not end.
         """
-        step = version + 1
+        step, trainer = version + 1, self.parts.trainer
         with times.of("batch"):
             batch = self._batch(groups)
         loss = NamedLoss(
@@ -114,23 +108,24 @@ class StepRunner:
         with times.of("train"):
             reference = None
             if self.options.kl_beta:
-                reference = await self.trainer.forward(batch.datums, reference=True)
+                reference = await trainer.forward(batch.datums, reference=True)
             passes: list[ForwardBackward] = []
             for number in range(self.options.passes):
-                told = await self.trainer.forward_backward(
+                told = await trainer.forward_backward(
                     batch.datums, loss, reference_logprobs=reference
                 )
                 if not number:
                     found = await self._compare(step, batch, told, staleness)
                     self._check_versions(step, groups, staleness)
                 passes.append(told)
-                optimizer = await self.trainer.optim_step(
+                optimizer = await trainer.optim_step(
                     learning_rate=self.options.learning_rate_at(step, self.steps)
                 )
         with times.of("publish"):
-            await self.trainer.publish(step)
-        if self.sample is not None and self.options.max_staleness and step < self.steps:
-            self._probe = asyncio.create_task(self.sample(_prompts(groups)))
+            await trainer.publish(step)
+        if self.options.max_staleness and step < self.steps:
+            probe = sample_prompts(self.parts.processor, self.parts.params, _prompts(groups))
+            self._probe = asyncio.create_task(probe)
         line = step_line(
             step,
             batch,
@@ -178,23 +173,24 @@ class StepRunner:
         told: ForwardBackward,
         staleness: Sequence[int],
     ) -> Mismatch | None:
+        trainer, sampling = self.parts.trainer, self.parts.request.params
         on_policy = {group for group, behind in enumerate(staleness) if behind == 0}
         pairs = sampled_pairs(batch.datums, told.logprobs, on_policy)
         probed = comparable(await self._probed(step))
         if probed:
-            pairs += sampled_pairs(probed, await self.trainer.forward(probed), {0})
+            pairs += sampled_pairs(probed, await trainer.forward(probed), {0})
         found = measure(pairs)
         if found is None:
             self._say(self.watch.uncompared(step))
-        missing = missing_eos(batch.datums, self.eos_token_ids, stops=self.stops)
+        missing = missing_eos(batch.datums, self.parts.eos_token_ids, stops=bool(sampling.stop))
         self._say(self.watch.endings(step, missing, len(batch.datums)))
         if found is not None and found.verdict != "pass":
             raw = None
-            if self.temperature != 1.0:
-                own = await self.trainer.forward(batch.datums, temperature=1.0)
+            if sampling.temperature != 1.0:
+                own = await trainer.forward(batch.datums, temperature=1.0)
                 own_pairs = sampled_pairs(batch.datums, own, on_policy)
                 if probed:
-                    own = await self.trainer.forward(probed, temperature=1.0)
+                    own = await trainer.forward(probed, temperature=1.0)
                     own_pairs += sampled_pairs(probed, own, {0})
                 raw = measure(own_pairs)
             trouble = self.watch.mismatch(step, found, shifted=looks_shifted(pairs), raw=raw)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import json
 import math
 import warnings
@@ -24,22 +23,17 @@ from eval_protocol_rft.data import PathOrGlob, Reporter, reporter
 from eval_protocol_rft.loop._metrics import Line, MetricSink, open_sinks, require_sinks
 from eval_protocol_rft.loop._options import EVALUATION, MODEL, RUN, LoopOptions
 from eval_protocol_rft.loop._run_directory import (
-    Checkpoint,
     RunFolder,
     RunFolderError,
     rows_fingerprint,
     weights_fingerprint,
 )
-from eval_protocol_rft.loop._setup import MakeParts, Parts, local_parts, rollout_params
+from eval_protocol_rft.loop._setup import LocalParts, MakeParts, Parts, rollout_params
 from eval_protocol_rft.loop._trainer import DamagedCheckpointError
 from eval_protocol_rft.rollout import redact_params
 
 if TYPE_CHECKING:
-    from eval_protocol.models import EvaluationRow
-
-    from eval_protocol_rft.loop._data import Draw
     from eval_protocol_rft.loop._run import Run
-    from eval_protocol_rft.training import PromptGroup
 
 _LINE_EVERY = 5.0
 """Seconds between lines of progress where there is no terminal; evaluations have their own."""
@@ -98,8 +92,8 @@ async def atrain(
             .zst: files, folders, patterns; repeatable.
         eval_data: the same, to evaluate on; repeatable.
         held_out: share of the rows, or number of them from 1 on.
-        parts: where sampling and training happen: `local_parts(...)`, the default, or
-            `fireworks_parts(...)`.
+        parts: where sampling and training happen: `LocalParts(...)`, the default, or
+            `FireworksParts(...)`.
         overwrite: begin anew, whatever run is there.
         progress: False for none; None for what stderr can show.
         log_to: besides metrics.jsonl; repeatable.
@@ -114,6 +108,9 @@ async def atrain(
     """
     # Eval Protocol takes seconds to import, and the options above are read for `--help`, too.
     from eval_protocol_rft.loop._data import load_rows, split_rows
+    from eval_protocol_rft.loop._rollouts import Evaluation, row_runner
+    from eval_protocol_rft.loop._run import Run
+    from eval_protocol_rft.loop._step import StepRunner
     from eval_protocol_rft.scoring.executors import code_fingerprints
 
     require_sinks(log_to)
@@ -123,10 +120,10 @@ async def atrain(
     else:
         train_rows, eval_rows = split_rows(rows, held_out, options.seed)
     params = rollout_params(evaluator, completion_params, model=model, options=options)
-    chosen = parts or local_parts()
+    chosen = parts or LocalParts()
     settings = {
         **options.settings(),
-        **chosen.settings,
+        **chosen.settings(),
         "completion_params": redact_params(params),
         "train_rows": len(train_rows),
         "eval_rows": len(eval_rows),
@@ -134,7 +131,7 @@ async def atrain(
         "evaluator": f"{evaluator.__module__}.{evaluator.__name__}",
         "evaluator_code": code_fingerprints(evaluator),
         "initial_weights": await asyncio.to_thread(
-            weights_fingerprint, params["model"], chosen.settings.get("weights")
+            weights_fingerprint, params["model"], chosen.settings().get("weights")
         ),
     }
     RunFolder.check(Path(output), settings, overwrite=overwrite)
@@ -150,14 +147,22 @@ async def atrain(
             contextlib.ExitStack() as closing,
             reporter("train", steps, done=_done(folder), show=progress, every=_LINE_EVERY) as shown,
         ):
-            checkpoint = await _load_newest(assembled, folder, warn)
-            sinks = await asyncio.to_thread(_sinks, log_to, folder, checkpoint)
+            state = await _load_newest(assembled, folder, warn)
+            sinks = await asyncio.to_thread(_sinks, log_to, folder, state)
             for sink in sinks:
                 closing.callback(sink.close)
-            logged = _Logged(folder, shown, on_line, sinks)
-            run = _run(evaluator, train_rows, eval_rows, assembled, options, steps, folder, warn)
-            run.on_line = logged
-            await _resume(run, assembled, folder, checkpoint)
+            run = Run(
+                options=options,
+                steps=steps,
+                parts=assembled,
+                runner=row_runner(evaluator, assembled),
+                rows=train_rows,
+                step=StepRunner(parts=assembled, options=options, steps=steps, warn=warn),
+                evaluation=Evaluation.of(evaluator, eval_rows, assembled, options, warn=warn),
+                folder=folder,
+                on_line=_Logged(folder, shown, on_line, sinks),
+            )
+            await _resume(run, state)
             await run()
         export = getattr(assembled.trainer, "export", None)
         if export is not None:
@@ -175,79 +180,11 @@ async def atrain(
             _report(folder, stopped, warn)
 
 
-def _run(
-    evaluator: Callable[..., Any],
-    train_rows: Sequence[EvaluationRow],
-    eval_rows: Sequence[EvaluationRow],
-    parts: Parts,
-    options: LoopOptions,
-    steps: int,
-    folder: RunFolder,
-    warn: Callable[[str], None],
-) -> Run:
-    from eval_protocol_rft.loop._data import RowStream
-    from eval_protocol_rft.loop._rollouts import Evaluation, roll_out, sample_prompts
-    from eval_protocol_rft.loop._row_runner import RowRunner
-    from eval_protocol_rft.loop._run import Run
-    from eval_protocol_rft.loop._step import StepRunner
-    from eval_protocol_rft.loop._watch import Watch
-
-    runner = RowRunner(
-        evaluator,
-        processor=parts.processor,
-        completion_params=parts.params,
-        max_concurrency=parts.max_concurrency,
-    )
-    evaluation = Evaluation.of(
-        evaluator,
-        eval_rows,
-        parts,
-        completions=options.eval_completions,
-        pass_threshold=options.pass_threshold,
-        on_unscored=options.on_unscored,
-        warn=warn,
-    )
-
-    async def one(draw: Draw) -> PromptGroup:
-        return await roll_out(runner, train_rows[draw.place], run=draw.epoch)
-
-    async def evaluate(step: int) -> Line | None:
-        return None if evaluation is None else await evaluation(step)
-
-    async def save(step: int, state: dict[str, Any]) -> None:
-        with folder.checkpoint(step, keep=options.keep_checkpoints) as unfinished:
-            await parts.trainer.save(unfinished)
-            (unfinished / "state.json").write_text(json.dumps(state) + "\n")
-
-    sampling = parts.request.params
-    return Run(
-        options=options,
-        steps=steps,
-        stream=RowStream(len(train_rows), options.seed, options.epochs),
-        roll_out=one,
-        step=StepRunner(
-            trainer=parts.trainer,
-            options=options,
-            steps=steps,
-            watch=Watch(),
-            eos_token_ids=parts.eos_token_ids,
-            stops=bool(sampling.stop),
-            temperature=sampling.temperature,
-            sample=functools.partial(sample_prompts, parts.processor, parts.params),
-            warn=warn,
-        ),
-        evaluate=evaluate,
-        on_line=folder.append,
-        save=save,
-        sampler=parts.sampler,
-        per_row=parts.request.n,
-    )
-
-
 async def _load_newest(
     parts: Parts, folder: RunFolder, warn: Callable[[str], None]
-) -> Checkpoint | None:
-    """Load the newest checkpoint that is whole; None where there is none at all.
+) -> dict[str, Any] | None:
+    """Load the newest checkpoint that is whole, and return the loop's own state in it, which
+    `Run.restore` takes; None where there is no checkpoint at all.
 
     Raises:
         RunFolderError: there are some, and none of them can be read.
@@ -265,7 +202,7 @@ async def _load_newest(
             warn(f"{'; '.join(damaged)}: going on from the one before, step {step}")
         if step and not folder.lines():
             warn(f"{folder.metrics_path} is missing: what was measured up to step {step} is lost")
-        return Checkpoint(step, state)
+        return state
     if damaged:
         raise RunFolderError(
             f"{'; '.join(damaged)}: no checkpoint is left to go on from. Begin anew with "
@@ -274,24 +211,27 @@ async def _load_newest(
     return None
 
 
-async def _resume(run: Run, parts: Parts, folder: RunFolder, loaded: Checkpoint | None) -> None:
+async def _resume(run: Run, state: dict[str, Any] | None) -> None:
     """Go on from what was loaded, or evaluate what training begins with."""
-    if loaded is None:
-        folder.cut(-1)
-        if parts.publish_first:
-            await parts.trainer.publish(0)
+    trainer = run.parts.trainer
+    if state is None:
+        run.folder.cut(-1)
+        if run.parts.publish_first:
+            await trainer.publish(0)
         await run.begin()
         return
-    folder.cut(loaded.step)
-    await parts.trainer.publish(loaded.step)
-    run.restore(loaded.state)
-    for line in folder.lines():
+    run.folder.cut(state["version"])
+    await trainer.publish(state["version"])
+    run.restore(state)
+    for line in run.folder.lines():
         run.seen(line)
 
 
-def _sinks(names: Sequence[str], folder: RunFolder, loaded: Checkpoint | None) -> list[MetricSink]:
+def _sinks(
+    names: Sequence[str], folder: RunFolder, state: dict[str, Any] | None
+) -> list[MetricSink]:
     """Loggers, told of the lines that the run goes on from."""
-    lines = [] if loaded is None else [n for n in folder.lines() if n["step"] <= loaded.step]
+    lines = [] if state is None else [n for n in folder.lines() if n["step"] <= state["version"]]
     settings = json.loads((folder.path / "settings.json").read_text())
     return open_sinks(names, folder.path, settings=settings, lines=lines)
 

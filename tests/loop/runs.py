@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from eval_protocol_rft.loop._options import LoopOptions
-from eval_protocol_rft.loop._setup import MakeParts, Parts, local_parts
+from eval_protocol_rft.loop._setup import LocalParts, Parts
 from eval_protocol_rft.loop._train import TrainResult, atrain
 from eval_protocol_rft.sampling._types import Completion, SamplingParams
 from examples.arithmetic import test_arithmetic as example
@@ -41,21 +41,28 @@ def options(**changes: Any) -> LoopOptions:
     )
 
 
+@dataclass(frozen=True)
+class Broken(LocalParts):
+    """Sampler and trainer as `alter` leaves them."""
+
+    alter: Callable[[Parts], Parts] = lambda parts: parts
+
+    async def make(
+        self, evaluator: Callable[..., Any], params: dict[str, Any], options: LoopOptions
+    ) -> Parts:
+        return self.alter(await super().make(evaluator, params, options))
+
+
 async def run(
     folder: Path,
     chosen: LoopOptions,
     *,
-    broken: Callable[[Parts], Parts] | None = None,
+    broken: Callable[[Parts], Parts] = lambda parts: parts,
     completion_params: dict[str, Any] | None = None,
     **arguments: Any,
 ) -> TrainResult:
     """A run in `folder`; `broken` gets sampler and trainer in its hands first."""
     data = sums_file(folder.parent / f"{folder.name}.jsonl")
-
-    async def make(evaluator: Any, params: dict[str, Any], loop: LoopOptions) -> Parts:
-        parts = await local_parts().make(evaluator, params, loop)
-        return parts if broken is None else broken(parts)
-
     return await atrain(
         example.test_arithmetic,
         folder,
@@ -64,7 +71,7 @@ async def run(
         data=[data],
         held_out=8,
         progress=False,
-        parts=MakeParts(make),
+        parts=Broken(alter=broken),
         completion_params=completion_params,
         **arguments,
     )

@@ -39,7 +39,7 @@ async def test_a_run_on_fireworks_trains_what_its_deployment_sampled(
             data=[sums_file(tmp_path / "sums.jsonl")],
             held_out=16,
             progress=False,
-            parts=fireworks.fireworks_parts(
+            parts=fireworks.FireworksParts(
                 base_model=BASE,
                 deployment="dep",
                 trainer_job="job",
@@ -62,6 +62,6 @@ async def test_a_local_model_is_no_model_on_fireworks(tmp_path: Path) -> None:
             example.test_arithmetic,
             tmp_path / "run",
             options=options(),
-            parts=fireworks.fireworks_parts(base_model=BASE, deployment="dep"),
+            parts=fireworks.FireworksParts(base_model=BASE, deployment="dep"),
             progress=False,
         )

@@ -18,7 +18,7 @@ from eval_protocol_rft.local.models import bundled_model_path
 from eval_protocol_rft.loop._options import SetupError
 from eval_protocol_rft.loop._rollouts import NothingToTrainOnError
 from eval_protocol_rft.loop._run_directory import RunFolder, RunFolderError, weights_fingerprint
-from eval_protocol_rft.loop._setup import local_parts, with_tokenizer_of
+from eval_protocol_rft.loop._setup import LocalParts, with_tokenizer_of
 from eval_protocol_rft.loop._train import TrainResult, atrain
 from eval_protocol_rft.scoring.executors._loading import code_fingerprints, load_evaluator
 from tests.loop.runs import options, run, sums_file, without_times
@@ -334,7 +334,7 @@ async def test_a_folder_of_weights_that_is_not_there_is_said_at_once(tmp_path: P
             tmp_path / "run",
             options=options(**ONE),
             completion_params={"model": "m", "api_base": "http://127.0.0.1:9/v1"},
-            parts=local_parts(weights=tmp_path / "nowhere"),
+            parts=LocalParts(weights=tmp_path / "nowhere"),
             data=[sums_file(tmp_path / "sums.jsonl")],
             progress=False,
         )

@@ -23,7 +23,7 @@ from eval_protocol_rft.local.server._app import create_app
 from eval_protocol_rft.local.server._weights import ReloadingSampler
 from eval_protocol_rft.loop import trl as loop_trl
 from eval_protocol_rft.loop._local_trainer import LocalTrainer
-from eval_protocol_rft.loop._setup import local_parts
+from eval_protocol_rft.loop._setup import LocalParts
 from eval_protocol_rft.loop._step import TrainingStoppedError
 from eval_protocol_rft.loop._train import TrainResult, atrain
 from eval_protocol_rft.loop._trainer import NamedLoss, TrainerError
@@ -138,7 +138,7 @@ async def over_http(folder: Path, url: str, **changes: Any) -> TrainResult:
         options=options(**changes),
         model="policy",
         completion_params={"api_base": url, "seed": 0},
-        parts=local_parts(weights=FOLDER),
+        parts=LocalParts(weights=FOLDER),
         data=[sums_file(folder.parent / "sums.jsonl")],
         held_out=8,
         progress=False,

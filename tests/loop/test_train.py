@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from eval_protocol_rft.loop._rollouts import NothingToTrainOnError
 from eval_protocol_rft.loop._run_directory import RunFolder, RunFolderError
-from eval_protocol_rft.loop._setup import Optimizer, local_parts
+from eval_protocol_rft.loop._setup import LocalParts, Optimizer
 from eval_protocol_rft.loop._train import atrain
 from eval_protocol_rft.sampling._types import RefusedError
 from examples.arithmetic import test_arithmetic as example
@@ -120,7 +120,7 @@ async def test_a_run_is_not_continued_with_another_optimiser(tmp_path: Path) -> 
             data=[data],
             held_out=0,
             progress=False,
-            parts=local_parts(optimizer=Optimizer(weight_decay=weight_decay)),
+            parts=LocalParts(optimizer=Optimizer(weight_decay=weight_decay)),
         )
 
     await trained(0.0)

@@ -13,7 +13,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from eval_protocol_rft.loop._options import LoopOptions
-from eval_protocol_rft.loop._setup import Optimizer, local_parts
+from eval_protocol_rft.loop._setup import LocalParts, Optimizer
 from eval_protocol_rft.loop._train import atrain
 from eval_protocol_rft.loop._weights import ServedWeights
 from tests.loop import digit_sums
@@ -59,7 +59,7 @@ async def test_reward_climbs_over_live_weight_sync(tmp_path: Path) -> None:
                 "logprobs_mode": "processed_logprobs",
             },
             held_out=16,
-            parts=local_parts(weights=folder, optimizer=Optimizer(microbatch_tokens=1024)),
+            parts=LocalParts(weights=folder, optimizer=Optimizer(microbatch_tokens=1024)),
             progress=False,
             on_line=lambda line: print(_told(line), flush=True),
         )

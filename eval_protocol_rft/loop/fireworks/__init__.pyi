@@ -1,5 +1,5 @@
+from ._connecting import FireworksParts as FireworksParts
 from ._connecting import connect as connect
-from ._connecting import fireworks_parts as fireworks_parts
 from ._control_plane import ControlPlaneError as ControlPlaneError
 from ._control_plane import JobFailedError as JobFailedError
 from ._iterate import iterate as iterate

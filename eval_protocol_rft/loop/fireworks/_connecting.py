@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import httpx
@@ -21,7 +22,7 @@ from annotated_types import Ge
 
 from eval_protocol_rft import rollout
 from eval_protocol_rft.loop._options import FIREWORKS, MODEL, LoopOptions, SetupError
-from eval_protocol_rft.loop._setup import MakeParts, Optimizer, Parts, own_processor
+from eval_protocol_rft.loop._setup import Optimizer, Parts, own_processor
 from eval_protocol_rft.loop._trainer import TrainerError
 from eval_protocol_rft.loop.fireworks._hot_load import POLL_SECONDS, HotLoad
 from eval_protocol_rft.loop.fireworks._settings import Adam, check_temperature
@@ -131,58 +132,68 @@ def _reference(service: Any, client: Any) -> Any:
     return service.create_reference_client(policy_client=client)
 
 
-def fireworks_parts(
-    *,
-    base_model: Annotated[str, FIREWORKS()],
-    deployment: Annotated[str, FIREWORKS()],
-    lora_rank: Annotated[int, Ge(0), MODEL()] = 0,
-    optimizer: Optimizer | None = None,
-    training_shape: Annotated[str | None, FIREWORKS()] = None,
-    trainer_job: str | None = None,
-    base_url: str = FIREWORKS_URL,
-    delete_on_close: Annotated[bool, FIREWORKS()] = False,
-) -> MakeParts:
-    """For `train(parts=...)`.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FireworksParts:
+    """Training on Fireworks, for `train(parts=...)`."""
 
-    Args:
-        base_model: accounts/fireworks/models/... to train.
-        deployment: train on Fireworks: id of the deployment to sample from, made if need be.
-        lora_rank: train LoRA adapters of this rank; 0: all parameters.
-        optimizer: AdamW's settings.
-        training_shape: id of the hardware to train on.
-        trainer_job: id of the trainer job; default one named after the deployment, so that a run
-            that is continued finds its weights.
-        base_url: of the service.
-        delete_on_close: delete trainer job and deployment at the end, if made here. They cost money
-            while they are there.
-    """
+    base_model: Annotated[str, FIREWORKS()]
+    """accounts/fireworks/models/... to train."""
+    deployment: Annotated[str, FIREWORKS()]
+    """Train on Fireworks: id of the deployment to sample from, made if need be."""
+    lora_rank: Annotated[int, Ge(0), MODEL()] = 0
+    """Train LoRA adapters of this rank; 0: all parameters."""
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    training_shape: Annotated[str | None, FIREWORKS()] = None
+    """Id of the hardware to train on."""
+    trainer_job: str | None = None
+    """Id of the trainer job; default one named after the deployment, so that a run that is
+    continued finds its weights."""
+    base_url: str = FIREWORKS_URL
+    delete_on_close: Annotated[bool, FIREWORKS()] = False
+    """Delete trainer job and deployment at the end, if made here. They cost money while they are
+    there."""
+
+    def settings(self) -> dict[str, Any]:
+        return {
+            "base_model": self.base_model,
+            "deployment": self.deployment,
+            "lora_rank": self.lora_rank,
+            "training_shape": self.training_shape,
+            "optimizer": self.optimizer.settings(),
+        }
 
     async def make(
-        evaluator: Callable[..., Any], params: dict[str, Any], options: LoopOptions
+        self, evaluator: Callable[..., Any], params: dict[str, Any], options: LoopOptions
     ) -> Parts:
+        """Start what there is not, and connect.
+
+        Raises:
+            SetupError: the test samples a model of this process.
+            TrainerError: as for `connect`.
+        """
         request = rollout.parse_completion_params(params)
         if request.endpoint is None:
             raise SetupError(
                 f"{request.params.model} is a model of this process: name the one on Fireworks"
             )
-        chosen = optimizer or Optimizer()
+        optimizer = self.optimizer
         trainer = await connect(
-            base_model=base_model,
-            deployment=deployment,
+            base_model=self.base_model,
+            deployment=self.deployment,
             temperature=request.params.temperature,
             adam=Adam(
-                beta1=chosen.beta1,
-                beta2=chosen.beta2,
-                eps=chosen.eps,
-                weight_decay=chosen.weight_decay,
-                max_grad_norm=chosen.max_grad_norm or None,
+                beta1=optimizer.beta1,
+                beta2=optimizer.beta2,
+                eps=optimizer.eps,
+                weight_decay=optimizer.weight_decay,
+                max_grad_norm=optimizer.max_grad_norm or None,
             ),
-            lora_rank=lora_rank,
-            base_url=base_url,
-            training_shape=training_shape,
-            trainer_job=trainer_job or f"{deployment}-trainer",
+            lora_rank=self.lora_rank,
+            base_url=self.base_url,
+            training_shape=self.training_shape,
+            trainer_job=self.trainer_job or f"{self.deployment}-trainer",
             reference=options.kl_beta > 0,
-            delete_on_close=delete_on_close,
+            delete_on_close=self.delete_on_close,
         )
         if trainer.hot_load is None:
             raise SetupError("the trainer has no deployment to sample from")
@@ -193,12 +204,3 @@ def fireworks_parts(
             request=rollout.parse_completion_params(sampled),
             params=sampled,
         )
-
-    settings = {
-        "base_model": base_model,
-        "deployment": deployment,
-        "lora_rank": lora_rank,
-        "training_shape": training_shape,
-        "optimizer": (optimizer or Optimizer()).settings(),
-    }
-    return MakeParts(make, settings)
