@@ -16,9 +16,16 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from eval_protocol_rft.sampling._attempts import Attempt, Go, Stop, Wait, failed_attempt
 from eval_protocol_rft.sampling._limiter import RunLimits
-from eval_protocol_rft.sampling._retry import Again, CompletionAttempts, RetryPolicy
+from eval_protocol_rft.sampling._retry import (
+    Attempt,
+    CompletionAttempts,
+    Go,
+    RetryPolicy,
+    Stop,
+    Wait,
+    failed_attempt,
+)
 from eval_protocol_rft.sampling._types import ConnectionFailedError, SamplingError, UnavailableError
 
 ROUND_TRIP = 0.05
@@ -245,8 +252,8 @@ class Simulation:
         )
         self.result.rejected += 1
         after = flight.job.attempts.failed(attempt, uniform=self.random.random())
-        if isinstance(after, Again):
-            self.at(after.at, lambda: self.ready.append(flight.job))
+        if isinstance(after, Wait):
+            self.at(after.until, lambda: self.ready.append(flight.job))
         else:
             self.result.failed.append(after.reason)
             self._done(flight.job)

@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eval_protocol_rft.sampling._attempts import Attempt, Go, Stop, Wait
 from eval_protocol_rft.sampling._breaker import (
     ACCOUNT_STREAK,
     FIRST_PROBE_SECONDS,
@@ -17,6 +16,7 @@ from eval_protocol_rft.sampling._breaker import (
     PROMPT_STREAK,
     CircuitBreaker,
 )
+from eval_protocol_rft.sampling._retry import Attempt, Go, Stop, Wait
 
 TRANSIENT = [("unavailable", 503), ("connection", None), ("timeout", None), ("unavailable", 500)]
 ACCOUNT = [("refused", status) for status in (401, 402, 403, 404, 412)]

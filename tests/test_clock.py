@@ -16,7 +16,7 @@ import pytest
 
 from eval_protocol_rft.doctor._contact import ask_echo
 from eval_protocol_rft.episodes._calling import call
-from eval_protocol_rft.sampling import _bodies as bodies
+from eval_protocol_rft.sampling import _http as bodies
 from eval_protocol_rft.sampling._clock import LONGEST_PASS, Deadline, loop_clock, sampling_time
 from eval_protocol_rft.sampling._endpoint import Endpoint
 from eval_protocol_rft.sampling._fanout import StragglerPolicy, Survivor, sample_group

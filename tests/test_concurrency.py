@@ -18,10 +18,17 @@ from eval_protocol_rft.sampling._adaptive import (
     Measurement,
     ServerLoad,
 )
-from eval_protocol_rft.sampling._attempts import UNTIL_SOMETHING_ENDS, Attempt, Go, Stop, Wait
 from eval_protocol_rft.sampling._breaker import OPEN_AFTER, CircuitBreaker
 from eval_protocol_rft.sampling._limiter import ConcurrencyLimit, FixedLimit, RunLimits
-from eval_protocol_rft.sampling._retry import BudgetMeter, RunBudget
+from eval_protocol_rft.sampling._retry import (
+    UNTIL_SOMETHING_ENDS,
+    Attempt,
+    BudgetMeter,
+    Go,
+    RunBudget,
+    Stop,
+    Wait,
+)
 
 
 def success(started: float, ended: float, tokens: int = 100, queue: float | None = None) -> Attempt:

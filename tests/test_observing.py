@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eval_protocol_rft.sampling._attempts import Attempt
+from eval_protocol_rft.sampling._retry import Attempt
 from eval_protocol_rft.sampling._telemetry import (
     LOGGER,
     AttemptEvent,

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 
 import pytest
 
-from eval_protocol_rft.sampling._endpoint import Endpoint
-from eval_protocol_rft.sampling._http import HttpSampler, proxy_for
+from eval_protocol_rft.sampling._endpoint import Endpoint, proxy_for
+from eval_protocol_rft.sampling._http import HttpSampler
 from eval_protocol_rft.sampling._types import (
     Completion,
     RefusedError,

@@ -8,9 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eval_protocol_rft.sampling._attempts import Attempt, causes, failed_attempt
 from eval_protocol_rft.sampling._errors import error_in_body, status_error
-from eval_protocol_rft.sampling._retry import Again, CompletionAttempts, GiveUp, RetryPolicy
+from eval_protocol_rft.sampling._retry import (
+    Attempt,
+    CompletionAttempts,
+    RetryPolicy,
+    Stop,
+    Wait,
+    causes,
+    failed_attempt,
+)
 from eval_protocol_rft.sampling._types import (
     AttemptTimeoutError,
     ConnectionFailedError,
@@ -58,14 +65,14 @@ def failure(
 @pytest.mark.parametrize("error", TRANSIENT, ids=str)
 def test_what_may_pass_is_tried_again(error):
     attempts = CompletionAttempts(RetryPolicy())
-    assert isinstance(attempts.failed(failure(error=error), uniform=0.5), Again)
+    assert isinstance(attempts.failed(failure(error=error), uniform=0.5), Wait)
 
 
 @pytest.mark.parametrize("error", FINAL, ids=str)
 def test_what_would_come_back_the_same_is_not(error):
     attempts = CompletionAttempts(RetryPolicy())
     after = attempts.failed(failure(error=error), uniform=0.5)
-    assert isinstance(after, GiveUp)
+    assert isinstance(after, Stop)
     assert "another attempt would end the same" in after.reason
 
 
@@ -81,7 +88,7 @@ def test_the_record_says_how_many_attempts_there_were_and_why_each_failed():
         "unavailable 503",
         "timeout",
     ]
-    assert after == GiveUp(
+    assert after == Stop(
         "max_attempts=4 is reached: 4 attempts (2x unavailable 503, 1x connection, 1x timeout) "
         "in 7.0 s"
     )
@@ -103,9 +110,9 @@ def test_a_later_attempt_keeps_the_seed():
 
 def test_time_runs_from_the_start_of_the_first_attempt():
     attempts = CompletionAttempts(RetryPolicy(max_seconds=100, base_seconds=0))
-    assert attempts.failed(failure(1000, seconds=60), uniform=0) == Again(1060)
+    assert attempts.failed(failure(1000, seconds=60), uniform=0) == Wait(1060)
     after = attempts.failed(failure(1060, seconds=60), uniform=0)
-    assert isinstance(after, GiveUp)
+    assert isinstance(after, Stop)
     assert "max_seconds=100" in after.reason
 
 
@@ -119,8 +126,8 @@ def test_attempts_run_out_only_by_those_that_were_no_probe(probes, limit, unifor
     for number, probe in enumerate(probes, 1):
         after = attempts.failed(failure(at=10.0 * number, probe=probe), uniform=uniform)
         assert attempts.counted == probes[:number].count(False)
-        assert isinstance(after, GiveUp) == (attempts.counted == limit)
-        if isinstance(after, GiveUp):
+        assert isinstance(after, Stop) == (attempts.counted == limit)
+        if isinstance(after, Stop):
             return
 
 
@@ -139,21 +146,21 @@ def test_a_swap_of_the_weights_that_takes_minutes_costs_no_attempt():
     at, loading = 0.0, LoadingError("HTTP 425: swapping weights", status=425)
     while at < 900.0:
         again = attempts.failed(failure(at, seconds=0.01, error=loading), uniform=0.5)
-        assert isinstance(again, Again)
-        at = again.at
+        assert isinstance(again, Wait)
+        at = again.until
     assert attempts.counted == 0
     # Backoff grows as for other failures, to 15 s on average.
     assert len(attempts.history) < 900 / 15 + 10
-    assert isinstance(attempts.failed(failure(at), uniform=0.5), Again)
+    assert isinstance(attempts.failed(failure(at), uniform=0.5), Wait)
     over = attempts.failed(failure(at + 30), uniform=0.5)
-    assert isinstance(over, GiveUp)
+    assert isinstance(over, Stop)
     assert "max_attempts=2 is reached" in over.reason
 
 
 def test_a_server_that_loads_for_ever_is_given_up_after_max_seconds():
     attempts = CompletionAttempts(RetryPolicy(max_seconds=60.0))
     at, loading = 0.0, LoadingError("the deployment is loading", status=404)
-    while isinstance(again := attempts.failed(failure(at, 0.01, loading), uniform=0.9), Again):
-        at = again.at
+    while isinstance(again := attempts.failed(failure(at, 0.01, loading), uniform=0.9), Wait):
+        at = again.until
     assert at <= 60.0
     assert "max_seconds=60" in again.reason

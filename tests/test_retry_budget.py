@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eval_protocol_rft.sampling._attempts import Go, Stop, Wait
-from eval_protocol_rft.sampling._retry import BudgetMeter, RunBudget
+from eval_protocol_rft.sampling._retry import BudgetMeter, Go, RunBudget, Stop, Wait
 
 budgets = st.builds(
     RunBudget,

@@ -13,7 +13,7 @@ from eval_protocol_rft.sampling import _server_metrics as server_metrics
 from eval_protocol_rft.sampling._adaptive import AdaptiveLimit, ServerLoad
 from eval_protocol_rft.sampling._endpoint import Endpoint
 from eval_protocol_rft.sampling._limiter import FixedLimit
-from eval_protocol_rft.sampling._server_metrics import Gauges, StandingQueue, parse_metrics, polling
+from eval_protocol_rft.sampling._server_metrics import StandingQueue, parse_metrics, polling
 from tests.stub_server import Hang, Status, StubServer
 from tests.waiting import PATIENCE
 
@@ -59,13 +59,13 @@ def endpoint(server: StubServer, **fields) -> Endpoint:
 
 
 def test_a_page_is_summed_over_engines():
-    assert parse_metrics(PAGE) == Gauges(running=7, waiting=12, preemptions=5)
+    assert parse_metrics(PAGE) == ServerLoad(running=7, waiting=12, preempted=5)
 
 
 @given(*[st.integers(0, 10_000)] * 3)
 def test_a_page_without_labels_reads_too(running, waiting, preemptions):
     text = page(running, waiting, preemptions).replace('{engine="0"}', "")
-    assert parse_metrics(text) == Gauges(running, waiting, preemptions)
+    assert parse_metrics(text) == ServerLoad(running, waiting, preemptions)
 
 
 @pytest.mark.parametrize(
@@ -94,14 +94,14 @@ def test_whatever_stands_on_a_page_is_read_or_ignored(text):
 def test_preemptions_are_those_since_the_last_poll():
     queue = StandingQueue()
     counts = [10, 10, 13, 2, 4]
-    told = [queue.saw(Gauges(1, 0, count)).preempted for count in counts]
+    told = [queue.saw(ServerLoad(1, 0, count)).preempted for count in counts]
     assert told == [0, 0, 3, 0, 2], "between 13 and 2 the server began anew"
 
 
 def test_a_burst_is_no_queue_and_what_stays_is():
     queue = StandingQueue()
     waiting = [30, 30, 0, 30, 30, 24, 16]
-    told = [queue.saw(Gauges(8, each, 0)) for each in waiting]
+    told = [queue.saw(ServerLoad(8, each, 0)) for each in waiting]
     assert [load.running for load in told[:2]] == [0, 0], "too few polls to say"
     assert [load.waiting for load in told[2:]] == [0, 0, 0, 24, 16]
 
@@ -112,7 +112,7 @@ polls = st.lists(st.tuples(st.integers(0, 300), st.integers(0, 300)), max_size=1
 @given(polls)
 def test_the_share_that_waits_is_the_least_of_three_polls(found):
     queue = StandingQueue()
-    told = [queue.saw(Gauges(running, waiting, 0)) for running, waiting in found]
+    told = [queue.saw(ServerLoad(running, waiting, 0)) for running, waiting in found]
     shares = [waiting / (waiting + running) if waiting else 0.0 for running, waiting in found]
     for i, load in enumerate(told[2:], start=2):
         share = load.waiting / (load.waiting + load.running) if load.waiting else 0.0

@@ -19,14 +19,12 @@ from ._types import UnavailableError as UnavailableError
 # isort: split
 from ._adaptive import HIGHEST as HIGHEST
 from ._adaptive import AdaptiveLimit as AdaptiveLimit
-from ._bodies import read_body as read_body
-from ._bodies import reply_limit as reply_limit
 from ._breaker import ACCOUNT_STATUSES as ACCOUNT_STATUSES
 from ._clock import Deadline as Deadline
 from ._clock import loop_clock as loop_clock
 from ._clock import sampling_time as sampling_time
-from ._distribution import reshaped_by as reshaped_by
-from ._distribution import support_truncated as support_truncated
+from ._endpoint import endpoint_headers as endpoint_headers
+from ._endpoint import proxy_for as proxy_for
 from ._endpoint import resolve_endpoint as resolve_endpoint
 from ._errors import short as short
 from ._fanout import WAIT_FOR_ALL as WAIT_FOR_ALL
@@ -38,9 +36,9 @@ from ._fanout import sample_group as sample_group
 from ._fanout import sample_one as sample_one
 from ._http import NO_CLOCKS as NO_CLOCKS
 from ._http import TrustingConnector as TrustingConnector
-from ._http import endpoint_headers as endpoint_headers
 from ._http import error_text as error_text
-from ._http import proxy_for as proxy_for
+from ._http import read_body as read_body
+from ._http import reply_limit as reply_limit
 from ._limiter import ConcurrencyLimit as ConcurrencyLimit
 from ._limiter import FixedLimit as FixedLimit
 from ._limiter import RunLimiter as RunLimiter
@@ -69,5 +67,7 @@ from ._types import TOKEN_ID_LIMIT as TOKEN_ID_LIMIT
 from ._types import LogprobsMode as LogprobsMode
 from ._types import TokenIds as TokenIds
 from ._types import logprob_problem as logprob_problem
+from ._types import reshaped_by as reshaped_by
+from ._types import support_truncated as support_truncated
 from ._types import token_data_problem as token_data_problem
 from ._wire import request_body as request_body

@@ -33,10 +33,9 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from dataclasses import dataclass
 from typing import NamedTuple
 
-from eval_protocol_rft.sampling._attempts import Attempt
+from eval_protocol_rft.sampling._retry import Attempt
 
 FEWEST, MOST = 16, 64
 """Clean samples that make a measurement: as many as are in flight, within these. Fewer than 16 are
@@ -240,8 +239,7 @@ _TINY = 1e-9
 """Of a throughput or its gain: keeps completions without tokens from dividing by zero."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServerLoad:
+class ServerLoad(NamedTuple):
     """What a server's metrics say at one moment, as vLLM's do."""
 
     running: int

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import Literal
 
-from eval_protocol_rft.sampling._attempts import Attempt, Go, MayStart, Stop, Wait
+from eval_protocol_rft.sampling._retry import Attempt, Go, MayStart, Stop, Wait
 
 ACCOUNT_STATUSES = frozenset({401, 402, 403, 404, 405, 407, 412})
 """Key, bill, access, model, path, proxy, suspended account: no prompt makes a difference."""

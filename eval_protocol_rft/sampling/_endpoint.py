@@ -2,17 +2,25 @@
 
 Invariant: a key never shows. It is left out of every repr, and the Fireworks key of the environment
 goes to Fireworks alone: to its hosts, to the base URL named for it, or with a Fireworks model name.
+
+Which requests have the same prompt, or are turns of one episode, is what a router needs to send
+them to the replica that has what they begin with in its cache. Where the user says anything of
+affinity, in a header or in the body, we say nothing.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ipaddress
 import re
-from collections.abc import Mapping
+import urllib.request
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
 
 from eval_protocol_rft._options import Flag, environment_variable
+from eval_protocol_rft.sampling._types import RefusedError, SamplingParams, TokenIds
 
 FIREWORKS_URL = "https://api.fireworks.ai/inference/v1"
 _SHORTEST_SECRET = 8
@@ -150,3 +158,82 @@ def _fits_header(text: str) -> bool:
 
 def _longest(text: str) -> tuple[int, str]:
     return -len(text), text
+
+
+def endpoint_headers(endpoint: Endpoint) -> dict[str, str]:
+    """What each request to this server carries, names in lower case."""
+    key = endpoint.api_key
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    # The user's header goes before ours, whatever its case: a name sent twice is refused.
+    return headers | {name.lower(): value for name, value in endpoint.headers}
+
+
+def proxy_for(url: str) -> str | None:
+    """The proxy that the environment names for `url`: `HTTP_PROXY` or `HTTPS_PROXY` by its scheme,
+    else `ALL_PROXY`, unless `NO_PROXY` has its host. Look it up once, not for every request.
+
+    Raises:
+        RefusedError: it is no HTTP proxy.
+    """
+    parts = urlsplit(url)
+    named = urllib.request.getproxies()
+    scheme = parts.scheme if named.get(parts.scheme) else "all"
+    proxy = named.get(scheme)
+    if not proxy or _goes_direct(parts, named.get("no", "")):
+        return None
+    if "://" not in proxy:
+        proxy = f"http://{proxy}"
+    if urlsplit(proxy).scheme not in ("http", "https"):
+        host = urlsplit(proxy).netloc.rpartition("@")[2]
+        raise RefusedError(
+            f"{scheme.upper()}_PROXY names a proxy that is not supported "
+            f"({urlsplit(proxy).scheme}://{host}): name one that speaks HTTP, or have "
+            f"{parts.hostname} in NO_PROXY"
+        )
+    return proxy
+
+
+def _goes_direct(url: SplitResult, exceptions: str) -> bool:
+    """Whether `NO_PROXY` names this host: by its name, a domain, `host:port`, or as curl takes it
+    too, by a network (10.0.0.0/8)."""
+    if urllib.request.proxy_bypass(url.netloc.rpartition("@")[2]):
+        return True
+    try:
+        address = ipaddress.ip_address(url.hostname or "")
+    except ValueError:
+        return False
+    for exception in exceptions.split(","):
+        with contextlib.suppress(ValueError):
+            if address in ipaddress.ip_network(exception.strip().strip("[]"), strict=False):
+                return True
+    return False
+
+
+def proxy_passwords(proxy: str | None) -> tuple[str, ...]:
+    """What may not be shown of the proxy's URL."""
+    parts = urlsplit(proxy or "")
+    return (parts.password, unquote(parts.password)) if parts.password else ()
+
+
+AFFINITY_HEADER = "x-session-affinity"
+"""Known to Fireworks and to routers before several vLLM servers; others do not look at it."""
+AFFINITY_FIELD = "prompt_cache_key"
+"""Fireworks alone gets it: servers may refuse a field that they do not know."""
+_OWN_HEADERS = frozenset({AFFINITY_HEADER, "x-multi-turn-session-id"})
+_OWN_FIELDS = (AFFINITY_FIELD, "user")
+"""Of the body. Fireworks routes by `user` where there is no `prompt_cache_key`."""
+
+
+def has_own_affinity(headers: Iterable[tuple[str, str]]) -> bool:
+    """Whether the user's headers say where requests belong."""
+    return any(name.lower() in _OWN_HEADERS for name, _ in headers)
+
+
+def affinity_of(prompt: TokenIds, params: SamplingParams) -> str | None:
+    """What to call the episode or else the prompt; None where the user turned that off or calls it
+    something else."""
+    if not params.prompt_cache_affinity:
+        return None
+    if params.extra and any(field in params.extra for field in _OWN_FIELDS):
+        return None
+    return params.session or prompt.affinity

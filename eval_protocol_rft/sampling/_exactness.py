@@ -12,9 +12,14 @@ from typing import Any
 
 import msgspec
 
-from eval_protocol_rft.sampling._distribution import reshaped_by
 from eval_protocol_rft.sampling._replies import ABSENT, Choice, Logprobs, Reply
-from eval_protocol_rft.sampling._types import Completion, ContractError, SamplingParams, TokenIds
+from eval_protocol_rft.sampling._types import (
+    Completion,
+    ContractError,
+    SamplingParams,
+    TokenIds,
+    reshaped_by,
+)
 
 _ID_PREFIX = "token_id:"
 """How vLLM writes tokens under `return_tokens_as_token_ids`: text may stand for several ids, this

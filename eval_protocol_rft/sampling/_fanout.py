@@ -21,10 +21,9 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Literal
 
-from eval_protocol_rft.sampling._attempts import Attempt, causes
 from eval_protocol_rft.sampling._clock import Alarm, loop_clock, sampling_time
 from eval_protocol_rft.sampling._limiter import RunLimiter
-from eval_protocol_rft.sampling._retry import CompletionAttempts, GiveUp, RetryPolicy
+from eval_protocol_rft.sampling._retry import Attempt, CompletionAttempts, RetryPolicy, Stop, causes
 from eval_protocol_rft.sampling._telemetry import AttemptEvent, Observer
 from eval_protocol_rft.sampling._types import (
     Completion,
@@ -356,11 +355,11 @@ async def sample_one(
             raise asyncio.CancelledError
         # Outside `slots`: a pause is nobody's request in flight.
         again = attempts.failed(attempt, uniform=random.random())  # noqa: S311
-        tell(attempt, limiter.limits.in_flight, gives_up=isinstance(again, GiveUp))
-        if isinstance(again, GiveUp):
+        tell(attempt, limiter.limits.in_flight, gives_up=isinstance(again, Stop))
+        if isinstance(again, Stop):
             return _failure(index, failure, attempts)
         with loop_clock().runs():
-            await asyncio.sleep(max(0.0, again.at - sampling_time()))
+            await asyncio.sleep(max(0.0, again.until - sampling_time()))
 
 
 def _failure(index: int, error: SamplingError, attempts: CompletionAttempts) -> Failure:

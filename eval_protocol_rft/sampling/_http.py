@@ -1,51 +1,42 @@
 """`HttpSampler`: one request, one reply. Transport only.
 
 Invariant: one call of `sample` is one HTTP request. It retries nothing, follows no redirect, and
-whatever goes wrong leaves as a `SamplingError` in which no secret appears.
-
-Which requests have the same prompt, or are turns of one episode: what a router needs to send
-them to the replica that has what they begin with in its cache. Pure.
-
-Invariant: where the user says anything of affinity, in a header or in the body, we say nothing.
-
-Which connections may carry a request.
+whatever goes wrong leaves as a `SamplingError` in which no secret appears. No reply, whatever a
+server sends, takes more memory than its request could explain, and a body that was not read to its
+end is never returned.
 
 Invariant: a connection on which something came in unasked, or over which a reply came that was not
-ours, is closed: HTTP/1.1 has nothing else to tell one request's reply from another's.
-
-Of aiohttp this needs `BaseConnector.connect`, which gives out a connection for each request, and of
-a connection's protocol `should_close`, which also says whether something came in unasked.
+ours, is closed: HTTP/1.1 has nothing else to tell one request's reply from another's. Of aiohttp
+this needs `BaseConnector.connect`, which gives out a connection for each request, and of a
+connection's protocol `should_close`, which also says whether something came in unasked.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import ipaddress
 import math
+import re
 import select
-import urllib.request
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
-from urllib.parse import SplitResult, unquote, urlsplit
 
 import aiohttp
 
 from eval_protocol_rft._text import well_formed
-from eval_protocol_rft.sampling._bodies import (
-    ERROR_BYTES,
-    read_body,
-    read_stream,
-    read_to_the_end,
-    reply_limit,
-    streams,
-)
 from eval_protocol_rft.sampling._clock import Deadline
-from eval_protocol_rft.sampling._endpoint import Endpoint
+from eval_protocol_rft.sampling._endpoint import (
+    AFFINITY_HEADER,
+    Endpoint,
+    affinity_of,
+    endpoint_headers,
+    has_own_affinity,
+    proxy_for,
+    proxy_passwords,
+)
 from eval_protocol_rft.sampling._errors import short, status_error
 from eval_protocol_rft.sampling._types import (
     AttemptTimeoutError,
@@ -61,30 +52,6 @@ from eval_protocol_rft.sampling._wire import decode_reply, decode_stream, reques
 
 if TYPE_CHECKING:
     from aiohttp.connector import Connection
-
-AFFINITY_HEADER = "x-session-affinity"
-"""Known to Fireworks and to routers before several vLLM servers; others do not look at it."""
-AFFINITY_FIELD = "prompt_cache_key"
-"""Fireworks alone gets it: servers may refuse a field that they do not know."""
-_OWN_HEADERS = frozenset({AFFINITY_HEADER, "x-multi-turn-session-id"})
-_OWN_FIELDS = (AFFINITY_FIELD, "user")
-"""Of the body. Fireworks routes by `user` where there is no `prompt_cache_key`."""
-
-
-def has_own_affinity(headers: Iterable[tuple[str, str]]) -> bool:
-    """Whether the user's headers say where requests belong."""
-    return any(name.lower() in _OWN_HEADERS for name, _ in headers)
-
-
-def affinity_of(prompt: TokenIds, params: SamplingParams) -> str | None:
-    """What to call the episode or else the prompt; None where the user turned that off or calls it
-    something else."""
-    if not params.prompt_cache_affinity:
-        return None
-    if params.extra and any(field in params.extra for field in _OWN_FIELDS):
-        return None
-    return params.session or prompt.affinity
-
 
 CONNECT_SECONDS = 30.0
 """To connect, with what TLS and a proxy need to say first."""
@@ -157,6 +124,108 @@ def _says_something(transport: asyncio.Transport | None) -> bool:
     return bool(poll.poll(0))
 
 
+STREAM_FROM_TOKENS = 4096
+"""From this max_tokens on replies are streamed: such a generation takes minutes, in which a
+connection that died would otherwise look like one that is busy."""
+STALL_SECONDS = 30.0
+"""A stream that has begun and is silent for so long is dead. Servers pause for seconds at most."""
+ERROR_BYTES = 1 << 16
+_DONE = re.compile(rb"(?:\A|[\r\n])data: ?\[DONE\](?:\r\n|\n|\r){2}")
+"""The last event, whole: as a line of its own, and with the blank line that ends it. A text may
+hold the same words."""
+_LONGEST_DONE = 20
+_AFTER_DONE_SECONDS = 0.5
+"""How long to wait for the end of a finished stream, so that its connection can be used again."""
+_BASE_BYTES = 1 << 20
+_BYTES_PER_TOKEN = 4096
+"""An event per token, with text, both logprobs and some alternatives, takes some 500."""
+_BYTES_PER_PROMPT_TOKEN = 64
+_UNBOUNDED_TOKENS = 1 << 17
+"""Where max_tokens is left to the server."""
+
+
+def streams(params: SamplingParams) -> bool:
+    """Whether to ask for a stream: as the user said, or where the generation may be long."""
+    if params.stream is not None:
+        return params.stream
+    return params.max_tokens is None or params.max_tokens >= STREAM_FROM_TOKENS
+
+
+def reply_limit(prompt: TokenIds, params: SamplingParams) -> int:
+    """Most bytes that a reply can have that was asked for."""
+    tokens = params.max_tokens or _UNBOUNDED_TOKENS
+    return _BASE_BYTES + _BYTES_PER_TOKEN * tokens + _BYTES_PER_PROMPT_TOKEN * len(prompt)
+
+
+async def read_body(response: aiohttp.ClientResponse, *, limit: int) -> bytes:
+    """A whole body; an error's is cut at `limit`, it is only shown.
+
+    Raises:
+        ContractError: a reply of status 200 is longer than `limit` bytes, decompressed.
+        aiohttp.ClientError, OSError, TimeoutError: it did not arrive whole.
+    """
+    parts: list[bytes] = []
+    size = 0
+    while chunk := await response.content.readany():
+        parts.append(chunk)
+        size += len(chunk)
+        if size > limit:
+            if response.status != 200:
+                break
+            raise _too_long(limit)
+    return b"".join(parts)
+
+
+async def read_stream(response: aiohttp.ClientResponse, *, limit: int) -> bytes:
+    """A whole event stream, up to its `[DONE]`, or what arrived before it ended otherwise.
+
+    Raises:
+        AttemptTimeoutError: it had begun, and then nothing came for `STALL_SECONDS`.
+        ContractError: it is longer than `limit` bytes.
+        aiohttp.ClientError, OSError, TimeoutError: it broke off.
+    """
+    body = bytearray()
+    # Before the first event the request may be waiting in the server's queue.
+    silence = Deadline(None)
+    try:
+        async with silence:
+            while chunk := await response.content.readany():
+                body += chunk
+                if len(body) > limit:
+                    raise _too_long(limit)
+                if _is_done(body, len(chunk)):
+                    break
+                silence.restart(STALL_SECONDS)
+    except TimeoutError:
+        if not silence.expired():
+            raise
+        raise AttemptTimeoutError(
+            f"the stream stalled for {STALL_SECONDS:g} s after {len(body)} bytes"
+        ) from None
+    return bytes(body)
+
+
+def _is_done(body: bytearray, new: int) -> bool:
+    """Whether the last event is among the `new` last bytes."""
+    # Found by its words first: the pattern alone would cost more than parsing the events.
+    at = body.rfind(b"[DONE]", max(0, len(body) - new - _LONGEST_DONE))
+    return at >= 0 and _DONE.search(body, max(0, at - _LONGEST_DONE)) is not None
+
+
+async def read_to_the_end(response: aiohttp.ClientResponse) -> None:
+    """Take what follows `[DONE]`, which is nothing but the end of the body. Never fails."""
+    try:
+        async with Deadline(_AFTER_DONE_SECONDS):
+            while await response.content.readany():
+                pass
+    except (TimeoutError, aiohttp.ClientError, OSError):
+        response.close()
+
+
+def _too_long(limit: int) -> ContractError:
+    return ContractError(f"the reply is longer than {limit} bytes, more than was asked for")
+
+
 KEEPALIVE_SECONDS = 4.0
 """uvicorn, and so vLLM and SGLang, closes an idle connection after 5 s, under the next request."""
 NO_CLOCKS = aiohttp.ClientTimeout(total=None, sock_connect=None)
@@ -207,7 +276,7 @@ class HttpSampler:
     ) -> Completion:
         if self._session is None:
             self._proxy = proxy_for(self._url)
-            self._secrets = (*self._endpoint.secrets, *_password_of(self._proxy))
+            self._secrets = (*self._endpoint.secrets, *proxy_passwords(self._proxy))
             self._open()
         assert self._session is not None  # noqa: S101 - narrows the type
         streamed = streams(params)
@@ -288,60 +357,6 @@ class HttpSampler:
             headers={"content-type": "application/json", **endpoint_headers(self._endpoint)},
             cookie_jar=aiohttp.DummyCookieJar(),
         )
-
-
-def endpoint_headers(endpoint: Endpoint) -> dict[str, str]:
-    """What each request to this server carries, names in lower case."""
-    key = endpoint.api_key
-    headers = {"authorization": f"Bearer {key}"} if key else {}
-    # The user's header goes before ours, whatever its case: a name sent twice is refused.
-    return headers | {name.lower(): value for name, value in endpoint.headers}
-
-
-def proxy_for(url: str) -> str | None:
-    """The proxy that the environment names for `url`: `HTTP_PROXY` or `HTTPS_PROXY` by its scheme,
-    else `ALL_PROXY`, unless `NO_PROXY` has its host. Look it up once, not for every request.
-
-    Raises:
-        RefusedError: it is no HTTP proxy.
-    """
-    parts = urlsplit(url)
-    named = urllib.request.getproxies()
-    scheme = parts.scheme if named.get(parts.scheme) else "all"
-    proxy = named.get(scheme)
-    if not proxy or _goes_direct(parts, named.get("no", "")):
-        return None
-    if "://" not in proxy:
-        proxy = f"http://{proxy}"
-    if urlsplit(proxy).scheme not in ("http", "https"):
-        host = urlsplit(proxy).netloc.rpartition("@")[2]
-        raise RefusedError(
-            f"{scheme.upper()}_PROXY names a proxy that is not supported "
-            f"({urlsplit(proxy).scheme}://{host}): name one that speaks HTTP, or have "
-            f"{parts.hostname} in NO_PROXY"
-        )
-    return proxy
-
-
-def _goes_direct(url: SplitResult, exceptions: str) -> bool:
-    """Whether `NO_PROXY` names this host: by its name, a domain, `host:port`, or as curl takes it
-    too, by a network (10.0.0.0/8)."""
-    if urllib.request.proxy_bypass(url.netloc.rpartition("@")[2]):
-        return True
-    try:
-        address = ipaddress.ip_address(url.hostname or "")
-    except ValueError:
-        return False
-    for exception in exceptions.split(","):
-        with contextlib.suppress(ValueError):
-            if address in ipaddress.ip_network(exception.strip().strip("[]"), strict=False):
-                return True
-    return False
-
-
-def _password_of(proxy: str | None) -> tuple[str, ...]:
-    parts = urlsplit(proxy or "")
-    return (parts.password, unquote(parts.password)) if parts.password else ()
 
 
 def _proxy_error(error: aiohttp.ClientHttpProxyError) -> SamplingError:

@@ -30,18 +30,19 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from eval_protocol_rft._errors import EvalProtocolRftError
-from eval_protocol_rft.sampling._attempts import (
+from eval_protocol_rft.sampling._breaker import CircuitBreaker
+from eval_protocol_rft.sampling._clock import loop_clock, sampling_time
+from eval_protocol_rft.sampling._retry import (
     UNTIL_SOMETHING_ENDS,
     Attempt,
+    BudgetMeter,
     Go,
     MayStart,
+    RunBudget,
     Stop,
     Wait,
     failed_attempt,
 )
-from eval_protocol_rft.sampling._breaker import CircuitBreaker
-from eval_protocol_rft.sampling._clock import loop_clock, sampling_time
-from eval_protocol_rft.sampling._retry import BudgetMeter, RunBudget
 from eval_protocol_rft.sampling._types import Completion, SamplingError
 
 

@@ -23,7 +23,6 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from eval_protocol_rft.sampling._distribution import plain, reshaped_by
 from eval_protocol_rft.sampling._fanout import sample_group
 from eval_protocol_rft.sampling._limiter import RunLimiter, RunStoppedError
 from eval_protocol_rft.sampling._retry import RetryPolicy
@@ -33,6 +32,8 @@ from eval_protocol_rft.sampling._types import (
     SamplingError,
     SamplingParams,
     TokenIds,
+    plain,
+    reshaped_by,
 )
 
 Kind = Literal["sampling", "raw", "neither", "unknown"]

@@ -1,4 +1,9 @@
-"""When to try again. Pure: no clock, no randomness, no sleep; those come in as arguments.
+"""What became of each request, and when to try again. Pure: no clock, no randomness, no sleep;
+those come in as arguments. Times are seconds of the clock of the loop that samples (`_clock.py`).
+
+Invariant: one request, one `Attempt`, whatever its end. Whether a request may start, as retries,
+breaker, budget and limits answer (`Go`, `Wait`, `Stop`), commits to nothing: whoever asks says
+separately what it did, so several can be asked before one request is made.
 
 Invariant: one budget for everything. Nothing below this retries, and Eval Protocol does not
 resample our errors, so `max_attempts` is the number of requests that one completion can cost. Not
@@ -7,9 +12,7 @@ weights: those end with `max_seconds`. The seed stays the same over all attempts
 attempt whose reply was lost may have been sampled, and another draw in its place would favour
 whatever is quick to arrive.
 
-How many requests a run may spend beyond one per completion, and for how long. Pure.
-
-Invariant, at any time t seconds into the run, whatever the server does:
+Invariant of a run's budget, at any time t seconds into the run, whatever the server does:
 
     retries <= burst + extra_ratio * first_attempts + trickle_per_second * t
 
@@ -20,36 +23,125 @@ Source of the ratio: retry budgets of Twitter's Finagle (2016) and Google's SRE 
 
 from __future__ import annotations
 
+import math
+from collections import Counter
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, TypeAlias
 
 from annotated_types import Ge
 
 from eval_protocol_rft._options import Flag, check_options
-from eval_protocol_rft.sampling._attempts import (
-    TRANSIENT_KINDS,
-    Attempt,
-    Go,
-    MayStart,
-    Stop,
-    Wait,
-    causes,
-)
-from eval_protocol_rft.sampling._types import SamplingError
+from eval_protocol_rft.sampling._types import FailureKind, LoadingError, SamplingError
+
+TRANSIENT_KINDS: frozenset[FailureKind] = frozenset({"unavailable", "connection", "timeout"})
+"""A refusal or a reply that breaks the contract would come back the same."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attempt:
+    """One request that has ended."""
+
+    started: float
+    ended: float
+    kind: FailureKind | None = None
+    """Why it failed; None for a completion."""
+    status: int | None = None
+    """HTTP status of a failure, if it got one."""
+    message: str = ""
+    retry_after: float | None = None
+    """Seconds that the server asked us to wait."""
+    tokens: int = 0
+    """Sampled tokens; 0 for a failure."""
+    queue_seconds: float | None = None
+    """Part of the time that the request spent in the server's queues, where the server tells."""
+    loading: bool = False
+    """The server turned it away because it was loading weights."""
+    probe: bool = False
+    """It was let through to find out whether the server is back."""
+    prompt: Hashable = None
+    """Which prompt it was for; None where unknown: then every request counts as a prompt."""
+
+    def __post_init__(self) -> None:
+        if self.ended < self.started:
+            raise ValueError(f"an attempt ended at {self.ended} but started at {self.started}")
+
+    @property
+    def seconds(self) -> float:
+        return self.ended - self.started
+
+    @property
+    def transient(self) -> bool:
+        """It failed in a way that may pass."""
+        return self.kind in TRANSIENT_KINDS
+
+    @property
+    def cause(self) -> str:
+        """In a word or two: `ok`, `timeout`, `unavailable 503`."""
+        if self.kind is None:
+            return "ok"
+        return self.kind if self.status is None else f"{self.kind} {self.status}"
+
+
+def failed_attempt(
+    error: SamplingError,
+    *,
+    started: float,
+    ended: float,
+    probe: bool = False,
+    prompt: Hashable = None,
+) -> Attempt:
+    """The `Attempt` that ended in `error`."""
+    return Attempt(
+        started=started,
+        ended=ended,
+        kind=error.kind,
+        status=error.status,
+        message=str(error),
+        retry_after=error.retry_after,
+        loading=isinstance(error, LoadingError),
+        probe=probe,
+        prompt=prompt,
+    )
+
+
+def causes(attempts: Sequence[Attempt]) -> str:
+    """How many attempts and why: `4 attempts (3x unavailable 503, 1x timeout)`."""
+    counts = Counter(attempt.cause for attempt in attempts)
+    listed = ", ".join(f"{count}x {cause}" for cause, count in counts.most_common())
+    noun = "attempt" if len(attempts) == 1 else "attempts"
+    return f"{len(attempts)} {noun}" + (f" ({listed})" if listed else "")
+
+
+UNTIL_SOMETHING_ENDS = math.inf
+"""`Wait.until` where no date can be named: ask again when a request in flight has ended."""
 
 
 @dataclass(frozen=True, slots=True)
-class Again:
-    """Another attempt, not before `at` (clock seconds)."""
+class Go:
+    """Make the request."""
 
-    at: float
+    probe: bool = False
+    """It is one of the few that find out whether the server is back."""
 
 
 @dataclass(frozen=True, slots=True)
-class GiveUp:
-    """No further attempt."""
+class Wait:
+    """Not now; ask again."""
+
+    until: float
+    """Clock seconds before which the answer stays the same unless a request ends."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Never again in this run, or for this completion."""
 
     reason: str
+    """What happened and what to do about it, for the user."""
+
+
+MayStart: TypeAlias = Go | Wait | Stop
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,8 +222,8 @@ class CompletionAttempts:
         flight, a completion would spend all its attempts before the breaker opens."""
         return sum(not (attempt.probe or attempt.loading) for attempt in self.history)
 
-    def failed(self, attempt: Attempt, *, uniform: float) -> Again | GiveUp:
-        """Record a failure. `uniform`: a draw from [0, 1)."""
+    def failed(self, attempt: Attempt, *, uniform: float) -> Wait | Stop:
+        """Record a failure; when to try again, or why not. `uniform`: a draw from [0, 1)."""
         if attempt.kind is None:
             raise ValueError("this attempt did not fail; record it with succeeded()")
         self._ended(attempt)
@@ -144,8 +236,8 @@ class CompletionAttempts:
             turned_away=sum(past.loading and not past.probe for past in self.history),
         )
         if wait is not None:
-            return Again(attempt.ended + wait)
-        return GiveUp(f"{self._why(attempt)}: {causes(self.history)} in {elapsed:.1f} s")
+            return Wait(attempt.ended + wait)
+        return Stop(f"{self._why(attempt)}: {causes(self.history)} in {elapsed:.1f} s")
 
     def succeeded(self, attempt: Attempt) -> None:
         """Record the attempt that brought the completion."""

@@ -13,14 +13,13 @@ import math
 import re
 from collections import deque
 from collections.abc import AsyncIterator
-from typing import NamedTuple
 
 import aiohttp
 
 from eval_protocol_rft.sampling._adaptive import AdaptiveLimit, ServerLoad
 from eval_protocol_rft.sampling._clock import Deadline
-from eval_protocol_rft.sampling._endpoint import Endpoint
-from eval_protocol_rft.sampling._http import NO_CLOCKS, endpoint_headers, proxy_for
+from eval_protocol_rft.sampling._endpoint import Endpoint, endpoint_headers, proxy_for
+from eval_protocol_rft.sampling._http import NO_CLOCKS
 from eval_protocol_rft.sampling._limiter import ConcurrencyLimit
 from eval_protocol_rft.sampling._types import RefusedError
 
@@ -45,18 +44,10 @@ _SAMPLE = re.compile(
 _log = logging.getLogger(__name__)
 
 
-class Gauges(NamedTuple):
-    """Sums over the engines and models of a server."""
-
-    running: int
-    waiting: int
-    preemptions: int
-    """Since the server started."""
-
-
-def parse_metrics(text: str) -> Gauges | None:
+def parse_metrics(text: str) -> ServerLoad | None:
     """Read a page of metrics (Prometheus' text format); None where vLLM's two gauges are not on
-    it, or one is no number of requests."""
+    it, or one is no number of requests. Sums over the engines and models of the server; preemptions
+    since it started."""
     sums: dict[str, float] = {}
     for line in text.splitlines():
         found = _SAMPLE.match(line)
@@ -67,10 +58,10 @@ def parse_metrics(text: str) -> Gauges | None:
         return None
     if not all(0 <= value < math.inf for value in sums.values()):
         return None
-    return Gauges(
+    return ServerLoad(
         running=int(sums["requests_running"]),
         waiting=int(sums["requests_waiting"]),
-        preemptions=int(sums.get("preemptions_total", 0.0)),
+        preempted=int(sums.get("preemptions_total", 0.0)),
     )
 
 
@@ -78,23 +69,23 @@ class StandingQueue:
     """From polls to what they show together. Pure."""
 
     def __init__(self) -> None:
-        self._polls: deque[Gauges] = deque(maxlen=STANDING_POLLS)
+        self._polls: deque[ServerLoad] = deque(maxlen=STANDING_POLLS)
 
-    def saw(self, now: Gauges) -> ServerLoad:
+    def saw(self, now: ServerLoad) -> ServerLoad:
         """The load after one more poll: of the last `STANDING_POLLS`, the one that found the least
         share waiting, and nothing while there are fewer; and the preemptions since the last poll.
         """
         before = self._polls[-1] if self._polls else now
         # A counter that went down began anew.
-        preempted = max(0, now.preemptions - before.preemptions)
+        preempted = max(0, now.preempted - before.preempted)
         self._polls.append(now)
         if len(self._polls) < STANDING_POLLS:
             return ServerLoad(running=0, waiting=0, preempted=preempted)
         least = min(self._polls, key=_share_waiting)
-        return ServerLoad(running=least.running, waiting=least.waiting, preempted=preempted)
+        return least._replace(preempted=preempted)
 
 
-def _share_waiting(poll: Gauges) -> float:
+def _share_waiting(poll: ServerLoad) -> float:
     return poll.waiting / max(1, poll.waiting + poll.running)
 
 
@@ -142,7 +133,7 @@ async def _poll(endpoint: Endpoint, limit: AdaptiveLimit, every: float) -> None:
             await asyncio.sleep(every)
 
 
-async def _ask(session: aiohttp.ClientSession, url: str, proxy: str | None) -> Gauges | None:
+async def _ask(session: aiohttp.ClientSession, url: str, proxy: str | None) -> ServerLoad | None:
     """One poll; None for whatever is no page of metrics."""
     try:
         async with (

@@ -16,8 +16,8 @@ from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from eval_protocol_rft.sampling._attempts import Attempt
 from eval_protocol_rft.sampling._clock import sampling_time
+from eval_protocol_rft.sampling._retry import Attempt
 
 if TYPE_CHECKING:
     from opentelemetry.metrics import Meter
