@@ -8,8 +8,7 @@ from fireworks.training import sdk
 
 from eval_protocol_rft.loop._trainer import NamedLoss
 from eval_protocol_rft.loop.fireworks._hot_load import HotLoad
-from eval_protocol_rft.loop.fireworks._settings import Adam
-from eval_protocol_rft.loop.fireworks._trainer import FireworksTrainer
+from eval_protocol_rft.loop.fireworks._trainer import Adam, FireworksTrainer
 from tests.emulator.server import KEY, TrainingEmulator
 
 BASE = "accounts/fireworks/models/arithmetic"

@@ -16,11 +16,12 @@ from eval_protocol_rft.loop.fireworks._hot_load import SnapshotChain, judge_repl
 from eval_protocol_rft.loop.fireworks._run_state import (
     RunState,
     StepReport,
+    StepSettings,
     check_run_name,
     read_state,
     write_state,
 )
-from eval_protocol_rft.loop.fireworks._settings import Adam, StepSettings
+from eval_protocol_rft.loop.fireworks._trainer import Adam
 
 REPORT = StepReport(step=0, model="m", groups=1, completions=2, mean_score=0.5, dropped={})
 FRESH = RunState(run="r", settings={"base_model": "b", "lora_rank": 8})

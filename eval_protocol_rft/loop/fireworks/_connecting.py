@@ -25,8 +25,7 @@ from eval_protocol_rft.loop._options import FIREWORKS, MODEL, LoopOptions, Setup
 from eval_protocol_rft.loop._setup import Optimizer, Parts, own_processor
 from eval_protocol_rft.loop._trainer import TrainerError
 from eval_protocol_rft.loop.fireworks._hot_load import POLL_SECONDS, HotLoad
-from eval_protocol_rft.loop.fireworks._settings import Adam, check_temperature
-from eval_protocol_rft.loop.fireworks._trainer import FireworksTrainer
+from eval_protocol_rft.loop.fireworks._trainer import Adam, FireworksTrainer, check_temperature
 from eval_protocol_rft.training import require
 
 FIREWORKS_URL = "https://api.fireworks.ai"

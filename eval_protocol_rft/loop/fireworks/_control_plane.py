@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from eval_protocol_rft._errors import EvalProtocolRftError
-from eval_protocol_rft.loop.fireworks._settings import StepSettings
+from eval_protocol_rft.loop.fireworks._run_state import StepSettings
 from eval_protocol_rft.training import require
 
 Verdict = Literal["wait", "done", "failed", "stopped"]
@@ -83,54 +83,6 @@ def judge_ready(state: str | None) -> Verdict:
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Waiting:
-    """How often to look at something that is being made, and for how long."""
-
-    poll_seconds: float
-    timeout_seconds: float
-
-    async def until(
-        self,
-        what: str,
-        look: Callable[[], Awaitable[Any]],
-        judge: Callable[[str | None], Verdict],
-        found: Any = None,
-    ) -> None:
-        """Look until `judge` says that it is done.
-
-        Args:
-            what: for messages.
-            look: asks the service.
-            judge: reads a state.
-            found: what the service said just now.
-
-        Raises:
-            JobFailedError: a job failed.
-            ControlPlaneError: something else did, somebody paused it, or the time is up.
-        """
-        deadline = time.monotonic() + self.timeout_seconds
-        found = found if found is not None else await _look(look)
-        while (verdict := judge(found.state)) == "wait":
-            if time.monotonic() >= deadline:
-                raise ControlPlaneError(
-                    f"{what} is still {found.state} after {self.timeout_seconds:g} s; start again "
-                    "to go on waiting"
-                )
-            await asyncio.sleep(self.poll_seconds)
-            found = await _look(look)
-        if verdict == "done":
-            return
-        status = getattr(found, "status", None)
-        reason = getattr(status, "message", None) or "no reason given"
-        message = f"{found.name or what} is {found.state}: {reason}"
-        if verdict == "stopped":
-            raise ControlPlaneError(f"{message}. Resume it, then start again")
-        if judge is judge_job:
-            raise JobFailedError(message, job=found.name or what, state=found.state)
-        raise ControlPlaneError(message)
-
-
 class _NoAnswer(NamedTuple):
     """In place of what a look that failed would have seen."""
 
@@ -178,11 +130,13 @@ class ControlPlane:
 
     Args:
         client: an `AsyncFireworks` with an account id.
-        waiting: how often to look, and for how long.
+        poll_seconds: between looks at something that is being made.
+        timeout_seconds: most time to wait for one thing.
     """
 
     client: Any
-    waiting: Waiting
+    poll_seconds: float
+    timeout_seconds: float
 
     @property
     def _account(self) -> str:
@@ -228,16 +182,14 @@ class ControlPlane:
             raise ControlPlaneError(
                 f"deployment {deployment} serves {found.base_model}, not {base_model}: name another"
             )
-        await self.waiting.until(
+        await self._until(
             f"deployment {deployment}", lambda: deployments.get(deployment), judge_deployment, found
         )
 
     async def put_adapter(self, deployment: str, model: str) -> None:
         """See that `model` is on the deployment, in the place of any other."""
         lora, target = self.client.lora, self.deployment_name(deployment)
-        await self.waiting.until(
-            f"model {model}", lambda: self.client.models.get(_id(model)), judge_ready
-        )
+        await self._until(f"model {model}", lambda: self.client.models.get(_id(model)), judge_ready)
         found = None
         async for deployed in lora.list():
             if (deployed.model, deployed.deployment) == (model, target):
@@ -245,7 +197,7 @@ class ControlPlane:
         if found is None:
             found = await lora.load(deployment=target, model=model, replace_merged_addon=True)
         deployed_id = _id(found.name)
-        await self.waiting.until(
+        await self._until(
             f"{model} on {deployment}", lambda: lora.get(deployed_id), judge_deployed_model, found
         )
 
@@ -272,7 +224,7 @@ class ControlPlane:
         )
         if judge_ready(found.state) != "done":
             await datasets.upload(dataset, file=(file.name, data), timeout=UPLOAD_SECONDS)
-        await self.waiting.until(f"data set {dataset}", lambda: datasets.get(dataset), judge_ready)
+        await self._until(f"data set {dataset}", lambda: datasets.get(dataset), judge_ready)
 
     async def delete_dataset(self, dataset: str) -> None:
         try:
@@ -322,8 +274,48 @@ class ControlPlane:
             raise ControlPlaneError(
                 f"there is a job {found.name} already, on {found.dataset}: take another run name"
             )
-        await self.waiting.until(f"job {job}", lambda: steps.get(job), judge_job, found)
+        await self._until(f"job {job}", lambda: steps.get(job), judge_job, found)
         return model
+
+    async def _until(
+        self,
+        what: str,
+        look: Callable[[], Awaitable[Any]],
+        judge: Callable[[str | None], Verdict],
+        found: Any = None,
+    ) -> None:
+        """Look until `judge` says that it is done.
+
+        Args:
+            what: for messages.
+            look: asks the service.
+            judge: reads a state.
+            found: what the service said just now.
+
+        Raises:
+            JobFailedError: a job failed.
+            ControlPlaneError: something else did, somebody paused it, or the time is up.
+        """
+        deadline = time.monotonic() + self.timeout_seconds
+        found = found if found is not None else await _look(look)
+        while (verdict := judge(found.state)) == "wait":
+            if time.monotonic() >= deadline:
+                raise ControlPlaneError(
+                    f"{what} is still {found.state} after {self.timeout_seconds:g} s; start again "
+                    "to go on waiting"
+                )
+            await asyncio.sleep(self.poll_seconds)
+            found = await _look(look)
+        if verdict == "done":
+            return
+        status = getattr(found, "status", None)
+        reason = getattr(status, "message", None) or "no reason given"
+        message = f"{found.name or what} is {found.state}: {reason}"
+        if verdict == "stopped":
+            raise ControlPlaneError(f"{message}. Resume it, then start again")
+        if judge is judge_job:
+            raise JobFailedError(message, job=found.name or what, state=found.state)
+        raise ControlPlaneError(message)
 
 
 def _given(**values: Any) -> dict[str, Any]:

@@ -32,17 +32,16 @@ from eval_protocol_rft.loop.fireworks._control_plane import (
     ControlPlane,
     ControlPlaneError,
     JobFailedError,
-    Waiting,
     service_errors,
 )
 from eval_protocol_rft.loop.fireworks._run_state import (
     RunState,
     StepReport,
+    StepSettings,
     check_run_name,
     read_state,
     write_state,
 )
-from eval_protocol_rft.loop.fireworks._settings import StepSettings
 from eval_protocol_rft.training.export import rl_step
 
 if TYPE_CHECKING:
@@ -336,7 +335,8 @@ async def iterate(
             rows=rows,
             plane=ControlPlane(
                 client=client,
-                waiting=Waiting(poll_seconds=poll_seconds, timeout_seconds=timeout_seconds),
+                poll_seconds=poll_seconds,
+                timeout_seconds=timeout_seconds,
             ),
             folder=folder,
             steps=steps,

@@ -1,4 +1,4 @@
-r"""Where an iterative run is: a small file, and a pure state machine over it.
+r"""Where an iterative run is: a small file, a pure state machine over it, and how its steps train.
 
 Invariant: a phase is written down before its first request is made, and left after its last was
 answered. Every phase can be repeated from its beginning without doing anything twice, so a process
@@ -10,7 +10,9 @@ that dies anywhere goes on where the file says.
 
 from __future__ import annotations
 
+import math
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -23,6 +25,35 @@ Phase = Literal["serve", "generate", "upload", "train", "clean", "failed", "done
 SCHEMA = 1
 STATE_FILE = "run.json"
 _NAME = re.compile(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepSettings:
+    """How one reinforcement fine-tuning step trains: what its job is created with."""
+
+    learning_rate: float
+    lora_rank: int
+    """At least 1: the next step starts from an adapter, and so does the deployment."""
+    epochs: int = 1
+    """Passes over the step's data. After the first the data is no longer of the policy."""
+    loss_method: Literal["GRPO", "DAPO", "GSPO_TOKEN"] = "GRPO"
+    kl_beta: float | None = None
+    """Penalty to the reference; None leaves it to the method (GRPO is documented with 0.001)."""
+    max_context_length: int | None = None
+    """Tokens of the longest sample; None leaves it to the server."""
+    batch_size: int | None = None
+    """Tokens of a packed batch; None leaves it to the server."""
+    node_count: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
+        if self.kl_beta is not None and not 0.0 <= self.kl_beta < math.inf:
+            raise ValueError(f"kl_beta must be finite and not negative, got {self.kl_beta}")
+        for name in ("lora_rank", "epochs", "max_context_length", "batch_size", "node_count"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
 
 
 class StepReport(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,23 +1,19 @@
 """`FireworksTrainer`: the Fireworks training API as a `Trainer`.
 
 Invariant: what the server adds up is the loss that the datums describe, nothing less and nothing
-more: the server never divides (`grad_accumulation_normalization=None`), thresholds are always sent,
-and positions that were not sampled have no part in a loss.
-
-What the training server answers, checked before anything is made of it.
-
-Invariant: logprobs meet datums by position only after their numbers and lengths were compared.
-
-Where the training server keeps a saved state: what a folder holds in place of weights.
-
-Invariant: a folder is read back as it was written, or not at all.
+more: the server never divides (`grad_accumulation_normalization=None`), thresholds and all of
+AdamW's settings are always sent, and positions that were not sampled have no part in a loss.
+Logprobs meet datums by position only after their numbers and lengths were compared. A folder that
+names a saved state is read back as it was written, or not at all.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import secrets
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +31,6 @@ from eval_protocol_rft.loop.fireworks._losses import (
     value_of,
     with_difference,
 )
-from eval_protocol_rft.loop.fireworks._settings import Adam, check_temperature
 from eval_protocol_rft.training import (
     FloatArray,
     TrainingDatum,
@@ -43,6 +38,43 @@ from eval_protocol_rft.training import (
     loss_fn_inputs,
     require,
 )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Adam:
+    """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) as the training server runs it."""
+
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    """The SDK's own default is 1e-12."""
+    weight_decay: float = 0.0
+    max_grad_norm: float | None = 1.0
+    """Longer gradients are cut to this norm; None: never."""
+
+    def __post_init__(self) -> None:
+        for name in ("beta1", "beta2"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(
+                    f"{name} must be at least 0 and below 1, got {getattr(self, name)}"
+                )
+        for name in ("eps", "weight_decay"):
+            if not 0.0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be finite, not negative, got {getattr(self, name)}")
+        norm = self.max_grad_norm
+        # On the wire 0 means that nothing is cut.
+        if norm is not None and not 0.0 < norm < math.inf:
+            raise ValueError(f"max_grad_norm must be above 0 or None, got {norm}")
+
+
+def check_temperature(temperature: float) -> None:
+    """Raise a TrainerError unless `temperature`, the sampler's, is 1."""
+    if temperature != 1.0:
+        raise TrainerError(
+            f"completions are sampled at temperature {temperature}, and Fireworks' trainer "
+            "computes logprobs at 1 only, so its ratios to the sampler's would be wrong: sample at "
+            "temperature 1, or train where the model is local"
+        )
 
 
 def read_logprobs(result: Any, datums: Sequence[TrainingDatum]) -> list[FloatArray]:
