@@ -2,12 +2,9 @@
 
 Invariant: what is trained is a copy of its own; the sampler's weights change in `publish` alone.
 The same calls on the same state give the same bits on one torch thread, and `load` goes back to
-all of the state that `save` wrote.
-
-One set of metrics from those of several passes.
-
-Invariant: what a name's reduction says is what is done: `name:sum` adds up, `name:max` and
-`name:min` keep the extreme, and `name:mean` is weighted by `tokens:sum`, over which the means are.
+all of the state that `save` wrote. Metrics of several passes are reduced as their names say:
+`name:sum` adds up, `name:max` and `name:min` keep the extreme, and `name:mean` is weighted by
+`tokens:sum`, over which the means are.
 """
 
 from __future__ import annotations

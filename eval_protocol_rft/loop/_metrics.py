@@ -1,13 +1,10 @@
-"""What one step, and one evaluation, tell of themselves: one line of `metrics.jsonl` each.
+"""What one step, and one evaluation, tell of themselves: one line of `metrics.jsonl` each. Where
+lines go besides: TensorBoard, Weights & Biases.
 
 Invariant: everything outside `seconds` follows from settings, data and seed. A number that does
-not exist (a mean over nothing) is left out, never 0.
-
-Where a run's metrics go besides `metrics.jsonl`: TensorBoard, Weights & Biases.
-
-Invariant: a sink is told each line of a run once, in order, and never decides anything: what it
-shows follows from `metrics.jsonl`. A run that is continued goes on in the same sink; steps that are
-done again are not there twice. A number that a line lacks is not logged.
+not exist (a mean over nothing) is left out, never 0. A sink is told each line of a run once, in
+order, and never decides anything; a run that is continued goes on in the same sink, and steps that
+are done again are not there twice.
 """
 
 from __future__ import annotations

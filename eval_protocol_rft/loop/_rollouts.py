@@ -1,12 +1,10 @@
-"""Rows to scored prompt groups, through the user's own processor and evaluator.
+"""Rows to scored prompt groups, through the user's own processor and evaluator; and the scores of
+held-out rows.
 
 Invariant: a row gives one group, whatever happens to it: what went wrong is in the group, as a
 failure or a failed row. Rows of one wave give the same bits in whatever order their tasks run.
-
-Scores on held-out rows: greedy, and sampled as in training.
-
-Invariant: every evaluation of a run samples the same rows, in this process with the same seeds, so
-that a change of the score is the policy's. Nothing of it is trained on.
+Every evaluation of a run samples the same rows, in this process with the same seeds, so that a
+change of the score is the policy's. Nothing of it is trained on.
 """
 
 from __future__ import annotations

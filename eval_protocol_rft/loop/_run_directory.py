@@ -1,18 +1,15 @@
-"""A run's folder: its settings, its metrics, its checkpoints.
+"""A run's directory: its settings, its metrics, its checkpoints.
 
 Invariant: a checkpoint is whole or not there. `metrics.jsonl` never holds a line of a step that
-will be done again: what lies behind the checkpoint that a run goes on from is cut off.
+will be done again: what lies behind the checkpoint that a run goes on from is cut off. Whatever
+changes what a run trains towards, rows or weights, changes its fingerprint in the settings; the
+evaluator's code has its own.
 
     settings.json           what the run is, checked when it is continued
     metrics.jsonl           one line per step and per evaluation
     checkpoints/step-000050 state.json, and what the trainer saved
     model/                  the final weights
     report.html
-
-What a run trains towards, as fingerprints: the rows' content and the weights; the evaluator's
-code has its own in `scoring.code`.
-
-Invariant: whatever of them changes the objective changes its fingerprint.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
 """A limit that finds how many requests are worth having in flight. Pure.
 
 Invariant: the limit lies within [lowest, highest]. It rises only by trials, and a trial is judged
-by what requests got after it, while the limit was what held others back.
+by what requests got after it, while the limit was what held others back. A clean sample is a
+completion whose request began after the move had taken effect, that is after the first completion
+with no more than the limit in flight: by then a raised limit is filled, a lowered one drained.
 
 Throughput at a limit is measured as limit * (tokens / seconds of its completions): what one request
 gets, times how many share it. The limit climbs on that: a trial further up is kept where it buys
@@ -10,19 +12,11 @@ gradient) would stop far too early: in batched decoding each request slows the o
 while the sum still grows. A 429 and a queue that the server tells of say more than a trial does,
 and are followed at once.
 
-What was measured since the limit was last moved. Pure.
-
-Invariant: a clean sample is a completion whose request began after the move had taken effect, that
-is after the first completion with no more than the limit in flight. By then a raised limit is
-filled and a lowered one is drained. Samples count only while the limit was what held others back.
-
-The numbers of `AdaptiveLimit`, each with its reason.
-
-They come from simulated servers (`tests/test_concurrency_simulated.py`): throughput flat, slowly
-saturating or collapsing beyond a knee, hard limits, queues, long-tailed lengths, a quarter or four
-times the capacity in mid run. "Worst" and "mean" are over these 17 shapes, as shares of the best
-fixed limit's throughput. With the numbers here the worst is 0.90 and the mean 0.96; one shape, the
-slowly saturating one, has 0.88 until its run is as many completions long as the others'.
+The constants come from simulated servers (`tests/test_concurrency_simulated.py`): throughput flat,
+slowly saturating or collapsing beyond a knee, hard limits, queues, long-tailed lengths, a quarter
+or four times the capacity in mid run. "Worst" and "mean" are over these 17 shapes, as shares of the
+best fixed limit's throughput. With the numbers here the worst is 0.90 and the mean 0.96; one shape,
+the slowly saturating one, has 0.88 until its run is as many completions long as the others'.
 
 The pace of simulated requests differs by 10%. Where it differs by 40%, as with prompts of very
 different lengths, trials are judged by more chance: 0.8 to 0.99 on most shapes, 0.55 to 0.85 on

@@ -1,13 +1,10 @@
-"""n completions of one prompt: seeds, slots, attempts, survivors and failures.
+"""n completions of one prompt: seeds, slots, attempts, survivors, failures and stragglers.
 
 Invariant: every one that was asked for ends as a `Completion`, as a `Failure`, or among the
 `cancelled` that over-sampling had no more use for, at its own index. A slot is held for one attempt
-of one completion, never for a row, a sibling or a pause between attempts.
-
-The stragglers of a group: who is waited for, and until when.
-
-Invariant: a group ends once. What has ended by then counts as it ended; whatever has not is
-cancelled, and nothing that a cancelled completion still does changes the group.
+of one completion, never for a row, a sibling or a pause between attempts. A group ends once: what
+has ended by then counts as it ended; whatever has not is cancelled, and nothing that a cancelled
+completion still does changes the group.
 """
 
 from __future__ import annotations

@@ -1,10 +1,8 @@
-"""Every attempt as a log record, and as an OpenTelemetry span and metrics where the application
-has configured them.
+"""Every attempt as an event, a log record, and as an OpenTelemetry span and metrics where the
+application has configured them.
 
 Invariant: watching never changes a run. An observer that raises is dropped, and what is told holds
 no prompt, no completion and no credentials (messages of failures come redacted).
-
-One event per request, for whoever watches a run.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Request bodies and exact replies of `/v1/completions`: Fireworks, vLLM, SGLang. Pure.
 
 Invariant: one reply becomes exactly the completions that the server sampled, or a typed error that
-names the choice, the field and the index (see `exactness`).
+names the choice, the field and the index (see `_exactness.py`).
 
 What a server sends, see `docs/wire.md`: Fireworks' `logprobs.content[]` carries the id, the
 sampling and the raw logprob of each token; vLLM and SGLang send `token_ids` beside

@@ -1,12 +1,9 @@
-"""From a key to a `FireworksTrainer`: trainer job, deployment, clients.
+"""From a key to a `FireworksTrainer`: trainer job, deployment, clients; and a run of `train` there.
 
 Invariant: what is started on Fireworks is what the SDK's managed service starts for these
-arguments; what it leaves running when the trainer is closed is said in the docstring.
-
-A run of `train` on Fireworks: a trainer job computes the steps, a deployment samples.
-
-Invariant: the test is used as it is; only the model that its completion_params name is replaced,
-by the deployment that the trainer loads its weights into.
+arguments; what it leaves running when the trainer is closed is said in the docstring. Of the test
+only the model that its completion_params name is replaced, by the deployment that the trainer loads
+its weights into.
 """
 
 from __future__ import annotations

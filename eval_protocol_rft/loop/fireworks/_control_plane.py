@@ -1,14 +1,9 @@
 """The few things that a run asks of Fireworks' control plane, each safe to ask again.
 
 Invariant: what is already there is found, not made again (GET first, and again where making it
-answers 409), and it must be what would have been made. Deleting what is gone is not an error.
-
-Waiting for what the service makes, and making it where it is not there.
-
-What the control plane's states mean for a run. Pure.
-
-Invariant: a job counts as done in one state alone, COMPLETED. A state that says that it will not
-get there is an error; one that we do not know is waited in, up to the caller's deadline.
+answers 409), and it must be what would have been made. Deleting what is gone is not an error. A job
+counts as done in one state alone, COMPLETED. A state that says that it will not get there is an
+error; one that we do not know is waited in, up to the caller's deadline.
 """
 
 from __future__ import annotations

@@ -2,16 +2,9 @@
 
 Invariant: a run can be stopped anywhere, killed included, and started again with the same
 arguments: no step trains twice, no data set stays behind, and what was generated is not generated
-again. `run_state` says how.
-
-One run, phase by phase, as `run_state` draws it.
-
-Invariant: what a phase leaves (a file, a data set, a job, a model) is there before the state says
-that the next one has begun.
-
-The data of one step: rows rolled out against the deployment, scored, as the job's text lines.
-
-Invariant: every completion that was asked for is in the lines or counted in the report.
+again (`_run_state.py` says how). What a phase leaves (a file, a data set, a job, a model) is there
+before the state says that the next one has begun, and every completion that was asked for is in the
+lines of the data set or counted in the report.
 """
 
 from __future__ import annotations
