@@ -116,12 +116,12 @@ def _own_rows(test: EPParameters) -> list[EvaluationRow]:
         lines: list[dict[str, Any]] = []
         for path in _one(test.input_dataset, "input_dataset", test.combine_datasets):
             try:
-                found = load_jsonl(path)
+                read = load_jsonl(path)
             except (OSError, ValueError) as error:
                 raise SetupError(f"{path}: {error}") from error
-            if not found:
+            if not read:
                 raise SetupError(f"{path} has no lines")
-            lines += found
+            lines += read
         return adapt(test, lines[:most])
     if test.data_loaders:
         loaders = test.data_loaders

@@ -215,7 +215,7 @@ class LocalTrainer:
     def _logprobs(
         self, module: torch.nn.Module, datums: Sequence[TrainingDatum], temperature: float
     ) -> list[FloatArray]:
-        found: dict[int, FloatArray] = {}
+        by_datum: dict[int, FloatArray] = {}
         for places in self._microbatches(datums):
             part = token_logprobs(
                 module,
@@ -224,8 +224,8 @@ class LocalTrainer:
                 share_prompts=self._share_prompts,
             )
             for i, values in zip(places, part.logprobs, strict=True):
-                found[i] = values.cpu().numpy()
-        return [found[i] for i in range(len(datums))]
+                by_datum[i] = values.cpu().numpy()
+        return [by_datum[i] for i in range(len(datums))]
 
     def _forward_backward(
         self,
@@ -235,7 +235,7 @@ class LocalTrainer:
         reference: Sequence[FloatArray] | None,
     ) -> ForwardBackward:
         objective = _objective(loss)
-        found: dict[int, FloatArray] = {}
+        by_datum: dict[int, FloatArray] = {}
         parts: list[dict[str, float]] = []
         for places in self._microbatches(datums):
             chosen = [datums[i] for i in places]
@@ -262,8 +262,8 @@ class LocalTrainer:
             self._gathered = True
             parts.append(metrics)
             for i, logprobs in zip(places, values.logprobs, strict=True):
-                found[i] = logprobs.detach().cpu().numpy()
-        return ForwardBackward([found[i] for i in range(len(datums))], reduce_metrics(parts))
+                by_datum[i] = logprobs.detach().cpu().numpy()
+        return ForwardBackward([by_datum[i] for i in range(len(datums))], reduce_metrics(parts))
 
     def _optim_step(self, learning_rate: float) -> dict[str, float]:
         if not self._gathered:
@@ -296,11 +296,13 @@ class LocalTrainer:
         except _UNREADABLE as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise DamagedCheckpointError(f"{path} cannot be read ({reason[:200]})") from error
-        own = {n: p for n, p in self._module.named_parameters() if p.requires_grad}
-        if own.keys() != saved.keys() or any(own[n].shape != saved[n].shape for n in own):
+        trainable = {n: p for n, p in self._module.named_parameters() if p.requires_grad}
+        if trainable.keys() != saved.keys() or any(
+            trainable[n].shape != saved[n].shape for n in trainable
+        ):
             raise TrainerError(f"{folder} holds other parameters than this model's")
         with torch.no_grad():
-            for name, parameter in own.items():
+            for name, parameter in trainable.items():
                 parameter.copy_(saved[name])
         self._optimizer.load_state_dict(optimizer)
         self._optimizer.zero_grad(set_to_none=True)

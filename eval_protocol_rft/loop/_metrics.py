@@ -126,13 +126,13 @@ def eval_line(
 def component_means(groups: Sequence[PromptGroup]) -> dict[str, float] | None:
     """Mean of each metric of the evaluator's over the completions that have it; None without any.
     One that is not valid (`is_score_valid`) is in no mean."""
-    found: defaultdict[str, list[float]] = defaultdict(list)
+    scores: defaultdict[str, list[float]] = defaultdict(list)
     for group in groups:
         for trajectory in group.trajectories:
             for name, score in trajectory.components.items():
                 if score is not None:
-                    found[name].append(score)
-    return {name: float(np.mean(found[name])) for name in sorted(found)} or None
+                    scores[name].append(score)
+    return {name: float(np.mean(scores[name])) for name in sorted(scores)} or None
 
 
 _NAMES = {
@@ -214,16 +214,16 @@ def open_sinks(
 def scalars(line: Line) -> dict[str, float]:
     """The numbers of a line by names with slashes: `train/reward_mean`, `eval/pass_at_k/4`."""
     group = _GROUPS.get(line["kind"], str(line["kind"]))
-    found: dict[str, float] = {}
+    numbers: dict[str, float] = {}
     for name, value in line.items():
         if name in ("kind", "step"):
             continue
         if isinstance(value, Mapping):
             inner = ((f"{group}/{name}/{key}", v) for key, v in value.items())
-            found.update((key, float(v)) for key, v in inner if _is_number(v))
+            numbers.update((key, float(v)) for key, v in inner if _is_number(v))
         elif _is_number(value):
-            found[f"{group}/{name}"] = float(value)
-    return found
+            numbers[f"{group}/{name}"] = float(value)
+    return numbers
 
 
 class TensorBoardSink:

@@ -137,8 +137,8 @@ def why_fruitless(group: PromptGroup) -> str:
         return group.failed_rows[0]
     for trajectory in group.trajectories:
         if trajectory.reward is None:
-            said = trajectory.score_error or "the evaluator gave no valid score"
-            return f"row {trajectory.row_id}, completion {trajectory.completion}: {said}"
+            reason = trajectory.score_error or "the evaluator gave no valid score"
+            return f"row {trajectory.row_id}, completion {trajectory.completion}: {reason}"
     if group.failures:
         return f"row {_row_id(group)}: {group.failures[0].kind}: {group.failures[0].message}"
     return f"row {_row_id(group)}: nothing was sampled"

@@ -106,8 +106,8 @@ class RunFolder:
 
     def checkpoints(self) -> list[tuple[int, Path]]:
         """Step and folder of each checkpoint, the newest first."""
-        found = (self.path / "checkpoints").glob(f"{_PREFIX}*")
-        names = [(p.name.removeprefix(_PREFIX), p) for p in found if p.is_dir()]
+        folders = (self.path / "checkpoints").glob(f"{_PREFIX}*")
+        names = [(p.name.removeprefix(_PREFIX), p) for p in folders if p.is_dir()]
         return sorted(((int(n), p) for n, p in names if n.isdecimal()), reverse=True)
 
     def latest(self) -> tuple[int, Path] | None:
@@ -208,11 +208,11 @@ _OWN = (
 def _remove_run(path: Path) -> None:
     """Remove what a run wrote, and nothing else that lies beside it."""
     for name in _OWN:
-        own = path / name
-        if own.is_dir() and not own.is_symlink():
-            shutil.rmtree(own)
+        written = path / name
+        if written.is_dir() and not written.is_symlink():
+            shutil.rmtree(written)
         else:
-            own.unlink(missing_ok=True)
+            written.unlink(missing_ok=True)
 
 
 def _has_begun(path: Path) -> bool:
@@ -235,10 +235,12 @@ def _check_same(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> N
     new = json.loads(json.dumps(new))
     differing = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
     if differing:
-        told = "; ".join(f"{key}: {old.get(key)!r}, now {new.get(key)!r}" for key in differing)
+        differences = "; ".join(
+            f"{key}: {old.get(key)!r}, now {new.get(key)!r}" for key in differing
+        )
         raise RunFolderError(
-            f"{path} holds a run with other settings ({told}): use its settings, another folder, "
-            "or --overwrite"
+            f"{path} holds a run with other settings ({differences}): use its settings, another "
+            "folder, or --overwrite"
         )
 
 

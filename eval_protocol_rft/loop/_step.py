@@ -111,13 +111,13 @@ class StepRunner:
                 reference = await trainer.forward(batch.datums, reference=True)
             passes: list[ForwardBackward] = []
             for number in range(self.options.passes):
-                told = await trainer.forward_backward(
+                result = await trainer.forward_backward(
                     batch.datums, loss, reference_logprobs=reference
                 )
                 if not number:
-                    found = await self._compare(step, batch, told, staleness)
+                    difference = await self._compare(step, batch, result, staleness)
                     self._check_versions(step, groups, staleness)
-                passes.append(told)
+                passes.append(result)
                 optimizer = await trainer.optim_step(
                     learning_rate=self.options.learning_rate_at(step, self.steps)
                 )
@@ -134,7 +134,7 @@ class StepRunner:
             last=passes[-1],
             optimizer=optimizer,
             staleness=staleness,
-            mismatch=_mismatch_fields(found),
+            mismatch=_mismatch_fields(difference),
         )
         self._say(
             self.watch.reward(step, line.get("reward_mean"), optimizer.get("learning_rate", 0.0))
@@ -170,34 +170,34 @@ class StepRunner:
         self,
         step: int,
         batch: TrainingBatch,
-        told: ForwardBackward,
+        result: ForwardBackward,
         staleness: Sequence[int],
     ) -> Mismatch | None:
         trainer, sampling = self.parts.trainer, self.parts.request.params
         on_policy = {group for group, behind in enumerate(staleness) if behind == 0}
-        pairs = sampled_pairs(batch.datums, told.logprobs, on_policy)
+        pairs = sampled_pairs(batch.datums, result.logprobs, on_policy)
         probed = comparable(await self._probed(step))
         if probed:
             pairs += sampled_pairs(probed, await trainer.forward(probed), {0})
-        found = measure(pairs)
-        if found is None:
+        difference = measure(pairs)
+        if difference is None:
             self._say(self.watch.uncompared(step))
         missing = missing_eos(batch.datums, self.parts.eos_token_ids, stops=bool(sampling.stop))
         self._say(self.watch.endings(step, missing, len(batch.datums)))
-        if found is not None and found.verdict != "pass":
+        if difference is not None and difference.verdict != "pass":
             raw = None
             if sampling.temperature != 1.0:
-                own = await trainer.forward(batch.datums, temperature=1.0)
-                own_pairs = sampled_pairs(batch.datums, own, on_policy)
+                logprobs = await trainer.forward(batch.datums, temperature=1.0)
+                raw_pairs = sampled_pairs(batch.datums, logprobs, on_policy)
                 if probed:
-                    own = await trainer.forward(probed, temperature=1.0)
-                    own_pairs += sampled_pairs(probed, own, {0})
-                raw = measure(own_pairs)
-            trouble = self.watch.mismatch(step, found, shifted=looks_shifted(pairs), raw=raw)
+                    logprobs = await trainer.forward(probed, temperature=1.0)
+                    raw_pairs += sampled_pairs(probed, logprobs, {0})
+                raw = measure(raw_pairs)
+            trouble = self.watch.mismatch(step, difference, shifted=looks_shifted(pairs), raw=raw)
             self._say(trouble)
         else:
-            self.watch.mismatch(step, found)
-        return found
+            self.watch.mismatch(step, difference)
+        return difference
 
     async def _probed(self, step: int) -> list[Trajectory]:
         """What was sampled since the last step published its weights."""
@@ -233,12 +233,12 @@ def _prompts(groups: Sequence[PromptGroup]) -> list[list[int]]:
     return [first.tokens[: first.prompt_length].tolist() for first in firsts[:PROBED_PROMPTS]]
 
 
-def _mismatch_fields(found: Mismatch | None) -> dict[str, float]:
-    if found is None:
+def _mismatch_fields(mismatch: Mismatch | None) -> dict[str, float]:
+    if mismatch is None:
         return {"mismatch_tokens": 0}
     return {
-        "mismatch_tokens": found.tokens,
-        "mismatch_k1": found.k1,
-        "mismatch_k3": found.k3,
-        "mismatch_max": found.max_difference,
+        "mismatch_tokens": mismatch.tokens,
+        "mismatch_k1": mismatch.k1,
+        "mismatch_k3": mismatch.k3,
+        "mismatch_max": mismatch.max_difference,
     }

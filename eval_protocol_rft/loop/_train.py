@@ -290,8 +290,8 @@ class _Logged:
         self._step = line["step"]
         detail = self._evaluated
         if line["kind"] == "eval":
-            told = {"sampled": line.get("sampled_score"), "greedy": line.get("greedy_score")}
-            scores = ", ".join(f"{k} {v:.3f}" for k, v in told.items() if v is not None)
+            means = {"sampled": line.get("sampled_score"), "greedy": line.get("greedy_score")}
+            scores = ", ".join(f"{k} {v:.3f}" for k, v in means.items() if v is not None)
             self._evaluated = detail = f"held out: {scores or 'nothing was scored'}"
         elif "reward_mean" in line:
             detail = f"reward {line['reward_mean']:.3f}  {self._evaluated}"

@@ -87,7 +87,7 @@ class Watch:
     def mismatch(
         self,
         step: int,
-        found: Mismatch | None,
+        difference: Mismatch | None,
         *,
         shifted: bool = False,
         raw: Mismatch | None = None,
@@ -96,21 +96,21 @@ class Watch:
 
         Args:
             step: from 1 on.
-            found: how far they are apart; None where there was no such token.
+            difference: how far they are apart; None where there was no such token.
             shifted: they agree when moved by one token.
             raw: the same against the trainer's logprobs at temperature 1, where another was
                 sampled with.
         """
-        if found is None:
+        if difference is None:
             return None
-        if found.verdict == "pass":
+        if difference.verdict == "pass":
             self._agreed = True
             return None
-        fatal = found.verdict == "fail"
+        fatal = difference.verdict == "fail"
         cause: Cause = "mismatch"
         if shifted:
             cause = "shifted_logprobs"
-        elif raw is not None and raw.k3 < min(found.k3 / 10, WARN_K3):
+        elif raw is not None and raw.k3 < min(difference.k3 / 10, WARN_K3):
             cause = "raw_logprobs"
         elif self._agreed:
             cause = "stale_weights"
@@ -120,8 +120,8 @@ class Watch:
         return self._trouble(
             cause,
             fatal,
-            f"step {step}: sampler and trainer disagree, mean k3 {found.k3:.2g} over "
-            f"{found.tokens} tokens ({bar})",
+            f"step {step}: sampler and trainer disagree, mean k3 {difference.k3:.2g} over "
+            f"{difference.tokens} tokens ({bar})",
         )
 
     def uncompared(self, step: int) -> Trouble | None:

@@ -206,10 +206,10 @@ class ServedWeights:
 
 def _says_failure(text: str) -> bool:
     try:
-        said = json.loads(text)
+        answer = json.loads(text)
     except ValueError:
         return False
-    return isinstance(said, dict) and said.get("success") is False
+    return isinstance(answer, dict) and answer.get("success") is False
 
 
 def _write_untied(

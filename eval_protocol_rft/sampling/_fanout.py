@@ -123,13 +123,13 @@ def straggler(
     the attempts."""
     history = attempts.history
     failed = [attempt for attempt in history if attempt.kind is not None]
-    told = f"straggler_seconds={policy.straggler_seconds:g} after the group's first request"
+    deadline = f"straggler_seconds={policy.straggler_seconds:g} after the group's first request"
     if not attempts.requests:
-        message = f"cancelled {told}, still waiting for its first slot"
+        message = f"cancelled {deadline}, still waiting for its first slot"
     elif failed:
-        message = f"cancelled {told}, not done after {causes(failed)}"
+        message = f"cancelled {deadline}, not done after {causes(failed)}"
     else:
-        message = f"cancelled {told}, with no reply yet"
+        message = f"cancelled {deadline}, with no reply yet"
     return Failure(
         index=index,
         kind="cancelled",

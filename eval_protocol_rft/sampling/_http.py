@@ -361,9 +361,9 @@ class HttpSampler:
 
 def _proxy_error(error: aiohttp.ClientHttpProxyError) -> SamplingError:
     """The proxy did not connect us."""
-    told = status_error(error.status, b"", error.headers or {}, now=datetime.now(UTC))
+    refusal = status_error(error.status, b"", error.headers or {}, now=datetime.now(UTC))
     message = f"the proxy answered {error.status} {error.message}"
-    return type(told)(message, status=error.status, retry_after=told.retry_after)
+    return type(refusal)(message, status=error.status, retry_after=refusal.retry_after)
 
 
 def error_text(error: Exception) -> str:

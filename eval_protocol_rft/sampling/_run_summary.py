@@ -274,8 +274,8 @@ def _lines(run: RunSummary) -> list[str]:
             listed = ", ".join(f"{count:,}x {cause}" for cause, count in counts.most_common())
             lines.append(f"{name:<10} {listed}")
     quantiles = [(percent, run.latency(percent)) for percent in (50, 95, 99)]
-    told = [f"p{percent} {_seconds(value)}" for percent, value in quantiles if value is not None]
-    lines.append(f"latency    {'  '.join(told) or 'no completion'}")
+    texts = [f"p{percent} {_seconds(value)}" for percent, value in quantiles if value is not None]
+    lines.append(f"latency    {'  '.join(texts) or 'no completion'}")
     rate = "" if run.tokens_per_second is None else f", {run.tokens_per_second:,.0f}/s"
     lines.append(f"tokens     {run.tokens:,} in {run.seconds:,.1f} s{rate}")
     if run.wasted_seconds:

@@ -50,9 +50,9 @@ def parse_metrics(text: str) -> ServerLoad | None:
     since it started."""
     sums: dict[str, float] = {}
     for line in text.splitlines():
-        found = _SAMPLE.match(line)
-        if found:
-            name, value = found[1], _number(found[2])
+        sample = _SAMPLE.match(line)
+        if sample:
+            name, value = sample[1], _number(sample[2])
             sums[name] = sums.get(name, 0.0) + value
     if not {"requests_running", "requests_waiting"} <= sums.keys():
         return None

@@ -156,17 +156,17 @@ def telemetry() -> Observer | None:
         from opentelemetry import metrics, trace
     except ImportError:
         return None
-    told: list[Observer] = []
+    configured: list[Observer] = []
     if _configured(trace.get_tracer_provider()):
-        told.append(_spans(trace.get_tracer("eval_protocol_rft")))
+        configured.append(_spans(trace.get_tracer("eval_protocol_rft")))
     if _configured(metrics.get_meter_provider()):
-        told.append(_metrics(metrics.get_meter("eval_protocol_rft")))
-    if not told:
+        configured.append(_metrics(metrics.get_meter("eval_protocol_rft")))
+    if not configured:
         return None
 
     def observe(event: AttemptEvent) -> None:
-        for tell in told:
-            tell(event)
+        for observer in configured:
+            observer(event)
 
     return observe
 
@@ -203,14 +203,14 @@ def _nanoseconds(seconds: float) -> int:
 
 def _span_attributes(event: AttemptEvent) -> dict[str, str | bool | int | float]:
     attempt = event.attempt
-    own = ("index", "attempt", "gives_up", "probe", "queue_seconds", "retry_after", "request_id")
+    names = ("index", "attempt", "gives_up", "probe", "queue_seconds", "retry_after", "request_id")
     fields = attempt_fields(event)
     values = {
         **_request_attributes(event),
         "gen_ai.request.seed": event.seed,
         "gen_ai.usage.output_tokens": attempt.tokens if attempt.kind is None else None,
         "ep_rft.row_id": fields["prompt"],
-        **{f"ep_rft.{name}": fields[name] for name in own},
+        **{f"ep_rft.{name}": fields[name] for name in names},
     }
     return _known(values)
 

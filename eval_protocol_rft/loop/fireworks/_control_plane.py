@@ -154,18 +154,18 @@ class ControlPlane:
         )
         for kind, resource in kinds:
             try:
-                found = await resource.get(name)
+                leftover = await resource.get(name)
             except service_errors().NotFoundError:
                 continue
             raise ControlPlaneError(
-                f"this run is new, and there is a {kind} {found.name} already, of another run of "
-                "this name: take another name, or the folder of that run"
+                f"this run is new, and there is a {kind} {leftover.name} already, of another run "
+                "of this name: take another name, or the folder of that run"
             )
 
     async def deploy(self, deployment: str, base_model: str, options: Mapping[str, Any]) -> None:
         """See that a deployment of `base_model` serves; make it where it is not there."""
         deployments = self.client.deployments
-        found = await found_or_made(
+        answer = await found_or_made(
             lambda: deployments.get(deployment),
             lambda: deployments.create(
                 deployment_id=deployment,
@@ -173,27 +173,31 @@ class ControlPlane:
                 **{"enable_addons": True, **options},
             ),
         )
-        if found.base_model not in (None, base_model):
+        if answer.base_model not in (None, base_model):
             raise ControlPlaneError(
-                f"deployment {deployment} serves {found.base_model}, not {base_model}: name another"
+                f"deployment {deployment} serves {answer.base_model}, not {base_model}: name "
+                "another"
             )
         await self._until(
-            f"deployment {deployment}", lambda: deployments.get(deployment), judge_deployment, found
+            f"deployment {deployment}",
+            lambda: deployments.get(deployment),
+            judge_deployment,
+            answer,
         )
 
     async def put_adapter(self, deployment: str, model: str) -> None:
         """See that `model` is on the deployment, in the place of any other."""
         lora, target = self.client.lora, self.deployment_name(deployment)
         await self._until(f"model {model}", lambda: self.client.models.get(_id(model)), judge_ready)
-        found = None
+        answer = None
         async for deployed in lora.list():
             if (deployed.model, deployed.deployment) == (model, target):
-                found = deployed
-        if found is None:
-            found = await lora.load(deployment=target, model=model, replace_merged_addon=True)
-        deployed_id = _id(found.name)
+                answer = deployed
+        if answer is None:
+            answer = await lora.load(deployment=target, model=model, replace_merged_addon=True)
+        deployed_id = _id(answer.name)
         await self._until(
-            f"{model} on {deployment}", lambda: lora.get(deployed_id), judge_deployed_model, found
+            f"{model} on {deployment}", lambda: lora.get(deployed_id), judge_deployed_model, answer
         )
 
     async def put_dataset(self, dataset: str, file: Path, *, rows: int) -> None:
@@ -205,7 +209,7 @@ class ControlPlane:
                 "once: take fewer rows per step"
             )
         datasets = self.client.datasets
-        found = await found_or_made(
+        answer = await found_or_made(
             lambda: datasets.get(dataset),
             lambda: datasets.create(
                 dataset_id=dataset,
@@ -217,7 +221,7 @@ class ControlPlane:
                 },
             ),
         )
-        if judge_ready(found.state) != "done":
+        if judge_ready(answer.state) != "done":
             await datasets.upload(dataset, file=(file.name, data), timeout=UPLOAD_SECONDS)
         await self._until(f"data set {dataset}", lambda: datasets.get(dataset), judge_ready)
 
@@ -246,7 +250,7 @@ class ControlPlane:
             self.dataset_name(job),
             self.model_name(job),
         )
-        found = await found_or_made(
+        answer = await found_or_made(
             lambda: steps.get(job),
             lambda: steps.create(
                 rlor_trainer_job_id=job,
@@ -265,11 +269,11 @@ class ControlPlane:
                 ),
             ),
         )
-        if found.dataset not in (None, dataset):
+        if answer.dataset not in (None, dataset):
             raise ControlPlaneError(
-                f"there is a job {found.name} already, on {found.dataset}: take another run name"
+                f"there is a job {answer.name} already, on {answer.dataset}: take another run name"
             )
-        await self._until(f"job {job}", lambda: steps.get(job), judge_job, found)
+        await self._until(f"job {job}", lambda: steps.get(job), judge_job, answer)
         return model
 
     async def _until(
@@ -277,7 +281,7 @@ class ControlPlane:
         what: str,
         look: Callable[[], Awaitable[Any]],
         judge: Callable[[str | None], Verdict],
-        found: Any = None,
+        answer: Any = None,
     ) -> None:
         """Look until `judge` says that it is done.
 
@@ -285,31 +289,31 @@ class ControlPlane:
             what: for messages.
             look: asks the service.
             judge: reads a state.
-            found: what the service said just now.
+            answer: what the service said just now.
 
         Raises:
             JobFailedError: a job failed.
             ControlPlaneError: something else did, somebody paused it, or the time is up.
         """
         deadline = time.monotonic() + self.timeout_seconds
-        found = found if found is not None else await _look(look)
-        while (verdict := judge(found.state)) == "wait":
+        answer = answer if answer is not None else await _look(look)
+        while (verdict := judge(answer.state)) == "wait":
             if time.monotonic() >= deadline:
                 raise ControlPlaneError(
-                    f"{what} is still {found.state} after {self.timeout_seconds:g} s; start again "
+                    f"{what} is still {answer.state} after {self.timeout_seconds:g} s; start again "
                     "to go on waiting"
                 )
             await asyncio.sleep(self.poll_seconds)
-            found = await _look(look)
+            answer = await _look(look)
         if verdict == "done":
             return
-        status = getattr(found, "status", None)
+        status = getattr(answer, "status", None)
         reason = getattr(status, "message", None) or "no reason given"
-        message = f"{found.name or what} is {found.state}: {reason}"
+        message = f"{answer.name or what} is {answer.state}: {reason}"
         if verdict == "stopped":
             raise ControlPlaneError(f"{message}. Resume it, then start again")
         if judge is judge_job:
-            raise JobFailedError(message, job=found.name or what, state=found.state)
+            raise JobFailedError(message, job=answer.name or what, state=answer.state)
         raise ControlPlaneError(message)
 
 

@@ -86,7 +86,7 @@ def read_logprobs(result: Any, datums: Sequence[TrainingDatum]) -> list[FloatArr
     outputs = result.loss_fn_outputs
     if len(outputs) != len(datums):
         raise TrainerError(f"the server answered {len(outputs)} datums of {len(datums)}")
-    found: list[FloatArray] = []
+    logprobs: list[FloatArray] = []
     for i, (output, datum) in enumerate(zip(outputs, datums, strict=True)):
         values = output["logprobs"].to_numpy().reshape(-1)
         if len(values) != len(datum):
@@ -97,8 +97,8 @@ def read_logprobs(result: Any, datums: Sequence[TrainingDatum]) -> list[FloatArr
         if not np.isfinite(kept).all():
             place = int(np.flatnonzero(~np.isfinite(kept))[0])
             raise TrainerError(f"datum {i}, target {place}: the server's logprob is {kept[place]}")
-        found.append(kept)
-    return found
+        logprobs.append(kept)
+    return logprobs
 
 
 def check_shapes(
