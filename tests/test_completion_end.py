@@ -14,7 +14,7 @@ from eval_protocol_rft import FireworksTrainingRolloutProcessor
 from eval_protocol_rft.data._dataset import RolloutDataset
 from eval_protocol_rft.local._tokenizer import LoadedTokenizer
 from eval_protocol_rft.sampling._types import Completion, SamplingParams
-from tests.batch.servers import at, succeed, texts, write_jsonl
+from tests.data.servers import at, succeed, texts, write_jsonl
 from tests.rollouts import chat_tokenizer, params_for, record_of_row, roll_out, row_of
 from tests.stub_server import Changed, StubServer
 

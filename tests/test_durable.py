@@ -18,9 +18,9 @@ from eval_protocol_rft.data._filter import FilterRules, filter_rollouts
 from eval_protocol_rft.data._score import score
 from eval_protocol_rft.data.conversion._job import convert
 from eval_protocol_rft.report._page import write_report
-from tests.batch.rollout_files import write_rollouts
+from tests.data.rollout_files import write_rollouts
 
-GRADERS = Path(__file__).parent / "batch" / "score_graders.py"
+GRADERS = Path(__file__).parent / "data" / "score_graders.py"
 
 
 def mode(path: Path) -> int:

@@ -30,8 +30,8 @@ from eval_protocol_rft.record import RolloutRecord
 from eval_protocol_rft.rollout._answers import parse_tool_calls
 from eval_protocol_rft.rollout._processor import RolloutError
 from eval_protocol_rft.sampling._types import Failure
-from tests.conversation import templates
-from tests.conversation.test_conversation_properties import (
+from tests.episodes import templates
+from tests.episodes.test_conversation_properties import (
     Family,
     at_a_question_after_thinking,
     merging,

@@ -18,7 +18,7 @@ from eval_protocol_rft import data, doctor, loop, report, sampling, training
 from eval_protocol_rft._options import check_options
 from eval_protocol_rft.cli import COMMANDS, app
 from scripts.options_page import PAGE, page
-from tests.batch.servers import ep_rft
+from tests.data.servers import ep_rft
 
 REPOSITORY = Path(__file__).parents[1]
 

@@ -18,7 +18,7 @@ from eval_protocol_rft import FireworksTrainingRolloutProcessor
 from eval_protocol_rft.local._tokenizer import LoadedTokenizer
 from eval_protocol_rft.rollout._answers import AnswerReader
 from eval_protocol_rft.sampling._types import Completion, SamplingParams
-from tests.conversation import templates
+from tests.episodes import templates
 from tests.parity.families import CALL, FAMILIES, SCENARIOS, TOOLS
 from tests.parity.servers import Servers, asked, tokenizer_of
 from tests.rollouts import config_of

@@ -16,7 +16,7 @@ from eval_protocol_rft.episodes._processor import EpisodeRolloutProcessor
 from eval_protocol_rft.episodes._ready_made import RetryWithFeedback
 from eval_protocol_rft.local._tokenizer import LoadedTokenizer
 from eval_protocol_rft.rollout._prompts import PromptError, render_chat
-from tests.batch.servers import write_jsonl
+from tests.data.servers import write_jsonl
 from tests.rollouts import chat_tokenizer, params_for, record_of_row, roll_out, row_of
 from tests.stub_server import StubServer
 

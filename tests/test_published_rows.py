@@ -207,7 +207,7 @@ async def test_each_turn_of_an_episode_is_told_by_assistant_message(server) -> N
 
 
 def test_a_rollout_file_tells_them_too(tmp_path: Path) -> None:
-    from tests.batch.rollout_files import write_rollouts
+    from tests.data.rollout_files import write_rollouts
 
     write_rollouts(tmp_path / "r.parquet", [["a", "b"]])
     [row] = RolloutDataset(tmp_path / "r.parquet").evaluation_rows()

@@ -23,7 +23,7 @@ from eval_protocol_rft.report._html import ReportError, embedded_json, visible
 from eval_protocol_rft.report._page import write_report
 from eval_protocol_rft.report._page_detail import prompt_start
 from eval_protocol_rft.report._page_stats import ColumnTotals, ReportTotals
-from tests.batch.servers import ep_rft
+from tests.data.servers import ep_rft
 from tests.report_page_rows import (
     END,
     HOSTILE,

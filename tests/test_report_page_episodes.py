@@ -20,7 +20,7 @@ from eval_protocol_rft.local._tokenizer import LoadedTokenizer
 from eval_protocol_rft.report._html import ReportError
 from eval_protocol_rft.report._page import write_report
 from eval_protocol_rft.sampling._types import Completion, SamplingParams, TokenIds
-from tests.conversation import templates
+from tests.episodes import templates
 from tests.report_page_rows import Page, dataset
 
 THOUGHT = "<think>seven and one</think>"

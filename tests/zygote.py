@@ -32,7 +32,7 @@ import eval_protocol_rft.local.server._run
 import eval_protocol_rft.loop._setup
 import eval_protocol_rft.loop._train
 from eval_protocol_rft.cli import app
-from tests.batch import graders
+from tests.data import graders
 
 # Named so that they are loaded now, once for all programs.
 assert transformers.AutoTokenizer
