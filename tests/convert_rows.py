@@ -194,7 +194,7 @@ def evaluated(draw: st.DrawFn, number: int) -> dict[str, Any]:
     """A row as Eval Protocol dumps it after a rollout of ours: built by its own models."""
     from eval_protocol.models import EvaluateResult, EvaluationRow, Message, Status
 
-    from eval_protocol_rft.rollout._prompts import assistant_message
+    from eval_protocol_rft.rollout._answers import assistant_message
 
     size, num_failed = draw(st.integers(1, 3)), draw(st.integers(0, 2))
     split = draw(st.booleans())

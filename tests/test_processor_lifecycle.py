@@ -180,7 +180,7 @@ async def test_cleaning_up_without_waiting_closes_once_the_last_rollout_has_ende
 
 async def test_cleaning_up_after_a_run_ends_no_rollout_of_another(server, processor, monkeypatch):
     """Versions of Eval Protocol between the oldest and the newest do that."""
-    monkeypatch.setattr("eval_protocol_rft.rollout._processor.CLEANS_UP_AFTER_EACH_RUN", True)
+    monkeypatch.setattr("eval_protocol_rft.rollout._loop_states.CLEANS_UP_AFTER_EACH_RUN", True)
     let_go = threading.Event()
     server.script = lambda seen: Held(let_go) if "slow" in text_of(seen.prompt) else None
 

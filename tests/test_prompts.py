@@ -9,9 +9,9 @@ import pytest
 from eval_protocol.models import Message
 
 from eval_protocol_rft.local._tokenizer import LoadedTokenizer
+from eval_protocol_rft.rollout._answers import assistant_message
 from eval_protocol_rft.rollout._prompts import (
     PromptError,
-    assistant_message,
     chat_messages,
     render_chat,
     render_prompt,

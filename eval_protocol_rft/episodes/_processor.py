@@ -27,11 +27,11 @@ from eval_protocol_rft.episodes._episode import Episode, EpisodeRun
 from eval_protocol_rft.rollout import (
     PROMPT_IDS_KEY,
     FireworksTrainingRolloutProcessor,
+    LoopState,
     PromptError,
     RolloutError,
     RowJob,
     RowSlot,
-    _LoopState,
     build_record,
     observe_attempt,
     prompt_ids_of,
@@ -87,7 +87,7 @@ class EpisodeRolloutProcessor(FireworksTrainingRolloutProcessor):
         self,
         row: EvaluationRow,
         config: RolloutProcessorConfig,
-        state: _LoopState,
+        state: LoopState,
         rows_ahead: asyncio.Semaphore,
         run: int | str,
     ) -> EvaluationRow:

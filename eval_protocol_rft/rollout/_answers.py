@@ -24,7 +24,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from eval_protocol_rft.local import LoadedTokenizer
 from eval_protocol_rft.rollout._call_formats import (
@@ -38,7 +38,10 @@ from eval_protocol_rft.rollout._call_formats import (
     json_call,
 )
 from eval_protocol_rft.rollout._harmony import read_harmony
-from eval_protocol_rft.rollout._prompts import PromptError, answer_fields
+from eval_protocol_rft.rollout._prompts import PromptError
+
+if TYPE_CHECKING:
+    from eval_protocol.models import Message
 
 _THOUGHT_CLOSE = "</think>"
 _MARKS: tuple[tuple[str, ToolFormat | None], ...] = (
@@ -301,3 +304,71 @@ def _harmony(
     except CallProblemError as found:
         return Answer(message={**message, "content": channels.unread}, problem=found.problem)
     return Answer(message=message)
+
+
+def recorded_answers(
+    texts: Sequence[str],
+    messages: Sequence[Mapping[str, Any] | None] | None,
+    *,
+    split_reasoning: bool,
+) -> list[dict[str, Any]]:
+    """The assistant's message of each completion of a record: its own where it has one
+    (`completion_messages`), else what `answer_fields` reads out of its text."""
+    return [
+        dict(own) if own is not None else answer_fields(text, split_reasoning=split_reasoning)
+        for text, own in zip(texts, messages or [None] * len(texts), strict=True)
+    ]
+
+
+def assistant_message(text: str, *, split_reasoning: bool) -> Message:
+    """`answer_fields` as an Eval Protocol message."""
+    return as_message(answer_fields(text, split_reasoning=split_reasoning))
+
+
+def as_message(fields: Mapping[str, Any]) -> Message:
+    """An assistant's message in the chat API's form as Eval Protocol's."""
+    from eval_protocol.models import Message
+
+    return Message(**{"content": "", **fields})
+
+
+def is_same_answer(message: Message, other: Message) -> bool:
+    """Whether two messages say and call the same."""
+    return _said(message) == _said(other)
+
+
+def _said(message: Message) -> tuple[Any, ...]:
+    calls = [(call.function.name, call.function.arguments) for call in message.tool_calls or ()]
+    return message.role, message.content or "", message.reasoning_content, calls
+
+
+def chat_finish_reason(finish_reason: str, tool_calls: Sequence[Any] | None) -> str:
+    """As a chat server says it: `tool_calls` where the model stopped to have tools called. What
+    was cut off stays `length`, whatever was called before."""
+    return "tool_calls" if tool_calls and finish_reason == "stop" else finish_reason
+
+
+def answer_fields(text: str, *, split_reasoning: bool) -> dict[str, Any]:
+    """An assistant message of the completion's text alone, where nothing is known of its prompt.
+    With `split_reasoning` a closed `<think>...</think>` block at its start (opened in the text, or
+    by the prompt as some templates do) goes to `reasoning_content`; a block that was never closed
+    stays in the content. `conversation.read_answer` knows more.
+    """
+    if split_reasoning:
+        before, closed, after = text.partition("</think>")
+        opened, thought = _opened(before)
+        if closed and opened:
+            return {
+                "role": "assistant",
+                "content": after.lstrip("\n"),
+                "reasoning_content": thought.strip("\n"),
+            }
+    return {"role": "assistant", "content": text}
+
+
+def _opened(before: str) -> tuple[bool, str]:
+    """Whether `before` is the inside of a think block that is then closed, and that inside."""
+    stripped = before.lstrip()
+    if stripped.startswith("<think>"):
+        return True, stripped.removeprefix("<think>")
+    return "<think>" not in before, before

@@ -14,15 +14,15 @@ from openai.types import CompletionUsage
 from eval_protocol_rft._turns import turn_payloads, turn_trace
 from eval_protocol_rft.local import LoadedTokenizer
 from eval_protocol_rft.record import RecordError, RolloutRecord, SamplingRecord
-from eval_protocol_rft.rollout._answers import AnswerReader
-from eval_protocol_rft.rollout._params import RolloutRequest
-from eval_protocol_rft.rollout._prompts import (
+from eval_protocol_rft.rollout._answers import (
+    AnswerReader,
     as_message,
     chat_finish_reason,
     is_same_answer,
     recorded_answers,
-    rendered_otherwise,
 )
+from eval_protocol_rft.rollout._params import RolloutRequest
+from eval_protocol_rft.rollout._prompts import rendered_otherwise
 from eval_protocol_rft.rollout._redaction import redact_params
 from eval_protocol_rft.sampling import (
     WAIT_FOR_ALL,

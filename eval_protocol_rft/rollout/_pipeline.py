@@ -1,4 +1,4 @@
-"""Which rows are prepared ahead of the free slots.
+"""Which rows are prepared ahead of the free slots, and what a prepared row is.
 
 Invariant: a row's slot is released once, whatever happens to its row.
 """
@@ -6,6 +6,13 @@ Invariant: a row's slot is released once, whatever happens to its row.
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass, field
+from typing import Any
+
+from eval_protocol_rft.local import LoadedTokenizer
+from eval_protocol_rft.rollout._params import RolloutRequest
+from eval_protocol_rft.rollout._vocabulary import VocabularyWitness
+from eval_protocol_rft.sampling import RunLimiter, Sampler
 
 ROWS_AHEAD = 8
 """Rows whose prompt is rendered while their completions still wait for a slot: enough to keep every
@@ -43,3 +50,26 @@ class RowSlot:
         if self._held:
             self._held = False
             self._rows_ahead.release()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowJob:
+    """One row, ready to be sampled."""
+
+    request: RolloutRequest
+    sampler: Sampler
+    tokenizer: LoadedTokenizer
+    messages: list[Any]
+    """Eval Protocol's, those to be answered."""
+    limiter: RunLimiter
+    witness: VocabularyWitness
+    began_at: float
+    """Unix seconds."""
+    began: float
+    """Of the performance counter."""
+    run: int | str
+    """Names this rollout among those of its row."""
+    row_key: str = ""
+    """Names the row among all rows."""
+    seeds: list[int | None] = field(default_factory=list)
+    """One per completion that is asked for."""

@@ -9,14 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import functools
 import logging
-import re
 import secrets
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from importlib.metadata import version
+from dataclasses import replace
 from typing import Any
 
 from eval_protocol.models import EvaluationRow
@@ -24,7 +21,7 @@ from eval_protocol.pytest.rollout_processor import RolloutProcessor
 from eval_protocol.pytest.types import RolloutProcessorConfig
 
 from eval_protocol_rft._errors import EvalProtocolRftError
-from eval_protocol_rft.local import LoadedTokenizer, TokenizerError
+from eval_protocol_rft.local import TokenizerError
 from eval_protocol_rft.rollout._backends import Backends
 from eval_protocol_rft.rollout._commit import commit_group, messages_to_answer
 from eval_protocol_rft.rollout._evaluation_run import (
@@ -34,6 +31,7 @@ from eval_protocol_rft.rollout._evaluation_run import (
     observe_attempt,
     watched,
 )
+from eval_protocol_rft.rollout._loop_states import LoopState, LoopStates
 from eval_protocol_rft.rollout._params import (
     ParamsError,
     RolloutRequest,
@@ -41,7 +39,7 @@ from eval_protocol_rft.rollout._params import (
     refuse_unused,
     template_values,
 )
-from eval_protocol_rft.rollout._pipeline import ROWS_AHEAD, RowSlot
+from eval_protocol_rft.rollout._pipeline import ROWS_AHEAD, RowJob, RowSlot
 from eval_protocol_rft.rollout._prompts import (
     PromptError,
     given_prompt,
@@ -52,31 +50,19 @@ from eval_protocol_rft.rollout._redaction import redact_params
 from eval_protocol_rft.rollout._replaced_params import REPLACED, is_replacement
 from eval_protocol_rft.rollout._vocabulary import VocabularyWitness
 from eval_protocol_rft.sampling import (
-    PROBE_TEXTS,
-    Endpoint,
     Failure,
     Group,
-    HttpSampler,
     LogprobsMode,
     RetryPolicy,
     RunLimiter,
     Sampler,
-    SamplingError,
     StragglerPolicy,
     TokenIds,
-    check_told_kind,
     derive_seeds,
-    needs_check,
     sample_group,
 )
 
 logger = logging.getLogger(__name__)
-
-CLEANS_UP_AFTER_EACH_RUN = [
-    int(part) for part in re.findall(r"\d+", version("eval-protocol"))[:3]
-] < [0, 3, 25]
-"""Whether Eval Protocol cleans up when a run has ended (with its priority scheduler, when a rollout
-has), while others share the processor: up to 0.3.23 or 0.3.24."""
 
 
 class RolloutError(EvalProtocolRftError, RuntimeError):
@@ -92,58 +78,6 @@ class RolloutError(EvalProtocolRftError, RuntimeError):
     def status(self) -> int | None:
         """HTTP status of the first failure; what recipes tell a passing trouble by."""
         return self.failures[0].status if self.failures else None
-
-
-@dataclass(slots=True)
-class _LoopState:
-    """What belongs to one event loop; each test case of Eval Protocol runs in a loop of its own."""
-
-    clients: dict[Endpoint, HttpSampler] = field(default_factory=dict)
-    limiters: dict[Endpoint | None, RunLimiter] = field(default_factory=dict)
-    """One circuit breaker and budget per server."""
-    tasks: dict[asyncio.Task[EvaluationRow], asyncio.Task[Any] | None] = field(default_factory=dict)
-    """Rollouts, and the task that asked for each."""
-    ends_with_tasks: bool = False
-    """Whether nobody needs it once these have ended."""
-    checks: dict[tuple[Endpoint | None, str], asyncio.Task[None]] = field(default_factory=dict)
-    """Of what the user says of a model's logprobs."""
-    witnesses: dict[tuple[Endpoint | None, str, str], VocabularyWitness] = field(
-        default_factory=dict
-    )
-    """By server, model and tokenizer."""
-
-
-async def _close(state: _LoopState) -> None:
-    """Close its clients, and tell what the texts of servers left in doubt where no summary of a
-    test says it."""
-    for witness in state.witnesses.values() if watched() is None else ():
-        if witness.doubt is not None:
-            logger.warning("%s", witness.doubt)
-    for client in state.clients.values():
-        await client.aclose()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RowJob:
-    """One row, ready to be sampled."""
-
-    request: RolloutRequest
-    sampler: Sampler
-    tokenizer: LoadedTokenizer
-    messages: list[Any]
-    """Eval Protocol's, those to be answered."""
-    limiter: RunLimiter
-    witness: VocabularyWitness
-    began_at: float
-    """Unix seconds."""
-    began: float
-    """Of the performance counter."""
-    run: int | str
-    """Names this rollout among those of its row."""
-    row_key: str = ""
-    """Names the row among all rows."""
-    seeds: list[int | None] = field(default_factory=list)
-    """One per completion that is asked for."""
 
 
 class FireworksTrainingRolloutProcessor(RolloutProcessor):
@@ -213,8 +147,7 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
         self._backends = Backends(
             tokenizer=tokenizer, sampler=sampler, trust_remote_code=trust_remote_code
         )
-        self._loops: dict[asyncio.AbstractEventLoop, _LoopState] = {}
-        self._closing: set[asyncio.Task[None]] = set()
+        self._states = LoopStates()
         self._runs = RunNames()
         self._first_requests: dict[tuple[str | None, str], RolloutRequest] = {}
         """Of each evaluation test, the first that took the argument `tokenizer`."""
@@ -224,7 +157,7 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
         self, rows: list[EvaluationRow], config: RolloutProcessorConfig
     ) -> list[asyncio.Task[EvaluationRow]]:
         """Start one task per row, in row order."""
-        state, evaluation = self._state(), watched()
+        state, evaluation = self._states.current(), watched()
         rows_ahead = asyncio.Semaphore(ROWS_AHEAD)
         tasks = []
         for row in rows:
@@ -233,8 +166,7 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
                 row.input_metadata.completion_params or {}
             )
             task = asyncio.create_task(self._rollout(row, config, state, rows_ahead))
-            state.tasks[task] = asyncio.current_task()
-            task.add_done_callback(functools.partial(self._rolled_out, state))
+            self._states.started(state, task)
             if evaluation is not None:
                 evaluation.started(row, task)
             tasks.append(task)
@@ -244,7 +176,7 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
         """This processor, but for what it samples from; `sampler` stays the caller's to close."""
         other = copy.copy(self)
         other._backends = self._backends.sampling_from(sampler)
-        other._loops, other._closing = {}, set()
+        other._states = LoopStates()
         other._runs = RunNames()
         return other
 
@@ -253,72 +185,18 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
         nothing but unclosed sockets is lost if it is never called. Where Eval Protocol calls it
         after each of several runs, it ends the rollouts of the caller's own, and the last closes.
         """
-        loop = asyncio.get_running_loop()
-        state = self._loops.get(loop)
-        if state is None:
-            return
-        # Eval Protocol calls this with rollouts in flight when an evaluator raises.
-        caller = asyncio.current_task()
-        tasks: list[asyncio.Task[Any]] = [
-            task
-            for task, owner in state.tasks.items()
-            if owner is caller or not CLEANS_UP_AFTER_EACH_RUN
-        ]
-        is_last = len(tasks) == len(state.tasks)
-        if is_last:
-            del self._loops[loop]
-            tasks += state.checks.values()
-            self._runs.forget_rollouts()
-        for task in tasks:
-            task.cancel()
-        try:
-            await asyncio.gather(*tasks, return_exceptions=True)
-        finally:
-            if is_last:
-                await _close(state)
-            else:
-                self.cleanup()
+        await self._states.end(self._runs.forget_rollouts)
 
     def cleanup(self) -> None:
         """Begin to close what is open in this loop, or where rollouts run, once the last of them
         has ended. The oldest versions of Eval Protocol call nothing else."""
-        try:
-            state = self._loops.get(asyncio.get_running_loop())
-        except RuntimeError:
-            return  # connections are their loop's to close
-        if state is not None:
-            state.ends_with_tasks = True
-            self._end_if_idle(state)
-
-    def _rolled_out(self, state: _LoopState, task: asyncio.Task[EvaluationRow]) -> None:
-        state.tasks.pop(task, None)
-        if not task.cancelled():  # the loop may be ending
-            self._end_if_idle(state)
-
-    def _end_if_idle(self, state: _LoopState) -> None:
-        loop = asyncio.get_running_loop()
-        if state.tasks or not state.ends_with_tasks or self._loops.get(loop) is not state:
-            return
-        del self._loops[loop]
-        for check in state.checks.values():
-            check.cancel()
-        closing = loop.create_task(_close(state))
-        self._closing.add(closing)
-        closing.add_done_callback(self._closing.discard)
-
-    def _state(self) -> _LoopState:
-        """The state of the running loop. States of loops that closed without acleanup() go here:
-        their clients hold their loop, so a weak reference to it would never die."""
-        for loop in list(self._loops):
-            if loop.is_closed():
-                self._loops.pop(loop, None)
-        return self._loops.setdefault(asyncio.get_running_loop(), _LoopState())
+        self._states.end_when_idle()
 
     async def _rollout(
         self,
         row: EvaluationRow,
         config: RolloutProcessorConfig,
-        state: _LoopState,
+        state: LoopState,
         rows_ahead: asyncio.Semaphore,
     ) -> EvaluationRow:
         """Roll out one row; what is raised is a ValueError or a RuntimeError."""
@@ -342,7 +220,7 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
         self,
         row: EvaluationRow,
         config: RolloutProcessorConfig,
-        state: _LoopState,
+        state: LoopState,
         rows_ahead: asyncio.Semaphore,
         run: int | str,
     ) -> EvaluationRow:
@@ -386,7 +264,7 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
         self,
         row: EvaluationRow,
         config: RolloutProcessorConfig,
-        state: _LoopState,
+        state: LoopState,
         run: int | str,
     ) -> RowJob:
         """Everything that is known before the first request for a row."""
@@ -423,34 +301,11 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
         job.witness.require_fit()
         if (evaluation := watched()) is not None:
             evaluation.compared(job.witness)
-        await self._check_logprobs(job, state, config)
+        await state.check_logprobs(job, slots=config.semaphore, retry=self.retry)
         row_key = row.input_metadata.row_id or self._render(row, job).json.decode()
         asked = request.n + self.stragglers.over_sample
         seeds = derive_seeds(request.seed, row_key, asked, run=run)
         return replace(job, row_key=row_key, seeds=seeds)
-
-    async def _check_logprobs(
-        self, job: RowJob, state: _LoopState, config: RolloutProcessorConfig
-    ) -> None:
-        """What the user says of a server's logprobs is seen once before its first completion."""
-        params = job.request.params
-        if not (isinstance(job.sampler, HttpSampler) and needs_check(params)):
-            return
-        key = (job.request.endpoint, params.model)
-        check = state.checks.get(key)
-        if check is None or (check.done() and isinstance(check.exception(), SamplingError)):
-            check = state.checks[key] = asyncio.create_task(
-                check_told_kind(
-                    job.sampler,
-                    [TokenIds(job.tokenizer.tokenizer.encode(text)) for text in PROBE_TEXTS],
-                    params,
-                    slots=config.semaphore,
-                    retry=self.retry,
-                    limiter=job.limiter,
-                )
-            )
-        # Other rows wait for it too.
-        await asyncio.shield(check)
 
     def _request(self, config: RolloutProcessorConfig) -> RolloutRequest:
         refuse_unused(
@@ -495,7 +350,7 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
     async def sampler_of(self, request: RolloutRequest) -> Sampler:
         """What completions of `request` are sampled from in the running event loop; the
         processor's to close."""
-        sampler, _ = await self._backends.resolve(request, self._state().clients)
+        sampler, _ = await self._backends.resolve(request, self._states.current().clients)
         return sampler
 
     def request_of(self, completion_params: Mapping[str, Any] | None) -> RolloutRequest:

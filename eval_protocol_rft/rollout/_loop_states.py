@@ -1,0 +1,173 @@
+"""What a processor has open in each event loop, and how it is closed.
+
+Eval Protocol runs each test case in an event loop of its own, over one processor.
+
+Invariant: nothing of one loop is used in another, and what one caller ends is its own: rollouts of
+others go on, and the last of them closes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import re
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import Any
+
+from eval_protocol.models import EvaluationRow
+
+from eval_protocol_rft.rollout._evaluation_run import watched
+from eval_protocol_rft.rollout._pipeline import RowJob
+from eval_protocol_rft.rollout._vocabulary import VocabularyWitness
+from eval_protocol_rft.sampling import (
+    PROBE_TEXTS,
+    Endpoint,
+    HttpSampler,
+    RetryPolicy,
+    RunLimiter,
+    SamplingError,
+    TokenIds,
+    check_told_kind,
+    needs_check,
+)
+
+logger = logging.getLogger(__name__)
+
+CLEANS_UP_AFTER_EACH_RUN = [
+    int(part) for part in re.findall(r"\d+", version("eval-protocol"))[:3]
+] < [0, 3, 25]
+"""Whether Eval Protocol cleans up when a run has ended (with its priority scheduler, when a rollout
+has), while others share the processor: up to 0.3.23 or 0.3.24."""
+
+
+@dataclass(slots=True)
+class LoopState:
+    """What belongs to one event loop; each test case of Eval Protocol runs in a loop of its own."""
+
+    clients: dict[Endpoint, HttpSampler] = field(default_factory=dict)
+    limiters: dict[Endpoint | None, RunLimiter] = field(default_factory=dict)
+    """One circuit breaker and budget per server."""
+    tasks: dict[asyncio.Task[EvaluationRow], asyncio.Task[Any] | None] = field(default_factory=dict)
+    """Rollouts, and the task that asked for each."""
+    ends_with_tasks: bool = False
+    """Whether nobody needs it once these have ended."""
+    checks: dict[tuple[Endpoint | None, str], asyncio.Task[None]] = field(default_factory=dict)
+    """Of what the user says of a model's logprobs."""
+    witnesses: dict[tuple[Endpoint | None, str, str], VocabularyWitness] = field(
+        default_factory=dict
+    )
+    """By server, model and tokenizer."""
+
+    async def check_logprobs(
+        self, job: RowJob, *, slots: AbstractAsyncContextManager[object], retry: RetryPolicy
+    ) -> None:
+        """What the user says of a server's logprobs is seen once before its first completion."""
+        params = job.request.params
+        if not (isinstance(job.sampler, HttpSampler) and needs_check(params)):
+            return
+        key = (job.request.endpoint, params.model)
+        check = self.checks.get(key)
+        if check is None or (check.done() and isinstance(check.exception(), SamplingError)):
+            check = self.checks[key] = asyncio.create_task(
+                check_told_kind(
+                    job.sampler,
+                    [TokenIds(job.tokenizer.tokenizer.encode(text)) for text in PROBE_TEXTS],
+                    params,
+                    slots=slots,
+                    retry=retry,
+                    limiter=job.limiter,
+                )
+            )
+        # Other rows wait for it too.
+        await asyncio.shield(check)
+
+
+async def _close(state: LoopState) -> None:
+    """Close its clients, and tell what the texts of servers left in doubt where no summary of a
+    test says it."""
+    for witness in state.witnesses.values() if watched() is None else ():
+        if witness.doubt is not None:
+            logger.warning("%s", witness.doubt)
+    for client in state.clients.values():
+        await client.aclose()
+
+
+class LoopStates:
+    """The states of one processor, by event loop."""
+
+    def __init__(self) -> None:
+        self._loops: dict[asyncio.AbstractEventLoop, LoopState] = {}
+        self._closing: set[asyncio.Task[None]] = set()
+
+    def current(self) -> LoopState:
+        """The state of the running loop. States of loops that closed before they were ended go
+        here: their clients hold their loop, so a weak reference to it would never die."""
+        for loop in list(self._loops):
+            if loop.is_closed():
+                self._loops.pop(loop, None)
+        return self._loops.setdefault(asyncio.get_running_loop(), LoopState())
+
+    def started(self, state: LoopState, task: asyncio.Task[EvaluationRow]) -> None:
+        """A rollout that the current task asked for."""
+        state.tasks[task] = asyncio.current_task()
+        task.add_done_callback(functools.partial(self._rolled_out, state))
+
+    async def end(self, before_last: Callable[[], None]) -> None:
+        """Cancel the rollouts of this loop (where Eval Protocol cleans up after each run, those of
+        the caller), and close once none is left; `before_last` is called before the last end."""
+        loop = asyncio.get_running_loop()
+        state = self._loops.get(loop)
+        if state is None:
+            return
+        # Eval Protocol calls this with rollouts in flight when an evaluator raises.
+        caller = asyncio.current_task()
+        tasks: list[asyncio.Task[Any]] = [
+            task
+            for task, owner in state.tasks.items()
+            if owner is caller or not CLEANS_UP_AFTER_EACH_RUN
+        ]
+        is_last = len(tasks) == len(state.tasks)
+        if is_last:
+            del self._loops[loop]
+            tasks += state.checks.values()
+            before_last()
+        for task in tasks:
+            task.cancel()
+        try:
+            await asyncio.gather(*tasks, return_exceptions=True)
+        finally:
+            if is_last:
+                await _close(state)
+            else:
+                self.end_when_idle()
+
+    def end_when_idle(self) -> None:
+        """Close what is open in this loop once no rollout runs in it; without a loop, nothing is:
+        connections are their loop's to close."""
+        try:
+            state = self._loops.get(asyncio.get_running_loop())
+        except RuntimeError:
+            return
+        if state is not None:
+            state.ends_with_tasks = True
+            self._end_if_idle(state)
+
+    def _rolled_out(self, state: LoopState, task: asyncio.Task[EvaluationRow]) -> None:
+        state.tasks.pop(task, None)
+        if not task.cancelled():  # the loop may be ending
+            self._end_if_idle(state)
+
+    def _end_if_idle(self, state: LoopState) -> None:
+        loop = asyncio.get_running_loop()
+        if state.tasks or not state.ends_with_tasks or self._loops.get(loop) is not state:
+            return
+        del self._loops[loop]
+        for check in state.checks.values():
+            check.cancel()
+        closing = loop.create_task(_close(state))
+        self._closing.add(closing)
+        closing.add_done_callback(self._closing.discard)
