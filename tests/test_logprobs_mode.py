@@ -133,10 +133,10 @@ async def test_train_checks_it(server: Any, tmp_path: Path) -> None:
 
     lines = [{"messages": [{"role": "user", "content": f"{i}+1="}]} for i in range(4)]
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    parts = LocalParts(weights=Path(FOLDER))
 
-    async def make(*arguments: Any) -> Any:
-        return replace(await parts.make(*arguments), publish_first=False)
+    class Unpublished(LocalParts):
+        async def make(self, *arguments: Any) -> Any:
+            return replace(await super().make(*arguments), publish_first=False)
 
     with pytest.raises(RunStoppedError, match=CONTRADICTED):
         await atrain(
@@ -146,7 +146,7 @@ async def test_train_checks_it(server: Any, tmp_path: Path) -> None:
             data=[str(tmp_path / "d.jsonl")],
             held_out=0,
             completion_params=params_of(url),
-            parts=replace(parts, make=make),
+            parts=Unpublished(weights=Path(FOLDER)),
             progress=False,
         )
 
