@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
@@ -68,6 +68,7 @@ def as_a_server_ends_it(
     kept=st.booleans(),
     names=st.booleans(),
 )
+@example(ids=[0, 0, 0, 1, 3], stops=["ab"], min_tokens=4, drafted=1, kept=False, names=True)
 def test_text_and_ids_end_where_the_server_ended_them(
     ids: list[int], stops: list[str], min_tokens: int, drafted: int, kept: bool, names: bool
 ) -> None:

@@ -73,7 +73,7 @@ def test_commands_print_in_one_way():
     """Everything but `say` and `say_json` would print text of others as it is."""
     root = Path(eval_protocol_rft.__file__).parent
     for file in root.rglob("*.py"):
-        if file.name == "failing.py":
+        if file.name == "_common.py":
             continue
         for node in ast.walk(ast.parse(file.read_text())):
             called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""

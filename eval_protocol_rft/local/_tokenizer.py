@@ -157,7 +157,8 @@ class LoadedTokenizer:
         """Where in `body` the stop string stands that ended the completion.
 
         The server's word goes first: the string that it names, and of several places the one where
-        its text ends. Where it says nothing, the first place behind `min_tokens`.
+        its text ends: before the string, or behind it where the request keeps stop strings. Where
+        it says nothing, the first place behind `min_tokens`.
         """
         named, text = completion.stop_reason, completion.text
         stops = (named,) if isinstance(named, str) else params.stop
@@ -168,8 +169,10 @@ class LoadedTokenizer:
         if text is not None:
             if named is None and self._same(text, body):
                 return None
-            for start, end in places:
-                for cut in (start, end):
+            # As was asked first: "aab" of "aabab" is cut before one "ab", and behind another.
+            for with_stop in (kept, not kept):
+                for start, end in places:
+                    cut = end if with_stop else start
                     if self._same(text, body[:cut]):
                         return _Stop(cut, end)
         if named is None and self.ender(completion) is not None:
