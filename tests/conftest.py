@@ -49,6 +49,16 @@ def pytest_collection_finish() -> None:
 # What follows imports where it is used: not every test pays for Eval Protocol and transformers.
 
 
+@pytest.fixture(scope="session", autouse=True)
+def nothing_is_left_in_the_checkout() -> Iterator[None]:
+    """What a test writes beside the sources would be committed with the next `git add`."""
+    root = Path(__file__).parent.parent
+    before = set(os.listdir(root))
+    yield
+    left = {name for name in set(os.listdir(root)) - before if not name.startswith(".")}
+    assert not left, f"tests left {sorted(left)} in {root}"
+
+
 @pytest.fixture
 def server() -> Iterator[StubServer]:
     """A server in Fireworks' shape on loopback, with no script: it answers well."""

@@ -13,6 +13,7 @@ from eval_protocol.models import EvaluationRow, Message
 from eval_protocol_rft.scoring.executors._executor import grade
 from eval_protocol_rft.scoring.executors._items import Graded, GradingItem
 from eval_protocol_rft.scoring.executors._loading import LoadedEvaluator, load_evaluator
+from tests.data.graders import NO_QUESTION
 from tests.waiting import PATIENCE
 
 GRADERS = Path(__file__).with_name("graders.py")
@@ -22,7 +23,7 @@ def grader(name: str) -> LoadedEvaluator:
     return load_evaluator(f"{GRADERS}::{name}")
 
 
-def view(text: str, *, question: str = "?", index: int = 0) -> bytes:
+def view(text: str, *, question: str = NO_QUESTION, index: int = 0) -> bytes:
     row = EvaluationRow(
         messages=[
             Message(role="user", content=question),
