@@ -1,8 +1,8 @@
 from ._dataset import RolloutDataset as RolloutDataset
 from ._datums import write_datums as write_datums
 from ._files import JobError as JobError
-from ._filter import FilterRules as FilterRules
 from ._filter import filter_rollouts as filter_rollouts
+from ._filter_rules import FilterRules as FilterRules
 from ._generate import GenerateSummary as GenerateSummary
 from ._generate import agenerate as agenerate
 from ._generate import generate as generate
@@ -19,8 +19,8 @@ from .rollouts._format import FormatError as FormatError
 # isort: split
 from ._files import same_file as same_file
 from ._files import write_rows as write_rows
-from ._filter import REASONS as REASONS
-from ._filter import parse_band as parse_band
+from ._filter_rules import REASONS as REASONS
+from ._filter_rules import parse_band as parse_band
 from ._progress import Reading as Reading
 from ._progress import Reporter as Reporter
 from ._progress import reporter as reporter

@@ -16,8 +16,8 @@ from ._answers import parse_tool_calls as parse_tool_calls
 from ._answers import recorded_answers as recorded_answers
 from ._answers import tool_format as tool_format
 from ._backends import Backends as Backends
-from ._call_formats import ParseProblem as ParseProblem
 from ._call_formats import ToolFormat as ToolFormat
+from ._call_parts import ParseProblem as ParseProblem
 from ._chat_template import fields_read as fields_read
 from ._commit import build_record as build_record
 from ._commit import messages_to_answer as messages_to_answer

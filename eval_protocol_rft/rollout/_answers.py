@@ -27,14 +27,11 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from eval_protocol_rft.local import LoadedTokenizer
-from eval_protocol_rft.rollout._call_formats import (
-    OPEN,
-    READERS,
+from eval_protocol_rft.rollout._call_formats import OPEN, READERS, ToolFormat, as_calls
+from eval_protocol_rft.rollout._call_parts import (
     CallProblemError,
     ParseProblem,
-    ToolFormat,
     Tools,
-    as_calls,
     json_call,
 )
 from eval_protocol_rft.rollout._harmony import read_harmony

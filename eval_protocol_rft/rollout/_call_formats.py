@@ -11,57 +11,28 @@ pass for an answer.
 
 from __future__ import annotations
 
-import contextlib
-import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from json import JSONDecoder
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-import msgspec
-
-from eval_protocol_rft._errors import EvalProtocolRftError
+from eval_protocol_rft.rollout._call_parts import (
+    DECODER,
+    SHOWN,
+    Call,
+    CallProblemError,
+    Tools,
+    json_call,
+    json_object,
+    json_of_tags,
+    parameter_schema,
+    skip_blanks,
+    typed,
+)
 
 ToolFormat = Literal[
     "hermes", "llama3_json", "qwen3_coder", "glm", "mistral", "deepseek", "harmony"
 ]
-ProblemKind = Literal["json", "shape", "unclosed", "stray"]
-Call = tuple[str, str]
-"""Name and arguments, a JSON object as text."""
-Tools = Sequence[Mapping[str, Any]] | None
-
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
-_SHOWN = 80
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ParseProblem:
-    """Why the text's tool calls cannot be run."""
-
-    kind: ProblemKind
-    """`json`: not JSON; `shape`: JSON, but no call; `unclosed`: the call does not end; `stray`:
-    something between or behind calls where the format has no place for it."""
-    message: str
-    """What is wrong and what is expected, in words that can be shown to the model."""
-
-
-class CallProblemError(EvalProtocolRftError):
-    """Carries a `ParseProblem`."""
-
-    def __init__(self, kind: ProblemKind, message: str) -> None:
-        super().__init__(message)
-        self.problem = ParseProblem(kind=kind, message=message)
-
-
-class _ArgumentsCall(msgspec.Struct):
-    name: str
-    arguments: msgspec.Raw
-
-
-class _ParametersCall(msgspec.Struct):
-    name: str
-    parameters: msgspec.Raw
 
 
 def hermes(text: str, tools: Tools = None) -> tuple[str, list[Call]]:
@@ -79,9 +50,9 @@ def hermes(text: str, tools: Tools = None) -> tuple[str, list[Call]]:
 
 def _closed(text: str, at: int, index: int, what: str) -> int:
     """Where `</tool_call>` ends, which must come next."""
-    at = _skip_blanks(text, at)
+    at = skip_blanks(text, at)
     if not text.startswith(CLOSE, at):
-        behind = text[at : at + _SHOWN]
+        behind = text[at : at + SHOWN]
         raise CallProblemError(
             "stray" if behind else "unclosed",
             f"Tool call {index + 1} must end with {CLOSE} after {what}, not with {behind!r}.",
@@ -113,7 +84,7 @@ def llama3_json(text: str, tools: Tools = None) -> tuple[str, list[Call]]:
     start, at = begun
     calls: list[Call] = []
     while True:
-        at = _skip_blanks(text, at)
+        at = skip_blanks(text, at)
         if text.startswith("[", at):
             at = _llama_list(text, at, calls)
         else:
@@ -126,7 +97,7 @@ def llama3_json(text: str, tools: Tools = None) -> tuple[str, list[Call]]:
             raise CallProblemError(
                 "stray",
                 f"After tool call {len(calls)} nothing may follow but ';' and another call, not "
-                f"{rest[:_SHOWN]!r}.",
+                f"{rest[:SHOWN]!r}.",
             )
         at = text.index(";", at) + 1
 
@@ -152,7 +123,7 @@ def _llama_start(text: str) -> tuple[int, int] | None:
         if first and _LLAMA_BEGUN.match(text, start):
             return start, start
         try:
-            value, end = _DECODER.raw_decode(text, start)
+            value, end = DECODER.raw_decode(text, start)
         except (ValueError, RecursionError):
             if _LLAMA_BROKEN.match(text, start):
                 return start, start
@@ -182,11 +153,11 @@ def _llama_list(text: str, at: int, calls: list[Call]) -> int:
     while True:
         name, arguments, at = json_call(text, at, len(calls), "parameters")
         calls.append((name, arguments))
-        at = _skip_blanks(text, at)
+        at = skip_blanks(text, at)
         if text.startswith("]", at):
             return at + 1
         if not text.startswith(",", at):
-            behind = text[at : at + _SHOWN]
+            behind = text[at : at + SHOWN]
             raise CallProblemError(
                 "stray" if behind else "unclosed",
                 f"After tool call {len(calls)} the list must go on with ',' or end with ']', not "
@@ -226,17 +197,19 @@ def qwen3_coder(text: str, tools: Tools = None) -> tuple[str, list[Call]]:
             key, at = parameter.group(1).strip(), parameter.end()
             if key in values:
                 raise CallProblemError("shape", f"{where} gives {key!r} twice.")
-            values[key] = _typed(parameter.group(2), _schema(tools, name, key), unknown="string")
+            values[key] = typed(
+                parameter.group(2), parameter_schema(tools, name, key), unknown="string"
+            )
         end = _FUNCTION_END.match(text, at)
         if not end:
-            behind = text[at:].strip()[:_SHOWN]
+            behind = text[at:].strip()[:SHOWN]
             raise CallProblemError(
                 "stray" if behind else "unclosed",
                 f"{where}: a parameter or </function> must follow, not {behind!r}. "
                 f"{_QWEN_EXPECTED}",
             )
         at = _closed(text, end.end(), len(calls), "</function>") if wrapped else end.end()
-        calls.append((name, _object(values)))
+        calls.append((name, json_of_tags(values)))
     return _spoken(text, [*said, text[at:]], calls)
 
 
@@ -268,9 +241,11 @@ def glm(text: str, tools: Tools = None) -> tuple[str, list[Call]]:
             key, at = argument.group(1).strip(), argument.end()
             if key in values:
                 raise CallProblemError("shape", f"{where} gives {key!r} twice.")
-            values[key] = _typed(argument.group(2).strip(), _schema(tools, name, key), unknown="")
+            values[key] = typed(
+                argument.group(2).strip(), parameter_schema(tools, name, key), unknown=""
+            )
         at = _closed(text, at, len(calls), f"its arguments ({_GLM_EXPECTED})")
-        calls.append((name, _object(values)))
+        calls.append((name, json_of_tags(values)))
     return _spoken(text, [*said, text[at:]], calls)
 
 
@@ -286,13 +261,13 @@ def mistral(text: str, tools: Tools = None) -> tuple[str, list[Call]]:
     calls: list[Call] = []
     for part in parts:
         where = f"Tool call {len(calls) + 1}"
-        at = _skip_blanks(part, 0)
+        at = skip_blanks(part, 0)
         if part.startswith("[", at):
             at += 1
             while True:
                 name, arguments, at = json_call(part, at, len(calls))
                 calls.append((name, arguments))
-                at = _skip_blanks(part, at)
+                at = skip_blanks(part, at)
                 if not part.startswith(",", at):
                     break
                 at += 1
@@ -304,16 +279,16 @@ def mistral(text: str, tools: Tools = None) -> tuple[str, list[Call]]:
         else:
             named = _MISTRAL_NAME.match(part)
             if not named:
-                shown = part.strip()[:_SHOWN]
+                shown = part.strip()[:SHOWN]
                 raise CallProblemError(
                     "shape", f"{where} is no call: {shown!r}. Write {_MISTRAL_EXPECTED}."
                 )
-            arguments, at = _json_object(part, named.end(), where)
+            arguments, at = json_object(part, named.end(), where)
             calls.append((named.group(1), arguments))
         if part[at:].strip():
             raise CallProblemError(
                 "stray",
-                f"Nothing may follow tool call {len(calls)}, not {part[at:].strip()[:_SHOWN]!r}.",
+                f"Nothing may follow tool call {len(calls)}, not {part[at:].strip()[:SHOWN]!r}.",
             )
     return _spoken(text, [content], calls)
 
@@ -335,15 +310,15 @@ def deepseek(text: str, tools: Tools = None) -> tuple[str, list[Call]]:
     calls: list[Call] = []
     while call := _DEEPSEEK_CALL.match(text, at):
         where = f"Tool call {len(calls) + 1}"
-        arguments, at = _json_object(text, call.end(), where)
+        arguments, at = json_object(text, call.end(), where)
         end = _DEEPSEEK_END.match(text, at)
         if not end:
             raise CallProblemError("unclosed", f"{where} does not end after its JSON object.")
         at = end.end()
         calls.append((call.group(1).strip(), arguments))
-    at = _skip_blanks(text, at)
+    at = skip_blanks(text, at)
     if not calls or not text.startswith(_CALLS_END, at):
-        behind = text[at : at + _SHOWN]
+        behind = text[at : at + SHOWN]
         raise CallProblemError(
             "stray" if behind else "unclosed",
             f"After tool call {len(calls)} another one or {_CALLS_END} must follow, not "
@@ -385,140 +360,3 @@ def _spoken(text: str, pieces: Sequence[str], calls: list[Call]) -> tuple[str, l
         return text, []
     stripped = (piece.strip("\n") for piece in pieces)
     return "\n".join(piece for piece in stripped if piece.strip()), calls
-
-
-def json_call(
-    text: str, start: int, index: int, key: Literal["arguments", "parameters"] = "arguments"
-) -> tuple[str, str, int]:
-    """Name, arguments as they stand there, and where the call's JSON ends; `key` holds them.
-
-    Raises:
-        CallProblemError: there is no such call at `start`.
-    """
-    where = f"Tool call {index + 1}"
-    expected = f'Write {{"name": "...", "{key}": {{...}}}}.'
-    start = _skip_blanks(text, start)
-    if start == len(text):
-        raise CallProblemError("unclosed", f"{where} is empty. {expected}")
-    try:
-        end = _DECODER.raw_decode(text, start)[1]
-        kind: type[_ArgumentsCall | _ParametersCall]
-        kind = _ArgumentsCall if key == "arguments" else _ParametersCall
-        call = msgspec.json.decode(text[start:end], type=kind)
-        raw = call.arguments if isinstance(call, _ArgumentsCall) else call.parameters
-        arguments = bytes(raw).decode()
-        is_object = arguments.startswith("{")
-    except msgspec.ValidationError as error:
-        raise CallProblemError(
-            "shape", f"{where} is JSON, but no call: {error}. {expected}"
-        ) from error
-    # A ValueError: not JSON, or JSON that is no Unicode text.
-    except (ValueError, RecursionError) as error:
-        raise _not_json(text, start, f"{where} is not JSON", error, expected) from error
-    if not is_object:
-        raise CallProblemError(
-            "shape", f"{where}: {key} must be a JSON object, not {arguments[:_SHOWN]}. {expected}"
-        )
-    return call.name, arguments, end
-
-
-def json_arguments(text: str, where: str) -> str:
-    """The JSON object that `text` is.
-
-    Raises:
-        CallProblemError: it is none.
-    """
-    arguments, end = _json_object(text, 0, where)
-    if text[end:].strip():
-        raise CallProblemError(
-            "stray", f"{where}: {text[end:].strip()[:_SHOWN]!r} follows its arguments."
-        )
-    return arguments
-
-
-def _json_object(text: str, start: int, where: str) -> tuple[str, int]:
-    """A JSON object as it stands at `start`, and where it ends."""
-    start = _skip_blanks(text, start)
-    try:
-        value, end = _DECODER.raw_decode(text, start)
-        text[start:end].encode()
-    except (ValueError, RecursionError) as error:
-        raise _not_json(text, start, f"{where}: its arguments are not JSON", error, "") from error
-    if not isinstance(value, dict):
-        raise CallProblemError("shape", f"{where}: its arguments must be a JSON object.")
-    return text[start:end], end
-
-
-def _not_json(
-    text: str, start: int, what: str, error: Exception, expected: str
-) -> CallProblemError:
-    shown = text[start : start + _SHOWN]
-    return CallProblemError("json", f"{what}: {error}: {shown!r}. {expected}".rstrip())
-
-
-def _skip_blanks(text: str, at: int) -> int:
-    while at < len(text) and text[at].isspace():
-        at += 1
-    return at
-
-
-def _object(values: Mapping[str, str]) -> str:
-    """A JSON object of values that are JSON texts."""
-    inside = (f"{json.dumps(key, ensure_ascii=False)}: {value}" for key, value in values.items())
-    arguments = "{" + ", ".join(inside) + "}"
-    try:
-        arguments.encode()
-    except UnicodeEncodeError as error:
-        raise CallProblemError("json", f"The arguments are no Unicode text: {error}.") from error
-    return arguments
-
-
-def _typed(text: str, schema: Mapping[str, Any] | None, *, unknown: str) -> str:
-    """A value that stands between tags, as JSON text: a string where the schema says so, else
-    itself where it is JSON or Python's word for one of JSON's, else a string, for the tool to
-    refuse. `unknown` is the type of what has no schema."""
-    types = {unknown} if schema is None else _types(schema)
-    word = {"none": "null", "null": "null", "true": "true", "false": "false"}.get(text.lower())
-    if word == "null" and ("null" in types or "string" not in types):
-        return word
-    if "string" in types:
-        return json.dumps(text, ensure_ascii=False)
-    if word in ("true", "false") and types & {"boolean", ""}:
-        return word
-    bare = text.strip()
-    with contextlib.suppress(ValueError, RecursionError):
-        if _DECODER.raw_decode(bare)[1] == len(bare):
-            return bare
-    return json.dumps(text, ensure_ascii=False)
-
-
-def _types(schema: Mapping[str, Any]) -> set[str]:
-    """The JSON types that a schema allows; "string" where it says none."""
-    said = schema.get("type")
-    if isinstance(said, str):
-        return {said}
-    if isinstance(said, list):
-        return {str(one) for one in said}
-    options = schema.get("anyOf") or schema.get("oneOf")
-    if isinstance(options, list):
-        return {kind for one in options if isinstance(one, Mapping) for kind in _types(one)}
-    return {"string"}
-
-
-def _schema(tools: Tools, name: str, key: str) -> Mapping[str, Any] | None:
-    """What the tool `name` says of its parameter `key`."""
-    for tool in tools or ():
-        function = tool.get("function", tool)
-        if isinstance(function, Mapping) and function.get("name") == name:
-            parameters = function.get("parameters")
-            properties = parameters.get("properties") if isinstance(parameters, Mapping) else None
-            schema = properties.get(key) if isinstance(properties, Mapping) else None
-            return schema if isinstance(schema, Mapping) else None
-    return None
-
-
-def _no_constant(name: str) -> Iterator[None]:
-    raise ValueError(f"{name} is no JSON number")
-
-
-_DECODER = JSONDecoder(parse_constant=_no_constant)

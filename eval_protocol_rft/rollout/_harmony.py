@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from eval_protocol_rft.rollout._call_formats import Call, CallProblemError, as_calls, json_arguments
+from eval_protocol_rft.rollout._call_formats import as_calls
+from eval_protocol_rft.rollout._call_parts import Call, CallProblemError, json_arguments
 
 _MESSAGE = "<|message|>"
 _ENDS = re.compile(r"<\|(?:end|call|return)\|>|(?=<\|(?:start|channel)\|>)")

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eval_protocol_rft.rollout._answers import parse_tool_calls, tool_format
-from eval_protocol_rft.rollout._call_formats import ParseProblem, ToolFormat
+from eval_protocol_rft.rollout._call_formats import ToolFormat
+from eval_protocol_rft.rollout._call_parts import ParseProblem
 from eval_protocol_rft.rollout._prompts import PromptError
 from tests.episodes import templates
 
