@@ -1,4 +1,4 @@
-"""`ep-rft`: the command line. Thin: one module per command. Its flags are the options of what it
+"""`ep-rft`: the command line. Thin: a function per command. Its flags are the options of what it
 calls (see `_flags`), made when it is called, so that `ep-rft --help` costs nothing; that work's
 errors become one line and exit code 1.
 """
@@ -17,19 +17,11 @@ from typer.core import TyperGroup
 
 from eval_protocol_rft._text import visible_lines
 from eval_protocol_rft.cli._common import say
+from eval_protocol_rft.cli._derive import convert, datums, filter  # noqa: A004 - its name
 from eval_protocol_rft.cli._flags import for_typer, help_text
-from eval_protocol_rft.cli.convert import convert
-from eval_protocol_rft.cli.datums import datums
-from eval_protocol_rft.cli.doctor import WRONG, doctor
-from eval_protocol_rft.cli.filter import filter  # noqa: A004 - the command's name
-from eval_protocol_rft.cli.generate import generate
-from eval_protocol_rft.cli.report import report
-from eval_protocol_rft.cli.score import score
-from eval_protocol_rft.cli.serve import serve
-from eval_protocol_rft.cli.show import show
-from eval_protocol_rft.cli.sql import sql
-from eval_protocol_rft.cli.stats import stats
-from eval_protocol_rft.cli.train import train
+from eval_protocol_rft.cli._inspection import report, show, sql, stats
+from eval_protocol_rft.cli._jobs import generate, score
+from eval_protocol_rft.cli._models import WRONG, doctor, serve, train
 
 COMMANDS: dict[str, Callable[..., None]] = {
     command.__name__: command

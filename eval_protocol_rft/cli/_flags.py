@@ -39,10 +39,8 @@ class Takes(NamedTuple):
     """Options, if not all that are flags."""
 
 
-class Unset(NamedTuple):
+class Unset(str):
     """A default that is None, and what that means to this command."""
-
-    words: str
 
 
 class Setting(NamedTuple):
@@ -111,7 +109,7 @@ def settings_of(command: Callable[..., Any]) -> list[Setting]:
             if option.name == _PROGRESS:
                 quiet = [Setting(_QUIET, name, _EMPTY, make)]
             elif default is not ... and (option.name in only if only else option.flag):
-                words = default.words if isinstance(default, Unset) else None
+                words = default if isinstance(default, Unset) else None
                 as_flag = option._replace(
                     default=default if words is None else None, positional=False
                 )

@@ -12,7 +12,7 @@ import pytest
 from eval_protocol.models import EvaluateResult, EvaluationRow
 
 from eval_protocol_rft import FireworksTrainingRolloutProcessor
-from eval_protocol_rft.cli.train import show_result
+from eval_protocol_rft.cli._models import show_result
 from eval_protocol_rft.data._progress import reporter
 from eval_protocol_rft.local.models import bundled_model_path
 from eval_protocol_rft.loop._options import SetupError

@@ -1,0 +1,247 @@
+"""What is done with a model: `ep-rft serve` it, `doctor` its setup, `train` it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from annotated_types import Ge, Le
+
+from eval_protocol_rft import doctor as doctor_room
+from eval_protocol_rft import loop, rollout, sampling, training
+from eval_protocol_rft._options import Flag
+from eval_protocol_rft.cli._common import fail, say, say_json
+from eval_protocol_rft.cli._flags import Takes, Unset
+from eval_protocol_rft.loop import fireworks
+
+if TYPE_CHECKING:
+    from eval_protocol_rft.loop import MakeParts, TrainResult
+
+
+def serve(
+    *,
+    model: str = "local/arithmetic",
+    host: str = "127.0.0.1",
+    port: Annotated[int, Ge(0), Le(65535)] = 8000,
+    served_model_name: Annotated[str | None, Flag(unset="--model without local/")] = None,
+    api_key: Annotated[str | None, Flag(env="EP_RFT_SERVE_API_KEY", unset="none")] = None,
+    reloads: bool = False,
+) -> None:
+    """Serve a local model over HTTP, in the shape of Fireworks' completions API.
+
+    Args:
+        model: local/arithmetic (bundled), or a model folder or hub id, as local/NAME or NAME.
+        host: Address to listen on. For others than this machine set --api-key too.
+        port: Port to listen on; 0 takes a free one.
+        served_model_name: What requests call the model.
+        api_key: Asked of every request, as 'Authorization: Bearer KEY'.
+        reloads: Take new weights while serving, as vLLM does (/collective_rpc reload_weights):
+            whoever reaches the port may change the weights.
+
+    Examples:
+      ep-rft serve
+      ep-rft serve --model local/Qwen/Qwen3-0.6B --port 9000
+      ep-rft serve --model ./checkpoint --served-model-name policy
+      ep-rft serve --model ./checkpoint --reloads   # for ep-rft train --base-url
+      EP_RFT_SERVE_API_KEY=... ep-rft serve --host 0.0.0.0   # for other machines
+    """
+    # These are the only definitions of its options: the server is started here alone, and its room
+    # needs the extra `serve` to be imported.
+    try:
+        from eval_protocol_rft.local.server import serve_local
+    except ModuleNotFoundError as error:
+        package = str(error.name).partition(".")[0]
+        fail(
+            f"serve needs {package}, which is not installed: "
+            "pip install 'eval-protocol-rft[local,serve]'"
+        )
+    serve_local(
+        model,
+        host=host,
+        port=port,
+        served_model_name=served_model_name,
+        reloads=reloads,
+        api_key=api_key,
+        say=say,
+    )
+
+
+WRONG = 2
+"""Exit code where options are wrong: 1 says that the setup is not fit to train."""
+_REQUEST = {"n": ..., "seed": Unset("always the same")}
+_SAMPLING = {"max_tokens": 64, "timeout": 120.0, "top_p": ..., "stop": ..., "extra": ...}
+
+
+def doctor(
+    params: Annotated[dict[str, Any], Takes(sampling.SamplingParams, _SAMPLING)],
+    request: Annotated[dict[str, Any], Takes(rollout.RolloutRequest, _REQUEST)],
+    server: Annotated[dict[str, Any], Takes(sampling.Endpoint, {"base_url": None})],
+    setup: Annotated[dict[str, Any], Takes(doctor_room.Setup)],
+    run: Annotated[dict[str, Any], Takes(doctor_room.examine)],
+    *,
+    json: bool = False,
+) -> None:
+    """Say whether a setup is fit to train: tokenizer, chat template, end of turn, logprobs, seeds,
+    and sampler against trainer.
+
+    Exit code 1 if any check fails.
+
+    Args:
+        json: Print JSON instead.
+
+    Examples:
+      ep-rft doctor --model local/arithmetic
+      ep-rft doctor --model Qwen/Qwen3-8B --base-url http://localhost:8000 --temperature 0.7
+      ep-rft doctor --model accounts/fireworks/models/qwen3-8b --tokenizer Qwen/Qwen3-8B --json
+    """
+    is_local = params["model"].startswith("local/")
+    weights = setup.get("weights")
+    if params.get("temperature", 1.0) == 0:
+        fail("--temperature: must be above 0: greedy completions have no policy ratio", code=WRONG)
+    if params.get("top_k", 0) > 0:
+        fail("--top-k: 0 or -1, as the server spells off: sample from all tokens", code=WRONG)
+    if "base_url" in server and is_local:
+        fail(
+            f"--base-url: {params['model']} is a model in this process, which asks no server. Name "
+            "the model as the server does: ep-rft serve --served-model-name NAME",
+            code=WRONG,
+        )
+    if weights is not None and not weights.is_dir():
+        fail(f"--weights: {weights} is no folder", code=WRONG)
+    if "tokenizer" not in request and weights is not None and not is_local:
+        from eval_protocol_rft.local.models import has_tokenizer
+
+        request |= {"tokenizer": str(weights)} if has_tokenizer(weights) else {}
+    try:
+        asked = rollout.parse_completion_params({**params, **request, **server})
+    except ValueError as error:
+        fail(str(error), code=WRONG)
+    try:
+        diagnosis = doctor_room.examine(doctor_room.Setup(request=asked, **setup), **run)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("; nothing was decided") from None
+    if json:
+        say_json(doctor_room.diagnosis_json(diagnosis))
+    else:
+        from rich.console import Console
+
+        Console().print(doctor_room.diagnosis_table(diagnosis))
+        say(doctor_room.summary(diagnosis))
+    if doctor_room.unfit(diagnosis.findings):
+        raise typer.Exit(1)
+
+
+_PLACE = {"base_model": Unset("--model"), "deployment": None}
+
+
+_THE_TESTS = {"temperature": Unset("the test's"), "max_tokens": Unset("the test's")}
+_PLACE = {"base_model": Unset("--model"), "deployment": None}
+
+
+def train(
+    evaluator: str,
+    run: Annotated[dict[str, Any], Takes(loop.atrain)],
+    how: Annotated[dict[str, Any], Takes(loop.LoopOptions)],
+    filters: training.Filters,
+    optimizer: loop.Optimizer,
+    params: Annotated[dict[str, Any], Takes(sampling.SamplingParams, _THE_TESTS, list(_THE_TESTS))],
+    here: Annotated[dict[str, Any], Takes(loop.LocalParts)],
+    there: Annotated[dict[str, Any], Takes(fireworks.FireworksParts, _PLACE)],
+    *,
+    output: Annotated[Path, loop.RUN("-o")] = Path("run"),
+    base_url: Annotated[str | None, loop.MODEL()] = None,
+) -> None:
+    r"""Train a policy on what an evaluation test scores, and watch it learn.
+
+    Samples, scores, takes a step, gives the sampler the new weights, again. Stop it in any way: the
+    same command goes on from the newest checkpoint.
+
+    Args:
+        evaluator: tests/test_x.py::test_x, an evaluation test: its data, processor and evaluator.
+        output: Folder of the run.
+        base_url: Sample from this server; it takes new weights as vLLM in its development mode
+            does, or `ep-rft serve --reloads`.
+
+    Examples:
+      ep-rft train tests/test_math.py::test_math --model local/my-model --steps 200
+      ep-rft train tests/test_math.py::test_math --max-staleness 1 --algorithm cispo --steps 200
+      ep-rft train tests/test_math.py::test_math --model accounts/fireworks/models/qwen3-8b \
+          --deployment my-run --lora-rank 32 --steps 100
+      ep-rft train tests/test_math.py::test_math --model tiny --base-url http://localhost:8000 \
+          --weights ./tiny --steps 50
+    """
+    if base_url is not None:
+        params["api_base"] = base_url
+    if how.keys().isdisjoint(("steps", "epochs")):
+        how["epochs"] = 1.0
+    from eval_protocol_rft.scoring.executors import load_evaluator
+
+    options = loop.LoopOptions(**how, filters=filters)
+    parts = _parts(optimizer, here, there, run.get("model"))
+    try:
+        result = loop.train(
+            load_evaluator(evaluator).function,
+            output,
+            options=options,
+            completion_params=params or None,
+            parts=parts,
+            warn=lambda text: say(f"ep-rft: {text}", err=True),
+            **run,
+        )
+    except KeyboardInterrupt:
+        same = "The same command" + (" without --overwrite" if "overwrite" in run else "")
+        raise KeyboardInterrupt(f". {same} goes on in {output}") from None
+    show_result(result)
+
+
+def _parts(
+    optimizer: loop.Optimizer, here: dict[str, Any], there: dict[str, Any], model: str | None
+) -> MakeParts:
+    """Where sampling and training happen."""
+    on_fireworks = "deployment" in there
+    for name in ("weights", "trust_remote_code"):
+        if on_fireworks and name in here:
+            raise loop.SetupError(
+                f"{_flag(name)} is for training in this process, and --deployment is on Fireworks"
+            )
+    for name in ("training_shape", "delete_on_close"):
+        if not on_fireworks and name in there:
+            raise loop.SetupError(f"{_flag(name)} is for training on Fireworks: add --deployment")
+    if on_fireworks:
+        base_model = there.setdefault("base_model", model)
+        if base_model is None:
+            raise loop.SetupError(
+                "--deployment trains on Fireworks: name the model, with --base-model"
+            )
+        return fireworks.FireworksParts(optimizer=optimizer, **there)
+    rank = there.get("lora_rank", 0)
+    lora = loop.LoraSettings(rank=rank, alpha=2 * rank) if rank else None
+    return loop.LocalParts(lora=lora, optimizer=optimizer, **here)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+_SCORES = {"sampled": "sampled_score", "greedy": "greedy_score"}
+
+
+def _shown(score: float | None) -> str:
+    return "not scored" if score is None else f"{score:.3f}"
+
+
+def show_result(result: TrainResult) -> None:
+    """What came of it, in a few lines."""
+    evaluations = result.evaluations
+    if evaluations:
+        first, last = evaluations[0], evaluations[-1]
+        for name, key in _SCORES.items():
+            if key in first or key in last:
+                before, after = (_shown(line.get(key)) for line in (first, last))
+                say(f"held out, {name}: {before} -> {after}")
+        if not any(key in line for line in (first, last) for key in _SCORES.values()):
+            say("held out: nothing was scored")
+    made = [result.folder / name for name in ("report.html", "model")]
+    files = ", ".join(str(path) for path in made if path.exists())
+    say(f"{len(result.steps)} steps: {files}")
