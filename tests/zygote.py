@@ -27,7 +27,7 @@ import torch
 import transformers
 import uvicorn
 
-import eval_protocol_rft.doctor._run
+import eval_protocol_rft.doctor._examination
 import eval_protocol_rft.local.server._run
 import eval_protocol_rft.loop._setup
 import eval_protocol_rft.loop._train

@@ -1,14 +1,11 @@
-"""Whether completions that stop hold the token that stopped them, and whether a server sampled from
-the prompt that it was sent. Pure.
-
-What seeds do: equal ones should draw the same, different ones must not. Pure.
+"""Whether completions that stop hold the token that stopped them, whether a server sampled from the
+prompt that it was sent, and whether equal seeds draw the same and different ones do not. Pure.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -73,27 +70,23 @@ def end_of_turn(completions: Sequence[Completion], end_ids: Collection[int]) -> 
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Echo:
-    """What a reply says of the prompt."""
+def prompt_echo(sent: Sequence[int], returned: Sequence[int] | None, count: int | None) -> Finding:
+    """The prompt ids that the server used are those that were sent.
 
-    prompt_ids: list[int] | None
-    """As they came back, None where they did not."""
-    counted: int | None
-    """`usage.prompt_tokens`."""
-
-
-def prompt_echo(sent: Sequence[int], echo: Echo) -> Finding:
-    """The prompt ids that the server used are those that were sent."""
+    Args:
+        sent: [P]
+        returned: ids of the prompt in the reply; None: there are none.
+        count: `usage.prompt_tokens` of the reply; None: it has none.
+    """
     numbers = {"sent": len(sent)}
     advice = (
         "The server did not sample from the ids that it was sent (it adds a token, or renders them "
         "again): its completions answer another prompt. Turn that off before training."
     )
-    if echo.prompt_ids is not None:
-        numbers["echoed"] = len(echo.prompt_ids)
-        at = first_difference(sent, echo.prompt_ids)
-        if at is None and len(echo.prompt_ids) > len(sent):
+    if returned is not None:
+        numbers["echoed"] = len(returned)
+        at = first_difference(sent, returned)
+        if at is None and len(returned) > len(sent):
             at = len(sent)
         if at is None:
             return Finding(
@@ -103,10 +96,10 @@ def prompt_echo(sent: Sequence[int], echo: Echo) -> Finding:
                 bar="the same ids",
                 numbers=numbers,
             )
-        there = echo.prompt_ids[at] if at < len(echo.prompt_ids) else "nothing"
+        there = returned[at] if at < len(returned) else "nothing"
         here = sent[at] if at < len(sent) else "nothing"
         measured = (
-            f"{len(sent)} ids were sent, {len(echo.prompt_ids)} came back: index {at} is {here} "
+            f"{len(sent)} ids were sent, {len(returned)} came back: index {at} is {here} "
             f"here and {there} there"
         )
         return Finding(
@@ -117,20 +110,20 @@ def prompt_echo(sent: Sequence[int], echo: Echo) -> Finding:
             advice=advice,
             numbers=numbers,
         )
-    if echo.counted not in (None, len(sent)):
+    if count not in (None, len(sent)):
         return Finding(
             name=PROMPT_ECHO,
             verdict="fail",
-            measured=f"{len(sent)} ids were sent, the server counted {echo.counted}",
+            measured=f"{len(sent)} ids were sent, the server counted {count}",
             bar="as many",
             advice=advice,
             numbers=numbers,
         )
-    counted = "it counted as many" if echo.counted is not None else "nor counted"
+    how = "it counted as many" if count is not None else "nor counted"
     return Finding(
         name=PROMPT_ECHO,
         verdict="warn",
-        measured=f"{len(sent)} ids were not sent back ({counted})",
+        measured=f"{len(sent)} ids were not sent back ({how})",
         bar="the same ids",
         advice="Nothing shows that the server used them: let it answer return_token_ids.",
         numbers=numbers,

@@ -2,20 +2,19 @@
 
 Invariant: when nothing comes back there is one finding that says why, and nothing else is asked.
 
-Requests whose replies are read for what else they say: of the prompt, and of the models.
-
 A `Completion` holds nothing of the prompt: decoding refuses a wrong echo, but a right one and none
 look the same to it. So one reply is looked at as it came.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import Any
 
 import aiohttp
 import msgspec
 
-from eval_protocol_rft.doctor._completion_checks import PROMPT_ECHO, Echo, prompt_echo
+from eval_protocol_rft.doctor._completion_checks import PROMPT_ECHO, prompt_echo
 from eval_protocol_rft.doctor._findings import Finding, skipped
 from eval_protocol_rft.doctor._probe import Probe
 from eval_protocol_rft.sampling import (
@@ -42,16 +41,14 @@ _MODELS_SECONDS = 10.0
 _MODELS_BYTES = 4 << 20
 
 
-class _Model(msgspec.Struct, frozen=True):
-    id: str
-
-
-class _Models(msgspec.Struct, frozen=True):
-    data: list[_Model]
-
-
-async def ask_echo(endpoint: Endpoint, prompt: TokenIds, params: SamplingParams) -> Echo:
+async def ask_echo(
+    endpoint: Endpoint, prompt: TokenIds, params: SamplingParams
+) -> tuple[list[int] | None, int | None]:
     """Ask for one token.
+
+    Returns:
+        The prompt's ids as they came back, and how many the server counted; None where it does not
+        say.
 
     Raises:
         SamplingError: no reply of a completion's shape came. No secret is in its message: it holds
@@ -83,12 +80,12 @@ async def ask_echo(endpoint: Endpoint, prompt: TokenIds, params: SamplingParams)
         raise ContractError("the reply has no choices")
     choice = reply.choices[0]
     raw_output = ABSENT if choice.raw_output is None else choice.raw_output.prompt_token_ids
-    told = choice.prompt_token_ids if choice.prompt_token_ids != ABSENT else raw_output
+    echo = choice.prompt_token_ids if choice.prompt_token_ids != ABSENT else raw_output
     try:
-        ids = None if told == ABSENT else msgspec.json.decode(told, type=list[int])
+        ids = None if echo == ABSENT else msgspec.json.decode(echo, type=list[int])
     except msgspec.ValidationError:
         raise ContractError("prompt_token_ids are no list of integers") from None
-    return Echo(ids, reply.usage.prompt_tokens if reply.usage else None)
+    return ids, reply.usage.prompt_tokens if reply.usage else None
 
 
 async def served_models(endpoint: Endpoint) -> list[str]:
@@ -108,9 +105,11 @@ async def served_models(endpoint: Endpoint) -> list[str]:
             ) as response,
         ):
             body = await read_body(response, limit=_MODELS_BYTES) if response.status == 200 else b""
-        return [model.id for model in msgspec.json.decode(body, type=_Models).data]
+        reply = msgspec.json.decode(body, type=dict[str, Any])
+        return [str(m["id"]) for m in msgspec.convert(reply["data"], list[dict[str, Any]])]
     except (
-        aiohttp.ClientError, OSError, TimeoutError, SamplingError, msgspec.DecodeError, ValueError
+        aiohttp.ClientError, OSError, TimeoutError, SamplingError, msgspec.DecodeError, ValueError,
+        KeyError,
     ):  # fmt: skip
         return []
 
@@ -155,30 +154,22 @@ _ADVICE_BY_WORDS: tuple[tuple[str, str], ...] = (
 """Words of connections that failed, in lower case."""
 
 
-@dataclass(frozen=True, slots=True)
-class Contact:
-    """What the first request showed."""
-
-    findings: list[Finding]
-    completed: bool
-    seeds_refused: str | None = None
-    """The server's words, if it answers only requests without a seed."""
-
-
 async def first_contact(
     probe: Probe, prompt: TokenIds, params: SamplingParams, endpoint: Endpoint | None
-) -> Contact:
-    """Ask for one completion, with a seed, else without. `params` are at temperature 1, where
-    unnamed logprobs of either kind are those of sampling."""
+) -> tuple[bool, list[Finding]]:
+    """Ask for one completion, with a seed, else without; then the probe sends no seeds from here
+    on. `params` are at temperature 1, where unnamed logprobs of either kind are those of sampling.
+
+    Returns:
+        Whether a completion came back, and what that showed.
+    """
     outcome = await probe.one(prompt, params, seed=probe.seed, attempts=_ATTEMPTS)
-    seeds_refused = None
     if isinstance(outcome, Failure) and outcome.kind == "refused":
         unseeded = await probe.one(prompt, params, seed=None, attempts=_ATTEMPTS)
         if isinstance(unseeded, Completion):
-            seeds_refused, outcome = outcome.message, unseeded
+            probe.seeds_refused, outcome = outcome.message, unseeded
     if isinstance(outcome, Completion):
-        echo = await _echo_finding(prompt, params, endpoint)
-        return Contact([echo], completed=True, seeds_refused=seeds_refused)
+        return True, [await _echo_finding(prompt, params, endpoint)]
     failed = Finding(
         name=EXACT_REPLY,
         verdict="fail",
@@ -192,7 +183,7 @@ async def first_contact(
         echo = await _echo_finding(prompt, params, endpoint)
         findings += [echo] if echo.verdict == "fail" else []
     others = skipped("all other checks", "no completion came back, so nothing else was asked")
-    return Contact([*findings, others], completed=False)
+    return False, [*findings, others]
 
 
 async def _advice(failure: Failure, model: str, endpoint: Endpoint | None) -> str:
@@ -223,9 +214,10 @@ async def _echo_finding(
     if endpoint is None:
         return skipped(PROMPT_ECHO, "a model in this process takes the ids as they are")
     try:
-        return prompt_echo(prompt, await ask_echo(endpoint, prompt, replace(params, max_tokens=1)))
+        returned, count = await ask_echo(endpoint, prompt, replace(params, max_tokens=1))
     except SamplingError as error:
         return skipped(PROMPT_ECHO, f"the request for it failed: {error}")
+    return prompt_echo(prompt, returned, count)
 
 
 def exact_replies(probe: Probe) -> Finding:

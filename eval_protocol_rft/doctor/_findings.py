@@ -1,13 +1,20 @@
-"""What a check found: the verdict, the number, the bar, and what to do about it. Pure.
+"""What checks find: a verdict, a number, the bar, and what to do about it. All findings on a setup
+are its diagnosis, shown as a table or as JSON.
 
-What the probes say, and the texts that a tokenizer has to bring back.
+Invariant: what a server or a model said is shown as text: no markup, control characters escaped.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
+
+import msgspec
+from rich.table import Table
+from rich.text import Text
+
+from eval_protocol_rft._text import visible
 
 Verdict = Literal["pass", "warn", "fail", "skipped"]
 
@@ -38,7 +45,7 @@ def skipped(name: str, why: str, advice: str = "") -> Finding:
     return Finding(name=name, verdict="skipped", measured=why, advice=advice)
 
 
-def graded(value: float, *, warn_above: float, fail_above: float) -> Verdict:
+def verdict_on(value: float, *, warn_above: float, fail_above: float) -> Verdict:
     """The verdict on a number that should be small. NaN fails."""
     if value <= warn_above:
         return "pass"
@@ -60,39 +67,81 @@ def unfit(findings: Sequence[Finding]) -> bool:
     return any(finding.verdict == "fail" for finding in findings)
 
 
-PROMPTS = (
-    "51+29=",
-    "64+78=",
-    "Name an animal, any animal. Answer with one word.",
-    "Pick a number between 1 and 100. Answer with the number only.",
-)
-"""Questions with short answers of which several are likely: where the first token is certain, no
-test of probabilities can see anything."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Diagnosis:
+    """All findings on a setup, in the order of the checks."""
 
-PLAIN_TEXTS = (
-    "What is 17 + 25?",
-    "The quick brown fox jumps over the lazy dog.",
-    "if x == 0:\n    return {'a': [1, 2.5]}\n",
-    "Two  spaces, a\ttab, and two\n\nlines.",
-)
-"""ASCII: a tokenizer that changes it shows the model another prompt than the data set holds."""
-
-FURTHER_TEXTS = (
-    "Où est la bibliothèque ? Straße, ñandú.",
-    "二加二等于四。",
-    "∀x ∈ ℝ: x² ≥ 0",
-    "🙂👩‍👩‍👧 done",
-)
-
-THOUGHT = "<think>\nTen and ten is twenty.\n</think>\n\n"
+    model: str
+    base_url: str | None
+    """None: a model in this process."""
+    temperature: float
+    findings: list[Finding]
 
 
-def conversation(answer: str = "Twenty.") -> list[dict[str, Any]]:
-    """Three turns; `answer` is the first one's."""
-    return [
-        {"role": "user", "content": "What is 10 plus 10?"},
-        {"role": "assistant", "content": answer},
-        {"role": "user", "content": "And 20 plus 2?"},
-        {"role": "assistant", "content": "Twenty-two."},
-        {"role": "user", "content": "And 3 more?"},
-    ]
+_STYLES: dict[Verdict, str] = {
+    "pass": "green",
+    "warn": "yellow",
+    "fail": "bold red",
+    "skipped": "dim",
+}
+_LONGEST = 400
+"""Characters of a message that are shown; JSON has all of it."""
+
+
+def diagnosis_table(diagnosis: Diagnosis) -> Table:
+    """One row a check: verdict, number, bar, advice."""
+    table = Table(header_style="bold", show_lines=True, expand=False)
+    table.add_column("check", no_wrap=False, max_width=26)
+    table.add_column("verdict", no_wrap=True)
+    table.add_column("measured, bar and advice")
+    for finding in diagnosis.findings:
+        table.add_row(
+            Text(visible(finding.name)),
+            Text(finding.verdict, style=_STYLES[finding.verdict]),
+            _cell(finding),
+        )
+    return table
+
+
+def _cell(finding: Finding) -> Text:
+    measured = visible(finding.measured)
+    if len(measured) > _LONGEST:
+        measured = measured[: _LONGEST - 3] + "..."
+    cell = Text(measured)
+    if finding.bar:
+        cell.append(f"\nbar: {visible(finding.bar)}", style="dim")
+    if finding.advice:
+        cell.append(f"\n→ {visible(finding.advice)}", style=_STYLES[finding.verdict])
+    return cell
+
+
+def summary(diagnosis: Diagnosis) -> str:
+    """The whole in one line."""
+    verdicts = [finding.verdict for finding in diagnosis.findings]
+    order: tuple[tuple[Verdict, str], ...] = (
+        ("pass", "passed"),
+        ("warn", "warned"),
+        ("fail", "failed"),
+        ("skipped", "skipped"),
+    )
+    counts = ", ".join(f"{verdicts.count(v)} {word}" for v, word in order if v in verdicts)
+    where = f" on {diagnosis.base_url}" if diagnosis.base_url else ""
+    fitness = "not fit to train" if unfit(diagnosis.findings) else "fit to train"
+    if "fail" not in verdicts and "warn" in verdicts:
+        fitness = "fit to train, with the warnings above"
+    return (
+        f"{visible(diagnosis.model)}{where}, temperature {diagnosis.temperature:g}: {fitness} "
+        f"({counts})"
+    )
+
+
+def diagnosis_json(diagnosis: Diagnosis) -> bytes:
+    """The same for machines: `fit`, and every finding with its numbers."""
+    value = {
+        "model": diagnosis.model,
+        "base_url": diagnosis.base_url,
+        "temperature": diagnosis.temperature,
+        "fit": not unfit(diagnosis.findings),
+        "findings": diagnosis.findings,
+    }
+    return msgspec.json.format(msgspec.json.encode(value), indent=2)

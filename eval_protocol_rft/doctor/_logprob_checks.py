@@ -7,7 +7,7 @@ Cells are fixed before the counted draws are looked at, so under truthful logpro
 multinomial. The p-value is that of a Monte Carlo test (Barnard 1963; Davison and Hinkley,
 "Bootstrap Methods", 4.2): exact at its level for any counts, with no large-sample approximation.
 
-What `doctor` says of the kind of a server's logprobs, with the exact setting. Pure.
+And of which kind a server's logprobs are, with the exact setting.
 """
 
 from __future__ import annotations
@@ -54,53 +54,45 @@ class FrequencyMeasured:
     """Largest sum of the probabilities told for the different tokens of one prompt."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Counted:
-    """Counts of one prompt, [K] each, the rest last."""
-
-    counts: NDArray[np.int64]
-    probabilities: NDArray[np.float64]
-
-
 def measure_frequency(
     prompts: Sequence[FirstTokens], *, seed: int, simulations: int = SIMULATIONS
 ) -> FrequencyMeasured:
     """Test all prompts at once. `seed` is the simulation's: the same draws, the same p-value."""
-    counted = [_counted(prompt) for prompt in prompts if len(prompt.token_ids)]
+    cells = [_cells(prompt) for prompt in prompts if len(prompt.token_ids)]
     rng = np.random.default_rng(seed)
     observed = 0.0
     simulated = np.zeros(simulations)
-    for cell in counted:
-        n = int(cell.counts.sum())
-        observed += float(_g(cell.counts, cell.probabilities * n))
-        if len(cell.counts) > 1:
-            draws = rng.multinomial(n, cell.probabilities, size=simulations)
-            simulated += _g(draws, cell.probabilities * n)
+    for counts, probabilities in cells:
+        n = int(counts.sum())
+        observed += float(_g(counts, probabilities * n))
+        if len(counts) > 1:
+            draws = rng.multinomial(n, probabilities, size=simulations)
+            simulated += _g(draws, probabilities * n)
     # The noise of summing in another order must not make an equal statistic a smaller one.
     as_large = int((simulated >= observed - 1e-9).sum())
     return FrequencyMeasured(
         p_value=(1 + as_large) / (simulations + 1),
-        draws=sum(int(cell.counts.sum()) for cell in counted),
-        cells=sum(len(cell.counts) - 1 for cell in counted),
+        draws=sum(int(counts.sum()) for counts, _ in cells),
+        cells=sum(len(counts) - 1 for counts, _ in cells),
         elsewhere=sum(
-            float(cell.counts.sum() * (1.0 - cell.probabilities.max())) for cell in counted
+            float(counts.sum() * (1.0 - probabilities.max())) for counts, probabilities in cells
         ),
         mass=max(float(np.exp(list(prompt.by_id().values())).sum()) for prompt in prompts),
     )
 
 
-def _counted(prompt: FirstTokens) -> _Counted:
+def _cells(prompt: FirstTokens) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """[K] counts and [K] probabilities of one prompt's cells, the rest last."""
     split = len(prompt.token_ids) // 3
-    known = FirstTokens(prompt.token_ids[:split], prompt.logprobs[:split]).by_id()
-    rest = prompt.token_ids[split:]
-    cells = {t: p for t, p in known.items() if np.exp(p) * len(rest) >= _SMALLEST_EXPECTED}
-    counts = [int((rest == token).sum()) for token in cells]
-    told = np.minimum(np.exp(list(cells.values())), 1.0)
-    left = max(_FLOOR, 1.0 - float(told.sum()))
-    probabilities = np.array([*told, left])
-    return _Counted(
-        counts=np.array([*counts, len(rest) - sum(counts)], np.int64),
-        probabilities=probabilities / probabilities.sum(),
+    logprobs = FirstTokens(prompt.token_ids[:split], prompt.logprobs[:split]).by_id()
+    draws = prompt.token_ids[split:]
+    cells = {t: p for t, p in logprobs.items() if np.exp(p) * len(draws) >= _SMALLEST_EXPECTED}
+    counts = [int((draws == token).sum()) for token in cells]
+    named = np.minimum(np.exp(list(cells.values())), 1.0)
+    left = max(_FLOOR, 1.0 - float(named.sum()))
+    probabilities = np.array([*named, left])
+    return np.array([*counts, len(draws) - sum(counts)], np.int64), probabilities / (
+        probabilities.sum()
     )
 
 
@@ -158,16 +150,16 @@ KIND = "logprob kind"
 
 
 def kind_finding(
-    measured: KindMeasured, *, named: bool, told: LogprobsMode | None, temperature: float
+    measured: KindMeasured, *, named: bool, named_mode: LogprobsMode | None, temperature: float
 ) -> Finding:
     """The verdict, and the exact setting.
 
     Args:
         named: the server sends a logprob that it calls the one of sampling.
-        told: what the user said of the server.
+        named_mode: what the user says of the server.
         temperature: the one to train at.
     """
-    told_by = "named as such" if named else "unnamed"
+    naming = "named as such" if named else "unnamed"
     errors = (
         f"{measured.tokens} tokens at temperatures 1 and {LOWER_TEMPERATURE:g} differ from "
         f"sampling logprobs by {measured.sampling_error:.2g} nats, from raw ones by "
@@ -176,13 +168,15 @@ def kind_finding(
     numbers = {"tokens": float(measured.tokens)}
     if measured.tokens:
         numbers |= {"sampling_error": measured.sampling_error, "raw_error": measured.raw_error}
-    verdict, advice = _judged(measured.kind, named=named, told=told, temperature=temperature)
+    verdict, advice = _kind_verdict(
+        measured.kind, named=named, named_mode=named_mode, temperature=temperature
+    )
     if verdict == "skipped":
-        return skipped(KIND, f"first tokens are too certain to tell; {told_by}", advice)
+        return skipped(KIND, f"first tokens are too certain to tell; {naming}", advice)
     return Finding(
         name=KIND,
         verdict=verdict,
-        measured=f"{measured.kind}, {told_by}: {errors}",
+        measured=f"{measured.kind}, {naming}: {errors}",
         bar=f"sampling within {TOLERANCE:g} nats, or raw at temperature 1",
         advice=advice,
         numbers=numbers,
@@ -197,8 +191,8 @@ _START_PROCESSED = (
 )
 
 
-def _judged(
-    kind: str, *, named: bool, told: LogprobsMode | None, temperature: float
+def _kind_verdict(
+    kind: str, *, named: bool, named_mode: LogprobsMode | None, temperature: float
 ) -> tuple[Literal["pass", "warn", "fail", "skipped"], str]:
     at_one = temperature == 1.0
     if kind == "neither":
@@ -215,12 +209,12 @@ def _judged(
             f"They may be raw: sample at temperature 1, or {_START_PROCESSED}.",
         )
     if kind == "sampling":
-        if told == "raw_logprobs":
+        if named_mode == "raw_logprobs":
             return (
                 "fail",
                 f"raw_logprobs is wrong of this server: pass {_SAY_PROCESSED}.",
             )
-        if named or told == "processed_logprobs":
+        if named or named_mode == "processed_logprobs":
             return "pass", ""
         return ("pass" if at_one else "warn"), f"For any temperature but 1 pass {_SAY_PROCESSED}."
     if named:
@@ -228,7 +222,7 @@ def _judged(
             "The server calls them the logprobs of sampling, but the temperature is not in them. "
             "Sample at temperature 1, where the two are equal."
         )
-    if told == "processed_logprobs":
+    if named_mode == "processed_logprobs":
         return "fail", (
             "--logprobs-mode processed_logprobs is wrong of this server: leave it out and sample "
             f"at temperature 1, or {_START_PROCESSED}."

@@ -1,9 +1,7 @@
 """Asks the setup: completions through the normal sampler and fan-out.
 
 Invariant: every completion asked for is counted, as itself or with its failure, and a probe keeps
-its place: lists have one entry per seed.
-
-What is examined, and with how many probes.
+its place: lists have one entry per seed. The setup says what is examined, and with how many probes.
 """
 
 from __future__ import annotations
@@ -47,8 +45,8 @@ class Probe:
     seed: int
     on_done: Callable[[int], None]
     """Told how many more completions were asked for and settled."""
-    seeded: bool = True
-    """Whether requests carry seeds."""
+    seeds_refused: str | None = None
+    """The server's words, where it answers only requests without a seed: then none is sent."""
     completed: int = 0
     failures: Counter[str] = field(default_factory=Counter)
     """Kind of failure -> completions."""
@@ -57,6 +55,11 @@ class Probe:
 
     def __post_init__(self) -> None:
         self._limiter = self._fresh_limiter()
+
+    @property
+    def seeded(self) -> bool:
+        """Whether requests carry seeds."""
+        return self.seeds_refused is None
 
     def _fresh_limiter(self) -> RunLimiter:
         return RunLimiter(limit=FixedLimit(self.concurrency), patience_seconds=PATIENCE_SECONDS)
@@ -102,10 +105,10 @@ class Probe:
         for failure in group.failures:
             self.failures[failure.kind] += 1
             self.first_failure = self.first_failure or failure.message
-        found: list[Completion | None] = [None] * n
+        completions: list[Completion | None] = [None] * n
         for survivor in group.survivors:
-            found[survivor.index] = survivor.completion
-        return found
+            completions[survivor.index] = survivor.completion
+        return completions
 
 
 def there(completions: Sequence[Completion | None]) -> list[Completion]:

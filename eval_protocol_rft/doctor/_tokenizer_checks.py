@@ -1,6 +1,5 @@
-"""Whether text survives the tokenizer, and whether it is the tokenizer of the server. Pure.
-
-Whether a growing conversation only ever appends to its token ids. Pure.
+"""Whether the tokenizer keeps text, whether it is the server's, and whether a growing conversation
+only ever appends to its token ids. Pure.
 
 A multi-turn rollout is one sequence only where the next prompt begins with the prompt before it
 and the completion that was sampled; where a template writes the past anew, the trained tokens were
@@ -13,15 +12,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from eval_protocol_rft.doctor._findings import (
-    FURTHER_TEXTS,
-    PLAIN_TEXTS,
-    THOUGHT,
-    Finding,
-    Verdict,
-    conversation,
-    skipped,
-)
+from eval_protocol_rft.doctor._findings import Finding, Verdict, skipped
 from eval_protocol_rft.local import LoadedTokenizer
 from eval_protocol_rft.rollout import PromptError, render_chat
 from eval_protocol_rft.sampling import Completion, SamplingParams
@@ -29,11 +20,28 @@ from eval_protocol_rft.sampling import Completion, SamplingParams
 ROUND_TRIP = "tokenizer round trip"
 SAME_TOKENIZER = "tokenizer is the server's"
 
+_PLAIN_TEXTS = (
+    "What is 17 + 25?",
+    "The quick brown fox jumps over the lazy dog.",
+    "if x == 0:\n    return {'a': [1, 2.5]}\n",
+    "Two  spaces, a\ttab, and two\n\nlines.",
+)
+"""ASCII: a tokenizer that changes it shows the model another prompt than the data set holds."""
+
+_FURTHER_TEXTS = (
+    "Où est la bibliothèque ? Straße, ñandú.",
+    "二加二等于四。",
+    "∀x ∈ ℝ: x² ≥ 0",
+    "🙂👩‍👩‍👧 done",
+)
+
+_THOUGHT = "<think>\nTen and ten is twenty.\n</think>\n\n"
+
 
 def round_trip(tokenizer: LoadedTokenizer) -> Finding:
     """Text to ids and back. Prompts are made of text, so what is lost here the model never sees."""
-    plain, further = (_changed(tokenizer, texts) for texts in (PLAIN_TEXTS, FURTHER_TEXTS))
-    total = len(PLAIN_TEXTS) + len(FURTHER_TEXTS)
+    plain, further = (_changed(tokenizer, texts) for texts in (_PLAIN_TEXTS, _FURTHER_TEXTS))
+    total = len(_PLAIN_TEXTS) + len(_FURTHER_TEXTS)
     changed = plain + further
     verdict: Verdict = "fail" if plain else "warn" if further else "pass"
     return Finding(
@@ -64,19 +72,20 @@ def same_tokenizer(
     tokenizer: LoadedTokenizer, completions: Sequence[Completion], params: SamplingParams
 ) -> Finding:
     """Sampled ids decoded here, against the text that the server decoded from them."""
-    told = [completion for completion in completions if completion.text is not None]
-    if not told:
+    with_text = [completion for completion in completions if completion.text is not None]
+    if not with_text:
         return skipped(SAME_TOKENIZER, "the server sent no text")
     size = len(tokenizer.tokenizer)
-    highest = max(max(completion.token_ids) for completion in told)
-    differ = [c for c in told if highest < size and not _same_text(tokenizer, c, params)]
+    highest = max(max(completion.token_ids) for completion in with_text)
+    differ = [c for c in with_text if highest < size and not _same_text(tokenizer, c, params)]
     verdict: Verdict = "warn" if differ else "pass"
-    if highest >= size or 2 * len(differ) > len(told):
+    if highest >= size or 2 * len(differ) > len(with_text):
         verdict = "fail"
     if highest >= size:
         measured = f"id {highest} was sampled, and {tokenizer.name!r} ends at {size - 1}"
     else:
-        measured = f"{len(told) - len(differ)} of {len(told)} completions decode to the same text"
+        same = len(with_text) - len(differ)
+        measured = f"{same} of {len(with_text)} completions decode to the same text"
     if differ:
         ours = tokenizer.decode_completion(differ[0], params)
         measured += f"; {ours[:40]!r} here, {(differ[0].text or '')[:40]!r} there"
@@ -88,7 +97,7 @@ def same_tokenizer(
         advice="Name the tokenizer of the model that the server runs, with --tokenizer."
         if verdict != "pass"
         else "",
-        numbers={"completions": len(told), "differ": len(differ), "highest_id": highest},
+        numbers={"completions": len(with_text), "differ": len(differ), "highest_id": highest},
     )
 
 
@@ -138,7 +147,7 @@ def first_difference(shorter: Sequence[int], longer: Sequence[int]) -> int | Non
 
 def _history(tokenizer: LoadedTokenizer, kwargs: Mapping[str, Any]) -> Finding:
     """What is said stays as it was, whatever is said after it."""
-    messages = conversation()
+    messages = _conversation()
     render_chat(messages, None, tokenizer, kwargs)  # says what is wrong with a template, or args
     rendered = [
         _rendered(tokenizer, messages[:count], kwargs) for count in range(1, len(messages) + 1)
@@ -169,8 +178,8 @@ def _history(tokenizer: LoadedTokenizer, kwargs: Mapping[str, Any]) -> Finding:
 def _next_turn(tokenizer: LoadedTokenizer, kwargs: Mapping[str, Any]) -> Finding:
     """The next prompt is the last one, the answer to it, and what comes after."""
     bar = "the next prompt begins with the prompt and the answer, thinking included"
-    for what, answer in (("an answer", "Twenty."), ("its thinking", f"{THOUGHT}Twenty.")):
-        messages = conversation(answer)
+    for what, answer in (("an answer", "Twenty."), ("its thinking", f"{_THOUGHT}Twenty.")):
+        messages = _conversation(answer)
         asked, then = (render_chat(messages[:count], None, tokenizer, kwargs) for count in (1, 3))
         at = first_difference(asked, then)
         if at is not None:
@@ -216,3 +225,14 @@ def _rendered(
 
 def _around(tokenizer: LoadedTokenizer, ids: Sequence[int], at: int) -> str:
     return repr(tokenizer.decode(list(ids[at : at + 8]))) if at < len(ids) else "nothing"
+
+
+def _conversation(answer: str = "Twenty.") -> list[dict[str, Any]]:
+    """Three turns; `answer` is the first one's."""
+    return [
+        {"role": "user", "content": "What is 10 plus 10?"},
+        {"role": "assistant", "content": answer},
+        {"role": "user", "content": "And 20 plus 2?"},
+        {"role": "assistant", "content": "Twenty-two."},
+        {"role": "user", "content": "And 3 more?"},
+    ]

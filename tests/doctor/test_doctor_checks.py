@@ -8,16 +8,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eval_protocol_rft.doctor._completion_checks import (
-    Echo,
     different_seeds,
     end_of_turn,
     equal_seeds,
     prompt_echo,
     repeats_p_value,
 )
-from eval_protocol_rft.doctor._findings import FAIL_LEVEL, Finding, graded, p_value_verdict, unfit
+from eval_protocol_rft.doctor._findings import (
+    FAIL_LEVEL,
+    Finding,
+    p_value_verdict,
+    unfit,
+    verdict_on,
+)
 from eval_protocol_rft.doctor._logprob_checks import frequency_finding, measure_frequency
-from eval_protocol_rft.doctor._trainer_gap import log_ratios, trainer_findings
+from eval_protocol_rft.doctor._trainer_checks import log_ratios, trainer_findings
 from eval_protocol_rft.sampling._logprob_kind import FirstTokens, measure_kind
 from eval_protocol_rft.sampling._types import Completion
 
@@ -51,8 +56,8 @@ logit_lists = st.lists(st.floats(-4.0, 4.0), min_size=2, max_size=12)
     ("value", "verdict"),
     [(0.0, "pass"), (2e-3, "pass"), (2.1e-3, "warn"), (0.02, "fail"), (float("nan"), "fail")],
 )
-def test_a_number_that_should_be_small_is_graded(value, verdict):
-    assert graded(value, warn_above=2e-3, fail_above=1.5e-2) == verdict
+def test_a_number_that_should_be_small_is_verdict_on(value, verdict):
+    assert verdict_on(value, warn_above=2e-3, fail_above=1.5e-2) == verdict
 
 
 def test_p_values_warn_below_one_in_a_hundred_and_fail_below_one_in_ten_thousand():
@@ -94,13 +99,13 @@ ids = st.lists(st.integers(0, 5), min_size=1, max_size=8)
 
 @given(ids, ids)
 def test_only_the_same_ids_pass(sent, echoed):
-    verdict = prompt_echo(sent, Echo(echoed, None)).verdict
+    verdict = prompt_echo(sent, echoed, None).verdict
     assert verdict == ("pass" if sent == echoed else "fail")
 
 
 @pytest.mark.parametrize(("counted", "verdict"), [(3, "warn"), (4, "fail"), (None, "warn")])
 def test_without_an_echo_the_count_is_what_there_is(counted, verdict):
-    assert prompt_echo([1, 2, 3], Echo(None, counted)).verdict == verdict
+    assert prompt_echo([1, 2, 3], None, counted).verdict == verdict
 
 
 # Logprob kind

@@ -14,8 +14,8 @@ from starlette.applications import Starlette
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
+from eval_protocol_rft.doctor._examination import SETUP, aexamine
 from eval_protocol_rft.doctor._probe import Setup
-from eval_protocol_rft.doctor._run import SETUP, aexamine
 from eval_protocol_rft.local.models import bundled_model_path
 from eval_protocol_rft.rollout._params import parse_completion_params
 from tests.serving import running

@@ -9,9 +9,9 @@ from dataclasses import replace
 
 import pytest
 
-from eval_protocol_rft.doctor._findings import Finding, unfit
+from eval_protocol_rft.doctor._examination import aexamine, examine
+from eval_protocol_rft.doctor._findings import Diagnosis, Finding, unfit
 from eval_protocol_rft.doctor._probe import Setup
-from eval_protocol_rft.doctor._run import Diagnosis, aexamine, examine
 from eval_protocol_rft.local.models import bundled_model_path
 from eval_protocol_rft.local.server._app import create_app
 from eval_protocol_rft.rollout._params import parse_completion_params
