@@ -4,11 +4,13 @@ read of a row is on ours."""
 from __future__ import annotations
 
 import json
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 from eval_protocol.models import EvaluationRow, Message
+from rich.console import Console
 
 from eval_protocol_rft.data._dataset import RolloutDataset
 from eval_protocol_rft.data.conversion._job import convert
@@ -17,7 +19,7 @@ from eval_protocol_rft.episodes._processor import EpisodeRolloutProcessor
 from eval_protocol_rft.episodes._ready_made import RetryWithFeedback
 from eval_protocol_rft.record import RecordError
 from eval_protocol_rft.report._rows import read_rows as read_stored
-from eval_protocol_rft.report._terminal import summarize_rows
+from eval_protocol_rft.report._terminal import rollout_table
 from eval_protocol_rft.scoring._offline import score_rows
 from eval_protocol_rft.training._batch import TrainingBatch, build_batch
 from eval_protocol_rft.training._errors import TrainingDataError
@@ -133,10 +135,14 @@ def test_each_completion_is_scored_and_their_answer_stays_as_they_wrote_it() -> 
 def test_the_table_of_rows_counts_them(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    summary = summarize_rows(read_stored(file))
-    assert (summary.rows, summary.failed_rows, summary.completions) == (2, 0, 4)
-    assert (summary.unscored, summary.mean_reward) == (1, pytest.approx(1.75 / 3))
-    assert (summary.models, summary.temperatures) == (("them/model",), (0.5,))
+    console = Console(record=True, width=160, file=StringIO())
+    console.print(rollout_table(list(read_stored(file))))
+    shown = console.export_text()
+    assert "2 prompts, 4 completions" in shown
+    assert f"mean reward {1.75 / 3:.3f}" in shown
+    assert "1 unscored" in shown
+    assert "failed" not in shown
+    assert "them/model, temperature 0.5" in shown
 
 
 def test_they_become_a_rollout_file_and_rows_again(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from rich.console import Console
 from eval_protocol_rft.record import RolloutRecord, SamplingRecord
 from eval_protocol_rft.report._html import ReportError
 from eval_protocol_rft.report._rows import newest_rows_file, read_rows
-from eval_protocol_rft.report._terminal import rollout_table, summarize_rows
+from eval_protocol_rft.report._terminal import rollout_table
 from eval_protocol_rft.sampling._types import Failure
 
 
@@ -77,8 +77,8 @@ def _write(folder: Path, rows: list[dict[str, Any]], name: str = "rows.jsonl") -
     return file
 
 
-def _shown(file: Path) -> str:
-    console = Console(record=True, width=160, file=open("/dev/null", "w"))  # noqa: SIM115
+def _shown(file: Path, *, width: int = 160) -> str:
+    console = Console(record=True, width=width, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(rollout_table(list(read_rows(file))))
     return console.export_text()
 
@@ -90,15 +90,14 @@ def test_sums_count_unscored_and_failed_apart(tmp_path: Path) -> None:
         _row(["2", "2"], [1.0, 1.0], began_at=101.0, seconds=4.0, row_id="s"),
         FAILED,
     ]
-    summary = summarize_rows(read_rows(_write(tmp_path, rows)))
-    assert (summary.rows, summary.failed_rows) == (3, 1)
-    assert (summary.completions, summary.failed_completions, summary.unscored) == (5, 1, 1)
-    assert summary.mean_reward == pytest.approx(3 / 4)
-    # Row 1 has one right answer of two scored: pass@1 1/2, pass@2 1. Row 2: 1 and 1.
-    assert summary.pass_at_k == pytest.approx({1: 0.75, 2: 1.0})
+    shown = _shown(_write(tmp_path, rows))
     # 2 + 2 + 3 and 2 + 2 tokens, from second 100 to second 105.
-    assert summary.tokens == 11
-    assert summary.tokens_per_second == pytest.approx(11 / 5)
+    assert "3 prompts, 5 completions, 11 tokens" in shown
+    assert "   2 tokens/s" in shown
+    assert "1 unscored, 1 completions failed, 1 rows failed" in shown
+    # Row 1 has one right answer of two scored: pass@1 1/2, pass@2 1. Row 2: 1 and 1.
+    assert "mean reward 0.750   pass@1 0.750   pass@2 1.000" in shown
+    assert "m, temperature 1" in shown
 
 
 def test_rows_with_one_id_are_one_prompt_in_the_sums(tmp_path: Path) -> None:
@@ -108,10 +107,10 @@ def test_rows_with_one_id_are_one_prompt_in_the_sums(tmp_path: Path) -> None:
         _row(["4", "5"], [0.0, 0.0], prompt_ids=[1, 3]),
         _row(["2", "2"], [1.0, 1.0], row_id="s"),
     ]
-    summary = summarize_rows(read_rows(_write(tmp_path, rows)))
-    assert (summary.rows, summary.completions) == (2, 6)
-    # One of four and two of two; no prompt but the first has four.
-    assert summary.pass_at_k == pytest.approx({1: (0.25 + 1) / 2, 4: 1.0})
+    shown = _shown(_write(tmp_path, rows))
+    assert "2 prompts, 6 completions" in shown
+    # One of four and two of two, (0.25 + 1) / 2; no prompt but the first has four.
+    assert "pass@1 0.625   pass@4 1.000" in shown
 
 
 @pytest.mark.parametrize(
@@ -133,10 +132,10 @@ def test_a_number_that_cannot_be_is_named_with_its_place(
 
 
 def test_rows_without_scores_have_no_mean(tmp_path: Path) -> None:
-    summary = summarize_rows(read_rows(_write(tmp_path, [_row(["2"], None)])))
-    assert summary.mean_reward is None
-    assert summary.pass_at_k == {}
-    assert summary.unscored == 1
+    shown = _shown(_write(tmp_path, [_row(["2"], None)]))
+    assert "mean reward unknown" in shown
+    assert "pass@" not in shown
+    assert "1 unscored" in shown
 
 
 def test_the_table_groups_equal_answers_and_names_what_failed(tmp_path: Path) -> None:
@@ -154,9 +153,33 @@ def test_completions_cannot_draw_on_the_terminal(tmp_path: Path) -> None:
     assert "\\x1b[2Jb" in shown
 
 
+@pytest.mark.parametrize("width", [30, 40, 59])
+def test_a_narrow_terminal_shows_all_of_it_in_lines(tmp_path: Path, width: int) -> None:
+    row = _row(["2", "2", "7"], [1.0, 1.0, 0.0])
+    row["messages"][0]["content"] = "a question of many words that is long"
+    shown = _shown(_write(tmp_path, [row, FAILED]), width=width)
+    assert max(map(len, shown.splitlines())) <= width
+    assert "…" not in shown
+    words = " ".join(shown.replace("│", " ").split())
+    for part in (
+        "question",
+        "2×2→1",
+        "1×7→0",
+        "mean reward 0.667",
+        "pass@3 1.000",
+        "1 rows failed",
+    ):
+        assert part in words
+    assert "mean 0.67" in words
+    assert "pass@3 1.000" in shown  # no line ends between a number and what it is of
+
+
 @pytest.mark.parametrize(
     ("line", "words"),
     [
+        (b'{"a": 1}', "no row of Eval Protocol: it has no messages"),
+        (b'{"messages": [], "input_metadata": {"row_id": 5}}', "input_metadata.row_id: Expected"),
+        (b'{"messages": [{"content": 5}]}', "content: Expected"),
         (b'{"messages": [', "truncated"),
         (b'{"messages": 5}', "Expected `array`"),
         (b'\xff{"messages": []}', "malformed"),

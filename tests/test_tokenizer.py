@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from hypothesis import given
@@ -131,6 +135,49 @@ def test_a_name_that_failed_is_not_tried_again_at_once(tmp_path, monkeypatch):
     assert str(second.value) == str(first.value)
     monkeypatch.setattr(module, "FAILURE_SECONDS", 0.0)
     assert load_tokenizer(str(folder)).name == str(folder)
+
+
+def test_a_report_asks_a_hub_that_does_not_answer_once():
+    """Its own client would try again and again: most of a minute for texts that a page can do
+    without."""
+    asked = []
+
+    class Unwell(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_response(503)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    program = """
+from eval_protocol_rft.local import TokenizerError
+from eval_protocol_rft.report._page_tokens import load_token_texts
+try:
+    load_token_texts("me/nothing")
+except TokenizerError as error:
+    assert "cannot load tokenizer 'me/nothing'" in str(error)
+    print("refused")
+"""
+    with ThreadingHTTPServer(("127.0.0.1", 0), Unwell) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        environment = os.environ | {
+            "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+            "HF_HUB_OFFLINE": "0",
+            "NO_PROXY": "*",
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", program], env=environment, capture_output=True, text=True,
+            check=True,
+        )  # fmt: skip
+        server.shutdown()
+    assert done.stdout == "refused\n"
+    # The hub's client asks for something of its own beside it.
+    assert sum("me/nothing" in path for path in asked) == 1
 
 
 def test_what_is_no_tokenizer_is_refused():

@@ -224,15 +224,24 @@ FAILURE_SECONDS = 10.0
 """For so long a name that could not be loaded is not tried again: a hub that cannot be reached
 takes most of a minute to say so, and every row of a data set would ask."""
 
+HUB_SECONDS = 5.0
+"""What a hub that is asked once has for its answer."""
+
 _LOADED: dict[tuple[str, bool], LoadedTokenizer] = {}
 _FAILED: dict[tuple[str, bool], tuple[float, str]] = {}
 """When it failed, and how."""
 _LOADING = threading.Lock()
 
 
-def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> LoadedTokenizer:
+def load_tokenizer(
+    name: str, *, trust_remote_code: bool = False, patient: bool = True
+) -> LoadedTokenizer:
     """Load a tokenizer by folder, hub id, or as `local/...` names models, once per process. Blocks:
     call it in a thread.
+
+    Args:
+        patient: try a hub that cannot be reached for as long as its own client does, which is most
+            of a minute. Else the hub is asked once, and only for what is not on this machine.
 
     Raises:
         TokenizerError: there is no such tokenizer, or its files cannot be read.
@@ -246,7 +255,8 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> LoadedToken
             raise TokenizerError(message)
         try:
             folder = str(local_model_folder(name)) if name.startswith(LOCAL_PREFIX) else name
-            _LOADED[key] = LoadedTokenizer.wrap(_from_pretrained(folder, trust_remote_code), name)
+            tokenizer = _from_pretrained(folder, trust_remote_code, patient=patient)
+            _LOADED[key] = LoadedTokenizer.wrap(tokenizer, name)
         except NoSuchModelError as error:
             raise TokenizerError(f"cannot load tokenizer {name!r}: {error}") from error
         except TokenizerError as error:
@@ -255,13 +265,26 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> LoadedToken
         return _LOADED[key]
 
 
-def _from_pretrained(name: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+def _from_pretrained(
+    name: str, trust_remote_code: bool, *, patient: bool
+) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
-    try:
+    def load(**options: Any) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            name, trust_remote_code=trust_remote_code
+            name, trust_remote_code=trust_remote_code, **options
         )
+        return tokenizer
+
+    try:
+        if patient:
+            return load()
+        try:
+            return load(local_files_only=True)
+        except OSError:
+            if not _hub_has(name):
+                raise
+        return load()
     # Broken files raise what the parser happens to stumble on, the tokenizers library a bare
     # Exception; as an OSError it would make Eval Protocol run the whole row four times over.
     except Exception as error:
@@ -270,7 +293,18 @@ def _from_pretrained(name: str, trust_remote_code: bool) -> PreTrainedTokenizerB
             "files, as FireworksTrainingRolloutProcessor(tokenizer=...) or as "
             'completion_params["tokenizer"].'
         ) from error
-    return tokenizer
+
+
+def _hub_has(name: str) -> bool:
+    """Whether the hub, asked once, has a model of that name."""
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().model_info(name, timeout=HUB_SECONDS)
+    # Not there, no name that a hub could have, offline mode, or whatever its HTTP library raises.
+    except Exception:  # noqa: BLE001
+        return False
+    return True
 
 
 class _Stop(NamedTuple):

@@ -41,6 +41,10 @@ _MOST_DOTS = 60
 """Up to so many values of an evaluation each get a dot."""
 _MOST_COLUMNS = 200
 """Layers of more steps are drawn as means of neighbours."""
+_LETTER, _LINE = 7.5, 16.0
+"""Width of a letter and height of a line, in units of the drawing."""
+_PLACES = 8
+"""So many places along a bar its name may stand at, above it or below."""
 _WIDEST_BAR = 72.0
 """A few bars as wide as the plot would look like a flag."""
 
@@ -199,11 +203,7 @@ def curves(
             _line(axes, one, values, foot=foot, gid=f"{gid}-each", lw=1, alpha=0.35)
             values = smoothed(values, window)
         _line(axes, one, values, foot=foot, gid=gid, lw=1.8)
-    for i, (value, label) in enumerate(bars):
-        axes.axhline(value, ls=(0, (4, 3)), lw=1, color=light("bad"))
-        x, side = (0.01, "left") if i == 0 else (1, "right")
-        place = axes.get_yaxis_transform()
-        axes.text(x, value, label, transform=place, ha=side, va="bottom", color=light("bad"))
+    _draw_bars(axes, bars)
     return _of_steps(figure, name, title, series, note)
 
 
@@ -361,6 +361,49 @@ def _line(
         markevery=np.flatnonzero(dots).tolist(),
         **style,
     )
+
+
+def _draw_bars(axes: Axes, bars: Sequence[tuple[float, str]]) -> None:
+    """Values not to go over, as lines across the plot; each has its name where the least of what is
+    drawn lies below it, and no other bar's name."""
+    into_plot = axes.transData - axes.transAxes
+    lines = [_points_along(into_plot.transform(line.get_xydata())) for line in axes.lines]
+    points = np.concatenate([*lines, np.empty((0, 2))])
+    taken: list[tuple[float, float, float, float]] = []
+    for value, name in bars:
+        axes.axhline(value, ls=(0, (4, 3)), lw=1, color=light("bad"))
+        _, y = into_plot.transform((axes.get_xlim()[0], value))
+        width = _LETTER * len(name) / (PLOT["right"] - PLOT["left"])
+        height = _LINE / (PLOT["bottom"] - PLOT["top"])
+        boxes = [
+            (x, x + width, foot, foot + height)
+            for foot in (y, y - height)
+            for x in np.linspace(0.01, 1 - width, _PLACES)
+            if foot >= 0 and foot + height <= 1.02
+        ]
+        boxes = [box for box in boxes if not any(_overlap(box, other) for other in taken)] or boxes
+        if boxes:
+            left, _, foot, _ = box = min(boxes, key=lambda box: _count_inside(points, box))
+            taken.append(box)
+            place, side = axes.transAxes, "bottom" if foot == y else "top"
+            axes.text(left, y, name, transform=place, ha="left", va=side, color=light("bad"))
+
+
+def _points_along(line: FloatArray) -> FloatArray:
+    """[N, 2] points of a line, close enough to be seen wherever it passes."""
+    places = np.linspace(0, len(line) - 1, max(10 * len(line), 1_000))
+    return np.stack([np.interp(places, np.arange(len(line)), column) for column in line.T], axis=1)
+
+
+def _count_inside(points: FloatArray, box: tuple[float, float, float, float]) -> int:
+    low, high = np.array([box[0], box[2]]), np.array([box[1], box[3]])
+    return int(np.sum(np.all((points >= low) & (points <= high), axis=1)))
+
+
+def _overlap(
+    one: tuple[float, float, float, float], other: tuple[float, float, float, float]
+) -> bool:
+    return one[0] < other[1] and other[0] < one[1] and one[2] < other[3] and other[2] < one[3]
 
 
 def _bin_ticks(bins: Sequence[Bin], *, whole_numbers: bool) -> tuple[list[float], list[str]]:

@@ -112,12 +112,12 @@ def _common_start(a: str, b: str) -> int:
 
 def load_token_texts(name: str) -> TokenTexts:
     """The token texts of a tokenizer as a rollout file names it: a folder, a hub id, or a local
-    model (`local/arithmetic`).
+    model (`local/arithmetic`). A page is right without them, so it does not wait for a hub.
 
     Raises:
         TokenizerError: it cannot be loaded.
     """
-    return TokenTexts(load_tokenizer(name))
+    return TokenTexts(load_tokenizer(name, patient=False))
 
 
 class Vocabulary:

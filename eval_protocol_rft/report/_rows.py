@@ -8,9 +8,9 @@ record (a failed rollout) is kept and says why. Reads without importing Eval Pro
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -19,9 +19,8 @@ from eval_protocol_rft.record import RecordError, RolloutRecord, has_record, res
 from eval_protocol_rft.report._html import ReportError
 
 
-@dataclass(frozen=True, slots=True)
-class StoredRow:
-    """One row as a report needs it."""
+class ReportRow(NamedTuple):
+    """One row of Eval Protocol as a table shows it."""
 
     row_id: str
     prompt: str
@@ -63,7 +62,7 @@ def is_rollouts(path: Path) -> bool:
     return read_schema(path if path.is_dir() else parts_folder(path)) is not None
 
 
-def read_rows(file: Path) -> Iterator[StoredRow]:
+def read_rows(file: Path) -> Iterator[ReportRow]:
     """Read a file row by row: JSON lines of Eval Protocol's rows, or rollouts, in Parquet or JSON
     lines, or what is stored of an unfinished job.
 
@@ -83,7 +82,7 @@ def read_rows(file: Path) -> Iterator[StoredRow]:
                     raise ReportError(f"{file}:{number}: {error}") from error
 
 
-def _rollouts(file: Path) -> Iterator[StoredRow]:
+def _rollouts(file: Path) -> Iterator[ReportRow]:
     from eval_protocol_rft.data import FormatError, RolloutDataset, to_rows
 
     try:
@@ -97,28 +96,49 @@ def _rollouts(file: Path) -> Iterator[StoredRow]:
         raise ReportError(f"{file}: row {row_id!r}: {error}") from error
 
 
-def _row(value: Any) -> StoredRow:
-    row = msgspec.convert(value, _Row)
-    extra = row.execution_metadata.extra
-    if not has_record(extra):
-        record, error = None, row.rollout_status.message or "no rollout record"
+def _row(value: Any) -> ReportRow:
+    messages = _at(value, "messages", list[dict[str, Any]])
+    if messages is None:
+        raise ReportError("no row of Eval Protocol: it has no messages")
+    extra = _at(value, "execution_metadata.extra", dict[str, Any])
+    record = error = None
+    if has_record(extra):
+        record = _record(value, extra)
+        asked = record.episodes[0].row_messages if record.episodes else -1
+        messages = messages[:asked]
     else:
-        params = row.input_metadata.completion_params
-        record, error = RolloutRecord.from_extra(extra, params), None
-        if record.rewards is None and len(record) == 1 and row.evaluation_result is not None:
-            score = result_score(row.evaluation_result)
-            record = msgspec.structs.replace(record, rewards=[score])
-        _refuse_too_large(record.rewards)
-    asked = row.messages[:-1] if record is not None else row.messages
-    if record is not None and record.episodes:
-        asked = row.messages[: record.episodes[0].row_messages]
-    return StoredRow(
-        row_id=row.input_metadata.row_id or "",
-        prompt=_text(asked[-1].content) if asked else "",
+        error = _at(value, "rollout_status.message", str) or "no rollout record"
+    return ReportRow(
+        row_id=_at(value, "input_metadata.row_id", str) or "",
+        prompt=_text(messages[-1]) if messages else "",
         record=record,
         error=error,
-        seconds=row.execution_metadata.rollout_duration_seconds,
+        seconds=_at(value, "execution_metadata.rollout_duration_seconds", float),
     )
+
+
+def _record(value: Any, extra: dict[str, Any] | None) -> RolloutRecord:
+    params = _at(value, "input_metadata.completion_params", dict[str, Any])
+    record = RolloutRecord.from_extra(extra, params)
+    result = _at(value, "evaluation_result", dict[str, Any])
+    if record.rewards is None and len(record) == 1 and result is not None:
+        record = msgspec.structs.replace(record, rewards=[result_score(result)])
+    _refuse_too_large(record.rewards)
+    return record
+
+
+def _at(value: Any, path: str, kind: type | UnionType) -> Any:
+    """What stands at a path in a row's JSON; None where nothing does.
+
+    Raises:
+        msgspec.ValidationError: it is of another type; the message names the path.
+    """
+    try:
+        for name in path.split("."):
+            value = None if value is None else msgspec.convert(value, dict[str, Any]).get(name)
+        return None if value is None else msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        raise msgspec.ValidationError(f"{path}: {error}") from error
 
 
 def _refuse_too_large(rewards: Sequence[float | None] | None) -> None:
@@ -127,34 +147,8 @@ def _refuse_too_large(rewards: Sequence[float | None] | None) -> None:
             raise RecordError(f"completion {i}: reward {reward:g} is beyond {LARGEST:g}")
 
 
-def _text(content: Any) -> str:
+def _text(message: dict[str, Any]) -> str:
+    content: str | list[Any] | None = _at(message, "content", str | list[Any])
     if isinstance(content, list):
         return " ".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
     return content or ""
-
-
-class _Message(msgspec.Struct):
-    role: str
-    content: str | list[Any] | None = None
-
-
-class _Input(msgspec.Struct):
-    row_id: str | None = None
-    completion_params: dict[str, Any] | None = None
-
-
-class _Status(msgspec.Struct):
-    message: str | None = None
-
-
-class _Execution(msgspec.Struct):
-    extra: dict[str, Any] | None = None
-    rollout_duration_seconds: float | None = None
-
-
-class _Row(msgspec.Struct):
-    messages: list[_Message]
-    input_metadata: _Input = msgspec.field(default_factory=_Input)
-    evaluation_result: dict[str, Any] | None = None
-    rollout_status: _Status = msgspec.field(default_factory=_Status)
-    execution_metadata: _Execution = msgspec.field(default_factory=_Execution)

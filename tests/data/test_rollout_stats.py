@@ -29,7 +29,7 @@ from eval_protocol_rft.data._stats import (
     summarize_tables,
 )
 from eval_protocol_rft.data.rollouts._format import FormatError
-from eval_protocol_rft.report._stats_table import stats_table
+from eval_protocol_rft.report._terminal import stats_table
 from tests.data.rollout_files import write_rollouts
 from tests.data.servers import ep_rft, succeed
 from tests.scored_files import (
@@ -61,8 +61,8 @@ def _summed(tables: Iterable[pa.Table], threshold: float = 1.0) -> RolloutStats:
     )
 
 
-def shown(stats: RolloutStats, **options: int) -> str:
-    console = Console(record=True, width=120, file=open("/dev/null", "w"))  # noqa: SIM115
+def shown(stats: RolloutStats, *, width: int = 120, **options: int) -> str:
+    console = Console(record=True, width=width, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(stats_table(stats, **options))
     return console.export_text()
 
@@ -271,6 +271,32 @@ def test_the_bars_of_a_histogram_are_as_long_as_their_counts():
     text = shown(summed([[Sampled(0.0)] * 4 + [Sampled(1.0)] * 2]), limit_groups=0)
     lines = [line for line in text.splitlines() if "█" in line]
     assert [line.count("█") for line in lines[:2]] == [32, 16]
+
+
+def test_a_narrow_terminal_shows_bars_in_proportion_and_all_of_the_rest_in_lines():
+    groups = [
+        [Sampled(0.0), Sampled(0.0, truncated=True), Sampled(1.0), Sampled(why="why " * 12)],
+        [Sampled(0.0), Sampled(0.0), Sampled(1.0), FAILED],
+    ]
+    text = shown(summed(groups), width=40)
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= 40
+    none, one = [line.count("█") for line in text.splitlines() if "█" in line][:2]
+    assert 20 < none < 40
+    assert none - 2 * one in (-1, 0, 1)
+    for part in (
+        "mean 0.3333",
+        "p95 1",
+        "@1 0.333",
+        "truncated  1",
+        "1 truncated (14.3%)",
+        "row-1",
+    ):
+        assert part in " ".join(text.split("\n"))
+    # What is counted stands below each other.
+    lines = text.splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("       1  why why"))
+    assert lines[first + 1].startswith(" " * 10 + "why")
 
 
 def test_nothing_from_the_file_can_draw_on_the_terminal():

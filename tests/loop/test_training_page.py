@@ -6,6 +6,7 @@ import json
 import math
 import re
 import xml.etree.ElementTree as ElementTree
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,27 @@ def test_a_logarithmic_axis_has_its_bars_and_keeps_rounding_at_its_foot() -> Non
     assert heights[2] == pytest.approx((BOTTOM - TOP) * 4 / 6, abs=0.01)
     assert "warn 0.001" in "".join(drawn.root.itertext())
     assert next(iter(line([1e-4, 2e-3], log=True).y_labels)) == "1e-4"
+
+
+@pytest.mark.parametrize("from_left", [True, False])
+def test_the_name_of_a_bar_stands_where_no_line_passes(from_left: bool) -> None:
+    """Values lie around the bar in one half of the run, and far above it in the other."""
+    values = np.where(np.arange(200) % 2, 1.2e-3, 2.4e-3)
+    half = slice(None, 100) if from_left else slice(100, None)
+    values[half] = 0.5
+    drawn = line(values, log=True, bars=[(2e-3, "warn 0.002"), (0.02, "stop 0.02")])
+    [corners] = drawn.pieces("c-0")
+    boxes = []
+    for text in drawn.root.iter("text"):
+        if (text.text or "").startswith(("warn", "stop")):
+            x, y = float(text.attrib["x"]), float(text.attrib["y"])  # of its base line
+            boxes.append((x, x + 7 * len(text.text or ""), y - 11, y + 3))
+    assert len(boxes) == 2
+    for left, right, top, bottom in boxes:
+        assert LEFT <= left < right <= RIGHT
+        for (x, y), (u, v) in pairwise(corners):
+            passes = x <= right and u >= left and min(y, v) <= bottom and max(y, v) >= top
+            assert not passes, ((x, y), (u, v), (left, right, top, bottom))
 
 
 def stack(parts: dict[str, Any], steps: Any, **options: Any) -> Chart:
