@@ -8,12 +8,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
+import numpy as np
 import pytest
 from eval_protocol.models import EvaluationRow, Message
 from eval_protocol.pytest.types import RolloutProcessorConfig
 
 from eval_protocol_rft.data._dataset import RolloutDataset
+from eval_protocol_rft.data._files import write_rows
 from eval_protocol_rft.data.conversion._job import convert
+from eval_protocol_rft.data.rollouts._episodes import as_lists
+from eval_protocol_rft.data.rollouts._format import FormatError
 from eval_protocol_rft.episodes._environment import Environment, EpisodeLimits, Step
 from eval_protocol_rft.episodes._processor import EpisodeRolloutProcessor
 from eval_protocol_rft.local._tokenizer import LoadedTokenizer
@@ -270,46 +275,84 @@ async def test_turns_that_cannot_be_told_apart_have_no_numbers(tmp_path: Path) -
     assert shown["episode"]["turns"] == 3
 
 
-def rewritten(path: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
-    """The same file but for what `evaluation_row` keeps of episodes."""
-    rows = [row for group in RolloutDataset(path).groups() for row in group]
+def as_version_1(path: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
+    """The same in a file of version 1, which has episodes in `evaluation_row`, but for a change."""
+    rows = list(RolloutDataset(path))
     for row in rows:
         kept = json.loads(row.evaluation_row or "")
-        change(kept["execution_metadata"]["extra"])
+        extra = kept["execution_metadata"]["extra"]
+        assert not {"trajectories", "episodes", "token_turn_traces"} & extra.keys()
+        extra["trajectories"] = {str(r.sample_idx): list(map(as_lists, r.segments)) for r in rows}
+        extra["episodes"] = {str(r.sample_idx): r.episode for r in rows}
+        change(extra)
         row.evaluation_row = json.dumps(kept)
-    folder = path.parent / "rewritten"
+        row.finish_reason = row.first_finish_reason
+    folder = path.parent / "version 1"
     folder.mkdir()
-    return dataset(folder, rows, RolloutDataset(path).metadata).path
+    about = RolloutDataset(path).metadata
+    return dataset(folder, rows, msgspec.structs.replace(about, schema_version=1)).path
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (lambda s: s[0]["logprobs"].pop(), r": segment 0: \d+ tokens, \d+ logprobs"),
-        (lambda s: s[1]["loss_mask"].__setitem__(-1, 2), r": segment 1: loss_mask\[\d+\] is 2"),
-        (lambda s: s[1]["tokens"].__setitem__(3, "x"), r": segment 1: tokens: .* integer"),
-        (lambda s: s[1]["tokens"].__setitem__(3, 2**40), r": segment 1: .*\[3\] is 1099511627776"),
-        (lambda s: s[0]["tokens"].__setitem__(2, 9), r": segment 0: tokens\[2\] is 9, and"),
-        (lambda s: s.clear(), ": 0 segments for 2 turns"),
-    ],
-)
-async def test_an_episode_that_breaks_the_record_is_named_by_row_completion_and_segment(
-    tmp_path: Path, change: Callable[[Any], Any], words: str
-) -> None:
+def with_segments(path: Path, change: Callable[[list[dict[str, Any]]], Any]) -> Path:
+    """The same file but for the segments of the second completion."""
+    rows = list(RolloutDataset(path))
+    segments = [{k: list(v) for k, v in segment.items()} for segment in rows[1].segments or ()]
+    change(segments)
+    types = {"tokens": np.int32, "logprobs": np.float32, "loss_mask": np.int8}
+    rows[1].segments = [{k: np.array(v, types[k]) for k, v in s.items()} for s in segments]
+    write_rows(path, RolloutDataset(path).schema, rows)
+    return path
+
+
+BROKEN = [
+    (lambda s: s[0]["logprobs"].pop(), r": segment 0: \d+ tokens, \d+ logprobs"),
+    (lambda s: s[1]["loss_mask"].__setitem__(-1, 2), r": segment 1: loss_mask\[\d+\] is 2"),
+    (lambda s: s[0]["tokens"].__setitem__(2, 9), r": segment 0: tokens\[2\] is 9, and"),
+    (lambda s: s.clear(), ": 0 segments for 2 turns"),
+]
+
+
+async def two_segments(tmp_path: Path) -> Path:
+    """Of two episodes."""
     row = await rolled_out(
         lambda e, t: f"{THOUGHT}8" if t == 0 else "the end",
         template=templates.STRIPS_THINKING,
         n=2,
     )
-    path = rollout_file(tmp_path, row)
-    broken = rewritten(path, lambda extra: change(extra["trajectories"]["1"]))
+    return rollout_file(tmp_path, row)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        *BROKEN,
+        (lambda s: s[1]["tokens"].__setitem__(3, "x"), r": segment 1: tokens: .* integer"),
+        (lambda s: s[1]["tokens"].__setitem__(3, 2**40), r": segment 1: .*\[3\] is 1099511627776"),
+    ],
+)
+async def test_an_episode_that_breaks_the_record_is_named_by_row_completion_and_segment(
+    tmp_path: Path, change: Callable[[Any], Any], words: str
+) -> None:
+    path = await two_segments(tmp_path)
+    broken = as_version_1(path, lambda extra: change(extra["trajectories"]["1"]))
     with pytest.raises(ReportError, match=rf"row 0 \('row'\), completion 1{words}"):
         page_of(broken)
+
+
+@pytest.mark.parametrize(("change", "words"), BROKEN)
+async def test_so_is_one_in_columns_and_it_is_not_converted(
+    tmp_path: Path, change: Callable[[Any], Any], words: str
+) -> None:
+    broken = with_segments(await two_segments(tmp_path), change)
+    with pytest.raises(ReportError, match=rf"row 0 \('row'\), completion 1{words}"):
+        page_of(broken)
+    with pytest.raises(FormatError, match=rf"data row 0, completion 1{words}"):
+        convert(broken, tmp_path / "again.parquet")
 
 
 @pytest.mark.parametrize("key", ["trajectories", "episodes"])
 async def test_an_episode_of_which_half_is_missing_is_named(tmp_path: Path, key: str) -> None:
     row = await rolled_out(lambda e, t: "8" if t == 0 else "the end", n=2)
-    broken = rewritten(rollout_file(tmp_path, row), lambda extra: extra[key].pop("1"))
-    with pytest.raises(ReportError, match=rf"completion 1: evaluation_row has no {key} of it"):
+    broken = as_version_1(rollout_file(tmp_path, row), lambda extra: extra[key].pop("1"))
+    with pytest.raises(FormatError, match=rf"completion 1: evaluation_row has no {key} of it"):
         page_of(broken)

@@ -29,6 +29,7 @@ from ._sql import run_query as run_query
 from ._stats import PromptStats as PromptStats
 from .conversion._ep import read_rows as read_rows
 from .conversion._to_ep import to_rows as to_rows
+from .rollouts._episodes import checked_episode as checked_episode
 from .rollouts._format import DataSettings as DataSettings
 from .rollouts._format import FileMetadata as FileMetadata
 from .rollouts._format import SamplingSettings as SamplingSettings

@@ -20,6 +20,7 @@ from eval_protocol_rft.data.conversion._to_ep import to_rows
 from eval_protocol_rft.data.rollouts import _jsonl as jsonl
 from eval_protocol_rft.data.rollouts._checking import in_order, with_json_text
 from eval_protocol_rft.data.rollouts._format import (
+    EPISODE_COLUMNS,
     FIXED_COLUMNS,
     MESSAGES,
     REWARD_PREFIX,
@@ -242,7 +243,7 @@ def _file_schema(path: Path) -> pa.Schema:
 
 def _documented(field: pa.Field) -> pa.DataType:
     """The type that a column has here: who writes a file anew may take wider ones, or views."""
-    wanted = FIXED_COLUMNS.get(field.name)
+    wanted = FIXED_COLUMNS.get(field.name) or EPISODE_COLUMNS.get(field.name)
     if field.name == "prompt" and pa.types.is_nested(field.type):
         wanted = MESSAGES
     if wanted is None or field.name == "ground_truth":

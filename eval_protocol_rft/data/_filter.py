@@ -80,7 +80,8 @@ def filter_rollouts(
             asked = functools.partial(
                 rows_where, dataset, rules.where, reading, reward, rules.pass_threshold
             )
-        tables = reading(dataset.tables(decision_columns(rules, reward)))
+        needed = [c for c in decision_columns(rules, reward) if c in dataset.schema.names]
+        tables = reading(dataset.tables(needed))
         codes, summary = decide(tables, rules, reward, where=str(source), asked=asked)
         if rules.on_rewards and not summary.scored:
             raise JobError(

@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from eval_protocol_rft._options import Flag, check_options
 from eval_protocol_rft._statistics import equal, percentile
 from eval_protocol_rft.data._files import JobError
-from eval_protocol_rft.data._stats import numbers_of_groups, read_numbers
+from eval_protocol_rft.data._stats import SAMPLED_COLUMNS, numbers_of_groups, read_numbers
+from eval_protocol_rft.data.rollouts._episodes import nested_arrays
 
 Flags = NDArray[np.bool_]
 Floats = NDArray[np.float64]
@@ -259,12 +260,14 @@ _CODES = {reason: code for code, reason in enumerate(REASONS, start=1)}
 
 
 def decision_columns(rules: FilterRules, reward: str) -> list[str]:
-    """The columns that `decide` reads."""
+    """The columns that `decide` reads, where the file has them."""
     columns = ["data_idx", "sample_idx", "error", "truncated", reward]
     if rules.dedupe_prompts:
         columns += ["prompt", "tools"]
     if rules.on_lengths or rules.dedupe_completions or rules.where is not None:
-        columns += ["completion_ids"]
+        columns += SAMPLED_COLUMNS
+    if rules.dedupe_completions:
+        columns += ["segment_tokens"]
     return columns
 
 
@@ -322,10 +325,16 @@ def _prompt_digests(table: pa.Table) -> list[bytes]:
 
 
 def _token_digests(table: pa.Table) -> NDArray[np.uint64]:
-    """[N, 2] equal where the sampled tokens are."""
+    """[N, 2] equal where the tokens are; of episodes, those of all turns and between them."""
     column = table["completion_ids"].combine_chunks()
     ids, ends = column.values.to_numpy(), column.offsets.to_numpy().tolist()
-    digests = (hashlib.sha256(ids[i:j].tobytes()).digest()[:16] for i, j in pairwise(ends))
+    tokens = [ids[i:j].tobytes() for i, j in pairwise(ends)]
+    if "segment_tokens" in table.schema.names:
+        for i, segments in enumerate(nested_arrays(table["segment_tokens"])):
+            if segments is not None:
+                parts = [len(segment).to_bytes(8) + segment.tobytes() for segment in segments]
+                tokens[i] = b"".join(parts)
+    digests = (hashlib.sha256(text).digest()[:16] for text in tokens)
     return np.frombuffer(b"".join(digests), np.uint64).reshape(-1, 2)
 
 

@@ -62,7 +62,12 @@ def schema_with_reward(known: pa.Schema, column: str, settings: RewardSettings) 
         for field in known
         if field.name.startswith(ORIGINAL_PREFIX)
     }
-    full = schema(changed, original, ground_truth=known.field("ground_truth").type)
+    full = schema(
+        changed,
+        original,
+        ground_truth=known.field("ground_truth").type,
+        episodes="turns" in known.names,
+    )
     foreign = [field for field in known if field.name not in full.names]
     return pa.schema([*full, *foreign]).with_metadata(
         {**(known.metadata or {}), METADATA_KEY: changed.encode()}

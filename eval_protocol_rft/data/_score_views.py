@@ -16,7 +16,7 @@ from eval_protocol_rft._text import text_of, well_formed_json
 from eval_protocol_rft.data._dataset import RolloutDataset
 from eval_protocol_rft.data._files import JobError
 from eval_protocol_rft.data.conversion._to_ep import to_row
-from eval_protocol_rft.data.rollouts._format import ARRAY_COLUMNS
+from eval_protocol_rft.data.rollouts._format import TOKEN_COLUMNS
 from eval_protocol_rft.data.rollouts._rows import CompletionRow
 from eval_protocol_rft.scoring.executors import GradingItem, LoadedEvaluator
 
@@ -70,7 +70,7 @@ def _item(pairs: Iterable[tuple[CompletionRow, bytes]]) -> GradingItem:
 
 def _groups(dataset: RolloutDataset) -> Iterator[list[CompletionRow]]:
     """The completions of each data row that were sampled, without their tokens."""
-    columns = [name for name in dataset.schema.names if name not in ARRAY_COLUMNS]
+    columns = [name for name in dataset.schema.names if name not in TOKEN_COLUMNS]
     for group in dataset.groups(columns):
         survivors = [row for row in group if not row.failed]
         if survivors:

@@ -28,7 +28,7 @@ from eval_protocol_rft._statistics import GROUP_NUMBERS
 from eval_protocol_rft.data._dataset import RolloutDataset
 from eval_protocol_rft.data._files import write_file
 from eval_protocol_rft.data._progress import Reading
-from eval_protocol_rft.data._stats import numbers_of_groups, read_numbers
+from eval_protocol_rft.data._stats import SAMPLED_COLUMNS, numbers_of_groups, read_numbers
 from eval_protocol_rft.data.rollouts._format import ORIGINAL_PREFIX
 from eval_protocol_rft.data.rollouts._jsonl import is_jsonl, to_json_values
 from eval_protocol_rft.data.store._merge import KEY_COLUMNS
@@ -97,9 +97,12 @@ def add_tables(
     else:
         write_file(path, dataset.schema, reading(dataset.tables()))
     names = [name for name in dataset.schema.names if name not in ("tokens", "passed")]
+    tokens = "len(completion_ids)"
+    if "segment_loss_mask" in names:  # of all turns
+        tokens = f"coalesce(list_sum(flatten(segment_loss_mask))::bigint, {tokens})"
     connection.execute(
         f"create view placed as select {', '.join(map(_name, names))}, file_row_number as place, "
-        f"len(completion_ids) as tokens, {_name(reward)} >= {pass_threshold!r}::double as passed "
+        f"{tokens} as tokens, {_name(reward)} >= {pass_threshold!r}::double as passed "
         f"from read_parquet({_text(path)}, file_row_number = true)"
     )
     connection.execute("create view completions as select * exclude (place) from placed")
@@ -217,7 +220,8 @@ def run_query(
     column = dataset.reward_column(reward)
     with connected("SQL") as (connection, folder):
         with Reading("sql", dataset.rows_about, show=progress) as reading:
-            columns = [*KEY_COLUMNS, "error", "truncated", "completion_ids", column]
+            columns = [*KEY_COLUMNS, "error", "truncated", *SAMPLED_COLUMNS, column]
+            columns = [name for name in columns if name in dataset.schema.names]
             rows, _ = read_numbers(reading(dataset.tables(columns)), column, where=str(path))
             groups = numbers_of_groups(rows, pass_threshold)
             add_tables(

@@ -32,7 +32,8 @@ from eval_protocol_rft._statistics import (
 )
 from eval_protocol_rft.data._dataset import RolloutDataset
 from eval_protocol_rft.data._progress import Reading
-from eval_protocol_rft.data.rollouts._format import ARRAY_COLUMNS, FormatError, reward_columns
+from eval_protocol_rft.data.rollouts._episodes import sampled_in_all_turns
+from eval_protocol_rft.data.rollouts._format import TOKEN_COLUMNS, FormatError, reward_columns
 from eval_protocol_rft.data.store._merge import KEY_COLUMNS
 
 MOST_REASONS = 1000
@@ -124,9 +125,10 @@ class RolloutStats:
 
 
 _COLUMNS = (
-    "row_id", "data_idx", "sample_idx", "prompt", "completion_ids", "truncated", "error",
-    "error_kind",
+    "row_id", "data_idx", "sample_idx", "prompt", "truncated", "error", "error_kind",
 )  # fmt: skip
+SAMPLED_COLUMNS = ("completion_ids", "segment_loss_mask")
+"""Columns that say how many tokens were sampled; the second only in files with episodes."""
 _REWARD_PERCENTS = (5, 25, 50, 75, 95)
 _LENGTH_PERCENTS = (50, 90, 99)
 
@@ -153,7 +155,8 @@ def rollout_stats(
     check_arguments(rollout_stats, locals())
     dataset = RolloutDataset(path)
     column = dataset.reward_column(reward)
-    further = [name for name in reward_columns(column)[2:] if name in dataset.schema.names]
+    may_be = (*reward_columns(column)[2:], *SAMPLED_COLUMNS)
+    further = [name for name in may_be if name in dataset.schema.names]
     tables = dataset.tables([*_COLUMNS, column, *further])
     sampling = dataset.metadata.sampling
     with Reading("stats", dataset.rows_about, show=progress) as reading:
@@ -263,7 +266,7 @@ def read_numbers(
 
     Args:
         tables: of a rollout file in its order; with `data_idx`, `sample_idx`, `error` and the
-            reward, and with `completion_ids` and `truncated` where numbers of them are asked for.
+            reward, and with `SAMPLED_COLUMNS` and `truncated` where numbers of them are asked for.
         reward: column.
         where: how messages call the file.
         of_rows: further values: name -> what a table of N rows has [N] of.
@@ -290,7 +293,7 @@ def read_numbers(
         last = data_idx[-1]
         heads["data_idx"] += data_idx[first].tolist()
         if of_heads and len(first):
-            without_tokens = [n for n in table.schema.names if n not in ARRAY_COLUMNS]
+            without_tokens = [n for n in table.schema.names if n not in TOKEN_COLUMNS]
             head = table.select(without_tokens).take(first)
             for name, read_head in of_heads.items():
                 heads[name] += read_head(head)
@@ -331,6 +334,9 @@ def _numbers(table: pa.Table, reward: str, where: str) -> dict[str, NDArray[Any]
     tokens, truncated = nothing, nothing.astype(bool)
     if "completion_ids" in names:
         tokens = pc.list_value_length(table["completion_ids"]).fill_null(0).to_numpy()
+    if "segment_loss_mask" in names:
+        sampled, is_episode = sampled_in_all_turns(table["segment_loss_mask"])
+        tokens = np.where(is_episode, sampled, tokens)
     if "truncated" in names:
         truncated = table["truncated"].fill_null(False).to_numpy().astype(bool)
     return {

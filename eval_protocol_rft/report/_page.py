@@ -115,10 +115,9 @@ def write_report(
     ):
         for group in reading(dataset.groups()):
             episodes = group_episodes(group)
-            lengths = {place: episode.length for place, episode in episodes.items()}
             source.note(group)
             room = _has_room(len(lines), totals.tokens, limit)
-            numbers = totals.add(group, lengths)
+            numbers = totals.add(group)
             if room:
                 texts = source.texts(group)
                 detail = group_detail(group, vocabulary=vocabulary, texts=texts, columns=columns)

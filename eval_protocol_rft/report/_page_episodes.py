@@ -1,7 +1,4 @@
-"""Episodes of several turns, as a rollout file keeps them and as the page shows them.
-
-A rollout file has an episode's first turn in its columns and the whole of it in `evaluation_row`,
-by `sample_idx`.
+"""Episodes of several turns, as the page shows them.
 
 Invariant: an episode that breaks the record is an error that names row, completion and segment. The
 page shows every token of every segment once, in order, but for the prompt that stands above.
@@ -11,41 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 
-from eval_protocol_rft._segments import (
-    RecordError,
-    Segment,
-    TokenBuffer,
-    beginning_problem,
-    lay_out,
-    read_segment,
-)
-from eval_protocol_rft._turns import EpisodeRecord, episode_problem, turn_runs
-from eval_protocol_rft.data import CompletionRow
+from eval_protocol_rft._segments import RecordError, Segment
+from eval_protocol_rft._turns import EpisodeRecord, turn_runs
+from eval_protocol_rft.data import CompletionRow, checked_episode
 from eval_protocol_rft.report._page_detail import Json, in_units, plain_text
 from eval_protocol_rft.report._page_stats import broken
 from eval_protocol_rft.report._page_tokens import TokenTexts, Vocabulary
 
-T = TypeVar("T")
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredEpisode:
-    """What `evaluation_row` says of one completion, checked."""
+    """What a row says of its episode, checked."""
 
     row: CompletionRow
-    """Its columns are of the first turn."""
     record: EpisodeRecord
     segments: list[Segment]
-
-    @property
-    def length(self) -> tuple[int, bool]:
-        """Sampled tokens of all turns, and whether the last one was cut off."""
-        sampled = sum(segment.num_sampled for segment in self.segments)
-        return sampled, self.record.last_finish_reason == "length"
 
 
 def group_episodes(group: Sequence[CompletionRow]) -> dict[int, StoredEpisode]:
@@ -54,18 +35,14 @@ def group_episodes(group: Sequence[CompletionRow]) -> dict[int, StoredEpisode]:
     Raises:
         ReportError: one of them breaks the record.
     """
-    read: dict[str, _Extra] = {}
     found = {}
     for row in group:
-        text = row.evaluation_row
-        # A look at the text first: rows of single turns need not be decoded.
-        if row.failed or text is None or not any(f'"{key}"' in text for key in _KEYS):
-            continue
-        if text not in read:
-            execution = _decoded(row, "evaluation_row", text, _Row).execution_metadata
-            read[text] = (execution and execution.extra) or _Extra()
-        if (read[text].trajectories, read[text].episodes) != (None, None):
-            found[row.sample_idx] = _stored(row, read[text])
+        if row.episode is not None:
+            try:
+                record, segments = checked_episode(row)
+            except RecordError as error:
+                raise broken(row, str(error)) from error
+            found[row.sample_idx] = StoredEpisode(row=row, record=record, segments=segments)
     return found
 
 
@@ -153,44 +130,7 @@ def _rewrites(metrics: Mapping[str, Any], segments: int) -> list[_Rewrite]:
     return told if len(told) == segments - 1 else []
 
 
-def _stored(row: CompletionRow, extra: _Extra) -> StoredEpisode:
-    place = str(row.sample_idx)
-    trajectories, episodes = extra.trajectories or {}, extra.episodes or {}
-    if place not in trajectories or place not in episodes:
-        missing = "episodes" if place in trajectories else "trajectories"
-        raise broken(row, f"evaluation_row has no {missing} of it")
-    record = _decoded(row, "episode", episodes[place], EpisodeRecord)
-    raw = trajectories[place]
-    if problem := episode_problem(record, len(raw), "length" if row.truncated else "stop"):
-        raise broken(row, problem)
-    segments = []
-    for k in range(len(raw)):
-        try:
-            segments.append(
-                read_segment(_decoded(row, f"segment {k}", raw[k], Any), TokenBuffer(0))
-            )
-        except RecordError as error:
-            raise broken(row, f"segment {k}: {error}") from error
-    try:
-        [first_turn] = lay_out(
-            row.prompt_ids, [row.completion_ids], [row.logprobs], TokenBuffer(0), ["first turn"]
-        )
-    except RecordError as error:
-        raise broken(row, str(error)) from error
-    if problem := beginning_problem(segments[0], first_turn):
-        raise broken(row, f"segment 0: {problem}")
-    return StoredEpisode(row=row, record=record, segments=segments)
-
-
-def _decoded(row: CompletionRow, what: str, text: str | msgspec.Raw, kind: type[T]) -> T:
-    try:
-        return msgspec.json.decode(text, type=kind)
-    except msgspec.DecodeError as error:
-        raise broken(row, f"{what}: {error}") from error
-
-
 _REWRITES = "history_rewrites"
-_KEYS = ("trajectories", "episodes")
 
 
 class _Rewrite(msgspec.Struct):
@@ -198,18 +138,3 @@ class _Rewrite(msgspec.Struct):
 
     kept: str
     rendered: str
-
-
-class _Extra(msgspec.Struct):
-    """Both by `sample_idx`. What is inside is decoded apart, for errors that say where."""
-
-    trajectories: dict[str, list[msgspec.Raw]] | None = None
-    episodes: dict[str, msgspec.Raw] | None = None
-
-
-class _Execution(msgspec.Struct):
-    extra: _Extra | None = None
-
-
-class _Row(msgspec.Struct):
-    execution_metadata: _Execution | None = None

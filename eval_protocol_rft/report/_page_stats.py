@@ -13,7 +13,6 @@ from array import array
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -102,28 +101,17 @@ class ReportTotals:
     lengths: Counter[tuple[int, bool]] = field(default_factory=Counter)
     """(sampled tokens, truncated) -> completions that did not fail."""
 
-    def add(
-        self,
-        group: Sequence[CompletionRow],
-        episodes: Mapping[int, tuple[int, bool]] = MappingProxyType({}),
-    ) -> dict[str, Any]:
-        """Count the completions of one prompt; what its line in the table says of them.
-
-        Args:
-            group: in the order of `sample_idx`.
-            episodes: `sample_idx` -> sampled tokens of all turns and whether the last one was
-                truncated, of completions whose rows hold the first turn alone.
-        """
+    def add(self, group: Sequence[CompletionRow]) -> dict[str, Any]:
+        """Count the completions of one prompt, in the order of `sample_idx`; what its line in the
+        table says of them."""
         survivors = [row for row in group if not row.failed]
-        lengths = [
-            episodes.get(row.sample_idx, (row.num_tokens, bool(row.truncated))) for row in survivors
-        ]
+        lengths = [(row.num_tokens, bool(row.truncated)) for row in survivors]
         tokens, truncated = sum(n for n, _ in lengths), sum(cut for _, cut in lengths)
         self.prompts += 1
         self.completions += len(group)
         self.failed += len(group) - len(survivors)
         self.truncated += truncated
-        self.episodes += len(episodes)
+        self.episodes += sum(row.episode is not None for row in survivors)
         self.tokens += tokens
         self.lengths.update(lengths)
         columns = []

@@ -157,6 +157,39 @@ _SCORES = st.builds(
 ).filter(lambda score: score != Score())
 
 
+_ODD_MESSAGES = st.dictionaries(
+    st.sampled_from(["role", "content", "name", "tool_calls", "weight", "other"]) | TEXT,
+    TEXT | JSON,
+    max_size=4,
+)
+"""With fields, and values of fields, that the column has no place for."""
+
+
+@st.composite
+def segments(draw: st.DrawFn) -> dict[str, Any]:
+    """Any numbers; what a record may hold is another question."""
+    mask = draw(st.lists(st.integers(0, 1), max_size=6))
+    return {
+        "tokens": draw(token_ids(len(mask))),
+        "logprobs": draw(logprobs(len(mask))),
+        "loss_mask": np.array(mask, np.int8),
+    }
+
+
+@st.composite
+def episodes(draw: st.DrawFn, last: str | None) -> dict[str, Any]:
+    """As `episodes` of a record has one, whose last turn ended for the reason `last`."""
+    return {
+        "turns": draw(st.integers(1, 2**31 - 1)),
+        "stop_reason": draw(TEXT),
+        "finish_reason": last,
+        "step_rewards": draw(st.lists(st.none() | FINITE, max_size=3)),
+        "metrics": draw(JSON_OBJECTS),
+        "messages": draw(_MESSAGES | st.lists(_ODD_MESSAGES, max_size=3)),
+        "row_messages": draw(st.none() | st.integers(0, 3)),
+    }
+
+
 @st.composite
 def completion_rows(
     draw: st.DrawFn,
@@ -167,6 +200,7 @@ def completion_rows(
     original: dict[str, st.SearchStrategy[Any]] | None = None,
     ground_truth: st.SearchStrategy[Any] = TEXT,
     reward_columns: tuple[str, ...] = ("reward",),
+    may_be_episode: bool = False,
 ) -> CompletionRow:
     """A completion, or one that failed, with or without anything that may be missing."""
 
@@ -207,6 +241,11 @@ def completion_rows(
     row.finish_reason = maybe(TEXT)
     row.truncated = maybe(st.booleans())
     row.past_end = maybe(token_ids().filter(len))
+    if may_be_episode and draw(st.booleans()):
+        row.finish_reason = draw(st.sampled_from(["stop", "length"]))
+        row.segments = draw(st.lists(segments(), max_size=3))
+        row.episode = draw(episodes(row.finish_reason))
+        row.first_finish_reason = maybe(TEXT)
     row.scores = {
         column: score for column in reward_columns if (score := maybe(_SCORES)) is not None
     }
@@ -217,6 +256,7 @@ def completion_rows(
 def rollout_files(draw: st.DrawFn) -> RolloutFile:
     """A file of any prompts, rewards and columns, with up to six rows."""
     kind: PromptKind = draw(st.sampled_from(["text", "messages"]))
+    has_episodes = draw(st.booleans())
     further = draw(st.lists(st.sampled_from(REWARD_COLUMNS), unique=True))
     columns = draw(st.dictionaries(TEXT, st.none() | COLUMNS, max_size=3))
     truth = draw(st.none() | COLUMNS)
@@ -245,11 +285,13 @@ def rollout_files(draw: st.DrawFn) -> RolloutFile:
                 original=values,
                 ground_truth=JSON if truth is None else truth[1],
                 reward_columns=("reward", *further),
+                may_be_episode=has_episodes,
             )
         )
         for data_idx, sample_idx in sorted(keys)
     ]
-    made = schema(metadata, types, ground_truth=None if truth is None else truth[0])
+    truth_type = None if truth is None else truth[0]
+    made = schema(metadata, types, ground_truth=truth_type, episodes=has_episodes)
     return RolloutFile(metadata, made, rows)
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from eval_protocol.models import EvaluationRow
 from eval_protocol.pytest.types import RolloutProcessorConfig
@@ -17,11 +19,15 @@ from eval_protocol_rft import EpisodeRolloutProcessor, score_rows
 from eval_protocol_rft.cli import app
 from eval_protocol_rft.data._dataset import RolloutDataset
 from eval_protocol_rft.data._files import JobError, write_rows
+from eval_protocol_rft.data._filter import filter_rollouts
+from eval_protocol_rft.data._filter_rules import FilterRules
+from eval_protocol_rft.data._sql import run_query
+from eval_protocol_rft.data._stats import rollout_stats
 from eval_protocol_rft.data.conversion._from_ep import extra_of, from_row
 from eval_protocol_rft.data.conversion._job import convert
 from eval_protocol_rft.data.conversion._to_ep import to_row
-from eval_protocol_rft.data.rollouts._format import FileMetadata
-from eval_protocol_rft.data.rollouts._rows import Score
+from eval_protocol_rft.data.rollouts._format import FileMetadata, schema
+from eval_protocol_rft.data.rollouts._rows import Score, from_record_batch, to_record_batch
 from eval_protocol_rft.episodes._environment import EpisodeLimits
 from eval_protocol_rft.local._sampler import load_local_sampler
 from eval_protocol_rft.record import RolloutRecord
@@ -193,6 +199,85 @@ def test_the_commands_take_episodes_as_they_take_completions(
     records = [RolloutRecord.from_extra(row["execution_metadata"]["extra"]) for row in rows]
     assert f"{sum(sum(record.sampled_counts) for record in records)} tokens" in told
     assert " | " in told, "no episode of two turns is shown"
+
+
+@pytest.fixture(scope="module")
+def file(rows: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("file")
+    lines = folder / "rows.jsonl"
+    lines.write_bytes(b"".join(msgspec.json.encode(row) + b"\n" for row in rows))
+    convert(lines, folder / "r.parquet")
+    return folder / "r.parquet"
+
+
+def whole(rows: list[dict[str, Any]]) -> list[tuple[int, bool]]:
+    """Sampled tokens of all turns of each episode, and whether its last one was cut off."""
+    return [
+        (sum(sum(segment["loss_mask"]) for segment in segments), episode["stop_reason"] == "length")
+        for row in rows
+        for extra in [row["execution_metadata"]["extra"]]
+        for segments, episode in zip(extra["trajectories"], extra["episodes"], strict=True)
+    ]
+
+
+def test_columns_hold_the_segments_and_no_text_does(rows: list[dict[str, Any]], file: Path) -> None:
+    table = pq.read_table(file)  # as any reader would
+    extras = [row["execution_metadata"]["extra"] for row in rows]
+    for key, column in (
+        ("tokens", "segment_tokens"),
+        ("logprobs", "segment_logprobs"),
+        ("loss_mask", "segment_loss_mask"),
+    ):
+        stored = [[s[key] for s in segments] for e in extras for segments in e["trajectories"]]
+        assert table.column(column).to_pylist() == stored
+    told = [episode for extra in extras for episode in extra["episodes"]]
+    assert table.column("turns").to_pylist() == [episode["turns"] for episode in told]
+    assert (
+        table.column("messages").to_pylist()[0][0]["content"] == rows[0]["messages"][0]["content"]
+    )
+    for text in table.column("evaluation_row").to_pylist():
+        extra = json.loads(text)["execution_metadata"]["extra"]
+        assert not {"trajectories", "episodes", "token_turn_traces"} & extra.keys()
+
+
+def test_numbers_are_of_all_turns_in_every_command(
+    rows: list[dict[str, Any]], file: Path, tmp_path: Path
+) -> None:
+    expected = whole(rows)
+    assert len({n for n, _ in expected}) > 1
+    stats = rollout_stats(file)
+    assert stats.tokens == sum(n for n, _ in expected)
+    assert stats.truncated == sum(cut for _, cut in expected)
+    with run_query(file, "select tokens, truncated from completions") as batches:
+        assert [tuple(row.values()) for row in batches.read_all().to_pylist()] == expected
+    with run_query(file, "select sum(num_tokens) as n from rollouts") as batches:
+        assert batches.read_all().column("n").to_pylist() == [stats.tokens]
+    least = max(n for n, _ in expected)
+    kept = filter_rollouts(file, tmp_path / "f.parquet", FilterRules(min_tokens=least))
+    assert kept.kept == sum(n == least for n, _ in expected)
+    rules = FilterRules(dedupe_completions=True)
+    kept = filter_rollouts(file, tmp_path / "d.parquet", rules)
+    different = {
+        (i, json.dumps([segment["tokens"] for segment in segments]))
+        for i, row in enumerate(rows)
+        for segments in row["execution_metadata"]["extra"]["trajectories"]
+    }
+    assert kept.kept == len(different)
+
+
+def test_what_columns_cannot_hold_of_an_episode_comes_back_too(rows: list[dict[str, Any]]) -> None:
+    """Rows that another program wrote: fields of its own, none where ours have one."""
+    row = msgspec.json.decode(msgspec.json.encode(rows[0]))
+    extra = row["execution_metadata"]["extra"]
+    first, second, *_ = extra["episodes"]
+    first["judge"] = {"seen": [1, None]}
+    second.pop("finish_reason")
+    second["messages"][-1] |= {"weight": 0, "content": [{"type": "text", "text": "9"}]}
+    completions = from_row(row, 7, prompt_kind="messages")
+    batch = to_record_batch(completions, schema(METADATA, {}, episodes=True))
+    again = to_row(from_record_batch(batch, METADATA), METADATA)
+    assert again["execution_metadata"]["extra"]["episodes"] == extra["episodes"]
+    assert again["messages"] == row["messages"]
 
 
 @pytest.mark.parametrize(("to", "name"), [("trl", "t.parquet"), ("verl", "v.parquet")])

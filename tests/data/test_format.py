@@ -41,7 +41,7 @@ def test_a_schema_says_what_its_file_is():
 
 def test_metadata_is_json_that_anyone_can_read():
     values = json.loads(schema(METADATA, {}).metadata[METADATA_KEY])
-    assert values["schema_version"] == 1
+    assert values["schema_version"] == 2
     assert values["sampling"]["temperature"] == 0.7
     assert values["json_columns"] == ["original_facts"]
 
@@ -59,7 +59,7 @@ def test_fields_of_later_packages_do_not_disturb():
         (b"[]", "a.parquet: broken metadata"),
         (b"\xff", "a.parquet: broken metadata"),
         (b"{}", "a.parquet: broken metadata"),
-        (b'{"schema_version": 2}', "a.parquet: schema version 2, this package reads 1"),
+        (b'{"schema_version": 3}', "a.parquet: schema version 3, this package reads 1 and 2"),
         (b'{"schema_version": 1, "rewards": 3}', "a.parquet: broken metadata"),
     ],
 )

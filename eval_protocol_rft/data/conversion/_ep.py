@@ -138,6 +138,8 @@ class EpScan:
     _mixed_rewards: set[str] = field(default_factory=set)
     _sampling: SamplingSettings | None = None
     _one_sampling: bool = True
+    _episodes: bool = False
+    """Whether some completions are episodes."""
     _original: dict[str, JsonColumn] = field(default_factory=dict)
     _ground_truth: JsonColumn = field(default_factory=JsonColumn)
 
@@ -162,6 +164,7 @@ class EpScan:
             raise JobError(f"{self.path}:{line_of(self.path, index)}: {error}") from error
         self.num_rows += 1
         self._add_columns(completions[0])
+        self._episodes |= any(one.episode is not None for one in completions)
         self._add_part(index, part, completions)
         if has_record(extra_of(row)):
             self._add_sampling(extra_of(row))
@@ -178,11 +181,13 @@ class EpScan:
             prompt_kind="messages" if common is None else common.prompt_kind,
             sampling=sampling if common is None else common.sampling,
             data=None if common is None else common.data,
+            episodes=None if common is None else common.episodes,
             rewards=self._rewards,
             json_columns=json_columns,
         )
         types = {name: column.type for name, column in columns}
-        return schema(metadata, types, ground_truth=self._ground_truth.type)
+        truth = self._ground_truth.type
+        return schema(metadata, types, ground_truth=truth, episodes=self._episodes)
 
     @property
     def renumbered(self) -> bool:

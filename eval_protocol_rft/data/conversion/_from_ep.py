@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 
 from eval_protocol_rft._segments import Segment, TokenBuffer
-from eval_protocol_rft._turns import turn_payloads
+from eval_protocol_rft._turns import episode_traces, turn_payloads
 from eval_protocol_rft.data.conversion._to_ep import (
     FILE_KEY,
     FINISHED,
@@ -25,12 +25,9 @@ from eval_protocol_rft.data.conversion._to_ep import (
     checksum,
     first_trace,
 )
+from eval_protocol_rft.data.rollouts._episodes import as_arrays, as_read
 from eval_protocol_rft.data.rollouts._format import PromptKind
-from eval_protocol_rft.data.rollouts._records import (
-    EPISODE_KEYS,
-    SAMPLING_BY_PLACE,
-    Imported,
-)
+from eval_protocol_rft.data.rollouts._records import SAMPLING_BY_PLACE, Imported
 from eval_protocol_rft.data.rollouts._rows import CompletionRow
 from eval_protocol_rft.record import (
     UNSCORED,
@@ -45,7 +42,7 @@ from eval_protocol_rft.record import (
 )
 from eval_protocol_rft.rollout import answer_fields
 
-_DERIVED = frozenset(RolloutRecord.__struct_fields__) - frozenset(EPISODE_KEYS)
+_DERIVED = frozenset(RolloutRecord.__struct_fields__)
 """Keys of `extra` that the columns hold."""
 _PER_COMPLETION = (
     "indices", "seeds", "policy_versions", "first_policy_versions", "request_ids", "attempts",
@@ -127,7 +124,7 @@ def _completions(
     record = None
     if has_record(extra) and not failed:
         record, segments = read_record(extra, asked.get("completion_params"), TokenBuffer())
-        own = _survivors(record, segments, known)
+        own = _survivors(record, segments, known, extra.get("episodes") or ())
         result = row.get("evaluation_result")
         if (
             result is not None
@@ -152,6 +149,7 @@ def _completions(
         "assistant"
     ]
     generated = known is not None and known.generated and not keep_row and _is_bare(row)
+    generated = generated and not (record is not None and _odd_episodes(extra, record))
     number = data_idx if known is None else known.data_idx
     shared = {
         "row_id": row_id_of(row) or str(number),
@@ -167,16 +165,20 @@ def _completions(
 
 
 def _survivors(
-    record: RolloutRecord, segments: Sequence[tuple[Segment, ...]], known: FilePart | None
+    record: RolloutRecord,
+    segments: Sequence[tuple[Segment, ...]],
+    known: FilePart | None,
+    episodes: Sequence[dict[str, Any]],
 ) -> list[dict[str, Any]]:
+    """The fields of each completion; `episodes` as `extra` has them."""
     sampling, first = record.sampling, len(record.prompt_ids)
     prompt_ids = np.array(record.prompt_ids, np.int32)
     lists: dict[str, Sequence[Any] | None] = {
         "sample_idx": sampling.indices,
         "response": record.completions_text,
         "message": record.completion_messages,
-        "finish_reason": record.finish_reasons,
-        "truncated": record.truncated,
+        "finish_reason": record.last_finish_reasons,
+        "truncated": record.ends_truncated,
         "seed": sampling.seeds,
         "policy_version": sampling.policy_versions,
         "first_policy_version": sampling.first_policy_versions,
@@ -185,7 +187,7 @@ def _survivors(
         "seconds": sampling.seconds,
     }
     rows = []
-    for i, (segment, *_) in enumerate(segments):
+    for i, (segment, *further) in enumerate(segments):
         stop = first + len(record.completion_ids[i])
         raw = record.raw_logprobs[i] if record.raw_logprobs is not None else None
         past_end = sampling.past_end[i] if sampling.past_end else []
@@ -198,6 +200,15 @@ def _survivors(
                 "logprobs": segment.logprobs[first:stop],
                 "raw_logprobs": None if raw is None else np.array(raw, np.float32),
                 "past_end": _ids(past_end, f"completion {i}: past_end") if past_end else None,
+                **(
+                    {
+                        "segments": as_arrays([segment, *further]),
+                        "episode": episodes[i],
+                        "first_finish_reason": record.finish_reasons[i],
+                    }
+                    if record.episodes is not None
+                    else {}
+                ),
                 "scores": {
                     name: score
                     for name, score in {"reward": _main_score(record, i), **scores}.items()
@@ -297,8 +308,6 @@ def _rest(row: Mapping[str, Any], record: RolloutRecord | None, *, answered: boo
     kept = {k: v for k, v in extra.items() if k not in _DERIVED and k != FILE_KEY}
     sampling: Mapping[str, Any] | None = extra.get("sampling")
     if record is not None and not is_marked(extra):
-        # Another program's: what it calls by our names is not what we mean by them.
-        kept = {k: v for k, v in kept.items() if k not in EPISODE_KEYS}
         split = _splits_reasoning(row, record) if answered else True
         sampling = {**msgspec.to_builtins(record.sampling), "split_reasoning": split}
     if sampling is not None:
@@ -312,11 +321,10 @@ def _rest(row: Mapping[str, Any], record: RolloutRecord | None, *, answered: boo
         for name in SAMPLING_BY_PLACE:
             if values := getattr(record.sampling, name):
                 kept["sampling"][name] = dict(zip(places, values, strict=True))
-        for key in EPISODE_KEYS:
-            if getattr(record, key) is not None:
-                kept[key] = dict(zip(places, extra[key], strict=True))
-        traces = extra.get("token_turn_traces") or [first_trace(extra)]
-        if traces != [first_trace(extra)]:
+        if odd := _odd_episodes(extra, record):
+            kept["episodes"] = odd
+        traces = extra.get("token_turn_traces") or _own_traces(extra, record)
+        if not _same_turns(traces, _own_traces(extra, record)):
             kept["token_turn_traces"] = traces
         payloads = extra.get("assistant_turn_payloads")
         if payloads is not None and payloads != turn_payloads(traces, row.get("messages") or []):
@@ -324,9 +332,42 @@ def _rest(row: Mapping[str, Any], record: RolloutRecord | None, *, answered: boo
         kept[FILE_KEY] = Imported(
             keys=[key for key in OPTIONAL_KEYS if extra.get(key) is not None],
             answer=record.sampling.indices[0] if answered or record.episodes else None,
+            row_messages=record.episodes[0].row_messages if record.episodes else None,
         )
     metadata = {**(row.get("execution_metadata") or {}), "extra": kept}
     return msgspec.json.encode({**row, "execution_metadata": metadata}).decode()
+
+
+def _odd_episodes(extra: Mapping[str, Any], record: RolloutRecord) -> dict[str, Any]:
+    """By place, the episodes of `extra` that their columns would not give back as they are."""
+    places = map(str, record.sampling.indices)
+    return {
+        place: raw
+        for place, raw, read in zip(
+            places, extra.get("episodes") or (), record.episodes or (), strict=False
+        )
+        if raw != as_read(read)
+    }
+
+
+def _own_traces(extra: Mapping[str, Any], record: RolloutRecord) -> list[dict[str, Any]]:
+    """The turns of the first completion, as the columns say them."""
+    if record.trajectories is None:
+        return [first_trace(extra)]
+    return episode_traces(record.trajectories[0], record.last_finish_reasons[0])
+
+
+def _same_turns(traces: Any, own: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the columns say these turns too: their logprobs are float32."""
+
+    def rounded(trace: Mapping[str, Any]) -> dict[str, Any]:
+        logprobs = np.array(trace["completion_logprobs"], np.float32).tolist()
+        return {**trace, "completion_logprobs": logprobs}
+
+    try:
+        return bool(list(map(rounded, traces)) == list(map(rounded, own)))
+    except (KeyError, TypeError, ValueError):
+        return False
 
 
 def _splits_reasoning(row: Mapping[str, Any], record: RolloutRecord) -> bool:

@@ -30,7 +30,6 @@ from eval_protocol_rft.data.conversion._types import Rollouts, is_parquet, read_
 from eval_protocol_rft.data.rollouts._format import FileMetadata, PromptKind, decode_metadata
 from eval_protocol_rft.data.rollouts._format import schema as rollout_schema
 from eval_protocol_rft.data.rollouts._parquet import ROW_GROUP_ROWS, ROW_GROUP_TOKENS
-from eval_protocol_rft.data.rollouts._records import stored_row
 from eval_protocol_rft.data.rollouts._rows import ChatMessages, CompletionRow
 
 _INT64 = range(-(2**63), 2**63)
@@ -283,18 +282,11 @@ def check_one_turn(rows: Sequence[CompletionRow], path: Path, target: str) -> No
     Raises:
         JobError: one of them is.
     """
-    episodes: dict[str, Any] = {}
     for row in rows:
-        text = row.evaluation_row
-        if text is None or '"episodes"' not in text:
-            continue
-        if text not in episodes:
-            episodes[text] = stored_row(row)["execution_metadata"]["extra"]["episodes"]
-        own = episodes[text].get(str(row.sample_idx))
-        if own is not None and own["turns"] > 1:
+        if row.episode is not None and row.episode["turns"] > 1:
             raise JobError(
                 f"{path}: data row {row.data_idx}, completion {row.sample_idx}: an episode of "
-                f"{own['turns']} turns, and a row for {target} is a prompt with one answer; the "
-                "reward is that of all turns. Train on `ep-rft datums` of the file, which hold "
-                "every turn, or convert to Eval Protocol's rows (--to ep)"
+                f"{row.episode['turns']} turns, and a row for {target} is a prompt with one "
+                "answer; the reward is that of all turns. Train on `ep-rft datums` of the file, "
+                "which hold every turn, or convert to Eval Protocol's rows (--to ep)"
             )

@@ -18,9 +18,10 @@ import numpy as np
 
 from eval_protocol_rft._segments import Segment
 from eval_protocol_rft._turns import EpisodeRecord, episode_traces, turn_payloads, turn_trace
+from eval_protocol_rft.data.rollouts._completion_row import CompletionRow, by_prompt
+from eval_protocol_rft.data.rollouts._episodes import EPISODE_KEYS
 from eval_protocol_rft.data.rollouts._format import FileMetadata
 from eval_protocol_rft.data.rollouts._records import (
-    EPISODE_KEYS,
     Tokens,
     as_messages,
     failed_message,
@@ -28,7 +29,6 @@ from eval_protocol_rft.data.rollouts._records import (
     record_fields,
     stored_row,
 )
-from eval_protocol_rft.data.rollouts._rows import CompletionRow, by_prompt
 from eval_protocol_rft.record import UNSCORED, RecordError, Score, score_of_result
 from eval_protocol_rft.rollout import chat_finish_reason, recorded_answers
 
@@ -42,7 +42,7 @@ OPTIONAL_KEYS = (
     "completion_results",
 )  # fmt: skip
 """Keys that a record may be without."""
-_FILE_WIDE = ("prompt_kind", "sampling", "data", "rewards")
+_FILE_WIDE = ("prompt_kind", "sampling", "data", "episodes", "rewards")
 SHARED_COLUMNS = ("began_at", "temperature", "top_p", "top_k", "max_tokens")
 """What a record says once for all completions, and a file of each."""
 
@@ -108,6 +108,9 @@ def to_row(
     if survivors:
         record = record_fields(group, survivors, stored, metadata, tokens=tokens)
         extra = {**_as_it_was(record, group, imported, tokens), **_foreign(stored)}
+        moved = imported is None or imported["answer"] != survivors[0].sample_idx
+        if "trajectories" in extra and (moved or "token_turn_traces" not in stored):
+            _put_traces(extra)
         _put_answer(row, survivors[0], extra, imported, tokens)
         _leave_to_result(row, survivors, extra, imported)
     else:
@@ -186,11 +189,7 @@ def _put_answer(
     if "episodes" in extra:
         if answer != first.sample_idx:
             episode = msgspec.convert(extra["episodes"][0], EpisodeRecord)
-            last = episode.last_finish_reason
-            _put_messages(row, [], episode.messages, last)
-            if tokens != "none":
-                read = [Segment(**segment) for segment in extra["trajectories"][0]]
-                extra["token_turn_traces"] = episode_traces(read, last)
+            _put_messages(row, [], episode.messages, episode.last_finish_reason)
     elif not stays:
         split = bool(extra["sampling"].get("split_reasoning", True))
         said = recorded_answers([first.response or ""], [first.message], split_reasoning=split)
@@ -204,6 +203,14 @@ def _put_answer(
         return  # what it said was not what its turns say
     traces = extra.get("token_turn_traces") or [first_trace(extra)]
     extra["assistant_turn_payloads"] = turn_payloads(traces, row["messages"])
+
+
+def _put_traces(extra: dict[str, Any]) -> None:
+    """Let the turns on record be those of the first episode, where they are."""
+    if "token_turn_traces" in extra:
+        episode = msgspec.convert(extra["episodes"][0], EpisodeRecord)
+        read = [Segment(**segment) for segment in extra["trajectories"][0]]
+        extra["token_turn_traces"] = episode_traces(read, episode.last_finish_reason)
 
 
 def _put_messages(
@@ -220,13 +227,15 @@ def _take_answer_away(
     row: dict[str, Any], extra: dict[str, Any], imported: Mapping[str, Any] | None
 ) -> None:
     """Let the row be one that was asked and not answered."""
-    if "episodes" in extra:
-        told = msgspec.convert(list(extra["episodes"].values()), list[EpisodeRecord])
+    own = None if imported is None else imported.get("row_messages")
+    if "trajectories" in extra and "episodes" in extra:  # as version 1 keeps them
+        own = next(iter(extra["episodes"].values())).get("row_messages")
+    if own is not None or "episodes" in extra:
         for key in (*EPISODE_KEYS, "token_turn_traces", "assistant_turn_payloads"):
             extra.pop(key, None)
         for key in ("finish_reason", "tool_call_count", "usage"):
             row["execution_metadata"].pop(key, None)
-        row["messages"] = row["messages"][: told[0].row_messages]
+        row["messages"] = row["messages"][:own]
     elif imported is not None and imported["answer"] is not None:
         row["messages"] = row["messages"][:-1]
 
@@ -270,7 +279,8 @@ def _file_part(
         },
     )
     values: dict[str, Any] = msgspec.to_builtins(part)
-    values["file"] = {name: values["file"][name] for name in _FILE_WIDE}
+    file = {name: values["file"][name] for name in _FILE_WIDE}
+    values["file"] = {k: v for k, v in file.items() if k != "episodes" or v is not None}
     return values
 
 

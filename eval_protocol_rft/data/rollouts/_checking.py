@@ -1,5 +1,5 @@
 """Whether rows of a rollout file are what docs/format.md says. Pure, table by table, and without a
-Python loop per row unless something is wrong.
+Python loop per row unless something is wrong, or they are episodes.
 
 Invariant: no pair (`data_idx`, `sample_idx`) goes by twice, the completions of a data row go by
 together, and token data that goes by can be trained on; else a `FormatError` names file and row.
@@ -15,7 +15,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from eval_protocol_rft.data.rollouts._format import FormatError, json_kind
+from eval_protocol_rft.data.rollouts._episodes import checked_episode
+from eval_protocol_rft.data.rollouts._format import (
+    EPISODE_COLUMNS,
+    FileMetadata,
+    FormatError,
+    json_kind,
+)
+from eval_protocol_rft.data.rollouts._rows import from_record_batch
+from eval_protocol_rft.record import RecordError
 from eval_protocol_rft.sampling import LOGPROB_NOISE, LOWEST_LOGPROB, token_data_problem
 
 _Ints = NDArray[np.int64]
@@ -54,7 +62,27 @@ def with_token_data(tables: Iterable[pa.Table], where: str) -> Iterator[pa.Table
                         f"{where}: data row {row['data_idx']}, completion {row['sample_idx']}: "
                         f"{problem}"
                     )
+        if "turns" in table.schema.names:
+            _check_episodes(table, where)
         yield table
+
+
+def _check_episodes(table: pa.Table, where: str) -> None:
+    """Look at the episodes of a table, one after the other."""
+    episodes = table.filter(table.column("turns").is_valid())
+    names = [name for name in table.schema.names if name in _OF_EPISODES]
+    for row in from_record_batch(episodes.select(names), FileMetadata(), where=where):
+        try:
+            checked_episode(row)
+        except RecordError as error:
+            raise FormatError(
+                f"{where}: data row {row.data_idx}, completion {row.sample_idx}: {error}"
+            ) from error
+
+
+_OF_EPISODES = frozenset(
+    {"row_id", "data_idx", "sample_idx", "prompt", "error", *_NEEDED, *EPISODE_COLUMNS}
+)
 
 
 def with_json_text(

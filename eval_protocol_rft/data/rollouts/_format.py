@@ -18,7 +18,10 @@ import pyarrow.parquet as pq
 
 from eval_protocol_rft._errors import EvalProtocolRftError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+READ_VERSIONS = (1, 2)
+"""Of 1, files of single completions are the same; episodes had their first turn in columns and the
+whole of it in `evaluation_row`."""
 METADATA_KEY = b"eval_protocol_rft"
 """Key of the JSON text in the Parquet file's key-value metadata."""
 ORIGINAL_PREFIX = "original_"
@@ -89,7 +92,26 @@ FIXED_COLUMNS: dict[str, pa.DataType] = {
 """Column -> Arrow type, in file order. Every column but the first three can be null. `tools`,
 `message`, `metrics` and `evaluation_row` are JSON text."""
 
+_MESSAGE = [*MESSAGES.value_type, pa.field("other", pa.string())]
+EPISODE_COLUMNS: dict[str, pa.DataType] = {
+    "segment_tokens": pa.list_(_IDS),
+    "segment_logprobs": pa.list_(_LOGPROBS),
+    "segment_loss_mask": pa.list_(pa.list_(pa.int8())),
+    "turns": pa.int32(),
+    "stop_reason": pa.string(),
+    "first_finish_reason": pa.string(),
+    "step_rewards": pa.list_(pa.float64()),
+    "episode_metrics": pa.string(),
+    "messages": pa.list_(pa.struct(_MESSAGE)),
+    "row_messages": pa.int32(),
+}
+"""Column -> Arrow type, of files with episodes; all null where a completion is none. Of messages,
+`other` is JSON text of the fields that have no place of their own."""
+
+SEGMENT_COLUMNS = ("segment_tokens", "segment_logprobs", "segment_loss_mask")
 ARRAY_COLUMNS = ("prompt_ids", "completion_ids", "logprobs", "raw_logprobs", "past_end")
+TOKEN_COLUMNS = (*ARRAY_COLUMNS, *SEGMENT_COLUMNS)
+"""Columns that grow with the number of tokens."""
 
 
 class FormatError(EvalProtocolRftError, ValueError):
@@ -141,6 +163,18 @@ class DataSettings(msgspec.Struct, frozen=True, kw_only=True):
     where: str | None = None
 
 
+class EpisodeSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """What the policy talked with, where completions are episodes."""
+
+    environment: str
+    """What makes one, as it was named."""
+    code: dict[str, str] = {}
+    """Of each file that it depends on, a fingerprint of what it depends on."""
+    on_rewrite: str
+    limits: dict[str, float]
+    """As in `EpisodeLimits`."""
+
+
 class RewardSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Who gave a column of rewards."""
 
@@ -164,6 +198,8 @@ class FileMetadata(msgspec.Struct, frozen=True, kw_only=True):
     """None where rows were sampled in different ways; each then says so in `evaluation_row`."""
     data: DataSettings | None = None
     """None where the rows did not come from a data set."""
+    episodes: EpisodeSettings | None = None
+    """None where none were sampled for the file; rows of Eval Protocol may bring some."""
     json_columns: list[str] = []
     """Those among `ground_truth` and `original_*` that hold JSON text."""
     rewards: dict[str, RewardSettings] = {}
@@ -186,10 +222,9 @@ def decode_metadata(data: bytes | None, *, where: str) -> FileMetadata:
         )
     try:
         version = msgspec.json.decode(data, type=_Version).schema_version
-        if version != SCHEMA_VERSION:
-            raise FormatError(
-                f"{where}: schema version {version}, this package reads {SCHEMA_VERSION}"
-            )
+        if version not in READ_VERSIONS:
+            known = " and ".join(map(str, READ_VERSIONS))
+            raise FormatError(f"{where}: schema version {version}, this package reads {known}")
         return msgspec.json.decode(data, type=FileMetadata)
     except msgspec.DecodeError as error:
         raise FormatError(f"{where}: broken metadata: {error}") from error
@@ -200,6 +235,7 @@ def schema(
     original: Mapping[str, pa.DataType],
     *,
     ground_truth: pa.DataType | None = None,
+    episodes: bool = False,
 ) -> pa.Schema:
     """The Arrow schema of a file.
 
@@ -208,6 +244,7 @@ def schema(
             further rewards there are.
         original: column of the data set -> Arrow type, without the prefix.
         ground_truth: type of that column, default text.
+        episodes: with the columns of episodes.
 
     Raises:
         FormatError: Parquet cannot hold a type.
@@ -216,6 +253,8 @@ def schema(
     if metadata.prompt_kind == "messages":
         types["prompt"] = MESSAGES
     types["ground_truth"] = as_stored("ground_truth", ground_truth or pa.string())
+    if episodes:
+        types |= EPISODE_COLUMNS
     for column in metadata.rewards:
         types |= dict(zip(reward_columns(column), _REWARD_TYPES, strict=True))
     for name, kind in original.items():
@@ -261,7 +300,10 @@ def json_kind(name: str) -> type | None:
     if name == "tools":
         return list
     named = name.startswith(REWARD_PREFIX) and name.endswith("_metrics")
-    return dict if named or name in ("metrics", "message", "evaluation_row") else None
+    return dict if named or name in _JSON_OBJECTS else None
+
+
+_JSON_OBJECTS = ("metrics", "message", "episode_metrics", "evaluation_row")
 
 
 def reward_column(name: str | None) -> str:

@@ -335,7 +335,7 @@ def _json_columns(schema: pa.Schema) -> frozenset[str]:
     """Columns of JSON text, which are JSON values in a line."""
     metadata = metadata_of(schema)
     metrics = [reward_columns(column)[2] for column in ("reward", *metadata.rewards)]
-    known = {"tools", *metrics, *metadata.json_columns}
+    known = {"tools", "episode_metrics", *metrics, *metadata.json_columns}
     return frozenset(known.intersection(schema.names))
 
 

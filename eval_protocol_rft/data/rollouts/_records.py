@@ -12,9 +12,10 @@ from typing import Any, Literal, get_args
 
 import msgspec
 
-from eval_protocol_rft._turns import EpisodeRecord, turn_trace
+from eval_protocol_rft._turns import turn_trace
+from eval_protocol_rft.data.rollouts._completion_row import ChatMessages, CompletionRow
+from eval_protocol_rft.data.rollouts._episodes import as_lists
 from eval_protocol_rft.data.rollouts._format import FileMetadata, FormatError, SamplingSettings
-from eval_protocol_rft.data.rollouts._rows import ChatMessages, CompletionRow
 from eval_protocol_rft.record import SCHEMA_VERSION, UNSCORED, RecordError
 from eval_protocol_rft.sampling import FailureKind, SamplingParams, support_truncated
 from eval_protocol_rft.training import (
@@ -28,10 +29,9 @@ from eval_protocol_rft.training import (
 
 Tokens = Literal["lists", "arrays", "none"]
 """What token data a record is to have."""
-EPISODE_KEYS = ("trajectories", "episodes")
-"""Lists per completion that no column holds: they travel in `evaluation_row`, by place."""
 SAMPLING_BY_PLACE = ("retry_causes",)
-"""The same of `sampling`: lists of lists, empty where there is nothing to say."""
+"""Lists of `sampling` that no column holds: they travel in `evaluation_row`, by place, empty where
+there is nothing to say."""
 _ONCE_BY_PLACE = "past_end"
 """In files from before it was a column."""
 _NOT_RECORDED = ("model_fingerprint", "system", "seed_given")
@@ -98,7 +98,7 @@ def record_fields(
 
     Raises:
         RecordError: nothing says at which temperature they were sampled.
-        FormatError: `stored` has no episode of one of them.
+        FormatError: some of them are episodes, and others are not.
     """
     sampling = _sampling_of(stored.get("sampling"), group, metadata)
     for name in (*SAMPLING_BY_PLACE, _ONCE_BY_PLACE):
@@ -110,17 +110,16 @@ def record_fields(
         ]
     firsts = [row.first_policy_version for row in survivors]
     scores = [row.scores.get("reward", UNSCORED) for row in survivors]
-    episodes = {
-        key: [_of_place(stored[key], row, key) for row in survivors]
-        for key in EPISODE_KEYS
-        if stored.get(key) is not None
-    }
+    first_reasons = [row.first_finish_reason or row.finish_reason for row in survivors]
     return {
         **(_token_data(survivors, tokens) if tokens != "none" else {}),
         "completions_text": [row.response for row in survivors],
         "completion_messages": [row.message for row in survivors],
-        "truncated": [row.truncated for row in survivors],
-        "finish_reasons": [row.finish_reason for row in survivors],
+        "truncated": [
+            row.truncated if row.episode is None else reason == "length"
+            for row, reason in zip(survivors, first_reasons, strict=True)
+        ],
+        "finish_reasons": first_reasons,
         "failures": [failure(row) for row in group if row.failed],
         "sampling": {
             **sampling,
@@ -137,8 +136,27 @@ def record_fields(
         "completion_results": [
             {**msgspec.to_builtins(score), "metrics": score.metrics or {}} for score in scores
         ],
-        **episodes,
+        **_episodes_of(survivors, tokens),
     }
+
+
+def _episodes_of(survivors: Sequence[CompletionRow], tokens: Tokens) -> dict[str, Any]:
+    """`episodes` and `trajectories`, where the completions are some."""
+    episodes = [row.episode for row in survivors]
+    if all(episode is None for episode in episodes):
+        return {}
+    if None in episodes:
+        row = survivors[episodes.index(None)]
+        raise FormatError(
+            f"data row {row.data_idx}, completion {row.sample_idx}: it is no episode, and others "
+            "of its data row are"
+        )
+    if tokens == "none":
+        return {"episodes": episodes}
+    trajectories = [row.segments or [] for row in survivors]
+    if tokens == "lists":
+        trajectories = [list(map(as_lists, segments)) for segments in trajectories]
+    return {"trajectories": trajectories, "episodes": episodes}
 
 
 def _token_data(survivors: Sequence[CompletionRow], tokens: Tokens) -> dict[str, Any]:
@@ -148,12 +166,12 @@ def _token_data(survivors: Sequence[CompletionRow], tokens: Tokens) -> dict[str,
     prompt_ids = numbers(survivors[0].prompt_ids)
     ids = [numbers(row.completion_ids) for row in survivors]
     logprobs = [numbers(row.logprobs) for row in survivors]
-    last = survivors[0].finish_reason
+    first = survivors[0].first_finish_reason or survivors[0].finish_reason
     return {
         "prompt_ids": prompt_ids,
         "completion_ids": ids,
         "inference_logprobs": logprobs,
-        "token_turn_traces": [turn_trace(prompt_ids, ids[0], logprobs[0], last)],
+        "token_turn_traces": [turn_trace(prompt_ids, ids[0], logprobs[0], first)],
     }
 
 
@@ -240,13 +258,13 @@ class Imported(msgspec.Struct, frozen=True, kw_only=True):
     answer: int | None
     """`sample_idx` of the completion that is the last message, or of the episode that is the row's
     conversation; None where it is none's."""
+    row_messages: int | None = None
+    """Of an episode: how many messages of that conversation are the row's own."""
 
 
 class _StoredExtra(msgspec.Struct):
     rollout_file: Imported | None = None
     sampling: dict[str, Any] | None = None
-    episodes: dict[str, EpisodeRecord] | None = None
-    trajectories: dict[str, list[dict[str, Any]]] | None = None
 
 
 class _StoredExecution(msgspec.Struct):
@@ -258,16 +276,6 @@ class _StoredRow(msgspec.Struct):
 
     execution_metadata: _StoredExecution
     messages: list[dict[str, Any]] = []
-
-
-def _of_place(values: Mapping[str, Any], completion: CompletionRow, key: str) -> Any:
-    try:
-        return values[str(completion.sample_idx)]
-    except KeyError:
-        raise FormatError(
-            f"data row {completion.data_idx}, completion {completion.sample_idx}: evaluation_row "
-            f"has no {key} of it"
-        ) from None
 
 
 def _or(value: Any, default: Any) -> Any:

@@ -1,4 +1,4 @@
-"""`CompletionRow`: one row of a rollout file as an object, and rows to Arrow and back.
+"""Rows of a rollout file to Arrow and back.
 
 Invariant: a row that came through Arrow equals the one that went in, value by value; logprobs are
 float32 there and here.
@@ -10,12 +10,22 @@ from collections.abc import Sequence
 from typing import Any
 
 import msgspec
-import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
+from eval_protocol_rft.data.rollouts._completion_row import ChatMessages as ChatMessages
+from eval_protocol_rft.data.rollouts._completion_row import CompletionRow as CompletionRow
+from eval_protocol_rft.data.rollouts._completion_row import by_prompt as by_prompt
+from eval_protocol_rft.data.rollouts._episodes import (
+    arrays_of,
+    episode_arrays,
+    episodes_in,
+    list_array,
+    put_stored,
+    without_nulls,
+)
 from eval_protocol_rft.data.rollouts._format import (
     ARRAY_COLUMNS,
+    EPISODE_COLUMNS,
     MESSAGES,
     ORIGINAL_PREFIX,
     FileMetadata,
@@ -26,66 +36,6 @@ from eval_protocol_rft.data.rollouts._format import (
 )
 from eval_protocol_rft.record import UNSCORED as UNSCORED
 from eval_protocol_rft.record import Score as Score
-
-Ids = NDArray[np.int32]
-Logprobs = NDArray[np.float32]
-ChatMessages = list[dict[str, Any]]
-
-
-class CompletionRow(msgspec.Struct, kw_only=True, eq=False):
-    """One completion that was asked for; docs/format.md says what each field means."""
-
-    row_id: str
-    data_idx: int
-    sample_idx: int
-    prompt: str | ChatMessages
-    tools: list[dict[str, Any]] | None = None
-    ground_truth: Any = None
-    response: str | None = None
-    message: dict[str, Any] | None = None
-    """The assistant's, where it is not what `response` alone says; see `completion_messages`."""
-    prompt_ids: Ids | None = None
-    completion_ids: Ids | None = None
-    logprobs: Logprobs | None = None
-    raw_logprobs: Logprobs | None = None
-    finish_reason: str | None = None
-    truncated: bool | None = None
-    past_end: Ids | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    max_tokens: int | None = None
-    seed: int | None = None
-    policy_version: str | None = None
-    first_policy_version: str | None = None
-    attempts: int | None = None
-    seconds: float | None = None
-    began_at: float | None = None
-    request_id: str | None = None
-    error: str | None = None
-    """Why there is no completion; None where there is one."""
-    error_kind: str | None = None
-    error_status: int | None = None
-    evaluation_row: str | None = None
-    scores: dict[str, Score] = {}
-    """Reward column -> what it holds here; `reward` is the main one."""
-    original: dict[str, Any] = {}
-    """Columns of the data set."""
-
-    @property
-    def failed(self) -> bool:
-        return self.error is not None
-
-    @property
-    def reward(self) -> float | None:
-        """The main reward."""
-        return self.scores.get("reward", UNSCORED).reward
-
-    @property
-    def num_tokens(self) -> int:
-        """Sampled tokens."""
-        return 0 if self.completion_ids is None else len(self.completion_ids)
-
 
 _PLAIN = (
     "row_id", "data_idx", "sample_idx", "response", "finish_reason", "truncated", "temperature",
@@ -103,13 +53,14 @@ def to_record_batch(rows: Sequence[CompletionRow], schema: pa.Schema) -> pa.Reco
     """
     metadata = metadata_of(schema)
     json_columns = frozenset(metadata.json_columns)
-    columns: dict[str, pa.Array] = {}
+    has_episodes = "turns" in schema.names
+    columns: dict[str, pa.Array] = episode_arrays(rows) if has_episodes else {}
     for field in schema:
         name, kind = field.name, field.type
         if name in _PLAIN:
             columns[name] = pa.array([getattr(row, name) for row in rows], kind)
         elif name in ARRAY_COLUMNS:
-            columns[name] = _list_array([getattr(row, name) for row in rows], kind)
+            columns[name] = list_array([getattr(row, name) for row in rows], kind)
         elif name == "prompt":
             columns[name] = pa.array([row.prompt for row in rows], kind)
         elif name in ("tools", "message"):
@@ -156,7 +107,7 @@ def _from_record_batch(
     }
     fields["prompt"] = _prompts(batch.column("prompt"))
     for name in ARRAY_COLUMNS:
-        fields[name] = _arrays(batch.column(name)) if name in names else [None] * size
+        fields[name] = arrays_of(batch.column(name)) if name in names else [None] * size
     json_columns = frozenset(metadata.json_columns)
     for name in ("tools", "message"):
         fields[name] = _from_json(batch, name) if name in names else [None] * size
@@ -171,80 +122,23 @@ def _from_record_batch(
         if keys
         else [{} for _ in range(size)]
     )
+    if not names.isdisjoint(EPISODE_COLUMNS):
+        fields |= episodes_in(batch)
     order = list(fields)
-    return [
+    rows = [
         CompletionRow(**dict(zip(order, values, strict=True)))
         for values in zip(*fields.values(), strict=True)
     ]
-
-
-def by_prompt(group: Sequence[CompletionRow]) -> list[list[CompletionRow]]:
-    """The completions of a data row, apart by the prompt ids that they were sampled behind; in one
-    list where these are the same, which they are unless a chat template that says the date rendered
-    the row again when its job went on. A failure stands with the completions of its prompt, or with
-    the first ones.
-    """
-    parts: dict[bytes | None, list[CompletionRow]] = {}
-    for row in group:
-        if not row.failed:
-            parts.setdefault(_prompt_key(row), [])
-    if len(parts) < 2:
-        return [list(group)]
-    first = next(iter(parts.values()))
-    for row in group:
-        parts.get(_prompt_key(row), first).append(row)
-    return list(parts.values())
-
-
-def _prompt_key(row: CompletionRow) -> bytes | None:
-    return None if row.prompt_ids is None else row.prompt_ids.tobytes()
-
-
-def _list_array(arrays: Sequence[NDArray[Any] | None], kind: pa.DataType) -> pa.Array:
-    """[N] arrays, or None, as one list column without a Python loop per token."""
-    dtype = kind.value_type.to_pandas_dtype()
-    sizes = [0 if array is None else len(array) for array in arrays]
-    offsets = pa.array(np.cumsum([0, *sizes], dtype=np.int32))
-    present = [array for array in arrays if array is not None and len(array)]
-    values = np.concatenate(present) if present else np.empty(0, dtype)
-    if values.dtype != dtype:
-        raise pa.ArrowTypeError(f"token data is {values.dtype}, not {np.dtype(dtype)}")
-    missing = pa.array([array is None for array in arrays], pa.bool_())
-    return pa.ListArray.from_arrays(offsets, pa.array(values), type=kind, mask=missing)
-
-
-def _arrays(column: pa.Array | pa.ChunkedArray) -> list[NDArray[Any] | None]:
-    """The lists of a column as views into one array per chunk."""
-    chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
-    found: list[NDArray[Any] | None] = []
-    for chunk in chunks:
-        if chunk.values.null_count:
-            raise FormatError("token data has a null among its numbers: a row was damaged")
-        values = chunk.values.to_numpy()
-        offsets = chunk.offsets.to_numpy().tolist()
-        valid = chunk.is_valid().to_pylist()
-        found += [
-            values[start:stop] if ok else None
-            for start, stop, ok in zip(offsets, offsets[1:], valid, strict=False)
-        ]
-    return found
+    put_stored(rows)
+    return rows
 
 
 def _prompts(column: pa.Array | pa.ChunkedArray) -> list[Any]:
     if column.type != MESSAGES:
         return list(column.to_pylist())
     return [
-        None if messages is None else _without_nulls(messages) for messages in column.to_pylist()
+        None if messages is None else without_nulls(messages) for messages in column.to_pylist()
     ]
-
-
-def _without_nulls(value: Any) -> Any:
-    """Messages without the fields that they do not have, also in their tool calls."""
-    if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list):
-        return [_without_nulls(item) for item in value]
-    return value
 
 
 def _scores(
