@@ -18,7 +18,7 @@ import pytest
 from eval_protocol_rft.sampling._adaptive import AdaptiveLimit
 from eval_protocol_rft.sampling._breaker import CircuitBreaker
 from eval_protocol_rft.sampling._limiter import ConcurrencyLimit, FixedLimit, RunLimits
-from eval_protocol_rft.sampling._retry import BudgetMeter, RunBudget
+from eval_protocol_rft.sampling._retry import RetryBudget
 from tests.simulation import Result, Server, Simulation
 
 ALONE = 25.0
@@ -84,9 +84,7 @@ def sample(
     seconds: float = SECONDS,
     noise: float = 0.1,
 ) -> Result:
-    limits = RunLimits(
-        limit=limit, breaker=CircuitBreaker(), budget=BudgetMeter(RunBudget(), began=0.0)
-    )
+    limits = RunLimits(limit=limit, breaker=CircuitBreaker(), budget=RetryBudget(began=0.0))
     simulation = Simulation(
         server, limits, lengths=lengths, seconds=seconds, window=2 * HIGHEST, noise=noise
     )

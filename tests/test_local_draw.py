@@ -14,20 +14,26 @@ torch = pytest.importorskip("torch")
 
 from eval_protocol_rft.local._draw import (  # noqa: E402
     DrawPlan,
-    Settings,
     draw,
     philox,
     sampling_logprobs,
     uniforms,
 )
+from eval_protocol_rft.sampling import SamplingParams  # noqa: E402
 
 CPU = torch.device("cpu")
-PLAIN = Settings(temperature=1.0, top_p=1.0, top_k=0)
+
+
+def how_to_draw(temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0) -> SamplingParams:
+    return SamplingParams(model="", temperature=temperature, top_p=top_p, top_k=top_k)
+
+
+PLAIN = how_to_draw()
 BOUNDARY = 1e-6
 """Closer than this to a boundary, float32 and exact arithmetic may fall on different sides."""
 
 
-def reference_distribution(logits: list[float], how: Settings) -> dict[int, float]:
+def reference_distribution(logits: list[float], how: SamplingParams) -> dict[int, float]:
     """id -> probability, from the definitions: temperature, then top_k, then top_p."""
     ranked = sorted(range(len(logits)), key=lambda i: (-logits[i], i))
     if how.top_k > 0:
@@ -75,7 +81,7 @@ eighths = st.integers(-80, 80).map(lambda n: n / 8)
 rows = st.tuples(
     st.lists(eighths, min_size=7, max_size=7),
     st.builds(
-        Settings,
+        how_to_draw,
         temperature=st.sampled_from([0.25, 0.7, 1.0, 1.5, 3.0]),
         top_p=st.one_of(st.just(1.0), st.floats(0.01, 0.999)),
         top_k=st.integers(-1, 9),
@@ -130,7 +136,7 @@ def test_a_row_draws_the_same_alone_and_in_a_crowd(batch):
 
 def test_temperature_zero_takes_the_first_best_token_and_reports_its_raw_logprob():
     logits_BV = torch.tensor([[0.0, 2.0, 2.0, 1.0], [3.0, 0.0, 0.0, 0.0]])
-    plan = DrawPlan.build([Settings(0.0, 0.5, 3), PLAIN], CPU)
+    plan = DrawPlan.build([how_to_draw(0.0, 0.5, 3), PLAIN], CPU)
     drawn = draw(logits_BV, plan, torch.tensor([0.99, 0.0], dtype=torch.float64))
     raw = 2 - math.log(1 + 2 * math.exp(2) + math.exp(1))
     assert drawn.tokens_B.tolist() == [1, 0]
@@ -141,7 +147,7 @@ def test_temperature_zero_takes_the_first_best_token_and_reports_its_raw_logprob
 @pytest.mark.parametrize("temperature", [1e-40, 1e-6, 1e6])
 def test_extreme_temperatures_stay_finite(temperature):
     logits_BV = torch.tensor([[50.0, -50.0, 49.0]])
-    plan = DrawPlan.build([Settings(temperature, 1.0, 0)], CPU)
+    plan = DrawPlan.build([how_to_draw(temperature, 1.0, 0)], CPU)
     drawn = draw(logits_BV, plan, torch.tensor([0.5], dtype=torch.float64))
     assert math.isfinite(drawn.logprobs_B[0])
     if temperature < 1:
@@ -159,13 +165,13 @@ def test_the_largest_uniform_number_still_draws_a_token_that_has_a_probability()
 def test_tokens_that_the_model_itself_forbids_are_never_drawn():
     logits_BV = torch.tensor([[-math.inf, 0.0, -math.inf, 1.0]]).expand(256, 4)
     seeds_B = np.arange(256, dtype=np.uint64)
-    plan = DrawPlan.build([Settings(0.8, 0.99, 4)] * 256, CPU)
+    plan = DrawPlan.build([how_to_draw(0.8, 0.99, 4)] * 256, CPU)
     drawn = draw(logits_BV, plan, uniforms(seeds_B, np.zeros_like(seeds_B)))
     assert set(drawn.tokens_B.tolist()) == {1, 3}
 
 
 @pytest.mark.parametrize(
-    "how", [PLAIN, Settings(0.7, 1.0, 0), Settings(1.3, 0.8, 0), Settings(1.0, 1.0, 3)]
+    "how", [PLAIN, how_to_draw(0.7, 1.0, 0), how_to_draw(1.3, 0.8, 0), how_to_draw(1.0, 1.0, 3)]
 )
 def test_draws_come_as_often_as_their_logprobs_say(how):
     logits = [0.3, -1.0, 2.0, 0.0, 1.1, -0.4]

@@ -372,7 +372,7 @@ async def test_what_is_kept_is_the_turn_alone_and_not_the_batch_it_ran_in(sample
     await asyncio.gather(
         *(sampler.sample([7] * length, named(str(length)), seed=0) for length in (3, 30, 90))
     )
-    for name, kept in sampler._worker._prefixes._kept.items():
-        for tensor in (tensor for layer in kept.columns for tensor in layer):
+    for name, (_, columns) in sampler._worker._prefixes._kept.items():
+        for tensor in (tensor for layer in columns for tensor in layer):
             assert tensor.shape[-2] == int(name) + ANSWER - 1
             assert tensor.untyped_storage().nbytes() == tensor.nbytes

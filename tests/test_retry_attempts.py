@@ -22,7 +22,6 @@ from eval_protocol_rft.sampling._types import (
     AttemptTimeoutError,
     ConnectionFailedError,
     ContractError,
-    LoadingError,
     SamplingError,
     UnavailableError,
 )
@@ -143,7 +142,7 @@ def test_an_attempt_does_not_end_before_it_starts():
 
 def test_a_swap_of_the_weights_that_takes_minutes_costs_no_attempt():
     attempts = CompletionAttempts(RetryPolicy(max_attempts=2))
-    at, loading = 0.0, LoadingError("HTTP 425: swapping weights", status=425)
+    at, loading = 0.0, UnavailableError("HTTP 425", status=425, loading=True)
     while at < 900.0:
         again = attempts.failed(failure(at, seconds=0.01, error=loading), uniform=0.5)
         assert isinstance(again, Wait)
@@ -159,7 +158,7 @@ def test_a_swap_of_the_weights_that_takes_minutes_costs_no_attempt():
 
 def test_a_server_that_loads_for_ever_is_given_up_after_max_seconds():
     attempts = CompletionAttempts(RetryPolicy(max_seconds=60.0))
-    at, loading = 0.0, LoadingError("the deployment is loading", status=404)
+    at, loading = 0.0, UnavailableError("loading", status=404, loading=True)
     while isinstance(again := attempts.failed(failure(at, 0.01, loading), uniform=0.9), Wait):
         at = again.until
     assert at <= 60.0

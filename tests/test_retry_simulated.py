@@ -20,8 +20,8 @@ from eval_protocol_rft.sampling._breaker import (
     CircuitBreaker,
 )
 from eval_protocol_rft.sampling._limiter import ConcurrencyLimit, FixedLimit, RunLimits
-from eval_protocol_rft.sampling._retry import BudgetMeter, RetryPolicy, RunBudget
-from eval_protocol_rft.sampling._types import ContractError, RefusedError, UnavailableError
+from eval_protocol_rft.sampling._retry import RetryBudget, RetryPolicy
+from eval_protocol_rft.sampling._types import ContractError, RefusedError
 from tests.simulation import Result, Server, Simulation
 
 SLOTS, ALONE, TOKENS = 64, 25.0, 250
@@ -52,7 +52,7 @@ def run(
     limit: ConcurrencyLimit,
     *,
     outages: list[tuple[float, float, str]] | None = None,
-    budget: RunBudget | None = None,
+    budget: RetryBudget | None = None,
     seconds: float = END,
     patience: float = 1800.0,
     **options,
@@ -60,18 +60,18 @@ def run(
     limits = RunLimits(
         limit=limit,
         breaker=CircuitBreaker(patience_seconds=patience),
-        budget=BudgetMeter(budget or RunBudget(), began=0.0),
+        budget=budget or RetryBudget(began=0.0),
     )
     server = Server(tokens_per_second, outages=outages or [])
     options = {"window": 1024, **options}
     return Simulation(server, limits, lengths=even, seconds=seconds, **options).run(), limits
 
 
-def assert_within_budget(result: Result, limits: RunLimits, budget: RunBudget) -> None:
-    meter = limits.budget
-    assert len(result.starts) == meter.attempts
-    line = budget.burst + budget.extra_ratio * meter.first_attempts
-    assert meter.retries <= line + budget.trickle_per_second * result.seconds
+def assert_within_budget(result: Result, limits: RunLimits) -> None:
+    budget = limits.budget
+    assert len(result.starts) == budget.attempts
+    line = budget.burst + budget.extra_ratio * budget.first_attempts
+    assert budget.retries <= line + budget.trickle_per_second * result.seconds
 
 
 @pytest.fixture(params=["refused", "503", "503 retry-after"])
@@ -89,7 +89,7 @@ def test_an_outage_of_five_minutes_loses_no_completion_and_sends_no_herd(how, li
 
     assert not result.failed
     assert result.stopped is None
-    assert_within_budget(result, limits, RunBudget())
+    assert_within_budget(result, limits)
 
     # Until it opens, at most twice the limit fails: those in flight, and those that follow them.
     opening = [at for at in result.starts if DOWN <= at < DOWN + 2]
@@ -111,7 +111,7 @@ def test_without_a_breaker_the_same_outage_would_cost_every_attempt():
     limits = RunLimits(
         limit=FixedLimit(SLOTS),
         breaker=_NoBreaker(),
-        budget=BudgetMeter(RunBudget(burst=1e6), began=0.0),
+        budget=RetryBudget(burst=1e6, began=0.0),
     )
     server = Server(tokens_per_second, outages=[(10.0, 130.0, "refused")])
     result = Simulation(server, limits, lengths=even, seconds=130, window=256).run()
@@ -166,7 +166,7 @@ def test_a_key_that_expires_in_mid_run_spends_no_more_than_what_is_in_flight():
     limits = RunLimits(
         limit=FixedLimit(SLOTS),
         breaker=CircuitBreaker(),
-        budget=BudgetMeter(RunBudget(), began=0.0),
+        budget=RetryBudget(began=0.0),
     )
     simulation = Simulation(server, limits, lengths=even, seconds=END, error=error)
 
@@ -181,11 +181,11 @@ def test_a_key_that_expires_in_mid_run_spends_no_more_than_what_is_in_flight():
 
 @pytest.mark.parametrize("share", [0.05, 0.3])
 def test_a_server_that_fails_at_random_gets_no_more_than_the_budget(share):
-    budget = RunBudget(extra_ratio=0.2, burst=20, trickle_per_second=0.05)
+    budget = RetryBudget(began=0.0, extra_ratio=0.2, burst=20, trickle_per_second=0.05)
     result, limits = run(
         FixedLimit(SLOTS), error_rate=share, budget=budget, window=4 * SLOTS, seconds=600
     )
-    assert_within_budget(result, limits, budget)
+    assert_within_budget(result, limits)
     assert limits.breaker.state == "closed"
     assert result.completions > 0
     if share < 0.2 / 1.2:
@@ -200,21 +200,3 @@ def test_every_attempt_is_in_a_record():
     assert result.finished is not None
     assert len(result.histories) == 500
     assert sum(map(len, result.histories)) == len(result.starts) == limits.budget.attempts
-
-
-def test_a_run_stops_at_its_budget_of_seconds():
-    result, _ = run(FixedLimit(SLOTS), budget=RunBudget(max_seconds=60))
-    assert result.stopped is not None
-    assert 60 <= result.stopped[0] <= 70
-    assert max(result.starts) < 60
-
-
-def test_a_run_stops_at_its_budget_of_attempts():
-    result, _ = run(
-        FixedLimit(SLOTS),
-        budget=RunBudget(max_attempts=200),
-        error_rate=0.2,
-        error=lambda _: UnavailableError("busy", status=500),
-    )
-    assert result.stopped is not None
-    assert len(result.starts) == 200

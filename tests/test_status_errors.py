@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eval_protocol_rft.sampling._errors import error_in_body, retry_after, status_error
-from eval_protocol_rft.sampling._types import LoadingError, RefusedError, UnavailableError
+from eval_protocol_rft.sampling._types import RefusedError, SamplingError, UnavailableError
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 
@@ -18,10 +18,18 @@ def error_of(status: int, body: bytes = b"", **headers: str):
     return status_error(status, body, {k.replace("_", "-"): v for k, v in headers.items()}, now=NOW)
 
 
+def is_unavailable(error: SamplingError | None) -> bool:
+    return type(error) is UnavailableError and not error.loading
+
+
+def is_loading(error: SamplingError | None) -> bool:
+    return type(error) is UnavailableError and error.loading
+
+
 @pytest.mark.parametrize("status", [408, 409, 429, 500, 502, 503, 504, 520, 524, 529, 583])
 def test_these_may_pass(status):
     error = error_of(status)
-    assert type(error) is UnavailableError
+    assert is_unavailable(error)
     assert error.status == status
 
 
@@ -46,17 +54,17 @@ def test_these_will_be_said_again(status):
     ],
 )
 def test_a_deployment_that_comes_up_says_so_with_404_or_503(message):
-    assert type(error_of(404, message.encode())) is LoadingError
-    assert type(error_of(503, message.encode(), Retry_After="5")) is LoadingError
+    assert is_loading(error_of(404, message.encode()))
+    assert is_loading(error_of(503, message.encode(), Retry_After="5"))
     assert error_of(503, message.encode(), Retry_After="5").retry_after == 5.0
     assert type(error_of(400, message.encode())) is RefusedError
     in_a_reply = b'{"error": {"message": "%s", "code": 404}}' % message.encode()
-    assert type(error_in_body(in_a_reply)) is LoadingError
+    assert is_loading(error_in_body(in_a_reply))
 
 
 def test_425_is_a_swap_of_the_weights_whatever_it_says():
     error = error_of(425, b"", retry_after_ms="2500")
-    assert type(error) is LoadingError
+    assert is_loading(error)
     assert (error.kind, error.status, error.retry_after) == ("unavailable", 425, 2.5)
 
 
@@ -155,6 +163,7 @@ def test_any_retry_after_is_read_or_ignored(value):
 def test_an_error_inside_a_reply(body, kind):
     error = error_in_body(body)
     assert (type(error) if error else None) is kind
+    assert error is None or not error.loading
 
 
 @given(st.binary(max_size=60))

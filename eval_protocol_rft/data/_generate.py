@@ -52,7 +52,7 @@ from eval_protocol_rft.sampling import (
     RunSummary,
     Sampler,
     TokenIds,
-    check_told_kind,
+    check_logprobs_mode,
     needs_check,
     observers,
     polling,
@@ -220,7 +220,7 @@ async def agenerate(
         if output_job.known is None and request.seed is None and backends.seeds_are_free(request):
             output_job = output_job.seeded(secrets.randbits(31))
         if isinstance(chosen, HttpSampler) and needs_check(request.params):
-            await check_told_kind(
+            await check_logprobs_mode(
                 chosen,
                 [TokenIds(own_tokenizer.tokenizer.encode(text)) for text in PROBE_TEXTS],
                 request.params,

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -190,8 +189,8 @@ def _stack(sources: Sequence[Tensor], rows: Sequence[Tensor], widths: Sequence[i
         block = target[first : first + len(picked)]
         # Zeros and not whatever lay in memory: a weight of 0 times NaN is NaN.
         block[:, :, : width - own_width] = 0
-        own = source[:, :, source.shape[2] - own_width :]
-        torch.index_select(own, 0, picked, out=block[:, :, width - own_width : width])
+        picked_columns = source[:, :, source.shape[2] - own_width :]
+        torch.index_select(picked_columns, 0, picked, out=block[:, :, width - own_width : width])
         first += len(picked)
     return target
 
@@ -205,9 +204,9 @@ def _restore(known: Sequence[Columns], taken: Sequence[int], *, room: int) -> li
         buffers = []
         for sources in zip(*rows, strict=True):
             buffer = _buffer(sources[0].unsqueeze(0), len(sources), width + room)
-            for own, source, count in zip(buffer, sources, taken, strict=True):
-                own[:, : width - count] = 0
-                own[:, width - count : width] = source[:, :count]
+            for row, source, count in zip(buffer, sources, taken, strict=True):
+                row[:, : width - count] = 0
+                row[:, width - count : width] = source[:, :count]
             buffers.append(buffer)
         layers.append(_layer(buffers, width=width))
     return layers
@@ -227,20 +226,14 @@ SHORT_COLUMNS = 32
 """Prefills of fewer columns gain nothing from being run apart: the forward itself is the cost."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Kept:
-    ids: tuple[int, ...]
-    columns: Columns
-
-
 class Prefixes:
     """The kept prefix of each session. Not safe for threads: the worker sees to that."""
 
     def __init__(self, max_tokens: int) -> None:
         self._max_tokens = max_tokens
         self._tokens = 0
-        self._kept: dict[str, _Kept] = {}
-        """The one kept longest ago first."""
+        self._kept: dict[str, tuple[tuple[int, ...], Columns]] = {}
+        """Ids and their columns, by session; the one kept longest ago first."""
 
     @property
     def tokens(self) -> int:
@@ -256,9 +249,9 @@ class Prefixes:
         session = request.session
         if session is None or session not in self._kept:
             return None
-        kept = self._kept[session]
-        length = _common(kept.ids, request.prompt_ids)
-        return Known(length, kept.columns) if length else None
+        ids, columns = self._kept[session]
+        length = _common(ids, request.prompt_ids)
+        return Known(length, columns) if length else None
 
     def fits(self, length: int) -> bool:
         """Whether so many tokens can be kept at all."""
@@ -266,12 +259,12 @@ class Prefixes:
 
     def keep(self, session: str, ids: tuple[int, ...], columns: Columns) -> None:
         """Keep the `columns` of `ids`, which fit, in place of what the session had."""
-        former = self._kept.pop(session, None)
-        self._kept[session] = _Kept(ids, columns)
-        self._tokens += len(ids) - (len(former.ids) if former else 0)
+        former, _ = self._kept.pop(session, ((), None))
+        self._kept[session] = ids, columns
+        self._tokens += len(ids) - len(former)
         while self._tokens > self._max_tokens:
-            evicted = self._kept.pop(next(iter(self._kept)))
-            self._tokens -= len(evicted.ids)
+            evicted, _ = self._kept.pop(next(iter(self._kept)))
+            self._tokens -= len(evicted)
 
     def clear(self) -> None:
         """Forget everything: the weights change, or nobody samples any more."""
@@ -291,12 +284,12 @@ class Joining(NamedTuple):
         return len(self.request.prompt_ids) - (self.known.length if self.known else 0)
 
 
-def prefill_groups(admitted: Iterable[Joining]) -> list[list[Joining]]:
+def prefill_groups(joining: Iterable[Joining]) -> list[list[Joining]]:
     """Those that are prefilled together. All rows of a prefill run as many columns as the one that
     knows least, so those that know something are grouped by powers of two of what is new: a row
     runs less than twice what it must, however much others know."""
     groups: defaultdict[int, list[Joining]] = defaultdict(list)
-    for one in admitted:
+    for one in joining:
         size = (max(one.new, SHORT_COLUMNS) - 1).bit_length() if one.known else 0
         groups[size].append(one)
     return list(groups.values())

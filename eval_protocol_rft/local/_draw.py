@@ -3,9 +3,9 @@
 Invariant: drawn tokens are only ever appended. Where a completion ends is decided on token ids,
 or on text decoded from them; text is never turned back into ids.
 
-Drawing tokens: logits and settings in, tokens and their logprobs out. Pure: no state, no clock.
+Drawing tokens: logits and parameters in, tokens and their logprobs out. Pure: no state, no clock.
 
-Invariant: a row's token depends on that row's logits, settings and uniform number alone, so what
+Invariant: a row's token depends on that row's logits, parameters and uniform number alone, so what
 else is in the batch cannot change it; and a token that was drawn has a probability above zero.
 Shapes: B rows (one token is drawn for each), V vocabulary entries, L rows with top_k or top_p.
 """
@@ -23,24 +23,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from eval_protocol_rft.sampling import Completion, FinishReason, SamplingError
+from eval_protocol_rft.sampling import Completion, FinishReason, SamplingError, SamplingParams
 
 _PHILOX_MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
 _PHILOX_WEYL = (np.uint64(0x9E3779B9), np.uint64(0xBB67AE85))
 _PHILOX_ROUNDS = 10
 _LOW = np.uint64(0xFFFFFFFF)
 _HALF = np.uint64(32)
-
-
-class Settings(NamedTuple):
-    """How one row is drawn."""
-
-    temperature: float
-    """0 is greedy."""
-    top_p: float
-    """In (0, 1]; 1 is off."""
-    top_k: int
-    """0 or below is off."""
 
 
 class Drawn(NamedTuple):
@@ -56,7 +45,7 @@ class Drawn(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DrawPlan:
-    """The settings of B rows as tensors, made once for as long as the same rows run together.
+    """The parameters of B rows as tensors, made once for as long as the same rows run together.
     A field is None where no row asks for it: then its work is skipped."""
 
     temperature_B1: Tensor | None
@@ -67,14 +56,15 @@ class DrawPlan:
     top_p_L1: Tensor
 
     @classmethod
-    def build(cls, settings_B: Sequence[Settings], device: torch.device) -> DrawPlan:
-        """Collect settings; greedy rows ignore top_k and top_p, which cannot change the best."""
-        temperature_B = [s.temperature or 1.0 for s in settings_B]
-        greedy_B = [s.temperature == 0 for s in settings_B]
+    def build(cls, params_B: Sequence[SamplingParams], device: torch.device) -> DrawPlan:
+        """Collect temperature, top_p and top_k; greedy rows ignore the last two, which cannot
+        change the best."""
+        temperature_B = [p.temperature or 1.0 for p in params_B]
+        greedy_B = [p.temperature == 0 for p in params_B]
         limited = [
-            (row, s.top_k if s.top_k > 0 else math.inf, s.top_p if s.top_p < 1 else math.inf)
-            for row, s in enumerate(settings_B)
-            if s.temperature > 0 and (s.top_k > 0 or s.top_p < 1)
+            (row, p.top_k if p.top_k > 0 else math.inf, p.top_p if p.top_p < 1 else math.inf)
+            for row, p in enumerate(params_B)
+            if p.temperature > 0 and (p.top_k > 0 or p.top_p < 1)
         ]
 
         def column(values: Sequence[float]) -> Tensor:
@@ -192,15 +182,13 @@ class Request:
     """A prompt, its limits, and the tokens drawn so far. Only the worker thread changes it."""
 
     prompt_ids: tuple[int, ...]
-    settings: Settings
+    params: SamplingParams
     seed: int
     """64 bits."""
     limit: int
     """Most tokens to draw."""
     ends: frozenset[int]
     """Token ids that end the completion."""
-    stops: tuple[str, ...]
-    """Strings that end the completion."""
     future: asyncio.Future[Completion]
     session: str | None = None
     """Where its keys and values are kept for the next turn; None: they are not."""
@@ -255,7 +243,8 @@ class Request:
         ids = self.token_ids
         if ids[-1] in self.ends:
             return self._complete(decode(ids[:-1]), "stop", ids[-1])
-        hit = stop_hit(ids, self.stops, decode) if self.stops else None
+        stops = self.params.stop
+        hit = stop_hit(ids, stops, decode) if stops else None
         if hit:
             text, stop = hit
             return self._complete(text, "stop", stop)

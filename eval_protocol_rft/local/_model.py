@@ -95,15 +95,15 @@ def copy_weights(
     Raises:
         RefusedError: they are not this model's.
     """
-    own = module.state_dict()
-    shared = {value.data_ptr() for name, value in own.items() if name in weights}
+    current = module.state_dict()
+    shared = {value.data_ptr() for name, value in current.items() if name in weights}
     known = {*weights, *keep}
-    missing = [n for n, v in own.items() if n not in known and v.data_ptr() not in shared]
-    unknown = [name for name in weights if name not in own]
-    misshapen = [n for n, v in weights.items() if n in own and v.shape != own[n].shape]
+    missing = [n for n, v in current.items() if n not in known and v.data_ptr() not in shared]
+    unknown = [name for name in weights if name not in current]
+    misshapen = [n for n, v in weights.items() if n in current and v.shape != current[n].shape]
     for what, names in (("lack", missing), ("have unknown", unknown), ("misshape", misshapen)):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise RefusedError(f"the new weights {what} {names[0]}{more}: are they of this model?")
     for name, value in weights.items():
-        own[name].copy_(value)
+        current[name].copy_(value)

@@ -300,17 +300,16 @@ class LocalSampler:
             AttemptTimeoutError: no completion within `params.timeout`, waiting included.
             SamplingError: the model failed, or the sampler was closed meanwhile.
         """
-        from eval_protocol_rft.local._draw import Request, Settings
+        from eval_protocol_rft.local._draw import Request
 
         check_params(params)
         check_prompt(prompt_ids, self._model.vocab_size)
         request = Request(
             prompt_ids=tuple(prompt_ids),
-            settings=Settings(params.temperature, params.top_p, params.top_k),
+            params=params,
             seed=(secrets.randbits(64) if seed is None else seed) & _SEED_MASK,
             limit=completion_limit(len(prompt_ids), params.max_tokens, self.context_length),
             ends=frozenset() if params.extra.get("ignore_eos") else self._eos_token_ids,
-            stops=params.stop,
             future=asyncio.get_running_loop().create_future(),
             session=params.session,
         )
@@ -381,8 +380,8 @@ class _Decoder:
 
 
 def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    found: set[int] = set()
+    known: set[int] = set()
     for source in (getattr(model, "generation_config", None), model.config, tokenizer):
         ids = getattr(source, "eos_token_id", None)
-        found.update([ids] if isinstance(ids, int) else ids or ())
-    return frozenset(found)
+        known.update([ids] if isinstance(ids, int) else ids or ())
+    return frozenset(known)

@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -32,12 +31,8 @@ from eval_protocol_rft.local._draw import Decode, DrawPlan, Request, draw, unifo
 from eval_protocol_rft.local._model import LocalModel
 from eval_protocol_rft.sampling import Completion, SamplingError
 
-
-class Outcome(NamedTuple):
-    """What a request is answered with."""
-
-    request: Request
-    result: Completion | SamplingError
+Outcome = tuple[Request, Completion | SamplingError]
+"""A request and what it is answered with."""
 
 
 class RunningBatch:
@@ -49,7 +44,7 @@ class RunningBatch:
         self._rows = list(rows)
         """Batch row of each request; requests with one prompt share a row until their first
         tokens are drawn."""
-        self._plan = DrawPlan.build([r.settings for r in requests], batch.device)
+        self._plan = DrawPlan.build([r.params for r in requests], batch.device)
         self._seeds_R = np.array([r.seed for r in requests], dtype=np.uint64)
         self._tokens_R: Tensor
         self._live: list[int] = []
@@ -131,7 +126,7 @@ class RunningBatch:
         for index, (request, values) in enumerate(zip(self.requests, values_R, strict=True)):
             result = _take(request, *values, decode=decode)
             if result is not None:
-                outcomes.append(Outcome(request, result))
+                outcomes.append((request, result))
                 if isinstance(result, Completion):
                     self._complete.append(index)
             elif not request.dropped:
@@ -248,8 +243,8 @@ class Worker:
         if sum(p.numel() for p in self._model.module.parameters()) < SMALL_MODEL_PARAMETERS:
             torch.set_num_threads(1)
         batch: RunningBatch | None = None
-        while (admitted := self._next(batch)) is not None:
-            batch = self._round(batch, admitted)
+        while (joining := self._next(batch)) is not None:
+            batch = self._round(batch, joining)
 
     def _next(self, batch: RunningBatch | None) -> list[Joining] | None:
         """Requests that join now; None when the thread has ended."""
@@ -274,7 +269,7 @@ class Worker:
                 self._thread = None
                 self._stopping = False
                 return None
-            return self._admit(running)
+            return self._take_waiting(running)
 
     def _has_news(self) -> bool:
         return bool(self._waiting or self._swaps or self._stopping or self._held)
@@ -297,33 +292,31 @@ class Worker:
             request.sampled_by(swap.policy_version)
         swap.done.set_result(None)
 
-    def _admit(self, running: Sequence[Request]) -> list[Joining]:
+    def _take_waiting(self, running: Sequence[Request]) -> list[Joining]:
         """Take requests in order while caches and prefill have room. One that would run alone
         always has."""
-        admitted: list[Joining] = []
+        taken: list[Joining] = []
         prompts: set[tuple[tuple[int, ...], int]] = set()
         longest = 0
         widest = max((request.most_tokens for request in running), default=0)
         while self._waiting:
             request = self._waiting[0]
             if not request.dropped:
-                rows = len(running) + len(admitted) + 1
+                rows = len(running) + len(taken) + 1
                 widest = max(widest, request.most_tokens)
-                joining = Joining(request, self._prefixes.known(request))
-                longest = max(longest, joining.new)
-                prompts.add((request.prompt_ids, joining.new))
+                one = Joining(request, self._prefixes.known(request))
+                longest = max(longest, one.new)
+                prompts.add((request.prompt_ids, one.new))
                 if rows > 1 and rows * widest > self._max_batch_tokens:
                     break
-                if admitted and len(prompts) * longest > MAX_PREFILL_TOKENS:
+                if taken and len(prompts) * longest > MAX_PREFILL_TOKENS:
                     break
                 request.sampled_by(self.policy_version)
-                admitted.append(joining)
+                taken.append(one)
             self._waiting.popleft()
-        return admitted
+        return taken
 
-    def _round(
-        self, batch: RunningBatch | None, admitted: Sequence[Joining]
-    ) -> RunningBatch | None:
+    def _round(self, batch: RunningBatch | None, joining: Sequence[Joining]) -> RunningBatch | None:
         """One token for everyone: a step for those that run, a prefill for those that join.
         Returns those that go on."""
         outcomes: list[Outcome] = []
@@ -332,7 +325,7 @@ class Worker:
             with _failing(batch.requests, outcomes):
                 outcomes += batch.advance(self._decode)
                 parts.append(batch)
-        for group in prefill_groups(admitted):
+        for group in prefill_groups(joining):
             with _failing([one.request for one in group], outcomes):
                 joined, ended = RunningBatch.start(self._model, group, self._decode)
                 outcomes += ended
@@ -372,18 +365,18 @@ def _failing(requests: Sequence[Request], outcomes: list[Outcome]) -> Iterator[N
     except BaseException as error:  # noqa: BLE001
         _log.exception("local sampling failed for %d requests", len(requests))
         message = f"the local model failed: {type(error).__name__}: {error}"
-        outcomes.extend(Outcome(request, SamplingError(message)) for request in requests)
+        outcomes.extend((request, SamplingError(message)) for request in requests)
 
 
 def _fail(requests: Iterable[Request], message: str) -> None:
-    _deliver([Outcome(request, SamplingError(message)) for request in requests])
+    _deliver([(request, SamplingError(message)) for request in requests])
 
 
 def _deliver(outcomes: Iterable[Outcome]) -> None:
     """Answer requests on their own event loops, one wake-up per loop."""
     by_loop: defaultdict[asyncio.AbstractEventLoop, list[Outcome]] = defaultdict(list)
-    for outcome in outcomes:
-        by_loop[outcome.request.future.get_loop()].append(outcome)
+    for request, result in outcomes:
+        by_loop[request.future.get_loop()].append((request, result))
     for loop, batch in by_loop.items():
         try:
             loop.call_soon_threadsafe(_resolve, batch)

@@ -31,7 +31,7 @@ from eval_protocol_rft.sampling import (
     RunLimiter,
     SamplingError,
     TokenIds,
-    check_told_kind,
+    check_logprobs_mode,
     needs_check,
 )
 
@@ -73,7 +73,7 @@ class LoopState:
         check = self.checks.get(key)
         if check is None or (check.done() and isinstance(check.exception(), SamplingError)):
             check = self.checks[key] = asyncio.create_task(
-                check_told_kind(
+                check_logprobs_mode(
                     job.sampler,
                     [TokenIds(job.tokenizer.tokenizer.encode(text)) for text in PROBE_TEXTS],
                     params,

@@ -48,7 +48,7 @@ from ._logprob_kind import PROBE_TEXTS as PROBE_TEXTS
 from ._logprob_kind import TOLERANCE as TOLERANCE
 from ._logprob_kind import FirstTokens as FirstTokens
 from ._logprob_kind import KindMeasured as KindMeasured
-from ._logprob_kind import check_told_kind as check_told_kind
+from ._logprob_kind import check_logprobs_mode as check_logprobs_mode
 from ._logprob_kind import measure_kind as measure_kind
 from ._logprob_kind import needs_check as needs_check
 from ._replies import ABSENT as ABSENT

@@ -68,7 +68,7 @@ class Measurement:
 
     def restart(self) -> None:
         """Measure anew at the same limit, which is in effect already."""
-        self._count = self._tokens = self._failures = self._told = 0
+        self._count = self._tokens = self._failures = self._with_queue_times = 0
         self._seconds = self._queued = self._paces = self._squared_paces = 0.0
         self._shares: list[float] = []
 
@@ -98,7 +98,7 @@ class Measurement:
             self._paces += pace
             self._squared_paces += pace * pace
         if attempt.queue_seconds is not None:
-            self._told += 1
+            self._with_queue_times += 1
             self._queued += attempt.queue_seconds
 
     def failed(self, attempt: Attempt) -> bool:
@@ -154,7 +154,7 @@ class Measurement:
         """Share of their time that requests waited in the server's queues; None where nobody told.
 
         By Little's law it is also the share of the requests in flight that wait."""
-        if self._told and self._seconds:
+        if self._with_queue_times and self._seconds:
             return self._queued / self._seconds
         return sum(self._shares) / len(self._shares) if self._shares else None
 
@@ -303,7 +303,7 @@ class AdaptiveLimit:
             self._before_cuts = None
             self._measurement.succeeded(attempt, in_flight)
             if self._trial:
-                self._judge_trial()
+                self._decide_trial()
             else:
                 self._watch()
 
@@ -328,7 +328,7 @@ class AdaptiveLimit:
             self._base, self._trial, self._next = None, 0, 1
             self._move(to)
 
-    def _judge_trial(self) -> None:
+    def _decide_trial(self) -> None:
         assert self._base is not None  # noqa: S101 - narrows the type
         best, measurement = max(self._base.throughput, _TINY), self._measurement
         early = measurement.early_rate

@@ -19,7 +19,6 @@ import msgspec
 
 from eval_protocol_rft._text import visible
 from eval_protocol_rft.sampling._types import (
-    LoadingError,
     RefusedError,
     SamplingError,
     UnavailableError,
@@ -62,10 +61,9 @@ def status_error(
             status=status,
         )
     wait = retry_after(headers, now=now)
-    if _is_loading(status, message):
-        return LoadingError(message, status=status, retry_after=wait)
-    if _is_transient(status):
-        return UnavailableError(message, status=status, retry_after=wait)
+    loading = _is_loading(status, message)
+    if loading or _is_transient(status):
+        return UnavailableError(message, status=status, retry_after=wait, loading=loading)
     hint = _HINTS.get(status)
     return RefusedError(f"{message} ({hint})" if hint else message, status=status)
 
@@ -97,11 +95,10 @@ def error_in_body(body: bytes) -> SamplingError | None:
     code = error.get("code") if isinstance(error, dict) else None
     status = int(str(code)) if _HTTP_STATUS.fullmatch(str(code)) else None
     text = f"error in the reply: {_message(body)}"
-    if status is not None and _is_loading(status, text):
-        return LoadingError(text, status=status)
+    loading = status is not None and _is_loading(status, text)
     # Without a code that says otherwise it is the server's trouble: it had accepted the request.
-    if status is None or _is_transient(status):
-        return UnavailableError(text, status=status)
+    if loading or status is None or _is_transient(status):
+        return UnavailableError(text, status=status, loading=loading)
     return RefusedError(text, status=status)
 
 

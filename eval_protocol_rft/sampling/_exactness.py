@@ -93,8 +93,8 @@ def sampled_logprobs(
         raise ContractError("no logprobs")
     if logprobs.content is not None:
         _check_order("logprobs.content[].text_offset", list(map(_text_offset, logprobs.content)))
-        told = list(map(_logprob, logprobs.content))
-        raw = None if _all_null(told) else _complete("logprobs.content[].logprob", told)
+        values = list(map(_logprob, logprobs.content))
+        raw = None if _all_null(values) else _complete("logprobs.content[].logprob", values)
         sampling: list[float | None] = list(map(_sampling_logprob, logprobs.content))
         if _all_null(sampling) and raw is not None:
             if params.logprobs_mode == "processed_logprobs":
@@ -104,11 +104,11 @@ def sampled_logprobs(
     if logprobs.token_logprobs is None:
         raise ContractError("no logprobs.content and no logprobs.token_logprobs")
     _check_order("logprobs.text_offset", logprobs.text_offset or [])
-    values = _complete("logprobs.token_logprobs", logprobs.token_logprobs)
-    _check_tokens_as_ids(logprobs, token_ids, values)
+    unnamed = _complete("logprobs.token_logprobs", logprobs.token_logprobs)
+    _check_tokens_as_ids(logprobs, token_ids, unnamed)
     if params.logprobs_mode == "processed_logprobs":
-        return values, None
-    return _raw_as_sampling(values, params, "token_logprobs may be raw"), values
+        return unnamed, None
+    return _raw_as_sampling(unnamed, params, "token_logprobs may be raw"), unnamed
 
 
 def _raw_as_sampling(raw: list[float], params: SamplingParams, because: str) -> list[float]:

@@ -363,7 +363,9 @@ def _proxy_error(error: aiohttp.ClientHttpProxyError) -> SamplingError:
     """The proxy did not connect us."""
     refusal = status_error(error.status, b"", error.headers or {}, now=datetime.now(UTC))
     message = f"the proxy answered {error.status} {error.message}"
-    return type(refusal)(message, status=error.status, retry_after=refusal.retry_after)
+    return type(refusal)(
+        message, status=error.status, retry_after=refusal.retry_after, loading=refusal.loading
+    )
 
 
 def error_text(error: Exception) -> str:

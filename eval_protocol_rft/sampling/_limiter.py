@@ -35,10 +35,9 @@ from eval_protocol_rft.sampling._clock import loop_clock, sampling_time
 from eval_protocol_rft.sampling._retry import (
     UNTIL_SOMETHING_ENDS,
     Attempt,
-    BudgetMeter,
     Go,
     MayStart,
-    RunBudget,
+    RetryBudget,
     Stop,
     Wait,
     failed_attempt,
@@ -84,7 +83,7 @@ class RunLimits:
     """One run against one server."""
 
     def __init__(
-        self, *, limit: ConcurrencyLimit, breaker: CircuitBreaker, budget: BudgetMeter
+        self, *, limit: ConcurrencyLimit, breaker: CircuitBreaker, budget: RetryBudget
     ) -> None:
         self.limit = limit
         self.breaker = breaker
@@ -99,8 +98,6 @@ class RunLimits:
             return breaker
         probe = isinstance(breaker, Go) and breaker.probe
         budget = self.budget.may_start(now, retry=retry, probe=probe)
-        if isinstance(budget, Stop):
-            return budget
         if self.in_flight >= limit:
             return Wait(UNTIL_SOMETHING_ENDS)
         waits = [answer for answer in (breaker, budget) if isinstance(answer, Wait)]
@@ -178,21 +175,19 @@ class RunLimiter:
         self,
         *,
         limit: ConcurrencyLimit | None = None,
-        budget: RunBudget | None = None,
         patience_seconds: float = 1800.0,
         proven: bool = False,
     ) -> None:
         """
         Args:
             limit: how many requests may be in flight; None: the caller sees to it.
-            budget: of the run; None: the default one.
             patience_seconds: how long the server may be away.
             proven: the same settings have brought completions before this run.
         """
         self.limits = RunLimits(
             limit=limit or FixedLimit(_NO_LIMIT),
             breaker=CircuitBreaker(patience_seconds=patience_seconds, proven=proven),
-            budget=BudgetMeter(budget or RunBudget(), began=sampling_time()),
+            budget=RetryBudget(began=sampling_time()),
         )
         self._met: set[str] = set()
         self._waiting: deque[asyncio.Future[None]] = deque()

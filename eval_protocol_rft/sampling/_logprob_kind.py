@@ -67,7 +67,7 @@ class FirstTokens:
     token_ids: NDArray[np.int64]
     """[N]"""
     logprobs: NDArray[np.float64]
-    """[N] nats, as told."""
+    """[N] nats, as the server tells them."""
 
     def by_id(self) -> dict[int, float]:
         """Mean logprob of each id seen."""
@@ -113,15 +113,15 @@ def measure_kind(
 
 
 def _residuals(
-    known: Mapping[int, float], told: Mapping[int, float], temperature: float
+    known: Mapping[int, float], cooler: Mapping[int, float], temperature: float
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
     """Of one prompt's tokens seen at both temperatures: how far they are from sampling logprobs
     at least, how far from raw ones, and how far raw ones would be from sampling ones at least."""
-    common = sorted(known.keys() & told.keys())
+    common = sorted(known.keys() & cooler.keys())
     if not common:
         return np.empty(0), np.empty(0), np.empty(0)
     at_one = np.array([known[token] for token in common])
-    lower = np.array([told[token] for token in common])
+    lower = np.array([cooler[token] for token in common])
     bounds = _log_z(known, temperature)
     return (
         _from_sampling(at_one, lower, bounds, temperature),
@@ -132,15 +132,15 @@ def _residuals(
 
 def _from_sampling(
     at_one: NDArray[np.float64],
-    told: NDArray[np.float64],
+    values: NDArray[np.float64],
     log_z: tuple[float, float],
     temperature: float,
 ) -> NDArray[np.float64]:
     """The larger of two distances that are 0 for sampling logprobs: of the values from the bounds
     that Z sets, and of their differences from each other, in which Z cancels."""
     scaled = at_one / temperature
-    bounded = np.maximum(scaled - log_z[1] - told, told - (scaled - log_z[0]))
-    differences = np.abs((told - told.mean()) - (scaled - scaled.mean()))
+    bounded = np.maximum(scaled - log_z[1] - values, values - (scaled - log_z[0]))
+    differences = np.abs((values - values.mean()) - (scaled - scaled.mean()))
     distance: NDArray[np.float64] = np.maximum(np.maximum(bounded, differences), 0.0)
     return distance
 
@@ -160,11 +160,11 @@ def _log_z(known: Mapping[int, float], temperature: float) -> tuple[float, float
 
 def needs_check(params: SamplingParams) -> bool:
     """Whether sampling logprobs would be wrong if what the user says of the server were."""
-    told = params.logprobs_mode == "processed_logprobs"
-    return told and params.temperature > 0 and bool(reshaped_by(params))
+    claimed = params.logprobs_mode == "processed_logprobs"
+    return claimed and params.temperature > 0 and bool(reshaped_by(params))
 
 
-async def check_told_kind(
+async def check_logprobs_mode(
     sampler: Sampler,
     prompts: Sequence[TokenIds],
     params: SamplingParams,
@@ -190,7 +190,7 @@ async def check_told_kind(
     one_token = replace(plain(params), stop=(), max_tokens=1, stream=None)
     drawn: dict[float, list[FirstTokens]] = {1.0: [], LOWER_TEMPERATURE: []}
     for prompt in prompts:
-        for temperature, found in drawn.items():
+        for temperature, samples in drawn.items():
             group = await sample_group(
                 sampler,
                 prompt,
@@ -208,7 +208,7 @@ async def check_told_kind(
             if group.failures:
                 raise SamplingError(f"logprobs cannot be checked: {_first(group.failures)}")
             completions = [survivor.completion for survivor in group.survivors]
-            found.append(
+            samples.append(
                 FirstTokens(
                     np.array([c.token_ids[0] for c in completions], np.int64),
                     np.array([c.logprobs[0] for c in completions], np.float64),

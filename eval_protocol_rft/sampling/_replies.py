@@ -7,7 +7,7 @@ what the same server would have sent whole, or it is an error.
 from __future__ import annotations
 
 import re
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 
@@ -136,17 +136,12 @@ _OTHER_FIELDS = frozenset({b"", b"event", b"id", b"retry"})
 """What may stand in an event beside its data. The empty name: a comment, or a line left blank."""
 
 
-class Streamed(NamedTuple):
-    """A reply that came as a stream, and what a whole reply could not say."""
-
-    reply: Reply
-    models: dict[int, list[str]]
-    """Choice index -> the models that the events with its tokens name, in order, each as often as
-    it took over from another."""
-
-
-def parse_stream(body: bytes) -> Streamed:
+def parse_stream(body: bytes) -> tuple[Reply, dict[int, list[str]]]:
     """Parse a whole event stream and put its chunks together.
+
+    Returns:
+        The reply, and what a whole reply could not say: choice index -> the models that the events
+        with its tokens name, in order, each as often as it took over from another.
 
     Raises: as `parse_reply`; a stream without `[DONE]` is a ConnectionFailedError, one whose
     events contradict each other a ContractError.
@@ -155,7 +150,7 @@ def parse_stream(body: bytes) -> Streamed:
     if not events or events[-1] != b"[DONE]":
         if not events and body.lstrip().startswith(b"{"):
             # Some servers answer errors and even replies unstreamed.
-            return Streamed(parse_reply(body), {})
+            return parse_reply(body), {}
         raise ConnectionFailedError(
             f"the event stream ends after {len(events)} events without [DONE]"
         )
@@ -173,7 +168,7 @@ def parse_stream(body: bytes) -> Streamed:
             _merge(merged, chunk)
     if merged is None:
         raise ContractError("the event stream holds no reply, only [DONE]")
-    return Streamed(merged, models)
+    return merged, models
 
 
 def _note_model(model: str, choices: list[Choice], models: dict[int, list[str]]) -> None:
@@ -189,7 +184,7 @@ def _events(body: bytes) -> list[bytes]:
     """The data of each event that has some; several `data:` lines are one payload (HTML standard,
     9.2.6). An event that no blank line ends did not arrive whole."""
     normal = body.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-    *whole, _rest = normal.split(b"\n\n")
+    *whole, _unfinished = normal.split(b"\n\n")
     return [data for data in map(_data, whole) if data.strip()]
 
 

@@ -12,12 +12,12 @@ weights: those end with `max_seconds`. The seed stays the same over all attempts
 attempt whose reply was lost may have been sampled, and another draw in its place would favour
 whatever is quick to arrive.
 
-Invariant of a run's budget, at any time t seconds into the run, whatever the server does:
+Invariant of a run's `RetryBudget`, at any time t seconds into the run, whatever the server does:
 
     retries <= burst + extra_ratio * first_attempts + trickle_per_second * t
 
-and no attempt begins after `max_seconds` or beyond `max_attempts`. Probes of a breaker are paced
-by the breaker and come on top of the first line. What the budget holds back is late, not lost.
+Probes of a breaker are paced by the breaker and come on top. What the budget holds back is late,
+not lost.
 Source of the ratio: retry budgets of Twitter's Finagle (2016) and Google's SRE book, chapter 21.
 """
 
@@ -32,7 +32,7 @@ from typing import Annotated, TypeAlias
 from annotated_types import Ge
 
 from eval_protocol_rft._options import Flag, check_options
-from eval_protocol_rft.sampling._types import FailureKind, LoadingError, SamplingError
+from eval_protocol_rft.sampling._types import FailureKind, SamplingError
 
 TRANSIENT_KINDS: frozenset[FailureKind] = frozenset({"unavailable", "connection", "timeout"})
 """A refusal or a reply that breaks the contract would come back the same."""
@@ -99,7 +99,7 @@ def failed_attempt(
         status=error.status,
         message=str(error),
         retry_after=error.retry_after,
-        loading=isinstance(error, LoadingError),
+        loading=error.loading,
         probe=probe,
         prompt=prompt,
     )
@@ -259,44 +259,38 @@ _ROUNDING = 1e-6
 """Of a token: who waits until the date that was named must not find it missing by a rounding."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunBudget:
-    """What one run may spend."""
+class RetryBudget:
+    """What one run may spend on retries: a token bucket that first attempts and time fill."""
 
-    extra_ratio: float = 0.2
-    """Retries that each first attempt pays for: at most a fifth more load than was asked for, for
-    as long as the server fails. Finagle's default; Google's is 0.1."""
-    burst: float = 512.0
-    """Retries that can be saved up, and what there is at the start. One interruption fails every
-    request in flight at once; twice 256 in flight come back without waiting for their turn."""
-    trickle_per_second: float = 1.0
-    """Retries that time pays for, so that the last completions of a run, which no first attempt
-    follows, still get theirs."""
-    max_attempts: int | None = None
-    """Requests of the whole run; None: as many as the completions may have."""
-    max_seconds: float | None = None
-    """Seconds after which the run begins no attempt; None: no such limit."""
-
-    def __post_init__(self) -> None:
-        for name in ("extra_ratio", "max_attempts", "max_seconds"):
-            value = getattr(self, name)
-            if value is not None and not value >= 0:
-                raise ValueError(f"{name} must not be negative, got {value}")
-        if not self.burst >= 1:
-            raise ValueError(f"burst must be at least 1, got {self.burst}")
-        if not self.trickle_per_second > 0:
+    def __init__(
+        self,
+        *,
+        began: float,
+        extra_ratio: float = 0.2,
+        burst: float = 512.0,
+        trickle_per_second: float = 1.0,
+    ) -> None:
+        """
+        Args:
+            began: clock seconds at which the run began.
+            extra_ratio: retries that each first attempt pays for: at most a fifth more load than
+                was asked for, for as long as the server fails. Finagle's default; Google's is 0.1.
+            burst: retries that can be saved up, and what there is at the start. One interruption
+                fails every request in flight at once; twice 256 in flight come back without
+                waiting for their turn.
+            trickle_per_second: retries that time pays for, so that the last completions of a run,
+                which no first attempt follows, still get theirs.
+        """
+        if not extra_ratio >= 0:
+            raise ValueError(f"extra_ratio must not be negative, got {extra_ratio}")
+        if not burst >= 1:
+            raise ValueError(f"burst must be at least 1, got {burst}")
+        if not trickle_per_second > 0:
             # Nothing would ever wake a retry once no first attempt is left.
-            raise ValueError(f"trickle_per_second must be above 0, got {self.trickle_per_second}")
-
-
-class BudgetMeter:
-    """What a run has spent of its `RunBudget`. A token bucket that first attempts and time fill."""
-
-    def __init__(self, budget: RunBudget, *, began: float) -> None:
-        """`began`: clock seconds at which the run began."""
-        self._budget = budget
-        self._began = began
-        self._tokens = budget.burst
+            raise ValueError(f"trickle_per_second must be above 0, got {trickle_per_second}")
+        self.extra_ratio, self.burst = extra_ratio, burst
+        self.trickle_per_second = trickle_per_second
+        self._tokens = burst
         self._filled_at = began
         self.first_attempts = 0
         self.retries = 0
@@ -307,25 +301,14 @@ class BudgetMeter:
     def attempts(self) -> int:
         return self.first_attempts + self.retries + self.probes
 
-    def may_start(self, now: float, *, retry: bool, probe: bool = False) -> MayStart:
-        """Whether the budget has room for one more attempt."""
-        budget = self._budget
-        if budget.max_seconds is not None and now - self._began >= budget.max_seconds:
-            return Stop(
-                f"the run's max_seconds={budget.max_seconds:g} are over after {self._spent()}; "
-                "what is missing can be had by running again"
-            )
-        if budget.max_attempts is not None and self.attempts >= budget.max_attempts:
-            return Stop(
-                f"the run's max_attempts={budget.max_attempts} are spent ({self._spent()}); "
-                "see the failures for the cause before running again"
-            )
+    def may_start(self, now: float, *, retry: bool, probe: bool = False) -> Go | Wait:
+        """Whether there is room for one more attempt: always, if it is no retry."""
         if not retry or probe:
             return Go()
         self._fill(now)
         if self._tokens >= 1.0 - _ROUNDING:
             return Go()
-        return Wait(now + (1.0 - self._tokens) / budget.trickle_per_second)
+        return Wait(now + (1.0 - self._tokens) / self.trickle_per_second)
 
     def started(self, now: float, *, retry: bool, probe: bool = False) -> None:
         """One more attempt has begun."""
@@ -337,18 +320,12 @@ class BudgetMeter:
             self._tokens -= 1.0
         else:
             self.first_attempts += 1
-            self._add(self._budget.extra_ratio)
+            self._add(self.extra_ratio)
 
     def _fill(self, now: float) -> None:
-        self._add((now - self._filled_at) * self._budget.trickle_per_second)
+        self._add((now - self._filled_at) * self.trickle_per_second)
         self._filled_at = now
 
     def _add(self, tokens: float) -> None:
         # A run that went well for hours must not have saved up a storm.
-        self._tokens = min(self._budget.burst, self._tokens + tokens)
-
-    def _spent(self) -> str:
-        return (
-            f"{self.attempts} attempts: {self.first_attempts} first ones, "
-            f"{self.retries} retries, {self.probes} probes"
-        )
+        self._tokens = min(self.burst, self._tokens + tokens)

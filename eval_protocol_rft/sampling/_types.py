@@ -26,7 +26,7 @@ SAMPLING = functools.partial(Flag, panel="Sampling")
 FinishReason = Literal["stop", "length"]
 LogprobsMode = Literal["processed_logprobs", "raw_logprobs"]
 
-FAILURE_KINDS = (
+FailureKind = Literal[
     "refused",  # the server says that this request is wrong: it will say so again
     "unavailable",  # overloaded, loading, restarting: worth another attempt
     "connection",  # refused, reset or cut off before a whole reply arrived
@@ -35,16 +35,6 @@ FAILURE_KINDS = (
     "internal",  # the in-process sampler failed
     "prompt",  # the prompt could not be rendered exactly, so nothing was asked
     "cancelled",  # by us: it had not ended at the group's straggler deadline
-)
-FailureKind = Literal[
-    "refused",
-    "unavailable",
-    "connection",
-    "timeout",
-    "contract",
-    "internal",
-    "prompt",
-    "cancelled",
 ]
 
 TOKEN_ID_LIMIT = 2**31
@@ -182,12 +172,19 @@ class SamplingError(EvalProtocolRftError, RuntimeError):
     kind: FailureKind = "internal"
 
     def __init__(
-        self, message: str, *, status: int | None = None, retry_after: float | None = None
+        self,
+        message: str,
+        *,
+        status: int | None = None,
+        retry_after: float | None = None,
+        loading: bool = False,
     ) -> None:
         super().__init__(message)
         self.status = status
         self.retry_after = retry_after
         """Seconds the server asked us to wait."""
+        self.loading = loading
+        """The server says that it loads weights: it sampled nothing, and takes its time."""
 
 
 class RefusedError(SamplingError):
@@ -196,10 +193,6 @@ class RefusedError(SamplingError):
 
 class UnavailableError(SamplingError):
     kind: FailureKind = "unavailable"
-
-
-class LoadingError(UnavailableError):
-    """The server says that it loads weights: it sampled nothing, and takes its time."""
 
 
 class ConnectionFailedError(SamplingError):

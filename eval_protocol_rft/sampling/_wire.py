@@ -33,7 +33,7 @@ from eval_protocol_rft.sampling._types import (
     UnavailableError,
 )
 
-_NOT_TOLD: Mapping[int, Sequence[str]] = MappingProxyType({})
+_NO_MODELS: Mapping[int, Sequence[str]] = MappingProxyType({})
 
 
 def request_body(
@@ -126,9 +126,9 @@ def _decode(
     prompt: TokenIds,
     params: SamplingParams,
     n: int,
-    models: Mapping[int, Sequence[str]] = _NOT_TOLD,
+    models: Mapping[int, Sequence[str]] = _NO_MODELS,
 ) -> list[Completion]:
-    """`models`: choice index -> the models that its tokens' events name, see `Streamed`."""
+    """`models`: choice index -> the models that its tokens' events name, see `parse_stream`."""
     if reply.object not in (None, "text_completion"):
         raise ContractError(f"object is {reply.object!r}, expected 'text_completion'")
     choices = sorted(reply.choices, key=attrgetter("index"))

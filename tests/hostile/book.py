@@ -11,9 +11,9 @@ import time
 from array import array
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
-from eval_protocol_rft.sampling._types import FAILURE_KINDS
+from eval_protocol_rft.sampling._types import FailureKind
 from tests.hostile.faults import FAULTS
 from tests.hostile.ledger import Entry, dialect_of
 from tests.hostile.replies import truth_of
@@ -22,7 +22,7 @@ MAX_TOKENS = 64
 GROUP = 4
 """Completions per prompt: siblings are the ones that a reply can be mistaken for."""
 
-ENDS = ("", "accept", *dict.fromkeys((*FAILURE_KINDS, "cancelled")))
+ENDS = ("", "accept", *dict.fromkeys((*get_args(FailureKind), "cancelled")))
 """How a completion, or an attempt at one, ends; a place in this is what the book holds. Empty: it
 has not."""
 _END_OF = {name: code for code, name in enumerate(ENDS)}

@@ -53,13 +53,13 @@ def _downloaded(hub_id: str) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
     try:
-        found = [
+        paths = [
             try_to_load_from_cache(hub_id, file)
             for file in ("config.json", "tokenizer_config.json", "tokenizer.json")
         ]
     except ValueError:  # no name that the hub could have
         return None
-    return next((Path(path).parent for path in found if isinstance(path, str)), None)
+    return next((Path(path).parent for path in paths if isinstance(path, str)), None)
 
 
 def bundled_model_path(name: str) -> Path | None:

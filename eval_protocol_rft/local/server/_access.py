@@ -40,7 +40,7 @@ class Access:
                 "this server listens: ask for 127.0.0.1 or localhost, or start it with --host"
             )
         origin = headers.get("origin")
-        if origin is not None and not self._own(origin, host):
+        if origin is not None and not self._is_own(origin, host):
             return _forbidden(
                 f"requests of web pages of {origin!r} are not answered, whatever they send"
             )
@@ -57,7 +57,7 @@ class Access:
                 )
         return None
 
-    def _own(self, origin: str, host: str) -> bool:
+    def _is_own(self, origin: str, host: str) -> bool:
         """Whether a page of `origin` is this machine's or this server's own."""
         try:
             place = urlsplit(origin).netloc

@@ -278,9 +278,7 @@ class _Service:
         ]
         seconds = time.perf_counter() - started
         metrics = replies.perf_metrics(samples, request, seconds=seconds, in_flight=in_flight)
-        head = replies.Head(
-            id=f"cmpl-{uuid.uuid4().hex}", created=int(time.time()), model=self._model_name
-        )
+        head = replies.head(self._model_name)
         headers = _request_id(http)
         if request.stream:
             events = [

@@ -80,12 +80,12 @@ class ApiError(EvalProtocolRftError):
 
 def error_reply(error: ApiError, headers: Mapping[str, str] | None = None) -> Response:
     """`error` as a reply, with these headers beside its own."""
-    own = {"retry-after": str(math.ceil(error.retry_after))} if error.retry_after else {}
+    retry = {"retry-after": str(math.ceil(error.retry_after))} if error.retry_after else {}
     return Response(
         error.body(),
         status_code=error.status,
         media_type="application/json",
-        headers={**(headers or {}), **own},
+        headers={**(headers or {}), **retry},
     )
 
 

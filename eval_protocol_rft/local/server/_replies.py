@@ -8,22 +8,21 @@ Sampled ids to text, token by token: what each id adds, its bytes, and where it 
 Invariant: text comes from ids. The deltas between offsets, joined, are exactly the completion's
 text, whatever the tokenizer does with spaces, control tokens or half a character.
 
-The shape of `/v1/completions` replies: what is in the JSON, and what may be left out. Pure.
-
-Source: the public types of fireworks-ai 1.2 (`CompletionCreateResponse`, `CompletionChunk`). A
-field that is UNSET is absent; one that is None is null.
+Source of the shape: the public types of fireworks-ai 1.2 (`CompletionCreateResponse`,
+`CompletionChunk`). What was not asked for is absent, unless it is null there.
 """
 
 from __future__ import annotations
 
 import re
+import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Literal
+from typing import Any
 
 import msgspec
-from msgspec import UNSET, UnsetType
 
 from eval_protocol_rft.local._tokenizer import LoadedTokenizer
 from eval_protocol_rft.local.server._protocol import CompletionRequest
@@ -31,7 +30,8 @@ from eval_protocol_rft.sampling import Completion, ContractError, SamplingParams
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, kw_only=True):
-    """One sampled token, as `logprobs: true` asks for it."""
+    """One sampled token, as `logprobs: true` asks for it. A class, as there is one per token: a
+    dict would take three times the memory."""
 
     token: str
     token_id: int
@@ -42,73 +42,6 @@ class TokenLogprob(msgspec.Struct, frozen=True, kw_only=True):
     bytes: list[int]
     text_offset: int
     top_logprobs: list[None] = []
-
-
-class ContentLogprobs(msgspec.Struct, frozen=True, kw_only=True):
-    """The format of `logprobs: true`."""
-
-    content: list[TokenLogprob]
-
-
-class LegacyLogprobs(msgspec.Struct, frozen=True, kw_only=True):
-    """The format of `logprobs: <int>`. `token_logprobs` are raw: it has no place for others."""
-
-    tokens: list[str]
-    token_logprobs: list[float]
-    token_ids: list[int]
-    text_offset: list[int]
-    top_logprobs: list[dict[str, float]]
-
-
-class RawOutput(msgspec.Struct, frozen=True, kw_only=True):
-    """What the model saw and wrote, control tokens and stop string included."""
-
-    prompt_fragments: list[str]
-    prompt_token_ids: list[int]
-    completion: str
-    completion_token_ids: list[int]
-    completion_logprobs: None = None
-    grammar: None = None
-    images: None = None
-
-
-class Choice(msgspec.Struct, frozen=True, kw_only=True):
-    """One completion, or the part of it that one chunk carries."""
-
-    index: int
-    text: str
-    finish_reason: Literal["stop", "length"] | None
-    logprobs: ContentLogprobs | LegacyLogprobs | None
-    prompt_token_ids: list[int] | UnsetType = UNSET
-    token_ids: list[int] | UnsetType = UNSET
-    raw_output: RawOutput | UnsetType = UNSET
-
-
-class PromptTokensDetails(msgspec.Struct, frozen=True, kw_only=True):
-    """Cached prompt tokens; 0, as a `Sampler` does not tell."""
-
-    cached_tokens: int = 0
-
-
-class Usage(msgspec.Struct, frozen=True, kw_only=True):
-    """Token counts; a prompt sampled n times counts once."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-    prompt_tokens_details: PromptTokensDetails = PromptTokensDetails()
-
-
-class Reply(msgspec.Struct, frozen=True, kw_only=True):
-    """A whole reply, or one chunk of a stream."""
-
-    id: str
-    object: Literal["text_completion"] = "text_completion"
-    created: int
-    model: str
-    choices: list[Choice]
-    usage: Usage | UnsetType = UNSET
-    perf_metrics: dict[str, str] | UnsetType | None = UNSET
 
 
 _HALF_A_CHARACTER = "\N{REPLACEMENT CHARACTER}"
@@ -157,8 +90,8 @@ def spell(tokenizer: LoadedTokenizer, completion: Completion, params: SamplingPa
         raw_text=raw_text,
         tokens=tokens,
         bytes=[
-            [] if token in tokenizer.special_ids else _bytes(tokenizer, token, own)
-            for token, own in zip(ids, tokens, strict=True)
+            [] if token in tokenizer.special_ids else _bytes(tokenizer, token, part)
+            for token, part in zip(ids, tokens, strict=True)
         ],
         offsets=[0, *ends[:-1], len(text)],
     )
@@ -183,15 +116,15 @@ def _added_in_place(decode: Callable[[list[int]], str], ids: list[int]) -> list[
     return added
 
 
-def _bytes(tokenizer: LoadedTokenizer, token: int, own: str) -> list[int]:
-    if _HALF_A_CHARACTER not in own:
-        return list(own.encode())
+def _bytes(tokenizer: LoadedTokenizer, token: int, text: str) -> list[int]:
+    if _HALF_A_CHARACTER not in text:
+        return list(text.encode())
     name = str(tokenizer.tokenizer.convert_ids_to_tokens(token))
     if byte := _BYTE_TOKEN.fullmatch(name):
         return [int(byte[1], 16)]
     if all(letter in _BYTE_OF_LETTER for letter in name):
         return [_BYTE_OF_LETTER[letter] for letter in name]
-    return list(own.encode())
+    return list(text.encode())
 
 
 def _byte_level_alphabet() -> dict[str, int]:
@@ -225,39 +158,42 @@ class Sampled:
     spelling: Spelling
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Head:
-    """What every chunk of one reply repeats."""
+Json = dict[str, Any]
+"""A JSON object, its fields in the order of Fireworks'."""
 
-    id: str
-    created: int
-    model: str
+
+def head(model: str) -> Json:
+    """What a reply, and every chunk of one, begins with."""
+    return {
+        "id": f"cmpl-{uuid.uuid4().hex}",
+        "object": "text_completion",
+        "created": int(time.time()),
+        "model": model,
+    }
 
 
 def whole_reply(
-    head: Head, request: CompletionRequest, samples: Sequence[Sampled], metrics: dict[str, str]
-) -> Reply:
+    head: Json, request: CompletionRequest, samples: Sequence[Sampled], metrics: dict[str, str]
+) -> Json:
     """All choices in one body. `samples` are ordered by choice index: prompt by prompt.
 
     Raises:
         ContractError: raw logprobs were asked for and the sampler has none.
     """
-    return Reply(
-        id=head.id,
-        created=head.created,
-        model=head.model,
-        choices=[
+    return {
+        **head,
+        "choices": [
             _choice(request, index, sampled, 0, len(sampled.completion.token_ids))
             for index, sampled in enumerate(samples)
         ],
-        usage=_usage(request, samples),
-        perf_metrics=metrics if request.perf_metrics_in_response else None,
-    )
+        "usage": _usage(request, samples),
+        "perf_metrics": metrics if request.perf_metrics_in_response else None,
+    }
 
 
 def chunks(
-    head: Head, request: CompletionRequest, samples: Sequence[Sampled], metrics: dict[str, str]
-) -> Iterator[Reply]:
+    head: Json, request: CompletionRequest, samples: Sequence[Sampled], metrics: dict[str, str]
+) -> Iterator[Json]:
     """The same reply in pieces of one token, choice after choice. The last chunk of each choice has
     its finish reason and raw output, the very last one usage and metrics. Where the sampler tells
     which weights drew a token, its chunk's model reads `name@version`."""
@@ -265,16 +201,18 @@ def chunks(
     for index, sampled in enumerate(samples):
         last = len(sampled.completion.token_ids) - 1
         for at in range(last + 1):
-            done = index == final and at == last
             version = _version(sampled.completion, at)
-            yield Reply(
-                id=head.id,
-                created=head.created,
-                model=f"{head.model}@{version}" if version else head.model,
-                choices=[_choice(request, index, sampled, at, at + 1)],
-                usage=_usage(request, samples) if done else UNSET,
-                perf_metrics=metrics if done and request.perf_metrics_in_response else UNSET,
-            )
+            model = f"{head['model']}@{version}" if version else head["model"]
+            chunk = {
+                **head,
+                "model": model,
+                "choices": [_choice(request, index, sampled, at, at + 1)],
+            }
+            if index == final and at == last:
+                chunk["usage"] = _usage(request, samples)
+                if request.perf_metrics_in_response:
+                    chunk["perf_metrics"] = metrics
+            yield chunk
 
 
 def _version(completion: Completion, at: int) -> str | None:
@@ -291,7 +229,7 @@ def perf_metrics(
     """Fireworks' metrics, as far as they are known here: nothing leaves before the last token is
     sampled, so the first token's time is the whole time; queues are not told apart."""
     return {
-        "prompt-tokens": str(_usage(request, samples).prompt_tokens),
+        "prompt-tokens": str(_usage(request, samples)["prompt_tokens"]),
         "cached-prompt-tokens": "0",
         "num-concurrent-requests": str(in_flight),
         "server-time-to-first-token": f"{seconds:.6f}",
@@ -301,26 +239,27 @@ def perf_metrics(
 
 def _choice(
     request: CompletionRequest, index: int, sampled: Sampled, start: int, stop: int
-) -> Choice:
+) -> Json:
     """Tokens `start` to `stop` of choice `index`."""
     completion, spelling = sampled.completion, sampled.spelling
     first, last = start == 0, stop == len(completion.token_ids)
-    return Choice(
-        index=index,
-        text=spelling.text[spelling.offsets[start] : spelling.offsets[stop]],
-        finish_reason=completion.finish_reason if last else None,
-        logprobs=_logprobs(request, sampled, start, stop),
-        prompt_token_ids=(
-            sampled.prompt.token_ids if request.return_token_ids and first else UNSET
-        ),
-        token_ids=completion.token_ids[start:stop] if request.return_token_ids else UNSET,
-        raw_output=_raw_output(sampled) if request.raw_output and last else UNSET,
-    )
+    choice: Json = {
+        "index": index,
+        "text": spelling.text[spelling.offsets[start] : spelling.offsets[stop]],
+        "finish_reason": completion.finish_reason if last else None,
+        "logprobs": _logprobs(request, sampled, start, stop),
+    }
+    if request.return_token_ids and first:
+        choice["prompt_token_ids"] = sampled.prompt.token_ids
+    if request.return_token_ids:
+        choice["token_ids"] = completion.token_ids[start:stop]
+    if request.raw_output and last:
+        choice["raw_output"] = _raw_output(sampled)
+    return choice
 
 
-def _logprobs(
-    request: CompletionRequest, sampled: Sampled, start: int, stop: int
-) -> ContentLogprobs | LegacyLogprobs | None:
+def _logprobs(request: CompletionRequest, sampled: Sampled, start: int, stop: int) -> Json | None:
+    """True asks for `content`, an integer for the legacy format, which holds raw ones alone."""
     # 0 asks for the legacy format without alternatives; it is not False.
     if request.logprobs is None or request.logprobs is False:
         return None
@@ -329,17 +268,17 @@ def _logprobs(
     raw = _raw_logprobs(sampled)[start:stop]
     tokens, offsets = spelling.tokens[start:stop], spelling.offsets[start:stop]
     if request.logprobs is not True:
-        return LegacyLogprobs(
-            tokens=tokens,
-            token_logprobs=raw,
-            token_ids=ids,
-            text_offset=offsets,
-            top_logprobs=[{token: value} for token, value in zip(tokens, raw, strict=True)],
-        )
+        return {
+            "tokens": tokens,
+            "token_logprobs": raw,
+            "token_ids": ids,
+            "text_offset": offsets,
+            "top_logprobs": [{token: value} for token, value in zip(tokens, raw, strict=True)],
+        }
     drawn_with, utf8 = sampled.completion.logprobs[start:stop], spelling.bytes[start:stop]
     rows = zip(tokens, ids, raw, drawn_with, utf8, offsets, strict=True)
-    return ContentLogprobs(
-        content=[
+    return {
+        "content": [
             TokenLogprob(
                 token=token,
                 token_id=token_id,
@@ -350,7 +289,7 @@ def _logprobs(
             )
             for token, token_id, logprob, sampling_logprob, token_bytes, offset in rows
         ]
-    )
+    }
 
 
 def _raw_logprobs(sampled: Sampled) -> list[float]:
@@ -368,18 +307,26 @@ def _raw_logprobs(sampled: Sampled) -> list[float]:
     return sampled.completion.logprobs
 
 
-def _raw_output(sampled: Sampled) -> RawOutput:
-    return RawOutput(
-        prompt_fragments=[sampled.prompt.text],
-        prompt_token_ids=sampled.prompt.token_ids,
-        completion=sampled.spelling.raw_text,
-        completion_token_ids=sampled.completion.token_ids,
-    )
+def _raw_output(sampled: Sampled) -> Json:
+    """What the model saw and wrote, control tokens and stop string included."""
+    return {
+        "prompt_fragments": [sampled.prompt.text],
+        "prompt_token_ids": sampled.prompt.token_ids,
+        "completion": sampled.spelling.raw_text,
+        "completion_token_ids": sampled.completion.token_ids,
+        "completion_logprobs": None,
+        "grammar": None,
+        "images": None,
+    }
 
 
-def _usage(request: CompletionRequest, samples: Sequence[Sampled]) -> Usage:
+def _usage(request: CompletionRequest, samples: Sequence[Sampled]) -> Json:
+    """Token counts; a prompt sampled n times counts once. Cached ones are not told apart."""
     prompt = sum(len(sampled.prompt.token_ids) for sampled in samples[:: request.n or 1])
     completion = sum(len(sampled.completion.token_ids) for sampled in samples)
-    return Usage(
-        prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion
-    )
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }

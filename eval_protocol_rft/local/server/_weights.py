@@ -19,7 +19,7 @@ import asyncio
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from http import HTTPStatus
 from itertools import count
 from pathlib import Path
@@ -50,18 +50,12 @@ class _Index(msgspec.Struct, frozen=True):
     weight_map: dict[str, str]
 
 
-@dataclass(frozen=True, slots=True)
-class Checkpoint:
-    """All weights of one folder."""
-
-    weights: dict[str, Tensor]
-    version: str
-    """The name in the files' metadata, else one made of the content: the same weights have the
-    same, however they are sharded."""
-
-
-def read_checkpoint(folder: Path) -> Checkpoint:
+def read_checkpoint(folder: Path) -> tuple[dict[str, Tensor], str]:
     """Read `folder`, as transformers would: the single file where there is one, else the shards.
+
+    Returns:
+        All weights, and what to call them: the name in the files' metadata, else one made of the
+        content, so that the same weights have the same, however they are sharded.
 
     Raises:
         RefusedError: there are no weights, or not all that the index names, or some that cannot
@@ -73,19 +67,19 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     weights: dict[str, Tensor] = {}
     versions: set[str] = set()
     for name, expected in _files(folder).items():
-        found, metadata = _read(folder / name)
-        if missing := sorted(expected - found.keys()):
+        tensors, metadata = _read(folder / name)
+        if missing := sorted(expected - tensors.keys()):
             raise RefusedError(
                 f"{name} in {str(folder)!r} lacks {_first(missing)}, which {_INDEX} says it has: "
                 "was the folder written to its end?"
             )
-        weights |= found
+        weights |= tensors
         versions.add(metadata.get(VERSION_KEY, ""))
     for name, value in weights.items():
         if value.is_floating_point() and not bool(value.isfinite().all()):
             raise RefusedError(f"{name} in {str(folder)!r} has values that are not finite")
     named = versions.pop() if len(versions) == 1 else ""
-    return Checkpoint(weights, named or _content_name(weights))
+    return weights, named or _content_name(weights)
 
 
 def _files(folder: Path) -> dict[str, set[str]]:
@@ -181,16 +175,16 @@ class ReloadingSampler:
             RefusedError: they cannot be read, or are not this model's. Nothing is changed then.
         """
         async with self._one_at_a_time:
-            read = await asyncio.to_thread(read_checkpoint, folder)
-            await asyncio.to_thread(_check_tied, self._sampler.model.state_dict(), read.weights)
+            weights, version = await asyncio.to_thread(read_checkpoint, folder)
+            await asyncio.to_thread(_check_tied, self._sampler.model.state_dict(), weights)
             key = f"{FIRST_VERSION}+{next(self._keys)}"
-            self._names[key] = read.version
+            self._names[key] = version
             try:
-                await self._sampler.load_weights(read.weights, policy_version=key)
+                await self._sampler.load_weights(weights, policy_version=key)
             except RefusedError:
                 del self._names[key]
                 raise
-            return read.version
+            return version
 
     async def rename(self, version: str) -> None:
         """Call the weights that sample now `version`."""
@@ -201,10 +195,10 @@ class ReloadingSampler:
         await self._sampler.aclose()
 
 
-def _check_tied(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+def _check_tied(current: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
     """Tensors that are one in the model may come several times, but not as several."""
     first_of: dict[int, str] = {}
-    for name, value in own.items():
+    for name, value in current.items():
         if name not in weights:
             continue
         first = first_of.setdefault(value.data_ptr(), name)
@@ -259,7 +253,7 @@ class WeightEndpoints:
         return _json({"results": [None]})
 
     async def reset_prefix_cache(self, http: Request) -> Response:
-        """Nothing to forget: no keys and values outlive the completions they were made for."""
+        """Nothing to forget: what sessions keep between turns went when the weights changed."""
         _ = self._sampler
         return _json({"success": True})
 
