@@ -25,6 +25,7 @@ SECTIONS = (
     ("scoring", "Scoring"),
     ("record", "The rollout record"),
     ("training", "Training data"),
+    ("training/advantages", "Advantage estimators"),
     ("training/export/fireworks", "Export: Fireworks"),
     ("training/export/cookbook", "Export: Fireworks' cookbook"),
     ("training/export/tinker", "Export: Tinker"),

@@ -135,8 +135,9 @@ class House:
         for stub in self.root.rglob("__init__.pyi"):
             package = ".".join((self.root.name, *stub.parent.relative_to(self.root).parts))
             for node in ast.parse(stub.read_text()).body:
-                if isinstance(node, ast.ImportFrom) and node.module:
-                    offered[package].add(f"{package}.{node.module}")
+                if isinstance(node, ast.ImportFrom):
+                    names = [node.module] if node.module else [a.name for a in node.names]
+                    offered[package].update(f"{package}.{name}" for name in names)
         return offered
 
     @cached_property

@@ -243,7 +243,7 @@ class DatumsSummary:
     sampled_tokens: int | None = 0
     """Targets with a weight; None for RL-step lines, which hold text."""
     dropped: Counter[str] = field(default_factory=Counter)
-    """Reason (see `training.filters.DROP_REASONS`) -> completions."""
+    """Reason (see `training.DROP_REASONS`) -> completions."""
 
     def counting(self, batches: Iterator[TrainingBatch]) -> Iterator[TrainingBatch]:
         """The same batches, counted as they go by."""

@@ -1,3 +1,4 @@
+from . import advantages as advantages
 from ._algorithms import BatchOptions as BatchOptions
 from ._batch import TrainingBatch as TrainingBatch
 from ._batch import build_batch as build_batch

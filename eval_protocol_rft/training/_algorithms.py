@@ -22,7 +22,7 @@ from annotated_types import Ge
 from numpy.typing import NDArray
 
 from eval_protocol_rft._options import Flag, check_options
-from eval_protocol_rft.training import _advantages as advantages
+from eval_protocol_rft.training import advantages
 from eval_protocol_rft.training._datums import Normalization
 from eval_protocol_rft.training._errors import TrainingDataError
 from eval_protocol_rft.training._filters import Filters

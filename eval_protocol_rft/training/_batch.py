@@ -139,8 +139,8 @@ class Collector:
         largest = max(map(len, self._kept))
         scores = np.full((len(self._kept), largest, max(len(names), 1)), np.nan)
         for p, kept in enumerate(self._kept):
-            own = kept.components(names) if names else kept.rewards[:, None]
-            scores[p, : len(own)] = own
+            values = kept.components(names) if names else kept.rewards[:, None]
+            scores[p, : len(values)] = values
         if not names:
             return scores[:, :, 0]
         for k, name in enumerate(names):
@@ -202,7 +202,7 @@ class TrainingBatch:
     normalization: Normalization
     """What the datums' weights hold. Anything but "none": the trainer must not divide again."""
     dropped: Mapping[str, int]
-    """Reason (see `filters.DROP_REASONS`) -> completions that gave no datum."""
+    """Reason (see `DROP_REASONS`) -> completions that gave no datum."""
     stats: BatchStats
     tokenizer: str | None
     """Name of the tokenizer, where known."""
@@ -242,7 +242,7 @@ def build_batch(
         components: names of evaluator metrics for an estimator of several rewards, which then
             gets [P, G, K] scores in this order (`estimator=advantages.gdpo`).
         loss_fn_config: entries that replace or join the algorithm's; thresholds are absolute.
-        normalization: what the datums' weights hold, see `datums.Normalization`. The default,
+        normalization: what the datums' weights hold, see `Normalization`. The default,
             "none", is the bare loss mask: the loss is a sum over tokens, and the trainer divides,
             once. With any other choice the division is in the weights, and the trainer must be
             told not to divide.

@@ -35,10 +35,10 @@ def group_rows(
         TrainingDataError: a row without an id, record or rewards, or with invalid ones; rows of
             one group that differ in tokenizer, or in what they ask (with the default key).
     """
-    found: dict[Hashable, list[PromptGroup]] = {}
+    groups: dict[Hashable, list[PromptGroup]] = {}
     for part in _parts(rows, key):
-        found.setdefault(part.key, []).append(part)
-    return [_joined(parts, same_prompt=key is None) for parts in found.values()]
+        groups.setdefault(part.key, []).append(part)
+    return [_joined(parts, same_prompt=key is None) for parts in groups.values()]
 
 
 def iter_groups(

@@ -284,14 +284,14 @@ def _components(result: Score | None) -> dict[str, float | None]:
     """The metrics that are scores: a number, or an object with `score` and `is_score_valid`."""
     if result is None or not result.metrics:
         return {}
-    found: dict[str, float | None] = {}
+    scores: dict[str, float | None] = {}
     for name, metric in result.metrics.items():
         score = field_of(metric, "score") if isinstance(metric, Mapping) else metric
         if isinstance(metric, Mapping) and metric.get("is_score_valid") is False:
             score = None
         if reward_problem(score) is None:
-            found[name] = score
-    return found
+            scores[name] = score
+    return scores
 
 
 def _bias(sampling: SamplingRecord) -> str | None:

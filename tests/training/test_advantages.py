@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from eval_protocol_rft.training import _advantages as advantages
+from eval_protocol_rft.training import advantages
 
 RELATIVE = {
     "grpo": advantages.grpo,

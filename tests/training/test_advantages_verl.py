@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 
-from eval_protocol_rft.training import _advantages as advantages
+from eval_protocol_rft.training import advantages
 
 torch = pytest.importorskip("torch")
 verl = pytest.importorskip("verl.trainer.ppo.core_algos")

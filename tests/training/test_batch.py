@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eval_protocol_rft.training import _advantages as advantages
+from eval_protocol_rft.training import advantages
 from eval_protocol_rft.training._algorithms import ALGORITHMS, BatchArguments, BatchOptions
 from eval_protocol_rft.training._batch import build_batch, iter_batches
 from eval_protocol_rft.training._errors import (

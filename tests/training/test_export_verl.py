@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from eval_protocol_rft.training import _advantages as advantages
+from eval_protocol_rft.training import advantages
 from eval_protocol_rft.training._batch import build_batch
 from eval_protocol_rft.training._errors import ExportError, MissingPackageError
 from eval_protocol_rft.training._filters import Filters

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 
@@ -61,31 +61,16 @@ def to_sample(
             f"{_name(trajectory)}: its episode has {len(trajectory.segments)} segments, and a "
             "sample is one: use to_run"
         )
-    return _sample(_Part(trajectory, trajectory, 0), types, text, raw_logprobs)
-
-
-class _Part(NamedTuple):
-    """One segment of one trajectory."""
-
-    trajectory: Trajectory
-    segment: Segment
-    place: int
-
-    @property
-    def finish_reason(self) -> str:
-        # A turn that is cut off is the last of its episode: earlier segments ended by themselves.
-        last = self.place == len(self.trajectory.more)
-        return self.trajectory.finish_reason if last else "stop"
-
-
-def _parts(trajectories: Sequence[Trajectory]) -> list[_Part]:
-    return [_Part(t, segment, i) for t in trajectories for i, segment in enumerate(t.segments)]
+    return _sample(trajectory, trajectory, types, text, raw_logprobs)
 
 
 def _sample(
-    part: _Part, types: CookbookTypes, text: str, raw_logprobs: Sequence[float] | None
+    trajectory: Trajectory,
+    segment: Segment,
+    types: CookbookTypes,
+    text: str,
+    raw_logprobs: Sequence[float] | None,
 ) -> Any:
-    trajectory, segment, _ = part
     if trajectory.reward is None:
         raise ExportError(
             f"{_name(trajectory)}: it has no score, and a run without a reward cannot be trained "
@@ -96,9 +81,10 @@ def _sample(
         logprobs=segment.logprobs.tolist(),
         loss_mask=segment.loss_mask.astype(int).tolist(),
         reward=float(trajectory.reward),
-        finish_reason=part.finish_reason,
+        # A turn that is cut off is the last of its episode: earlier segments ended by themselves.
+        finish_reason=(trajectory.finish_reason if segment is trajectory.segments[-1] else "stop"),
         text=text,
-        raw_logprobs=_aligned(part, raw_logprobs),
+        raw_logprobs=_aligned(trajectory, segment, raw_logprobs),
     )
 
 
@@ -132,7 +118,7 @@ def to_run(
                 f"{_name(segment)}: a segment with reward {segment.reward} in a run with reward "
                 f"{segments[0].reward}; a run has one, on every segment"
             )
-    parts = _parts(segments)
+    parts = [(t, segment) for t in segments for segment in t.segments]
     for name, values in (("texts", texts), ("raw_logprobs", raw_logprobs)):
         if values and len(values) != len(parts):
             raise ExportError(
@@ -142,7 +128,7 @@ def to_run(
         parts, texts or [""] * len(parts), raw_logprobs or [None] * len(parts), strict=True
     )
     return types.run(
-        segments=[_sample(part, types, text, raw) for part, text, raw in aligned],
+        segments=[_sample(*part, types, text, raw) for part, text, raw in aligned],
         run_id=run_id,
         metadata=None if metadata is None else dict(metadata),
     )
@@ -182,14 +168,15 @@ def to_rollout(
     )
 
 
-def _aligned(part: _Part, values: Sequence[float] | None) -> list[float] | None:
+def _aligned(
+    trajectory: Trajectory, segment: Segment, values: Sequence[float] | None
+) -> list[float] | None:
     """[N] `values` at the sampled tokens, 0.0 elsewhere."""
     if values is None:
         return None
-    segment = part.segment
     if len(values) != segment.num_sampled:
         raise ExportError(
-            f"{_name(part.trajectory)}: {len(values)} raw logprobs for {segment.num_sampled} "
+            f"{_name(trajectory)}: {len(values)} raw logprobs for {segment.num_sampled} "
             "sampled tokens"
         )
     aligned = np.zeros(len(segment))

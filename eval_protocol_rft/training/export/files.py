@@ -224,11 +224,11 @@ def _check(arrays: Arrays, size: int, path: str | os.PathLike[str]) -> None:
     expected |= {name: (tokens, dtype) for name, dtype in _PER_TOKEN.items()}
     for name, (length, dtype) in expected.items():
         array = arrays.get(name)
-        found = None if array is None else (array.shape, array.dtype)
-        if found != ((length,), np.dtype(dtype)):
+        actual = None if array is None else (array.shape, array.dtype)
+        if actual != ((length,), np.dtype(dtype)):
             raise ExportError(
-                f"{path}: array {name!r} must have shape ({length},) and dtype "
-                f"{np.dtype(dtype)}, found {'none' if found is None else f'{found[0]} {found[1]}'}"
+                f"{path}: array {name!r} must have shape ({length},) and dtype {np.dtype(dtype)}, "
+                f"found {'none' if actual is None else f'{actual[0]} {actual[1]}'}"
             )
     if offsets is None or offsets[0] != 0 or (np.diff(offsets) < 1).any():
         raise ExportError(f"{path}: array 'offsets' must rise from 0, by 1 or more at each step")

@@ -32,7 +32,7 @@ def to_datums(batch: TrainingBatch, *, loss_fn: str | None = None) -> list[Any]:
 
     Raises:
         MissingPackageError: the SDK is not installed.
-        ExportError: the loss cannot be given these datums, see `wire`.
+        ExportError: the loss cannot be given these datums, see `_wire.py`.
     """
     return [to_datum(datum, loss_fn=loss_fn or batch.loss_fn) for datum in batch.datums]
 

@@ -44,7 +44,7 @@ class RLStepData(NamedTuple):
     lines: list[dict[str, Any]]
     """One prompt group each, in order of appearance."""
     dropped: Mapping[str, int]
-    """Reason (see `filters.DROP_REASONS`) -> completions that are no sample."""
+    """Reason (see `training.DROP_REASONS`) -> completions that are no sample."""
 
 
 def to_lines(

@@ -33,7 +33,7 @@ def to_datums(batch: TrainingBatch, *, loss_fn: str | None = None) -> list[Any]:
 
     Raises:
         MissingPackageError: `tinker` is not installed.
-        ExportError: Tinker has no such loss, or it cannot be given these datums, see `wire`.
+        ExportError: Tinker has no such loss, or it cannot be given these datums, see `_wire.py`.
     """
     return [to_datum(datum, loss_fn=loss_fn or batch.loss_fn) for datum in batch.datums]
 

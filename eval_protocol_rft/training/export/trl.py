@@ -89,8 +89,8 @@ def _check_places(groups: Sequence[PromptGroup], prompts: Sequence[Any]) -> None
     stop = 0
     for group in groups:
         start, stop = stop, stop + len(group)
-        own = prompts[start:stop]
-        if len(own) < len(group) or any(prompt != own[0] for prompt in own):
+        repeated = prompts[start:stop]
+        if len(repeated) < len(group) or any(prompt != repeated[0] for prompt in repeated):
             raise ExportError(
                 f"group {group.key!r} has {len(group)} completions and would stand at the prompts "
                 f"{start} to {stop - 1} of {len(prompts)}, which are not that many of one: sample "

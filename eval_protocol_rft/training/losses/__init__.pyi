@@ -23,4 +23,5 @@ from ._tensors import LossError as LossError
 from ._corrections import CorrectionWeights as CorrectionWeights
 from ._forward import bundled as bundled
 from ._forward import can_share_prompts as can_share_prompts
+from ._objective import check_same_targets as check_same_targets
 from ._tensors import PolicyTensors as PolicyTensors

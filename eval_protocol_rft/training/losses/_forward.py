@@ -68,7 +68,7 @@ def side_by_side(datums: Sequence[TrainingDatum]) -> Layout:
         input_ids=input_ids,
         attended=attended,
         positions=None,
-        rows=np.repeat(np.arange(len(datums)), [len(own) for own in columns]),
+        rows=np.repeat(np.arange(len(datums)), [len(row) for row in columns]),
         columns=np.concatenate(columns),
         targets=_targets(datums),
     )
@@ -111,11 +111,15 @@ def bundled(datums: Sequence[TrainingDatum]) -> list[list[int]]:
     bundles: list[list[int]] = []
     width = 0
     for place, datum in enumerate(datums):
-        own = len(datum) - datum.prompt_length
+        columns = len(datum) - datum.prompt_length
         previous = datums[bundles[-1][0]] if bundles else None
-        if previous is not None and width + own <= SHARED_WIDTH and _same_prompt(previous, datum):
+        if (
+            previous is not None
+            and width + columns <= SHARED_WIDTH
+            and _same_prompt(previous, datum)
+        ):
             bundles[-1].append(place)
-            width += own
+            width += columns
         else:
             bundles.append([place])
             width = len(datum)
@@ -127,10 +131,10 @@ class _Row:
 
     def __init__(self, bundle: Sequence[TrainingDatum]) -> None:
         prompt = bundle[0].prompt_length
-        tails = [datum.input_tokens[prompt:] for datum in bundle]
-        self.input_ids = np.concatenate([bundle[0].input_tokens[:prompt], *tails])
+        answers = [datum.input_tokens[prompt:] for datum in bundle]
+        self.input_ids = np.concatenate([bundle[0].input_tokens[:prompt], *answers])
         self.width = len(self.input_ids)
-        lengths = [len(tail) for tail in tails]
+        lengths = [len(answer) for answer in answers]
         starts = prompt + np.cumsum([0, *lengths[:-1]])
         self.positions = np.concatenate(
             [np.arange(prompt), *(np.arange(prompt, prompt + length) for length in lengths)]
@@ -139,8 +143,8 @@ class _Row:
         self.columns = np.concatenate(
             [
                 # The target after the prompt is predicted by the prompt's own last token.
-                np.where(own < prompt, own, own - prompt + start)
-                for own, start in zip(
+                np.where(columns < prompt, columns, columns - prompt + start)
+                for columns, start in zip(
                     (np.flatnonzero(datum.mask) for datum in bundle), starts, strict=True
                 )
             ]

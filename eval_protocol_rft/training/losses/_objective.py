@@ -326,9 +326,11 @@ def _check_options(
         ],
     }
     if any(problems.values()):
-        said = "; ".join(f"{what}: {', '.join(which)}" for what, which in problems.items() if which)
+        listed = "; ".join(
+            f"{what}: {', '.join(which)}" for what, which in problems.items() if which
+        )
         raise LossError(
-            f"loss_fn_config of {loss_fn!r}: {said} (it takes {', '.join(names) or 'nothing'})"
+            f"loss_fn_config of {loss_fn!r}: {listed} (it takes {', '.join(names) or 'nothing'})"
         )
 
 
