@@ -17,7 +17,6 @@ from ._conversation import OnRewrite as OnRewrite
 from ._conversation import Opening as Opening
 from ._conversation import Openings as Openings
 from ._conversation import Segment as Segment
-from ._conversation import Turn as Turn
 from ._episode import Episode as Episode
 from ._rendering import Rewrite as Rewrite
 from ._template_report import TemplateCase as TemplateCase

@@ -36,20 +36,20 @@ async def call(function: Callable[..., Any], *arguments: Any, what: str, seconds
         async with limit:
             if inspect.iscoroutinefunction(function):
                 return await _awaited(function(*arguments))
-            found = await _THREADS.run(function, arguments)
-            return await _awaited(found) if inspect.isawaitable(found) else found
+            result = await _THREADS.run(function, arguments)
+            return await _awaited(result) if inspect.isawaitable(result) else result
     except Exception as error:
         if limit.expired():
             raise EnvironmentFaultError(f"{what} took longer than {seconds:g} s") from error
-        said = f"{what} raised {type(error).__name__}: {text_of(error)}"
-        if len(said) > _SHOWN:
-            said = f"{said[:_SHOWN]}... ({len(said)} characters)"
-        raise EnvironmentFaultError(said) from error
+        message = f"{what} raised {type(error).__name__}: {text_of(error)}"
+        if len(message) > _SHOWN:
+            message = f"{message[:_SHOWN]}... ({len(message)} characters)"
+        raise EnvironmentFaultError(message) from error
 
 
-async def _awaited(found: Awaitable[Any]) -> Any:
+async def _awaited(pending: Awaitable[Any]) -> Any:
     try:
-        return await found
+        return await pending
     except (asyncio.CancelledError, SystemExit) as error:
         task = asyncio.current_task()
         if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():

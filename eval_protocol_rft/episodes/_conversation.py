@@ -20,12 +20,13 @@ every other id has 0 and 0.0. A segment begins with what was sent and ends with 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from eval_protocol_rft._segments import Segment as Segment
+from eval_protocol_rft._turns import turn_trace
 from eval_protocol_rft.episodes._rendering import (
     ChatText,
     ConversationError,
@@ -42,29 +43,16 @@ from eval_protocol_rft.rollout import (
     render_chat,
     tool_format,
 )
-from eval_protocol_rft.sampling import Completion, FinishReason, TokenIds
+from eval_protocol_rft.sampling import Completion, TokenIds
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Turn:
-    """One request and its answer, as a `token_turn_traces` entry has them."""
-
-    prompt_ids: list[int]
-    """All ids that were sent."""
-    completion_ids: list[int]
-    """[T] ids that came back."""
-    completion_logprobs: list[float]
-    """[T] their sampling logprobs (nats)."""
-    finish_reason: FinishReason
-
-
-@dataclass(slots=True)
 class OpenSegment:
     """A segment that turns are added to. It holds each id once, however many turns sent it."""
 
-    ids: list[int] = field(default_factory=list)
-    turns: list[tuple[int, Completion]] = field(default_factory=list)
-    """Where each turn's sampled ids begin, and the completion they are of."""
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+        self.turns: list[tuple[int, Completion]] = []
+        """Where each turn's sampled ids begin, and the completion they are of."""
 
     def add(self, new_ids: Sequence[int], completion: Completion) -> None:
         """A turn: ids sent that were not yet there, then what was sampled."""
@@ -82,21 +70,17 @@ class OpenSegment:
             mask[sampled] = 1.0
         return Segment(tokens=np.array(self.ids, dtype=np.int64), logprobs=logprobs, loss_mask=mask)
 
-    def as_turns(self) -> Iterator[Turn]:
+    def traces(self) -> Iterator[dict[str, Any]]:
         """Its turns, each with the whole prompt that was sent."""
         for start, completion in self.turns:
-            yield Turn(
-                prompt_ids=self.ids[:start],
-                completion_ids=list(completion.token_ids),
-                completion_logprobs=list(completion.logprobs),
-                finish_reason=completion.finish_reason,
-            )
+            ids, logprobs = list(completion.token_ids), list(completion.logprobs)
+            yield turn_trace(self.ids[:start], ids, logprobs, completion.finish_reason)
 
 
 OnRewrite = Literal["split", "reject"]
 
 
-class _Said(NamedTuple):
+class _Answer(NamedTuple):
     """A sampled turn that nothing was appended to yet."""
 
     text: str
@@ -118,7 +102,7 @@ class Opening:
 
     chat: ChatText
     messages: Sequence[dict[str, Any]]
-    """As `prompts.chat_messages` gives them."""
+    """As `rollout.chat_messages` gives them."""
     prompt_ids: TokenIds
     text: str
     """The template's rendering of the messages."""
@@ -134,12 +118,12 @@ class Opening:
         """See `Conversation.start`.
 
         Raises:
-            PromptError: as `prompts.render_chat`.
+            PromptError: as `rollout.render_chat`.
         """
         kwargs = dict(template_kwargs or {})
         given = chat_messages(messages, tokenizer)
         ids = render_chat(given, tools, tokenizer, kwargs)
-        chat = ChatText(tokenizer=tokenizer, tools=tools, template_kwargs=kwargs)
+        chat = ChatText(tokenizer, tools, kwargs)
         return cls(chat=chat, messages=given, prompt_ids=ids, text=chat.render(given))
 
 
@@ -180,7 +164,7 @@ class Conversation:
         self._on_rewrite = on_rewrite
         self._text = opening.text
         """The template's rendering of all that was sent; what was sampled last is not yet in it."""
-        self._last: _Said | None = None
+        self._last: _Answer | None = None
         self._prompt_ids = opening.prompt_ids
         self._new_ids: Sequence[int] = opening.prompt_ids
         """What of `prompt_ids` is not yet in the last segment."""
@@ -211,7 +195,7 @@ class Conversation:
                 records it in `rewrites`; `reject` raises `HistoryRewrittenError`.
 
         Raises:
-            PromptError: as `prompts.render_chat`.
+            PromptError: as `rollout.render_chat`.
         """
         opening = Opening.render(messages, tools, tokenizer, template_kwargs)
         return cls(opening, on_rewrite=on_rewrite)
@@ -275,7 +259,7 @@ class Conversation:
             self._opens_segment = False
         self._segments[-1].add(self._new_ids, completion)
         self._messages.append(given)
-        self._last = _Said(body, kept, again, ender, completion.truncated)
+        self._last = _Answer(body, kept, again, ender, completion.truncated)
         self._new_ids = ()
         return dict(given)
 
@@ -336,9 +320,10 @@ class Conversation:
         """What to train on, in order. What was appended and not answered is not in it."""
         return [segment.close() for segment in self._segments]
 
-    def turns(self) -> list[Turn]:
-        """Every request and its answer, in order; for `token_turn_traces`."""
-        return [turn for segment in self._segments for turn in segment.as_turns()]
+    def turns(self) -> list[dict[str, Any]]:
+        """Every request and its answer, in order, as entries of `token_turn_traces`: `prompt_ids`,
+        `completion_ids`, `completion_logprobs` (nats, of sampling) and `finish_reason`."""
+        return [trace for segment in self._segments for trace in segment.traces()]
 
     @property
     def _turns(self) -> int:

@@ -24,7 +24,7 @@ from eval_protocol_rft._text import well_formed_json
 if TYPE_CHECKING:
     from eval_protocol.models import EvaluationRow, Message
 
-Said = Sequence["Message | Mapping[str, Any]"]
+Messages = Sequence["Message | Mapping[str, Any]"]
 """Messages of Eval Protocol, or dicts of the chat API."""
 
 
@@ -36,7 +36,7 @@ class EnvironmentFaultError(EvalProtocolRftError, RuntimeError):
 class Step:
     """What follows an assistant turn."""
 
-    messages: Said = ()
+    messages: Messages = ()
     """What the model is told next; nothing where the episode is over."""
     done: bool = False
     reward: float | None = None
@@ -117,7 +117,7 @@ class Transcript:
         return kept
 
 
-def as_messages(said: Any) -> list[Message]:
+def as_messages(messages: Any) -> list[Message]:
     """What an environment said, as messages; of text that is no UTF-8, a character is lost.
 
     Raises:
@@ -125,13 +125,15 @@ def as_messages(said: Any) -> list[Message]:
     """
     from eval_protocol.models import Message
 
-    if isinstance(said, str | Mapping) or not isinstance(said, Sequence):
+    if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
         raise EnvironmentFaultError(
-            f"messages must be a list of messages, not {type(said).__name__}"
+            f"messages must be a list of messages, not {type(messages).__name__}"
         )
     try:
-        messages = [m if isinstance(m, Message) else Message(**well_formed_json(m)) for m in said]
-        return [_well_formed(m) for m in messages]
+        return [
+            _well_formed(m if isinstance(m, Message) else Message(**well_formed_json(m)))
+            for m in messages
+        ]
     except (TypeError, ValueError) as error:
         raise EnvironmentFaultError(f"a message is no message: {error}") from error
 

@@ -116,9 +116,9 @@ class CheckedEnvironment:
         except EnvironmentFaultError as error:
             logger.warning("row %s: %s", row_id, error)
 
-    def too_long(self, told: Sequence[Message]) -> bool:
+    def too_long(self, messages: Sequence[Message]) -> bool:
         """Whether these are more characters than may be said at once."""
-        return sum(len(str(m.content or "")) for m in told) > self.limits.observation_characters
+        return sum(len(str(m.content or "")) for m in messages) > self.limits.observation_characters
 
     @property
     def _name(self) -> str:
@@ -219,22 +219,23 @@ class EpisodeRun:
             return self._failure(kind, str(error))
 
     async def _run(self, world: CheckedEnvironment) -> Episode | Failure:
-        told = await world.reset(self.row)
-        if world.too_long(told):
+        more = await world.reset(self.row)
+        if world.too_long(more):
             raise PromptError(
                 f"reset() said more than {self.limits.observation_characters} characters"
             )
-        said = Transcript(self.messages)
-        said.add(told)
-        own = world.environment.tools
-        tools = self.row.tools if own is None else own
-        opening = self.openings.of(said.kept, tools)
+        transcript = Transcript(self.messages)
+        transcript.add(more)
+        tools = world.environment.tools
+        if tools is None:
+            tools = self.row.tools
+        opening = self.openings.of(transcript.kept, tools)
         talk = Conversation(opening, on_rewrite=self.on_rewrite)
         tokenizer = self.openings.tokenizer
         most = min(self.limits.tokens, self.context_length or self.limits.tokens)
 
         def end(reason: str) -> Episode:
-            return self._ended(talk, opening.prompt_ids, said, reason)
+            return self._ended(talk, opening.prompt_ids, transcript, reason)
 
         while True:
             room = most - len(talk.prompt_ids)
@@ -262,8 +263,8 @@ class EpisodeRun:
             )
             answer = reader.read(completion.text or "")
             assistant, problem = as_message(answer.message), answer.problem
-            history = said.shown
-            said.add([assistant])
+            history = transcript.shown
+            transcript.add([assistant])
             if completion.truncated:
                 return end("tokens" if limited else "length")
             if problem is not None:
@@ -276,10 +277,10 @@ class EpisodeRun:
                 return end("done")
             if len(self._survivors) >= self.limits.turns:
                 return end("turns")
-            told = as_messages(step.messages)
-            if world.too_long(told):
+            observation = as_messages(step.messages)
+            if world.too_long(observation):
                 return end("observation")
-            talk.append(said.add(told))
+            talk.append(transcript.add(observation))
 
     async def _sampled(
         self, prompt_ids: TokenIds, params: SamplingParams
@@ -315,7 +316,7 @@ class EpisodeRun:
         return sampling_time() - self._began
 
     def _ended(
-        self, talk: Conversation, first_prompt: TokenIds, said: Transcript, reason: str
+        self, talk: Conversation, first_prompt: TokenIds, transcript: Transcript, reason: str
     ) -> Episode:
         first = replace(
             self._survivors[0],
@@ -332,7 +333,7 @@ class EpisodeRun:
                 finish_reason=self._survivors[-1].completion.finish_reason,
                 step_rewards=self._rewards,
                 metrics={**self._metrics, **_splits(talk)},
-                messages=said.kept,
+                messages=transcript.kept,
                 row_messages=len(self.messages),
             ),
             segments=talk.segments(),

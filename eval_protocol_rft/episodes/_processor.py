@@ -20,7 +20,6 @@ import msgspec
 from eval_protocol.models import EvaluationRow, Message
 from eval_protocol.pytest.types import RolloutProcessorConfig
 
-from eval_protocol_rft._turns import turn_trace
 from eval_protocol_rft.episodes._conversation import OnRewrite, Openings
 from eval_protocol_rft.episodes._environment import Environment, EpisodeLimits
 from eval_protocol_rft.episodes._episode import Episode, EpisodeRun
@@ -57,7 +56,7 @@ class EpisodeRolloutProcessor(FireworksTrainingRolloutProcessor):
         limits: how long an episode may get.
         on_rewrite: what to do where the chat template renders earlier turns anew once more is said:
             `split` begins a new segment with the same reward, `reject` fails the episode. See
-            `conversation.template_report` for what a template does.
+            `template_report` for what a template does.
         **options: as for `FireworksTrainingRolloutProcessor`; over-sampling and straggler deadlines
             are not for episodes.
 
@@ -140,15 +139,7 @@ class EpisodeRolloutProcessor(FireworksTrainingRolloutProcessor):
             record,
             trajectories=[episode.segments for episode in episodes],
             episodes=[episode.record for episode in episodes],
-            token_turn_traces=[
-                turn_trace(
-                    turn.prompt_ids,
-                    turn.completion_ids,
-                    turn.completion_logprobs,
-                    turn.finish_reason,
-                )
-                for turn in first.talk.turns()
-            ],
+            token_turn_traces=first.talk.turns(),
         )
         messages = [Message(**{"content": None, **m}) for m in first.record.messages]
         put_on_row(
@@ -185,14 +176,14 @@ class EpisodeRolloutProcessor(FireworksTrainingRolloutProcessor):
                 on_start()
 
             # The first turn has the seed that a single completion would have.
-            (own,) = [seed] if not turn else derive_seeds(seed, f"turn {turn}", 1)
+            (turn_seed,) = [seed] if not turn else derive_seeds(seed, f"turn {turn}", 1)
             return await sample_one(
                 job.sampler,
                 prompt,
                 params,
                 index=index,
-                seed=own,
-                slots=contextlib.nullcontext(),  # the episode's own holds for its requests
+                seed=turn_seed,
+                slots=contextlib.nullcontext(),  # the episode's turn_seed holds for its requests
                 retry=self.retry,
                 limiter=job.limiter,
                 prompt=job.row_key,

@@ -62,7 +62,7 @@ class ToolLoop(Environment):
         if not calls:
             return Step(done=True)
         deadline = sampling_time() + self._seconds
-        told = [
+        results = [
             {
                 "role": "tool",
                 "tool_call_id": one.id,
@@ -71,7 +71,7 @@ class ToolLoop(Environment):
             }
             for one in calls
         ]
-        return Step(messages=told, metrics={"tool_calls": len(told)})
+        return Step(messages=results, metrics={"tool_calls": len(results)})
 
     async def _run(self, name: str, arguments: str, deadline: float) -> str:
         left = deadline - sampling_time()
@@ -140,11 +140,11 @@ class _Tool:
         try:
             given = self._model.model_validate_json(text or "{}")
         except pydantic.ValidationError as error:
-            told = "; ".join(
+            problems = "; ".join(
                 f"{'.'.join(map(str, one['loc'])) or 'arguments'}: {one['msg']}"
                 for one in error.errors(include_url=False)
             )
-            raise ValueError(f"wrong arguments: {told}") from error
+            raise ValueError(f"wrong arguments: {problems}") from error
         return {name: getattr(given, name) for name in type(given).model_fields}
 
 
@@ -183,11 +183,11 @@ class RetryWithFeedback(Environment):
         assert self._row is not None  # noqa: S101 - narrows the type
         row = self._row.model_copy(deep=True)
         row.messages = [*messages, assistant]
-        (judged,) = await ascore_rows([row], self._evaluator, mode="pointwise")
-        result = read_result(judged)
+        (scored,) = await ascore_rows([row], self._evaluator, mode="pointwise")
+        result = read_result(scored)
         if result.reward is None:
             raise ValueError(f"the evaluator gave no score: {result.error}")
         if result.reward >= self._threshold:
             return Step(done=True, reward=result.reward)
-        told = {"role": "user", "content": self._say(result)}
-        return Step(messages=[told], reward=result.reward)
+        feedback = {"role": "user", "content": self._say(result)}
+        return Step(messages=[feedback], reward=result.reward)

@@ -16,7 +16,7 @@ until then stays usable.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from eval_protocol_rft._errors import EvalProtocolRftError
@@ -29,22 +29,25 @@ _ANCHORS = ("a", ".", "0", "\n")
 """What a text is read behind where the token before it would merge with it."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class ChatText:
     """Renders conversations that begin with the same tools and template arguments."""
 
-    tokenizer: LoadedTokenizer
-    tools: Sequence[Mapping[str, Any]] | None
-    template_kwargs: Mapping[str, Any]
-    _rendered: set[str] = field(default_factory=set)
-    """Roles, and `tool_calls`, that the template is known not to drop."""
-    _texts: dict[int, str] = field(default_factory=dict)
-    """Of control tokens."""
+    def __init__(
+        self,
+        tokenizer: LoadedTokenizer,
+        tools: Sequence[Mapping[str, Any]] | None,
+        template_kwargs: Mapping[str, Any],
+    ) -> None:
+        self.tokenizer, self.tools, self.template_kwargs = tokenizer, tools, template_kwargs
+        self._rendered: set[str] = set()
+        """Roles, and `tool_calls`, that the template is known not to drop."""
+        self._texts: dict[int, str] = {}
+        """Of control tokens."""
 
     def render(
         self, messages: Sequence[Mapping[str, Any]], *, generation_prompt: bool = True
     ) -> str:
-        """Text of `messages`, as `prompts.chat_messages` gives them, and of the assistant's header
+        """Text of `messages`, as `rollout.chat_messages` gives them, and of the assistant's header
         behind them.
 
         Raises:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from eval_protocol_rft.episodes._conversation import Conversation
 from eval_protocol_rft.episodes._rendering import ChatText, HistoryRewrittenError, Rewrite
@@ -68,10 +68,8 @@ _THINKING = "Two and eight make ten."
 _THOUGHT = f"<think>\n{_THINKING}\n</think>\n\n"
 
 
-class _Exchange(NamedTuple):
-    answer: dict[str, Any]
-    more: dict[str, Any]
-    tools: Sequence[Mapping[str, Any]] | None
+_Exchange = tuple[dict[str, Any], dict[str, Any], Sequence[Mapping[str, Any]] | None]
+"""An answer, what is said after it, and the tools."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,17 +114,17 @@ def template_report(
     result`; `thinking, then a question`. Costs about twenty short renderings.
     """
     kwargs = dict(template_kwargs or {})
-    said = _Exchange(_PLAIN, _MORE, None)
-    called = _Exchange(_CALLING, _RESULT, _TOOLS)
+    plain: _Exchange = (_PLAIN, _MORE, None)
+    called: _Exchange = (_CALLING, _RESULT, _TOOLS)
     return TemplateReport(
         name=tokenizer.name,
         chat_template_hash=tokenizer.chat_template_hash,
         cases=(
-            _case("plain turns", tokenizer, kwargs, said),
+            _case("plain turns", tokenizer, kwargs, plain),
             _case("tool calls, as text", tokenizer, kwargs, called),
             _case("tool calls, as fields", tokenizer, kwargs, called, as_fields=True),
             _case("thinking, then a tool result", tokenizer, kwargs, called, thought=_THOUGHT),
-            _case("thinking, then a question", tokenizer, kwargs, said, thought=_THOUGHT),
+            _case("thinking, then a question", tokenizer, kwargs, plain, thought=_THOUGHT),
         ),
         training_template=training_template(tokenizer.chat_template_hash),
     )
@@ -144,12 +142,12 @@ def _case(
     answer, more, tools = exchange
     try:
         talk = Conversation.start([_QUESTION], tools, tokenizer, kwargs, on_rewrite="reject")
-        chat = ChatText(tokenizer=tokenizer, tools=tools, template_kwargs=kwargs)
-        own, said, ender = _as_written(chat, answer, more)
+        chat = ChatText(tokenizer, tools, kwargs)
+        header, text, ender = _as_written(chat, answer, more)
         if chat.render([_QUESTION]).rstrip().endswith("<think>"):
             # such a model thinks before it says anything
             thought = (thought or _THOUGHT).removeprefix("<think>\n")
-        ids = chat.ids_behind(talk.prompt_ids, (thought or own) + said)
+        ids = chat.ids_behind(talk.prompt_ids, (thought or header) + text)
         completion = _completion(ids, ender)
         thinking = {"reasoning_content": _THINKING} if thought else {}
         talk.sampled(completion, {**answer, **thinking} if as_fields else None)
@@ -170,20 +168,20 @@ def _as_written(
     (given,) = chat_messages([answer])
     marked = {"role": "assistant", "content": _MARK}
     last = chat.render([_QUESTION, marked], generation_prompt=False).partition(_MARK)
-    before, found, after = chat.render(
-        [_QUESTION, marked, more], generation_prompt=False
-    ).partition(_MARK)
+    before, mark, after = chat.render([_QUESTION, marked, more], generation_prompt=False).partition(
+        _MARK
+    )
     text = chat.render([_QUESTION, given, more], generation_prompt=False)
-    if not (found and text.startswith(before) and text.endswith(after)):
+    if not (mark and text.startswith(before) and text.endswith(after)):
         raise PromptError(
             f"the chat template of {chat.tokenizer.name!r} writes an answer, or its tool calls, "
             "where the assistant's text does not stand"
         )
     prompt = chat.render([_QUESTION])
-    own = before[len(prompt) :] if before.startswith(prompt) else ""
+    header = before[len(prompt) :] if before.startswith(prompt) else ""
     first = chat.ids(last[2])[:1]
     ender = first[0] if first and first[0] in chat.tokenizer.special_ids else None
-    return own, text[len(before) : len(text) - len(after)], ender
+    return header, text[len(before) : len(text) - len(after)], ender
 
 
 def _completion(ids: list[int], ender: int | None) -> Completion:

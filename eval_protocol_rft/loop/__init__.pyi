@@ -1,12 +1,12 @@
 from ._lora import LoraSettings as LoraSettings
 from ._options import LoopOptions as LoopOptions
+from ._options import Optimizer as Optimizer
 from ._options import SetupError as SetupError
 from ._rollout_fn import make_group_rollout_fn as make_group_rollout_fn
 from ._rollout_fn import make_rollout_fn as make_rollout_fn
 from ._rollout_fn import recipe_params as recipe_params
 from ._rollouts import NothingToTrainOnError as NothingToTrainOnError
 from ._setup import LocalParts as LocalParts
-from ._setup import Optimizer as Optimizer
 from ._step import TrainingStoppedError as TrainingStoppedError
 from ._train import TrainResult as TrainResult
 from ._train import train as train

@@ -1,4 +1,4 @@
-"""The rows of an evaluation test, and the order in which they are trained on.
+"""The rows of an evaluation test, the order in which they are trained on, and which a prompt is of.
 
 Invariant: no held-out row is ever trained on. The order follows from the seed alone, so a run that
 is resumed goes on with the very next row.
@@ -6,8 +6,9 @@ is resumed goes on with the very next row.
 
 from __future__ import annotations
 
+import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ from eval_protocol_rft.data import (
 )
 from eval_protocol_rft.episodes import EpisodeRolloutProcessor
 from eval_protocol_rft.loop._options import SetupError
-from eval_protocol_rft.rollout import PROMPT_IDS_KEY
+from eval_protocol_rft.rollout import PROMPT_IDS_KEY, messages_to_answer
 from eval_protocol_rft.scoring import adapt, adapter_of, parameters_of
 
 
@@ -169,6 +170,53 @@ def split_rows(
     chosen = set(random.Random(f"held out {seed}").sample(range(len(rows)), count))  # noqa: S311
     train = [row for i, row in enumerate(rows) if i not in chosen]
     return train, [rows[i] for i in sorted(chosen)]
+
+
+def prompt_of(row: EvaluationRow, *, drop_trailing_assistant: bool) -> list[dict[str, Any]]:
+    """The messages that a row's completions answer, as a data set of prompts holds them."""
+    messages = messages_to_answer(row, drop_trailing_assistant=drop_trailing_assistant)
+    return [message.model_dump(mode="json", exclude_none=True) for message in messages]
+
+
+def prompt_key(prompt: Any) -> str:
+    """A prompt as one text. Data sets put nulls where other rows' messages have keys."""
+    return json.dumps(_without_nulls(prompt), sort_keys=True, ensure_ascii=False, default=str)
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list | tuple):
+        return [_without_nulls(item) for item in value]
+    return value
+
+
+def rows_by_prompt(
+    rows: Sequence[EvaluationRow], prompts: Sequence[list[dict[str, Any]]]
+) -> dict[str, EvaluationRow]:
+    """Rows by the keys of their prompts.
+
+    Raises:
+        SetupError: one prompt stands for two rows that differ otherwise; or there are none.
+    """
+    by_prompt: dict[str, EvaluationRow] = {}
+    for row, prompt in zip(rows, prompts, strict=True):
+        first = by_prompt.setdefault(prompt_key(prompt), row)
+        if first is not row and _beside_prompt(first) != _beside_prompt(row):
+            raise SetupError(
+                f"rows {first.input_metadata.row_id} and {row.input_metadata.row_id} have the same "
+                "prompt and differ otherwise (ground_truth, tools or columns), and TRL passes on "
+                "prompts alone: leave one of them out, or make the prompts differ"
+            )
+    if not by_prompt:
+        raise SetupError("no rows to train on")
+    return by_prompt
+
+
+def _beside_prompt(row: EvaluationRow) -> Any:
+    return _without_nulls(
+        [row.ground_truth, row.tools, row.input_metadata.dataset_info, row.evaluation_result]
+    )
 
 
 class Draw(NamedTuple):

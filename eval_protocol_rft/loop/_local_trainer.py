@@ -23,6 +23,7 @@ from torch import Tensor
 
 from eval_protocol_rft.local import no_loading_bar
 from eval_protocol_rft.loop._lora import LoraSettings, add_lora, merged_names, merged_weights
+from eval_protocol_rft.loop._options import Optimizer
 from eval_protocol_rft.loop._trainer import (
     DamagedCheckpointError,
     ForwardBackward,
@@ -78,7 +79,6 @@ _UNREADABLE = (OSError, RuntimeError, ValueError, EOFError, LookupError, pickle.
 
 SMALL_MODEL_PARAMETERS = 20_000_000
 """Below this a second torch thread costs more than it saves."""
-DEFAULT_MICROBATCH_TOKENS = 16384
 
 
 class LocalTrainer:
@@ -90,10 +90,7 @@ class LocalTrainer:
         sink: where `publish` sends weights.
         temperature: the one that completions were sampled with.
         lora: train adapters instead of all parameters.
-        betas, eps, weight_decay: AdamW's (Loshchilov and Hutter 2019, arXiv:1711.05101); only
-            matrices decay.
-        max_grad_norm: longer gradients are cut to this norm; None: never.
-        microbatch_tokens: most tokens, padding included, of one forward pass.
+        optimizer: AdamW's settings; only matrices decay.
         keep_reference: hold a frozen copy of `model`, for a penalty on the distance to it. With
             LoRA it costs nothing and is always there.
         entropies: measure the policy's entropy with every pass.
@@ -106,16 +103,11 @@ class LocalTrainer:
         sink: WeightSink,
         temperature: float = 1.0,
         lora: LoraSettings | None = None,
-        betas: tuple[float, float] = (0.9, 0.99),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        max_grad_norm: float | None = 1.0,
-        microbatch_tokens: int = DEFAULT_MICROBATCH_TOKENS,
+        optimizer: Optimizer | None = None,
         keep_reference: bool = False,
         entropies: bool = True,
     ) -> None:
-        if microbatch_tokens < 1:
-            raise ValueError(f"microbatch_tokens must be at least 1, got {microbatch_tokens}")
+        adam = optimizer or Optimizer()
         self.temperature = temperature
         self._sink = sink
         self._base = _frozen(model).requires_grad_(lora is None)
@@ -124,10 +116,14 @@ class LocalTrainer:
         self._reference = _frozen(model) if keep_reference and lora is None else None
         self._parameters = [p for p in self._module.parameters() if p.requires_grad]
         self._optimizer = torch.optim.AdamW(
-            _decaying(self._parameters, weight_decay), lr=0.0, betas=betas, eps=eps, foreach=False
+            _decaying(self._parameters, adam.weight_decay),
+            lr=0.0,
+            betas=(adam.beta1, adam.beta2),
+            eps=adam.eps,
+            foreach=False,
         )
-        self._max_grad_norm = max_grad_norm
-        self._microbatch_tokens = microbatch_tokens
+        self._max_grad_norm = adam.max_grad_norm or float("inf")
+        self._microbatch_tokens = adam.microbatch_tokens
         self._entropies = entropies
         self._share_prompts = can_share_prompts(self._base)
         self._gathered = False
@@ -268,8 +264,7 @@ class LocalTrainer:
     def _optim_step(self, learning_rate: float) -> dict[str, float]:
         if not self._gathered:
             raise TrainerError("optim_step without a forward_backward: there is no gradient")
-        limit = float("inf") if self._max_grad_norm is None else self._max_grad_norm
-        norm = torch.nn.utils.clip_grad_norm_(self._parameters, limit)
+        norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._max_grad_norm)
         if not torch.isfinite(norm):
             raise TrainerError(
                 f"the gradient's norm is {norm.item()}: lower the learning rate, or look at the "

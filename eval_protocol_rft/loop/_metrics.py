@@ -214,16 +214,16 @@ def open_sinks(
 def scalars(line: Line) -> dict[str, float]:
     """The numbers of a line by names with slashes: `train/reward_mean`, `eval/pass_at_k/4`."""
     group = _GROUPS.get(line["kind"], str(line["kind"]))
-    numbers: dict[str, float] = {}
+    values: dict[str, float] = {}
     for name, value in line.items():
         if name in ("kind", "step"):
             continue
         if isinstance(value, Mapping):
             inner = ((f"{group}/{name}/{key}", v) for key, v in value.items())
-            numbers.update((key, float(v)) for key, v in inner if _is_number(v))
+            values.update((key, float(v)) for key, v in inner if _is_number(v))
         elif _is_number(value):
-            numbers[f"{group}/{name}"] = float(value)
-    return numbers
+            values[f"{group}/{name}"] = float(value)
+    return values
 
 
 class TensorBoardSink:
@@ -264,7 +264,8 @@ class WandbSink:
         is_new = not self._path.is_file()
         kept = {} if is_new else json.loads(self._path.read_text())
         self._id: str = kept.get("id") or secrets.token_hex(4)
-        self._told: dict[str, int] = kept.get("told", {})
+        self._logged: dict[str, int] = kept.get("told", {})
+        """Newest step of each kind of line."""
         try:
             self._run: Any = wandb.init(
                 id=self._id,
@@ -280,11 +281,11 @@ class WandbSink:
 
     def write(self, line: Line) -> None:
         kind, step = line["kind"], line["step"]
-        if step <= self._told.get(kind, -1):
+        if step <= self._logged.get(kind, -1):
             return
         self._run.log(scalars(line), step=step)
-        self._told[kind] = step
-        write_whole(self._path, json.dumps({"id": self._id, "told": self._told}).encode() + b"\n")
+        self._logged[kind] = step
+        write_whole(self._path, json.dumps({"id": self._id, "told": self._logged}).encode() + b"\n")
 
     def close(self) -> None:
         self._run.finish()

@@ -11,7 +11,7 @@ import math
 from dataclasses import asdict, dataclass, field, fields
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Lt
 
 from eval_protocol_rft._errors import EvalProtocolRftError
 from eval_protocol_rft._options import Flag, check_options
@@ -27,6 +27,31 @@ FIREWORKS = functools.partial(Flag, panel="On Fireworks")
 class SetupError(EvalProtocolRftError, ValueError):
     """A run cannot be begun as it was asked for: its options, its data, or parts that do not
     fit; the message says what to change."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Optimizer:
+    """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101), wherever it runs."""
+
+    beta1: Annotated[float, Ge(0), Lt(1)] = 0.9
+    beta2: Annotated[float, Ge(0), Lt(1), HOW()] = 0.99
+    """Of AdamW."""
+    eps: Annotated[float, Ge(0)] = 1e-8
+    weight_decay: Annotated[float, Ge(0), HOW()] = 0.0
+    """Of AdamW, on matrices."""
+    max_grad_norm: Annotated[float | None, Ge(0), HOW()] = 1.0
+    """Longer gradients are cut; 0: never."""
+    microbatch_tokens: Annotated[int, Ge(1)] = 16384
+    """Most tokens, padding included, of one forward pass in this process."""
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    def settings(self) -> dict[str, Any]:
+        """As a run's settings have them."""
+        values = asdict(self)
+        betas = (values.pop("beta1"), values.pop("beta2"))
+        return {"betas": betas, **values, "max_grad_norm": self.max_grad_norm or None}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +83,7 @@ class LoopOptions:
     normalization: Annotated[Literal["token", "sequence", "constant"], HOW()] = "token"
     """How the sum over tokens is divided.
 
-    See `training.datums`. Never "none": nothing divides later."""
+    See `training.Normalization`. Never "none": nothing divides later."""
     constant_length: Annotated[int | None, Ge(1), HOW()] = None
     """L of --normalization constant."""
     filters: Filters = field(default_factory=Filters)

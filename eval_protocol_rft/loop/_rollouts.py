@@ -13,7 +13,7 @@ import asyncio
 import contextlib
 import warnings
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -144,6 +144,17 @@ def why_fruitless(group: PromptGroup) -> str:
     return f"row {_row_id(group)}: nothing was sampled"
 
 
+FRUITLESS_ROWS = 64
+"""So many rows in a row of which nothing could be sampled or scored end the run."""
+
+
+def nothing_scored(rows: int, last: PromptGroup) -> NothingToTrainOnError:
+    """The end of a run in which so many rows in a row, `last` the last of them, gave nothing."""
+    return NothingToTrainOnError(
+        f"{rows} rows in a row gave no scored completion; the last: {why_fruitless(last)}"
+    )
+
+
 def _row_id(group: PromptGroup) -> object:
     return group.key[-1] if isinstance(group.key, tuple) else group.key
 
@@ -188,60 +199,48 @@ RUN = 1 << 20
 """The number of evaluation's runs: no epoch of training has its seeds."""
 
 
-@dataclass(slots=True)
 class Evaluation:
-    """Evaluates the policy as it is now; `await evaluation(step)`."""
+    """Evaluates the policy as it is now on held-out rows; `await evaluation(step)`."""
 
-    rows: Sequence[EvaluationRow]
-    greedy: RowRunner
-    sampled: RowRunner | None
-    parts: Parts
-    options: LoopOptions
-    warn: Callable[[str], None] = print
-
-    @classmethod
-    def of(
-        cls,
+    def __init__(
+        self,
         evaluator: Callable[..., Any],
         rows: Sequence[EvaluationRow],
         parts: Parts,
         options: LoopOptions,
         *,
         warn: Callable[[str], None] = print,
-    ) -> Evaluation | None:
-        """None where nothing is held out."""
-        if not rows:
-            return None
+    ) -> None:
+        self._rows, self._parts, self._options, self._warn = rows, parts, options, warn
         n = options.eval_completions
         with warnings.catch_warnings():
             # Greedy completions are not trained on.
             warnings.simplefilter("ignore", BiasedSamplingWarning)
-            greedy = row_runner(evaluator, parts, temperature=0.0, n=1)
-            sampled = row_runner(evaluator, parts, n=n) if n else None
-        return cls(rows, greedy, sampled, parts, options, warn)
+            self._greedy = row_runner(evaluator, parts, temperature=0.0, n=1)
+            self._sampled = row_runner(evaluator, parts, n=n) if n else None
 
     async def __call__(self, step: int) -> Line:
-        n = self.options.eval_completions
-        greedy = await self._groups(self.greedy, 1)
-        sampled = [] if self.sampled is None else await self._groups(self.sampled, n)
+        n = self._options.eval_completions
+        greedy = await self._groups(self._greedy, 1)
+        sampled = [] if self._sampled is None else await self._groups(self._sampled, n)
         self._require_scores(step, [*greedy, *sampled])
-        return eval_line(step, greedy, sampled, pass_threshold=self.options.pass_threshold)
+        return eval_line(step, greedy, sampled, pass_threshold=self._options.pass_threshold)
 
     def _require_scores(self, step: int, groups: Sequence[PromptGroup]) -> None:
         """A curve without points is no curve: say so, and why."""
         if any(t.reward is not None for group in groups for t in group.trajectories):
             return
         message = (
-            f"step {step}: nothing of {len(self.rows)} held-out rows could be scored; the first: "
+            f"step {step}: nothing of {len(self._rows)} held-out rows could be scored; the first: "
             f"{why_fruitless(groups[0])}"
         )
-        if self.options.on_unscored == "stop":
+        if self._options.on_unscored == "stop":
             raise NothingToTrainOnError(f"{message}. To train all the same: --on-unscored warn")
-        self.warn(message)
+        self._warn(message)
 
     async def _groups(self, runner: RowRunner, per_row: int) -> list[PromptGroup]:
         return await wave(
-            [roll_out(runner, row, run=RUN) for row in self.rows],
-            sampler=self.parts.sampler,
+            [roll_out(runner, row, run=RUN) for row in self._rows],
+            sampler=self._parts.sampler,
             per_row=per_row,
         )

@@ -11,15 +11,16 @@ import asyncio
 import json
 import time
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from eval_protocol_rft.loop._data import Draw, RowStream
 from eval_protocol_rft.loop._metrics import Line
 from eval_protocol_rft.loop._options import LoopOptions
 from eval_protocol_rft.loop._rollouts import (
+    FRUITLESS_ROWS,
     Evaluation,
     NothingToTrainOnError,
+    nothing_scored,
     roll_out,
     wave,
     why_fruitless,
@@ -28,53 +29,57 @@ from eval_protocol_rft.loop._row_runner import RowRunner
 from eval_protocol_rft.loop._run_directory import RunFolder
 from eval_protocol_rft.loop._scheduler import Scheduler
 from eval_protocol_rft.loop._setup import Parts
-from eval_protocol_rft.loop._step import StepRunner, Times
+from eval_protocol_rft.loop._step import StepRunner
 from eval_protocol_rft.training import PromptGroup, filter_group
 
 if TYPE_CHECKING:
     from eval_protocol.models import EvaluationRow
 
-FRUITLESS_ROWS = 64
-"""So many rows in a row of which nothing could be sampled or scored end the run."""
 STUCK_STEPS = 20
 """So many steps' worth of groups in a row without a gradient end the run."""
 
 
-@dataclass(slots=True, kw_only=True)
 class Run:
     """One run. Everything in it belongs to one event loop."""
 
-    options: LoopOptions
-    steps: int
-    parts: Parts
-    runner: RowRunner
-    rows: Sequence[EvaluationRow]
-    """To train on."""
-    step: StepRunner
-    evaluation: Evaluation | None
-    """None: nothing is held out."""
-    folder: RunFolder
-    on_line: Callable[[Line], None]
-    stream: RowStream = field(init=False)
-    scheduler: Scheduler = field(init=False)
-    _draws: dict[int, Draw] = field(default_factory=dict)
-    """Of groups that are outstanding."""
-    _ready: dict[int, PromptGroup] = field(default_factory=dict)
-    _dropped: dict[int, PromptGroup] = field(default_factory=dict)
-    """Since the last step."""
-    _evaluated: set[int] = field(default_factory=set)
-    _saved: int = 0
-    """Version of the newest checkpoint; there is none of what training begins with."""
-    _fruitless: int = 0
-    _without_gradient: int = 0
-    _waited: float = 0.0
-    """Seconds in which no step was under way, since the last one."""
-
-    def __post_init__(self) -> None:
-        self.stream = RowStream(len(self.rows), self.options.seed, self.options.epochs)
-        self.scheduler = Scheduler(
-            self.options.groups_per_step, self.options.max_staleness, last_version=self.steps
+    def __init__(
+        self,
+        *,
+        options: LoopOptions,
+        steps: int,
+        parts: Parts,
+        runner: RowRunner,
+        rows: Sequence[EvaluationRow],
+        step: StepRunner,
+        evaluation: Evaluation | None,
+        folder: RunFolder,
+        on_line: Callable[[Line], None],
+    ) -> None:
+        """
+        Args:
+            rows: to train on.
+            evaluation: None: nothing is held out.
+            on_line: called with each line of metrics.
+        """
+        self.parts, self.folder = parts, folder
+        self._options, self._steps, self._runner, self._rows = options, steps, runner, rows
+        self._step, self._evaluation, self._on_line = step, evaluation, on_line
+        self._stream = RowStream(len(rows), options.seed, options.epochs)
+        self._scheduler = Scheduler(
+            options.groups_per_step, options.max_staleness, last_version=steps
         )
+        self._draws: dict[int, Draw] = {}
+        """Of groups that are outstanding."""
+        self._ready: dict[int, PromptGroup] = {}
+        self._dropped: dict[int, PromptGroup] = {}
+        """Since the last step."""
+        self._evaluated: set[int] = set()
+        self._saved = 0
+        """Version of the newest checkpoint; there is none of what training begins with."""
+        self._fruitless = self._without_gradient = 0
+        """Groups in a row."""
+        self._waited = 0.0
+        """Seconds in which no step was under way, since the last one."""
 
     async def begin(self) -> None:
         """Evaluate what training begins with."""
@@ -85,13 +90,13 @@ class Run:
         if line["kind"] == "eval":
             self._evaluated.add(line["step"])
         elif line["kind"] == "step":
-            self.step.seen(line)
+            self._step.seen(line)
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint's state."""
-        self.scheduler.version = self._saved = state["version"]
-        self.stream.taken = state["taken"]
-        self.stream.put_back = [Draw(*draw) for draw in state["put_back"]]
+        self._scheduler.version = self._saved = state["version"]
+        self._stream.taken = state["taken"]
+        self._stream.put_back = [Draw(*draw) for draw in state["put_back"]]
 
     async def __call__(self) -> None:
         """Take all steps.
@@ -101,49 +106,51 @@ class Run:
             TrainingStoppedError: sampler and trainer disagree.
             Exception: whatever the trainer raises.
         """
-        version, every = self.scheduler.version, self.options.eval_every
+        version, every = self._scheduler.version, self._options.eval_every
         if version and every and version % every == 0 and version not in self._evaluated:
             await self._evaluate(version)  # the run was stopped in it
         try:
-            if self.options.max_staleness:
+            if self._options.max_staleness:
                 await self._ahead()
             else:
                 await self._by_turns()
-            if not self.scheduler.version:
+            if not self._scheduler.version:
                 raise NothingToTrainOnError(self._why_no_step())
             await self._save()  # before the last evaluation, which may take long
-            if self.scheduler.version not in self._evaluated:
-                await self._evaluate(self.scheduler.version)
+            if self._scheduler.version not in self._evaluated:
+                await self._evaluate(self._scheduler.version)
         except BaseException:
             # What was trained since the last checkpoint is kept; not half of a step, which is in
             # the weights and not in the version.
-            if not self.scheduler.training:
+            if not self._scheduler.training:
                 await self._save()
             raise
         finally:
-            self.step.end()
+            self._step.end()
         if self._dropped:
             dropped = len(self._dropped)
-            self.on_line({"kind": "end", "step": self.scheduler.version, "groups_dropped": dropped})
+            self._on_line(
+                {"kind": "end", "step": self._scheduler.version, "groups_dropped": dropped}
+            )
 
     async def _by_turns(self) -> None:
-        while self.scheduler.version < self.steps:
-            batch = self.scheduler.take()
+        while self._scheduler.version < self._steps:
+            batch = self._scheduler.take()
             if batch is None:
-                numbers = self._start_rows()
-                if not numbers:
-                    if (batch := self.scheduler.take()) is None:
+                started = self._start_rows()
+                if not started:
+                    if (batch := self._scheduler.take()) is None:
                         return
                     await _finished(self._take_step(batch))
                     continue
                 began = time.perf_counter()
                 groups = await wave(
-                    [self._rollout(number) for number in numbers],
+                    [self._rollout(number) for number in started],
                     sampler=self.parts.sampler,
                     per_row=self.parts.request.n,
                 )
                 self._waited += time.perf_counter() - began
-                for number, group in zip(numbers, groups, strict=True):
+                for number, group in zip(started, groups, strict=True):
                     self._arrived(number, group)
             else:
                 await _finished(self._take_step(batch))
@@ -155,7 +162,7 @@ class Run:
             while True:
                 for number in self._start_rows():
                     sampling[asyncio.create_task(self._rollout(number))] = number
-                if step is None and (batch := self.scheduler.take()) is not None:
+                if step is None and (batch := self._scheduler.take()) is not None:
                     step = asyncio.create_task(self._take_step(batch))
                 running = {*sampling, *([step] if step else [])}
                 if not running:
@@ -179,25 +186,25 @@ class Run:
 
     def _start_rows(self) -> list[int]:
         """Take in as many rows as may be sampled now."""
-        numbers: list[int] = []
-        while self.scheduler.may_start():
-            draw = self.stream.next()
+        started: list[int] = []
+        while self._scheduler.may_start():
+            draw = self._stream.next()
             if draw is None:
-                self.scheduler.exhausted = True
+                self._scheduler.exhausted = True
                 break
-            number = self.scheduler.start()
+            number = self._scheduler.start()
             self._draws[number] = draw
-            numbers.append(number)
-        return numbers
+            started.append(number)
+        return started
 
     async def _rollout(self, number: int) -> PromptGroup:
         draw = self._draws[number]
-        return await roll_out(self.runner, self.rows[draw.place], run=draw.epoch)
+        return await roll_out(self._runner, self._rows[draw.place], run=draw.epoch)
 
     def _arrived(self, number: int, group: PromptGroup) -> None:
-        options = self.options.batch
+        options = self._options.batch
         left, _ = filter_group(group, options.filters, relative=options.relative)
-        self.scheduler.sampled(number, trains=left is not None)
+        self._scheduler.sampled(number, trains=left is not None)
         if left is not None:
             self._ready[number] = group
             self._fruitless = self._without_gradient = 0
@@ -206,12 +213,9 @@ class Run:
         self._without_gradient += 1
         scored = any(t.reward is not None for t in group.trajectories)
         self._fruitless = 0 if scored else self._fruitless + 1
-        stuck = STUCK_STEPS * self.options.groups_per_step
+        stuck = STUCK_STEPS * self._options.groups_per_step
         if self._fruitless >= min(FRUITLESS_ROWS, stuck):
-            raise NothingToTrainOnError(
-                f"{self._fruitless} rows in a row gave no scored completion; the last: "
-                f"{why_fruitless(group)}"
-            )
+            raise nothing_scored(self._fruitless, group)
         if self._without_gradient >= stuck:
             rewards = [t.reward for t in group.trajectories if t.reward is not None]
             mean = sum(rewards) / len(rewards) if rewards else None
@@ -219,7 +223,7 @@ class Run:
                 f"{self._without_gradient} groups in a row have nothing to learn from: all "
                 f"completions of a prompt got the same reward (the last {mean}), or filters "
                 "dropped them. Use easier or harder prompts, or more completions per prompt."
-                f"{self.step.watch.stuck(mean)}"
+                f"{self._step.watch.stuck(mean)}"
             )
 
     def _why_no_step(self) -> str:
@@ -236,46 +240,46 @@ class Run:
             why = f"none gave a scored completion; the last: {why_fruitless(groups[-1])}"
         return f"no step was taken on all {len(groups)} groups: {why}"
 
-    async def _take_step(self, numbers: list[int]) -> None:
-        version, times = self.scheduler.version, Times()
-        times.seconds["sampling"], self._waited = self._waited, 0.0
-        groups = {**{n: self._ready[n] for n in numbers}, **self._dropped}
+    async def _take_step(self, taken: list[int]) -> None:
+        seconds, self._waited = {"sampling": self._waited}, 0.0
+        groups = {**{n: self._ready[n] for n in taken}, **self._dropped}
         self._dropped = {}
         ordered = sorted(groups)
-        staleness = {n: self.scheduler.staleness(n) for n in numbers}
-        line = await self.step(
-            version,
+        staleness = {n: self._scheduler.staleness(n) for n in taken}
+        line = await self._step(
+            self._scheduler.version,
             [groups[n] for n in ordered],
             [staleness[n] for n in ordered if n in staleness],
-            times,
+            seconds,
         )
         for number in groups:
             self._ready.pop(number, None)
             del self._draws[number]
-        self.scheduler.trained()
-        self.on_line({**line, "seconds": _rounded(times)})
-        await self._after(self.scheduler.version)
+        self._scheduler.trained()
+        rounded = {name: round(value, 4) for name, value in seconds.items()}
+        self._on_line({**line, "seconds": rounded})
+        await self._after(self._scheduler.version)
 
     async def _after(self, step: int) -> None:
         """Evaluate and save, where it is time to."""
-        every = self.options.eval_every
+        every = self._options.eval_every
         if every and step % every == 0:
             await self._evaluate(step)
-        if step % self.options.checkpoint_every == 0:
+        if step % self._options.checkpoint_every == 0:
             await self._save()
 
     async def _evaluate(self, step: int) -> None:
-        line = None if self.evaluation is None else await self.evaluation(step)
+        line = None if self._evaluation is None else await self._evaluation(step)
         self._evaluated.add(step)
         if line is not None:
-            self.on_line(line)
+            self._on_line(line)
 
     async def _save(self) -> None:
-        version = self.scheduler.version
+        version = self._scheduler.version
         if self._saved == version:
             return
         self._saved = version
-        with self.folder.checkpoint(version, keep=self.options.keep_checkpoints) as unfinished:
+        with self.folder.checkpoint(version, keep=self._options.keep_checkpoints) as unfinished:
             await self.parts.trainer.save(unfinished)
             (unfinished / "state.json").write_text(json.dumps(self._state()) + "\n")
 
@@ -283,9 +287,9 @@ class Run:
         """Enough to go on with the very rows that come next; those that are outstanding are
         sampled again."""
         return {
-            "version": self.scheduler.version,
-            "taken": self.stream.taken,
-            "put_back": [*self._draws.values(), *self.stream.put_back],
+            "version": self._scheduler.version,
+            "taken": self._stream.taken,
+            "put_back": [*self._draws.values(), *self._stream.put_back],
         }
 
 
@@ -297,7 +301,3 @@ async def _finished(step: Coroutine[Any, Any, None]) -> None:
     except asyncio.CancelledError:
         await task
         raise
-
-
-def _rounded(times: Times) -> dict[str, float]:
-    return {name: round(seconds, 4) for name, seconds in times.seconds.items()}

@@ -13,12 +13,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
-from annotated_types import Ge, Lt
-
 from eval_protocol_rft import rollout
-from eval_protocol_rft._options import check_options
 from eval_protocol_rft.local.models import NoSuchModelError, has_tokenizer, local_model_folder
-from eval_protocol_rft.loop._options import HOW, MODEL, SetupError
+from eval_protocol_rft.loop._options import MODEL, Optimizer, SetupError
 from eval_protocol_rft.sampling import RefusedError
 from eval_protocol_rft.scoring import parameters_of, sets_of
 
@@ -50,28 +47,34 @@ class Parts:
     """A transformers tokenizer, to be saved beside the final weights."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Optimizer:
-    """AdamW's settings for a `LocalTrainer`."""
+def merged_params(
+    evaluator: Callable[..., Any], given: Mapping[str, Any] | None, *, model: str | None
+) -> dict[str, Any]:
+    """completion_params to train with: the test's own, and what the caller changed.
 
-    beta1: Annotated[float, Ge(0), Lt(1)] = 0.9
-    beta2: Annotated[float, Ge(0), Lt(1), HOW()] = 0.99
-    """Of AdamW."""
-    eps: Annotated[float, Ge(0)] = 1e-8
-    weight_decay: Annotated[float, Ge(0), HOW()] = 0.0
-    """Of AdamW, on matrices."""
-    max_grad_norm: Annotated[float | None, Ge(0), HOW()] = 1.0
-    """Longer gradients are cut; 0: never."""
-    microbatch_tokens: Annotated[int, Ge(1)] = 16384
+    Raises:
+        SetupError: the test has several sets of completion_params, and none was chosen.
+    """
+    sets = sets_of(parameters_of(evaluator), "completion_params")
+    if len(sets) > 1 and given is None and model is None:
+        raise SetupError(
+            f"the evaluation test has {len(sets)} sets of completion_params: choose a model"
+        )
+    params = {**(sets[0] if len(sets) == 1 else {}), **(given or {})}
+    return params if model is None else {**params, "model": model}
 
-    def __post_init__(self) -> None:
-        check_options(self)
 
-    def settings(self) -> dict[str, Any]:
-        """As a run's settings have them."""
-        values = asdict(self)
-        betas = (values.pop("beta1"), values.pop("beta2"))
-        return {"betas": betas, **values, "max_grad_norm": self.max_grad_norm or None}
+def sampled_request(params: Mapping[str, Any]) -> RolloutRequest:
+    """What completion_params to train with ask for.
+
+    Raises:
+        SetupError: they sample greedily.
+        ParamsError: they are wrong.
+    """
+    request = rollout.parse_completion_params(params)
+    if request.params.temperature == 0:
+        raise SetupError("completion_params sample greedily (temperature 0): nothing to learn from")
+    return request
 
 
 def rollout_params(
@@ -81,25 +84,17 @@ def rollout_params(
     model: str | None,
     options: LoopOptions,
 ) -> dict[str, Any]:
-    """completion_params to train with: the test's own, what the caller changed, n and seed.
+    """completion_params of a run's training rollouts, with n and seed.
 
     Raises:
-        SetupError: the test has several sets of completion_params, or samples greedily.
+        SetupError: as `merged_params` and `sampled_request`; or one completion per prompt, for an
+            algorithm that compares several.
         ParamsError: they are wrong.
     """
-    sets = sets_of(parameters_of(evaluator), "completion_params")
-    if len(sets) > 1 and given is None and model is None:
-        raise SetupError(
-            f"the evaluation test has {len(sets)} sets of completion_params: choose a model"
-        )
-    params = {**(sets[0] if len(sets) == 1 else {}), **(given or {})}
-    if model is not None:
-        params["model"] = model
+    params = merged_params(evaluator, given, model=model)
     if options.completions_per_prompt is not None:
         params["n"] = options.completions_per_prompt
-    request = rollout.parse_completion_params(params)
-    if request.params.temperature == 0:
-        raise SetupError("completion_params sample greedily (temperature 0): nothing to learn from")
+    request = sampled_request(params)
     if request.n < 2 and options.batch.relative:
         raise SetupError(
             f"{options.algorithm} compares the completions of a prompt, and completion_params "
@@ -182,23 +177,12 @@ class LocalParts:
         from eval_protocol_rft.loop._local_trainer import LocalTrainer
         from eval_protocol_rft.loop._weights import SamplerWeights, WeightSink
 
-        request = rollout.parse_completion_params(params)
         processor = own_processor(evaluator)
+        params, source = first_weights(
+            params, processor, self.weights, hint="(--weights), which are trained here"
+        )
+        request = rollout.parse_completion_params(params)
         local = request.endpoint is None
-        if local and self.weights is not None:
-            raise SetupError("weights= is for a server's; a local/... model names its own")
-        if not local and self.weights is None:
-            raise SetupError(
-                f"{request.params.model} is sampled from a server: name the folder of its weights "
-                "(--weights), which are trained here and sent there"
-            )
-        if self.weights is not None:
-            params = with_tokenizer_of(self.weights, params, processor)
-            request = rollout.parse_completion_params(params)
-        try:
-            source = str(local_model_folder(request.params.model) if local else self.weights)
-        except NoSuchModelError as error:
-            raise RefusedError(str(error)) from error
         loaded = LocalSampler.from_pretrained(
             source, trust_remote_code=self.trust_remote_code, policy_version="step-0"
         )
@@ -208,17 +192,12 @@ class LocalParts:
             processor = processor.sampling_from(loaded)
         else:
             sink = served_weights(request.endpoint)
-        optimizer = self.optimizer
         trainer = LocalTrainer(
             loaded.model,
             sink=sink,
             temperature=request.params.temperature,
             lora=self.lora,
-            betas=(optimizer.beta1, optimizer.beta2),
-            eps=optimizer.eps,
-            weight_decay=optimizer.weight_decay,
-            max_grad_norm=optimizer.max_grad_norm or None,
-            microbatch_tokens=optimizer.microbatch_tokens,
+            optimizer=self.optimizer,
             keep_reference=options.kl_beta > 0,
         )
         return Parts(
@@ -235,6 +214,41 @@ class LocalParts:
             publish_first=not local,
             tokenizer=loaded.tokenizer,
         )
+
+
+def first_weights(
+    params: dict[str, Any],
+    processor: FireworksTrainingRolloutProcessor,
+    weights: str | os.PathLike[str] | None,
+    *,
+    hint: str,
+) -> tuple[dict[str, Any], str]:
+    """completion_params, and the folder of the weights that training begins with.
+
+    Args:
+        params: of training rollouts.
+        processor: may name the tokenizer.
+        weights: folder of the weights that a server serves.
+        hint: how to name that folder and who trains it, for whoever did not.
+
+    Raises:
+        SetupError: weights are missing, or superfluous.
+        RefusedError: there is no such local model.
+    """
+    request = rollout.parse_completion_params(params)
+    if request.endpoint is None:
+        if weights is not None:
+            raise SetupError("weights= is for a server's; a local/... model names its own")
+        try:
+            return params, str(local_model_folder(request.params.model))
+        except NoSuchModelError as error:
+            raise RefusedError(str(error)) from error
+    if weights is None:
+        raise SetupError(
+            f"{request.params.model} is sampled from a server: name the folder of its weights "
+            f"{hint} and sent there"
+        )
+    return with_tokenizer_of(weights, params, processor), str(weights)
 
 
 def with_tokenizer_of(

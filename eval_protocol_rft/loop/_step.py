@@ -12,7 +12,6 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from eval_protocol_rft._errors import EvalProtocolRftError
@@ -51,42 +50,40 @@ class TrainingStoppedError(EvalProtocolRftError, RuntimeError):
         self.trouble = trouble
 
 
-@dataclass(slots=True)
-class Times:
-    """Seconds of one step, by what they went into."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def of(self, what: str) -> Iterator[None]:
-        began = time.perf_counter()
-        try:
-            yield
-        finally:
-            spent = time.perf_counter() - began
-            self.seconds[what] = self.seconds.get(what, 0.0) + spent
+@contextmanager
+def timed(seconds: dict[str, float], what: str) -> Iterator[None]:
+    """Put how long the block takes under `what`."""
+    began = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[what] = time.perf_counter() - began
 
 
-@dataclass(slots=True, kw_only=True)
 class StepRunner:
     """Takes the steps of one run."""
 
-    parts: Parts
-    options: LoopOptions
-    steps: int
-    """Of the whole run, for the learning rate's schedule."""
-    warn: Callable[[str], None] = print
-    watch: Watch = field(default_factory=Watch)
-    _probe: asyncio.Task[list[Trajectory]] | None = None
-    """Completions of the weights in training, for the next step: where sampling runs ahead, a batch
-    may hold nothing that they sampled."""
+    def __init__(
+        self,
+        *,
+        parts: Parts,
+        options: LoopOptions,
+        steps: int,
+        warn: Callable[[str], None] = print,
+    ) -> None:
+        """`steps`: of the whole run, for the learning rate's schedule."""
+        self._parts, self._options, self._steps, self._warn = parts, options, steps, warn
+        self.watch = Watch()
+        self._probe: asyncio.Task[list[Trajectory]] | None = None
+        """Completions of the weights in training, for the next step: where sampling runs ahead, a
+        batch may hold nothing that they sampled."""
 
     async def __call__(
         self,
         version: int,
         groups: Sequence[PromptGroup],
         staleness: Sequence[int],
-        times: Times,
+        seconds: dict[str, float],
     ) -> Line:
         """Train on `groups` and publish `version` + 1.
 
@@ -94,23 +91,23 @@ class StepRunner:
             version: that of the weights in training.
             groups: all that came in, dropped ones included.
             staleness: versions behind, of each group that trains, in order.
-            times: told what took how long.
+            seconds: gets what took how long, by what it went into.
 
         Raises:
             TrainingStoppedError: sampler and trainer disagree, or completions do not end.
         """
-        step, trainer = version + 1, self.parts.trainer
-        with times.of("batch"):
+        step, trainer = version + 1, self._parts.trainer
+        with timed(seconds, "batch"):
             batch = self._batch(groups)
         loss = NamedLoss(
-            loss_fn=batch.loss_fn, config=batch.loss_fn_config, kl_beta=self.options.kl_beta
+            loss_fn=batch.loss_fn, config=batch.loss_fn_config, kl_beta=self._options.kl_beta
         )
-        with times.of("train"):
+        with timed(seconds, "train"):
             reference = None
-            if self.options.kl_beta:
+            if self._options.kl_beta:
                 reference = await trainer.forward(batch.datums, reference=True)
             passes: list[ForwardBackward] = []
-            for number in range(self.options.passes):
+            for number in range(self._options.passes):
                 result = await trainer.forward_backward(
                     batch.datums, loss, reference_logprobs=reference
                 )
@@ -119,12 +116,12 @@ class StepRunner:
                     self._check_versions(step, groups, staleness)
                 passes.append(result)
                 optimizer = await trainer.optim_step(
-                    learning_rate=self.options.learning_rate_at(step, self.steps)
+                    learning_rate=self._options.learning_rate_at(step, self._steps)
                 )
-        with times.of("publish"):
+        with timed(seconds, "publish"):
             await trainer.publish(step)
-        if self.options.max_staleness and step < self.steps:
-            probe = sample_prompts(self.parts.processor, self.parts.params, _prompts(groups))
+        if self._options.max_staleness and step < self._steps:
+            probe = sample_prompts(self._parts.processor, self._parts.params, _prompts(groups))
             self._probe = asyncio.create_task(probe)
         line = step_line(
             step,
@@ -152,7 +149,7 @@ class StepRunner:
         self.watch.reward(line["step"], line.get("reward_mean"), line.get("learning_rate", 0.0))
 
     def _batch(self, groups: Sequence[PromptGroup]) -> TrainingBatch:
-        options = self.options.batch
+        options = self._options.batch
         with warnings.catch_warnings():
             # Said once, when the run began; here it would come with every step.
             warnings.simplefilter("ignore", BiasedSamplingWarning)
@@ -173,7 +170,7 @@ class StepRunner:
         result: ForwardBackward,
         staleness: Sequence[int],
     ) -> Mismatch | None:
-        trainer, sampling = self.parts.trainer, self.parts.request.params
+        trainer, sampling = self._parts.trainer, self._parts.request.params
         on_policy = {group for group, behind in enumerate(staleness) if behind == 0}
         pairs = sampled_pairs(batch.datums, result.logprobs, on_policy)
         probed = comparable(await self._probed(step))
@@ -182,7 +179,7 @@ class StepRunner:
         difference = measure(pairs)
         if difference is None:
             self._say(self.watch.uncompared(step))
-        missing = missing_eos(batch.datums, self.parts.eos_token_ids, stops=bool(sampling.stop))
+        missing = missing_eos(batch.datums, self._parts.eos_token_ids, stops=bool(sampling.stop))
         self._say(self.watch.endings(step, missing, len(batch.datums)))
         if difference is not None and difference.verdict != "pass":
             raw = None
@@ -213,7 +210,7 @@ class StepRunner:
     ) -> None:
         """Nothing is older than the sampler's weights were when its row was started."""
         behind = iter(staleness)
-        options = self.options.batch
+        options = self._options.batch
         for group in groups:
             if filter_group(group, options.filters, relative=options.relative)[0] is not None:
                 oldest = step - 1 - next(behind)
@@ -222,9 +219,9 @@ class StepRunner:
     def _say(self, trouble: Trouble | None) -> None:
         if trouble is None:
             return
-        if trouble.fatal and self.options.on_mismatch == "stop":
+        if trouble.fatal and self._options.on_mismatch == "stop":
             raise TrainingStoppedError(trouble)
-        self.warn(trouble.message)
+        self._warn(trouble.message)
 
 
 def _prompts(groups: Sequence[PromptGroup]) -> list[list[int]]:

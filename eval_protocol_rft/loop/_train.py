@@ -158,9 +158,13 @@ async def atrain(
                 runner=row_runner(evaluator, assembled),
                 rows=train_rows,
                 step=StepRunner(parts=assembled, options=options, steps=steps, warn=warn),
-                evaluation=Evaluation.of(evaluator, eval_rows, assembled, options, warn=warn),
+                evaluation=(
+                    Evaluation(evaluator, eval_rows, assembled, options, warn=warn)
+                    if eval_rows
+                    else None
+                ),
                 folder=folder,
-                on_line=_Logged(folder, shown, on_line, sinks),
+                on_line=_Log(folder, shown, on_line, sinks),
             )
             await _resume(run, state)
             await run()
@@ -271,23 +275,24 @@ async def _export(parts: Parts, folder: RunFolder) -> None:
         parts.tokenizer.save_pretrained(model)
 
 
-@dataclass(slots=True)
-class _Logged:
+class _Log:
     """Takes every line: to the file, to loggers, to the screen, to the caller."""
 
-    folder: RunFolder
-    shown: Reporter
-    on_line: Callable[[Line], None]
-    sinks: Sequence[MetricSink] = ()
-    _evaluated: str = ""
-    _step: int = 0
+    def __init__(
+        self,
+        folder: RunFolder,
+        shown: Reporter,
+        on_line: Callable[[Line], None],
+        sinks: Sequence[MetricSink],
+    ) -> None:
+        self._folder, self._shown, self._on_line, self._sinks = folder, shown, on_line, sinks
+        self._evaluated = ""
 
     def __call__(self, line: Line) -> None:
-        self.folder.append(line)
-        for sink in self.sinks:
+        self._folder.append(line)
+        for sink in self._sinks:
             sink.write(line)
-        self.on_line(line)
-        self._step = line["step"]
+        self._on_line(line)
         detail = self._evaluated
         if line["kind"] == "eval":
             means = {"sampled": line.get("sampled_score"), "greedy": line.get("greedy_score")}
@@ -295,4 +300,4 @@ class _Logged:
             self._evaluated = detail = f"held out: {scores or 'nothing was scored'}"
         elif "reward_mean" in line:
             detail = f"reward {line['reward_mean']:.3f}  {self._evaluated}"
-        self.shown.update(self._step, detail=detail, now=line["kind"] == "eval")
+        self._shown.update(line["step"], detail=detail, now=line["kind"] == "eval")

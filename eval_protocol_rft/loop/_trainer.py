@@ -56,7 +56,7 @@ class ForwardBackward:
     logprobs: list[FloatArray]
     """[T_i] per datum, nats, of the targets, before the update; 0.0 where nothing was sampled."""
     metrics: dict[str, float]
-    """`name:reduction`, see `training.losses.metrics`."""
+    """`name:reduction`, see `training.losses.Objective`."""
 
 
 @runtime_checkable

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from eval_protocol_rft.loop._weights import named_version
@@ -71,18 +71,18 @@ class Trouble:
     message: str
 
 
-@dataclass(slots=True)
 class Watch:
     """Told of every step, in order."""
 
-    _agreed: bool = False
-    """Sampler and trainer agreed at some step."""
-    _rewards: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
-    _best: float = 0.0
-    """Mean over a window."""
-    _highest: float = 0.0
-    """Mean of one step."""
-    _said: set[tuple[Cause, bool]] = field(default_factory=set)
+    def __init__(self) -> None:
+        self._agreed = False
+        """Sampler and trainer agreed at some step."""
+        self._rewards: deque[float] = deque(maxlen=WINDOW)
+        self._best = 0.0
+        """Mean over a window."""
+        self._highest = 0.0
+        """Mean of one step."""
+        self._warned: set[tuple[Cause, bool]] = set()
 
     def mismatch(
         self,
@@ -198,7 +198,7 @@ class Watch:
         return f" The mean reward of a step was {self._highest:.3f} before: {_ADVICE['collapse']}."
 
     def _trouble(self, cause: Cause, fatal: bool, what: str) -> Trouble | None:
-        if (cause, fatal) in self._said:
+        if (cause, fatal) in self._warned:
             return None
-        self._said.add((cause, fatal))
+        self._warned.add((cause, fatal))
         return Trouble(cause, fatal, f"{what}: {_ADVICE[cause]}")

@@ -21,7 +21,6 @@ its own vLLM, so this does, before it samples.
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import threading
 import warnings
@@ -30,23 +29,25 @@ from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from importlib import metadata
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from eval_protocol.models import EvaluationRow
 
-from eval_protocol_rft.local.models import NoSuchModelError, local_model_folder
-from eval_protocol_rft.loop._data import load_rows
+from eval_protocol_rft.loop._data import load_rows, prompt_key, prompt_of, rows_by_prompt
 from eval_protocol_rft.loop._options import SetupError
-from eval_protocol_rft.loop._rollouts import RUN, NothingToTrainOnError, roll_out, why_fruitless
+from eval_protocol_rft.loop._rollouts import FRUITLESS_ROWS, RUN, nothing_scored, roll_out
 from eval_protocol_rft.loop._row_runner import RowRunner
-from eval_protocol_rft.loop._run import FRUITLESS_ROWS
-from eval_protocol_rft.loop._setup import own_processor, served_weights, with_tokenizer_of
+from eval_protocol_rft.loop._setup import (
+    first_weights,
+    merged_params,
+    own_processor,
+    sampled_request,
+    served_weights,
+)
 from eval_protocol_rft.loop._step import TrainingStoppedError
 from eval_protocol_rft.loop._watch import Trouble, Watch
 from eval_protocol_rft.loop._weights import SamplerWeights, WeightSink, version_name
-from eval_protocol_rft.rollout import messages_to_answer, parse_completion_params
-from eval_protocol_rft.sampling import RefusedError
-from eval_protocol_rft.scoring import adapt, parameters_of, sets_of
+from eval_protocol_rft.scoring import adapt, parameters_of
 from eval_protocol_rft.training import (
     Mismatch,
     MissingPackageError,
@@ -59,7 +60,6 @@ from eval_protocol_rft.training import (
 from eval_protocol_rft.training.export.trl import recorded_reward, rollout_result
 
 if TYPE_CHECKING:
-    from eval_protocol.models import EPParameters
     from torch import Tensor
 
     from eval_protocol_rft.local import LocalSampler
@@ -72,14 +72,6 @@ COMPARED = 8
 """Completions of a batch on which sampler and trainer are compared."""
 _RUNS_PER_STEP = 1 << 20
 """Numbers of runs that each step has for itself: a run that is resumed draws anew."""
-
-
-class _Turn(NamedTuple):
-    """One row's place in a batch."""
-
-    row: EvaluationRow
-    completions: int
-    """That TRL expects for it."""
 
 
 def trl_rollouts(
@@ -118,44 +110,34 @@ def trl_rollouts(
     _require_trl()
     test = parameters_of(evaluator)
     if rows is None:
-        found = load_rows(evaluator)
+        chosen = load_rows(evaluator)
     else:
-        found = [row for given in rows for row in _as_rows(given, test)]
-    sets = sets_of(test, "completion_params")
-    params = {**(sets[0] if len(sets) == 1 else {}), **(completion_params or {})}
-    if model is not None:
-        params["model"] = model
-    request = parse_completion_params(params)
-    if request.params.temperature == 0:
-        raise SetupError("completion_params sample greedily (temperature 0): nothing to learn from")
+        chosen = [
+            row
+            for given in rows
+            for row in ([given] if isinstance(given, EvaluationRow) else adapt(test, [given]))
+        ]
+    params = merged_params(evaluator, completion_params, model=model)
+    request = sampled_request(params)
     processor = own_processor(evaluator)
+    params, source = first_weights(
+        params, processor, weights, hint="(weights=), which TRL trains and which are"
+    )
     sampler: LocalSampler | None = None
     sink: WeightSink
     if request.endpoint is not None:
-        if weights is None:
-            raise SetupError(
-                f"{request.params.model} is sampled from a server: name the folder of its weights "
-                "(weights=), which TRL trains and which are sent there"
-            )
-        params = with_tokenizer_of(weights, params, processor)
-        source, sink = str(weights), served_weights(request.endpoint)
+        sink = served_weights(request.endpoint)
     else:
         from eval_protocol_rft.local import LocalSampler
 
-        if weights is not None:
-            raise SetupError("weights= is for a server's; a local/... model names its own")
-        try:
-            source = str(local_model_folder(request.params.model))
-        except NoSuchModelError as error:
-            raise RefusedError(str(error)) from error
         # One of its own: others that sample from the model keep its weights.
         sampler = LocalSampler.from_pretrained(source, trust_remote_code=trust_remote_code)
         processor, sink = processor.sampling_from(sampler), SamplerWeights(sampler)
         params.setdefault("seed", seed)
     drop = processor.drop_trailing_assistant_messages
-    prompts = [_prompt(row, drop_trailing_assistant=drop) for row in found]
+    prompts = [prompt_of(row, drop_trailing_assistant=drop) for row in chosen]
     return TrlRollouts(
-        rows=_by_prompt(found, prompts),
+        rows=rows_by_prompt(chosen, prompts),
         prompts=prompts,
         runner=lambda n: RowRunner(
             evaluator, processor=processor, completion_params={**params, "n": n}
@@ -231,10 +213,10 @@ class TrlRollouts:
         count = trainer.num_generations
         if not training:
             count = getattr(trainer, "num_generations_eval", None) or count
-        turns = self._find(prompts, count)
+        rows = self._find(prompts, count)
         step = int(trainer.state.global_step)
         self._publish(trainer, step)
-        groups = self._thread.run(self._sample(turns, step, training=training))
+        groups = self._thread.run(self._sample(rows, count, step, training=training))
         self._require_scores(groups)
         result = rollout_result(groups, prompts=prompts)
         completions = [t for group in groups for t in group.trajectories]
@@ -304,10 +286,10 @@ class TrlRollouts:
             )
         self._trainer = trainer
 
-    def _find(self, prompts: Sequence[Any], count: int) -> list[_Turn]:
+    def _find(self, prompts: Sequence[Any], count: int) -> list[EvaluationRow]:
         """Rows behind `prompts`, one for each `count` repetitions."""
-        turns: list[_Turn] = []
-        for key, same in groupby(_key(prompt) for prompt in prompts):
+        rows: list[EvaluationRow] = []
+        for key, same in groupby(prompt_key(prompt) for prompt in prompts):
             times = len(list(same))
             row = self._rows.get(key)
             if row is None:
@@ -321,8 +303,8 @@ class TrlRollouts:
                     f"is no multiple of the {count} generations of a prompt: set the batch size to "
                     "a multiple of num_generations (num_generations_eval)"
                 )
-            turns += [_Turn(row, count)] * (times // count)
-        return turns
+            rows += [row] * (times // count)
+        return rows
 
     def _publish(self, trainer: Any, step: int) -> None:
         model = trainer.accelerator.unwrap_model(trainer.model)
@@ -335,21 +317,14 @@ class TrlRollouts:
         self._published = state
 
     async def _sample(
-        self, turns: Sequence[_Turn], step: int, *, training: bool
+        self, rows: Sequence[EvaluationRow], count: int, step: int, *, training: bool
     ) -> list[PromptGroup]:
         if step != self._step:
             self._step = step
             self._turns.clear()
-        return list(
-            await asyncio.gather(
-                *(
-                    roll_out(
-                        self._runner(turn.completions), turn.row, run=self._run(turn.row, training)
-                    )
-                    for turn in turns
-                )
-            )
-        )
+        runner = self._runner(count)
+        rollouts = [roll_out(runner, row, run=self._run(row, training)) for row in rows]
+        return list(await asyncio.gather(*rollouts))
 
     def _runner(self, count: int) -> RowRunner:
         if count not in self._runners:
@@ -370,10 +345,7 @@ class TrlRollouts:
             self._fruitless = 0 if scored else self._fruitless + 1
         everything = self._fruitless == len(groups) and self.last is None
         if everything or self._fruitless >= FRUITLESS_ROWS:
-            raise NothingToTrainOnError(
-                f"{self._fruitless} rows in a row gave no scored completion; the last: "
-                f"{why_fruitless(groups[-1])}"
-            )
+            raise nothing_scored(self._fruitless, groups[-1])
 
     def _require_version(self, step: int, completions: Sequence[Trajectory]) -> None:
         """Where the sampler names its weights, they are those that were published."""
@@ -396,11 +368,11 @@ class TrlRollouts:
         stride = max(1, len(completions) // COMPARED)
         datums = comparable(completions[::stride][:COMPARED])
         pairs = sampled_pairs(datums, _logprobs(trainer, datums, self.temperature), {0})
-        self.last = found = measure(pairs)
+        self.last = difference = measure(pairs)
         raw = None
-        if found is not None and found.verdict != "pass" and self.temperature != 1.0:
+        if difference is not None and difference.verdict != "pass" and self.temperature != 1.0:
             raw = measure(sampled_pairs(datums, _logprobs(trainer, datums, 1.0), {0}))
-        trouble = self._watch.mismatch(step, found, shifted=looks_shifted(pairs), raw=raw)
+        trouble = self._watch.mismatch(step, difference, shifted=looks_shifted(pairs), raw=raw)
         if trouble is not None and trouble.fatal:
             raise TrainingStoppedError(trouble)
         if trouble is not None:
@@ -418,58 +390,6 @@ def _require_trl() -> None:
             f"trl {version} is installed, and GRPOTrainer's rollout_func is another one before "
             f"1.0: pip install '{INSTALL}'"
         )
-
-
-def _as_rows(
-    given: EvaluationRow | Mapping[str, Any], test: EPParameters | None
-) -> list[EvaluationRow]:
-    return [given] if isinstance(given, EvaluationRow) else adapt(test, [given])
-
-
-def _prompt(row: EvaluationRow, *, drop_trailing_assistant: bool) -> list[dict[str, Any]]:
-    messages = messages_to_answer(row, drop_trailing_assistant=drop_trailing_assistant)
-    return [message.model_dump(mode="json", exclude_none=True) for message in messages]
-
-
-def _key(prompt: Any) -> str:
-    """A prompt as one text. Data sets put nulls where other rows' messages have keys."""
-    return json.dumps(_without_nulls(prompt), sort_keys=True, ensure_ascii=False, default=str)
-
-
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list | tuple):
-        return [_without_nulls(item) for item in value]
-    return value
-
-
-def _by_prompt(
-    rows: Sequence[EvaluationRow], prompts: Sequence[list[dict[str, Any]]]
-) -> dict[str, EvaluationRow]:
-    """Rows by their prompts.
-
-    Raises:
-        SetupError: one prompt stands for two rows that differ otherwise; or there are none.
-    """
-    found: dict[str, EvaluationRow] = {}
-    for row, prompt in zip(rows, prompts, strict=True):
-        first = found.setdefault(_key(prompt), row)
-        if first is not row and _beside_prompt(first) != _beside_prompt(row):
-            raise SetupError(
-                f"rows {first.input_metadata.row_id} and {row.input_metadata.row_id} have the same "
-                "prompt and differ otherwise (ground_truth, tools or columns), and TRL passes on "
-                "prompts alone: leave one of them out, or make the prompts differ"
-            )
-    if not found:
-        raise SetupError("no rows to train on")
-    return found
-
-
-def _beside_prompt(row: EvaluationRow) -> Any:
-    return _without_nulls(
-        [row.ground_truth, row.tools, row.input_metadata.dataset_info, row.evaluation_result]
-    )
 
 
 def _own_weights(model: Any) -> tuple[Any, dict[str, Tensor]]:

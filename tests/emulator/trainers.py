@@ -6,13 +6,14 @@ from typing import Any
 
 from fireworks.training import sdk
 
+from eval_protocol_rft.loop._options import Optimizer
 from eval_protocol_rft.loop._trainer import NamedLoss
 from eval_protocol_rft.loop.fireworks._hot_load import HotLoad
-from eval_protocol_rft.loop.fireworks._trainer import Adam, FireworksTrainer
+from eval_protocol_rft.loop.fireworks._trainer import FireworksTrainer
 from tests.emulator.server import KEY, TrainingEmulator
 
 BASE = "accounts/fireworks/models/arithmetic"
-ADAM = Adam(eps=1e-8, max_grad_norm=None)
+OPTIMIZER = Optimizer(beta2=0.95, max_grad_norm=None)
 CLIP = {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}
 
 
@@ -25,7 +26,7 @@ def make_trainer(
     return FireworksTrainer(
         service.create_training_client(base_model=BASE, lora_rank=8 if lora else 0),
         temperature=1.0,
-        adam=ADAM,
+        optimizer=OPTIMIZER,
         hot_load=HotLoad(manager=manager, deployment="dep", base_model=BASE, poll_seconds=0.01),
         lora=lora,
         make_reference=lambda: service.create_reference_client(base_model=BASE),

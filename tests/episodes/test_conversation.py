@@ -82,9 +82,10 @@ def test_turns_are_the_requests_and_their_answers():
     second = list(talk.append([FEEDBACK]))
     talk.sampled(said([9, 9], finish_reason="length"))
     one, two = talk.turns()
-    assert (one.prompt_ids, one.completion_ids, one.finish_reason) == (first, [7, END], "stop")
-    assert (two.prompt_ids, two.completion_ids, two.finish_reason) == (second, [9, 9], "length")
-    assert two.completion_logprobs == [-0.5, -1.5]
+    assert (one["prompt_ids"], one["completion_ids"]) == (first, [7, END])
+    assert (two["prompt_ids"], two["completion_ids"]) == (second, [9, 9])
+    assert (one["finish_reason"], two["finish_reason"]) == ("stop", "length")
+    assert two["completion_logprobs"] == [-0.5, -1.5]
 
 
 def test_what_was_appended_and_never_answered_is_nothing_to_train_on():

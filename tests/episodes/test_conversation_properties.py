@@ -203,7 +203,8 @@ def check_segments(talk: Conversation, wire: list[tuple[list[int], Completion]],
         assert np.array_equal(segment.logprobs, np.float32(logprobs))
         dtypes = (segment.tokens.dtype, segment.logprobs.dtype, segment.loss_mask.dtype)
         assert dtypes == (np.int64, np.float32, np.float32)
-    turns = [(t.prompt_ids, t.completion_ids, t.completion_logprobs) for t in talk.turns()]
+    names = ("prompt_ids", "completion_ids", "completion_logprobs")
+    turns = [tuple(turn[name] for name in names) for turn in talk.turns()]
     assert turns == [(prompt, c.token_ids, c.logprobs) for prompt, c in wire]
 
 

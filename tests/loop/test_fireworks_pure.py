@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from eval_protocol_rft.loop._options import Optimizer
 from eval_protocol_rft.loop._run_directory import RunFolderError
 from eval_protocol_rft.loop._trainer import TrainerError
-from eval_protocol_rft.loop.fireworks._control_plane import judge_deployment, judge_job
-from eval_protocol_rft.loop.fireworks._hot_load import SnapshotChain, judge_replicas
+from eval_protocol_rft.loop.fireworks._control_plane import deployment_verdict, job_verdict
+from eval_protocol_rft.loop.fireworks._hot_load import SnapshotChain, replicas_verdict
 from eval_protocol_rft.loop.fireworks._run_state import (
     RunState,
     StepReport,
@@ -21,7 +22,6 @@ from eval_protocol_rft.loop.fireworks._run_state import (
     read_state,
     write_state,
 )
-from eval_protocol_rft.loop.fireworks._trainer import Adam
 
 REPORT = StepReport(step=0, model="m", groups=1, completions=2, mean_score=0.5, dropped={})
 FRESH = RunState(run="r", settings={"base_model": "b", "lora_rank": 8})
@@ -108,17 +108,17 @@ def test_of_all_states_of_a_job_one_is_success() -> None:
     step = pytest.importorskip("fireworks.types.reinforcement_fine_tuning_step")
     annotation = step.ReinforcementFineTuningStep.model_fields["state"].annotation
     (states,) = (get_args(a) for a in get_args(annotation) if get_args(a))
-    verdicts = {state: judge_job(state) for state in states}
+    verdicts = {state: job_verdict(state) for state in states}
     assert [state for state, v in verdicts.items() if v == "done"] == ["JOB_STATE_COMPLETED"]
     failed = {state.removeprefix("JOB_STATE_") for state, v in verdicts.items() if v == "failed"}
     assert failed >= {"FAILED", "CANCELLED", "EXPIRED", "DELETING", "CANCELLING"}
     running = {"CREATING", "RUNNING", "PENDING", "VALIDATING", "WRITING_RESULTS", "RE_QUEUEING"}
     assert all(verdicts[f"JOB_STATE_{state}"] == "wait" for state in running)
-    assert judge_job(None) == judge_job("JOB_STATE_NEW_TO_US") == "wait"
+    assert job_verdict(None) == job_verdict("JOB_STATE_NEW_TO_US") == "wait"
 
 
 def test_a_deployment_serves_while_it_is_updated_and_never_after_it_failed() -> None:
-    assert [judge_deployment(s) for s in ("CREATING", "READY", "UPDATING", "FAILED", None)] == [
+    assert [deployment_verdict(s) for s in ("CREATING", "READY", "UPDATING", "FAILED", None)] == [
         "wait",
         "done",
         "done",
@@ -145,28 +145,31 @@ def test_a_snapshot_is_loaded_when_every_replica_holds_it_and_is_ready(kinds: li
         "old": replica("old"),
         "loading": replica("new", ready=False, stage="loading"),
     }
-    status = judge_replicas({"replicas": [replicas[kind] for kind in kinds]}, "new")
-    assert status.done == (bool(kinds) and set(kinds) == {"new"})
-    assert not status.failed
+    verdict, _ = replicas_verdict({"replicas": [replicas[kind] for kind in kinds]}, "new")
+    assert verdict == ("done" if kinds and set(kinds) == {"new"} else "wait")
+
+
+def verdict_on(*replicas: dict[str, Any]) -> str:
+    return replicas_verdict({"replicas": list(replicas)}, "new")[0]
 
 
 def test_an_adapter_among_others_counts_as_held() -> None:
     held = {**replica(None), "loaded_adapters": [{"identity": "new", "status": "loaded"}]}
-    assert judge_replicas({"replicas": [held]}, "new").done
+    assert verdict_on(held) == "done"
     held["loaded_adapters"][0]["status"] = "loading"
-    assert not judge_replicas({"replicas": [held]}, "new").done
+    assert verdict_on(held) == "wait"
 
 
 def test_an_error_counts_where_it_is_about_this_snapshot() -> None:
     stale = replica("old", stage="error")
-    assert judge_replicas({"replicas": [replica("new"), stale]}, "new").failed
+    assert verdict_on(replica("new"), stale) == "failed"
     stale["loading_state"]["target_snapshot_identity"] = "older"
-    assert not judge_replicas({"replicas": [replica("new"), stale]}, "new").failed
+    assert verdict_on(replica("new"), stale) == "wait"
 
 
 def test_a_status_without_replicas_is_not_guessed_at() -> None:
     with pytest.raises(TrainerError, match=r"no list of replicas but \['ready'\]"):
-        judge_replicas({"ready": True}, "new")
+        replicas_verdict({"ready": True}, "new")
 
 
 @given(lora=st.booleans(), outcomes=st.lists(st.booleans(), max_size=8))
@@ -186,11 +189,17 @@ def test_a_delta_follows_what_was_seen_to_be_loaded(lora: bool, outcomes: list[b
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"beta1": 1.0}, {"beta2": -0.1}, {"eps": float("nan")}, {"max_grad_norm": 0.0}],
+    [
+        {"beta1": 1.0},
+        {"beta2": -0.1},
+        {"eps": float("nan")},
+        {"max_grad_norm": -1.0},
+        {"weight_decay": float("inf")},
+    ],
 )
-def test_adam_settings_that_make_no_sense_are_refused(wrong: dict[str, float]) -> None:
+def test_settings_of_the_optimizer_that_make_no_sense_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
-        Adam(**wrong)
+        Optimizer(**wrong)
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from eval_protocol_rft.training.losses._forward import token_logprobs  # noqa: E
 from eval_protocol_rft.training.losses._objective import make_loss  # noqa: E402
 from eval_protocol_rft.training.losses._tensors import LossError  # noqa: E402
 from tests.emulator.server import TrainingEmulator, arithmetic, emulated_trainer  # noqa: E402
-from tests.emulator.trainers import ADAM, CLIP, make_trainer, one_step  # noqa: E402
+from tests.emulator.trainers import CLIP, OPTIMIZER, make_trainer, one_step  # noqa: E402
 from tests.sums import sums_batch  # noqa: E402
 
 
@@ -230,7 +230,7 @@ async def test_the_reference_stays_where_training_began(trainer: FireworksTraine
 
 def test_another_temperature_is_refused() -> None:
     with pytest.raises(TrainerError, match=r"temperature 1\.5, .* sample at temperature 1"):
-        FireworksTrainer(None, temperature=1.5, adam=ADAM)
+        FireworksTrainer(None, temperature=1.5, optimizer=OPTIMIZER)
 
 
 async def test_a_loss_without_thresholds_never_reaches_the_server(

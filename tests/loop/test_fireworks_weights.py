@@ -23,7 +23,7 @@ from tests.emulator.server import (  # noqa: E402
     arithmetic,
     emulated_trainer,
 )
-from tests.emulator.trainers import ADAM, BASE, make_trainer, one_step  # noqa: E402
+from tests.emulator.trainers import BASE, OPTIMIZER, make_trainer, one_step  # noqa: E402
 from tests.sums import sums_batch  # noqa: E402
 
 
@@ -203,7 +203,7 @@ async def test_connecting_from_a_key_trains_and_publishes(server: TrainingEmulat
         trainer_job="job",
         lora_rank=8,
         temperature=1.0,
-        adam=ADAM,
+        optimizer=OPTIMIZER,
         api_key=KEY,
         base_url=server.url,
         reference=True,
@@ -233,7 +233,7 @@ async def test_a_deployment_of_another_trainer_gets_this_ones_weights_first(
         deployment="dep",
         trainer_job="job",
         temperature=1.0,
-        adam=ADAM,
+        optimizer=OPTIMIZER,
         api_key=KEY,
         base_url=server.url,
         poll_seconds=0.01,
@@ -250,7 +250,7 @@ async def test_connecting_to_what_is_not_there_is_one_error(server: TrainingEmul
             deployment="dep",
             trainer_job="no-such-job",
             temperature=1.0,
-            adam=ADAM,
+            optimizer=OPTIMIZER,
             api_key=KEY,
             base_url=server.url,
         )

@@ -11,6 +11,7 @@ import torch
 
 from eval_protocol_rft.loop._local_trainer import LocalTrainer
 from eval_protocol_rft.loop._lora import LoraSettings, add_lora, merged_names, merged_weights
+from eval_protocol_rft.loop._options import Optimizer
 from eval_protocol_rft.loop._trainer import NamedLoss, Trainer, TrainerError
 from eval_protocol_rft.loop._weights import SamplerWeights
 from tests.loop.policies import (
@@ -52,7 +53,9 @@ async def test_one_step_is_adamw_on_the_sum_of_the_weighted_losses(microbatch_to
     norm = torch.nn.utils.clip_grad_norm_(reference.parameters(), 0.05)
     optimizer.step()
 
-    trainer = trainer_of(model, microbatch_tokens=microbatch_tokens, max_grad_norm=0.05)
+    trainer = trainer_of(
+        model, optimizer=Optimizer(microbatch_tokens=microbatch_tokens, max_grad_norm=0.05)
+    )
     told = await trainer.forward_backward(batch, PLAIN)
     metrics = await trainer.optim_step(learning_rate=0.01)
 
@@ -83,7 +86,7 @@ async def test_a_loss_of_ones_own() -> None:
     def loss(data, logprobs):
         return -sum(values.sum() for values in logprobs), {"mine:sum": float(len(data))}
 
-    trainer = trainer_of(tiny_model(), microbatch_tokens=1)
+    trainer = trainer_of(tiny_model(), optimizer=Optimizer(microbatch_tokens=1))
     told = await trainer.forward_backward(batch, loss)
     assert told.metrics == {"mine:sum": 3.0}
     before = [values.sum() for values in told.logprobs]
@@ -249,7 +252,7 @@ async def test_a_gradient_that_is_not_finite_is_refused() -> None:
 
 
 async def test_weight_decay_spares_norms() -> None:
-    trainer = trainer_of(tiny_model(), weight_decay=0.5, max_grad_norm=None)
+    trainer = trainer_of(tiny_model(), optimizer=Optimizer(weight_decay=0.5, max_grad_norm=None))
     before = {name: value.clone() for name, value in trainer.weights().items()}
     await trainer.forward_backward(
         datums(2), lambda data, logprobs: (0.0 * sum(v.sum() for v in logprobs), {})

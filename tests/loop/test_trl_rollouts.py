@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from eval_protocol.models import EvaluationRow, Message
+from eval_protocol.pytest import evaluation_test
 from transformers import AutoTokenizer
 
 from eval_protocol_rft.local.models import bundled_model_path
@@ -20,6 +21,7 @@ from eval_protocol_rft.loop._rollouts import NothingToTrainOnError
 from eval_protocol_rft.loop._step import TrainingStoppedError
 from eval_protocol_rft.loop._trainer import TrainerError
 from eval_protocol_rft.loop.trl import TrlRollouts, trl_rollouts
+from eval_protocol_rft.rollout import FireworksTrainingRolloutProcessor
 from eval_protocol_rft.training._errors import MissingPackageError, require
 from examples.sums import test_sums as sums
 from tests.loop.policies import change, forward_logprobs, grpo_trainer
@@ -50,6 +52,25 @@ def prompt(a: int, b: int) -> list[dict[str, Any]]:
 def rollouts() -> Any:
     with trl_rollouts(sums.test_sums, rows((12, 34), (56, 41), (20, 30))) as made:
         yield made
+
+
+def test_of_several_sets_of_parameters_one_must_be_chosen() -> None:
+    sets = [{"model": "local/arithmetic"}, {"model": "local/other"}]
+
+    def pass_on(row: EvaluationRow) -> EvaluationRow:
+        return row
+
+    # Eval Protocol looks at the annotations as they are, and here they are text.
+    pass_on.__annotations__ = {"row": EvaluationRow, "return": EvaluationRow}
+    test = evaluation_test(
+        input_rows=[rows((1, 2))],
+        completion_params=sets,
+        rollout_processor=FireworksTrainingRolloutProcessor(),
+    )(pass_on)
+    with pytest.raises(SetupError, match="2 sets of completion_params: choose a model"):
+        trl_rollouts(test)
+    with trl_rollouts(test, model="local/arithmetic", completion_params={"n": 1}) as made:
+        assert made.model == str(FOLDER)
 
 
 def test_each_completion_is_scored_with_the_row_behind_its_prompt(rollouts: TrlRollouts) -> None:

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
-from eval_protocol_rft.loop._options import LoopOptions
-from eval_protocol_rft.loop._setup import LocalParts, Optimizer
+from eval_protocol_rft.loop._options import LoopOptions, Optimizer
+from eval_protocol_rft.loop._setup import LocalParts
 from eval_protocol_rft.loop._train import atrain
 from eval_protocol_rft.loop._weights import ServedWeights
 from tests.loop import digit_sums

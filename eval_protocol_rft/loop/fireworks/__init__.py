@@ -1,6 +1,6 @@
 """Fireworks in the loop: its training API as a `Trainer`, and its fine-tuning steps as a loop.
 
-    trainer = await connect(base_model=..., deployment=..., temperature=1.0, adam=Adam())
+    trainer = await connect(base_model=..., deployment=..., temperature=1.0, optimizer=Optimizer())
     reports = await iterate(evaluator, rows, client=AsyncFireworks(), run=..., ...)
 
 `_trainer` holds `FireworksTrainer`, `_losses` which loss the server computes, `_hot_load` how new

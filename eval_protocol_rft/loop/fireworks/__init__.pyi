@@ -5,7 +5,6 @@ from ._control_plane import JobFailedError as JobFailedError
 from ._iterate import iterate as iterate
 from ._run_state import StepReport as StepReport
 from ._run_state import StepSettings as StepSettings
-from ._trainer import Adam as Adam
 from ._trainer import FireworksTrainer as FireworksTrainer
 
 # For other rooms alone: these may change.

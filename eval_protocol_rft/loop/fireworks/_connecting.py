@@ -18,11 +18,11 @@ import httpx
 from annotated_types import Ge
 
 from eval_protocol_rft import rollout
-from eval_protocol_rft.loop._options import FIREWORKS, MODEL, LoopOptions, SetupError
-from eval_protocol_rft.loop._setup import Optimizer, Parts, own_processor
+from eval_protocol_rft.loop._options import FIREWORKS, MODEL, LoopOptions, Optimizer, SetupError
+from eval_protocol_rft.loop._setup import Parts, own_processor
 from eval_protocol_rft.loop._trainer import TrainerError
 from eval_protocol_rft.loop.fireworks._hot_load import POLL_SECONDS, HotLoad
-from eval_protocol_rft.loop.fireworks._trainer import Adam, FireworksTrainer, check_temperature
+from eval_protocol_rft.loop.fireworks._trainer import FireworksTrainer, check_temperature
 from eval_protocol_rft.training import require
 
 FIREWORKS_URL = "https://api.fireworks.ai"
@@ -33,7 +33,7 @@ async def connect(
     base_model: str,
     deployment: str,
     temperature: float,
-    adam: Adam,
+    optimizer: Optimizer,
     lora_rank: int = 0,
     api_key: str | None = None,
     base_url: str = FIREWORKS_URL,
@@ -53,7 +53,7 @@ async def connect(
         deployment: id; made where it is not there, and joined to the trainer job. Sample from
             `trainer.hot_load.model`.
         temperature: see `FireworksTrainer`.
-        adam: see `FireworksTrainer`.
+        optimizer: of every step; its `microbatch_tokens` are not for a server.
         lora_rank: rank of the adapters; 0 trains all parameters.
         api_key: default `FIREWORKS_API_KEY`.
         base_url: of the service.
@@ -98,7 +98,7 @@ async def connect(
         return FireworksTrainer(
             client,
             temperature=temperature,
-            adam=adam,
+            optimizer=optimizer,
             hot_load=HotLoad(
                 manager=manager,
                 deployment=deployment,
@@ -172,18 +172,11 @@ class FireworksParts:
             raise SetupError(
                 f"{request.params.model} is a model of this process: name the one on Fireworks"
             )
-        optimizer = self.optimizer
         trainer = await connect(
             base_model=self.base_model,
             deployment=self.deployment,
             temperature=request.params.temperature,
-            adam=Adam(
-                beta1=optimizer.beta1,
-                beta2=optimizer.beta2,
-                eps=optimizer.eps,
-                weight_decay=optimizer.weight_decay,
-                max_grad_norm=optimizer.max_grad_norm or None,
-            ),
+            optimizer=self.optimizer,
             lora_rank=self.lora_rank,
             base_url=self.base_url,
             training_shape=self.training_shape,

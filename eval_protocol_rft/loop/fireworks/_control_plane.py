@@ -14,7 +14,8 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from types import SimpleNamespace
+from typing import Any, Literal
 
 from eval_protocol_rft._errors import EvalProtocolRftError
 from eval_protocol_rft.loop.fireworks._run_state import StepSettings
@@ -51,37 +52,31 @@ class JobFailedError(ControlPlaneError):
         """As the service spells it."""
 
 
-def judge_job(state: str | None) -> Verdict:
+def job_verdict(state: str | None) -> Verdict:
     """Read a `JOB_STATE_...`; "stopped" needs a person, and may go on after that."""
     return _JOB.get((state or "").removeprefix("JOB_STATE_"), "wait")
 
 
-def judge_deployment(state: str | None) -> Verdict:
+def deployment_verdict(state: str | None) -> Verdict:
     """Read the state of a deployment; it serves while UPDATING."""
     if state in ("READY", "UPDATING"):
         return "done"
     return "failed" if state in ("FAILED", "DELETED", "DELETING") else "wait"
 
 
-def judge_deployed_model(state: str | None) -> Verdict:
+def adapter_verdict(state: str | None) -> Verdict:
     """Read the state of an adapter on a deployment."""
     if state == "DEPLOYED":
         return "done"
     return "failed" if state == "UNDEPLOYING" else "wait"
 
 
-def judge_ready(state: str | None) -> Verdict:
+def ready_verdict(state: str | None) -> Verdict:
     """Read the state of a data set or a model, which only ever becomes READY."""
     return "done" if state == "READY" else "wait"
 
 
 logger = logging.getLogger(__name__)
-
-
-class _NoAnswer(NamedTuple):
-    """In place of what a look that failed would have seen."""
-
-    state: str
 
 
 async def _look(look: Callable[[], Awaitable[Any]]) -> Any:
@@ -92,7 +87,7 @@ async def _look(look: Callable[[], Awaitable[Any]]) -> Any:
         return await look()
     except (errors.APIConnectionError, errors.InternalServerError, errors.RateLimitError) as error:
         logger.warning("no answer, looking again: %s", error)
-        return _NoAnswer(f"unknown ({error})")
+        return SimpleNamespace(state=f"unknown ({error})")
 
 
 async def found_or_made(
@@ -181,14 +176,16 @@ class ControlPlane:
         await self._until(
             f"deployment {deployment}",
             lambda: deployments.get(deployment),
-            judge_deployment,
+            deployment_verdict,
             answer,
         )
 
     async def put_adapter(self, deployment: str, model: str) -> None:
         """See that `model` is on the deployment, in the place of any other."""
         lora, target = self.client.lora, self.deployment_name(deployment)
-        await self._until(f"model {model}", lambda: self.client.models.get(_id(model)), judge_ready)
+        await self._until(
+            f"model {model}", lambda: self.client.models.get(_id(model)), ready_verdict
+        )
         answer = None
         async for deployed in lora.list():
             if (deployed.model, deployed.deployment) == (model, target):
@@ -197,7 +194,7 @@ class ControlPlane:
             answer = await lora.load(deployment=target, model=model, replace_merged_addon=True)
         deployed_id = _id(answer.name)
         await self._until(
-            f"{model} on {deployment}", lambda: lora.get(deployed_id), judge_deployed_model, answer
+            f"{model} on {deployment}", lambda: lora.get(deployed_id), adapter_verdict, answer
         )
 
     async def put_dataset(self, dataset: str, file: Path, *, rows: int) -> None:
@@ -221,9 +218,9 @@ class ControlPlane:
                 },
             ),
         )
-        if judge_ready(answer.state) != "done":
+        if ready_verdict(answer.state) != "done":
             await datasets.upload(dataset, file=(file.name, data), timeout=UPLOAD_SECONDS)
-        await self._until(f"data set {dataset}", lambda: datasets.get(dataset), judge_ready)
+        await self._until(f"data set {dataset}", lambda: datasets.get(dataset), ready_verdict)
 
     async def delete_dataset(self, dataset: str) -> None:
         try:
@@ -273,22 +270,22 @@ class ControlPlane:
             raise ControlPlaneError(
                 f"there is a job {answer.name} already, on {answer.dataset}: take another run name"
             )
-        await self._until(f"job {job}", lambda: steps.get(job), judge_job, answer)
+        await self._until(f"job {job}", lambda: steps.get(job), job_verdict, answer)
         return model
 
     async def _until(
         self,
         what: str,
         look: Callable[[], Awaitable[Any]],
-        judge: Callable[[str | None], Verdict],
+        verdict_on: Callable[[str | None], Verdict],
         answer: Any = None,
     ) -> None:
-        """Look until `judge` says that it is done.
+        """Look until `verdict_on` says that it is done.
 
         Args:
             what: for messages.
             look: asks the service.
-            judge: reads a state.
+            verdict_on: reads a state.
             answer: what the service said just now.
 
         Raises:
@@ -297,7 +294,7 @@ class ControlPlane:
         """
         deadline = time.monotonic() + self.timeout_seconds
         answer = answer if answer is not None else await _look(look)
-        while (verdict := judge(answer.state)) == "wait":
+        while (verdict := verdict_on(answer.state)) == "wait":
             if time.monotonic() >= deadline:
                 raise ControlPlaneError(
                     f"{what} is still {answer.state} after {self.timeout_seconds:g} s; start again "
@@ -312,7 +309,7 @@ class ControlPlane:
         message = f"{answer.name or what} is {answer.state}: {reason}"
         if verdict == "stopped":
             raise ControlPlaneError(f"{message}. Resume it, then start again")
-        if judge is judge_job:
+        if verdict_on is job_verdict:
             raise JobFailedError(message, job=answer.name or what, state=answer.state)
         raise ControlPlaneError(message)
 

@@ -10,11 +10,12 @@ import asyncio
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import httpx
 
 from eval_protocol_rft.loop._trainer import TrainerError
+from eval_protocol_rft.loop.fireworks._control_plane import Verdict
 
 CheckpointType = Literal["base", "delta"]
 POLL_SECONDS = 5.0
@@ -44,17 +45,11 @@ class SnapshotChain:
         return {"previous_snapshot_identity": self.loaded, **DELTA_FORMAT}
 
 
-class LoadStatus(NamedTuple):
-    """What the replicas say about one snapshot."""
-
-    done: bool
-    failed: bool
-    seen: str
-    """One line per replica."""
-
-
-def judge_replicas(status: Mapping[str, Any], expected: str) -> LoadStatus:
+def replicas_verdict(status: Mapping[str, Any], expected: str) -> tuple[Verdict, str]:
     """Read the answer to a hot-load status request. Pure.
+
+    Returns:
+        Whether the snapshot `expected` is loaded, and what the replicas say, one line of each.
 
     Raises:
         TrainerError: the answer has no list of replicas.
@@ -78,7 +73,8 @@ def judge_replicas(status: Mapping[str, Any], expected: str) -> LoadStatus:
         seen.append(
             f"replica {i}: holds {current}, stage {stage}, ready {replica.get('readiness')}"
         )
-    return LoadStatus(done, failed, "; ".join(seen) or "no replicas")
+    verdict: Verdict = "done" if done else "failed" if failed else "wait"
+    return verdict, "; ".join(seen) or "no replicas"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -126,25 +122,25 @@ class HotLoad:
             ) from error
         deadline = time.monotonic() + self.timeout_seconds
         while True:
-            status = await self._status(identity)
-            if status.done:
+            verdict, seen = await self._status(identity)
+            if verdict == "done":
                 return
-            if status.failed:
+            if verdict == "failed":
                 raise TrainerError(
-                    f"deployment {self.deployment} failed to load {identity}: {status.seen}"
+                    f"deployment {self.deployment} failed to load {identity}: {seen}"
                 )
             if time.monotonic() >= deadline:
                 raise TrainerError(
                     f"deployment {self.deployment} has not loaded {identity} within "
-                    f"{self.timeout_seconds:g} s: {status.seen}"
+                    f"{self.timeout_seconds:g} s: {seen}"
                 )
             await asyncio.sleep(self.poll_seconds)
 
-    async def _status(self, identity: str) -> LoadStatus:
+    async def _status(self, identity: str) -> tuple[Verdict, str]:
         try:
             answer = await asyncio.to_thread(
                 self.manager.hotload_check_status, self.deployment, self.base_model
             )
         except httpx.HTTPError as error:  # a replica may be restarting; the deadline decides
-            return LoadStatus(False, False, f"no status: {error}")
-        return judge_replicas(answer, identity)
+            return "wait", f"no status: {error}"
+        return replicas_verdict(answer, identity)

@@ -5,17 +5,21 @@ more: the server never divides (`grad_accumulation_normalization=None`), thresho
 AdamW's settings are always sent, and positions that were not sampled have no part in a loss.
 Logprobs meet datums by position only after their numbers and lengths were compared. A folder that
 names a saved state is read back as it was written, or not at all.
+
+Which loss the server computes by itself, and how any other is computed on this side.
+
+Invariant: the server is given a loss by name only where its documented formula on the tensors that
+it gets is ours, to the last weight. Everything else is differentiated here, with respect to the
+logprobs, and reaches the server as weights of a cross entropy, which is exact for any loss.
 """
 
 from __future__ import annotations
 
 import asyncio
-import math
 import secrets
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
@@ -23,14 +27,6 @@ import numpy as np
 from eval_protocol_rft._durable import write_whole
 from eval_protocol_rft.loop._trainer import ForwardBackward, LossFunction, NamedLoss, TrainerError
 from eval_protocol_rft.loop.fireworks._hot_load import HotLoad, SnapshotChain
-from eval_protocol_rft.loop.fireworks._losses import (
-    built_in_data,
-    built_in_name,
-    custom_loss,
-    objective_of,
-    value_of,
-    with_difference,
-)
 from eval_protocol_rft.training import (
     FloatArray,
     TrainingDatum,
@@ -39,32 +35,11 @@ from eval_protocol_rft.training import (
     require,
 )
 
+if TYPE_CHECKING:
+    from torch import Tensor
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Adam:
-    """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) as the training server runs it."""
-
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    """The SDK's own default is 1e-12."""
-    weight_decay: float = 0.0
-    max_grad_norm: float | None = 1.0
-    """Longer gradients are cut to this norm; None: never."""
-
-    def __post_init__(self) -> None:
-        for name in ("beta1", "beta2"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(
-                    f"{name} must be at least 0 and below 1, got {getattr(self, name)}"
-                )
-        for name in ("eps", "weight_decay"):
-            if not 0.0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be finite, not negative, got {getattr(self, name)}")
-        norm = self.max_grad_norm
-        # On the wire 0 means that nothing is cut.
-        if norm is not None and not 0.0 < norm < math.inf:
-            raise ValueError(f"max_grad_norm must be above 0 or None, got {norm}")
+    from eval_protocol_rft.loop._options import Optimizer
+    from eval_protocol_rft.training.losses import Objective
 
 
 def check_temperature(temperature: float) -> None:
@@ -113,6 +88,114 @@ def check_shapes(
         raise TrainerError(f"{name} has shapes {shapes}, the datums have targets {wanted}")
 
 
+BUILT_IN = {
+    "ppo": "ppo",
+    "grpo": "ppo",
+    "importance_sampling": "importance_sampling",
+    "cispo": "cispo",
+}
+"""Name of ours -> name on the wire. Not here although the server has the name: dro acts on the
+prompt too; over which tokens gspo takes its mean, what reinforce multiplies, and what dapo adds to
+ppo is not documented."""
+
+SERVER_LOSS = "loss:sum"
+
+SdkLoss = Callable[[Sequence[Any], Sequence["Tensor"]], "tuple[Tensor, dict[str, float]]"]
+
+
+def built_in_name(loss: NamedLoss | LossFunction) -> str | None:
+    """The server's name for exactly this loss, or None."""
+    if not isinstance(loss, NamedLoss) or loss.kl_beta or loss.correction is not None:
+        return None
+    return BUILT_IN.get(loss.loss_fn)
+
+
+def built_in_data(
+    datums: Sequence[TrainingDatum],
+    loss_fn: str,
+    *,
+    old_logprobs: Sequence[FloatArray] | None,
+    types: Any,
+) -> list[Any]:
+    """SDK datums for a loss that the server computes. Ratios are taken against `old_logprobs`,
+    which must be one [T_i] array per datum; None: against the sampler's own."""
+    data = []
+    for i, datum in enumerate(datums):
+        inputs = loss_fn_inputs(datum, loss_fn)
+        if old_logprobs is not None:
+            # The server takes exp(current - this) at every position, the prompt's too.
+            old = np.where(datum.mask, old_logprobs[i], np.float32(0.0))
+            inputs = {**inputs, "logprobs": old.astype(np.float32)}
+        data.append(build_datum(datum, inputs, types))
+    return data
+
+
+def objective_of(loss: NamedLoss) -> Objective:
+    """The loss in torch; checks its name, thresholds and options.
+
+    Raises:
+        LossError: unknown name, unknown or missing option, or a value out of range.
+        MissingPackageError: torch is not installed.
+    """
+    losses = require("eval_protocol_rft.training.losses", install="eval-protocol-rft[local]")
+    objective: Objective = losses.make_loss(
+        loss.loss_fn, loss.config, correction=loss.correction, kl_beta=loss.kl_beta
+    )
+    return objective
+
+
+def value_of(
+    objective: Objective,
+    datums: Sequence[TrainingDatum],
+    logprobs: Sequence[FloatArray],
+    *,
+    old_logprobs: Sequence[FloatArray] | None,
+) -> tuple[float, dict[str, float]]:
+    """The loss and its metrics at [T_i] logprobs per datum, without gradient."""
+    torch = require("torch", install="eval-protocol-rft[local]")
+    tensors = [torch.from_numpy(values) for values in logprobs]
+    loss, metrics = objective(datums, tensors, old_logprobs=old_logprobs)
+    return float(loss), metrics
+
+
+def with_difference(
+    server: Mapping[str, float], ours: tuple[float, dict[str, float]]
+) -> dict[str, float]:
+    """The server's metrics and ours, and how far its loss is from ours, where it tells."""
+    loss, metrics = ours
+    if SERVER_LOSS in server:
+        metrics = {**metrics, "server_loss_difference:max": abs(server[SERVER_LOSS] - loss)}
+    return {**server, **metrics}
+
+
+def custom_loss(
+    loss: NamedLoss | LossFunction,
+    datums: Sequence[TrainingDatum],
+    *,
+    old_logprobs: Sequence[FloatArray] | None,
+    reference_logprobs: Sequence[FloatArray] | None,
+) -> SdkLoss:
+    """`loss` as `forward_backward_custom` calls it, for `datums` in the order of its data."""
+    if isinstance(loss, NamedLoss):
+        return objective_of(loss).for_sdk(
+            datums, old_logprobs=old_logprobs, reference_logprobs=reference_logprobs
+        )
+    losses = require("eval_protocol_rft.training.losses", install="eval-protocol-rft[local]")
+    torch = require("torch", install="eval-protocol-rft[local]")
+    closure = loss
+
+    def loss_fn(data: Sequence[Any], logprobs: Sequence[Tensor]) -> tuple[Tensor, dict[str, float]]:
+        losses.check_same_targets(datums, data)
+        # As every trainer gives them: 0 where nothing was sampled, and no gradient through it.
+        masked = [
+            torch.where(torch.from_numpy(datum.mask), values, 0.0)
+            for datum, values in zip(datums, logprobs, strict=True)
+        ]
+        return closure(datums, masked)
+
+    return loss_fn
+
+
 STATE_FILE = "fireworks.json"
 
 
@@ -155,7 +238,7 @@ class FireworksTrainer:
         client: the SDK's `FiretitanTrainingClient`, used by nobody else meanwhile.
         temperature: the one that completions are sampled with. Only 1 is taken: the server's
             logprobs know no temperature, so ratios to others would be between two policies.
-        adam: of every `optim_step`.
+        optimizer: of every `optim_step`.
         hot_load: the deployment that `publish` loads; None: this trainer cannot publish.
         lora: the client trains adapters.
         make_reference: makes a client of the frozen base model, called once when it is needed.
@@ -171,7 +254,7 @@ class FireworksTrainer:
         client: Any,
         *,
         temperature: float,
-        adam: Adam,
+        optimizer: Optimizer,
         hot_load: HotLoad | None = None,
         lora: bool = False,
         make_reference: Callable[[], Any] | None = None,
@@ -181,7 +264,7 @@ class FireworksTrainer:
         check_temperature(temperature)
         self.hot_load = hot_load
         self._client = client
-        self._adam = adam
+        self._optimizer = optimizer
         self._make_reference = make_reference
         self._reference: Any = None
         self._trainer_job = trainer_job
@@ -216,9 +299,9 @@ class FireworksTrainer:
         old_logprobs: Sequence[FloatArray] | None = None,
         reference_logprobs: Sequence[FloatArray] | None = None,
     ) -> ForwardBackward:
-        """See `Trainer`. `losses` says which losses the server computes by itself; the others cost
-        a forward pass more. For those of the server, metrics are computed here from its logprobs,
-        and `server_loss_difference:max` tells how far its loss is from ours."""
+        """See `Trainer`. `BUILT_IN` says which losses the server computes by itself; the others
+        cost a forward pass more. For those of the server, metrics are computed here from its
+        logprobs, and `server_loss_difference:max` tells how far its loss is from ours."""
         for name, values in (("old", old_logprobs), ("reference", reference_logprobs)):
             check_shapes(f"{name}_logprobs", values, datums)
         built_in = built_in_name(loss)
@@ -243,7 +326,7 @@ class FireworksTrainer:
         return ForwardBackward(logprobs, with_difference(result.metrics, ours))
 
     async def optim_step(self, *, learning_rate: float) -> dict[str, float]:
-        adam = self._adam
+        adam = self._optimizer
         params = self._types.AdamParams(
             learning_rate=learning_rate,
             beta1=adam.beta1,
