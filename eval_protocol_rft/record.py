@@ -331,6 +331,18 @@ def has_record(extra: Mapping[str, Any] | None) -> bool:
     )
 
 
+def is_failure(code: Any) -> bool:
+    """Whether the code of a row's `rollout_status` is an error: those of gRPC, and Eval Protocol's
+    own for responses that it refuses. `Status.is_error` knows INTERNAL alone. What `extra` of such
+    a row holds is of an earlier rollout."""
+    return isinstance(code, int) and (0 < code < _FIRST_OWN_CODE or code == _RESPONSE_QUALITY_ERROR)
+
+
+_FIRST_OWN_CODE = 100
+"""`Status.Code`: gRPC's codes are below, Eval Protocol's own from here on (finished, running)."""
+_RESPONSE_QUALITY_ERROR = 103
+
+
 def is_marked(extra: Mapping[str, Any]) -> bool:
     """Whether the record in `extra` is one of ours, with all that belongs to it."""
     return "rft_schema" in extra

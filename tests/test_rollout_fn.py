@@ -334,8 +334,9 @@ async def test_a_processor_is_set_up_once_and_cleaned_up_at_the_end(server: Stub
     await server.until(lambda: server.connections == 0)
 
 
-async def test_a_row_with_the_status_of_an_error_has_no_run() -> None:
-    processor = Watched(Status.rollout_error("the environment died"))
+@pytest.mark.parametrize("code", [Status.Code.INTERNAL, Status.Code.DEADLINE_EXCEEDED])
+async def test_a_row_with_the_status_of_an_error_has_no_run(code: Status.Code) -> None:
+    processor = Watched(Status(code=code, message="the environment died"))
     rollout_fn = make_rollout_fn(letters, processor=processor, completion_params=PARAMS)
     with pytest.raises(RolloutFnError, match="row 'row-1', run 0: the environment died"):
         await rollout_fn(row_of())

@@ -31,7 +31,7 @@ from eval_protocol_rft.data.rollouts._format import (
 )
 from eval_protocol_rft.data.rollouts._parquet import open_parquet, read_row_groups
 from eval_protocol_rft.data.rollouts._records import part_of
-from eval_protocol_rft.data.rollouts._rows import CompletionRow, by_prompt, from_record_batch
+from eval_protocol_rft.data.rollouts._rows import CompletionRow, by_record, from_record_batch
 from eval_protocol_rft.data.source._arrow import plain_type
 from eval_protocol_rft.data.store._merge import (
     KEY_COLUMNS,
@@ -134,10 +134,11 @@ class RolloutDataset:
     def prompt_groups(self) -> Iterator[PromptGroup]:
         """What each data row is of a prompt group, for `training.group_rows` and
         `training.iter_groups`, which put together what belongs together. Where completions of a
-        data row were sampled behind different prompt ids, there is one part for each prompt."""
+        data row are of several runs, or were sampled behind different prompt ids, there is one part
+        for each."""
         buffer = TokenBuffer()
         for group in self.groups():
-            for part in by_prompt(group):
+            for part in by_record(group):
                 yield part_of(part, self.metadata, buffer)
 
     def training_rows(self) -> Iterator[dict[str, Any]]:

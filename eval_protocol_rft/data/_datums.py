@@ -47,7 +47,7 @@ from eval_protocol_rft.data.conversion._to_ep import to_rows
 from eval_protocol_rft.data.rollouts._format import FileMetadata
 from eval_protocol_rft.data.rollouts._jsonl import replacing_lines
 from eval_protocol_rft.data.rollouts._records import part_of
-from eval_protocol_rft.data.rollouts._rows import UNSCORED, CompletionRow, by_prompt
+from eval_protocol_rft.data.rollouts._rows import UNSCORED, CompletionRow, by_record
 from eval_protocol_rft.training import (
     BatchArguments,
     EmptyBatchError,
@@ -216,7 +216,7 @@ def scored_parts(
     """`scored_groups` as `RolloutDataset.prompt_groups` reads them."""
     buffer = TokenBuffer()
     for group in groups:
-        for part in by_prompt(group):
+        for part in by_record(group):
             yield part_of(part, metadata, buffer)
 
 

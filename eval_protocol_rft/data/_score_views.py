@@ -17,7 +17,7 @@ from eval_protocol_rft.data._dataset import RolloutDataset
 from eval_protocol_rft.data._files import JobError
 from eval_protocol_rft.data.conversion._to_ep import to_row
 from eval_protocol_rft.data.rollouts._format import TOKEN_COLUMNS
-from eval_protocol_rft.data.rollouts._rows import CompletionRow
+from eval_protocol_rft.data.rollouts._rows import CompletionRow, by_record
 from eval_protocol_rft.scoring.executors import GradingItem, LoadedEvaluator
 
 if TYPE_CHECKING:
@@ -47,14 +47,13 @@ def grading_items(
         JobError: the adapter fails, or makes no row.
     """
     adapter = evaluator.dataset_adapter if adapt else None
-    groups = ((group, _views(group, dataset, adapter)) for group in _groups(dataset))
+    groups = (_with_views(group, dataset, adapter) for group in _groups(dataset))
     if evaluator.mode == "all":
-        everything = [item for group, views in groups for item in zip(group, views, strict=True)]
+        everything = [pair for pairs in groups for pair in pairs]
         if wanted.any():
             yield _item(everything)
         return
-    for group, views in groups:
-        both = list(zip(group, views, strict=True))
+    for both in groups:
         chosen = [(row, view) for row, view in both if wanted[row.data_idx, row.sample_idx]]
         if evaluator.mode == "pointwise":
             yield from (_item([pair]) for pair in chosen)
@@ -75,6 +74,17 @@ def _groups(dataset: RolloutDataset) -> Iterator[list[CompletionRow]]:
         survivors = [row for row in group if not row.failed]
         if survivors:
             yield survivors
+
+
+def _with_views(
+    group: list[CompletionRow], dataset: RolloutDataset, adapter: Callable[..., Any] | None
+) -> list[tuple[CompletionRow, bytes]]:
+    """The completions of a data row, run by run, each with its view."""
+    return [
+        pair
+        for part in by_record(group)
+        for pair in zip(part, _views(part, dataset, adapter), strict=True)
+    ]
 
 
 def _views(

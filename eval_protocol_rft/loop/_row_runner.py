@@ -18,6 +18,7 @@ from eval_protocol.models import EPParameters, EvaluationRow, Status
 from eval_protocol.pytest.rollout_processor import RolloutProcessor
 from eval_protocol.pytest.types import RolloutProcessorConfig
 
+from eval_protocol_rft.record import is_failure
 from eval_protocol_rft.rollout import (
     RUN_KEYWORD,
     lost_tokenizer,
@@ -146,7 +147,7 @@ class RowRunner:
         if len(tasks) != 1:
             raise ValueError(f"the rollout processor made {len(tasks)} tasks of one row")
         rolled_out = await tasks[0]
-        if not rolled_out.rollout_status.is_error():
+        if not is_failure(rolled_out.rollout_status.code):
             rolled_out.rollout_status = Status.rollout_finished()
         scored = await ascore_rows(
             [rolled_out],

@@ -15,14 +15,22 @@ from typing import Any, NamedTuple
 import msgspec
 
 from eval_protocol_rft._statistics import LARGEST
-from eval_protocol_rft.record import RecordError, RolloutRecord, has_record, result_score
+from eval_protocol_rft.record import (
+    RecordError,
+    RolloutRecord,
+    has_record,
+    is_failure,
+    result_score,
+)
 from eval_protocol_rft.report._html import ReportError
+from eval_protocol_rft.training import row_key
 
 
 class ReportRow(NamedTuple):
     """One row of Eval Protocol as a table shows it."""
 
-    row_id: str
+    group: tuple[Any, ...] | None
+    """Of which prompt group it is; None: of one of its own."""
     prompt: str
     """Content of the last message before the answer, or before the episode."""
     record: RolloutRecord | None
@@ -102,14 +110,14 @@ def _row(value: Any) -> ReportRow:
         raise ReportError("no row of Eval Protocol: it has no messages")
     extra = _at(value, "execution_metadata.extra", dict[str, Any])
     record = error = None
-    if has_record(extra):
+    if has_record(extra) and not is_failure(_at(value, "rollout_status.code", int)):
         record = _record(value, extra)
         asked = record.episodes[0].row_messages if record.episodes else -1
         messages = messages[:asked]
     else:
         error = _at(value, "rollout_status.message", str) or "no rollout record"
     return ReportRow(
-        row_id=_at(value, "input_metadata.row_id", str) or "",
+        group=row_key(value) if _at(value, "input_metadata.row_id", str) else None,
         prompt=_text(messages[-1]) if messages else "",
         record=record,
         error=error,

@@ -177,13 +177,13 @@ def _turn(message: Mapping[str, Any]) -> str:
 
 
 def _sums(rows: Sequence[ReportRow], threshold: float) -> Panel:
-    """Of all rows. Those with the same `row_id` are one prompt, as runs of it are, and what was
-    sampled behind several prompts."""
+    """Of all rows. Those of one group are one prompt: runs of it, and what was sampled behind
+    several prompts."""
     records = [row.record for row in rows if row.record is not None]
-    groups: dict[str | int, list[float]] = {}
+    groups: dict[Any, list[float]] = {}
     metrics = MetricMeans()
     for i, row in enumerate(rows):
-        group = groups.setdefault(row.row_id or i, [])
+        group = groups.setdefault(i if row.group is None else row.group, [])
         if row.record is not None:
             group += [reward for reward in row.record.rewards or [] if reward is not None]
             for result in row.record.completion_results or []:

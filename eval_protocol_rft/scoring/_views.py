@@ -19,6 +19,7 @@ from eval_protocol_rft.record import (
     SCHEMA_VERSION,
     RecordError,
     has_record,
+    is_failure,
     is_marked,
 )
 from eval_protocol_rft.rollout import (
@@ -33,10 +34,6 @@ HIDDEN_KEYS = frozenset(
     {*ARRAY_KEYS, "rft_schema", "rewards", "completion_results", "completion_messages", "episodes"}
 )
 """Keys of `extra` that a view has not: token arrays, the record's mark, and earlier scores."""
-
-_FIRST_OWN_CODE = 100
-"""`Status.Code`: gRPC's codes are below, Eval Protocol's own from here on (finished, running)."""
-_RESPONSE_QUALITY_ERROR = 103
 
 
 class _Sampling(msgspec.Struct, frozen=True):
@@ -57,10 +54,8 @@ class _ScoredPart(msgspec.Struct, frozen=True):
 
 
 def rollout_failed(row: EvaluationRow) -> bool:
-    """Whether the row's status is one of the errors: those of gRPC and Eval Protocol's own for
-    responses that it refuses. `Status.is_error` knows INTERNAL alone."""
-    code = int(row.rollout_status.code)
-    return 0 < code < _FIRST_OWN_CODE or code == _RESPONSE_QUALITY_ERROR
+    """Whether the row's status is one of the errors."""
+    return is_failure(row.rollout_status.code)
 
 
 def completion_views(row: EvaluationRow) -> list[EvaluationRow] | None:

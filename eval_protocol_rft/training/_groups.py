@@ -28,7 +28,7 @@ def group_rows(
     Args:
         rows: evaluated rows, as objects or as dicts of Eval Protocol's JSONL; or parts of groups,
             as `RolloutDataset.prompt_groups` reads them, which have a key already.
-        key: names the group of a row. Default: experiment id and row id. Rows with identical
+        key: names the group of a row. Default: experiment id, row id and model. Rows with identical
             content have the same row id, and so share a group.
 
     Raises:

@@ -19,14 +19,12 @@ from eval_protocol_rft.record import (
     RolloutRecord,
     SamplingRecord,
     Score,
+    is_failure,
     read_record,
     result_score,
 )
 from eval_protocol_rft.training._errors import TrainingDataError
 from eval_protocol_rft.training._trajectory import PromptGroup, Trajectory, reward_problem
-
-_INTERNAL = 13
-"""The one status code that Eval Protocol counts as a failed rollout."""
 
 
 class InputMetadata(Protocol):
@@ -64,19 +62,22 @@ def field_of(value: Any, name: str) -> Any:
     return value.get(name) if isinstance(value, Mapping) else getattr(value, name, None)
 
 
-def row_key(row: Row) -> tuple[str | None, str]:
-    """(experiment id, row id): the same for every run of a row, and for no other row.
+def row_key(row: Row) -> tuple[str | None, str, str | None]:
+    """(experiment id, row id, model): the same for every run of a row, and for no other row. A
+    groupwise test has the answers of several models to a row in one experiment.
 
     Raises:
         TrainingDataError: the row has no id.
     """
-    row_id = field_of(field_of(row, "input_metadata"), "row_id")
+    asked = field_of(row, "input_metadata")
+    row_id = field_of(asked, "row_id")
     if row_id is None:
         raise TrainingDataError(
             "a row has no input_metadata.row_id, so its prompt group is unknown: pass key= with a "
             "function that names the group of a row"
         )
-    return field_of(field_of(row, "execution_metadata"), "experiment_id"), row_id
+    model = field_of(field_of(asked, "completion_params"), "model")
+    return field_of(field_of(row, "execution_metadata"), "experiment_id"), row_id, model
 
 
 def read_row(row: Row, buffer: TokenBuffer, *, key: Hashable = None) -> PromptGroup:
@@ -90,7 +91,7 @@ def read_row(row: Row, buffer: TokenBuffer, *, key: Hashable = None) -> PromptGr
     asked = field_of(row, "input_metadata")
     params = field_of(asked, "completion_params")
     status = field_of(row, "rollout_status")
-    if field_of(status, "code") == _INTERNAL:
+    if is_failure(field_of(status, "code")):
         n = field_of(params, "n")
         message = str(field_of(status, "message"))
         asked_for = n if isinstance(n, int) else 1

@@ -1,11 +1,15 @@
 """Evaluators for the grading tests: what they do is told by the completion they are given."""
 
 import asyncio
+import builtins
 import ctypes
 import os
+import resource
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -50,6 +54,59 @@ MISDEEDS = {
     "raise": lambda: {}["nothing"],
     "pytest.exit": lambda: pytest.exit("no judge, no use"),
 }
+
+
+def leave_the_folder() -> None:
+    folder = tempfile.mkdtemp()
+    os.chdir(folder)
+    os.rmdir(folder)
+
+
+def be_a_sandbox() -> None:
+    """What sandboxes for code of models do in a process that they mean to be their own."""
+    resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
+    for name in ("kill", "fork", "remove", "rename", "rmdir", "unlink", "chdir", "getcwd"):
+        setattr(os, name, None)
+    shutil.rmtree = shutil.move = subprocess.Popen = None
+    builtins.exit = builtins.quit = builtins.open = None
+    sys.modules["subprocess"].run = None
+
+
+def stop_the_clock() -> None:
+    time.monotonic = time.time = lambda: 0.0
+
+
+TAMPERING = {
+    "leave the folder": leave_the_folder,
+    "be a sandbox": be_a_sandbox,
+    "stop the clock": stop_the_clock,
+    "lie": lambda: setattr(builtins, "isinstance", lambda *_: True),
+    "forget the environment": os.environ.clear,
+    "limit recursion": lambda: sys.setrecursionlimit(sys.getrecursionlimit() // 8),
+    "close what prints": lambda: (sys.stdout.close(), sys.stderr.close()),
+    "block signals": lambda: signal.pthread_sigmask(signal.SIG_BLOCK, range(1, 32)),
+    "break models": lambda: setattr(EvaluationRow, "model_validate_json", None),
+}
+"""What is left as it is then, in the process that judges."""
+
+
+def undisturbed(row: EvaluationRow) -> float:
+    """1.0 where a grader finds all that it finds in a process of its own."""
+    TAMPERING.get(said(row), lambda: None)()
+    if said(row) in TAMPERING:
+        return 1.0
+
+    def deep(left: int) -> int:
+        return left and deep(left - 1)
+
+    try:
+        print("judging")
+        subprocess.run(["true"], check=True)  # noqa: S607
+        found = Path("here").exists() and os.environ["KEPT"] == "yes" and time.time() > 1e9
+        found = found and not isinstance(1, str) and deep(400) == 0 and len(bytearray(1 << 30))
+        return float(bool(found and not signal.pthread_sigmask(signal.SIG_BLOCK, ())))
+    except Exception:  # noqa: BLE001 - as graders do
+        return 0.0
 
 
 def length(row: EvaluationRow) -> float:

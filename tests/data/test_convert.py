@@ -20,6 +20,10 @@ from hypothesis import strategies as st
 
 from eval_protocol_rft.data._dataset import RolloutDataset
 from eval_protocol_rft.data._files import JobError, write_rows
+from eval_protocol_rft.data._filter import filter_rollouts
+from eval_protocol_rft.data._filter_rules import FilterRules
+from eval_protocol_rft.data._score import score
+from eval_protocol_rft.data._stats import rollout_stats
 from eval_protocol_rft.data.conversion._ep import read_rows
 from eval_protocol_rft.data.conversion._job import convert
 from eval_protocol_rft.data.rollouts._format import FileMetadata, FormatError, metadata_of, schema
@@ -28,12 +32,23 @@ from eval_protocol_rft.data.store._merge import row_keys
 from eval_protocol_rft.data.store._parts import PartStore, parts_folder
 from eval_protocol_rft.training._batch import build_batch
 from eval_protocol_rft.training._errors import TrainingDataError
-from tests.convert_rows import REWARD_B, SAMPLING, evaluated, files, rounded, same
+from eval_protocol_rft.training._groups import group_rows
+from tests.convert_rows import (
+    REWARD_B,
+    SAMPLING,
+    evaluated,
+    files,
+    rounded,
+    same,
+    through_json,
+)
 from tests.data.rollout_files import write_rollouts
 from tests.data.servers import ep_rft, refused, succeed
-from tests.training_rows import failed_row, scored
+from tests.training_rows import failed_row, record, scored
+from tests.training_rows import row as numbered
 
 Row = dict[str, Any]
+GRADERS = Path(__file__).with_name("score_graders.py")
 
 
 def write_lines(path: Path, rows: Iterable[Any]) -> Path:
@@ -102,17 +117,107 @@ def test_rows_of_eval_protocol_survive_being_rollouts(
     convert(folder / "a.jsonl", folder / "b.parquet")
     convert(folder / "b.parquet", folder / "c.jsonl", to_format="ep")
     found = lines_of(folder / "c.jsonl")
+    # Runs of a data row come together.
+    found.sort(key=lambda row: row["execution_metadata"]["run_id"])
     assert [rounded(row) for row in found] == [rounded(row) for row in rows]
     for line in (folder / "c.jsonl").read_bytes().splitlines():
         EvaluationRow.model_validate_json(line)
 
 
-def test_runs_of_one_row_stay_apart(tmp_path: Path) -> None:
-    rows = [scored("a", 1.0, 0.0), scored("a", 0.5, 0.25)]
-    convert(write_lines(tmp_path / "a.jsonl", rows), tmp_path / "b.parquet")
-    groups = list(RolloutDataset(tmp_path / "b.parquet").groups())
-    assert [[row.reward for row in group] for group in groups] == [[1.0, 0.0], [0.5, 0.25]]
-    assert [group[0].data_idx for group in groups] == [0, 1]
+def run(number: int, row_id: str, *rewards: float, **fields: Any) -> Row:
+    made = numbered(row_id, record(rewards, **fields), run=number)
+    made["messages"] = [
+        {"role": "user", "content": f"What is {row_id}?"},
+        {"role": "assistant", "content": "-"},
+    ]
+    for failure in made["execution_metadata"]["extra"]["failures"]:
+        failure |= {"seed": None, "status": None}
+    return made
+
+
+RUNS = [
+    run(0, "a", 1.0, 0.0, failures=1),
+    run(0, "b", 1.0),
+    run(1, "a", 0.0, 0.0),
+    run(1, "b", 0.0),
+    run(2, "a", 0.0),
+]
+"""Runs of two rows, in the order in which they ended."""
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    write_lines(tmp_path / "runs.jsonl", RUNS)
+    convert(tmp_path / "runs.jsonl", tmp_path / "runs.parquet")
+    return tmp_path / "runs.parquet"
+
+
+def test_runs_of_one_row_are_its_completions(runs: Path, tmp_path: Path) -> None:
+    groups = list(RolloutDataset(runs).groups())
+    assert [(group[0].row_id, group[0].data_idx) for group in groups] == [("a", 0), ("b", 1)]
+    assert [[row.reward for row in group] for group in groups] == [
+        [1.0, 0.0, None, 0.0, 0.0, 0.0],
+        [1.0, 0.0],
+    ]
+    assert [[row.sample_idx for row in group] for group in groups] == [[*range(6)], [0, 1]]
+    stats = rollout_stats(runs)
+    assert (stats.groups, stats.groups_mixed, stats.completions, stats.failed) == (2, 2, 8, 1)
+    assert {p.k: (round(p.value, 9), p.groups) for p in stats.pass_at_k} == {
+        1: (0.35, 2), 2: (0.7, 2), 3: (0.6, 1), 4: (0.8, 1), 5: (1.0, 1)
+    }  # fmt: skip
+    summary = filter_rollouts(runs, tmp_path / "f.parquet", FilterRules(drop_zero_variance=True))
+    assert (summary.kept, summary.dropped) == (8, {})
+    summary = filter_rollouts(runs, tmp_path / "g.parquet", FilterRules(dedupe_prompts=True))
+    assert (summary.kept, summary.dropped) == (8, {})
+
+
+def test_runs_train_from_a_file_as_from_their_rows(runs: Path) -> None:
+    expected = build_batch(RUNS)
+    data = RolloutDataset(runs)
+    for found in (build_batch(data.training_rows()), build_batch(group_rows(data.prompt_groups()))):
+        assert found.stats.groups == expected.stats.groups == 2
+        assert [datum.completion for datum in found.datums] == [
+            datum.completion for datum in expected.datums
+        ]
+        for a, b in zip(found.datums, expected.datums, strict=True):
+            assert (a.row_id, a.completion, a.reward) == (b.row_id, b.completion, b.reward)
+            assert a.target_tokens.tolist() == b.target_tokens.tolist()
+            assert a.advantages.tolist() == b.advantages.tolist()
+
+
+def test_runs_come_back_as_the_rows_that_they_were(runs: Path, tmp_path: Path) -> None:
+    for _ in range(2):
+        convert(runs, tmp_path / "back.jsonl", to_format="ep", overwrite=True)
+        found = [rounded(row) for row in lines_of(tmp_path / "back.jsonl")]
+        assert found == [rounded(RUNS[i]) for i in (0, 2, 4, 1, 3)]
+        convert(tmp_path / "back.jsonl", tmp_path / "again.parquet", overwrite=True)
+        again, before = (list(RolloutDataset(f)) for f in (tmp_path / "again.parquet", runs))
+        assert [(r.data_idx, r.sample_idx, r.reward) for r in again] == [
+            (r.data_idx, r.sample_idx, r.reward) for r in before
+        ]
+        runs = tmp_path / "again.parquet"
+
+
+def test_a_groupwise_evaluator_sees_all_runs_of_a_row(runs: Path) -> None:
+    summary = score(runs, f"{GRADERS}::test_best", name="best", progress=False)
+    assert summary.unscored == {}
+    seen = [row.scores["reward_best"] for row in RolloutDataset(runs) if not row.failed]
+    assert [score.reason for score in seen] == ["5"] * 5 + ["2"] * 2
+
+
+def test_answers_of_two_models_to_a_row_are_two_groups(tmp_path: Path) -> None:
+    """As a groupwise test leaves them in one experiment."""
+    rows = [through_json(scored("a", reward)) for reward in (1.0, 0.0)]
+    for row, model in zip(rows, ("m", "n"), strict=True):
+        row["input_metadata"]["completion_params"] = {"model": model}
+    file = write_lines(tmp_path / "a.jsonl", rows)
+    assert [len(group.trajectories) for group in group_rows(rows)] == [1, 1]
+    assert "2 prompts, 2 completions" in succeed("show", file).output
+    convert(file, tmp_path / "b.parquet")
+    data = RolloutDataset(tmp_path / "b.parquet")
+    assert [len(group) for group in data.groups()] == [1, 1]
+    assert len(group_rows(data.prompt_groups())) == 2
+    assert "2 prompts, 2 completions" in succeed("show", data.path).output
 
 
 def test_rows_train_as_the_rollouts_they_were_made_of(tmp_path: Path) -> None:
@@ -183,6 +288,15 @@ def test_a_row_without_a_rollout_is_refused_by_line_or_dropped_and_counted(tmp_p
     assert summary.notes == ("1 rows whose rollout failed are not in the output",)
     found = [(row.row_id, row.data_idx) for row in RolloutDataset(tmp_path / "b.parquet")]
     assert found == [("a", 0), ("c", 2)]
+
+
+def test_what_an_earlier_rollout_left_on_a_row_that_failed_is_no_rollout(tmp_path: Path) -> None:
+    stale = through_json(scored("a", 1.0, 0.0))
+    stale["rollout_status"] = {"code": 4, "message": "too late", "details": []}
+    file = write_lines(tmp_path / "a.jsonl", [stale, scored("b", 1.0, 0.0)])
+    with pytest.raises(JobError, match=r"a.jsonl:1: row 'a': it has no rollout.*too late"):
+        convert(file, tmp_path / "b.parquet")
+    assert "2 prompts, 2 completions" in succeed("show", file).output
 
 
 def test_a_broken_row_is_named_even_where_failed_ones_are_dropped(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from eval_protocol_rft.scoring.executors._executor import grade
 from eval_protocol_rft.scoring.executors._items import GradingError, GradingItem
 from eval_protocol_rft.scoring.executors._loading import load_evaluator
+from tests.data.graders import TAMPERING
 from tests.data.grading_runs import (
     errors,
     grader,
@@ -146,6 +147,16 @@ def test_several_workers_share_the_work():
     # Each takes so long that no worker is done with all before another has started.
     done = outcomes("process_id_in_a_while", one_each(map(str, range(100))), workers=3)
     assert 1 < len({scores(graded)[0] for graded in done.values()}) <= 3
+
+
+def test_what_a_call_leaves_broken_is_met_by_no_other(tmp_path, monkeypatch):
+    (tmp_path / "here").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("KEPT", "yes")
+    texts = [text for name in TAMPERING for text in (name, f"after {name}", f"later than {name}")]
+    done = outcomes("undisturbed", one_each(texts), workers=1)
+    expected = {text: [1.0] for text in texts} | {"lie": [None]}  # what it says cannot be read
+    assert {text: scores(graded) for text, graded in done.items()} == expected
 
 
 def test_workers_have_the_folder_and_the_environment_of_the_caller(tmp_path, monkeypatch):

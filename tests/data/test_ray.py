@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -29,6 +30,9 @@ from tests.data.ray_work import Dying, Unable, Where
 
 WORK = Path(__file__).with_name("ray_work.py")
 PARAMS = {"model": "local/arithmetic", "seed": 5, "max_tokens": 8}
+DEADLY = ["exit 3", "be killed", "crash", "exit in a task", "cancel all", "stop the loop", "raise"]
+MISBEHAVING = [*("x" * i for i in range(1, 20)), *DEADLY]
+"""Completions that `length_async` scores, and some with which it scores nothing."""
 TOKEN = "k3y-of-the-judge-4711"
 
 
@@ -278,6 +282,37 @@ def test_async_evaluators_run_on_the_nodes_too(cluster):
     done = list(grade_on_ray(items, evaluator, max_concurrency=4))
     assert sorted(graded.key for graded in done) == sorted(f"{i}" for i in range(60))
     assert os.getpid() not in {graded.results[0].reward for graded in done}
+
+
+@pytest.mark.ray
+def test_each_call_of_an_async_evaluator_is_graded_as_on_one_machine_though_it_misbehaves(cluster):
+    from eval_protocol_rft.scoring.executors._executor import grade
+    from eval_protocol_rft.scoring.executors._ray import grade_on_ray
+    from tests.data.grading_runs import grader, one_each
+
+    items = one_each([*MISBEHAVING, "block"])
+    evaluator = grader("length_async")
+    results = [
+        {graded.key: graded.results for graded in run(items, evaluator, timeout=5.0)}
+        for run in (grade, grade_on_ray)
+    ]
+    assert len(results[1]) == len(items)
+    assert results[0] == results[1]
+
+
+def test_a_node_grades_with_an_async_evaluator_in_a_process_of_its_own():
+    from eval_protocol_rft.scoring.executors._ray import LoopGrader
+    from tests.data.grading_runs import grader, view
+
+    evaluator = grader("length_async")
+
+    async def graded() -> list[Any]:
+        own = LoopGrader(evaluator.spec, evaluator.fingerprint, None, os.getcwd(), calls=8)
+        await own.ready()
+        return await asyncio.gather(*(own.grade((view(text),)) for text in MISBEHAVING))
+
+    rewards = [done.results[0].reward for done in asyncio.run(graded())]
+    assert rewards == [None if text in DEADLY else len(text) for text in MISBEHAVING]
 
 
 @pytest.mark.ray

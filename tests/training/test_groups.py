@@ -47,7 +47,7 @@ def test_experiment_and_row_id_make_the_group_and_the_order_is_that_of_appearanc
         row("b", record([0.5]), experiment="x", run=1),
     ]
     groups = group_rows(rows)
-    assert [g.key for g in groups] == [("x", "b"), ("x", "a"), ("y", "b")]
+    assert [g.key for g in groups] == [("x", "b", "m"), ("x", "a", "m"), ("y", "b", "m")]
     assert groups[0].rewards.tolist() == [1.0, 0.5]
 
 
@@ -82,7 +82,7 @@ def test_one_question_that_was_rendered_twice_is_one_group_and_keeps_both_prompt
         {"messages": []},
         {"tools": [{"type": "function", "function": {"name": "f"}}]},
     ):
-        with pytest.raises(TrainingDataError, match=r"key \('exp', 'a'\) but different prompts"):
+        with pytest.raises(TrainingDataError, match=r"'a', 'm'\) but different prompts"):
             group_rows([scored("a", 0.0), {**tomorrow, **change}])
     for how in ({"chat_template_hash": "0"}, {"chat_template_kwargs": {"enable_thinking": False}}):
         otherwise = row("a", record([1.0], prompt=[9], **how), run=1)
@@ -108,7 +108,7 @@ def test_groups_come_one_by_one_as_soon_as_the_next_begins():
             yield scored(name, 1.0)
 
     groups = iter_groups(stream())
-    assert next(groups).key == ("exp", "a")
+    assert next(groups).key == ("exp", "a", "m")
     assert read == 3
     assert [(g.key[1], len(g)) for g in groups] == [("b", 1), ("c", 2)]
 

@@ -40,9 +40,17 @@ def test_an_evaluation_row_and_its_json_read_alike():
     dumped = json.loads(evaluated.model_dump_json())
     (from_object,), (from_json,) = group_rows([evaluated]), group_rows([dumped])
     assert contents_of(from_object) == contents_of(from_json) == contents_of(group_rows([plain])[0])
-    assert from_object.key == from_json.key == ("exp", "a")
+    assert from_object.key == from_json.key == ("exp", "a", "m")
     evaluated.rollout_status = models.Status.rollout_error("boom")
     assert group_rows([evaluated])[0].failed_rows == ("boom",)
+
+
+@pytest.mark.parametrize("code", [1, 4, 13, 14, 16, 103])
+def test_what_an_earlier_rollout_left_on_a_row_that_failed_is_not_trained_on(code):
+    stale = scored("a", 1.0, 0.0)
+    stale["rollout_status"] = {"code": code, "message": "too late", "details": []}
+    (group,) = group_rows([stale])
+    assert (group.failed_rows, group.trajectories) == (("too late",), ())
 
 
 @pytest.mark.parametrize(

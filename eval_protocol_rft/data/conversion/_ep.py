@@ -14,8 +14,9 @@ Invariant: a line is a row or an error that names file and line; none is skipped
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from eval_protocol_rft.data.conversion._from_ep import (
     extra_of,
     from_row,
     read_file_part,
+    row_id_of,
 )
 from eval_protocol_rft.data.conversion._plain_file import JsonColumn, NonFinite, text_notes
 from eval_protocol_rft.data.conversion._to_ep import FilePart, to_rows
@@ -43,9 +45,9 @@ from eval_protocol_rft.data.rollouts._format import (
     metadata_of,
     schema,
 )
-from eval_protocol_rft.data.rollouts._rows import CompletionRow
+from eval_protocol_rft.data.rollouts._rows import CompletionRow, by_prompt
 from eval_protocol_rft.record import RecordError, has_record, is_marked
-from eval_protocol_rft.training import TrainingDataError
+from eval_protocol_rft.training import TrainingDataError, row_key
 
 
 def read_rows(*paths: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
@@ -59,23 +61,28 @@ def read_rows(*paths: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
         TrainingDataError: a line is no JSON object of a row. NaN and infinity are no JSON.
         OSError: a file cannot be read.
     """
-    decoder = msgspec.json.Decoder(dict[str, Any])
     for path in paths:
         with Path(path).open("rb") as file:
             for number, line in enumerate(file, 1):
-                if line.isspace():
-                    continue
-                try:
-                    row = decoder.decode(line)
-                except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-                    raise TrainingDataError(f"{path}, line {number}: {error}") from error
-                if "execution_metadata" not in row:
-                    raise TrainingDataError(
-                        f"{path}, line {number}: no row of Eval Protocol, it has no "
-                        f"execution_metadata (but {', '.join(list(row)[:8]) or 'nothing'})"
-                    )
-                _check_shape(row, f"{path}, line {number}")
-                yield row
+                if not line.isspace():
+                    yield _read_line(line, f"{path}, line {number}")
+
+
+_DECODER = msgspec.json.Decoder(dict[str, Any])
+
+
+def _read_line(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        row = _DECODER.decode(line)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise TrainingDataError(f"{where}: {error}") from error
+    if "execution_metadata" not in row:
+        raise TrainingDataError(
+            f"{where}: no row of Eval Protocol, it has no execution_metadata (but "
+            f"{', '.join(list(row)[:8]) or 'nothing'})"
+        )
+    _check_shape(row, where)
+    return row
 
 
 def _check_shape(row: dict[str, Any], where: str) -> None:
@@ -106,6 +113,20 @@ def numbered_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     return enumerate(read_rows(path))
 
 
+def rows_in_order(path: Path, order: Sequence[int]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """`numbered_rows` of these numbers, in this order; in memory is one row."""
+    with path.open("rb") as lines:
+        starts, at = [], 0
+        for number, line in enumerate(lines, 1):
+            if not line.isspace():
+                starts.append((at, number))
+            at += len(line)
+        for index in order:
+            at, number = starts[index]
+            lines.seek(at)
+            yield index, _read_line(lines.readline(), f"{path}, line {number}")
+
+
 def line_of(path: Path, index: int) -> int:
     """Number, from 1, of the line that row `index` stands in: there may be blank ones."""
     with path.open("rb") as lines:
@@ -122,13 +143,20 @@ class EpScan:
     num_rows: int = 0
     dropped: set[int] = field(default_factory=set)
     """Numbers of the rows whose rollout failed."""
-    continued: set[int] = field(default_factory=set)
-    """Numbers of the rows that are more of the data row before them: `to_rows` makes several of
-    one whose completions have different prompts."""
+    continued: dict[int, int] = field(default_factory=dict)
+    """Of rows that are more of an earlier row's data row, the number of its first row: other runs
+    of it; and `to_rows` makes several of one whose completions have different prompts."""
+    firsts: dict[int, int] = field(default_factory=dict)
+    """Of further runs of a data row, the `sample_idx` of their first completion."""
+    _runs: dict[bytes, list[int]] = field(default_factory=dict)
+    """Digest of what runs of a data row have in common -> number of the first one's row, and the
+    completions asked for so far."""
     _parts: list[int] = field(default_factory=list)
     """`data_idx` of the data rows that came from a rollout file."""
     _last: tuple[Any, ...] = ()
     """What names the data row of the last row, where it came from a rollout file."""
+    _head: int = 0
+    """Number of its first row."""
     _places: set[int] = field(default_factory=set)
     """`sample_idx` of its completions so far."""
     _file_wide: FileMetadata | None = None
@@ -165,6 +193,8 @@ class EpScan:
         self.num_rows += 1
         self._add_columns(completions[0])
         self._episodes |= any(one.episode is not None for one in completions)
+        if part is None:
+            self._add_run(index, row, completions)
         self._add_part(index, part, completions)
         if has_record(extra_of(row)):
             self._add_sampling(extra_of(row))
@@ -188,6 +218,15 @@ class EpScan:
         types = {name: column.type for name, column in columns}
         truth = self._ground_truth.type
         return schema(metadata, types, ground_truth=truth, episodes=self._episodes)
+
+    def rows(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """All rows with their numbers, those of a data row together: Eval Protocol writes runs in
+        the order in which they end."""
+        heads = [self.continued.get(i, i) for i in range(self.num_rows + len(self.dropped))]
+        order = sorted(range(len(heads)), key=heads.__getitem__)
+        if order == list(range(len(heads))):
+            return numbered_rows(self.path)
+        return rows_in_order(self.path, order)
 
     @property
     def renumbered(self) -> bool:
@@ -213,6 +252,21 @@ class EpScan:
         for name, value in first.original.items():
             self._original.setdefault(name, JsonColumn()).add(value)
 
+    def _add_run(
+        self, index: int, row: Mapping[str, Any], completions: list[CompletionRow]
+    ) -> None:
+        """Runs of a data row are completions of it, as in training, where they are one group."""
+        if row_id_of(row) is None:
+            return
+        first = completions[0]
+        asked = first.prompt, first.tools, first.ground_truth, first.original
+        text = msgspec.json.encode((row_key(row), asked), enc_hook=str)
+        known = self._runs.setdefault(hashlib.blake2b(text, digest_size=16).digest(), [index, 0])
+        head, count = known
+        if head != index:
+            self.continued[index], self.firsts[index] = head, count
+        known[1] = count + completions[-1].sample_idx + 1
+
     def _add_part(
         self, index: int, part: FilePart | None, completions: list[CompletionRow]
     ) -> None:
@@ -223,10 +277,10 @@ class EpScan:
         places = {completion.sample_idx for completion in completions}
         data_row = () if part is None else (part.data_idx, completions[0].row_id, file)
         if data_row and data_row == self._last and not places & self._places:
-            self.continued.add(index)
+            self.continued[index] = self._head
             self._places |= places
         else:
-            self._last, self._places = data_row, places
+            self._last, self._places, self._head = data_row, places, index
             if part is not None:
                 self._parts.append(part.data_idx)
         if part is not None:
@@ -269,7 +323,7 @@ def read(path: Path, *, drop_failed_rows: bool, reading: Reading) -> Rollouts:
 
 
 def write(rollouts: Rollouts, target: Path) -> Written:
-    """One row per data row, or per prompt of it."""
+    """One row per data row, or per run and prompt of it."""
     metadata = rollouts.metadata
     non_finite = NonFinite()
     watched = Rollouts(rollouts.path, rollouts.schema, lambda: non_finite.watch(rollouts.read()))
@@ -279,7 +333,7 @@ def write(rollouts: Rollouts, target: Path) -> Written:
         for group in watched.groups():
             rows = list(to_rows(group, metadata))
             file.write(encoder.encode_lines(rows))
-            split += len(rows) > 1
+            split += len(by_prompt(group)) > 1
             data_rows += 1
             completions += len(group)
     notes = (*text_notes(rollouts.schema), *non_finite.notes, *split_note(split))
@@ -290,14 +344,17 @@ def _rows(scan: EpScan, schema: pa.Schema, reading: Reading) -> Iterator[Complet
     prompt_kind = metadata_of(schema).prompt_kind
     renumbered = scan.renumbered
     group: list[CompletionRow] = []
-    number = 0
-    for index, row in reading(numbered_rows(scan.path), lambda row: 1):
+    for index, row in reading(scan.rows(), lambda row: 1):
         if index in scan.dropped:
             continue
-        own = from_row(row, index, prompt_kind=prompt_kind, keep_row=not scan.one_file)
-        if index not in scan.continued:
+        number = scan.continued.get(index, index)
+        first = scan.firsts.get(index, 0)
+        own = from_row(
+            row, number, prompt_kind=prompt_kind, first=first, keep_row=not scan.one_file
+        )
+        if number == index:
             yield from _in_order(group)
-            group, number = [], index
+            group = []
         if renumbered:
             for completion in own:
                 completion.data_idx = number

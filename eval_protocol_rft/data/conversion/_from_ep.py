@@ -36,6 +36,7 @@ from eval_protocol_rft.record import (
     SamplingRecord,
     Score,
     has_record,
+    is_failure,
     is_marked,
     read_record,
     score_of_result,
@@ -83,7 +84,12 @@ def read_file_part(extra: Mapping[str, Any]) -> FilePart | None:
 
 
 def from_row(
-    row: Mapping[str, Any], data_idx: int, *, prompt_kind: PromptKind, keep_row: bool = False
+    row: Mapping[str, Any],
+    data_idx: int,
+    *,
+    prompt_kind: PromptKind,
+    first: int = 0,
+    keep_row: bool = False,
 ) -> list[CompletionRow]:
     """The completions of one row of Eval Protocol, given as its JSON, by `sample_idx`.
 
@@ -91,6 +97,8 @@ def from_row(
         row: with a rollout record, or one that `to_row` made of completions that all failed.
         data_idx: its number, where it did not come from a rollout file.
         prompt_kind: of the file to be; `text` needs prompts of a single user message.
+        first: `sample_idx` of the first completion that was asked for, where it did not come from a
+            rollout file: earlier runs of the same data row have those before it.
         keep_row: keep in `evaluation_row` also what the file that the row came from says of all
             its rows, where the file to be does not say so.
 
@@ -99,7 +107,7 @@ def from_row(
         RecordError: the record is invalid, or the prompt has no place in the file.
     """
     try:
-        return _completions(row, data_idx, prompt_kind, keep_row=keep_row)
+        return _completions(row, data_idx, prompt_kind, first, keep_row=keep_row)
     except RecordError as error:
         raise type(error)(f"row {row_id_of(row)!r}: {error}") from error
 
@@ -115,12 +123,13 @@ def row_id_of(row: Mapping[str, Any]) -> str | None:
 
 
 def _completions(
-    row: Mapping[str, Any], data_idx: int, prompt_kind: PromptKind, *, keep_row: bool
+    row: Mapping[str, Any], data_idx: int, prompt_kind: PromptKind, first: int, *, keep_row: bool
 ) -> list[CompletionRow]:
     extra = extra_of(row)
     asked, status = row.get("input_metadata") or {}, row.get("rollout_status") or {}
-    failed = status.get("code") == INTERNAL
+    failed = is_failure(status.get("code"))
     known = read_file_part(extra)
+    first = first if known is None else known.first
     record = None
     if has_record(extra) and not failed:
         record, segments = read_record(extra, asked.get("completion_params"), TokenBuffer())
@@ -139,6 +148,8 @@ def _completions(
     else:
         own = []
     own += _failed(record, known)
+    for values in own:
+        values["sample_idx"] += first
     places = [values["sample_idx"] for values in own]
     if not own:
         raise RecordError("the record holds no completions")
@@ -158,7 +169,7 @@ def _completions(
         "tools": row.get("tools"),
         "ground_truth": row.get("ground_truth"),
         "original": dict(asked.get("dataset_info") or {}) if known and known.has_original else {},
-        "evaluation_row": None if generated else _rest(row, record, answered=answered),
+        "evaluation_row": None if generated else _rest(row, record, first, answered=answered),
     }
     rows = [CompletionRow(**shared, **values) for values in own]
     return sorted(rows, key=lambda completion: completion.sample_idx)
@@ -301,7 +312,9 @@ def _text(part: Mapping[str, Any]) -> str:
     return str(part["text"])
 
 
-def _rest(row: Mapping[str, Any], record: RolloutRecord | None, *, answered: bool) -> str:
+def _rest(
+    row: Mapping[str, Any], record: RolloutRecord | None, first: int, *, answered: bool
+) -> str:
     """The row without what the columns hold, as JSON text. Its own `FILE_KEY` says which optional
     keys the record had, and whose text the last message is."""
     extra = extra_of(row)
@@ -317,7 +330,7 @@ def _rest(row: Mapping[str, Any], record: RolloutRecord | None, *, answered: boo
         }
     if record is not None:
         # By place, as completions may be filtered out of the file.
-        places = list(map(str, record.sampling.indices))
+        places = [str(first + index) for index in record.sampling.indices]
         for name in SAMPLING_BY_PLACE:
             if values := getattr(record.sampling, name):
                 kept["sampling"][name] = dict(zip(places, values, strict=True))
@@ -331,8 +344,9 @@ def _rest(row: Mapping[str, Any], record: RolloutRecord | None, *, answered: boo
             kept["assistant_turn_payloads"] = payloads
         kept[FILE_KEY] = Imported(
             keys=[key for key in OPTIONAL_KEYS if extra.get(key) is not None],
-            answer=record.sampling.indices[0] if answered or record.episodes else None,
+            answer=first + record.sampling.indices[0] if answered or record.episodes else None,
             row_messages=record.episodes[0].row_messages if record.episodes else None,
+            first=first,
         )
     metadata = {**(row.get("execution_metadata") or {}), "extra": kept}
     return msgspec.json.encode({**row, "execution_metadata": metadata}).decode()

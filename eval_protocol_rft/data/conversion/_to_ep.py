@@ -18,7 +18,7 @@ import numpy as np
 
 from eval_protocol_rft._segments import Segment
 from eval_protocol_rft._turns import EpisodeRecord, episode_traces, turn_payloads, turn_trace
-from eval_protocol_rft.data.rollouts._completion_row import CompletionRow, by_prompt
+from eval_protocol_rft.data.rollouts._completion_row import CompletionRow, by_record
 from eval_protocol_rft.data.rollouts._episodes import EPISODE_KEYS
 from eval_protocol_rft.data.rollouts._format import FileMetadata
 from eval_protocol_rft.data.rollouts._records import (
@@ -51,6 +51,8 @@ class FilePart(msgspec.Struct, frozen=True, kw_only=True):
     """`extra["rollout_file"]`: what the record has no place for."""
 
     data_idx: int
+    first: int = 0
+    """`sample_idx` of the first completion of its run of the data row."""
     generated: bool
     """The columns hold all of the row; False where it came from Eval Protocol."""
     has_original: bool
@@ -70,11 +72,12 @@ class FilePart(msgspec.Struct, frozen=True, kw_only=True):
 def to_rows(
     group: Sequence[CompletionRow], metadata: FileMetadata, *, tokens: Tokens = "lists"
 ) -> Iterator[dict[str, Any]]:
-    """The completions of a data row as rows of Eval Protocol: one, or one for each prompt where
-    they were sampled behind several, as a record has one prompt for all its completions. They share
-    their row id, and so are one prompt group. Arguments and errors are those of `to_row`.
+    """The completions of a data row as rows of Eval Protocol: one, or one for each of its runs, and
+    for each prompt where they were sampled behind several, as a record has one prompt for all its
+    completions. They share their row id, and so are one prompt group. Arguments and errors are
+    those of `to_row`.
     """
-    for part in by_prompt(group):
+    for part in by_record(group):
         yield to_row(part, metadata, tokens=tokens)
 
 
@@ -84,7 +87,7 @@ def to_row(
     """One row of Eval Protocol, as its JSON, of all completions of a data row.
 
     Args:
-        group: in the order of `sample_idx`, all sampled behind the same prompt ids.
+        group: in the order of `sample_idx`, all of one run and behind the same prompt ids.
         metadata: of their file.
         tokens: the form of the token data; "none" needs no columns of it.
 
@@ -93,20 +96,21 @@ def to_row(
         rollout, and it has no record.
 
     Raises:
-        RecordError: the completions have different prompts; or nothing says at which temperature
-            they were sampled.
+        RecordError: the completions have different prompts, or are of several runs; or nothing says
+            at which temperature they were sampled.
     """
-    if len(prompts := by_prompt(group)) > 1:
+    if len(parts := by_record(group)) > 1:
         raise RecordError(
-            f"row {group[0].row_id!r}: its completions were sampled behind {len(prompts)} different"
-            " prompts, and a rollout record has one"
+            f"row {group[0].row_id!r}: its completions were sampled behind {len(parts)} different"
+            " prompts or in as many runs, and a rollout record is of one"
         )
     survivors = [row for row in group if not row.failed]
     row = _base(group[0])
     stored = dict(row["execution_metadata"].get("extra") or {})
     imported = stored.pop(FILE_KEY, None)
+    first = 0 if imported is None else imported.get("first", 0)
     if survivors:
-        record = record_fields(group, survivors, stored, metadata, tokens=tokens)
+        record = record_fields(group, survivors, stored, metadata, first=first, tokens=tokens)
         extra = {**_as_it_was(record, group, imported, tokens), **_foreign(stored)}
         moved = imported is None or imported["answer"] != survivors[0].sample_idx
         if "trajectories" in extra and (moved or "token_turn_traces" not in stored):
@@ -119,7 +123,7 @@ def to_row(
         message = failed_message(group)
         row["rollout_status"] = {"code": INTERNAL, "message": message, "details": []}
     if tokens != "none":
-        extra[FILE_KEY] = _file_part(group, survivors, metadata, extra.get("trajectories"))
+        extra[FILE_KEY] = _file_part(group, survivors, metadata, first, extra.get("trajectories"))
     row["execution_metadata"]["extra"] = extra
     return row
 
@@ -262,17 +266,19 @@ def _file_part(
     group: Sequence[CompletionRow],
     survivors: Sequence[CompletionRow],
     metadata: FileMetadata,
+    first: int,
     trajectories: Any,
 ) -> dict[str, Any]:
     others = sorted({name for row in group for name in row.scores if name != "reward"})
     part = FilePart(
         file=metadata,
         data_idx=group[0].data_idx,
+        first=first,
         generated=group[0].evaluation_row is None,
         has_original=bool(group[0].original),
         tokens=checksum([row.completion_ids for row in survivors], trajectories),
         survived=[_columns_of(row) for row in survivors],
-        failed=[{**failure(row), **_columns_of(row)} for row in group if row.failed],
+        failed=[{**failure(row, first), **_columns_of(row)} for row in group if row.failed],
         scores={
             name: [_plain_score(row.scores.get(name, UNSCORED)) for row in survivors]
             for name in others

@@ -102,5 +102,14 @@ def by_prompt(group: Sequence[CompletionRow]) -> list[list[CompletionRow]]:
     return list(parts.values())
 
 
+def by_record(group: Sequence[CompletionRow]) -> list[list[CompletionRow]]:
+    """The completions of a data row, apart by the rollout record that they can be of: as
+    `by_prompt`, and by the run of Eval Protocol that they came from."""
+    runs: dict[str | None, list[CompletionRow]] = {}
+    for row in group:
+        runs.setdefault(row.evaluation_row, []).append(row)
+    return [part for run in runs.values() for part in by_prompt(run)]
+
+
 def _prompt_key(row: CompletionRow) -> bytes | None:
     return None if row.prompt_ids is None else row.prompt_ids.tobytes()

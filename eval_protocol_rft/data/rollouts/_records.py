@@ -41,7 +41,8 @@ _FAILURE_KINDS = frozenset(get_args(FailureKind))
 def part_of(
     group: Sequence[CompletionRow], metadata: FileMetadata, buffer: TokenBuffer
 ) -> PromptGroup:
-    """What a data row's completions, sampled behind the same prompt ids, are of a prompt group.
+    """What a data row's completions, of one run and behind the same prompt ids, are of a prompt
+    group.
 
     Raises:
         TrainingDataError: they are no record; the message names row, completion and index.
@@ -53,7 +54,8 @@ def part_of(
     extra = execution.get("extra") or {}
     run = extra.get("run_index")
     name = f"row {first.row_id!r}" + (f", run {run}" if run is not None else "")
-    key = (execution.get("experiment_id"), first.row_id)
+    params = (stored.get("input_metadata") or {}).get("completion_params") or {}
+    key = (execution.get("experiment_id"), first.row_id, params.get("model"))
     survivors = [row for row in group if not row.failed]
     if not survivors:
         return PromptGroup(
@@ -63,8 +65,9 @@ def part_of(
             asked=len(group),
             name=name,
         )
+    imported = extra.get("rollout_file") or {}
     try:
-        fields = record_fields(group, survivors, extra, metadata)
+        fields = record_fields(group, survivors, extra, metadata, first=imported.get("first", 0))
     except RecordError as error:
         raise TrainingDataError(str(error)) from error
     record, segments = read_named(name, fields, None, buffer)
@@ -85,15 +88,17 @@ def record_fields(
     stored: Mapping[str, Any],
     metadata: FileMetadata,
     *,
+    first: int = 0,
     tokens: Tokens = "arrays",
 ) -> dict[str, Any]:
     """The keys of a rollout record, the optional ones too.
 
     Args:
-        group: completions of one data row.
+        group: completions of one data row, of one run of it.
         survivors: those that did not fail, one at least.
         stored: what `evaluation_row` has of the record.
         metadata: of their file.
+        first: `sample_idx` of the run's first completion.
         tokens: the form of the token data.
 
     Raises:
@@ -120,10 +125,10 @@ def record_fields(
             for row, reason in zip(survivors, first_reasons, strict=True)
         ],
         "finish_reasons": first_reasons,
-        "failures": [failure(row) for row in group if row.failed],
+        "failures": [failure(row, first) for row in group if row.failed],
         "sampling": {
             **sampling,
-            "indices": [row.sample_idx for row in survivors],
+            "indices": [row.sample_idx - first for row in survivors],
             "seeds": [row.seed for row in survivors],
             "policy_versions": [row.policy_version for row in survivors],
             **({"first_policy_versions": firsts} if any(f is not None for f in firsts) else {}),
@@ -209,10 +214,10 @@ def _settings_of(group: Sequence[CompletionRow]) -> SamplingSettings:
     )
 
 
-def failure(row: CompletionRow) -> dict[str, Any]:
-    """A failed completion, as a record has it."""
+def failure(row: CompletionRow, first: int) -> dict[str, Any]:
+    """A failed completion, as the record of a run has it whose completions begin with `first`."""
     return {
-        "index": row.sample_idx,
+        "index": row.sample_idx - first,
         "kind": row.error_kind if row.error_kind in _FAILURE_KINDS else "internal",
         "message": row.error,
         "attempts": _or(row.attempts, 0),
@@ -260,6 +265,8 @@ class Imported(msgspec.Struct, frozen=True, kw_only=True):
     conversation; None where it is none's."""
     row_messages: int | None = None
     """Of an episode: how many messages of that conversation are the row's own."""
+    first: int = 0
+    """`sample_idx` of the first completion of its run of the data row."""
 
 
 class _StoredExtra(msgspec.Struct):

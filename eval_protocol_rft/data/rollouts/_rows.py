@@ -15,6 +15,7 @@ import pyarrow as pa
 from eval_protocol_rft.data.rollouts._completion_row import ChatMessages as ChatMessages
 from eval_protocol_rft.data.rollouts._completion_row import CompletionRow as CompletionRow
 from eval_protocol_rft.data.rollouts._completion_row import by_prompt as by_prompt
+from eval_protocol_rft.data.rollouts._completion_row import by_record as by_record
 from eval_protocol_rft.data.rollouts._episodes import (
     arrays_of,
     episode_arrays,

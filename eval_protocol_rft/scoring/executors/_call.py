@@ -2,6 +2,8 @@
 
 Invariant: whatever the evaluator does to this call, each view gets exactly one result. Only
 `pytest.exit`, by which its author asks for the end of the run, and cancellation from outside pass.
+Where it is not the evaluator that failed, the outcome is not sound: what an earlier call did to
+this process (code of models replaces what is built in) may be the reason.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from eval_protocol.models import EvaluationRow
@@ -29,6 +31,13 @@ from eval_protocol_rft.scoring.executors._loading import LoadedEvaluator
 Results = tuple[Score, ...]
 
 
+class Outcome(NamedTuple):
+    """What became of a call."""
+
+    results: Results
+    is_sound: bool = True
+
+
 @dataclass(frozen=True, slots=True)
 class Judge:
     """An evaluator ready to be called. Build it with `Judge.of`."""
@@ -41,22 +50,22 @@ class Judge:
         inner = inner_evaluator(loaded.function)
         return cls(inner.bind(**{inner.parameter: None}, **loaded.kwargs))
 
-    def judge(self, views: Sequence[bytes]) -> Results:
+    def judge(self, views: Sequence[bytes]) -> Outcome:
         """Results of a sync evaluator, one per view."""
         try:
             rows = _rows(views)
-            return self._read(rows, self.call.attempt(self._argument(rows)))
+            return Outcome(self._read(rows, self.call.attempt(self._argument(rows))))
         except pytest.exit.Exception:
             raise
         except BaseException as error:  # noqa: BLE001
             # Graders run code that models wrote: sys.exit() in it must not end the run.
             return _stopped(views, error)
 
-    async def judge_async(self, views: Sequence[bytes]) -> Results:
+    async def judge_async(self, views: Sequence[bytes]) -> Outcome:
         """Results of an async evaluator, one per view."""
         try:
             rows = _rows(views)
-            return self._read(rows, await self.call.attempt_async(self._argument(rows)))
+            return Outcome(self._read(rows, await self.call.attempt_async(self._argument(rows))))
         except pytest.exit.Exception:
             raise
         except BaseException as error:
@@ -84,7 +93,7 @@ def _rows(views: Sequence[bytes]) -> list[EvaluationRow]:
     return [EvaluationRow.model_validate_json(view) for view in views]
 
 
-def _stopped(views: Sequence[bytes], error: BaseException) -> Results:
+def _stopped(views: Sequence[bytes], error: BaseException) -> Outcome:
     """`str()` only of errors that are not the evaluator's: its own may raise there again."""
     if isinstance(error, ValidationError):
         text = f"the stored row cannot be read: {error}"
@@ -92,4 +101,5 @@ def _stopped(views: Sequence[bytes], error: BaseException) -> Results:
         text = f"the evaluator called sys.exit ({error.code!r})"
     else:
         text = f"the evaluator raised {type(error).__name__}"
-    return (unscored(text),) * len(views)
+    # What an evaluator raises of these is a result of its call already.
+    return Outcome((unscored(text),) * len(views), not isinstance(error, Exception))

@@ -22,11 +22,12 @@ import pytest
 from eval_protocol_rft._text import end_copy_of
 from eval_protocol_rft.sampling import Deadline
 from eval_protocol_rft.scoring import unscored
+from eval_protocol_rft.scoring.executors._call import Outcome
 from eval_protocol_rft.scoring.executors._channel import WorkerChannel
 from eval_protocol_rft.scoring.executors._items import LOADING, Alive, Answer, Ended, late, send
 
 if TYPE_CHECKING:
-    from eval_protocol_rft.scoring.executors._call import Judge, Results
+    from eval_protocol_rft.scoring.executors._call import Judge
 
 LAST_SECONDS = 1.0
 """How long a call that is late may take to clean up before it is answered for."""
@@ -48,7 +49,7 @@ def answer_calls_in_loop(
 
 async def judge_in_time(
     judge: Judge, views: tuple[bytes, ...] | list[bytes], limit: float | None
-) -> Results:
+) -> Outcome:
     """One call. Where it is late it is cancelled, and left behind if that does not end it.
 
     Raises:
@@ -61,14 +62,14 @@ async def judge_in_time(
     except TimeoutError:
         call.cancel()
         await asyncio.wait({call}, timeout=LAST_SECONDS)
-        return (unscored(late(limit)),) * len(views)
+        return Outcome((unscored(late(limit)),) * len(views))
     except asyncio.CancelledError:
         call.cancel()
         raise
     try:
         return call.result()
     except asyncio.CancelledError:
-        return (unscored("the evaluator cancelled its own call"),) * len(views)
+        return Outcome((unscored("the evaluator cancelled its own call"),) * len(views))
 
 
 class _CallLoop(asyncio.SelectorEventLoop):
@@ -149,7 +150,7 @@ class _Calls:
     async def _answer(self, number: int, views: list[bytes]) -> None:
         began = time.monotonic()
         try:
-            results = await judge_in_time(self._judge, views, self._timeout)
+            outcome = await judge_in_time(self._judge, views, self._timeout)
         except pytest.exit.Exception as error:
             send(self._channel, number, Ended(f"the evaluator ended the run: {error}"))
             return
@@ -158,7 +159,7 @@ class _Calls:
                 raise
             # An evaluator cancels what is not its own: nobody else would answer for this call.
             os._exit(1)
-        answer = Answer(results, time.monotonic() - began)
+        answer = Answer(outcome.results, time.monotonic() - began, outcome.is_sound)
         send(self._channel, number, answer, views=len(views))
 
     def _say_alive(self, seconds: float) -> None:

@@ -80,6 +80,9 @@ class Answer(msgspec.Struct, frozen=True, tag=True):
 
     results: tuple[Score, ...]
     seconds: float
+    is_sound: bool = True
+    """False: the worker itself failed at the call, not the evaluator. An earlier call may have
+    broken what the worker is made of."""
 
 
 class Alive(msgspec.Struct, frozen=True, tag=True):

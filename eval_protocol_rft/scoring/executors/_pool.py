@@ -13,8 +13,10 @@ the item of an evaluator that ends its process with exit code 0, and has its wor
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import selectors
+import socket
 import sys
 import time
 from collections import deque
@@ -42,6 +44,7 @@ MOST_FAILED_STARTS = 3
 """So many workers may die one after the other while they load what others have loaded."""
 SILENT_TIMEOUTS = 1.5
 """A worker whose event loop says nothing for so many times the time of a call is blocked."""
+_CHUNK = 1 << 12
 
 
 def grade_in_processes(
@@ -108,6 +111,10 @@ class Pool:
         )
         self._workers: set[WorkerProcess] = set()
         self._events = selectors.DefaultSelector()
+        self._bell, self._bell_heard = socket.socketpair()
+        for end in (self._bell, self._bell_heard):
+            end.setblocking(False)
+        self._events.register(self._bell_heard, selectors.EVENT_READ)
         self._waiting: deque[Call] = deque()
         """Read, and in no worker."""
         self._suspects: deque[Call] = deque()
@@ -116,7 +123,8 @@ class Pool:
         """In a row; None: no worker has loaded the evaluator yet."""
 
     def run(self, items: Iterator[GradingItem]) -> Iterator[Graded]:
-        """Grade all items, in the order in which they finish."""
+        """Grade all items, in the order in which they finish. `items` may end and have more later,
+        as long as some are in flight; see `ring`."""
         while True:
             self._fill(items)
             if not self._in_flight + len(self._waiting) + len(self._suspects):
@@ -126,6 +134,11 @@ class Pool:
             for worker in self._next_events():
                 yield from self._attend(worker)
             yield from self._give_up_silent_ones()
+
+    def ring(self) -> None:
+        """Have `run` look whether there are further items now. From any thread."""
+        with contextlib.suppress(OSError):  # it has been rung often enough, or all is over
+            self._bell.send(b"\0")
 
     def say_goodbye(self) -> None:
         """Let workers end by themselves: those without calls, and those that can cancel theirs."""
@@ -139,6 +152,8 @@ class Pool:
     def kill(self) -> None:
         """End all workers at once. May be called again."""
         self._events.close()
+        self._bell.close()
+        self._bell_heard.close()
         for worker in self._workers:
             worker.kill()
         while self._workers:
@@ -214,7 +229,11 @@ class Pool:
         busy = [worker.seen for worker in self._workers if worker.calls]
         if busy and self._silence is not None:
             seconds = max(0.0, min(busy) + self._silence - time.monotonic())
-        return {key.data for key, _ in self._events.select(seconds)}
+        ready = {key.data for key, _ in self._events.select(seconds)}
+        with contextlib.suppress(BlockingIOError):
+            while self._bell_heard.recv(_CHUNK):
+                pass
+        return {worker for worker in ready if worker is not None}
 
     def _attend(self, worker: WorkerProcess) -> Iterator[Graded]:
         worker.send()
@@ -234,19 +253,29 @@ class Pool:
                 case Ready():
                     worker.is_ready = True
                     self._failed_starts = 0
-                case Answer(results, seconds) if number in worker.calls:
+                case Answer(results, seconds, is_sound) if number in worker.calls:
                     item = worker.calls[number].item
+                    if not is_sound and not worker.is_first(number):
+                        yield from self._lose(worker, None, guilty=number)
+                        return
                     if len(results) == len(item.views):
                         del worker.calls[number]
                         worker.is_alone = False
                         yield Graded(item.key, results, seconds)
+                    if not is_sound:
+                        yield from self._lose(worker, None)
+                        return
                 case Ended(reason):
                     raise GradingError(f"{self._name}: {reason}")
 
-    def _lose(self, worker: WorkerProcess, why: str | None) -> Iterator[Graded]:
-        """`why`: None where it died by itself."""
+    def _lose(
+        self, worker: WorkerProcess, why: str | None, guilty: int | None = None
+    ) -> Iterator[Graded]:
+        """`why`: None where it died by itself. `guilty`: the call for which it is given up; None:
+        the one whose code ran."""
         calls, now = worker.calls, time.monotonic()
         code, running = self._remove(worker)
+        running = running if guilty is None else guilty
         how = in_words(code)
         for number, call in calls.items():
             call.losses += 1

@@ -91,6 +91,10 @@ class WorkerProcess:
         """It has run nothing that may have left something behind."""
         return not self.given
 
+    def is_first(self, number: int) -> bool:
+        """Whether it had run nothing before that call, and runs nothing beside it."""
+        return number == 1 == self.given
+
     def give(self, call: Call) -> None:
         """Hand over a call."""
         call.began = time.monotonic()

@@ -7,14 +7,15 @@ that happens to it again and again.
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import os
 import queue
-import time
+import threading
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from eval_protocol_rft.scoring.executors._executor import grade
@@ -71,7 +72,8 @@ def grade_on_ray(
         limits = {"spec": evaluator.spec, "fingerprint": evaluator.fingerprint, "timeout": timeout}
         arguments = {**limits, "cwd": os.getcwd()}
         if evaluator.is_async:
-            return Work(LoopGrader, arguments, cpus=1, calls=max_concurrency)
+            own = {**arguments, "calls": max_concurrency}
+            return Work(LoopGrader, own, cpus=1, calls=max_concurrency)
         size = node.cpus if workers is None else workers
         queued = size * _QUEUED_PER_WORKER
         return Work(PoolGrader, {**arguments, "workers": size}, size, calls=size, queued=queued)
@@ -200,23 +202,54 @@ class PoolGrader(_Grader):
 
 @dataclass(slots=True)
 class LoopGrader(_Grader):
-    """Judges with an async evaluator, all calls in the actor's event loop."""
+    """Judges with an async evaluator, all calls in the event loop of one worker process. A thread
+    of the actor's own has the pool; its items' keys are what callers wait for."""
 
-    _judge: Any = None
+    calls: int
+    _asked: queue.SimpleQueue[GradingItem] = field(default_factory=queue.SimpleQueue)
+    _pool: Any = None
 
     async def ready(self) -> None:
-        from eval_protocol_rft.scoring.executors._call import Judge
-
-        self._judge = Judge.of(self.load())
+        self._pool = Pool(self.load(), 1, self.timeout, self.calls)
+        threading.Thread(target=self._serve, name="grading", daemon=True).start()
 
     async def grade(self, views: tuple[bytes, ...]) -> Graded:
-        import pytest
+        answer = Future[Graded]()
+        self._asked.put(GradingItem(answer, views))
+        self._pool.ring()
+        return await asyncio.wrap_future(answer)
 
-        from eval_protocol_rft.scoring.executors._in_loop import judge_in_time
+    def _serve(self) -> None:
+        waiting: set[Future[Graded]] = set()
+        while True:
+            item = self._asked.get()
+            try:
+                for graded in self._pool.run(_Arrivals(item, self._asked, waiting)):
+                    waiting.discard(graded.key)
+                    graded.key.set_result(dataclasses.replace(graded, key=None))
+            except Exception as error:  # noqa: BLE001 - whoever waits must hear of it
+                for answer in waiting:
+                    answer.set_exception(GradingError(str(error)))
+                waiting.clear()
 
-        began = time.monotonic()
-        try:
-            results = await judge_in_time(self._judge, views, self.timeout)
-        except pytest.exit.Exception as error:
-            raise GradingError(f"{self.spec}: the evaluator ended the run: {error}") from error
-        return Graded(None, results, time.monotonic() - began)
+
+@dataclass(slots=True)
+class _Arrivals:
+    """Items that are there now: an iterator that may end and have more later."""
+
+    first: GradingItem | None
+    asked: queue.SimpleQueue[GradingItem]
+    waiting: set[Future[Graded]]
+
+    def __iter__(self) -> _Arrivals:
+        return self
+
+    def __next__(self) -> GradingItem:
+        item, self.first = self.first, None
+        if item is None:
+            try:
+                item = self.asked.get_nowait()
+            except queue.Empty:
+                raise StopIteration from None
+        self.waiting.add(item.key)
+        return item

@@ -2,16 +2,22 @@
 
 Invariant: one answer per call, with its number. A sync evaluator's is sent before the next call is
 read; of an async one's calls, many run at a time (see `in_loop`). When a worker dies, the calls
-that it died in are those without an answer.
+that it died in are those without an answer. What a call of a sync evaluator does to the process is
+met by no other call: the worker ends then, and another takes its place.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import locale
 import os
+import resource
+import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -80,13 +86,89 @@ def _load(channel: WorkerChannel, setup: Setup) -> Any:
 def _answer_calls(channel: WorkerChannel, judge: Any) -> None:
     import pytest
 
-    while True:
+    before = _Interpreter()
+    while before.is_as_it_was():  # so it is at first, and no worker ends before it has run a call
         number, body = channel.receive()
         views = msgspec.msgpack.decode(body, type=list[bytes])
         began = time.monotonic()
         try:
-            results = judge.judge(views)
+            results, is_sound = judge.judge(views)
         except pytest.exit.Exception as error:
             send(channel, number, Ended(f"the evaluator ended the run: {error}"))
             return
-        send(channel, number, Answer(results, time.monotonic() - began), views=len(views))
+        answer = Answer(results, time.monotonic() - began, is_sound)
+        send(channel, number, answer, views=len(views))
+
+
+_TAMPERED_WITH = (
+    "builtins", "io", "json", "math", "os", "os.path", "pathlib", "random", "re", "resource",
+    "shutil", "signal", "socket", "subprocess", "tempfile", "threading", "time",
+)  # fmt: skip
+"""Modules in which graders, and code of models that they run, replace functions. Sandboxes for such
+code do that so that it can do no harm, and are meant for a process of its own."""
+
+
+class _Interpreter:
+    """What a call may not leave otherwise, or all later calls in this process are judged by it:
+    functions, limits, the working folder, standard streams, variables of the environment. Adding
+    something harms nobody, and raising a limit neither."""
+
+    def __init__(self) -> None:
+        self._functions = {
+            name: {key: value for key, value in vars(module).items() if callable(value)}
+            for name in _TAMPERED_WITH
+            if (module := sys.modules.get(name)) is not None
+        }
+        self._limits = _limits()
+        self._state = _state()
+        self._environ = dict(os.environ)
+
+    def is_as_it_was(self) -> bool:
+        try:
+            return (
+                all(map(self._has_functions, self._functions))
+                and all(map(_is_no_lower, _limits(), self._limits))
+                and _state() == self._state
+                and self._environ.items() <= os.environ.items()
+            )
+        except Exception:  # noqa: BLE001 - what it looks with is gone
+            return False
+
+    def _has_functions(self, name: str) -> bool:
+        present = vars(sys.modules[name])
+        return all(present.get(key) is value for key, value in self._functions[name].items())
+
+
+def _limits() -> list[int]:
+    soft = [resource.getrlimit(kind)[0] for kind in _RESOURCES]
+    return [sys.getrecursionlimit(), *soft]
+
+
+def _is_no_lower(limit: int, before: int) -> bool:
+    return limit == before or limit == resource.RLIM_INFINITY or limit > before >= 0
+
+
+_RESOURCES = (
+    resource.RLIMIT_AS, resource.RLIMIT_CPU, resource.RLIMIT_DATA, resource.RLIMIT_FSIZE,
+    resource.RLIMIT_NOFILE, resource.RLIMIT_NPROC, resource.RLIMIT_STACK,
+)  # fmt: skip
+
+
+def _state() -> list[Any]:
+    streams = sys.stdin, sys.stdout, sys.stderr
+    state = [(id(stream), getattr(stream, "closed", None)) for stream in streams]
+    for ask in _ASKED:
+        try:
+            state.append(ask())
+        except (OSError, locale.Error) as error:
+            state.append(type(error))
+    return state
+
+
+_ASKED: tuple[Callable[[], Any], ...] = (
+    os.getcwd,
+    functools.partial(signal.pthread_sigmask, signal.SIG_BLOCK, ()),
+    functools.partial(locale.setlocale, locale.LC_ALL),
+    sys.getprofile,
+    sys.gettrace,
+)
