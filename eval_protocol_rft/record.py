@@ -9,6 +9,7 @@ and are not copied; `read_record` gives them as segments too, which is what trai
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence, Sized
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -371,8 +372,9 @@ def _marked(extra: Mapping[str, Any], params: Mapping[str, Any] | None) -> dict[
     size = len(extra["completion_ids"]) if isinstance(extra["completion_ids"], Sized) else 0
     nothing: list[None] = [None] * size
     own = {key: extra[key] for key in (*PUBLISHED_KEYS, *_BESIDE) if key in extra}
+    params = _with_body(params or {})
     sampling = {
-        **{key: (params or {}).get(key) for key in _HOW_SAMPLED},
+        **{key: params.get(key) for key in _HOW_SAMPLED},
         "n": size,
         "indices": list(range(size)),
         "seeds": nothing,
@@ -384,6 +386,14 @@ def _marked(extra: Mapping[str, Any], params: Mapping[str, Any] | None) -> dict[
     top_p, top_k = sampling["top_p"], sampling["top_k"]
     sampling["support_truncated"] = top_p not in (None, 1) or top_k not in (None, 0, -1)
     return {**own, "rft_schema": SCHEMA_VERSION, "sampling": sampling}
+
+
+def _with_body(params: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Completion params with what their `extra_body` says, an object or its JSON."""
+    body = params.get("extra_body")
+    with contextlib.suppress(msgspec.DecodeError):
+        body = msgspec.json.decode(body) if isinstance(body, str) else body
+    return {**body, **params} if isinstance(body, Mapping) else params
 
 
 def _is_list(values: Any) -> bool:

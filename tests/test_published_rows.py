@@ -100,6 +100,14 @@ def test_what_their_completion_params_say_of_the_sampling_counts() -> None:
         build_batch([cut], biased_sampling="refuse")
 
 
+@pytest.mark.parametrize("body", [{"top_p": 0.5}, '{"top_p": 0.5}'])
+def test_what_the_body_says_of_the_sampling_counts_too(body: Any) -> None:
+    rows = [published("a", 2, rewards=[1.0, 0.0])]
+    rows[0]["input_metadata"]["completion_params"]["extra_body"] = body
+    with pytest.raises(TrainingDataError, match=r"truncated support \(top_p=0.5"):
+        build_batch(rows, biased_sampling="refuse")
+
+
 def test_what_contradicts_itself_is_refused_as_in_a_record_of_ours() -> None:
     short = published("a", 2, rewards=[1.0, 0.0])
     short["execution_metadata"]["extra"]["truncated"].pop()

@@ -314,7 +314,68 @@ def test_a_row_whose_completions_all_lack_a_score_is_invalid_and_not_a_zero_for_
     assert "reward_mean" not in row.evaluation_result.metrics
 
 
-@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit, asyncio.CancelledError])
+class Late(BaseException):
+    """As libraries have it that end what takes too long."""
+
+
+@pytest.mark.parametrize(
+    ("stop", "why"),
+    [
+        (SystemExit(3), "the evaluator called sys.exit (3)"),
+        (SystemExit("done"), "the evaluator called sys.exit ('done')"),
+        (Late("too long"), "Late: too long (test_scoring.py:"),
+    ],
+)
+async def test_what_ends_code_that_an_evaluator_runs_costs_its_own_completion(stop, why):
+    def judge(row: EvaluationRow) -> EvaluationRow:
+        if said(row) == "b":
+            raise stop
+        return give(row, 1.0)
+
+    async def judge_async(row: EvaluationRow) -> EvaluationRow:
+        return judge(row)
+
+    rows = [
+        score_each_completion(judge)(answered("a", "b", "c")),
+        await score_each_completion(judge_async)(answered("a", "b", "c")),
+    ]
+    for row in rows:
+        assert rewards(row) == [1.0, None, 1.0]
+        assert results(row)[1]["error"].startswith(why)
+
+
+class Unreadable(float):
+    def __float__(self):
+        raise OSError("no number")
+
+    def __repr__(self):
+        raise OSError("no text")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"score": Unreadable(1.0)},
+        {"score": ["x" * 10_000]},
+        {"is_score_valid": np.array([True, False])},
+        {"metrics": [1.0]},
+    ],
+)
+def test_a_result_that_cannot_be_read_costs_its_own_completion(fields):
+    @score_each_completion
+    def evaluator(row: EvaluationRow) -> EvaluationRow:
+        give(row, 1.0)
+        if said(row) == "b":
+            for name, value in fields.items():
+                setattr(row.evaluation_result, name, value)
+        return row
+
+    row = evaluator(answered("a", "b", "c"))
+    assert rewards(row) == [1.0, None, 1.0]
+    assert 0 < len(results(row)[1]["error"]) < 400
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, asyncio.CancelledError])
 def test_what_ends_the_run_passes_through_and_leaves_the_row_as_it_was(stop):
     @score_each_completion
     def evaluator(row: EvaluationRow) -> EvaluationRow:

@@ -73,7 +73,19 @@ def unknown_format(name: str) -> str:
 
 @lru_cache(maxsize=16)
 def _format_of(template: str) -> ToolFormat | None:
-    return next((known for mark, known in _MARKS if mark in template), None)
+    shown = next((mark for mark in _MARKS if mark[0] in template), None)
+    if shown is None or (shown in _GUESSES and _CALL_TAG.search(template)):
+        return None
+    return shown[1]
+
+
+_GUESSES = frozenset(_MARKS[-2:])
+"""Those that tell how turns are written, not how calls are."""
+_CALL_TAG = re.compile(
+    r"[<\[][|｜/]?[\w:]*?(?:tool_?calls?|function_?calls?|tool_list|action|plugin)\w*[|｜]?[>\]]",
+    re.IGNORECASE,
+)
+"""A tag of another form of calls than those that are known here."""
 
 
 def parse_tool_calls(

@@ -1,12 +1,13 @@
 """The user's evaluator as we call it: unchanged, with one value put in the place of its row.
 
 Invariant: whatever it raises about a completion becomes a `CallFailed` that says what and where.
-Only what asks the whole run to end passes through: `KeyboardInterrupt`, `SystemExit`,
-cancellation and `pytest.exit`.
+Only what asks the whole run to end passes through: `KeyboardInterrupt`, cancellation and
+`pytest.exit`. `SystemExit` does not: it is how code of models ends that a grader runs.
 """
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import os
 import traceback
@@ -23,9 +24,12 @@ from eval_protocol_rft._text import end_copy_of, text_of
 
 Parameter = Literal["row", "rows"]
 
-_RAISED_BY_EVALUATORS = (Exception, pytest.skip.Exception, pytest.fail.Exception)
-"""`pytest.skip` and `pytest.fail` say something of the one completion at hand. Let through, they
-would take every other row's completions with them, silently so under the priority scheduler."""
+_PASSED_THROUGH = (
+    pytest.exit.Exception, KeyboardInterrupt, asyncio.CancelledError, GeneratorExit,
+)  # fmt: skip
+"""All else says something of the one completion at hand, `pytest.skip`, `pytest.fail` and the time
+limits of some libraries too, which are no `Exception`. Let through, it would take every other row's
+completions with it, silently so under the priority scheduler."""
 
 
 class EvaluatorError(EvalProtocolRftError, TypeError):
@@ -108,9 +112,9 @@ class BoundCall:
         process = os.getpid()
         try:
             return self(value)
-        except pytest.exit.Exception:
+        except _PASSED_THROUGH:
             raise
-        except _RAISED_BY_EVALUATORS as error:
+        except BaseException as error:  # noqa: BLE001
             return self._failed(error)
         finally:
             end_copy_of(process)
@@ -119,13 +123,16 @@ class BoundCall:
         """What the async evaluator returns for `value`, or a `CallFailed`."""
         try:
             return await _InOneProcess(self(value))
-        except pytest.exit.Exception:
+        except _PASSED_THROUGH:
             raise
-        except _RAISED_BY_EVALUATORS as error:
+        except BaseException as error:  # noqa: BLE001
             return self._failed(error)
 
     def _failed(self, error: BaseException) -> CallFailed:
         """Name the last line in the evaluator's own file, where most users need to look."""
+        if isinstance(error, SystemExit):
+            code = error.code if isinstance(error.code, int | None) else text_of(error.code)
+            return CallFailed(error, f"the evaluator called sys.exit ({code!r})")
         frames = [
             (frame.f_code.co_filename, line)
             for frame, line in traceback.walk_tb(error.__traceback__)

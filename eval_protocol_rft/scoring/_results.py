@@ -26,6 +26,8 @@ from eval_protocol_rft._text import text_of, well_formed, well_formed_json
 from eval_protocol_rft.record import Score
 from eval_protocol_rft.scoring._evaluator import CallFailed
 
+_SHOWN = 200
+"""Characters of a score that is none."""
 STEP_OUTPUTS = "step_outputs"
 """The metric that holds what an evaluator said of single steps."""
 
@@ -50,6 +52,16 @@ def read_result(returned: Any) -> Score:
     """
     if isinstance(returned, CallFailed):
         return unscored(returned.text)
+    try:
+        return _read(returned)
+    # Its parts are the user's: reading them raises whatever their methods raise.
+    except Exception as error:  # noqa: BLE001
+        kind = type(returned).__name__
+        problem = f"{type(error).__name__}: {text_of(error)}"
+        return unscored(f"what the evaluator returned ({kind}) cannot be read: {problem}")
+
+
+def _read(returned: Any) -> Score:
     if isinstance(returned, Real | np.bool_):
         problem = _score_problem(returned, True)
         return unscored(problem) if problem else Score(reward=float(returned))
@@ -83,7 +95,9 @@ def _score_problem(score: Any, is_valid: Any) -> str | None:
     if not is_valid:
         return "the evaluator marked the score as invalid"
     if not isinstance(score, Real | np.bool_):
-        return f"the score is {score!r}, not a number"
+        shown = repr(score)
+        shown = shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}..."
+        return f"the score is {shown}, not a number"
     try:
         finite = math.isfinite(score)
     except OverflowError:

@@ -156,7 +156,7 @@ _RESOURCES = (
 
 def _state() -> list[Any]:
     streams = sys.stdin, sys.stdout, sys.stderr
-    state = [(id(stream), getattr(stream, "closed", None)) for stream in streams]
+    state: list[Any] = [(id(stream), getattr(stream, "closed", None)) for stream in streams]
     for ask in _ASKED:
         try:
             state.append(ask())
