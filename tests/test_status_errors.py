@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 from datetime import UTC, datetime
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from eval_protocol_rft.sampling._endpoint import Endpoint
 from eval_protocol_rft.sampling._errors import error_in_body, retry_after, status_error
-from eval_protocol_rft.sampling._types import RefusedError, SamplingError, UnavailableError
+from eval_protocol_rft.sampling._http import HttpSampler
+from eval_protocol_rft.sampling._types import (
+    ConnectionFailedError,
+    RefusedError,
+    SamplingError,
+    SamplingParams,
+    UnavailableError,
+)
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 
@@ -185,3 +194,28 @@ def test_a_servers_words_move_no_terminal_and_are_short():
     error = error_of(400, b'{"error": {"message": "\\u001b[2Jgone\\u202e\\r\\nnew line"}}')
     assert str(error) == "HTTP 400: \\x1b[2Jgone\\u202e new line"
     assert len(str(error_of(500, b"x" * 10_000))) < 600
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [b"SSH-2.0-OpenSSH_9.6\r\n", b"<html>" + b"x" * 4000 + b"\r\n\r\n", bytes(range(128, 256)) * 9],
+    ids=["another protocol", "a page without headers", "rubbish"],
+)
+async def test_what_is_no_http_is_said_to_be_none_and_briefly(reply: bytes) -> None:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(reply)
+        await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
+    sampler = HttpSampler(Endpoint(url))
+    async with server:
+        with pytest.raises(ConnectionFailedError) as caught:
+            await sampler.sample([1], SamplingParams(model="m", max_tokens=1))
+        await sampler.aclose()
+    message = str(caught.value)
+    assert "the reply cannot be read as HTTP" in message
+    assert "400" not in message  # aiohttp's own word: no server said it
+    assert len(message) < 300

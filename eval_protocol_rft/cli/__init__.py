@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from eval_protocol_rft._text import visible_lines
-from eval_protocol_rft.cli._common import say
+from eval_protocol_rft.cli._common import open_closed_streams, say
 from eval_protocol_rft.cli._derive import convert, datums, filter  # noqa: A004 - its name
 from eval_protocol_rft.cli._flags import for_typer, help_text
 from eval_protocol_rft.cli._inspection import report, show, sql, stats
@@ -45,6 +45,10 @@ COMMANDS: dict[str, Callable[..., None]] = {
 class _Commands(TyperGroup):
     """Makes the flags of the command that is called, and of no other: their definitions import
     what their room does."""
+
+    def main(self, *args: Any, **named: Any) -> Any:
+        open_closed_streams()
+        return super().main(*args, **named)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name, command, rest = super().resolve_command(ctx, args)

@@ -9,6 +9,11 @@ What a command on rollouts takes: a rollout file, or what a test of Eval Protoco
 A command that is told to end, by Ctrl-C or by whoever runs the machine.
 
 Invariant: SIGTERM ends a command as Ctrl-C does, so what it was about to store is stored.
+
+Standard streams that are closed (`2>&-`, a service without any): nothing is read or shown then.
+
+Invariant: no file that a command opens gets the number of one of them, where whatever is printed
+would be written into it.
 """
 
 from __future__ import annotations
@@ -16,8 +21,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import os
 import re
 import signal
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,6 +35,21 @@ import typer
 
 from eval_protocol_rft._durable import NO_ROOM
 from eval_protocol_rft._text import visible_lines
+
+
+def open_closed_streams() -> None:
+    """Put the null device in the place of each standard stream that is closed."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            null = os.open(os.devnull, os.O_RDWR)
+            if null != number:
+                os.dup2(null, number)
+                os.close(null)
+            os.set_inheritable(number, True)
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "w" if number else "r", closefd=False))
 
 
 @contextlib.contextmanager

@@ -28,6 +28,7 @@ from eval_protocol_rft.data.rollouts._format import (
     FormatError,
     metadata_of,
     reward_column,
+    reward_columns,
 )
 from eval_protocol_rft.data.rollouts._parquet import open_parquet, read_row_groups
 from eval_protocol_rft.data.rollouts._records import part_of
@@ -54,6 +55,8 @@ if TYPE_CHECKING:
 
 _NEEDED = ("row_id", "data_idx", "sample_idx", "prompt")
 """Columns that every file has, without a null."""
+_TOLD = ("completion_ids", "truncated", "error")
+"""Columns that every file has, without which a null would pass for an answer."""
 
 
 class RolloutDataset:
@@ -79,7 +82,10 @@ class RolloutDataset:
             if found is None:
                 raise FormatError(f"{path}: no such rollout file, and no unfinished job for it")
             self.schema = found
-        missing = [name for name in _NEEDED if name not in self.schema.names]
+        needed = [*_NEEDED, *_TOLD]
+        if not EPISODE_COLUMNS.keys().isdisjoint(self.schema.names):
+            needed += EPISODE_COLUMNS
+        missing = [name for name in needed if name not in self.schema.names]
         if missing:
             raise FormatError(f"{path}: no rollout file: it has no column {missing[0]!r}")
         self._folder = folder
@@ -110,7 +116,7 @@ class RolloutDataset:
             tables = jsonl.read_tables(self.path, self.schema, wanted)
         else:
             found = read_row_groups(self.path, wanted)
-            tables = (_as_documented(table, self.schema, self.path) for table in found)
+            tables = (_as_documented(table, self.schema, wanted, self.path) for table in found)
         return in_order(self._checked(tables), str(self.path))
 
     def rows(self, columns: list[str] | None = None) -> Iterator[CompletionRow]:
@@ -234,15 +240,30 @@ def _with_keys(columns: list[str] | None) -> list[str] | None:
 
 
 def _file_schema(path: Path) -> pa.Schema:
+    """The columns of a file in the types that they have here, with those that whoever wrote it left
+    out; these are null in every row.
+
+    Raises:
+        FormatError: it is no rollout file, or a column holds something else.
+    """
     if jsonl.is_jsonl(path):
-        return jsonl.read_schema(path)
-    with open_parquet(path) as file:
-        found = file.schema_arrow
-    fields = [field.with_type(_documented(field)) for field in found]
-    return pa.schema(fields).with_metadata(found.metadata)
+        found = jsonl.read_schema(path)
+    else:
+        with open_parquet(path) as file:
+            found = file.schema_arrow
+    fields = {field.name: field.with_type(_documented(field, path)) for field in found}
+    wanted = dict(FIXED_COLUMNS)
+    for column in metadata_of(found, where=str(path)).rewards:
+        number, *others = reward_columns(column)
+        if number in fields:
+            wanted |= dict.fromkeys(others, pa.string())
+    for name, kind in wanted.items():
+        if name not in (*_NEEDED, *_TOLD, *fields):
+            fields[name] = pa.field(name, kind)
+    return pa.schema(fields.values()).with_metadata(found.metadata)
 
 
-def _documented(field: pa.Field) -> pa.DataType:
+def _documented(field: pa.Field, path: Path) -> pa.DataType:
     """The type that a column has here: who writes a file anew may take wider ones, or views."""
     wanted = FIXED_COLUMNS.get(field.name) or EPISODE_COLUMNS.get(field.name)
     if field.name == "prompt" and pa.types.is_nested(field.type):
@@ -253,12 +274,19 @@ def _documented(field: pa.Field) -> pa.DataType:
         return wanted
     try:
         pa.schema([field]).empty_table().cast(pa.schema([field.with_type(wanted)]))
-    except pa.ArrowException:
-        return field.type
+    except pa.ArrowException as error:
+        raise FormatError(
+            f"{path}: column {field.name!r} is {field.type}, and a rollout file has {wanted} there"
+        ) from error
     return wanted
 
 
-def _as_documented(table: pa.Table, schema: pa.Schema, where: Path) -> pa.Table:
+def _as_documented(
+    table: pa.Table, schema: pa.Schema, wanted: list[str] | None, where: Path
+) -> pa.Table:
+    for name in wanted or schema.names:
+        if name not in table.schema.names:
+            table = table.append_column(name, pa.nulls(len(table), schema.field(name).type))
     target = pa.schema([schema.field(name) for name in table.schema.names])
     if table.schema.types == target.types:
         return table

@@ -10,13 +10,14 @@ What a run has done so far, in numbers.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import logging
 import os
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -93,6 +94,8 @@ class RunCounts:
 
 
 DEFAULT_CONCURRENCY = 96
+_TOLD_EVERY = 1.0
+"""Seconds between two looks at how far it is."""
 _DATA = functools.partial(Flag, panel="Data set")
 _RUN = functools.partial(Flag, panel="Run")
 T = TypeVar("T")
@@ -285,15 +288,17 @@ async def _run(
             before = output.done.done
         room = _RoomWatch(output)
         room.look()
-        with reporter("generate", total, done=before, show=progress) as bar:
+        opening = _opening(output, total - before) if before < total else ""
+        with reporter("generate", total, done=before, show=progress, opening=opening) as bar:
+
+            def tell() -> None:
+                done = before + counts.completions + counts.failed
+                bar.update(done, detail=_said(counts, attempts, time.perf_counter() - began))
 
             def stored(rows: list[CompletionRow]) -> None:
                 counts.add(rows)
                 room.look()
-                seconds = time.perf_counter() - began
-                bar.update(
-                    before + counts.completions + counts.failed, detail=_said(counts, seconds)
-                )
+                tell()
 
             if before < total:
                 _tell_other_prompts(output, tokenizer)
@@ -310,7 +315,8 @@ async def _run(
                 observe=observers(attempts.add),
                 fresh=not output.done.done,
             )
-            await run.run(prompts)
+            async with _repeating(tell):
+                await run.run(prompts)
         if run.doubt is not None:
             logger.warning("%s", run.doubt)
         seconds = time.perf_counter() - began
@@ -367,6 +373,20 @@ def _tell_other_prompts(output: Output, tokenizer: LoadedTokenizer) -> None:
         )
 
 
+def _opening(output: Output, missing: int) -> str:
+    """What the run is about to do, and where it keeps what it has."""
+    job = output.job
+    server = job.request.endpoint
+    params, n = job.request.params, job.request.n
+    there = job.total - missing
+    return (
+        f"{missing:,} completions to sample: {job.questions.count:,} prompts x {n}"
+        f"{f', of which {there:,} are there' if there else ''}; from {params.model}"
+        f"{f' at {server.base_url}' if server else ''}. Until all are there they lie in "
+        f"{output.store.folder}, and the same command goes on after any stop"
+    )
+
+
 def _may_succeed(kind: str | None, status: int | None) -> bool:
     return kind != "prompt" and (kind != "refused" or status in ACCOUNT_STATUSES)
 
@@ -382,6 +402,27 @@ async def _to_its_end(work: Callable[[], T]) -> T:
         raise
 
 
-def _said(counts: RunCounts, seconds: float) -> str:
+@contextlib.asynccontextmanager
+async def _repeating(tell: Callable[[], None]) -> AsyncIterator[None]:
+    """Say how far it is also while nothing comes in: a server may be away for long."""
+
+    async def repeat() -> None:
+        while True:
+            await asyncio.sleep(_TOLD_EVERY)
+            tell()
+
+    task = asyncio.create_task(repeat())
+    try:
+        yield
+    finally:
+        task.cancel()
+
+
+def _said(counts: RunCounts, attempts: RunSummary, seconds: float) -> str:
     truncated = counts.truncated / counts.completions if counts.completions else 0.0
-    return f"{counts.tokens / seconds:.0f} tok/s, {counts.failed} failed, {truncated:.0%} truncated"
+    retries = ""
+    if attempts.retries:
+        [(cause, _)] = attempts.retries.most_common(1)
+        retries = f", {attempts.retries.total()} retries (mostly {cause})"
+    rate = counts.tokens / seconds
+    return f"{rate:.0f} tok/s, {counts.failed} failed, {truncated:.0%} truncated{retries}"

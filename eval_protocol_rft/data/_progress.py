@@ -1,16 +1,18 @@
 """What a person sees of a long run: a bar on a terminal, a line now and then in a log.
 
 Invariant: progress is of what is stored, or of what is read where a file is only read, and goes to
-stderr.
+stderr. Where that cannot be written to (its reader or the terminal has gone), the work goes on.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
 from types import TracebackType
-from typing import Protocol, TypeVar
+from typing import Protocol, TextIO, TypeVar, cast
 
 from rich.console import Console
 from rich.progress import (
@@ -55,6 +57,7 @@ def reporter(
     show: bool | None = None,
     every: float = _LINE_EVERY,
     stays: bool = True,
+    opening: str = "",
 ) -> Reporter:
     """The fitting reporter.
 
@@ -62,6 +65,7 @@ def reporter(
         what: what is being done: "generate".
         total: how much there is to do; None where nobody knows.
         done: how much of it was done before.
+        opening: a line that is said first.
         every: seconds between lines.
         show: False for none; None for what stderr can show; True for lines where it is no terminal.
         stays: leave the bar on the terminal at the end.
@@ -69,8 +73,8 @@ def reporter(
     if show is False:
         return _Silent()
     if sys.stderr.isatty():
-        return _Bar(what, total, done, stays)
-    return _Lines(what, total, every) if show else _Silent()
+        return _Bar(what, total, done, stays, opening)
+    return _Lines(what, total, every, opening) if show else _Silent()
 
 
 class Reading:
@@ -145,7 +149,8 @@ class _Silent:
 
 
 class _Bar(_Silent):
-    def __init__(self, what: str, total: int | None, done: int, stays: bool) -> None:
+    def __init__(self, what: str, total: int | None, done: int, stays: bool, opening: str) -> None:
+        self._opening = opening
         self._progress = Progress(
             SpinnerColumn(),
             TextColumn(what),
@@ -155,12 +160,13 @@ class _Bar(_Silent):
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            console=Console(stderr=True),
+            console=Console(file=cast("TextIO", _Stderr())),
             transient=not stays,
         )
         self._task = self._progress.add_task(what, total=total, completed=done, detail="")
 
     def __enter__(self) -> Reporter:
+        _say(self._opening)
         self._progress.start()
         return self
 
@@ -177,16 +183,48 @@ class _Bar(_Silent):
 
 
 class _Lines(_Silent):
-    def __init__(self, what: str, total: int | None, every: float) -> None:
+    def __init__(self, what: str, total: int | None, every: float, opening: str) -> None:
+        self._opening = opening
         self._what = what
         self._total = total
         self._every = every
         self._last = time.monotonic()
+
+    def __enter__(self) -> Reporter:
+        _say(self._opening)
+        return self
 
     def update(self, done: int, *, detail: str, now: bool = False) -> None:
         moment = time.monotonic()
         if now or moment - self._last >= self._every:
             self._last = moment
             of = "" if self._total is None else f"/{self._total}"
-            line = f"{self._what}: {done}{of}  {visible(detail)}"
-            print(line.rstrip(), file=sys.stderr, flush=True)
+            _say(f"{self._what}: {done}{of}  {detail}")
+
+
+def _say(line: str) -> None:
+    if line:
+        print(visible(line).rstrip(), file=_Stderr(), flush=True)
+
+
+class _Stderr(io.TextIOBase):
+    """What is stderr now; what cannot be written there is lost."""
+
+    def __init__(self) -> None:
+        self._stream = sys.stderr
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]  # of a base that cannot set it
+        return self._stream.encoding
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.flush()

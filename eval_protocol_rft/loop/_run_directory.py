@@ -1,15 +1,16 @@
 """A run's directory: its settings, its metrics, its checkpoints.
 
 Invariant: a checkpoint is whole or not there. `metrics.jsonl` never holds a line of a step that
-will be done again: what lies behind the checkpoint that a run goes on from is cut off. Whatever
-changes what a run trains towards, rows or weights, changes its fingerprint in the settings; the
-evaluator's code has its own.
+will be done again: what lies behind the checkpoint that a run goes on from is cut off. One process
+at a time works in a run's folder. Whatever changes what a run trains towards, rows or weights,
+changes its fingerprint in the settings; the evaluator's code has its own.
 
     settings.json           what the run is, checked when it is continued
     metrics.jsonl           one line per step and per evaluation
     checkpoints/step-000050 state.json, and what the trainer saved
     model/                  the final weights
     report.html
+    .lock                   held by the process that trains
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import filelock
+
 from eval_protocol_rft._durable import DurableFile, sync_folder, write_whole
 from eval_protocol_rft._errors import EvalProtocolRftError
 from eval_protocol_rft.local.models import (
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
     from eval_protocol.models import EvaluationRow
 
 _PREFIX = "step-"
+_LOCK = ".lock"
 
 
 class RunFolderError(EvalProtocolRftError, ValueError):
@@ -44,8 +48,9 @@ class RunFolderError(EvalProtocolRftError, ValueError):
 class RunFolder:
     """One run's files. Open with `RunFolder.open`."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, lock: filelock.BaseFileLock | None = None) -> None:
         self.path = path
+        self._lock = lock
         self.metrics_path = path / "metrics.jsonl"
         self._metrics: DurableFile | None = None
 
@@ -56,7 +61,9 @@ class RunFolder:
         Raises:
             RunFolderError: it holds a run of other settings, or something else.
         """
-        if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        if not path.exists():
+            return
+        if path.is_dir() and all(entry.name == _LOCK for entry in path.iterdir()):
             return
         known = _known(path)
         if known is None and _has_begun(path):
@@ -74,16 +81,23 @@ class RunFolder:
         """Begin a run in `path`, or go on with the one that is there.
 
         Raises:
-            RunFolderError: as `check`.
+            RunFolderError: as `check`; or another process trains there.
         """
         cls.check(path, settings, overwrite=overwrite)
-        if _known(path) is not None and (overwrite or not _has_begun(path)):
-            _remove_run(path)
         path.mkdir(parents=True, exist_ok=True)
-        if _known(path) is None:
-            text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
-            write_whole(path / "settings.json", text.encode())
-        return cls(path)
+        lock = _hold(path)
+        try:
+            # Again: whoever trained here until now may have begun or changed the run.
+            cls.check(path, settings, overwrite=overwrite)
+            if _known(path) is not None and (overwrite or not _has_begun(path)):
+                _remove_run(path)
+            if _known(path) is None:
+                text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
+                write_whole(path / "settings.json", text.encode())
+        except BaseException:
+            lock.release()
+            raise
+        return cls(path, lock)
 
     def lines(self) -> list[dict[str, Any]]:
         """The metrics so far; a last line that was cut off by a crash is not among them."""
@@ -187,6 +201,22 @@ class RunFolder:
         if self._metrics is not None:
             self._metrics.close()
             self._metrics = None
+        if self._lock is not None:
+            with contextlib.suppress(OSError):
+                (self.path / _LOCK).unlink()
+            self._lock.release()
+            self._lock = None
+
+
+def _hold(path: Path) -> filelock.BaseFileLock:
+    lock = filelock.FileLock(path / _LOCK, timeout=0, thread_local=False)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise RunFolderError(
+            f"{path}: another process trains there: wait for it, stop it, or name another folder"
+        ) from None
+    return lock
 
 
 def _known(path: Path) -> dict[str, Any] | None:

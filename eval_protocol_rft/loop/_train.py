@@ -177,11 +177,13 @@ async def atrain(
         readable = not isinstance(error, RunFolderError)
         raise
     finally:
-        folder.close()
-        await assembled.trainer.aclose()
-        await assembled.processor.acleanup()
-        if readable:
-            _report(folder, stopped, warn)
+        try:
+            await assembled.trainer.aclose()
+            await assembled.processor.acleanup()
+            if readable:
+                _report(folder, stopped, warn)
+        finally:
+            folder.close()
 
 
 async def _load_newest(

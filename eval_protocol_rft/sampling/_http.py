@@ -232,6 +232,8 @@ NO_CLOCKS = aiohttp.ClientTimeout(total=None, sock_connect=None)
 """aiohttp's run on while the loop is blocked; ours are `Deadline`s."""
 _QUEUE_HEADERS = ("fireworks-prefill-queue-duration", "fireworks-generation-queue-duration")
 _LONGEST_REQUEST_ID = 256
+_LONGEST_UNREADABLE = 120
+"""Characters of what is no HTTP that an error shows."""
 _REQUEST_ID_HEADERS = ("x-request-id", "x-fireworks-request-id", "cf-ray")
 
 
@@ -372,6 +374,10 @@ def error_text(error: Exception) -> str:
     """What aiohttp says went wrong, without the parts of a reply that some of its errors carry."""
     if isinstance(error, aiohttp.ServerDisconnectedError):
         return "ServerDisconnectedError: the server disconnected before its reply was whole"
+    if isinstance(error, aiohttp.ClientResponseError):
+        # Its status, 400, is aiohttp's word for bytes that it cannot read; the server said none.
+        said = " ".join(error.message.split())
+        return f"the reply cannot be read as HTTP: {said[:_LONGEST_UNREADABLE]}"
     name = type(error).__name__
     return f"{name}: {error}" if str(error) else name
 

@@ -246,7 +246,7 @@ def test_a_wrong_key_ends_the_run_early_and_stores_nothing(
 
 def test_a_wrong_address_ends_the_run_and_stores_nothing(output, data, tokenizer_folder):
     options = ["--model", "m", "--base-url", "http://127.0.0.1:9", "--tokenizer", tokenizer_folder]
-    message = refused("generate", data, "-o", output, *options, "--max-attempts", 1)
+    message = refused("generate", data, "-o", output, *options, "--max-attempts", 1, "--quiet")
     assert "all failed (connection)" in message
     assert not output.exists()
 

@@ -1,4 +1,5 @@
-"""Types that Arrow stores and cannot sort are cast, in data sets and in rollout files."""
+"""Types that Arrow stores and cannot sort are cast, in data sets and in rollout files; columns that
+whoever wrote a rollout file left out, or filled with something else."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from eval_protocol_rft.data._dataset import RolloutDataset
-from eval_protocol_rft.data.rollouts._format import METADATA_KEY
+from eval_protocol_rft.data.rollouts._format import FIXED_COLUMNS, METADATA_KEY
 from tests.convert_rows import same
 from tests.data import score_graders
 from tests.data.rollout_files import write_rollouts
@@ -70,3 +71,62 @@ def test_a_rollout_file_that_others_wrote_anew_is_the_same_file(
     succeed("convert", tmp_path / "f.parquet", tmp_path / "f.jsonl")
     succeed("stats", tmp_path / "f.jsonl")
     assert [row.reward for row in RolloutDataset(tmp_path / "f.jsonl")] == [1.0, 1.0, 1.0]
+
+
+NOT_NULL = ("row_id", "data_idx", "sample_idx", "prompt", "completion_ids", "truncated", "error")
+
+
+@pytest.mark.parametrize("name", FIXED_COLUMNS)
+def test_a_column_that_is_left_out_is_null_in_every_row_or_is_named(
+    tmp_path: Path, name: str
+) -> None:
+    source = write_rollouts(tmp_path / "r.parquet", [["a", "b"], [None, "c"]])
+    table = pq.read_table(source)
+    if name in NOT_NULL:
+        pq.write_table(table.drop_columns([name]), source)
+        assert f"no column {name!r}" in refused("stats", source)
+        return
+    place = table.schema.get_field_index(name)
+    nulls = pa.nulls(len(table), table.schema.field(name).type)
+    pq.write_table(table.set_column(place, table.schema.field(name), nulls), source)
+    as_nulls = list(RolloutDataset(source))
+    pq.write_table(table.drop_columns([name]), source)
+    assert all(map(same, RolloutDataset(source), as_nulls))
+    succeed("stats", source)
+
+
+def test_a_file_that_has_episodes_in_part_is_refused(tmp_path: Path) -> None:
+    source = write_rollouts(tmp_path / "r.parquet", [["a", "b"]])
+    table = pq.read_table(source)
+    pq.write_table(table.append_column("turns", pa.nulls(len(table), pa.int32())), source)
+    assert "no column 'segment_tokens'" in refused("stats", source)
+
+
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [
+        ("tools", ["filter", "-o", "prompts.jsonl", "--prompts", "--min-tokens", 1]),
+        ("ground_truth", ["convert", "verl.parquet", "--to", "verl"]),
+        ("reward_reason", ["show"]),
+        ("raw_logprobs", ["convert", "rows.jsonl", "--to", "ep"]),
+    ],
+)
+def test_commands_take_files_without_a_column(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, command: list[object]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    source = write_rollouts(tmp_path / "r.parquet", [["a", "b"], [None, "c"]])
+    pq.write_table(pq.read_table(source).drop_columns([name]), source)
+    what, *more = command
+    succeed(what, source, *more)
+
+
+@pytest.mark.parametrize("name", ["logprobs", "past_end", "truncated", "attempts", "message"])
+def test_a_column_of_something_else_is_named(tmp_path: Path, name: str) -> None:
+    kind = pa.struct([("a", pa.int8())])
+    source = write_rollouts(tmp_path / "r.parquet", [["a", "b"]])
+    table = pq.read_table(source)
+    place = table.schema.get_field_index(name)
+    pq.write_table(table.set_column(place, name, pa.nulls(len(table), kind)), source)
+    for command in (["stats", source], ["datums", source, "-o", tmp_path / "d.npz"]):
+        assert f"r.parquet: column {name!r} is {kind}, and a rollout file" in refused(*command)

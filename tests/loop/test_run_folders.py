@@ -130,6 +130,27 @@ def test_settings_that_are_gone_are_said_and_overwriting_keeps_what_is_not_ours(
     assert (outside / "kept").read_text() == "precious"
 
 
+async def test_a_second_run_in_a_folder_is_refused_while_the_first_one_trains(
+    folder: Path,
+) -> None:
+    settings = json.loads((folder / "settings.json").read_text())
+    metrics = (folder / "metrics.jsonl").read_text()
+    first = RunFolder.open(folder, settings, overwrite=False)
+    for more in ({}, {"overwrite": True}):
+        with pytest.raises(RunFolderError, match="another process trains there"):
+            await run(folder, options(**ONE | {"steps": 3}), **more)
+    assert (folder / "metrics.jsonl").read_text() == metrics
+    first.close()
+    await run(folder, options(**ONE | {"steps": 3}))
+    assert not (folder / ".lock").exists()
+
+
+def test_a_killed_run_that_left_nothing_but_its_lock_is_begun_anew(tmp_path: Path) -> None:
+    (tmp_path / ".lock").touch()
+    RunFolder.open(tmp_path, {"groups_per_step": 1}, overwrite=False).close()
+    assert [path.name for path in tmp_path.iterdir()] == ["settings.json"]
+
+
 EVALUATOR = """
 from eval_protocol.models import EvaluateResult
 from own_rewards import reward
