@@ -72,6 +72,8 @@ def _sigterm_interrupts() -> Iterator[list[signal.Signals]]:
 
 
 P = ParamSpec("P")
+Input = str | Path
+"""What is only read: a path; or, as text, a URL."""
 _ATTEMPTS = "eval_protocol_rft.attempts"
 """The logger of `sampling.observing`, which is not imported for `--help`."""
 
@@ -147,31 +149,30 @@ def fail(message: str, *, code: int = 1) -> NoReturn:
 
 
 @contextlib.contextmanager
-def rollout_file(path: Path, *, progress: bool = True) -> Iterator[Path]:
-    """`path` where it is a rollout file or that of an unfinished job. Where it holds rows of Eval
-    Protocol (JSON lines, or a folder of them, of which the newest counts), a rollout file of these,
-    which is gone afterwards.
+def rollout_file(given: Input, *, progress: bool = True) -> Iterator[Path]:
+    """A rollout file, or that of an unfinished job: `given` itself; or a copy, which is gone
+    afterwards, of what is behind a URL or compressed. Where it holds rows of Eval Protocol (JSON
+    lines, or a folder of them, of which the newest counts), a rollout file of these.
 
     Raises:
-        ReportError, JobError: there is neither, or it is broken.
+        ReportError, JobError, SourceError: there is neither, or it is broken.
     """
-    from eval_protocol_rft.data import convert
-    from eval_protocol_rft.report import ReportError, is_rollouts, newest_rows_file
+    from eval_protocol_rft.data import METADATA_SUFFIX, called, convert, one_place
+    from eval_protocol_rft.report import is_rollouts, newest_rows_file
 
-    if is_rollouts(path) or (not path.exists() and path.suffix):
-        yield path
-        return
-    rows = newest_rows_file(path)
-    with tempfile.TemporaryDirectory(prefix="ep-rft-") as folder:
-        made = Path(folder) / f"{rows.stem}.parquet"
-        summary = convert(rows, made, from_format="ep", drop_failed_rows=True, progress=progress)
-        for note in summary.notes:
-            say(f"ep-rft: {rows}: {note}", err=True)
-        try:
-            yield made
-        except ValueError as error:
-            # By the name that the user knows.
-            text = str(error)
-            if str(made) in text:
-                raise ReportError(text.replace(str(made), str(rows))) from error
-            raise
+    place = one_place(given)
+    with place.here(METADATA_SUFFIX) as path:
+        if is_rollouts(path) or (not path.exists() and path.suffix):
+            yield path
+            return
+        rows = newest_rows_file(path)
+        name = str(rows) if place.is_plain else place.shown
+        with tempfile.TemporaryDirectory(prefix="ep-rft-") as folder:
+            made = Path(folder) / f"{rows.stem}.parquet"
+            summary = convert(
+                rows, made, from_format="ep", drop_failed_rows=True, progress=progress
+            )
+            for note in summary.notes:
+                say(f"ep-rft: {name}: {note}", err=True)
+            with called(made, name):
+                yield made

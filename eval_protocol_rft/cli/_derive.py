@@ -9,12 +9,12 @@ from typing import Annotated, Any
 
 from eval_protocol_rft import data, training
 from eval_protocol_rft._options import Flag
-from eval_protocol_rft.cli._common import rollout_file, say
+from eval_protocol_rft.cli._common import Input, rollout_file, say
 from eval_protocol_rft.cli._flags import Takes
 
 
 def filter(  # noqa: A001
-    file: Path,
+    file: Input,
     rules: data.FilterRules,
     options: Annotated[dict[str, Any], Takes(data.filter_rollouts)],
     *,
@@ -28,7 +28,7 @@ def filter(  # noqa: A001
     option asks for is dropped: an unscored completion has no reward, which is not 0.
 
     Args:
-        file: Rollout file, or what a test wrote.
+        file: Rollout file, or what a test wrote; also a URL.
         output: Where to: .parquet or .jsonl.
 
     Examples:
@@ -40,7 +40,8 @@ def filter(  # noqa: A001
     with rollout_file(file, progress=options["progress"]) as source:
         summary = data.filter_rollouts(source, output, rules, **options)
     if not summary.finished:
-        say(f"ep-rft: {file}: its job is not finished; this is of what is stored so far", err=True)
+        text = "its job is not finished; this is of what is stored so far"
+        say(f"ep-rft: {source}: {text}", err=True)
     say(
         f"kept {summary.kept} of {summary.completions} completions, {summary.groups_kept} of "
         f"{summary.groups} prompts"
@@ -55,7 +56,7 @@ def filter(  # noqa: A001
 
 
 def convert(
-    source: Annotated[Path, Flag(metavar="IN")],
+    source: Annotated[Input, Flag(metavar="IN")],
     target: Annotated[Path, Flag(metavar="OUT")],
     options: Annotated[dict[str, Any], Takes(data.convert)],
 ) -> None:
@@ -65,7 +66,7 @@ def convert(
     be converted back only where `ep-rft convert` wrote them as Parquet.
 
     Args:
-        source: File to convert.
+        source: File to convert, or its URL.
         target: File to write: .parquet, .jsonl or .json.
 
     Examples:
@@ -79,7 +80,7 @@ def convert(
 
 
 def datums(
-    file: Path,
+    file: Input,
     batch: Annotated[dict[str, Any], Takes(training.BatchOptions)],
     filters: Annotated[dict[str, Any], Takes(training.Filters)],
     options: Annotated[dict[str, Any], Takes(data.write_datums)],
@@ -93,7 +94,7 @@ def datums(
     one file, and each says which batch it is of.
 
     Args:
-        file: Scored rollout file, or what a test wrote.
+        file: Scored rollout file, or what a test wrote; also a URL.
         output: Where to: .npz, .safetensors or .jsonl.
 
     Examples:

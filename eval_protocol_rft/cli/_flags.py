@@ -5,6 +5,7 @@ Invariant: what was not asked for is not handed on, so defaults are those of Pyt
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import os
@@ -22,10 +23,14 @@ from eval_protocol_rft._options import Flag, Option, options_of
 from eval_protocol_rft.cli._common import fail, one_line
 
 _EMPTY: Any = inspect.Parameter.empty
-_NATIVE = (str, int, float, bool, Path)
+_NATIVE = (str, int, float, bool)
 _PROGRESS = "progress"
 """An option of Python that is `--quiet` here: without it a command says how far it is."""
 _QUIET = Option("quiet", bool, (), False, "No progress.", positional=False)
+
+
+class path(str):  # noqa: N801 - typer shows the name
+    """A path or a URL, as it was typed."""
 
 
 class Takes(NamedTuple):
@@ -186,6 +191,8 @@ def _parameter(setting: Setting) -> inspect.Parameter:
     elif default is True:
         names = [f" /{names[0]}"]
         shown["show_default"] = False
+    if _path_of(option.type) is not None:
+        shown["parser"] = path
     info: Any = typer.Argument(**shown) if option.positional else typer.Option(*names, **shown)
     return inspect.Parameter(
         option.name,
@@ -204,9 +211,20 @@ def _typer_type(option: Option) -> Any:
         return option.type
     if isinstance(origin, type) and issubclass(origin, Sequence):
         item = arguments[0]
-        return list[item if item in _NATIVE else str]  # type: ignore[misc]
-    is_path = Path in arguments or any(get_origin(kind) is os.PathLike for kind in arguments)
-    return Path if is_path else str
+        kind = path if _path_of(item) else item if item in _NATIVE else str
+        return list[kind]  # type: ignore[valid-type]
+    return path if _path_of(option.type) else str
+
+
+def _path_of(kind: Any) -> Literal["file", "file or URL"] | None:
+    """What names of files an option takes, if any: a `Path` is of this machine."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if isinstance(origin, type) and issubclass(origin, Sequence):
+        return _path_of(arguments[0])
+    kinds = {get_origin(each) or each for each in (kind, *arguments)}
+    if kinds.isdisjoint((Path, os.PathLike)):
+        return None
+    return "file or URL" if str in kinds else "file"
 
 
 def _value(setting: Setting, value: Any) -> Any:
@@ -223,7 +241,20 @@ def _value(setting: Setting, value: Any) -> Any:
             return flag.parse(value)
     except ValueError as error:
         raise ValueError(f"{setting.names[0]} {value}: {error}") from error
+    if takes := _path_of(option.type):
+        at = functools.partial(_path_at, may_be_url=takes != "file")
+        return list(map(at, value)) if isinstance(value, list) else at(value)
     return _json_object(setting.names[0], value) if _is_json(option) else value
+
+
+def _path_at(text: str, *, may_be_url: bool) -> str | Path:
+    if not text:
+        raise ValueError("no file is named: the name is empty")
+    if "://" not in text and "::" not in text:
+        return Path(text)
+    from eval_protocol_rft.data import is_url, output_path
+
+    return text if may_be_url and is_url(text) else output_path(text)
 
 
 def _is_json(option: Option) -> bool:

@@ -14,16 +14,16 @@ from annotated_types import Ge
 from eval_protocol_rft import data
 from eval_protocol_rft import report as room
 from eval_protocol_rft._options import Flag
-from eval_protocol_rft.cli._common import fail, reason_of, rollout_file, say, say_json
+from eval_protocol_rft.cli._common import Input, fail, reason_of, rollout_file, say, say_json
 from eval_protocol_rft.cli._flags import Takes
 
 
-def show(paths: list[Path], options: Annotated[dict[str, Any], Takes(room.rollout_table)]) -> None:
+def show(paths: list[Input], options: Annotated[dict[str, Any], Takes(room.rollout_table)]) -> None:
     """Show rollouts: prompts, completions, rewards, sums.
 
     Args:
         paths: Rows of Eval Protocol (.jsonl, or a folder of them), or rollouts, also of a job that
-            is not finished.
+            is not finished; also URLs.
 
     Examples:
       EP_OUTPUT_DIR=results pytest examples/arithmetic && ep-rft show results
@@ -33,17 +33,20 @@ def show(paths: list[Path], options: Annotated[dict[str, Any], Takes(room.rollou
 
     console = Console()
     for path in paths:
-        file = room.newest_rows_file(path)
-        rows = list(room.read_rows(file))
-        if not rows and file.is_file():
-            fail(f"{file}: it holds no rows")
-        if not file.is_file():
-            say(f"{path}: the job is not finished: this is what is stored of it so far", err=True)
+        place = data.one_place(path)
+        with place.here(data.METADATA_SUFFIX) as here:
+            file = room.newest_rows_file(here)
+            rows = list(room.read_rows(file))
+            if not rows and file.is_file():
+                fail(f"{file if place.is_plain else place.shown}: it holds no rows")
+            if not file.is_file():
+                text = "the job is not finished: this is what is stored of it so far"
+                say(f"{path}: {text}", err=True)
         console.print(room.rollout_table(rows, **options))
 
 
 def stats(
-    file: Path,
+    file: Input,
     options: Annotated[dict[str, Any], Takes(data.rollout_stats)],
     *,
     limit_groups: Annotated[int, Ge(0)] = 20,
@@ -52,7 +55,7 @@ def stats(
     """Sum up a rollout file: rewards, pass@k, lengths, failures, the hardest prompts.
 
     Args:
-        file: Rollout file, also of an unfinished job, or what a test wrote.
+        file: Rollout file, also of an unfinished job, or what a test wrote; also a URL.
         limit_groups: Prompts to list, the hardest ones.
         json: Print JSON instead, with all prompts.
 
@@ -67,7 +70,7 @@ def stats(
 
     with rollout_file(file, progress=options["progress"]) as path:
         found = data.rollout_stats(path, **options)
-    found = dataclasses.replace(found, path=str(file))
+    found = dataclasses.replace(found, path=data.shown(file))
     if json:
         say_json(msgspec.json.format(msgspec.json.encode(found), indent=2))
         return
@@ -77,7 +80,7 @@ def stats(
 
 
 def sql(
-    file: Path,
+    file: Input,
     query: str,
     options: Annotated[dict[str, Any], Takes(data.run_query)],
     *,
@@ -94,7 +97,7 @@ def sql(
     num_tokens, pass_rate, mean_reward, min_reward, max_reward.
 
     Args:
-        file: Rollout file, also of an unfinished job, or what a test wrote.
+        file: Rollout file, also of an unfinished job, or what a test wrote; also a URL.
         query: One query that reads.
         json: Print a JSON object a row.
         csv: Print CSV.
@@ -177,7 +180,7 @@ def _cell(value: object) -> str:
 
 
 def report(
-    path: Annotated[Path, Flag(metavar="FILE")],
+    path: Annotated[Input, Flag(metavar="FILE")],
     options: Annotated[dict[str, Any], Takes(room.write_report)],
     *,
     output: Annotated[
@@ -189,7 +192,7 @@ def report(
     Of a training run: its curves, from the run's folder (`ep-rft train` writes the page, too).
 
     Args:
-        path: Rollout file, what a test wrote, or folder of a training run.
+        path: Rollout file or its URL, what a test wrote, or folder of a training run.
         output: The page.
 
     Examples:
@@ -198,13 +201,15 @@ def report(
       ep-rft report rollouts.parquet --tokenizer Qwen/Qwen3-0.6B
       ep-rft report run -o training.html
     """
-    if room.is_run_folder(path):
+    if isinstance(path, Path) and room.is_run_folder(path):
         for name in options.keys() - {"progress"}:
             flag = "--" + name.replace("_", "-")
             fail(f"{flag} is for rollout files, and {path} is the folder of a training run")
         _report_run(path, output)
         return
-    output = output or path.with_suffix(".html")
+    if output is None:
+        beside = data.plain_name(data.one_place(path).path).with_suffix(".html")
+        output = Path(beside if isinstance(path, Path) else beside.name)
     try:
         with rollout_file(path, progress=options["progress"]) as file:
             written = room.write_report(data.RolloutDataset(file), output, **options)

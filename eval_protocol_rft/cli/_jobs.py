@@ -15,7 +15,7 @@ from eval_protocol_rft import data as room
 from eval_protocol_rft import rollout, sampling
 from eval_protocol_rft._durable import NO_ROOM
 from eval_protocol_rft._options import Flag
-from eval_protocol_rft.cli._common import fail, rollout_file, say
+from eval_protocol_rft.cli._common import Input, fail, rollout_file, say
 from eval_protocol_rft.cli._flags import Takes
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ _SHOWN_REASONS = 5
 
 
 def generate(
-    data: Annotated[list[Path], Flag(metavar="DATA...")],
+    data: Annotated[list[Input], Flag(metavar="DATA...")],
     params: Annotated[dict[str, Any], Takes(sampling.SamplingParams)],
     request: Annotated[dict[str, Any], Takes(rollout.RolloutRequest, {"n": 1})],
     server: Annotated[dict[str, Any], Takes(sampling.Endpoint, {"base_url": None})],
@@ -46,8 +46,8 @@ def generate(
     missing.
 
     Args:
-        data: Parquet, JSONL, JSON, CSV or TSV, text also as .gz or .zst: files, folders, patterns;
-            or a folder saved by `datasets`.
+        data: Parquet, JSONL, JSON, CSV or TSV, text also as .gz, .zst or .bz2: files, folders,
+            patterns, URLs (s3://, hf://, https://...); or a folder saved by `datasets`.
         output: A .parquet or .jsonl file.
         format: What the output's name must say.
         verbose: Latencies, retries and requests in flight at the end.
@@ -121,7 +121,7 @@ def _show_generated(summary: GenerateSummary, *, verbose: bool) -> None:
 
 
 def score(
-    rollouts: Path,
+    rollouts: Input,
     options: Annotated[dict[str, Any], Takes(room.score)],
     *,
     evaluator: Annotated[str, Flag("-e")],
@@ -133,7 +133,7 @@ def score(
     in any way: the same command goes on with what is not graded yet.
 
     Args:
-        rollouts: A rollout file, or what a test wrote (then with -o).
+        rollouts: A rollout file; or what a test wrote, or a URL (then with -o).
         evaluator: tests/test_x.py::test_x (an evaluation test or a plain function of `row`), or
             package.module:function.
         allow_unscored: Exit with 0 though no completion has a reward.
@@ -144,8 +144,9 @@ def score(
       ep-rft score rollouts.parquet -e judge.py::judge --concurrency 16 -o judged.parquet
     """
     with rollout_file(rollouts) as source:
-        if source != rollouts and "output" not in options:
-            fail(f"{rollouts}: a test wrote this, and it stays as it is: name another file with -o")
+        if str(source) != room.one_place(rollouts).name and "output" not in options:
+            name = room.shown(rollouts)
+            fail(f"{name} is only read, and stays as it is: name another file with -o")
         try:
             summary = room.score(source, evaluator, **options)
         except KeyboardInterrupt:

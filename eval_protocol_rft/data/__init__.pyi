@@ -17,6 +17,7 @@ from .rollouts._format import FormatError as FormatError
 
 # For other rooms alone: these may change.
 # isort: split
+from ._files import output_path as output_path
 from ._files import same_file as same_file
 from ._files import write_rows as write_rows
 from ._filter_rules import REASONS as REASONS
@@ -33,13 +34,19 @@ from .rollouts._episodes import checked_episode as checked_episode
 from .rollouts._format import DataSettings as DataSettings
 from .rollouts._format import FileMetadata as FileMetadata
 from .rollouts._format import SamplingSettings as SamplingSettings
+from .rollouts._jsonl import METADATA_SUFFIX as METADATA_SUFFIX
 from .rollouts._jsonl import metadata_path as metadata_path
 from .rollouts._rows import UNSCORED as UNSCORED
 from .rollouts._rows import ChatMessages as ChatMessages
 from .rollouts._rows import CompletionRow as CompletionRow
 from .rollouts._rows import Score as Score
-from .source._opening import PathOrGlob as PathOrGlob
 from .source._opening import open_source as open_source
+from .source._places import PathOrGlob as PathOrGlob
+from .source._places import called as called
+from .source._places import is_url as is_url
+from .source._places import one_place as one_place
+from .source._places import plain_name as plain_name
+from .source._places import shown as shown
 from .source._prompt import messages_in as messages_in
 from .source._types import Source as Source
 from .source._types import SourceRow as SourceRow

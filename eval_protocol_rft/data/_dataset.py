@@ -6,6 +6,7 @@ file's format and whether its job was finished. Only what is being looked at is 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import os
@@ -30,10 +31,12 @@ from eval_protocol_rft.data.rollouts._format import (
     reward_column,
     reward_columns,
 )
+from eval_protocol_rft.data.rollouts._jsonl import METADATA_SUFFIX
 from eval_protocol_rft.data.rollouts._parquet import open_parquet, read_row_groups
 from eval_protocol_rft.data.rollouts._records import part_of
 from eval_protocol_rft.data.rollouts._rows import CompletionRow, by_record, from_record_batch
 from eval_protocol_rft.data.source._arrow import plain_type
+from eval_protocol_rft.data.source._places import called, one_place
 from eval_protocol_rft.data.store._merge import (
     KEY_COLUMNS,
     SortedInput,
@@ -64,14 +67,26 @@ class RolloutDataset:
 
     Args:
         path: the file. Where it is not there yet, what is stored of the job that is to write it,
-            which may be running.
+            which may be running. Or a URL of `fsspec`, compressed JSON lines, or a pattern that one
+            file has: of these, a copy is made as long as the object is there.
 
     Raises:
         FormatError: there is no such file, or it is no rollout file.
+        SourceError: what is behind the URL or the pattern cannot be had.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+        self._copy = contextlib.ExitStack()
+        place = one_place(path)
+        self.path = self._copy.enter_context(place.here(METADATA_SUFFIX))
+        self.is_copy = not place.is_plain and self.path.exists()
+        """Whether `path` is one, of what is behind a URL or compressed."""
+        self.where = place.shown
+        """For messages."""
+        with called(self.path, self.where):
+            self._open()
+
+    def _open(self) -> None:
         self.finished = self.path.is_file()
         """False where these are the parts of an unfinished job."""
         folder = self.path if self.path.is_dir() else parts_folder(self.path)
@@ -80,19 +95,21 @@ class RolloutDataset:
         else:
             found = read_schema(folder)
             if found is None:
-                raise FormatError(f"{path}: no such rollout file, and no unfinished job for it")
+                raise FormatError(
+                    f"{self.where}: no such rollout file, and no unfinished job for it"
+                )
             self.schema = found
         needed = [*_NEEDED, *_TOLD]
         if not EPISODE_COLUMNS.keys().isdisjoint(self.schema.names):
             needed += EPISODE_COLUMNS
         missing = [name for name in needed if name not in self.schema.names]
         if missing:
-            raise FormatError(f"{path}: no rollout file: it has no column {missing[0]!r}")
+            raise FormatError(f"{self.where}: no rollout file: it has no column {missing[0]!r}")
         self._folder = folder
-        self.metadata: FileMetadata = metadata_of(self.schema, where=str(path))
+        self.metadata: FileMetadata = metadata_of(self.schema, where=self.where)
 
     def __repr__(self) -> str:
-        return f"RolloutDataset({str(self.path)!r})"
+        return f"RolloutDataset({self.where!r})"
 
     def tables(self, columns: list[str] | None = None) -> Iterator[pa.Table]:
         """Arrow tables of the rows, none of them empty.
@@ -105,19 +122,23 @@ class RolloutDataset:
                 at a data row whose completions do not stand together.
         """
         further = self.metadata.json_columns
-        tables = with_json_text(self._tables(_with_keys(columns)), str(self.path), further)
+        tables = with_json_text(self._tables(_with_keys(columns)), self.where, further)
         return tables if columns is None else (table.select(columns) for table in tables)
 
     def _tables(self, wanted: list[str] | None) -> Iterator[pa.Table]:
         """`tables`, but what JSON text holds is left to who reads it."""
+        with called(self.path, self.where):
+            yield from self._tables_here(wanted)
+
+    def _tables_here(self, wanted: list[str] | None) -> Iterator[pa.Table]:
         if not self.finished:
             return self._checked(self._stored(wanted))
         if jsonl.is_jsonl(self.path):
             tables = jsonl.read_tables(self.path, self.schema, wanted)
         else:
             found = read_row_groups(self.path, wanted)
-            tables = (_as_documented(table, self.schema, wanted, self.path) for table in found)
-        return in_order(self._checked(tables), str(self.path))
+            tables = (_as_documented(table, self.schema, wanted, self.where) for table in found)
+        return in_order(self._checked(tables), self.where)
 
     def rows(self, columns: list[str] | None = None) -> Iterator[CompletionRow]:
         """All completions, failed ones included.
@@ -126,7 +147,7 @@ class RolloutDataset:
             columns: read these alone, those without a default among them; default all.
         """
         for table in self._tables(_with_keys(columns)):
-            yield from from_record_batch(table, self.metadata, where=str(self.path))
+            yield from from_record_batch(table, self.metadata, where=self.where)
 
     def __iter__(self) -> Iterator[CompletionRow]:
         return self.rows()
@@ -172,7 +193,7 @@ class RolloutDataset:
             others = [key.removeprefix(REWARD_PREFIX) for key in self.metadata.rewards]
             known = ", ".join(repr(key) for key in others if key != "reward")
             raise FormatError(
-                f"{self.path}: no reward {name!r}; there are the main one, which needs no name"
+                f"{self.where}: no reward {name!r}; there are the main one, which needs no name"
                 + (f", and {known}" if known else "")
             )
         return column
@@ -221,14 +242,14 @@ class RolloutDataset:
             for name in names.intersection(_NEEDED):
                 if table.column(name).null_count:
                     row = count + int(pc.index(table.column(name).is_null(), True).as_py())
-                    raise FormatError(f"{self.path}: row {row}: {name} is null: it was damaged")
+                    raise FormatError(f"{self.where}: row {row}: {name} is null: it was damaged")
             if names.issuperset(("completion_ids", "error")):
                 nothing = pc.and_(
                     table.column("completion_ids").is_null(), table.column("error").is_null()
                 )
                 if (row := int(pc.index(nothing, True).as_py())) >= 0:
                     raise FormatError(
-                        f"{self.path}: row {count + row}: neither a completion nor an error why "
+                        f"{self.where}: row {count + row}: neither a completion nor an error why "
                         "there is none: it was damaged"
                     )
             count += len(table)
@@ -282,7 +303,7 @@ def _documented(field: pa.Field, path: Path) -> pa.DataType:
 
 
 def _as_documented(
-    table: pa.Table, schema: pa.Schema, wanted: list[str] | None, where: Path
+    table: pa.Table, schema: pa.Schema, wanted: list[str] | None, where: str
 ) -> pa.Table:
     for name in wanted or schema.names:
         if name not in table.schema.names:

@@ -201,7 +201,7 @@ def _scored(
         survivors = [row for row in group if not row.failed]
         if survivors and not any(column in row.scores for row in survivors):
             raise TrainingDataError(
-                f"{dataset.path}: data row {group[0].data_idx} ({group[0].row_id!r}) has no "
+                f"{dataset.where}: data row {group[0].data_idx} ({group[0].row_id!r}) has no "
                 f"{column} and no reason why. Score the file with `ep-rft score`, or leave such "
                 "completions out with `ep-rft filter --drop-unscored`"
             )

@@ -24,6 +24,7 @@ from eval_protocol_rft.data.rollouts import _jsonl as jsonl
 from eval_protocol_rft.data.rollouts import _parquet as parquet
 from eval_protocol_rft.data.rollouts._jsonl import is_jsonl, metadata_path
 from eval_protocol_rft.data.rollouts._rows import CompletionRow, to_record_batch
+from eval_protocol_rft.data.source._places import is_url, one_place, shown
 
 
 def write_file(path: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> int:
@@ -70,6 +71,20 @@ class JobError(EvalProtocolRftError, ValueError):
     the message says what to change."""
 
 
+def output_path(output: str | os.PathLike[str]) -> Path:
+    """Where to write.
+
+    Raises:
+        JobError: it is a URL.
+    """
+    if is_url(output):
+        raise JobError(
+            f"{shown(output)}: a URL, and what is written goes to this machine: name a file here, "
+            "and copy it when it is done"
+        )
+    return Path(output)
+
+
 def check_target(
     output: str | os.PathLike[str],
     source: str | os.PathLike[str],
@@ -80,14 +95,15 @@ def check_target(
     """`output` as a path, if it may be written to.
 
     Raises:
-        JobError: it is the source, is there already, has another extension, or cannot be
-            written.
+        JobError: it is the source, is there already, has another extension, is a URL, or cannot
+            be written.
     """
-    path = Path(output)
+    path = output_path(output)
     if path.suffix not in suffixes:
         raise JobError(f"{path}: what to write there? Its name must end in {_listed(suffixes)}")
     with _as_target_error(path):
-        check_not_read(path, [Path(source)])
+        if not is_url(source):
+            check_not_read(path, [Path(one_place(source).name)])
         if path.exists() and not overwrite:
             raise JobError(
                 f"{path} is there already; write elsewhere, or say --overwrite (overwrite=True)"

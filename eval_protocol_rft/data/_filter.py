@@ -82,11 +82,11 @@ def filter_rollouts(
             )
         needed = [c for c in decision_columns(rules, reward) if c in dataset.schema.names]
         tables = reading(dataset.tables(needed))
-        codes, summary = decide(tables, rules, reward, where=str(source), asked=asked)
+        codes, summary = decide(tables, rules, reward, where=dataset.where, asked=asked)
         if rules.on_rewards and not summary.scored:
             raise JobError(
-                f"{source}: a rule asks for rewards, and no completion has one in the column "
-                f"{reward!r}. Score the file first, with `ep-rft score`"
+                f"{dataset.where}: a rule asks for rewards, and no completion has one in the "
+                f"column {reward!r}. Score the file first, with `ep-rft score`"
             )
         if not summary.kept:
             counts = ", ".join(f"{reason} {count}" for reason, count in summary.dropped.items())

@@ -15,9 +15,11 @@ import functools
 import logging
 import os
 import secrets
+import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -25,14 +27,20 @@ from typing import Annotated, Any, TypeVar
 from annotated_types import Ge
 
 from eval_protocol_rft._options import Flag, check_arguments
-from eval_protocol_rft.data._files import check_not_read, check_rollout_file, room_warning
+from eval_protocol_rft.data._files import (
+    check_not_read,
+    check_rollout_file,
+    output_path,
+    room_warning,
+)
 from eval_protocol_rft.data._generate_output import Output, OutputJob, find_job
 from eval_protocol_rft.data._missing import Questions, Selection
 from eval_protocol_rft.data._progress import reporter
 from eval_protocol_rft.data._ray import RaySampler
 from eval_protocol_rft.data._sampling_run import SamplingRun
 from eval_protocol_rft.data.rollouts._rows import CompletionRow
-from eval_protocol_rft.data.source._opening import PathOrGlob, open_source
+from eval_protocol_rft.data.source._opening import open_source
+from eval_protocol_rft.data.source._places import PathOrGlob
 from eval_protocol_rft.data.source._prompt import PROMPT_COLUMNS, prompt_column
 from eval_protocol_rft.data.store._parts import parts_folder
 from eval_protocol_rft.local import LoadedTokenizer
@@ -162,9 +170,9 @@ async def agenerate(
     """Sample n completions for every row of a data set.
 
     Args:
-        data: a file, a folder, a pattern such as `shards/*.jsonl`, or several of them: Parquet,
-            JSONL, JSON, CSV or TSV, text also as .gz or .zst, or what `datasets` saved; see
-            `open_source`.
+        data: a file, a folder, a pattern such as `shards/*.jsonl`, a URL of fsspec, or several of
+            them: Parquet, JSONL, JSON, CSV or TSV, text also as .gz, .zst or .bz2, or what
+            `datasets` saved; see `open_source`.
         output: `.parquet` or `.jsonl`. Where a job for it was begun, it is continued.
         completion_params: as for the processor: `model`, `n`, `temperature`, `max_tokens`, ...
         prompt_key: column of the prompts: text, lists of chat messages, or (prompt_token_ids) ids
@@ -198,12 +206,12 @@ async def agenerate(
     """
     check_engine(engine)
     check_arguments(agenerate, locals())
-    target = Path(output)
+    target = output_path(output)
     check_rollout_file(target, folders=[parts_folder(target)])
     if engine == "ray" and sampler is not None:
         raise ValueError("a sampler of your own lives in this process: use the local engine")
     request = parse_completion_params(completion_params)
-    source = await asyncio.to_thread(open_source, data)
+    source = await _unless_cancelled(lambda: open_source(data))
     check_not_read(target, source.paths)
     selection = Selection.of(
         source,
@@ -389,6 +397,21 @@ def _opening(output: Output, missing: int) -> str:
 
 def _may_succeed(kind: str | None, status: int | None) -> bool:
     return kind != "prompt" and (kind != "refused" or status in ACCOUNT_STATUSES)
+
+
+async def _unless_cancelled(work: Callable[[], T]) -> T:
+    """Run `work`, which may wait for a server, in a thread that nobody waits for at the end."""
+    result: Future[T] = Future()
+    result.set_running_or_notify_cancel()
+
+    def run() -> None:
+        try:
+            result.set_result(work())
+        except BaseException as error:  # noqa: BLE001 - raised where it is waited for
+            result.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return await asyncio.wrap_future(result)
 
 
 async def _to_its_end(work: Callable[[], T]) -> T:

@@ -29,7 +29,13 @@ from annotated_types import Ge
 
 from eval_protocol_rft._options import Flag, check_arguments
 from eval_protocol_rft.data._dataset import RolloutDataset
-from eval_protocol_rft.data._files import JobError, check_rollout_file, check_room, write_file
+from eval_protocol_rft.data._files import (
+    JobError,
+    check_rollout_file,
+    check_room,
+    output_path,
+    write_file,
+)
 from eval_protocol_rft.data._progress import reporter
 from eval_protocol_rft.data._score_store import (
     SCORES,
@@ -41,7 +47,6 @@ from eval_protocol_rft.data._score_store import (
 from eval_protocol_rft.data._score_views import grading_items
 from eval_protocol_rft.data.rollouts._format import RewardSettings, reward_column, reward_columns
 from eval_protocol_rft.data.rollouts._jsonl import is_jsonl
-from eval_protocol_rft.data.source._types import file_fingerprint
 from eval_protocol_rft.data.store._parts import (
     BusyError,
     PartStore,
@@ -175,7 +180,7 @@ def score(
     """Grade every completion of a file.
 
     Args:
-        path: a finished rollout file.
+        path: a finished rollout file, also compressed JSON lines or a URL.
         evaluator: `tests/test_x.py::test_x`, under `@evaluation_test` or plain, or
             `package.module:function`; it takes `row` (or `rows`) and returns the row, an
             `EvaluateResult` or a number.
@@ -205,10 +210,14 @@ def score(
     timeout = timeout or None
     dataset = RolloutDataset(path)
     if not dataset.finished:
-        raise JobError(f"{path}: the job that writes it is not finished: run it to its end first")
+        raise JobError(
+            f"{dataset.where}: the job that writes it is not finished: run it to its end first"
+        )
+    if output is None and dataset.is_copy:
+        raise JobError(f"{dataset.where} is only read: name a new file for the output (-o)")
+    target = dataset.path if output is None else output_path(output)
     loaded = load_evaluator(evaluator)
     column = reward_column(name)
-    target = dataset.path if output is None else Path(output)
     folders = [parts_folder(target), parts_folder(target, column)]
     check_rollout_file(target, folders=folders)
     if target.exists() and not target.samefile(dataset.path) and not overwrite:
@@ -216,8 +225,9 @@ def score(
     if is_jsonl(target) == is_jsonl(dataset.path):
         check_room(target, dataset.path.stat().st_size)
     with _alone(target):
-        # Again: whoever had it until now may have changed it.
-        dataset = RolloutDataset(path)
+        if not dataset.is_copy:
+            # Again: whoever had it until now may have changed it.
+            dataset = RolloutDataset(path)
         settings = RewardSettings(
             evaluator=loaded.name, fingerprint=loaded.fingerprint, code=dict(loaded.code)
         )
@@ -244,7 +254,7 @@ def score(
                 progress=progress,
             )
             if _job_id(dataset.path, column, settings, adapt=adapt) != job_id:
-                raise JobError(f"{dataset.path} was changed while it was scored: score it again")
+                raise JobError(f"{dataset.where} was changed while it was scored: score it again")
             if store.has_parts or target != dataset.path or column not in dataset.metadata.rewards:
                 wanted = schema_with_reward(dataset.schema, column, settings)
                 tables = with_scores(
@@ -315,7 +325,7 @@ def _keeps_old(
                 return True
             why = f"an earlier version of its file (changed: {', '.join(files)})"
         raise JobError(
-            f"{dataset.path}: {column!r} has rewards of {why}. Choose a name (--name) to keep "
+            f"{dataset.where}: {column!r} has rewards of {why}. Choose a name (--name) to keep "
             "both, or replace them with --overwrite"
         )
     return False
@@ -331,7 +341,9 @@ def _changed_files(known: RewardSettings, settings: RewardSettings) -> list[str]
 
 def _job_id(path: Path, column: str, settings: RewardSettings, *, adapt: bool) -> bytes:
     """Tells whether rewards that an interrupted call left are of the same file and evaluator."""
-    asked = f"{file_fingerprint(path)}\0{column}\0{adapt}\0".encode()
+    with path.open("rb") as file:
+        content = hashlib.file_digest(file, "sha256").hexdigest()
+    asked = f"{content}\0{column}\0{adapt}\0".encode()
     if settings.code:  # what else is in the file does not matter
         settings = msgspec.structs.replace(settings, fingerprint="")
     return hashlib.sha256(asked + msgspec.json.encode(settings)).hexdigest().encode()

@@ -222,7 +222,7 @@ def run_query(
         with Reading("sql", dataset.rows_about, show=progress) as reading:
             columns = [*KEY_COLUMNS, "error", "truncated", *SAMPLED_COLUMNS, column]
             columns = [name for name in columns if name in dataset.schema.names]
-            rows, _ = read_numbers(reading(dataset.tables(columns)), column, where=str(path))
+            rows, _ = read_numbers(reading(dataset.tables(columns)), column, where=dataset.where)
             groups = numbers_of_groups(rows, pass_threshold)
             add_tables(
                 connection,

@@ -162,7 +162,7 @@ def rollout_stats(
     with Reading("stats", dataset.rows_about, show=progress) as reading:
         return summarize_tables(
             reading(tables),
-            path=str(path),
+            path=dataset.where,
             finished=dataset.finished,
             model=None if sampling is None else sampling.model,
             reward=column,

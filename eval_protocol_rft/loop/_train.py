@@ -88,8 +88,8 @@ async def atrain(
         options: how to train.
         model: local/FOLDER, local/arithmetic, or the name that a server knows.
         completion_params: joined with the test's, and before them.
-        data: in place of the test's data set: Parquet, JSONL, JSON, CSV or TSV, text also as .gz or
-            .zst: files, folders, patterns; repeatable.
+        data: in place of the test's data set: Parquet, JSONL, JSON, CSV or TSV, text also as .gz,
+            .zst or .bz2: files, folders, patterns, URLs; repeatable.
         eval_data: the same, to evaluate on; repeatable.
         held_out: share of the rows, or number of them from 1 on.
         parts: where sampling and training happen: `LocalParts(...)`, the default, or

@@ -110,7 +110,7 @@ def write_report(
     lines: list[dict[str, Any]] = []
     details: list[str] = []
     with (
-        _names_the_file(dataset.path),
+        _names_the_file(dataset.where),
         Reading("report", dataset.rows_about, show=progress) as reading,
     ):
         for group in reading(dataset.groups()):
@@ -127,7 +127,7 @@ def write_report(
                 lines.append({**about, "prompt": prompt_start(first.prompt), **numbers})
                 details.append(packed(detail))
     if not totals.prompts:
-        raise ReportError(f"{dataset.path}: no completions to report")
+        raise ReportError(f"{dataset.where}: no completions to report")
     index = {
         "columns": columns,
         "pass_threshold": pass_threshold,
@@ -161,7 +161,7 @@ def write_report(
 
 
 @contextlib.contextmanager
-def _names_the_file(path: Path) -> Iterator[None]:
+def _names_the_file(path: str) -> Iterator[None]:
     try:
         yield
     except ReportError as error:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import bz2
 import csv
 import gzip
 import hashlib
 import json
 import os
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eval_protocol_rft.data.source._opening import open_source
-from eval_protocol_rft.data.source._types import Source, SourceError
+from eval_protocol_rft.data.source._places import SourceError
+from eval_protocol_rft.data.source._types import Source
+from tests.data.servers import refused
+from tests.scored_files import Sampled
+from tests.scored_files import write as write_scored
 
 ROWS: list[dict[str, Any]] = [
     {"prompt": f"What is {i} plus {i}?", "answer": str(2 * i), "level": i % 5} for i in range(1300)
@@ -369,6 +375,121 @@ def test_columns_are_those_of_all_files_and_their_types(tmp_path: Path):
     assert [row.values for row in source.rows()] == rows
     order = np.random.default_rng(3).permutation(3)
     assert [row.values for row in source.rows(shuffle_seed=3)] == [rows[i] for i in order]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.bz2", "a.jsonl.gz", "a.jsonl"])
+@pytest.mark.parametrize("pack", [bytes, gzip.compress, bz2.compress])
+def test_first_bytes_say_whether_a_file_is_compressed(
+    name: str, pack: Callable[[bytes], bytes], tmp_path: Path
+):
+    content = write_jsonl(tmp_path, ROWS).read_bytes()
+    (tmp_path / "problems.jsonl").unlink()
+    (tmp_path / name).write_bytes(pack(content[:1000]) + pack(content[1000:]))
+    source = open_source(tmp_path / name)
+    assert [row.values for row in source.rows(shuffle_seed=None)] == ROWS
+    assert source.fingerprint == hashlib.sha256(content).hexdigest()
+
+
+def test_zstandard_files_of_several_frames_are_read_whole(tmp_path: Path):
+    content = write_jsonl(tmp_path, ROWS).read_bytes()
+    (tmp_path / "problems.jsonl").unlink()
+    skipped = b"\x50\x2a\x4d\x18\x04\x00\x00\x00abcd"  # what pzstd writes before each frame
+    codec = pa.Codec("zstd")
+    frames = [
+        skipped + codec.compress(part, asbytes=True) for part in (content[:999], content[999:])
+    ]
+    (tmp_path / "a.jsonl.zst").write_bytes(b"".join(frames))
+    assert [row.values for row in open_source(tmp_path).rows()] == ROWS
+
+
+@pytest.mark.parametrize("write", [write_jsonl, write_csv, write_parquet])
+def test_the_same_rows_under_two_names_are_refused(write: Write, tmp_path: Path):
+    path = write(tmp_path, ROWS[:3])
+    other = tmp_path / f"other{path.suffix}"
+    other.write_bytes(path.read_bytes())
+    with pytest.raises(SourceError, match=r"problems\.\w+ has the same content as .*/other\.\w+"):
+        open_source(tmp_path)
+    other.unlink()
+    other.symlink_to(path)
+    with pytest.raises(SourceError, match="is named twice"):
+        open_source(tmp_path)
+
+
+def test_a_file_beside_itself_compressed_is_refused(tmp_path: Path):
+    write_gz(tmp_path, ROWS)
+    with pytest.raises(SourceError, match=r"problems\.jsonl\.gz has the same content as"):
+        open_source(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["test.jsonl", "train.jsonl"],
+        ["sums-dev.jsonl", "sums-training-0.jsonl", "sums-training-1.jsonl"],
+        ["test-00000-of-00001.jsonl", "validation-00000-of-00001.jsonl"],
+    ],
+)
+def test_a_folder_of_several_splits_is_refused(names: list[str], tmp_path: Path):
+    shards(tmp_path, *names)
+    with pytest.raises(SourceError, match="several splits") as caught:
+        open_source(tmp_path)
+    pattern = str(caught.value).rpartition("as '")[2].rstrip("'")
+    assert prompts(open_source(pattern)) == [
+        n for n in names if n.startswith(Path(pattern).name[:-1])
+    ]
+
+
+@pytest.mark.parametrize(
+    "names", [["train-0.jsonl", "train-1.jsonl"], ["latest.jsonl", "trainer.jsonl"]]
+)
+def test_files_of_one_split_are_a_data_set(names: list[str], tmp_path: Path):
+    shards(tmp_path, *names)
+    assert prompts(open_source(tmp_path)) == names
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_rollouts_that_a_pattern_matches_are_no_rows_to_ask(suffix: str, tmp_path: Path):
+    write_scored(tmp_path / f"out.{suffix}", [[Sampled(1.0), Sampled(0.0)]])
+    with pytest.raises(SourceError, match=r"there are rollouts in it.*filter --prompts"):
+        open_source(tmp_path / f"*.{suffix}")
+    if suffix == "jsonl":
+        shards(tmp_path, "a.jsonl")
+        with pytest.raises(SourceError, match="there are rollouts in it"):
+            open_source(tmp_path / "*.jsonl")
+
+
+def test_a_name_that_is_not_utf_8_costs_a_character(tmp_path: Path):
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    for name in (b"a\xff.jsonl", b"b.jsonl"):
+        [path] = shards(folder, "new.jsonl")
+        path.write_text(json.dumps({"prompt": name.hex()}))
+        path.rename(folder / os.fsdecode(name))
+    source = open_source(folder)
+    assert source.name == "caf\ufffd"
+    assert next(source.rows()).where == "caf\ufffd/a\ufffd.jsonl:1"
+
+
+@pytest.mark.parametrize("name", ["", [""]])
+def test_an_empty_name_is_no_folder(name: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    shards(tmp_path, "a.jsonl")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SourceError, match="the name is empty"):
+        open_source(name)
+    assert "the name is empty" in refused("generate", "", "-o", "x.parquet", "--model", "m")
+    assert "the name is empty" in refused("show", "")
+
+
+def test_more_compressed_files_than_a_process_may_have_open(tmp_path: Path):
+    for i in range(80):
+        (tmp_path / f"{i:02}.jsonl.gz").write_bytes(gzip.compress(b'{"prompt": "%d"}' % i))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 70, hard))
+    try:
+        with pytest.raises(SourceError, match=r"80 are more than a process may have: raise"):
+            open_source(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert open_source(tmp_path).num_rows == 80
 
 
 def test_two_readers_of_one_compressed_file_do_not_disturb_each_other(tmp_path: Path):

@@ -29,7 +29,8 @@ from eval_protocol_rft.data.conversion._types import (
     detect_format,
 )
 from eval_protocol_rft.data.rollouts._checking import in_order, with_token_data
-from eval_protocol_rft.data.rollouts._jsonl import count_lines
+from eval_protocol_rft.data.rollouts._jsonl import METADATA_SUFFIX, count_lines
+from eval_protocol_rft.data.source._places import one_place, shown
 
 _ENDINGS: dict[Format, tuple[str, ...]] = {
     "rollouts": (".parquet", ".jsonl", ".ndjson"),
@@ -55,7 +56,7 @@ def convert(
 
     Args:
         source: a rollout file (Parquet or JSON lines), rows of Eval Protocol (JSON lines), or
-            Parquet for verl or TRL that this function wrote.
+            Parquet for verl or TRL that this function wrote; also compressed lines, or a URL.
         target: the file to write; its ending says Parquet or JSON lines.
         from_format: format of the first file; auto: by its content.
         to_format: format of the second file.
@@ -71,25 +72,29 @@ def convert(
         TrainingDataError: a line is no row of Eval Protocol.
         OSError: a file cannot be read or written.
     """
-    path = Path(source)
-    output = check_target(target, path, suffixes=_ENDINGS[to_format], overwrite=overwrite)
+    output = check_target(target, source, suffixes=_ENDINGS[to_format], overwrite=overwrite)
     if data_source is not None and to_format != "verl":
         raise JobError("data_source is verl's: convert to verl, or leave it out")
-    if from_format is None or from_format == "auto":
-        from_format = detect_format(path)
-    found: Format = from_format
-    with Reading("convert", lambda: _rows_about(path, found), show=progress) as reading:
-        rollouts = _checked(_read(path, found, drop_failed_rows=drop_failed_rows, reading=reading))
-        if to_format == "ep":
-            data_rows, completions, notes = ep.write(rollouts, output)
-        elif to_format == "verl":
-            data_rows, completions, notes = verl.write(rollouts, output, data_source=data_source)
-        elif to_format == "trl":
-            data_rows, completions, notes = trl.write(rollouts, output)
-        else:
-            data_rows, completions, notes = _write_rollouts(rollouts, output)
+    with one_place(source).here(METADATA_SUFFIX) as path:
+        if from_format is None or from_format == "auto":
+            from_format = detect_format(path)
+        found: Format = from_format
+        with Reading("convert", lambda: _rows_about(path, found), show=progress) as reading:
+            rollouts = _checked(
+                _read(path, found, drop_failed_rows=drop_failed_rows, reading=reading)
+            )
+            if to_format == "ep":
+                data_rows, completions, notes = ep.write(rollouts, output)
+            elif to_format == "verl":
+                data_rows, completions, notes = verl.write(
+                    rollouts, output, data_source=data_source
+                )
+            elif to_format == "trl":
+                data_rows, completions, notes = trl.write(rollouts, output)
+            else:
+                data_rows, completions, notes = _write_rollouts(rollouts, output)
     return ConvertSummary(
-        source=path,
+        source=shown(source),
         target=output,
         from_format=found,
         to_format=to_format,

@@ -42,7 +42,8 @@ Format = Literal["rollouts", "ep", "verl", "trl"]
 class ConvertSummary:
     """What a conversion did."""
 
-    source: Path
+    source: str
+    """As it was named, without what is secret of a URL."""
     target: Path
     from_format: Format
     to_format: Format

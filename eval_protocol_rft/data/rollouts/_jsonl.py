@@ -193,6 +193,9 @@ _VALUE = msgspec.json.Decoder()
 _NULL = b"null"
 
 
+METADATA_SUFFIX = ".metadata.json"
+
+
 def is_jsonl(path: Path) -> bool:
     """Whether a rollout file of that name holds JSON lines."""
     return path.suffix in (".jsonl", ".ndjson")
@@ -201,10 +204,10 @@ def is_jsonl(path: Path) -> bool:
 def metadata_path(path: Path) -> Path:
     """The file beside `path` that says what its lines hold. Where `path` is a link and there is no
     such file beside it: the one beside the file that it leads to."""
-    beside = path.with_name(path.name + ".metadata.json")
+    beside = path.with_name(path.name + METADATA_SUFFIX)
     if path.is_symlink() and not beside.exists():
         target = link_target(path)
-        return target.with_name(target.name + ".metadata.json")
+        return target.with_name(target.name + METADATA_SUFFIX)
     return beside
 
 

@@ -11,30 +11,28 @@ loss. Where that cannot be had, the column is refused.
 
 from __future__ import annotations
 
+import itertools
 import mmap
 import tempfile
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from eval_protocol_rft.data.source._places import Place, SourceError
 from eval_protocol_rft.data.source._types import (
-    FileState,
     Source,
     SourceColumn,
-    SourceError,
-    SourceFacts,
     SourceRow,
-    files_fingerprint,
     without_nulls,
 )
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
 
 def plain_schema(label: str, schema: pa.Schema) -> pa.Schema:
@@ -126,42 +124,78 @@ BATCH_ROWS = 512
 """Rows that are Python objects at a time: enough that reading a batch costs little per row, few
 enough that long conversations fit."""
 
-ReadBatches = Callable[[Path], Iterator["pa.RecordBatch"]]
-
 
 class ArrowFile:
-    """One file of an Arrow data set."""
+    """A Parquet file, or an Arrow stream as `datasets` writes them.
 
-    def __init__(
-        self, path: Path, *, label: str, schema: pa.Schema, num_rows: int, read: ReadBatches
-    ) -> None:
-        self.path = path
-        self.label = label
-        """How messages call it."""
-        self.schema = schema
-        self.num_rows = num_rows
-        self.read = read
-        """Its batches in order; may raise any Arrow error or OSError."""
+    Raises:
+        SourceError: it is not readable as what its name says, or a column cannot be read without
+            loss.
+    """
+
+    def __init__(self, place: Place) -> None:
+        import pyarrow as pa
+
+        self.place = place
+        self._is_stream = place.path.suffix == ".arrow"
+        try:
+            if self._is_stream:
+                with self._stream() as stream:
+                    schema = stream.schema
+                    self.num_rows = sum(batch.num_rows for batch in stream)
+            else:
+                with self._parquet() as file:
+                    schema, self.num_rows = file.schema_arrow, file.metadata.num_rows
+        except (pa.ArrowException, OSError) as error:
+            kind = "an Arrow stream" if self._is_stream else "Parquet"
+            raise SourceError(f"{place.label} cannot be read as {kind}: {error}") from error
+        self.schema = plain_schema(place.label, schema)
+        self.fingerprint = place.fingerprint()
+
+    def _stream(self) -> pa.ipc.RecordBatchStreamReader:
+        import pyarrow as pa
+
+        file = self.place.arrow_file()
+        return pa.ipc.open_stream(pa.memory_map(file) if isinstance(file, str) else file)
+
+    def _parquet(self) -> pq.ParquetFile:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        file = self.place.arrow_file()
+        return pq.ParquetFile(file if isinstance(file, str) else pa.BufferReader(file))
+
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        """Of at most `BATCH_ROWS` rows, in plain types.
+
+        Raises:
+            SourceError: it is damaged.
+        """
+        import pyarrow as pa
+
+        count = 0
+        try:
+            with self._stream() if self._is_stream else self._parquet() as file:
+                for batch in file if self._is_stream else file.iter_batches(BATCH_ROWS):
+                    for first in range(0, batch.num_rows, BATCH_ROWS):
+                        yield batch.slice(first, BATCH_ROWS).cast(self.schema)
+                    count += batch.num_rows
+        except (pa.ArrowException, OSError) as error:
+            raise SourceError(
+                f"{self.place.label}: cannot be read after row {count}: {error}"
+            ) from error
 
 
 class ArrowSource(Source):
     """Rows of one or several files, in their order."""
 
-    def __init__(self, name: str, files: Sequence[ArrowFile], states: Sequence[FileState]) -> None:
-        self._schema = plain_schema(files[0].label, files[0].schema)
+    def __init__(self, name: str, files: Sequence[ArrowFile], watched: Sequence[Place]) -> None:
+        self._schema = files[0].schema
         for file in files[1:]:
-            _refuse_other_schema(files[0].label, self._schema, file)
-        super().__init__(
-            SourceFacts(
-                name,
-                files_fingerprint([file.path for file in files]),
-                tuple(SourceColumn(f.name, f.type, is_json=False) for f in self._schema),
-                sum(file.num_rows for file in files),
-                tuple(states),
-            )
-        )
-        self._parts = tuple(files)
-        self._ends = list(accumulate(file.num_rows for file in files))
+            _refuse_other_schema(files[0], file)
+        columns = [SourceColumn(field.name, field.type, is_json=False) for field in self._schema]
+        super().__init__(name, columns, files, watched)
+        self._files = files
 
     def _read(self, order: NDArray[np.int64] | None) -> Iterator[SourceRow]:
         if order is None:
@@ -179,20 +213,7 @@ class ArrowSource(Source):
             yield SourceRow(row.data_idx, without_nulls(row.values), row.where)
 
     def _batches(self) -> Iterator[pa.RecordBatch]:
-        """All batches, of at most `BATCH_ROWS` rows, in the plain types."""
-        import pyarrow as pa
-
-        for file in self._parts:
-            count = 0
-            try:
-                for batch in file.read(file.path):
-                    for first in range(0, batch.num_rows, BATCH_ROWS):
-                        yield batch.slice(first, BATCH_ROWS).cast(self._schema)
-                    count += batch.num_rows
-            except (pa.ArrowException, OSError) as error:
-                raise SourceError(
-                    f"{file.label}: cannot be read after row {count}: {error}"
-                ) from error
+        return itertools.chain.from_iterable(file.batches() for file in self._files)
 
     def _rows(self, batch: pa.RecordBatch, start: int) -> Iterator[SourceRow]:
         """The rows of a batch, the first of which is number `start` of the data set."""
@@ -213,9 +234,8 @@ class ArrowSource(Source):
         return rows
 
     def _where(self, number: int) -> str:
-        part = bisect_right(self._ends, number)
-        file = self._parts[part]
-        return f"{file.label}, row {number - self._ends[part] + file.num_rows}"
+        place, row = self._find(number)
+        return f"{self._files[place].place.label}, row {row}"
 
 
 class _UncompressedCopy:
@@ -255,16 +275,17 @@ def _write(name: str, writer: pa.RecordBatchWriter, batch: pa.RecordBatch) -> No
         ) from error
 
 
-def _refuse_other_schema(first: str, schema: pa.Schema, file: ArrowFile) -> None:
-    other = plain_schema(file.label, file.schema)
+def _refuse_other_schema(first: ArrowFile, file: ArrowFile) -> None:
+    schema, other = first.schema, file.schema
+    label, first_label = file.place.label, first.place.label
     if other.names != schema.names:
         raise SourceError(
-            f"{file.label} has the columns {', '.join(other.names)}, but {first} has "
+            f"{label} has the columns {', '.join(other.names)}, but {first_label} has "
             f"{', '.join(schema.names)}: files of one folder must have the same, in one order"
         )
     for mine, theirs in zip(schema, other, strict=True):
         if mine.type != theirs.type:
             raise SourceError(
-                f"{file.label}: column {mine.name!r} is {theirs.type}, but {mine.type} in {first}: "
-                "files of one folder must have the same types"
+                f"{label}: column {mine.name!r} is {theirs.type}, but {mine.type} in "
+                f"{first_label}: files of one folder must have the same types"
             )

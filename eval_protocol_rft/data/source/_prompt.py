@@ -10,9 +10,9 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any, Literal
 
+from eval_protocol_rft.data.source._places import SourceError
 from eval_protocol_rft.data.source._types import (
     Source,
-    SourceError,
     SourceRow,
     listed_columns,
     type_name,

@@ -1,12 +1,15 @@
-"""Data sets in text files: an index of where each row starts, and rows decoded when asked for.
+"""Data sets in text: JSON lines, JSON (an array of objects), CSV and TSV.
 
 Invariant: every row was decoded once, and its column types seen, before the first one is handed
-out; so a broken line is found before anything is paid for. In memory is the index alone, 16 bytes
-a row.
+out; so a broken line is found before anything is paid for. In memory is an index of where rows
+start alone, 16 bytes a row.
 
-Data sets in CSV or TSV: a header, then records.
+JSON: every row is an object of valid JSON in UTF-8, and numbers keep their kind. NaN and Infinity
+are no JSON. Of a key that stands twice in an object the last value counts, as in Python. A column
+has a type only if every value fits it exactly: an int never becomes a float, nothing becomes text,
+and what has no common type is kept as JSON.
 
-Invariant: every value is the text that stands in the file. CSV has no types and no null: "007"
+CSV and TSV: every value is the text that stands in the file. They have no types and no null: "007"
 stays "007" and an empty field is an empty text.
 """
 
@@ -16,33 +19,28 @@ import contextlib
 import csv
 import hashlib
 import io
+import mmap
 import os
-import tempfile
 from array import array
-from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import accumulate
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from eval_protocol_rft.data.source._types import (
-    FileState,
-    Source,
-    SourceColumn,
-    SourceError,
-    SourceFacts,
-    SourceRow,
-    joint_fingerprint,
-)
+from eval_protocol_rft.data.source._places import Place, SourceError, plain_name
+from eval_protocol_rft.data.source._types import Source, SourceColumn, SourceRow
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
-"""Ending of a file's name -> Arrow's name of how it is compressed."""
-_PIECE_BYTES = 1 << 20
+WHITESPACE = b" \t\r\n"
+"""What JSON takes for space."""
+INT64_MIN, INT64_MAX = -(1 << 63), (1 << 63) - 1
+MAX_FIELD_BYTES = 1 << 30
+"""Of CSV. Python's own limit, 128 KiB, is less than a long prompt."""
 _MOST_OPEN = 64
 """Of a data set's files at a time: a process may have a thousand."""
 
@@ -50,99 +48,41 @@ RowDecoder = Callable[[bytes], dict[str, Any]]
 """From the bytes between a row's start and the next one's to its values by column."""
 
 
-def plain_name(path: Path) -> Path:
-    """The name without the ending that says how the file is compressed."""
-    return path.with_suffix("") if path.suffix.lower() in COMPRESSED else path
-
-
 class TextFile:
-    """One file of a data set in text, compressed or not."""
+    """A file and where its rows are; filled while it is read for the first time."""
 
-    def __init__(self, path: Path, label: str) -> None:
-        """Raises:
-        SourceError: what is compressed is damaged, or has no room where temporary files go.
-        """
-        self.path = path
-        self.label = label
-        """How messages call it."""
-        self.state = FileState.of(path)
-        codec = COMPRESSED.get(path.suffix.lower())
-        self._content = None if codec is None else _uncompressed(path, label, codec)
-
-    def open(self) -> BinaryIO:
-        """The content, from its start."""
-        if self._content is None:
-            return self.path.open("rb")
-        file = os.fdopen(os.dup(self._content.fileno()), "rb")
-        file.seek(0)
-        return file
-
-
-def _uncompressed(path: Path, label: str, codec: str) -> BinaryIO:
-    """The content in an unnamed temporary file, so that rows can be had in any order; nothing is
-    left behind even by a process that is killed."""
-    import pyarrow as pa
-
-    content = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the data set
-    with path.open("rb") as file:
-        stream = pa.CompressedInputStream(pa.PythonFile(file, mode="r"), codec)
-        while True:
-            try:
-                piece = stream.read(_PIECE_BYTES)
-            except OSError as error:
-                raise SourceError(f"{label}: cannot be decompressed: {error}") from error
-            if not piece:
-                return content
-            try:
-                content.write(piece)
-                content.flush()
-            except OSError as error:
-                raise SourceError(
-                    f"{label}: it is decompressed into {tempfile.gettempdir()}, and that cannot "
-                    f"be written: {error}. Set TMPDIR to a folder with more room"
-                ) from error
-
-
-class HashedLines:
-    """The lines of a file, split at newlines alone, while their bytes go into the fingerprint. A
-    byte-order mark before the first is left out."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self._hash = hashlib.sha256()
-        self.number = 0
-        """1-based number of the line that was given last."""
-        self.start = 0
-        """Byte at which it starts."""
-        self.end = 0
-        """Byte after it."""
-
-    def __iter__(self) -> Iterator[bytes]:
-        for line in self._file:
-            self._hash.update(line)
-            self.number += 1
-            self.start, self.end = self.end, self.end + len(line)
-            if self.number == 1 and line.startswith(BYTE_ORDER_MARK):
-                self.start += len(BYTE_ORDER_MARK)
-                yield line[len(BYTE_ORDER_MARK) :]
-            else:
-                yield line
-
-    def fingerprint(self) -> str:
-        """Hex SHA-256 of what was read so far."""
-        return self._hash.hexdigest()
-
-
-class RowIndex:
-    """Where the rows of a file are."""
-
-    def __init__(self) -> None:
+    def __init__(self, place: Place) -> None:
+        self.place = place
+        self.fingerprint = ""
         self.starts = array("q")
         """[num_rows] bytes at which rows start."""
         self.lines = array("q")
         """[num_rows] 1-based numbers of their first lines; empty where lines say nothing."""
+        self.number = 0
+        """1-based number of the line that was read last."""
+        self.start = 0
+        """Byte at which it starts."""
         self.end = 0
-        """Byte after the last row."""
+        """Byte after it; in the end, after the last row."""
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.starts)
+
+    def read(self) -> Iterator[bytes]:
+        """The lines, split at newlines alone. A byte-order mark before the first is left out."""
+        content = hashlib.sha256()
+        with self.place.open() as file:
+            for line in file:
+                content.update(line)
+                self.number += 1
+                self.start, self.end = self.end, self.end + len(line)
+                if self.number == 1 and line.startswith(BYTE_ORDER_MARK):
+                    self.start += len(BYTE_ORDER_MARK)
+                    yield line.removeprefix(BYTE_ORDER_MARK)
+                else:
+                    yield line
+        self.fingerprint = content.hexdigest()
 
     def span(self, row: int) -> tuple[int, int]:
         """First byte of a row, and how many there are until the next one starts."""
@@ -150,58 +90,39 @@ class RowIndex:
         stop = self.starts[row + 1] if row + 1 < len(self.starts) else self.end
         return start, stop - start
 
-    def where(self, label: str, row: int) -> str:
+    def where(self, row: int) -> str:
         """The place of a row, for messages."""
+        label = self.place.label
         return f"{label}:{self.lines[row]}" if self.lines else f"{label}, row {row}"
 
 
-@dataclass(frozen=True, slots=True)
-class TextPart:
-    """One file of a data set that was read whole."""
-
-    file: TextFile
-    index: RowIndex
-    fingerprint: str
-
-
 class TextSource(Source):
-    """Rows of one or several text files in their order, reached through their indexes.
-
-    Args:
-        name: of the data set.
-        parts: the files.
-        columns: of all of them.
-        decode: gives a row from its bytes.
-    """
+    """Rows of one or several text files in their order, reached through their indexes."""
 
     def __init__(
         self,
         name: str,
-        parts: Sequence[TextPart],
-        columns: tuple[SourceColumn, ...],
+        columns: Sequence[SourceColumn],
+        files: Sequence[TextFile],
         decode: RowDecoder,
     ) -> None:
-        self._parts = tuple(parts)
-        self._ends = list(accumulate(len(part.index.starts) for part in parts))
-        fingerprint = joint_fingerprint([part.fingerprint for part in parts])
-        states = tuple(part.file.state for part in parts)
-        super().__init__(SourceFacts(name, fingerprint, columns, self._ends[-1], states))
+        super().__init__(name, columns, files)
+        self._files = files
         self._decode = decode
 
     def _read(self, order: NDArray[np.int64] | None) -> Iterator[SourceRow]:
         numbers = range(self.num_rows) if order is None else map(int, order)
         with contextlib.ExitStack() as stack:
-            opened: dict[int, BinaryIO] = {}
+            opened: dict[int, io.BufferedIOBase] = {}
             for number in numbers:
-                place = bisect_right(self._ends, number)
-                part = self._parts[place]
-                row = number - self._ends[place] + len(part.index.starts)
+                place, row = self._find(number)
+                file = self._files[place]
                 if place not in opened:
                     if len(opened) >= _MOST_OPEN:
                         opened.pop(next(iter(opened))).close()
-                    opened[place] = stack.enter_context(part.file.open())
-                start, size = part.index.span(row)
-                where = part.index.where(part.file.label, row)
+                    opened[place] = stack.enter_context(file.place.open())
+                start, size = file.span(row)
+                where = file.where(row)
                 try:
                     # By place: readers of one content at a time have one position between them.
                     values = self._decode(os.pread(opened[place].fileno(), size, start))
@@ -212,8 +133,118 @@ class TextSource(Source):
                 yield SourceRow(number, values, where)
 
 
-MAX_FIELD_BYTES = 1 << 30
-"""Python's own limit, 128 KiB, is less than a long prompt."""
+def open_json(name: str, files: Sequence[TextFile]) -> TextSource:
+    """Open files of objects as one data set called `name`: JSONL, or `.json` with one array.
+
+    The columns are those of all files together. Of an array, while it is opened, about 100 bytes of
+    memory are needed per row; the file itself is mapped, not read into memory.
+
+    Raises:
+        SourceError: a line is not UTF-8, not JSON or not an object; a file is no array of them.
+    """
+    kinds: dict[str, set[type]] = {}
+    for file in files:
+        is_array = plain_name(file.place.path).suffix.lower() == ".json"
+        (_read_array if is_array else _read_lines)(file, kinds)
+    decoder = msgspec.json.Decoder(dict[str, Any])
+
+    def decode(row: bytes) -> dict[str, Any]:
+        # What follows a row until the next one starts.
+        return decoder.decode(row.rstrip(WHITESPACE + b","))
+
+    return TextSource(name, [_column(*each) for each in kinds.items()], files, decode)
+
+
+class _BigInt:
+    """Stands for the kind of an int that 64 bits cannot hold."""
+
+
+def _see(row: dict[str, Any], kinds: dict[str, set[type]]) -> None:
+    """Take a row's values into account, of which memory grows with columns, not rows."""
+    for name, value in row.items():
+        kind = type(value)
+        if kind is int and not INT64_MIN <= value <= INT64_MAX:
+            kind = _BigInt
+        try:
+            kinds[name].add(kind)
+        except KeyError:
+            kinds[name] = {kind}
+
+
+def _column(name: str, kinds: set[type]) -> SourceColumn:
+    import pyarrow as pa
+
+    exact: dict[type, pa.DataType] = {
+        str: pa.string(),
+        bool: pa.bool_(),
+        int: pa.int64(),
+        float: pa.float64(),
+    }
+    kinds = kinds - {type(None)}  # a column of nulls alone is text
+    if not kinds:
+        return SourceColumn(name, pa.string(), is_json=False)
+    type_ = exact.get(next(iter(kinds))) if len(kinds) == 1 else None
+    if type_ is None:
+        return SourceColumn(name, pa.string(), is_json=True)
+    return SourceColumn(name, type_, is_json=False)
+
+
+def _read_lines(file: TextFile, kinds: dict[str, set[type]]) -> None:
+    """A file of one object per line. Blank lines hold no row, but count as lines."""
+    decoder = msgspec.json.Decoder(dict[str, Any])
+    for line in file.read():
+        if line.strip(WHITESPACE):
+            _see(_decoded(decoder, line, f"{file.place.label}:{file.number}"), kinds)
+            file.starts.append(file.start)
+            file.lines.append(file.number)
+
+
+def _read_array(file: TextFile, kinds: dict[str, set[type]]) -> None:
+    """A file that is one array of objects."""
+    label = file.place.label
+    decoder = msgspec.json.Decoder(dict[str, Any])
+    with file.place.open() as opened:
+        if os.fstat(opened.fileno()).st_size == 0:
+            raise SourceError(f"{label}: the file is empty, not an array of objects")
+        # Closed when nothing points into it any more, which after an error its traceback may.
+        content = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+    start = len(BYTE_ORDER_MARK) if content[:3] == BYTE_ORDER_MARK else 0
+    sizes = [memoryview(element).nbytes for element in _elements(label, content, start)]
+    position = content.find(b"[", start) + 1
+    for number, size in enumerate(sizes):
+        # Between two elements of valid JSON are one comma and white space, nothing else.
+        while content[position] in WHITESPACE + b",":
+            position += 1
+        row = content[position : position + size]
+        _see(_decoded(decoder, row, f"{label}, row {number}"), kinds)
+        file.starts.append(position)
+        position += size
+    file.end = position
+    file.fingerprint = hashlib.sha256(content).hexdigest()
+
+
+def _elements(label: str, content: mmap.mmap, start: int) -> list[msgspec.Raw]:
+    """The elements of an array as they are written, without space around them."""
+    hint = "; where each line is an object the file is JSONL: call it .jsonl"
+    try:
+        return msgspec.json.decode(memoryview(content)[start:], type=list[msgspec.Raw])
+    except msgspec.ValidationError as error:
+        raise SourceError(f"{label} is not an array of objects: {error}{hint}") from error
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise SourceError(f"{label}: {error}{hint}") from error
+
+
+def _decoded(
+    decoder: msgspec.json.Decoder[dict[str, Any]], row: bytes, where: str
+) -> dict[str, Any]:
+    try:
+        return decoder.decode(row)
+    except UnicodeDecodeError as error:
+        raise SourceError(f"{where}: not UTF-8: {error}") from error
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise SourceError(f"{where}: not a JSON object: {error}") from error
+
+
 _NAMES = {",": "comma", "\t": "tab"}
 _FORMATS = {",": "CSV", "\t": "TSV"}
 
@@ -234,17 +265,15 @@ def open_csv(name: str, files: Sequence[TextFile], *, delimiter: str) -> TextSou
     import pyarrow as pa
 
     csv.field_size_limit(max(csv.field_size_limit(), MAX_FIELD_BYTES))
-    parts: list[TextPart] = []
-    names: list[str] = []
-    for file in files:
-        part, header = _part(file, delimiter)
-        if parts and header != names:
+    headers = [_read_records(file, delimiter) for file in files]
+    names = headers[0]
+    for file, header in zip(files, headers, strict=True):
+        if header != names:
             raise SourceError(
-                f"{file.label} has the columns {', '.join(header)}, but {files[0].label} has "
-                f"{', '.join(names)}: files of one data set must have the same, in one order"
+                f"{file.place.label} has the columns {', '.join(header)}, but "
+                f"{files[0].place.label} has {', '.join(names)}: files of one data set must have "
+                "the same, in one order"
             )
-        names = header
-        parts.append(part)
 
     def decode(row: bytes) -> dict[str, str]:
         # Lines end at newlines alone, as they did when the file was opened.
@@ -252,61 +281,46 @@ def open_csv(name: str, files: Sequence[TextFile], *, delimiter: str) -> TextSou
         record = next(csv.reader(lines, strict=True, delimiter=delimiter))
         return dict(zip(names, record, strict=True))
 
-    columns = tuple(SourceColumn(name, pa.string(), is_json=False) for name in names)
-    return TextSource(name, parts, columns, decode)
+    columns = [SourceColumn(name, pa.string(), is_json=False) for name in names]
+    return TextSource(name, columns, files, decode)
 
 
-def _part(file: TextFile, delimiter: str) -> tuple[TextPart, list[str]]:
-    """A file that was read whole, and its header."""
-    index = RowIndex()
+def _read_records(file: TextFile, delimiter: str) -> list[str]:
+    """Find the records of a file; returns its header."""
+    label = file.place.label
     names: list[str] = []
-    with file.open() as content:
-        lines = HashedLines(content)
-        for start, number, record in _records(file.label, lines, delimiter):
-            if not names:
-                names = _header(file.label, number, record)
-            elif len(record) != len(names):
-                raise SourceError(
-                    f"{file.label}:{number}: {len(record)} fields where the header has "
-                    f"{len(names)}: a field that holds a {_NAMES[delimiter]} or a quote has to be "
-                    "quoted"
-                )
-            else:
-                index.starts.append(start)
-                index.lines.append(number)
-    index.end = lines.end
-    if not names:
-        raise SourceError(f"{file.label}: the file is empty; its first line must name the columns")
-    return TextPart(file, index, lines.fingerprint()), names
-
-
-def _records(
-    label: str, lines: HashedLines, delimiter: str
-) -> Iterator[tuple[int, int, list[str]]]:
-    """Byte and line at which each record starts, and its fields."""
-    reader = csv.reader(_texts(label, lines), strict=True, delimiter=delimiter)
+    reader = csv.reader(_texts(file), strict=True, delimiter=delimiter)
     while True:
-        start, number = lines.end, lines.number + 1
+        start, number = file.end, file.number + 1
         try:
             record = next(reader, None)
         except csv.Error as error:
             raise SourceError(f"{label}:{number}: no {_FORMATS[delimiter]}: {error}") from error
         if record is None:
-            return
-        if record:
-            yield start, number, record
+            break
+        if not record:
+            continue
+        if not names:
+            names = record
+            twice = sorted({name for name in names if names.count(name) > 1})
+            if twice:
+                raise SourceError(f"{label}:{number}: more than one column is called {twice[0]!r}")
+        elif len(record) != len(names):
+            raise SourceError(
+                f"{label}:{number}: {len(record)} fields where the header has {len(names)}: a "
+                f"field that holds a {_NAMES[delimiter]} or a quote has to be quoted"
+            )
+        else:
+            file.starts.append(start)
+            file.lines.append(number)
+    if not names:
+        raise SourceError(f"{label}: the file is empty; its first line must name the columns")
+    return names
 
 
-def _texts(label: str, lines: HashedLines) -> Iterator[str]:
-    for line in lines:
+def _texts(file: TextFile) -> Iterator[str]:
+    for line in file.read():
         try:
             yield line.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise SourceError(f"{label}:{lines.number}: not UTF-8: {error}") from error
-
-
-def _header(label: str, number: int, names: list[str]) -> list[str]:
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise SourceError(f"{label}:{number}: more than one column is called {twice[0]!r}")
-    return names
+            raise SourceError(f"{file.place.label}:{file.number}: not UTF-8: {error}") from error

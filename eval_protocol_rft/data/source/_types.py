@@ -7,10 +7,6 @@ Which rows of a data set are wanted: a Python-like expression over its columns.
 
 Invariant: an expression either gives an answer for a row or is an error; a row on which it fails is
 never counted as "no". Nothing outside the row can be reached and nothing in it can be changed.
-
-Files as a data set sees them: their content as one number, and whether they changed.
-
-Invariant: a fingerprint depends on bytes alone, never on a file's name or time.
 """
 
 from __future__ import annotations
@@ -18,60 +14,21 @@ from __future__ import annotations
 import abc
 import ast
 import hashlib
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from eval_protocol_rft._errors import EvalProtocolRftError
+from eval_protocol_rft.data.source._places import Place, SourceError
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-
-@dataclass(frozen=True, slots=True)
-class FileState:
-    """A file as it was when it was opened."""
-
-    path: Path
-    size: int
-    """Bytes."""
-    modified_ns: int
-
-    @classmethod
-    def of(cls, path: Path) -> FileState:
-        """The file as it is now."""
-        stat = path.stat()
-        return cls(path, stat.st_size, stat.st_mtime_ns)
-
-    def holds(self) -> bool:
-        """Whether the file is there and has not been written to since."""
-        return self.path.exists() and FileState.of(self.path) == self
-
-
-def file_fingerprint(path: Path) -> str:
-    """Hex SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def files_fingerprint(paths: Sequence[Path]) -> str:
-    """`joint_fingerprint` of files."""
-    return joint_fingerprint([file_fingerprint(path) for path in paths])
-
-
-def joint_fingerprint(fingerprints: Sequence[str]) -> str:
-    """One file's own fingerprint, or hex SHA-256 of those of several in their order."""
-    if len(fingerprints) == 1:
-        return fingerprints[0]
-    whole = hashlib.sha256()
-    for fingerprint in fingerprints:
-        whole.update(bytes.fromhex(fingerprint))
-    return whole.hexdigest()
 
 
 ROW = "row"
@@ -190,10 +147,6 @@ def listed_columns(columns: Sequence[str]) -> str:
     return f"the columns are {shown}" + (f" and {rest} more" if rest > 0 else "")
 
 
-class SourceError(EvalProtocolRftError, ValueError):
-    """A data set that cannot be used as it is. The message says what, where and what to do."""
-
-
 @dataclass(frozen=True, slots=True)
 class SourceColumn:
     """A column and how its values can be stored."""
@@ -221,36 +174,65 @@ class SourceRow:
     count from 0)."""
 
 
-@dataclass(frozen=True, slots=True)
-class SourceFacts:
-    """What opening a data set has found out."""
+class SourceFile(Protocol):
+    """A file of a data set that was looked at."""
 
-    name: str
-    fingerprint: str
-    columns: tuple[SourceColumn, ...]
-    num_rows: int
-    files: tuple[FileState, ...]
-    """The files that were read, as they were before."""
+    @property
+    def place(self) -> Place: ...
+    @property
+    def num_rows(self) -> int: ...
+    @property
+    def fingerprint(self) -> str:
+        """Hex SHA-256 of the content."""
+        ...
 
 
 class Source(abc.ABC):
-    """A data set on disk. It can be read any number of times, always with the same rows in the same
-    order, and holds no rows in memory. Made by `open_source`."""
+    """A data set. It can be read any number of times, always with the same rows in the same order,
+    and holds no rows in memory. Made by `open_source`.
 
-    def __init__(self, facts: SourceFacts) -> None:
-        self.name = facts.name
-        """Stem of the file's name, or name of the folder."""
-        self.fingerprint = facts.fingerprint
+    Args:
+        name: stem of the file's name, or name of the folder.
+        columns: in the order of the file; in JSON, of first appearance.
+        files: in which its rows are, in their order.
+        watched: other files that may not change.
+
+    Raises:
+        SourceError: two files are the same.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        columns: Sequence[SourceColumn],
+        files: Sequence[SourceFile],
+        watched: Sequence[Place] = (),
+    ) -> None:
+        self.name = name
+        self.columns = tuple(columns)
+        self.fingerprint = _joint_fingerprint([file.fingerprint for file in files])
         """Hex SHA-256 of the content: the same under another file name."""
-        self.columns = facts.columns
-        """In the order of the file; in JSON, of first appearance."""
-        self.num_rows = facts.num_rows
-        self._files = facts.files
+        self._ends = list(accumulate(file.num_rows for file in files))
+        self.num_rows = self._ends[-1]
+        self._places = (*watched, *(file.place for file in files))
+        known: dict[str, SourceFile] = {}
+        for file in files:
+            first = known.setdefault(file.fingerprint, file)
+            if first is not file and file.num_rows:
+                raise SourceError(
+                    f"{file.place.label} has the same content as {first.place.label}: its rows "
+                    "would be asked twice. Name one of them"
+                )
 
     @property
     def paths(self) -> list[Path]:
-        """Of the files that are read."""
-        return [state.path for state in self._files]
+        """Of the files of this machine that are read."""
+        return [Path(place.name) for place in self._places if place.is_here]
+
+    def _find(self, number: int) -> tuple[int, int]:
+        """Which file a row is in, and its number there."""
+        place = bisect_right(self._ends, number)
+        return place, number - (self._ends[place - 1] if place else 0)
 
     def rows(
         self,
@@ -315,12 +297,19 @@ class Source(abc.ABC):
         return SourceRow(row.data_idx, values, row.where)
 
     def _refuse_changed_files(self) -> None:
-        for state in self._files:
-            if not state.holds():
+        for place in self._places:
+            if place.has_changed():
                 raise SourceError(
-                    f"{state.path} has changed since it was opened: run again on a file that "
+                    f"{place.shown} has changed since it was opened: run again on a file that "
                     "nobody writes to"
                 )
+
+
+def _joint_fingerprint(fingerprints: Sequence[str]) -> str:
+    """One file's own fingerprint, or hex SHA-256 of those of several in their order."""
+    if len(fingerprints) == 1:
+        return fingerprints[0]
+    return hashlib.sha256(b"".join(map(bytes.fromhex, fingerprints))).hexdigest()
 
 
 def _passing(rows: Iterator[SourceRow], keep: Filter) -> Iterator[SourceRow]:
