@@ -18,7 +18,7 @@ LIGHT = [
     "import eval_protocol_rft.cli",
     "import eval_protocol_rft.training",
     "import eval_protocol_rft.data._generate",
-    "import eval_protocol_rft.scoring.executors._executor",
+    "import eval_protocol_rft.scoring.executors._pool",
     "import eval_protocol_rft.data._dataset",
     "import eval_protocol_rft.loop.fireworks",
     "import eval_protocol_rft.loop._scheduler",

@@ -10,7 +10,7 @@ from eval_protocol.pytest import evaluation_test
 
 from eval_protocol_rft.record import RecordError
 from eval_protocol_rft.scoring._evaluator import EvaluatorError
-from eval_protocol_rft.scoring._offline import RunningLoopError, ascore_rows, score_rows
+from eval_protocol_rft.scoring._offline import ascore_rows, score_rows
 from eval_protocol_rft.scoring._scorer import score_each_completion
 from tests.scored_rows import Canned, answered, asked, give, results, rewards, said
 
@@ -150,7 +150,7 @@ def test_an_evaluator_of_rows_by_itself_needs_a_mode_and_a_mode_must_fit():
 @pytest.mark.parametrize("evaluator", [judge, judge_async])
 async def test_inside_a_running_loop_the_async_form_works_and_the_sync_one_says_so(evaluator):
     row = answered("2", "3")
-    with pytest.raises(RunningLoopError, match="await ascore_rows"):
+    with pytest.raises(RuntimeError, match="await ascore_rows"):
         score_rows([row], evaluator)
     assert await ascore_rows([row], evaluator) == [row]
     assert rewards(row) == [1.0, 0.0]

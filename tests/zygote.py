@@ -41,7 +41,6 @@ import eval_protocol_rft.doctor._examination
 import eval_protocol_rft.local.server._run
 import eval_protocol_rft.loop._setup
 import eval_protocol_rft.loop._train
-import eval_protocol_rft.scoring.executors._preload
 import eval_protocol_rft.scoring.executors._worker
 from eval_protocol_rft.cli import app
 from eval_protocol_rft.scoring.executors import _fork_server, _process

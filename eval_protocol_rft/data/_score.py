@@ -57,12 +57,12 @@ from eval_protocol_rft.data.store._parts import (
 from eval_protocol_rft.scoring.executors import (
     RAY_ADDRESS,
     Engine,
-    Graded,
     LoadedEvaluator,
+    ScoredItem,
     check_engine,
-    grade,
-    grade_on_ray,
     load_evaluator,
+    score_items,
+    score_items_on_ray,
 )
 
 
@@ -200,7 +200,7 @@ def score(
     Raises:
         FormatError, JobError: the file cannot be read, scored so, or written.
         EvaluatorNotFoundError, EvaluatorError: the evaluator cannot be had or used.
-        GradingError: a worker process cannot load it.
+        ScoringError: a worker process cannot load it.
         RayEngineError: there is no Ray, no cluster, or a node of it cannot do its work.
         BusyError: another process scores into the same column.
         OSError: the disk is full or failed. What was graded is safe.
@@ -242,9 +242,9 @@ def score(
             for data_idx, sample_idx, _ in store.stored():
                 index.stored(data_idx, sample_idx)
             items = grading_items(dataset, loaded, index.wanted, adapt=adapt)
-            grader = grade
+            grader = score_items
             if engine == "ray":
-                grader = functools.partial(grade_on_ray, address=ray_address)
+                grader = functools.partial(score_items_on_ray, address=ray_address)
             graded = _grade_missing(
                 grader(
                     items, loaded, workers=workers, timeout=timeout, max_concurrency=max_concurrency
@@ -266,7 +266,7 @@ def score(
 
 
 def _grade_missing(
-    grading: Generator[Graded, None, None],
+    grading: Generator[ScoredItem, None, None],
     total: int,
     store: PartStore,
     *,

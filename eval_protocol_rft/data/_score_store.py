@@ -37,7 +37,7 @@ from eval_protocol_rft.data.rollouts._format import (
 from eval_protocol_rft.data.store._merge import KEY_COLUMNS, Keys
 from eval_protocol_rft.data.store._parts import PartStore
 from eval_protocol_rft.record import Score
-from eval_protocol_rft.scoring.executors import Graded
+from eval_protocol_rft.scoring.executors import ScoredItem
 
 SCORES = pa.schema(
     [
@@ -174,13 +174,13 @@ class GradedStore:
     def __init__(self, store: PartStore, *, on_stored: Callable[[int], None]) -> None:
         self._store = store
         self._on_stored = on_stored
-        self._queue: queue.SimpleQueue[Graded | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[ScoredItem | None] = queue.SimpleQueue()
         self._executor = ThreadPoolExecutor(1, "rewards-store")
         self._writing: Future[int] = self._executor.submit(self._write)
         self.count = 0
         """Results stored; known at the end."""
 
-    def add(self, graded: Graded) -> None:
+    def add(self, graded: ScoredItem) -> None:
         self._queue.put(graded)
         if self._writing.done():
             self._writing.result()

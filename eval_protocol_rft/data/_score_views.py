@@ -18,7 +18,7 @@ from eval_protocol_rft.data._files import JobError
 from eval_protocol_rft.data.conversion._to_ep import to_row
 from eval_protocol_rft.data.rollouts._format import TOKEN_COLUMNS
 from eval_protocol_rft.data.rollouts._rows import CompletionRow, by_record
-from eval_protocol_rft.scoring.executors import GradingItem, LoadedEvaluator
+from eval_protocol_rft.scoring.executors import LoadedEvaluator, ScoringItem
 
 if TYPE_CHECKING:
     from eval_protocol.models import EvaluationRow
@@ -33,7 +33,7 @@ def grading_items(
     wanted: NDArray[np.bool_],
     *,
     adapt: bool,
-) -> Iterator[GradingItem]:
+) -> Iterator[ScoringItem]:
     """What the evaluator is to be called with; keys are tuples of `Place`s, one per view.
 
     Args:
@@ -61,10 +61,10 @@ def grading_items(
             yield _item(both)
 
 
-def _item(pairs: Iterable[tuple[CompletionRow, bytes]]) -> GradingItem:
+def _item(pairs: Iterable[tuple[CompletionRow, bytes]]) -> ScoringItem:
     pairs = list(pairs)
     places = tuple((row.data_idx, row.sample_idx) for row, _ in pairs)
-    return GradingItem(places, tuple(view for _, view in pairs))
+    return ScoringItem(places, tuple(view for _, view in pairs))
 
 
 def _groups(dataset: RolloutDataset) -> Iterator[list[CompletionRow]]:

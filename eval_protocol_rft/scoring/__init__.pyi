@@ -1,5 +1,4 @@
 from ._evaluator import EvaluatorError as EvaluatorError
-from ._offline import RunningLoopError as RunningLoopError
 from ._offline import ascore_rows as ascore_rows
 from ._offline import score_rows as score_rows
 from ._scorer import score_each_completion as score_each_completion

@@ -137,8 +137,8 @@ class BoundCall:
             (frame.f_code.co_filename, line)
             for frame, line in traceback.walk_tb(error.__traceback__)
         ]
-        own = [f for f in frames if f[0] == self.evaluator.code.co_filename]
-        file, line = (own or frames)[-1]
+        in_file = [f for f in frames if f[0] == self.evaluator.code.co_filename]
+        file, line = (in_file or frames)[-1]
         what = f"{type(error).__name__}: {text_of(error)}"
         return CallFailed(error, f"{what} ({Path(file).name}:{line})")
 

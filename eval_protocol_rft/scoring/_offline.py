@@ -12,17 +12,12 @@ from typing import Any, Literal
 
 from eval_protocol.models import EvaluationRow
 
-from eval_protocol_rft._errors import EvalProtocolRftError
 from eval_protocol_rft.scoring._evaluation_test import function_below, parameters_of, sets_of
 from eval_protocol_rft.scoring._evaluator import Evaluator, EvaluatorError
 from eval_protocol_rft.scoring._scorer import OPTIONS_ATTRIBUTE, Scorer, run_all
 from eval_protocol_rft.scoring._summary import Aggregation, ScoringOptions
 
 Mode = Literal["pointwise", "groupwise", "all"]
-
-
-class RunningLoopError(EvalProtocolRftError, RuntimeError):
-    """`score_rows` was called where an event loop is running."""
 
 
 def score_rows(
@@ -54,7 +49,7 @@ def score_rows(
         returned for it, and one whose rollout failed is marked invalid.
 
     Raises:
-        RunningLoopError: an event loop is running here; await `ascore_rows` instead.
+        RuntimeError: an event loop is running here; await `ascore_rows` instead.
         EvaluatorError: the evaluator does not fit the mode, or needs the mode or arguments named.
         RecordError: a row's rollout record is unreadable.
     """
@@ -209,7 +204,7 @@ def _refuse_running_loop() -> None:
         asyncio.get_running_loop()
     except RuntimeError:
         return
-    raise RunningLoopError(
+    raise RuntimeError(
         "score_rows cannot run inside a running event loop (a notebook, an async test): "
         "use `await ascore_rows(...)`"
     )

@@ -4,10 +4,9 @@ Invariant: a completion has a score only where the evaluator gave exactly one va
 Otherwise its score is None, with the reason why in `error`; it is never 0.0. All of it is plain
 JSON in text that UTF-8 can hold.
 
-Many rows in one call: views laid out flat, and the way back from the list it returns.
-
-Invariant: a result is credited to one completion only if the evaluator returned exactly one row
-for it. Order does not matter; what is missing or doubled is an error that names the completion.
+Of many rows in one call a result is credited to one completion only if the evaluator returned
+exactly one row for it. Order does not matter; what is missing or doubled is an error that names the
+completion.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from eval_protocol.models import EvaluateResult, EvaluationRow
@@ -81,8 +80,8 @@ def _read(returned: Any) -> Score:
     problem = _score_problem(result.score, result.is_score_valid)
     steps = {STEP_OUTPUTS: result.step_outputs} if result.step_outputs else {}
     metrics, dropped = _plain_metrics({**steps, **(result.metrics or {})})
-    said = None if result.error is None else f"the evaluator reported: {text_of(result.error)}"
-    errors = [text for text in (problem, said, *dropped) if text]
+    report = None if result.error is None else f"the evaluator reported: {text_of(result.error)}"
+    errors = [text for text in (problem, report, *dropped) if text]
     return Score(
         reward=float(result.score) if problem is None else None,
         reason=None if result.reason is None else text_of(result.reason),
@@ -160,45 +159,43 @@ Place = tuple[int, int | None]
 """Which row of the call, and which of its completions; None: the row itself, it has no record."""
 
 
-class Answers(NamedTuple):
-    """What one call said of the rows it was given, by their position in the call."""
-
-    results: dict[int, list[Score]]
-    """Per row with a record: a result per completion, in order."""
-    passed: dict[int, list[EvaluationRow]]
-    """Per row without one: the rows that the evaluator returned for it."""
-
-
 def lay_out(
     rows: Sequence[EvaluationRow], views: Sequence[Sequence[EvaluationRow] | None]
 ) -> dict[Place, EvaluationRow]:
     """All completions of all rows in row order; a row whose views are None stands for itself."""
     layout: dict[Place, EvaluationRow] = {}
-    for i, (row, own) in enumerate(zip(rows, views, strict=True)):
-        if own is None:
+    for i, (row, row_views) in enumerate(zip(rows, views, strict=True)):
+        if row_views is None:
             layout[i, None] = row
         else:
-            layout.update({(i, index): view for index, view in enumerate(own)})
+            layout.update({(i, index): view for index, view in enumerate(row_views)})
     return layout
 
 
-def sort_answers(layout: Mapping[Place, EvaluationRow], returned: Any) -> Answers:
+def sort_answers(
+    layout: Mapping[Place, EvaluationRow], returned: Any
+) -> tuple[dict[int, list[Score]], dict[int, list[EvaluationRow]]]:
     """Credit what the evaluator returned for `layout` to the places it is about.
 
     A returned row belongs to the view that it is; where the evaluator made a new object, to the
     view with the same rollout id and `completion_index`.
+
+    Returns:
+        By position of the row in the call: of each that has a record, a result per completion, in
+        order; of each that has none, the rows that the evaluator returned for it.
     """
-    found, strays, problem = _assign(layout, returned)
-    answers = Answers({}, {})
+    by_place, strays, problem = _assign(layout, returned)
+    results: dict[int, list[Score]] = {}
+    passed: dict[int, list[EvaluationRow]] = {}
     for place, view in layout.items():
         row, index = place
-        rows = found.get(place, [])
+        rows = by_place.get(place, [])
         if index is None:
-            answers.passed[row] = rows
+            passed[row] = rows
         else:
             result = problem or _only_result(rows, view, index, strays)
-            answers.results.setdefault(row, []).append(result)
-    return answers
+            results.setdefault(row, []).append(result)
+    return results, passed
 
 
 def _assign(
@@ -212,7 +209,7 @@ def _assign(
         return {}, 0, unscored(f"the evaluator returned {kind}, not a list of EvaluationRow")
     by_identity = {id(view): place for place, view in layout.items()}
     by_key = _places_by_key(layout)
-    found: dict[Place, list[EvaluationRow]] = {}
+    by_place: dict[Place, list[EvaluationRow]] = {}
     strays = 0
     for item in returned:
         place = by_identity.get(id(item))
@@ -221,8 +218,8 @@ def _assign(
         if place is None:
             strays += 1
         else:
-            found.setdefault(place, []).append(item)
-    return found, strays, None
+            by_place.setdefault(place, []).append(item)
+    return by_place, strays, None
 
 
 def _places_by_key(layout: Mapping[Place, EvaluationRow]) -> dict[tuple[Any, Any], Place]:

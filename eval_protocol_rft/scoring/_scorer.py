@@ -1,14 +1,11 @@
 """Runs an evaluator once per completion and writes the outcome to the rows.
 
-Invariant: a row whose rollout failed never reaches the evaluator: there is nothing to judge but the
+Invariant: a row whose rollout failed never reaches the evaluator: there is nothing to score but the
 user's own words. A row without a rollout record reaches it as it is, once, and what the evaluator
 then does is Eval Protocol's to handle. A row with one is changed when all its completions have been
-judged, or not at all.
-
-`@score_each_completion`: the decorator between `@evaluation_test` and the user's evaluator.
-
-Invariant: Eval Protocol sees the user's function: its name, parameters, annotations, source file
-and whether it is async.
+scored, or not at all. Under `@score_each_completion`, the decorator between `@evaluation_test` and
+the user's evaluator, Eval Protocol sees the user's function: its name, parameters, annotations,
+source file and whether it is async.
 """
 
 from __future__ import annotations
@@ -16,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import functools
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeVar, cast, overload
 
 from eval_protocol.models import EvaluationRow
@@ -35,13 +31,9 @@ from eval_protocol_rft.scoring._views import completion_views, rollout_failed
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    values: list[Any]
-    """What the evaluator is to be called with, one call each; none where nothing can be judged."""
-    finish: Callable[[list[Any]], Any]
-    """Takes the outcomes in the order of `values`, writes to the rows, and returns what the
-    caller of the evaluator gets."""
+_Plan = tuple[list[Any], Callable[[list[Any]], Any]]
+"""What the evaluator is to be called with, one call each (none where there is nothing to score);
+and what takes the outcomes in that order, writes to the rows, and returns what the caller gets."""
 
 
 class Scorer:
@@ -64,7 +56,8 @@ class Scorer:
         plan = self._plan(call)
         if plan is None:
             return call(call.given)
-        return plan.finish([call.attempt(value) for value in plan.values])
+        values, finish = plan
+        return finish([call.attempt(value) for value in values])
 
     async def score_async(self, *args: Any, **kwargs: Any) -> Any:
         """Score with an async evaluator: the completions of a row concurrently; else as `score`,
@@ -74,18 +67,18 @@ class Scorer:
         them call every answer wrong."""
         call = self.evaluator.bind(*args, **kwargs)
         plan = self._plan(call)
-        if not self.evaluator.is_async:
-            if plan is None:
-                return call(call.given)
-            outcomes = []
-            for value in plan.values:
-                outcomes.append(call.attempt(value))
-                await asyncio.sleep(0)
-            return plan.finish(outcomes)
         if plan is None:
-            return await call(call.given)
-        slots = self._slots_of_this_loop()
-        return plan.finish(await run_all([_attempt(call, v, slots) for v in plan.values]))
+            returned = call(call.given)
+            return await returned if self.evaluator.is_async else returned
+        values, finish = plan
+        if self.evaluator.is_async:
+            slots = self._slots_of_this_loop()
+            return finish(await run_all([_attempt(call, value, slots) for value in values]))
+        outcomes = []
+        for value in values:
+            outcomes.append(call.attempt(value))
+            await asyncio.sleep(0)
+        return finish(outcomes)
 
     def _plan(self, call: BoundCall) -> _Plan | None:
         """What to call and what to do with the outcomes; None where the evaluator is to be
@@ -93,17 +86,19 @@ class Scorer:
         if self.evaluator.parameter == "row":
             row: EvaluationRow = call.given
             if rollout_failed(row):
-                return _Plan([], lambda _: commit_failed_rollout(row))
-            own = completion_views(row)
-            return None if own is None else _Plan(own, lambda got: self._commit(row, got))
+                return [], lambda _: commit_failed_rollout(row)
+            views_of_row = completion_views(row)
+            if views_of_row is None:
+                return None
+            return list(views_of_row), lambda outcomes: self._commit(row, outcomes)
         rows: list[EvaluationRow] = call.given
         _refuse_several_models(rows)
         views = [[] if rollout_failed(row) else completion_views(row) for row in rows]
-        if all(own is None for own in views):
+        if all(row_views is None for row_views in views):
             return None
         layout = lay_out(rows, views)
         calls = [list(layout.values())] if layout else []
-        return _Plan(calls, lambda got: self._settle(rows, layout, got[0] if got else []))
+        return calls, lambda outcomes: self._settle(rows, layout, outcomes[0] if outcomes else [])
 
     def _commit(self, row: EvaluationRow, outcomes: Sequence[Any]) -> EvaluationRow:
         commit_scores(row, [read_result(outcome) for outcome in outcomes], self.options)
@@ -115,17 +110,17 @@ class Scorer:
         """Write the outcome of one call to all its rows. If the call raised and had a row without
         a record in it, the error goes on to Eval Protocol once the other rows have been marked as
         unscored: nobody else can say what becomes of that row."""
-        answers = sort_answers(layout, returned)
+        results, passed = sort_answers(layout, returned)
         settled: list[EvaluationRow] = []
         for i, row in enumerate(rows):
             if (i, None) in layout:
-                settled.extend(answers.passed[i])
+                settled.extend(passed[i])
             elif rollout_failed(row):
                 settled.append(commit_failed_rollout(row))
             else:
-                commit_scores(row, answers.results.get(i, []), self.options)
+                commit_scores(row, results.get(i, []), self.options)
                 settled.append(row)
-        if isinstance(returned, CallFailed) and answers.passed:
+        if isinstance(returned, CallFailed) and passed:
             raise returned.error
         return settled
 

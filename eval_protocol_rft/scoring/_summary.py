@@ -120,10 +120,10 @@ def _steps(
 ) -> list[StepOutput] | None:
     """Of the row's own conversation, which is the first completion's: what the evaluator said of
     its steps, or else the rewards that the environment gave."""
-    told = (results[0].metrics or {}).get(STEP_OUTPUTS) if results else None
-    if told:
+    steps = (results[0].metrics or {}).get(STEP_OUTPUTS) if results else None
+    if steps:
         try:
-            return [StepOutput.model_validate(step) for step in told]
+            return [StepOutput.model_validate(step) for step in steps]
         except (TypeError, ValueError):
             return None  # a metric that only has the name
     if not episodes:

@@ -36,10 +36,6 @@ HIDDEN_KEYS = frozenset(
 """Keys of `extra` that a view has not: token arrays, the record's mark, and earlier scores."""
 
 
-class _Sampling(msgspec.Struct, frozen=True):
-    split_reasoning: bool = True
-
-
 class _ScoredPart(msgspec.Struct, frozen=True):
     """The part of a rollout record that scoring needs. Reading no more than this leaves the
     token arrays untouched, and rows that were logged without them can be scored."""
@@ -47,7 +43,7 @@ class _ScoredPart(msgspec.Struct, frozen=True):
     completions_text: list[str]
     finish_reasons: list[str]
     rft_schema: int = SCHEMA_VERSION
-    sampling: _Sampling | None = None
+    sampling: dict[str, Any] | None = None
     """None where only the published keys are there."""
     completion_messages: list[dict[str, Any] | None] | None = None
     episodes: list[EpisodeRecord] | None = None
@@ -105,13 +101,13 @@ def _episode_views(
         called = messages[-1].tool_calls if messages else None
         last = chat_finish_reason(episode.last_finish_reason, called)
         view = _view(template, index, messages, last)
-        told = {
+        about = {
             "turns": episode.turns,
             "stop_reason": episode.stop_reason,
             "step_rewards": list(episode.step_rewards),
             "metrics": dict(episode.metrics),
         }
-        view.execution_metadata.extra = {**(view.execution_metadata.extra or {}), "episode": told}
+        view.execution_metadata.extra = {**(view.execution_metadata.extra or {}), "episode": about}
         views.append(view)
     return views
 
@@ -119,7 +115,7 @@ def _episode_views(
 def _splits_reasoning(row: EvaluationRow, record: _ScoredPart) -> bool:
     """Whether thoughts are apart from content, as in the row's own answer."""
     if record.sampling is not None:
-        return record.sampling.split_reasoning
+        return bool(record.sampling.get("split_reasoning", True))
     if not row.messages or not record.completions_text:
         return True
     split = assistant_message(record.completions_text[0], split_reasoning=True)
@@ -129,8 +125,8 @@ def _splits_reasoning(row: EvaluationRow, record: _ScoredPart) -> bool:
 def _read(row: EvaluationRow, extra: dict[str, Any]) -> _ScoredPart:
     where = f"row {row.input_metadata.row_id}"
     try:
-        own = extra if is_marked(extra) else {key: extra[key] for key in PUBLISHED_KEYS}
-        record = msgspec.convert(own, _ScoredPart)
+        fields = extra if is_marked(extra) else {key: extra[key] for key in PUBLISHED_KEYS}
+        record = msgspec.convert(fields, _ScoredPart)
     except msgspec.ValidationError as error:
         raise RecordError(f"{where}: invalid rollout record: {error}") from error
     if record.rft_schema != SCHEMA_VERSION:

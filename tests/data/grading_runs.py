@@ -10,9 +10,9 @@ from typing import Any
 
 from eval_protocol.models import EvaluationRow, Message
 
-from eval_protocol_rft.scoring.executors._executor import grade
-from eval_protocol_rft.scoring.executors._items import Graded, GradingItem
 from eval_protocol_rft.scoring.executors._loading import LoadedEvaluator, load_evaluator
+from eval_protocol_rft.scoring.executors._messages import ScoredItem, ScoringItem
+from eval_protocol_rft.scoring.executors._pool import score_items
 from tests.data.graders import NO_QUESTION
 from tests.waiting import PATIENCE
 
@@ -35,28 +35,28 @@ def view(text: str, *, question: str = NO_QUESTION, index: int = 0) -> bytes:
     return row.model_dump_json().encode()
 
 
-def one_each(texts: Iterable[str]) -> list[GradingItem]:
+def one_each(texts: Iterable[str]) -> list[ScoringItem]:
     """An item per text, the text as its key."""
-    return [GradingItem(text, (view(text),)) for text in texts]
+    return [ScoringItem(text, (view(text),)) for text in texts]
 
 
-def group(key: Any, texts: Sequence[str]) -> GradingItem:
-    return GradingItem(key, tuple(view(text, index=i) for i, text in enumerate(texts)))
+def group(key: Any, texts: Sequence[str]) -> ScoringItem:
+    return ScoringItem(key, tuple(view(text, index=i) for i, text in enumerate(texts)))
 
 
-def outcomes(name: str, items: Iterable[GradingItem], **options: Any) -> dict[Any, Graded]:
+def outcomes(name: str, items: Iterable[ScoringItem], **options: Any) -> dict[Any, ScoredItem]:
     """What became of each item; none may come twice."""
-    done = list(grade(items, grader(name), **options))
+    done = list(score_items(items, grader(name), **options))
     by_key = {graded.key: graded for graded in done}
     assert len(by_key) == len(done)
     return by_key
 
 
-def scores(graded: Graded) -> list[float | None]:
+def scores(graded: ScoredItem) -> list[float | None]:
     return [result.reward for result in graded.results]
 
 
-def errors(graded: Graded) -> list[str | None]:
+def errors(graded: ScoredItem) -> list[str | None]:
     return [result.error for result in graded.results]
 
 

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eval_protocol_rft.scoring.executors._executor import grade
-from eval_protocol_rft.scoring.executors._items import GradingError, GradingItem
 from eval_protocol_rft.scoring.executors._loading import load_evaluator
+from eval_protocol_rft.scoring.executors._messages import ScoringError, ScoringItem
+from eval_protocol_rft.scoring.executors._pool import score_items
 from tests.data.graders import TAMPERING
 from tests.data.grading_runs import (
     errors,
@@ -82,7 +82,7 @@ def test_a_hanging_dying_or_raising_call_costs_its_own_item_and_no_other():
     timeout=st.sampled_from([None, 30.0]),
 )
 def test_whatever_dies_in_whatever_order_every_item_comes_back_once(texts, workers, timeout):
-    items = [GradingItem(i, (view(text),)) for i, text in enumerate(texts)]
+    items = [ScoringItem(i, (view(text),)) for i, text in enumerate(texts)]
     done = outcomes("length", items, workers=workers, timeout=timeout)
     assert {i: scores(graded) for i, graded in done.items()} == {
         i: [None if text in {*DYING, "raise"} else len(text)] for i, text in enumerate(texts)
@@ -91,7 +91,7 @@ def test_whatever_dies_in_whatever_order_every_item_comes_back_once(texts, worke
 
 @pytest.mark.parametrize("timeout", [None, 30.0])
 def test_one_worker_that_dies_at_every_call_is_replaced_every_time(timeout):
-    items = [GradingItem(i, (view("exit 0" if i % 2 else "fine"),)) for i in range(8)]
+    items = [ScoringItem(i, (view("exit 0" if i % 2 else "fine"),)) for i in range(8)]
     done = outcomes("length", items, workers=1, timeout=timeout)
     assert [scores(done[i]) for i in range(8)] == [[4.0], [None]] * 4
 
@@ -104,7 +104,9 @@ def test_what_a_late_evaluator_started_ends_with_it(tmp_path):
 
 
 def test_an_answer_that_came_while_the_caller_paused_is_not_late():
-    running = grade(one_each(["a", "bb", "ccc", "dddd"]), grader("length"), workers=2, timeout=0.5)
+    running = score_items(
+        one_each(["a", "bb", "ccc", "dddd"]), grader("length"), workers=2, timeout=0.5
+    )
     done = {}
     for graded in running:
         done[graded.key] = scores(graded)
@@ -131,7 +133,7 @@ def test_a_completion_that_a_group_evaluator_forgot_or_doubled_is_unscored():
 
 
 def test_when_a_group_call_fails_each_of_its_completions_says_so():
-    done = outcomes("test_rank", [GradingItem(0, (b"{", b"{"))], workers=1)
+    done = outcomes("test_rank", [ScoringItem(0, (b"{", b"{"))], workers=1)
     assert scores(done[0]) == [None, None]
     assert all("the stored row cannot be read" in error for error in errors(done[0]))
 
@@ -168,7 +170,7 @@ def test_workers_have_the_folder_and_the_environment_of_the_caller(tmp_path, mon
 
 def test_keys_stay_here_and_may_be_anything():
     key = object()
-    (graded,) = grade([GradingItem(key, (view("a"),))], grader("length"), workers=1)
+    (graded,) = score_items([ScoringItem(key, (view("a"),))], grader("length"), workers=1)
     assert graded.key is key
 
 
@@ -184,9 +186,9 @@ def test_items_are_read_as_results_are_taken():
         nonlocal read
         for i in range(1000):
             read += 1
-            yield GradingItem(i, (view("a"),))
+            yield ScoringItem(i, (view("a"),))
 
-    running = grade(items(), grader("length"), workers=2)
+    running = score_items(items(), grader("length"), workers=2)
     assert read == 0
     for taken, _ in zip(range(1, 20), running, strict=False):
         assert read <= taken + 4
@@ -199,8 +201,8 @@ def test_no_items_are_no_work():
 
 def test_closing_early_ends_the_workers_even_those_that_hang(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    items = [GradingItem(i, (view("hang" if i == 1 else "a"),)) for i in range(50)]
-    running = grade(items, grader("process_id"), workers=2, timeout=None)
+    items = [ScoringItem(i, (view("hang" if i == 1 else "a"),)) for i in range(50)]
+    running = score_items(items, grader("process_id"), workers=2, timeout=None)
     pids = {int(scores(next(running))[0]) for _ in range(20)}
     while not (tmp_path / "hanging").exists():
         time.sleep(0.01)
@@ -219,7 +221,7 @@ def test_an_error_of_the_caller_or_of_the_items_ends_the_workers():
     pids = set()
 
     def consume():
-        for graded in grade(items(), grader("process_id"), workers=2):
+        for graded in score_items(items(), grader("process_id"), workers=2):
             pids.add(int(scores(graded)[0]))
 
     with pytest.raises(OSError, match="disk gone"):
@@ -234,22 +236,22 @@ def test_when_all_is_graded_the_workers_are_gone():
 
 
 def test_pytest_exit_ends_the_run():
-    with pytest.raises(GradingError, match="length: the evaluator ended the run: no judge, no use"):
+    with pytest.raises(ScoringError, match="length: the evaluator ended the run: no judge, no use"):
         outcomes("length", one_each(["a", "pytest.exit"]), workers=1)
 
 
 def test_an_evaluator_whose_file_changed_meanwhile_is_not_used(tmp_path):
     loaded = grader("length")
     changed = dataclasses.replace(loaded, fingerprint="0" * 64)
-    with pytest.raises(GradingError, match=r"graders\.py::length was changed"):
-        list(grade(one_each("a"), changed, workers=1))
+    with pytest.raises(ScoringError, match=r"graders\.py::length was changed"):
+        list(score_items(one_each("a"), changed, workers=1))
 
 
 def test_an_evaluator_that_cannot_be_loaded_again_ends_the_run(tmp_path):
     loaded = grader("length")
     lost = dataclasses.replace(loaded, spec=f"{tmp_path}/gone.py::length")
-    with pytest.raises(GradingError, match=r"a worker cannot load the evaluator: .*no file"):
-        list(grade(one_each("a"), lost, workers=1))
+    with pytest.raises(ScoringError, match=r"a worker cannot load the evaluator: .*no file"):
+        list(score_items(one_each("a"), lost, workers=1))
 
 
 def test_a_worker_that_dies_while_loading_ends_the_run(tmp_path):
@@ -258,8 +260,8 @@ def test_a_worker_that_dies_while_loading_ends_the_run(tmp_path):
         f"import os\nif os.getpid() != {os.getpid()}:\n    os._exit(5)\n"
         "def f(row):\n    return 1.0\n"
     )
-    with pytest.raises(GradingError, match=r"died while it loaded the evaluator \(exit code 5\)"):
-        list(grade(one_each("a"), load_evaluator(f"{file}::f"), workers=1))
+    with pytest.raises(ScoringError, match=r"died while it loaded the evaluator \(exit code 5\)"):
+        list(score_items(one_each("a"), load_evaluator(f"{file}::f"), workers=1))
 
 
 @pytest.mark.parametrize(
@@ -273,11 +275,11 @@ def test_a_worker_that_dies_while_loading_ends_the_run(tmp_path):
 )
 def test_options_out_of_range_are_refused_at_once(options, message):
     with pytest.raises(ValueError, match=message):
-        grade([], grader("length"), **options)
+        score_items([], grader("length"), **options)
 
 
 @pytest.mark.parametrize(("name", "count"), [("length", 2), ("length", 0), ("test_rank", 0)])
 def test_an_item_that_is_no_call_of_this_evaluator_is_refused(name, count):
-    item = GradingItem("k7", (view("a"),) * count)
+    item = ScoringItem("k7", (view("a"),) * count)
     with pytest.raises(ValueError, match=f"item 'k7' has {count} views"):
-        list(grade([item], grader(name), workers=1))
+        list(score_items([item], grader(name), workers=1))

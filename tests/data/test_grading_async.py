@@ -7,8 +7,8 @@ from itertools import islice
 
 import pytest
 
-from eval_protocol_rft.scoring.executors._executor import grade
-from eval_protocol_rft.scoring.executors._items import GradingError, GradingItem
+from eval_protocol_rft.scoring.executors._messages import ScoringError, ScoringItem
+from eval_protocol_rft.scoring.executors._pool import score_items
 from tests.data.grading_runs import (
     errors,
     grader,
@@ -119,8 +119,8 @@ def test_groups_are_judged_in_one_call():
 
 def test_closing_early_cancels_what_is_in_flight(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    items = [GradingItem(i, (view("hang", question=str(i)),)) for i in range(6)]
-    running = grade(
+    items = [ScoringItem(i, (view("hang", question=str(i)),)) for i in range(6)]
+    running = score_items(
         [*items[:3], *one_each(["a"]), *items[3:]],
         grader("length_async"),
         timeout=None,
@@ -140,9 +140,9 @@ def test_items_are_read_as_results_are_taken():
         nonlocal read
         for i in range(1000):
             read += 1
-            yield GradingItem(i, (view("a"),))
+            yield ScoringItem(i, (view("a"),))
 
-    running = grade(items(), grader("length_async"), max_concurrency=5)
+    running = score_items(items(), grader("length_async"), max_concurrency=5)
     assert read == 0
     for taken, _ in enumerate(islice(running, 20), start=1):
         assert read <= taken + 5
@@ -155,11 +155,11 @@ def test_an_error_of_the_items_is_raised_and_ends_the_calls():
         raise OSError("disk gone")
 
     with pytest.raises(OSError, match="disk gone"):
-        list(grade(items(), grader("length_async"), timeout=None))
+        list(score_items(items(), grader("length_async"), timeout=None))
 
 
 def test_pytest_exit_ends_the_run():
-    with pytest.raises(GradingError, match="the evaluator ended the run: no judge, no use"):
+    with pytest.raises(ScoringError, match="the evaluator ended the run: no judge, no use"):
         outcomes("length_async", one_each(["a", "pytest.exit"]))
 
 

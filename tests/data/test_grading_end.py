@@ -19,10 +19,10 @@ PROGRAM = """
 # No `if __name__ == "__main__"`: workers import nothing of this.
 import sys
 from tests.data.grading_runs import grader, one_each
-from eval_protocol_rft.scoring.executors import grade
+from eval_protocol_rft.scoring.executors import score_items
 
 hang = "hang in C" if sys.argv[1:] == ["in C"] else "hang"
-running = grade(one_each(["a", hang, "b"]), grader("process_id"), workers=2, timeout=None)
+running = score_items(one_each(["a", hang, "b"]), grader("process_id"), workers=2, timeout=None)
 print(int(next(running).results[0].reward), flush=True)
 if sys.argv[1:] == ["leave"]:
     sys.exit()

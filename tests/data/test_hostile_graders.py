@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from eval_protocol_rft.scoring.executors._executor import grade
 from eval_protocol_rft.scoring.executors._loading import load_evaluator
+from eval_protocol_rft.scoring.executors._pool import score_items
 from tests.data.grading_runs import is_gone, one_each, scores
 from tests.data.hostile_graders import (
     ASYNC_DEADLY,
@@ -46,7 +46,7 @@ def check(
     """Grade them all with two workers."""
     evaluator = load_evaluator(f"{GRADERS}::{name}")
     done = {}
-    for graded in grade(
+    for graded in score_items(
         one_each(texts), evaluator, workers=2, timeout=timeout, max_concurrency=concurrency
     ):
         assert graded.key not in done

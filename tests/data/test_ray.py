@@ -254,8 +254,8 @@ def test_the_key_reaches_the_server_and_no_log(cluster, problems, tmp_path, serv
 
 @pytest.mark.ray
 def test_each_item_is_graded_as_on_one_machine_also_where_the_evaluator_misbehaves(cluster):
-    from eval_protocol_rft.scoring.executors._executor import grade
-    from eval_protocol_rft.scoring.executors._ray import grade_on_ray
+    from eval_protocol_rft.scoring.executors._pool import score_items
+    from eval_protocol_rft.scoring.executors._ray import score_items_on_ray
     from tests.data.grading_runs import grader, one_each
 
     texts = [*("x" * i for i in range(1, 40)), "sleep", "exit 3", "be killed", "raise", "sys.exit"]
@@ -264,7 +264,7 @@ def test_each_item_is_graded_as_on_one_machine_also_where_the_evaluator_misbehav
             graded.key: graded.results
             for graded in run(one_each(texts), grader("length"), workers=1, timeout=2.0)
         }
-        for run in (grade, grade_on_ray)
+        for run in (score_items, score_items_on_ray)
     ]
     assert len(results[1]) == len(texts)
     assert results[0] == results[1]
@@ -274,27 +274,27 @@ def test_each_item_is_graded_as_on_one_machine_also_where_the_evaluator_misbehav
 @pytest.mark.ray
 def test_async_evaluators_run_on_the_nodes_too(cluster):
     from eval_protocol_rft.scoring.executors._loading import load_evaluator
-    from eval_protocol_rft.scoring.executors._ray import grade_on_ray
+    from eval_protocol_rft.scoring.executors._ray import score_items_on_ray
     from tests.data.grading_runs import one_each
 
     evaluator = load_evaluator(f"{WORK}::pid_later")
     items = one_each(f"{i}" for i in range(60))
-    done = list(grade_on_ray(items, evaluator, max_concurrency=4))
+    done = list(score_items_on_ray(items, evaluator, max_concurrency=4))
     assert sorted(graded.key for graded in done) == sorted(f"{i}" for i in range(60))
     assert os.getpid() not in {graded.results[0].reward for graded in done}
 
 
 @pytest.mark.ray
 def test_each_call_of_an_async_evaluator_is_graded_as_on_one_machine_though_it_misbehaves(cluster):
-    from eval_protocol_rft.scoring.executors._executor import grade
-    from eval_protocol_rft.scoring.executors._ray import grade_on_ray
+    from eval_protocol_rft.scoring.executors._pool import score_items
+    from eval_protocol_rft.scoring.executors._ray import score_items_on_ray
     from tests.data.grading_runs import grader, one_each
 
     items = one_each([*MISBEHAVING, "block"])
     evaluator = grader("length_async")
     results = [
         {graded.key: graded.results for graded in run(items, evaluator, timeout=5.0)}
-        for run in (grade, grade_on_ray)
+        for run in (score_items, score_items_on_ray)
     ]
     assert len(results[1]) == len(items)
     assert results[0] == results[1]
@@ -318,12 +318,12 @@ def test_a_node_grades_with_an_async_evaluator_in_a_process_of_its_own():
 @pytest.mark.ray
 def test_an_item_that_ends_its_node_again_and_again_is_unscored_and_the_others_are_scored(cluster):
     from eval_protocol_rft.scoring.executors._loading import load_evaluator
-    from eval_protocol_rft.scoring.executors._ray import MOST_LOSSES, grade_on_ray
+    from eval_protocol_rft.scoring.executors._ray import MOST_LOSSES, score_items_on_ray
     from tests.data.grading_runs import one_each
 
     evaluator = load_evaluator(f"{WORK}::bomb_or_length")
     texts = ["bomb", *("x" * i for i in range(1, 20))]
-    done = {g.key: g.results[0] for g in grade_on_ray(one_each(texts), evaluator, workers=1)}
+    done = {g.key: g.results[0] for g in score_items_on_ray(one_each(texts), evaluator, workers=1)}
     assert len(done) == len(texts)
     bomb = done.pop("bomb")
     assert bomb.reward is None

@@ -1,12 +1,12 @@
 # For other rooms alone: these may change.
 # isort: split
-from ._executor import grade as grade
-from ._items import Graded as Graded
-from ._items import GradingItem as GradingItem
 from ._loading import LoadedEvaluator as LoadedEvaluator
 from ._loading import code_fingerprints as code_fingerprints
 from ._loading import load_evaluator as load_evaluator
-from ._ray import grade_on_ray as grade_on_ray
+from ._messages import ScoredItem as ScoredItem
+from ._messages import ScoringItem as ScoringItem
+from ._pool import score_items as score_items
+from ._ray import score_items_on_ray as score_items_on_ray
 from ._ray_nodes import EAGER_SECONDS as EAGER_SECONDS
 from ._ray_nodes import RAY_ADDRESS as RAY_ADDRESS
 from ._ray_nodes import Engine as Engine

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import pytest
@@ -38,55 +37,52 @@ class Outcome(NamedTuple):
     is_sound: bool = True
 
 
-@dataclass(frozen=True, slots=True)
-class Judge:
-    """An evaluator ready to be called. Build it with `Judge.of`."""
+def call_of(loaded: LoadedEvaluator) -> BoundCall:
+    """The call of an evaluator as `load_evaluator` gave it; its row or rows are put in later."""
+    inner = inner_evaluator(loaded.function)
+    return inner.bind(**{inner.parameter: None}, **loaded.kwargs)
 
-    call: BoundCall
 
-    @classmethod
-    def of(cls, loaded: LoadedEvaluator) -> Judge:
-        """The judge for an evaluator as `load_evaluator` returned it."""
-        inner = inner_evaluator(loaded.function)
-        return cls(inner.bind(**{inner.parameter: None}, **loaded.kwargs))
+def score_views(call: BoundCall, views: Sequence[bytes]) -> Outcome:
+    """Results of a sync evaluator, one per view."""
+    try:
+        rows = _rows(views)
+        return Outcome(_read(call, rows, call.attempt(_argument(call, rows))))
+    except pytest.exit.Exception:
+        raise
+    except BaseException as error:  # noqa: BLE001
+        # Graders run code that models wrote: sys.exit() in it must not end the run.
+        return _stopped(views, error)
 
-    def judge(self, views: Sequence[bytes]) -> Outcome:
-        """Results of a sync evaluator, one per view."""
-        try:
-            rows = _rows(views)
-            return Outcome(self._read(rows, self.call.attempt(self._argument(rows))))
-        except pytest.exit.Exception:
+
+async def score_views_async(call: BoundCall, views: Sequence[bytes]) -> Outcome:
+    """Results of an async evaluator, one per view."""
+    try:
+        rows = _rows(views)
+        return Outcome(_read(call, rows, await call.attempt_async(_argument(call, rows))))
+    except pytest.exit.Exception:
+        raise
+    except BaseException as error:
+        task = asyncio.current_task()
+        if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
             raise
-        except BaseException as error:  # noqa: BLE001
-            # Graders run code that models wrote: sys.exit() in it must not end the run.
-            return _stopped(views, error)
+        return _stopped(views, error)
 
-    async def judge_async(self, views: Sequence[bytes]) -> Outcome:
-        """Results of an async evaluator, one per view."""
-        try:
-            rows = _rows(views)
-            return Outcome(self._read(rows, await self.call.attempt_async(self._argument(rows))))
-        except pytest.exit.Exception:
-            raise
-        except BaseException as error:
-            task = asyncio.current_task()
-            if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
-                raise
-            return _stopped(views, error)
 
-    def _argument(self, rows: list[EvaluationRow]) -> Any:
-        return rows[0] if self.call.evaluator.parameter == "row" else rows
+def _argument(call: BoundCall, rows: list[EvaluationRow]) -> Any:
+    return rows[0] if call.evaluator.parameter == "row" else rows
 
-    def _read(self, rows: list[EvaluationRow], returned: Any) -> Results:
-        if self.call.evaluator.parameter == "row":
-            return (read_result(returned),)
-        # Rows of one completion each: the second half of a place only names it in messages.
-        layout: dict[Place, EvaluationRow] = {
-            (i, (row.execution_metadata.extra or {}).get("completion_index", i)): row
-            for i, row in enumerate(rows)
-        }
-        answers = sort_answers(layout, returned)
-        return tuple(answers.results[i][0] for i in range(len(rows)))
+
+def _read(call: BoundCall, rows: list[EvaluationRow], returned: Any) -> Results:
+    if call.evaluator.parameter == "row":
+        return (read_result(returned),)
+    # Rows of one completion each: the second half of a place only names it in messages.
+    layout: dict[Place, EvaluationRow] = {
+        (i, (row.execution_metadata.extra or {}).get("completion_index", i)): row
+        for i, row in enumerate(rows)
+    }
+    results, _ = sort_answers(layout, returned)
+    return tuple(results[i][0] for i in range(len(rows)))
 
 
 def _rows(views: Sequence[bytes]) -> list[EvaluationRow]:

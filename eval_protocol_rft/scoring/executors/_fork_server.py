@@ -1,19 +1,16 @@
-"""The process that workers are forked from, and the guard that stands between it and each of them.
+"""The process that workers are forked from, and the supervisor between it and each of them.
 
 Invariant: a worker has the packages that all need, and nothing of the caller's: no module, no
-descriptor, no terminal. Its guard is a process that runs none of the user's code. However the
-worker ends or hangs, and if the caller is killed, the guard ends it with all that it started.
+descriptor, no terminal. Its supervisor is a process that runs none of the user's code. However the
+worker ends or hangs, and if the caller is killed, the supervisor ends it with all that it started.
+On Linux orphans come to the nearest subreaper, so a child that left its session, or whose parents
+ended, is found.
 
-    caller ── server ── guard ── worker ── what the evaluator starts
-       └──────── life ────┘         │
-       └──────── channel ───────────┘
+    caller ── server ── supervisor ── worker ── what the evaluator starts
+       └──────── life ──────┘           │
+       └──────── channel ───────────────┘
 
-What workers print goes through the guard, so that no terminal takes it for commands.
-
-Ending whatever a process started, wherever it went.
-
-Invariant: after `end_descendants` this process has no child but those it spares. On Linux orphans
-come to the nearest subreaper, so a child that left its session, or whose parents ended, is found.
+What workers print goes through the supervisor, so that no terminal takes it for commands.
 """
 
 from __future__ import annotations
@@ -28,6 +25,7 @@ import signal
 import socket
 import struct
 import sys
+import warnings
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, TextIO
@@ -89,15 +87,15 @@ def _descendants(pid: int) -> Iterator[int]:
 
 
 def _children(pid: int) -> list[int]:
-    found: list[int] = []
+    children: list[int] = []
     for file in Path(f"/proc/{pid}/task").glob("*/children"):
         with contextlib.suppress(OSError):
-            found += map(int, file.read_text().split())
-    return found
+            children += map(int, file.read_text().split())
+    return children
 
 
-GUARD = struct.Struct("<i")
-"""What a guard tells the caller first: its process id."""
+SUPERVISOR = struct.Struct("<i")
+"""What a supervisor tells the caller first: its process id."""
 END = struct.Struct("<iQ")
 """And last: the worker's exit code, and the number of the call whose code ran; 0: not known."""
 _CHUNK = 1 << 16
@@ -109,25 +107,35 @@ def main() -> None:
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.close(null)
-    from eval_protocol_rft.scoring.executors import _preload as preload  # noqa: F401
-
+    _preload()
     work = _serve(control)
     if work is not None:
         work()
 
 
+def _preload() -> None:
+    """Import, at once for every worker that is forked from here, what all need. The environment is
+    set first, because importing Eval Protocol reads it. The user's module is not among them: one
+    that starts threads or opens a device when imported must do so after the fork."""
+    os.environ.setdefault("EP_NO_UPLOAD", "1")
+    os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
+    # Recorded, not shown: deprecations inside libraries, which would be printed for every run.
+    with warnings.catch_warnings(record=True):
+        import eval_protocol_rft.scoring.executors._worker  # noqa: F401
+
+
 def _serve(control: socket.socket) -> Callable[[], None] | None:
     adopt_orphans()
     caller = _Caller()
-    guards: set[int] = set()
+    supervisors: set[int] = set()
     with _Events(control, caller.fileno) as events:
         while True:
             ready = events.wait()
             if events.died in ready:
                 for pid, _ in _reap():
-                    guards.discard(pid)
-                # A guard that was killed leaves us what its worker started.
-                end_descendants(spare=guards)
+                    supervisors.discard(pid)
+                # A supervisor that was killed leaves us what its worker started.
+                end_descendants(spare=supervisors)
             if caller.fileno in ready:
                 return None
             if control in ready:
@@ -135,26 +143,26 @@ def _serve(control: socket.socket) -> Callable[[], None] | None:
                 if not message:
                     return None
                 life, channel = (socket.socket(fileno=fd) for fd in descriptors)
-                guard = os.fork()
-                if guard == 0:
+                supervisor = os.fork()
+                if supervisor == 0:
                     control.close()
                     events.close()
-                    return _guard(life, channel, caller)
-                guards.add(guard)
+                    return _supervise(life, channel, caller)
+                supervisors.add(supervisor)
                 life.close()
                 channel.close()
 
 
-def _guard(life: socket.socket, channel: socket.socket, caller: _Caller) -> Callable[[], None]:
-    """Fork the worker, and return what it does; in the guard itself this never returns."""
+def _supervise(life: socket.socket, channel: socket.socket, caller: _Caller) -> Callable[[], None]:
+    """Fork the worker, and return what it does; in the supervisor itself this never returns."""
     adopt_orphans()
-    guard = os.getpid()
+    supervisor = os.getpid()
     (out, out_theirs), (err, err_theirs) = os.pipe(), os.pipe()
     running = memoryview(mmap.mmap(-1, 8)).cast("Q")
     worker = os.fork()
     if worker == 0:
         os.setsid()
-        end_with_parent(guard)
+        end_with_parent(supervisor)
         life.close()
         caller.close()
         os.dup2(out_theirs, 1)
@@ -162,7 +170,7 @@ def _guard(life: socket.socket, channel: socket.socket, caller: _Caller) -> Call
         for descriptor in (out, err, out_theirs, err_theirs):
             os.close(descriptor)
         return lambda: _work(channel, running)
-    # Whatever goes wrong here, a guard never becomes a second server.
+    # Whatever goes wrong here, a supervisor never becomes a second server.
     code = -signal.SIGKILL
     try:
         channel.close()
@@ -179,7 +187,7 @@ def _watch(worker: int, life: socket.socket, caller: _Caller, relays: list[_Rela
     """Until the worker is dead or is to be; its exit code. All that it started is dead then."""
     code: int | None = None
     with _Events(life, caller.fileno, *relays) as events:
-        life.sendall(GUARD.pack(os.getpid()))
+        life.sendall(SUPERVISOR.pack(os.getpid()))
         while code is None:
             ready = events.wait()
             for relay in relays:
@@ -221,8 +229,8 @@ def _reap() -> list[tuple[int, int]]:
     """Children that are dead, with their exit codes."""
     dead = []
     with contextlib.suppress(ChildProcessError):
-        while (found := os.waitpid(-1, os.WNOHANG))[0]:
-            dead.append((found[0], os.waitstatus_to_exitcode(found[1])))
+        while (waited := os.waitpid(-1, os.WNOHANG))[0]:
+            dead.append((waited[0], os.waitstatus_to_exitcode(waited[1])))
     return dead
 
 

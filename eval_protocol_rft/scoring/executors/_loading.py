@@ -47,18 +47,18 @@ def code_fingerprints(function: Callable[..., Any], *, name: str | None = None) 
         return {}
     names = {function.__name__, function.__qualname__.partition(".")[0], name or function.__name__}
     used = _used_part(path, names)
-    found = {path: _digest(used, path)}
+    fingerprints = {path: _digest(used, path)}
     modules = _imported(used, home.__name__, path)
     while modules:
         module = modules.pop()
         path = _own_file(module)
-        if path is not None and path not in found:
+        if path is not None and path not in fingerprints:
             statements = _statements(path)
-            found[path] = _digest(statements, path)
+            fingerprints[path] = _digest(statements, path)
             modules += _imported(statements, module, path)
     named: dict[str, str] = {}
-    for path in sorted(found):
-        named[path.name if path.name not in named else str(path)] = found[path]
+    for path in sorted(fingerprints):
+        named[path.name if path.name not in named else str(path)] = fingerprints[path]
     return named
 
 
@@ -83,16 +83,16 @@ def _own_file(module: str) -> Path | None:
 def _imported(statements: list[ast.stmt] | None, module: str, path: Path) -> list[str]:
     """Names of the modules that these statements of `module` import from."""
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
-    found: list[str] = []
+    modules: list[str] = []
     for node in (node for statement in statements or () for node in ast.walk(statement)):
         if isinstance(node, ast.Import):
-            found += [name.name for name in node.names]
+            modules += [name.name for name in node.names]
         elif isinstance(node, ast.ImportFrom):
             parents = package.split(".")[: len(package.split(".")) - node.level + 1]
             within = parents if node.level else []
             base = ".".join([*within, *([node.module] if node.module else [])])
-            found += [base, *(f"{base}.{name.name}" for name in node.names)]
-    return found
+            modules += [base, *(f"{base}.{name.name}" for name in node.names)]
+    return modules
 
 
 def _statements(path: Path) -> list[ast.stmt] | None:
@@ -305,8 +305,8 @@ def _told(error: BaseException) -> str:
     if isinstance(error, SyntaxError):
         return f"SyntaxError: {error.msg} ({error.filename}:{error.lineno})"
     frames = traceback.extract_tb(error.__traceback__)[1:]
-    own = [frame for frame in frames if not frame.filename.startswith(INSTALLED)]
-    where = f" ({own[-1].filename}:{own[-1].lineno})" if own else ""
+    user_frames = [frame for frame in frames if not frame.filename.startswith(INSTALLED)]
+    where = f" ({user_frames[-1].filename}:{user_frames[-1].lineno})" if user_frames else ""
     return f"{type(error).__name__}: {error}{where}"
 
 
@@ -360,10 +360,10 @@ def _look_at(place: _Place, function: Callable[..., Any]) -> LoadedEvaluator:
     except EvaluatorError as error:
         raise EvaluatorError(f"{place.name}: {error}") from error
     except TypeError as error:
-        given = ", ".join(kwargs) or "none"
+        names = ", ".join(kwargs) or "none"
         raise EvaluatorError(
             f"{place.name}: it cannot be called with `{inner.parameter}` and its "
-            f"evaluation_test_kwargs ({given}): {error}"
+            f"evaluation_test_kwargs ({names}): {error}"
         ) from error
     return LoadedEvaluator(
         spec=place.spec,

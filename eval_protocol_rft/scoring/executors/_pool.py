@@ -1,10 +1,13 @@
-"""Evaluators in worker processes, which may hang or die without harm to others.
+"""Scoring stored completions in worker processes: many calls of one evaluator, some of which hang,
+die or raise, without harm to others.
 
-Invariant: every item gets one `Graded`, whatever becomes of the workers. Each worker has a channel
-of its own, so a death says which calls it was in. It is held against a call only where the worker
-had run nothing else: what an earlier call left behind (a thread, a child that kills, an alarm), or
-a call beside it, costs no other one. Such a call is made again: with others if another one's code
-ran when the worker died, and alone, in a new worker, if it was its own or it happens once more.
+Invariant: every item comes back exactly once, with one result per view. What an evaluator does to
+itself costs the item that it was called for, which is then unscored (None, never 0.0) and says why.
+Each worker has a channel of its own, so a death says which calls it was in. It is held against a
+call only where the worker had run nothing else: what an earlier call left behind (a thread, a child
+that kills, an alarm), or a call beside it, costs no other one. Such a call is made again: with
+others if another one's code ran when the worker died, and alone, in a new worker, if it was its own
+or it happens once more.
 
 A pool of our own: `concurrent.futures` gives up all items at the first death, and pebble loses
 the item of an evaluator that ends its process with exit code 0, and has its workers share a lock.
@@ -14,6 +17,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import math
 import os
 import selectors
 import socket
@@ -23,19 +27,19 @@ from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 
-from eval_protocol_rft.scoring.executors._channel import RubbishError
-from eval_protocol_rft.scoring.executors._items import (
+from eval_protocol_rft.scoring.executors._loading import LoadedEvaluator
+from eval_protocol_rft.scoring.executors._messages import (
     Answer,
     Ended,
-    Graded,
-    GradingError,
-    GradingItem,
     Ready,
+    RubbishError,
+    ScoredItem,
+    ScoringError,
+    ScoringItem,
     Setup,
     all_unscored,
     late,
 )
-from eval_protocol_rft.scoring.executors._loading import LoadedEvaluator
 from eval_protocol_rft.scoring.executors._process import Call, WorkerProcess, in_words
 
 GOODBYE_SECONDS = 2.0
@@ -47,28 +51,94 @@ SILENT_TIMEOUTS = 1.5
 _CHUNK = 1 << 12
 
 
-def grade_in_processes(
-    items: Iterable[GradingItem],
+def score_items(
+    items: Iterable[ScoringItem],
     evaluator: LoadedEvaluator,
     *,
-    workers: int,
-    timeout: float | None,
-    max_concurrency: int | None = None,
-) -> Generator[Graded, None, None]:
-    """Grade in worker processes; see `grade`. `max_concurrency`: of an async evaluator."""
-    pool = Pool(evaluator, workers, timeout, max_concurrency)
+    workers: int | None = None,
+    timeout: float | None = 60.0,
+    max_concurrency: int = 96,
+) -> Generator[ScoredItem, None, None]:
+    """Call `evaluator` once per item, many at a time.
+
+    The evaluator runs in worker processes, each of which loads it once and is replaced when a
+    call takes too long or ends the process. Ended with a worker is all that its evaluator started
+    (where there is no /proc: as far as it stayed in the worker's process group). A call whose
+    worker dies is made once more, in a new worker, where the old one had run other calls before,
+    for one of those may have been the reason. Workers are forked from a server process that
+    outlives them and ends with this one; they import nothing of a script that calls this. POSIX
+    only.
+
+    Calls of an async evaluator run beside each other in the event loop of one worker (of several
+    if you ask for them), so what its module holds, a client or a semaphore, is one for all. Where
+    the worker dies, or a call blocks its loop for longer than `timeout`, the calls in flight are
+    made again: with each other, but the one whose code ran, and what meets a second such end,
+    alone in a worker of its own. So a call may be made three times before it has a result.
+
+    Items are read on the calling thread, as results are taken: no more than two per worker, or
+    `max_concurrency`, are read and not yet given back (and what is to be made again). Closing the
+    generator ends all calls; async ones are cancelled and have a moment to clean up.
+
+    Args:
+        items: one call each. `key` may be anything.
+        evaluator: from `load_evaluator`; a worker loads it again by its spec.
+        workers: processes. None: as many as there are processors; for an async evaluator, one.
+        timeout: seconds one call may take, from when a worker has the item; None: any time.
+            A pause of the caller between two results is not held against a call that ended
+            meanwhile.
+        max_concurrency: calls of an async evaluator in flight, over all workers.
+
+    Yields:
+        Items as they finish, in any order.
+
+    Raises:
+        ScoringError: a worker cannot load the evaluator (or finds its file changed), or the
+            evaluator called `pytest.exit`.
+        ValueError: an option is out of range, or an item has no view, or several for a pointwise
+            evaluator.
+    """
+    size = workers
+    if size is None:
+        size = 1 if evaluator.is_async else os.cpu_count() or 1
+    if size < 1:
+        raise ValueError(f"workers must be at least 1, got {workers}")
+    if max_concurrency < 1:
+        raise ValueError(f"max_concurrency must be at least 1, got {max_concurrency}")
+    if timeout is not None and not (math.isfinite(timeout) and timeout > 0):
+        raise ValueError(f"timeout must be finite and above 0 seconds, or None; got {timeout}")
+    pool = Pool(
+        evaluator,
+        min(size, max_concurrency) if evaluator.is_async else size,
+        timeout,
+        max_concurrency if evaluator.is_async else None,
+    )
+    return _run(pool, _checked(items, evaluator))
+
+
+def _run(pool: Pool, items: Iterator[ScoringItem]) -> Generator[ScoredItem, None, None]:
     # Ours runs before multiprocessing's own, which would wait for the workers forever.
     atexit.register(pool.kill)
     try:
-        yield from pool.run(iter(items))
+        yield from pool.run(items)
         pool.say_goodbye()
     finally:
         try:
-            if evaluator.is_async:
+            if pool.is_async:
                 pool.say_goodbye()
         finally:
             pool.kill()
             atexit.unregister(pool.kill)
+
+
+def _checked(items: Iterable[ScoringItem], evaluator: LoadedEvaluator) -> Iterator[ScoringItem]:
+    for item in items:
+        count = len(item.views)
+        if not count or (count > 1 and evaluator.mode == "pointwise"):
+            raise ValueError(
+                f"item {item.key!r} has {count} views: a {evaluator.mode} evaluator takes "
+                f"{'exactly one' if evaluator.mode == 'pointwise' else 'at least one'}"
+            )
+        yield item
 
 
 class Pool:
@@ -94,7 +164,7 @@ class Pool:
         self._spare = size if self._each > 1 else 0
         self._ahead = 0 if max_concurrency else size
         """Items that may be here beside those in flight."""
-        self._is_async = evaluator.is_async
+        self.is_async = evaluator.is_async
         self._timeout = timeout
         self._silence = timeout
         """Seconds after which a worker with calls that says nothing is given up."""
@@ -122,8 +192,8 @@ class Pool:
         self._failed_starts: int | None = None
         """In a row; None: no worker has loaded the evaluator yet."""
 
-    def run(self, items: Iterator[GradingItem]) -> Iterator[Graded]:
-        """Grade all items, in the order in which they finish. `items` may end and have more later,
+    def run(self, items: Iterator[ScoringItem]) -> Iterator[ScoredItem]:
+        """Score all items, in the order in which they finish. `items` may end and have more later,
         as long as some are in flight; see `ring`."""
         while True:
             self._fill(items)
@@ -142,7 +212,7 @@ class Pool:
 
     def say_goodbye(self) -> None:
         """Let workers end by themselves: those without calls, and those that can cancel theirs."""
-        able = [w for w in self._workers if w.is_ready and (self._is_async or not w.calls)]
+        able = [w for w in self._workers if w.is_ready and (self.is_async or not w.calls)]
         for worker in able:
             worker.let_go()
         deadline = time.monotonic() + GOODBYE_SECONDS
@@ -163,7 +233,7 @@ class Pool:
     def _in_flight(self) -> int:
         return sum(len(worker.calls) for worker in self._workers)
 
-    def _fill(self, items: Iterator[GradingItem]) -> None:
+    def _fill(self, items: Iterator[ScoringItem]) -> None:
         room = self._most + self._ahead - self._in_flight - len(self._waiting)
         while room > 0 and len(self._suspects) < self._most:
             item = next(items, None)
@@ -235,20 +305,20 @@ class Pool:
                 pass
         return {worker for worker in ready if worker is not None}
 
-    def _attend(self, worker: WorkerProcess) -> Iterator[Graded]:
+    def _attend(self, worker: WorkerProcess) -> Iterator[ScoredItem]:
         worker.send()
         while worker in self._workers:
             try:
-                found = worker.read()
+                received = worker.read()
             except RubbishError:
                 why = "the worker process died (someone wrote into the channel of its answers)"
                 yield from self._lose(worker, why)
                 return
-            if found is None:
+            if received is None:
                 if worker.is_over:
                     yield from self._lose(worker, None)
                 return
-            number, message = found
+            number, message = received
             match message:
                 case Ready():
                     worker.is_ready = True
@@ -261,16 +331,16 @@ class Pool:
                     if len(results) == len(item.views):
                         del worker.calls[number]
                         worker.is_alone = False
-                        yield Graded(item.key, results, seconds)
+                        yield ScoredItem(item.key, results, seconds)
                     if not is_sound:
                         yield from self._lose(worker, None)
                         return
                 case Ended(reason):
-                    raise GradingError(f"{self._name}: {reason}")
+                    raise ScoringError(f"{self._name}: {reason}")
 
     def _lose(
         self, worker: WorkerProcess, why: str | None, guilty: int | None = None
-    ) -> Iterator[Graded]:
+    ) -> Iterator[ScoredItem]:
         """`why`: None where it died by itself. `guilty`: the call for which it is given up; None:
         the one whose code ran."""
         calls, now = worker.calls, time.monotonic()
@@ -290,11 +360,11 @@ class Pool:
             if self._failed_starts is not None:
                 self._failed_starts += 1
             if self._failed_starts in (None, MOST_FAILED_STARTS):
-                raise GradingError(
+                raise ScoringError(
                     f"{self._name}: a worker process died while it loaded the evaluator ({how})"
                 )
 
-    def _give_up_silent_ones(self) -> Iterator[Graded]:
+    def _give_up_silent_ones(self) -> Iterator[ScoredItem]:
         if self._silence is None:
             return
         for worker in tuple(self._workers):
@@ -305,7 +375,7 @@ class Pool:
             silent = time.monotonic() - worker.seen >= self._silence
             if not (worker.calls and silent and worker in self._workers):
                 continue
-            if self._is_async:
+            if self.is_async:
                 yield from self._lose(worker, late(self._timeout))
             else:
                 ((_, call),) = worker.calls.items()

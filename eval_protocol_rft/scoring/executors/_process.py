@@ -20,28 +20,30 @@ from dataclasses import dataclass
 
 import msgspec
 
-from eval_protocol_rft.scoring.executors._channel import Frames, RubbishError, frame
-from eval_protocol_rft.scoring.executors._fork_server import END, GUARD
-from eval_protocol_rft.scoring.executors._items import (
+from eval_protocol_rft.scoring.executors._fork_server import END, SUPERVISOR
+from eval_protocol_rft.scoring.executors._messages import (
     LOADING,
-    GradingError,
-    GradingItem,
+    Frames,
     Message,
+    RubbishError,
+    ScoringError,
+    ScoringItem,
     Setup,
+    frame,
     longest_answer,
 )
 
 _CHUNK = 1 << 20
 _DECODER: msgspec.json.Decoder[Message] = msgspec.json.Decoder(Message)
 _BURIAL_SECONDS = 5.0
-"""How long a guard may take to end a worker before it is ended itself."""
+"""How long a supervisor may take to end a worker before it is ended itself."""
 
 
 @dataclass(slots=True)
 class Call:
     """An item on its way to a result."""
 
-    item: GradingItem
+    item: ScoringItem
     losses: int = 0
     """Workers that died, or hung, with it."""
     began: float = 0.0
@@ -73,9 +75,9 @@ class WorkerProcess:
         """When it last said something, or got a call while it had none, on the monotonic clock."""
         self._frames = Frames(key)
         self._told = bytearray()
-        """By the guard."""
+        """By the supervisor."""
         self._is_buried = False
-        """The guard is gone, and so is the worker."""
+        """The supervisor is gone, and so is the worker."""
         self._has_ended = False
         """Nothing more will come through the channel."""
         body = msgspec.msgpack.encode(msgspec.structs.replace(setup, key=key))
@@ -129,10 +131,10 @@ class WorkerProcess:
                 data = self._received()
                 self._frames.feed(data)
                 self._has_ended = not data
-        found = self._frames.take(self._longest)
-        if found is None:
+        received = self._frames.take(self._longest)
+        if received is None:
             return None
-        number, body = found
+        number, body = received
         try:
             message = _DECODER.decode(body)
         except (msgspec.DecodeError, RecursionError) as error:
@@ -159,7 +161,7 @@ class WorkerProcess:
         return self._has_ended
 
     def _listen(self) -> None:
-        """Read what the guard says; a guard that is gone has ended its worker."""
+        """Read what the supervisor says; a supervisor that is gone has ended its worker."""
         with contextlib.suppress(BlockingIOError):
             while True:
                 try:
@@ -167,7 +169,7 @@ class WorkerProcess:
                 except ConnectionError:
                     data = b""
                 self._told += data
-                if not data or len(self._told) >= GUARD.size + END.size:
+                if not data or len(self._told) >= SUPERVISOR.size + END.size:
                     self._is_buried = True
                     return
 
@@ -177,7 +179,7 @@ class WorkerProcess:
             self.channel.shutdown(socket.SHUT_WR)
 
     def kill(self) -> None:
-        """Have its guard end it and whatever its evaluator started; `bury` comes next."""
+        """Have its supervisor end it and whatever its evaluator started; `bury` comes next."""
         with contextlib.suppress(OSError):
             self.life.shutdown(socket.SHUT_WR)
 
@@ -190,16 +192,16 @@ class WorkerProcess:
         self._listen()
         # Told nothing, there is no process yet: it will find that we are gone.
         if self._told and not self.wait(_BURIAL_SECONDS):
-            (guard,) = GUARD.unpack_from(self._told)
+            (supervisor,) = SUPERVISOR.unpack_from(self._told)
             for number in (signal.SIGCONT, signal.SIGKILL):
                 with contextlib.suppress(OSError):
-                    os.kill(guard, number)
+                    os.kill(supervisor, number)
             self.wait(_BURIAL_SECONDS)
         self.channel.close()
         self.life.close()
-        if len(self._told) < GUARD.size + END.size:
+        if len(self._told) < SUPERVISOR.size + END.size:
             return None, 0
-        code, running = END.unpack_from(self._told, GUARD.size)
+        code, running = END.unpack_from(self._told, SUPERVISOR.size)
         return code, running
 
     def wait(self, seconds: float) -> bool:
@@ -228,7 +230,7 @@ class _ForkServer:
         """Have a worker forked that has these ends.
 
         Raises:
-            GradingError: no fork server can be started.
+            ScoringError: no fork server can be started.
         """
         with self._lock:
             for _ in range(2):
@@ -240,7 +242,7 @@ class _ForkServer:
                     return
                 except OSError:
                     self.stop()
-        raise GradingError("the process that grading workers are forked from dies at once")
+        raise ScoringError("the process that grading workers are forked from dies at once")
 
     def _start(self) -> None:
         self.stop()

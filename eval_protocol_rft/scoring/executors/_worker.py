@@ -1,14 +1,18 @@
 """The worker process: loads the evaluator once, then answers calls until its channel closes.
 
 Invariant: one answer per call, with its number. A sync evaluator's is sent before the next call is
-read; of an async one's calls, many run at a time (see `in_loop`). When a worker dies, the calls
-that it died in are those without an answer. What a call of a sync evaluator does to the process is
-met by no other call: the worker ends then, and another takes its place.
+read, and what its call does to the process is met by no other call: the worker ends then, and
+another takes its place. Of an async one's, many calls run at a time in one event loop, and none
+waits for another that does not end. When a worker dies, the calls that it died in are those without
+an answer, and whose code ran stands where the supervisor sees it. A copy of this process that an
+async call forks ends with the callback in which it was made.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import contextvars
 import functools
 import locale
 import os
@@ -16,21 +20,52 @@ import resource
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVarTuple
 
 import msgspec
+import pytest
 
-from eval_protocol_rft.scoring.executors._channel import WorkerChannel
-from eval_protocol_rft.scoring.executors._items import LOADING, Answer, Ended, Ready, Setup, send
+from eval_protocol_rft._text import end_copy_of
+from eval_protocol_rft.sampling import Deadline
+from eval_protocol_rft.scoring import BoundCall, EvaluatorError, unscored
+from eval_protocol_rft.scoring.executors._call import (
+    Outcome,
+    call_of,
+    score_views,
+    score_views_async,
+)
+from eval_protocol_rft.scoring.executors._loading import EvaluatorNotFoundError, load_evaluator
+from eval_protocol_rft.scoring.executors._messages import (
+    LOADING,
+    Alive,
+    Answer,
+    Ended,
+    Ready,
+    Setup,
+    WorkerChannel,
+    late,
+    send,
+)
+
+LAST_SECONDS = 1.0
+"""How long a call that is late may take to clean up before it is answered for."""
+SIGNS_PER_TIMEOUT = 4
+"""So often in the time that one call has, the loop says that it turns."""
+
+_Arguments = TypeVarTuple("_Arguments")
+_CALL: contextvars.ContextVar[int] = contextvars.ContextVar("scoring_call", default=0)
+"""Number of the call that a task or callback belongs to."""
 
 
 def work(ours: socket.socket, running: memoryview) -> None:
     """Run a worker: read calls from `ours`, the views of one each, and write a `Message` each.
 
     Args:
-        running: one number, seen by the guard: of the call whose code runs, as far as it is known.
+        running: one number, which the supervisor sees: of the call whose code runs, as far as it
+            is known.
     """
     channel = WorkerChannel(ours)
     # The other end is closed when there is no more to do, which may be before we are ready; and an
@@ -39,15 +74,13 @@ def work(ours: socket.socket, running: memoryview) -> None:
         setup = msgspec.msgpack.decode(channel.receive()[1], type=Setup)
         channel.seal_with(setup.key)
         _reseed()
-        judge = _load(channel, setup)
-        from eval_protocol_rft.scoring.executors._in_loop import answer_calls_in_loop
-
-        if judge is not None:
+        call = _load(channel, setup)
+        if call is not None:
             send(channel, LOADING, Ready())
-            if judge.call.evaluator.is_async:
-                answer_calls_in_loop(channel, judge, setup.timeout, running)
+            if call.evaluator.is_async:
+                answer_calls_in_loop(channel, call, setup.timeout, running)
             else:
-                _answer_calls(channel, judge)
+                _answer_calls(channel, call)
 
 
 def _reseed() -> None:
@@ -58,12 +91,8 @@ def _reseed() -> None:
     np.random.seed()
 
 
-def _load(channel: WorkerChannel, setup: Setup) -> Any:
-    """The judge, or None after saying why there is none."""
-    from eval_protocol_rft.scoring import EvaluatorError
-    from eval_protocol_rft.scoring.executors._call import Judge
-    from eval_protocol_rft.scoring.executors._loading import EvaluatorNotFoundError, load_evaluator
-
+def _load(channel: WorkerChannel, setup: Setup) -> BoundCall | None:
+    """The evaluator's call, or None after saying why there is none."""
     os.environ.clear()
     os.environb.update(setup.environ)
     for name in ("EP_NO_UPLOAD", "LITELLM_LOCAL_MODEL_COST_MAP"):
@@ -80,24 +109,151 @@ def _load(channel: WorkerChannel, setup: Setup) -> Any:
     if loaded.fingerprint != setup.fingerprint:
         send(channel, LOADING, Ended(f"{spec} was changed while it was graded: start again"))
         return None
-    return Judge.of(loaded)
+    return call_of(loaded)
 
 
-def _answer_calls(channel: WorkerChannel, judge: Any) -> None:
-    import pytest
-
+def _answer_calls(channel: WorkerChannel, call: BoundCall) -> None:
     before = _Interpreter()
     while before.is_as_it_was():  # so it is at first, and no worker ends before it has run a call
         number, body = channel.receive()
         views = msgspec.msgpack.decode(body, type=list[bytes])
         began = time.monotonic()
         try:
-            results, is_sound = judge.judge(views)
+            results, is_sound = score_views(call, views)
         except pytest.exit.Exception as error:
             send(channel, number, Ended(f"the evaluator ended the run: {error}"))
             return
         answer = Answer(results, time.monotonic() - began, is_sound)
         send(channel, number, answer, views=len(views))
+
+
+def answer_calls_in_loop(
+    channel: WorkerChannel, evaluator: BoundCall, timeout: float | None, running: memoryview
+) -> None:
+    """Answer calls as they come until the channel closes; what runs then is cancelled."""
+    with asyncio.Runner(loop_factory=lambda: _CallLoop(running)) as runner:
+        runner.run(_Calls(channel, evaluator, timeout).run())
+
+
+async def _score_in_time(
+    evaluator: BoundCall, views: tuple[bytes, ...] | list[bytes], limit: float | None
+) -> Outcome:
+    """One call. Where it is late it is cancelled, and left behind if that does not end it.
+
+    Raises:
+        pytest.exit.Exception: the evaluator asked for the end of the run.
+    """
+    call = asyncio.ensure_future(score_views_async(evaluator, views))
+    try:
+        async with Deadline(limit):  # a call that blocks the loop makes no other late
+            await asyncio.wait({call})
+    except TimeoutError:
+        call.cancel()
+        await asyncio.wait({call}, timeout=LAST_SECONDS)
+        return Outcome((unscored(late(limit)),) * len(views))
+    except asyncio.CancelledError:
+        call.cancel()
+        raise
+    try:
+        return call.result()
+    except asyncio.CancelledError:
+        return Outcome((unscored("the evaluator cancelled its own call"),) * len(views))
+
+
+class _CallLoop(asyncio.SelectorEventLoop):
+    """An event loop that notes whose code it runs."""
+
+    def __init__(self, running: memoryview) -> None:
+        super().__init__()
+        self._running_call = running
+        self._owner = os.getpid()
+
+    def call_soon(
+        self,
+        callback: Callable[[*_Arguments], object],
+        *args: *_Arguments,
+        context: contextvars.Context | None = None,
+    ) -> asyncio.Handle:
+        return super().call_soon(self._noted, callback, *args, context=context)
+
+    def call_at(
+        self,
+        when: float,
+        callback: Callable[[*_Arguments], object],
+        *args: *_Arguments,
+        context: contextvars.Context | None = None,
+    ) -> asyncio.TimerHandle:
+        return super().call_at(when, self._noted, callback, *args, context=context)
+
+    def _noted(self, callback: Callable[[*_Arguments], object], *args: *_Arguments) -> None:
+        self._running_call[0] = _CALL.get()
+        try:
+            callback(*args)
+        finally:
+            end_copy_of(self._owner)
+            self._running_call[0] = 0
+
+
+class _Calls:
+    """The calls in flight."""
+
+    def __init__(self, channel: WorkerChannel, evaluator: BoundCall, timeout: float | None) -> None:
+        self._channel = channel
+        self._evaluator = evaluator
+        self._timeout = timeout
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._is_over = False
+
+    async def run(self) -> None:
+        """Until there are no more."""
+        self._loop = asyncio.get_running_loop()
+        self._end = asyncio.Event()
+        threading.Thread(target=self._receive, name="calls", daemon=True).start()
+        if self._timeout is not None:
+            self._say_alive(self._timeout / SIGNS_PER_TIMEOUT)
+        try:
+            await self._end.wait()
+        finally:
+            self._is_over = True
+
+    def _receive(self) -> None:
+        """In a thread: the loop may be blocked, and the channel closed meanwhile."""
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            while True:
+                try:
+                    number, body = self._channel.receive()
+                except (EOFError, OSError):
+                    self._loop.call_soon_threadsafe(self._end.set)
+                    return
+                views = msgspec.msgpack.decode(body, type=list[bytes])
+                self._loop.call_soon_threadsafe(self._begin, number, views)
+
+    def _begin(self, number: int, views: list[bytes]) -> None:
+        context = contextvars.copy_context()
+        context.run(_CALL.set, number)
+        task = self._loop.create_task(self._answer(number, views), context=context)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _answer(self, number: int, views: list[bytes]) -> None:
+        began = time.monotonic()
+        try:
+            outcome = await _score_in_time(self._evaluator, views, self._timeout)
+        except pytest.exit.Exception as error:
+            send(self._channel, number, Ended(f"the evaluator ended the run: {error}"))
+            return
+        except asyncio.CancelledError:
+            if self._is_over:
+                raise
+            # An evaluator cancels what is not its own: nobody else would answer for this call.
+            os._exit(1)
+        answer = Answer(outcome.results, time.monotonic() - began, outcome.is_sound)
+        send(self._channel, number, answer, views=len(views))
+
+    def _say_alive(self, seconds: float) -> None:
+        if self._tasks:
+            send(self._channel, LOADING, Alive())
+        self._loop.call_later(seconds, self._say_alive, seconds)
 
 
 _TAMPERED_WITH = (
@@ -109,7 +265,7 @@ code do that so that it can do no harm, and are meant for a process of its own."
 
 
 class _Interpreter:
-    """What a call may not leave otherwise, or all later calls in this process are judged by it:
+    """What a call may not leave otherwise, or all later calls in this process are scored by it:
     functions, limits, the working folder, standard streams, variables of the environment. Adding
     something harms nobody, and raising a limit neither."""
 
