@@ -102,7 +102,7 @@ def _signature(source: Callable[..., Any]) -> dict[str, Option]:
     hints = typing.get_type_hints(
         source, localns=_Names(vars(sys.modules[source.__module__])), include_extras=True
     )
-    found = {}
+    options = {}
     makers = {
         field.name: field.default_factory
         for field in (dataclasses.fields(source) if dataclasses.is_dataclass(source) else ())
@@ -112,7 +112,7 @@ def _signature(source: Callable[..., Any]) -> dict[str, Option]:
         if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
             continue
         bare, extras = _split(hints.get(name, Any))
-        found[name] = Option(
+        options[name] = Option(
             name=name,
             type=bare,
             extras=extras,
@@ -120,7 +120,7 @@ def _signature(source: Callable[..., Any]) -> dict[str, Option]:
             help="",
             positional=parameter.kind is not parameter.KEYWORD_ONLY,
         )
-    return found
+    return options
 
 
 def check_options(settings: Any, error: type[ValueError] = ValueError) -> None:

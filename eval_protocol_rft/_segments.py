@@ -193,24 +193,24 @@ def lay_out(
     return segments
 
 
-def read_segment(given: Any, buffer: TokenBuffer) -> Segment:
+def read_segment(value: Any, buffer: TokenBuffer) -> Segment:
     """A segment of an episode: one already, or an object with `tokens`, `logprobs`, `loss_mask`.
 
     Raises:
         RecordError: it is none, or its values contradict each other.
     """
-    if isinstance(given, Segment):
-        return given
-    if not isinstance(given, Mapping) or not all(name in given for name in _ARRAYS):
-        held = sorted(map(str, given)) if isinstance(given, Mapping) else type(given).__name__
+    if isinstance(value, Segment):
+        return value
+    if not isinstance(value, Mapping) or not all(name in value for name in _ARRAYS):
+        held = sorted(map(str, value)) if isinstance(value, Mapping) else type(value).__name__
         raise RecordError(f"needs tokens, logprobs and loss_mask, got {held}")
-    sizes = [_size(given[name], name) for name in _ARRAYS]
+    sizes = [_size(value[name], name) for name in _ARRAYS]
     if len(set(sizes)) > 1:
         raise RecordError("{} tokens, {} logprobs, loss_mask of {}".format(*sizes))
     tokens, logprobs, mask = buffer.take(sizes[0])
-    _store(given["tokens"], tokens, "tokens")
-    _store(given["logprobs"], logprobs, "logprobs")
-    _store(given["loss_mask"], mask, "loss_mask", kinds="iubf")
+    _store(value["tokens"], tokens, "tokens")
+    _store(value["logprobs"], logprobs, "logprobs")
+    _store(value["loss_mask"], mask, "loss_mask", kinds="iubf")
     return Segment(tokens=tokens, logprobs=logprobs, loss_mask=mask)
 
 

@@ -1,11 +1,9 @@
-"""Text of others (models, servers, evaluators, environments) on its way to a file or a terminal.
+"""What others (models, servers, evaluators, environments) hand to us: text on its way to a file or
+a terminal, and copies of this process that their code forks.
 
-Invariant: whatever it holds costs a character, never the file, the run or the terminal.
-
-Code of others that forks and comes back.
-
-Invariant: only the process that made a call goes on behind it. The copy would write the same files,
-send the same requests and answer the same calls once more.
+Invariant: whatever a text holds costs a character, never the file, the run or the terminal. Only
+the process that made a call goes on behind it: a copy would write the same files, send the same
+requests and answer the same calls once more.
 """
 
 from __future__ import annotations

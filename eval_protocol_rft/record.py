@@ -311,9 +311,9 @@ def segments_of(record: RolloutRecord, buffer: TokenBuffer) -> list[tuple[Segmen
     if trajectories is None:
         return [(segment,) for segment in first_turns]
     read: list[tuple[Segment, ...]] = []
-    for given, first_turn, name in zip(trajectories, first_turns, names, strict=True):
+    for raw_segments, first_turn, name in zip(trajectories, first_turns, names, strict=True):
         segments = []
-        for k, segment in enumerate(given):
+        for k, segment in enumerate(raw_segments):
             try:
                 segments.append(read_segment(segment, buffer))
             except RecordError as error:
@@ -371,7 +371,7 @@ def _marked(extra: Mapping[str, Any], params: Mapping[str, Any] | None) -> dict[
     """The published keys, and what is known beside them, as a record of ours."""
     size = len(extra["completion_ids"]) if isinstance(extra["completion_ids"], Sized) else 0
     nothing: list[None] = [None] * size
-    own = {key: extra[key] for key in (*PUBLISHED_KEYS, *_BESIDE) if key in extra}
+    published = {key: extra[key] for key in (*PUBLISHED_KEYS, *_BESIDE) if key in extra}
     params = _with_body(params or {})
     sampling = {
         **{key: params.get(key) for key in _HOW_SAMPLED},
@@ -385,7 +385,7 @@ def _marked(extra: Mapping[str, Any], params: Mapping[str, Any] | None) -> dict[
     }
     top_p, top_k = sampling["top_p"], sampling["top_k"]
     sampling["support_truncated"] = top_p not in (None, 1) or top_k not in (None, 0, -1)
-    return {**own, "rft_schema": SCHEMA_VERSION, "sampling": sampling}
+    return {**published, "rft_schema": SCHEMA_VERSION, "sampling": sampling}
 
 
 def _with_body(params: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -1,19 +1,13 @@
-"""What a command says, and how it ends when something is wrong: one line on stderr, exit code 1.
+"""What all commands share: how one speaks, how it ends when something is wrong (one line on stderr,
+exit code 1) or when it is told to end, and what a command on rollouts takes: a rollout file, or
+what a test of Eval Protocol wrote.
 
 Invariant: whatever models, servers and evaluators wrote, and whatever a file is called, no terminal
-takes it for a command. Nothing here prints in another way. What is wrong with files and settings is
-one line in every command; a traceback is left to mistakes of this package.
-
-What a command on rollouts takes: a rollout file, or what a test of Eval Protocol wrote.
-
-A command that is told to end, by Ctrl-C or by whoever runs the machine.
-
-Invariant: SIGTERM ends a command as Ctrl-C does, so what it was about to store is stored.
-
-Standard streams that are closed (`2>&-`, a service without any): nothing is read or shown then.
-
-Invariant: no file that a command opens gets the number of one of them, where whatever is printed
-would be written into it.
+takes it for a command; nothing here prints in another way. What is wrong with files and settings is
+one line in every command; a traceback is left to mistakes of this package. SIGTERM ends a command
+as Ctrl-C does, so what it was about to store is stored. Where standard streams are closed (`2>&-`,
+a service without any), nothing is read or shown, and no file that a command opens gets the number
+of one of them, where whatever is printed would be written into it.
 """
 
 from __future__ import annotations
@@ -138,7 +132,7 @@ def say(text: object, *, err: bool = False) -> None:
 
 def say_json(data: bytes) -> None:
     """Print JSON. It escapes what is below 0x20 itself, but not the other control characters."""
-    text = re.sub(r"[\x7f-\x9f]", lambda found: f"\\u{ord(found[0]):04x}", data.decode())
+    text = re.sub(r"[\x7f-\x9f]", lambda match: f"\\u{ord(match[0]):04x}", data.decode())
     typer.echo(text)
 
 

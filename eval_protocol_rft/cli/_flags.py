@@ -69,12 +69,12 @@ class Setting(NamedTuple):
     def names(self) -> list[str]:
         """As they are typed; a positional has none."""
         name = self.option.name
-        own = ("-" if len(name) == 1 else "--") + name.replace("_", "-")
+        flag_name = ("-" if len(name) == 1 else "--") + name.replace("_", "-")
         if self.option.default is True and not self.flag.only:
-            own = own.replace("--", "--no-", 1)
+            flag_name = flag_name.replace("--", "--no-", 1)
         if self.option.positional:
             return []
-        return [*self.flag.names, *(() if self.flag.only else (own,))]
+        return [*self.flag.names, *(() if self.flag.only else (flag_name,))]
 
     @property
     def help(self) -> str:
@@ -84,8 +84,8 @@ class Setting(NamedTuple):
     @property
     def metavar(self) -> str | None:
         """What stands for the value, where that is not its type."""
-        own = self.option.name if self.option.positional else None
-        return self.flag.metavar or ("JSON" if _is_json(self.option) else own)
+        positional = self.option.name if self.option.positional else None
+        return self.flag.metavar or ("JSON" if _is_json(self.option) else positional)
 
     @property
     def default_text(self) -> str:
@@ -100,15 +100,15 @@ class Setting(NamedTuple):
 
 def settings_of(command: Callable[..., Any]) -> list[Setting]:
     """All flags of a command: its own, and those of what it takes."""
-    found: list[Setting] = []
+    settings: list[Setting] = []
     quiet: list[Setting] = []
-    for name, own in options_of(command).items():
-        takes = next((extra for extra in own.extras if isinstance(extra, Takes)), None)
-        if takes is None and not is_dataclass(own.type):
-            found.append(Setting(own, name))
+    for name, parameter in options_of(command).items():
+        takes = next((extra for extra in parameter.extras if isinstance(extra, Takes)), None)
+        if takes is None and not is_dataclass(parameter.type):
+            settings.append(Setting(parameter, name))
             continue
-        source, defaults, only = takes or Takes(own.type)
-        make = own.type if takes is None else dict
+        source, defaults, only = takes or Takes(parameter.type)
+        make = parameter.type if takes is None else dict
         for option in options_of(source).values():
             default = defaults.get(option.name, option.default)
             if option.name == _PROGRESS:
@@ -118,9 +118,9 @@ def settings_of(command: Callable[..., Any]) -> list[Setting]:
                 as_flag = option._replace(
                     default=default if words is None else None, positional=False
                 )
-                found.append(Setting(as_flag, name, option.default, make, words))
+                settings.append(Setting(as_flag, name, option.default, make, words))
     # What must be given comes first.
-    return sorted([*found, *quiet], key=lambda setting: setting.option.default is not _EMPTY)
+    return sorted([*settings, *quiet], key=lambda setting: setting.option.default is not _EMPTY)
 
 
 def for_typer(command: Callable[..., None], *, wrong: int = 1) -> Callable[..., None]:

@@ -69,14 +69,14 @@ def stats(
     import msgspec
 
     with rollout_file(file, progress=options["progress"]) as path:
-        found = data.rollout_stats(path, **options)
-    found = dataclasses.replace(found, path=data.shown(file))
+        statistics = data.rollout_stats(path, **options)
+    statistics = dataclasses.replace(statistics, path=data.shown(file))
     if json:
-        say_json(msgspec.json.format(msgspec.json.encode(found), indent=2))
+        say_json(msgspec.json.format(msgspec.json.encode(statistics), indent=2))
         return
     from rich.console import Console
 
-    Console().print(room.stats_table(found, limit_groups=limit_groups))
+    Console().print(room.stats_table(statistics, limit_groups=limit_groups))
 
 
 def sql(

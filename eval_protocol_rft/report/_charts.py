@@ -129,8 +129,8 @@ def histogram(
         drawn = axes.bar(places, height[places], width, foot[places], color=light(colour))
         for i, bar in zip(places.tolist(), drawn, strict=True):
             bar.set_gid(f"{name}-{part}-{i}")
-            told = f", {bins[i].marked:,} of them {marked}" if marked else ""
-            titles[f"{name}-{part}-{i}"] = f"{names[i]}: {bins[i].count:,}{told}"
+            of_them = f", {bins[i].marked:,} of them {marked}" if marked else ""
+            titles[f"{name}-{part}-{i}"] = f"{names[i]}: {bins[i].count:,}{of_them}"
     svg = as_svg(figure, name, f"{sum(b.count for b in bins):,} {unit}", titles=titles)
     keys = [(marked, 1)] if marked else []
     return Chart(id=name, title=title, svg=svg, numbers=numbers, keys=keys)
@@ -156,8 +156,8 @@ def pass_curve(name: str, points: Sequence[PassAtK], *, nothing: str) -> Chart:
     places, heights = [math.log2(p.k) for p in points], [p.value for p in points]
     axes.plot(places, heights, "o-", color=light("c0"), lw=2, gid=f"{name}-0")
     titles = [f"pass@{p.k} = {p.value:.4f} over {p.groups:,} prompts" for p in points]
-    told = f"pass@1 {heights[0]:.3f}, pass@{last} {heights[-1]:.3f}"
-    svg = as_svg(figure, name, told, dots=titles, radius=3.5 if len(points) <= 32 else 2)
+    ends = f"pass@1 {heights[0]:.3f}, pass@{last} {heights[-1]:.3f}"
+    svg = as_svg(figure, name, ends, dots=titles, radius=3.5 if len(points) <= 32 else 2)
     return Chart(id=name, title="pass@k", svg=svg, numbers=numbers)
 
 
@@ -203,7 +203,7 @@ def curves(
             _line(axes, one, values, foot=foot, gid=f"{gid}-each", lw=1, alpha=0.35)
             values = smoothed(values, window)
         _line(axes, one, values, foot=foot, gid=gid, lw=1.8)
-    _draw_bars(axes, bars)
+    _draw_bars(axes, bars, f"{name}-bar")
     return _of_steps(figure, name, title, series, note)
 
 
@@ -262,11 +262,13 @@ def layers(
 
 def _of_steps(figure: Figure, name: str, title: str, series: Sequence[Series], note: str) -> Chart:
     ends = [_ends(one) for one in series]
-    told = "; ".join(f"{visible(label)} from {first} to {last}" for label, first, last, *_ in ends)
+    description = "; ".join(
+        f"{visible(label)} from {first} to {last}" for label, first, last, *_ in ends
+    )
     return Chart(
         id=name,
         title=title,
-        svg=as_svg(figure, name, told, pointed=True),
+        svg=as_svg(figure, name, description, pointed=True),
         numbers=[["", "first", "last", "lowest (step)", "highest (step)"], *ends],
         keys=[(one.name, one.colour % SERIES_COLOURS) for one in series],
         series=series,
@@ -363,10 +365,10 @@ def _line(
     )
 
 
-def _draw_bars(axes: Axes, bars: Sequence[tuple[float, str]]) -> None:
+def _draw_bars(axes: Axes, bars: Sequence[tuple[float, str]], gid: str) -> None:
     """Values not to go over, as lines across the plot; each has its name where the least of what is
     drawn lies below it, and no other bar's name."""
-    into_plot = axes.transData - axes.transAxes
+    into_plot, place = axes.transData - axes.transAxes, axes.transAxes
     lines = [_points_along(into_plot.transform(line.get_xydata())) for line in axes.lines]
     points = np.concatenate([*lines, np.empty((0, 2))])
     taken: list[tuple[float, float, float, float]] = []
@@ -385,8 +387,8 @@ def _draw_bars(axes: Axes, bars: Sequence[tuple[float, str]]) -> None:
         if boxes:
             left, _, foot, _ = box = min(boxes, key=lambda box: _count_inside(points, box))
             taken.append(box)
-            place, side = axes.transAxes, "bottom" if foot == y else "top"
-            axes.text(left, y, name, transform=place, ha="left", va=side, color=light("bad"))
+            side = "bottom" if foot == y else "top"
+            axes.text(left, y, name, transform=place, va=side, color=light("bad"), gid=gid)
 
 
 def _points_along(line: FloatArray) -> FloatArray:

@@ -37,8 +37,12 @@ from eval_protocol_rft.report._html import (
     packed,
     render,
 )
-from eval_protocol_rft.report._page_detail import LOGPROB_UNIT, group_detail, prompt_start
-from eval_protocol_rft.report._page_episodes import group_episodes, put_episodes
+from eval_protocol_rft.report._page_detail import (
+    LOGPROB_UNIT,
+    group_detail,
+    group_episodes,
+    prompt_start,
+)
 from eval_protocol_rft.report._page_stats import (
     ColumnTotals,
     ReportTotals,
@@ -120,8 +124,9 @@ def write_report(
             numbers = totals.add(group)
             if room:
                 texts = source.texts(group)
-                detail = group_detail(group, vocabulary=vocabulary, texts=texts, columns=columns)
-                put_episodes(detail, episodes, vocabulary, texts)
+                detail = group_detail(
+                    group, episodes, vocabulary=vocabulary, texts=texts, columns=columns
+                )
                 first = group[0]
                 about = {"data_idx": first.data_idx, "row_id": first.row_id}
                 lines.append({**about, "prompt": prompt_start(first.prompt), **numbers})

@@ -1,19 +1,23 @@
 """What the page carries of a prompt group for its script: its line in the table, and every
-completion token by token, for when it is opened.
+completion token by token, for when it is opened; of an episode of several turns, the whole of it.
 
-Invariant: token arrays that are not exact are an error that names row, completion and index. Tokens
-are numbers in the page's vocabulary; logprobs are whole multiples of -`LOGPROB_UNIT`.
+Invariant: token arrays that are not exact are an error that names row, completion and index, and an
+episode that breaks the record one that names its segment. Every token of every segment is shown
+once, in order, but for the prompt that stands above. Tokens are numbers in the page's vocabulary;
+logprobs are whole multiples of -`LOGPROB_UNIT`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import msgspec
 import numpy as np
 
-from eval_protocol_rft.data import ChatMessages, CompletionRow, Score
+from eval_protocol_rft._segments import RecordError, Segment
+from eval_protocol_rft._turns import EpisodeRecord, turn_runs
+from eval_protocol_rft.data import ChatMessages, CompletionRow, Score, checked_episode
 from eval_protocol_rft.report._page_stats import broken
 from eval_protocol_rft.report._page_tokens import TokenTexts, Vocabulary
 from eval_protocol_rft.sampling import token_data_problem
@@ -23,13 +27,32 @@ LOGPROB_UNIT = 0.001
 _PROMPT_START = 200
 """Characters of a prompt that its line in the table has, and that the filter searches."""
 
-
 Json = dict[str, Any]
 """An object of the page's data: what is not known, or none, is left out."""
+Episode = tuple[EpisodeRecord, list[Segment]]
+"""How it went, and its segments in order."""
+
+
+def group_episodes(group: Sequence[CompletionRow]) -> dict[int, Episode]:
+    """The episodes among the completions of one prompt, by `sample_idx`.
+
+    Raises:
+        ReportError: one of them breaks the record.
+    """
+    episodes = {}
+    for row in group:
+        if row.episode is not None:
+            try:
+                record, segments = checked_episode(row)
+            except RecordError as error:
+                raise broken(row, str(error)) from error
+            episodes[row.sample_idx] = record, segments
+    return episodes
 
 
 def group_detail(
     group: Sequence[CompletionRow],
+    episodes: Mapping[int, Episode],
     *,
     vocabulary: Vocabulary,
     texts: TokenTexts | None,
@@ -39,6 +62,7 @@ def group_detail(
 
     Args:
         group: in the order of `sample_idx`.
+        episodes: those among them, as `group_episodes` gives them.
         vocabulary: takes up the tokens.
         texts: None shows tokens as ids.
         columns: reward columns, in the order to show them.
@@ -55,14 +79,15 @@ def group_detail(
             prompt = prompts.setdefault(row.prompt_ids.tobytes(), len(prompts))
             if prompt == len(prompt_numbers):
                 prompt_numbers.append(vocabulary.numbers(row.prompt_ids.tolist(), texts))
-        completions.append(_completion(row, prompt, vocabulary, texts, columns))
+        episode = episodes.get(row.sample_idx)
+        completions.append(_completion(row, episode, prompt, vocabulary, texts, columns))
     truth = group[0].ground_truth
     return _known(
         # More than one only where completions of the group continue different tokens.
         prompts=prompt_numbers,
         # The prompt as the data set has it, where there are no tokens or no texts of them.
-        prompt_text=None if prompt_numbers and texts else plain_text(group[0].prompt),
-        ground_truth=None if truth is None else plain_text(truth),
+        prompt_text=None if prompt_numbers and texts else _plain_text(group[0].prompt),
+        ground_truth=None if truth is None else _plain_text(truth),
         completions=completions,
     )
 
@@ -71,7 +96,7 @@ def _known(**fields: Any) -> Json:
     return {name: value for name, value in fields.items() if value is not None}
 
 
-def plain_text(value: Any) -> str:
+def _plain_text(value: Any) -> str:
     """Text as it is, chat messages one after the other, anything else as JSON."""
     if isinstance(value, str):
         return value
@@ -81,23 +106,27 @@ def plain_text(value: Any) -> str:
 
 
 def _content(message: Mapping[str, Any]) -> str:
-    rest = {k: v for k, v in message.items() if k not in ("role", "content")}
+    others = {k: v for k, v in message.items() if k not in ("role", "content")}
     content = message.get("content") or ""
-    return f"{content} {msgspec.json.encode(rest).decode()}".lstrip() if rest else content
+    return f"{content} {msgspec.json.encode(others).decode()}".lstrip() if others else content
 
 
 def _completion(
     row: CompletionRow,
+    episode: Episode | None,
     prompt: int | None,
     vocabulary: Vocabulary,
     texts: TokenTexts | None,
     columns: Sequence[str],
 ) -> Json:
+    # Of an episode reason and truncation are those of its last turn.
+    finish_reason = row.finish_reason if episode is None else episode[0].last_finish_reason
+    truncated = row.truncated if episode is None else finish_reason == "length"
     detail = _known(
         index=row.sample_idx,
         prompt=prompt,
-        finish_reason=row.finish_reason,
-        truncated=row.truncated or None,
+        finish_reason=finish_reason,
+        truncated=truncated or None,
         seed=row.seed,
         seconds=row.seconds,
         policy_version=row.policy_version,
@@ -121,15 +150,92 @@ def _completion(
     stored = row.response
     if stored is not None and texts and "".join(texts.pieces(ids)).startswith(stored):
         stored = None  # the tokens show it
+    if episode is not None:
+        shown = _episode(episode, row, vocabulary, texts)
+        # Its conversation, shown where there are no texts, has the first turn's.
+        return detail | _known(episode=shown, response=stored if texts else None)
     return detail | _known(
         tokens=vocabulary.numbers(ids, texts) or None,
-        logprobs=in_units(logprobs),
-        raw_logprobs=in_units(raw),
+        logprobs=_in_units(logprobs),
+        raw_logprobs=_in_units(raw),
         response=stored,
     )
 
 
-def in_units(logprobs: list[float] | None) -> list[int] | None:
+def _episode(
+    episode: Episode, row: CompletionRow, vocabulary: Vocabulary, texts: TokenTexts | None
+) -> Json:
+    """What to show of an episode, in parts of each segment: consecutive tokens that were all
+    sampled, or all not; the first segment lacks the prompt, which stands above. Without `texts` it
+    has the conversation as it is stored."""
+    record, segments = episode
+    runs = sum(one for s in segments for one, _, _ in turn_runs(s.loss_mask.tolist()))
+    turns = iter(range(1, record.turns + 1)) if runs == record.turns else None
+    shown: list[list[Json]] = []
+    for k, segment in enumerate(segments):
+        above = 0 if k or row.prompt_ids is None else len(row.prompt_ids)
+        # Decoded as a whole: a character may have tokens on both sides of a turn's start.
+        tokens = vocabulary.numbers(segment.tokens.tolist(), texts)
+        shown.append(list(_parts(segment, tokens, above, record, turns)))
+    first, raw = shown[0][0], row.raw_logprobs
+    if raw is not None and len(raw) == len(first["tokens"]):
+        first["raw_logprobs"] = _in_units(raw.tolist())
+    detail: Json = {"turns": record.turns, "stop_reason": record.stop_reason, "segments": shown}
+    metrics = dict(record.metrics)
+    if rewrites := _rewrites(record.metrics, len(shown)):
+        detail["rewrites"] = rewrites
+        del metrics[_REWRITES]  # told where a segment begins, and not again
+    if metrics:
+        detail["metrics"] = msgspec.json.encode(metrics).decode()
+    if texts is None:
+        detail["conversation"] = _plain_text(record.messages[record.row_messages or 0 :])
+    return detail
+
+
+def _parts(
+    segment: Segment,
+    tokens: list[int],
+    above: int,
+    record: EpisodeRecord,
+    turns: Iterator[int] | None,
+) -> Iterator[Json]:
+    """Runs of sampled tokens and of others, from token `above` on. `turns` gives each sampled
+    run the number of its turn; None where they cannot be told apart."""
+    for sampled, first, stop in turn_runs(segment.loss_mask.tolist()):
+        start = max(first, above)
+        if start == stop:
+            continue
+        part: Json = {"tokens": tokens[start:stop]}
+        if sampled:
+            part["logprobs"] = _in_units(segment.logprobs[start:stop].tolist())
+            if turns is not None:
+                part["turn"] = next(turns)
+                reward = next(iter(record.step_rewards[part["turn"] - 1 : part["turn"]]), None)
+                if reward is not None:
+                    part["reward"] = reward
+        yield part
+
+
+def _rewrites(metrics: Mapping[str, Any], segments: int) -> list[_Rewrite]:
+    """Why each segment but the first begins; empty where that is not told of all."""
+    try:
+        rewrites = msgspec.convert(metrics.get(_REWRITES), list[_Rewrite])
+    except msgspec.ValidationError:
+        return []  # an environment may have a metric of this name
+    return rewrites if len(rewrites) == segments - 1 else []
+
+
+_REWRITES = "history_rewrites"
+
+
+class _Rewrite(msgspec.Struct):
+    """Where the chat template rendered history anew: the first characters that differ."""
+
+    kept: str
+    rendered: str
+
+
+def _in_units(logprobs: list[float] | None) -> list[int] | None:
     """[T] as whole multiples of -`LOGPROB_UNIT`."""
     if logprobs is None:
         return None
@@ -152,7 +258,7 @@ def prompt_start(prompt: str | ChatMessages) -> str:
     """How the question starts: the last message of the user, as those before are often all alike.
     On one line."""
     if not isinstance(prompt, str):
-        asked = [message for message in prompt if message.get("role") == "user"] or prompt
-        prompt = plain_text(asked[-1].get("content") or "") if asked else ""
+        questions = [message for message in prompt if message.get("role") == "user"] or prompt
+        prompt = _plain_text(questions[-1].get("content") or "") if questions else ""
     line = " ".join(prompt.split())
     return line if len(line) <= _PROMPT_START else line[: _PROMPT_START - 1] + "…"

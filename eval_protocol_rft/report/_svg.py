@@ -53,6 +53,8 @@ LOG_FOOT = 1e-8
 """The lowest value that a logarithmic axis tells from others: below is rounding."""
 LARGEST = 1e300
 """What is larger is drawn as this: axes end above it, within floats."""
+_HALO = {"stroke": COLOURS["paper"][0], "stroke-width": "3", "paint-order": "stroke"}
+"""Of a text that lines may pass below: it stays readable."""
 _ROUND = (1, 2, 5, 10)
 """Ticks stand at multiples of these, times a power of ten."""
 
@@ -111,11 +113,11 @@ def _silent_matplotlib() -> Iterator[None]:
 def theme() -> str:
     """Style sheet of all drawings: the colours as variables, and the attributes that name them.
     Who cannot read it sees the drawing in the colours of a light screen."""
-    light = "".join(f"--{name}:{own[0]};" for name, own in COLOURS.items())
-    dark = "".join(f"--{name}:{own[1]};" for name, own in COLOURS.items())
+    light = "".join(f"--{name}:{pair[0]};" for name, pair in COLOURS.items())
+    dark = "".join(f"--{name}:{pair[1]};" for name, pair in COLOURS.items())
     rules = "\n".join(
-        f'.chart [{part}="{own[0]}"]{{{part}:var(--{name})}}'
-        for name, own in COLOURS.items()
+        f'.chart [{part}="{pair[0]}"]{{{part}:var(--{name})}}'
+        for name, pair in COLOURS.items()
         for part in ("fill", "stroke")
     )
     return (
@@ -248,8 +250,10 @@ def as_svg(
             element.attrib.pop("id", None)
         _plain_attributes(element, radius)
         _entitle(element, (titles or {}).get(element.get("id", "")))
-    for circle, told in zip(root.iter("circle"), dots, strict=False):
-        _entitle(circle, told)
+    for name in root.findall(f".//g[@id='{id}-bar']/text"):
+        name.attrib.update(_HALO)
+    for circle, title in zip(root.iter("circle"), dots, strict=False):
+        _entitle(circle, title)
     about = ElementTree.Element("desc", {"id": f"{id}-description"})
     about.text = description
     root.insert(0, about)
@@ -276,10 +280,10 @@ def as_file(svg: str, heading: str, description: str) -> str:
     return ElementTree.tostring(root, encoding="unicode") + "\n"
 
 
-def _entitle(element: ElementTree.Element, told: str | None) -> None:
-    if told is not None:
+def _entitle(element: ElementTree.Element, text: str | None) -> None:
+    if text is not None:
         title = ElementTree.Element("title")
-        title.text = told
+        title.text = text
         element.insert(0, title)
 
 

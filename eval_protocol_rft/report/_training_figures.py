@@ -60,11 +60,11 @@ class Measured:
 
         A mapping without a key counted none of it: that is a 0. A line without the mapping is NaN.
         """
-        found = {
+        counts = {
             key: np.array([_count(line, name, key) for line in self.lines], np.float64)
             for key in self.keys(name)
         }
-        return dict(sorted(found.items(), key=lambda item: (-np.nansum(item[1]), item[0])))
+        return dict(sorted(counts.items(), key=lambda item: (-np.nansum(item[1]), item[0])))
 
     def keys(self, name: str) -> list[str]:
         """Keys of a mapping in the lines; numbers in their order."""

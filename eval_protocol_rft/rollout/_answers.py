@@ -2,18 +2,14 @@
 
 Invariant: no text is lost, and the same turn gives the same message wherever it is read (single
 turns, episodes, scores of stored rollouts). What was not opened, by the text or by the prompt, is
-not closed: the tag is text then. Where calls are malformed there are none, and all is content.
+not closed: the tag is text then. A call is what the model wrote, or a `ParseProblem` that says what
+is wrong with it (see `_call_formats`); where calls are malformed there are none, and all is
+content.
 
 A chat server reads answers so when it is started with the parsers of its model: docs/parity.md
-compares them.
-
-Tool calls out of sampled text.
-
-Invariant: a call is what the model wrote, or a `ParseProblem` that says what is wrong with it; see
-`call_formats`.
-
-Parsers of general libraries close what was left open and lose the good calls beside a bad one, or
-raise; that is right for an answer to a user, and wrong for what a policy is rewarded for.
+compares them. Parsers of general libraries close what was left open and lose the good calls beside
+a bad one, or raise; that is right for an answer to a user, and wrong for what a policy is rewarded
+for.
 """
 
 from __future__ import annotations
@@ -324,8 +320,10 @@ def recorded_answers(
     """The assistant's message of each completion of a record: its own where it has one
     (`completion_messages`), else what `answer_fields` reads out of its text."""
     return [
-        dict(own) if own is not None else answer_fields(text, split_reasoning=split_reasoning)
-        for text, own in zip(texts, messages or [None] * len(texts), strict=True)
+        dict(message)
+        if message is not None
+        else answer_fields(text, split_reasoning=split_reasoning)
+        for text, message in zip(texts, messages or [None] * len(texts), strict=True)
     ]
 
 
@@ -343,10 +341,10 @@ def as_message(fields: Mapping[str, Any]) -> Message:
 
 def is_same_answer(message: Message, other: Message) -> bool:
     """Whether two messages say and call the same."""
-    return _said(message) == _said(other)
+    return _statement(message) == _statement(other)
 
 
-def _said(message: Message) -> tuple[Any, ...]:
+def _statement(message: Message) -> tuple[Any, ...]:
     calls = [(call.function.name, call.function.arguments) for call in message.tool_calls or ()]
     return message.role, message.content or "", message.reasoning_content, calls
 

@@ -1,12 +1,10 @@
-"""What a request samples from: the sampler of its endpoint or model, and its tokenizer.
+"""What a request samples from: the sampler of its endpoint or model, and its tokenizer. For a model
+of Fireworks that is the one which the service names.
 
 Invariant: HTTP clients belong to one event loop and are cached by endpoint alone; weights and
-tokenizers are loaded once per process, off the loop.
-
-Whose tokenizer a model of Fireworks has, by what the service says of it.
-
-Invariant: nothing is guessed from a name. Either the service names a model on the Hugging Face hub,
-for the model itself or for the one that it was made of, or there is no answer.
+tokenizers are loaded once per process, off the loop. No tokenizer is guessed from a name of
+Fireworks: either the service names a model on the Hugging Face hub, for the model itself or for the
+one that it was made of, or there is no answer.
 """
 
 from __future__ import annotations
@@ -180,8 +178,8 @@ class Backends:
             RefusedError: the local model cannot be loaded or sampled.
         """
         if self._sampler is not None:
-            own = getattr(self._sampler, "tokenizer", None)
-            return self._sampler, await self._tokenizer_for(request, own)
+            sampler_tokenizer = getattr(self._sampler, "tokenizer", None)
+            return self._sampler, await self._tokenizer_for(request, sampler_tokenizer)
         if request.endpoint is not None:
             if request.endpoint not in clients:
                 clients[request.endpoint] = HttpSampler(request.endpoint)
@@ -200,13 +198,15 @@ class Backends:
             self._local[request.params.model] = wrapped
         return local, await self._tokenizer_for(request, self._local[request.params.model])
 
-    async def _tokenizer_for(self, request: RolloutRequest, own: Any) -> LoadedTokenizer:
-        chosen = request.tokenizer or self._argument_for(request) or own
+    async def _tokenizer_for(
+        self, request: RolloutRequest, sampler_tokenizer: Any
+    ) -> LoadedTokenizer:
+        chosen = request.tokenizer or self._argument_for(request) or sampler_tokenizer
         if chosen is None:
             chosen = await self._by_model(request)
         loaded = await self._loaded(chosen)
-        if own is not None and chosen is not own:
-            await asyncio.to_thread(self._refuse_other, loaded, own)
+        if sampler_tokenizer is not None and chosen is not sampler_tokenizer:
+            await asyncio.to_thread(self._refuse_other, loaded, sampler_tokenizer)
         return loaded
 
     def _argument_for(self, request: RolloutRequest) -> Any:
@@ -236,18 +236,20 @@ class Backends:
             self._wrapped[id(chosen)] = LoadedTokenizer.wrap(chosen)
         return self._wrapped[id(chosen)]
 
-    def _refuse_other(self, loaded: LoadedTokenizer, own: Any) -> None:
+    def _refuse_other(self, loaded: LoadedTokenizer, tokenizer: Any) -> None:
         """A sampler that brings its tokenizer says which ids its model has: they mean the same."""
-        own = own if isinstance(own, LoadedTokenizer) else LoadedTokenizer.wrap(own)
-        pair = (id(loaded.tokenizer), id(own.tokenizer))
+        if not isinstance(tokenizer, LoadedTokenizer):
+            tokenizer = LoadedTokenizer.wrap(tokenizer)
+        pair = (id(loaded.tokenizer), id(tokenizer.tokenizer))
         if pair in self._alike:
             return
-        ours, theirs = ({v: k for k, v in t.tokenizer.get_vocab().items()} for t in (loaded, own))
+        vocabularies = (one.tokenizer.get_vocab() for one in (loaded, tokenizer))
+        ours, theirs = ({v: k for k, v in tokens.items()} for tokens in vocabularies)
         other = next((i for i in sorted(ours) if theirs.get(i, ours[i]) != ours[i]), None)
         if other is not None:
             raise TokenizerError(
-                f"tokenizer {loaded.name!r} is not the one of the model, {own.name!r}: id {other} "
-                f"is {ours[other]!r} to one and {theirs[other]!r} to the other. Leave the "
+                f"tokenizer {loaded.name!r} is not the one of the model, {tokenizer.name!r}: id "
+                f"{other} is {ours[other]!r} to one and {theirs[other]!r} to the other. Leave the "
                 "tokenizer out, or name one with the model's vocabulary"
             )
         self._alike.add(pair)

@@ -37,15 +37,15 @@ OPEN, CLOSE = "<tool_call>", "</tool_call>"
 
 def hermes(text: str, tools: Tools = None) -> tuple[str, list[Call]]:
     """`<tool_call>{"name": ..., "arguments": {...}}</tool_call>`, any number, anywhere."""
-    said: list[str] = []
+    spoken: list[str] = []
     calls: list[Call] = []
     at = 0
     while (opened := text.find(OPEN, at)) >= 0:
-        said.append(text[at:opened])
+        spoken.append(text[at:opened])
         name, arguments, at = json_call(text, opened + len(OPEN), len(calls))
         at = _closed(text, at, len(calls), "its JSON object")
         calls.append((name, arguments))
-    return _spoken(text, [*said, text[at:]], calls)
+    return _spoken(text, [*spoken, text[at:]], calls)
 
 
 def _closed(text: str, at: int, index: int, what: str) -> int:
@@ -180,12 +180,12 @@ _QWEN_EXPECTED = (
 def qwen3_coder(text: str, tools: Tools = None) -> tuple[str, list[Call]]:
     """`<tool_call><function=name><parameter=key>value</parameter>...</function></tool_call>`; the
     outer tags may be missing. What a schema does not say to be something else is a string."""
-    said: list[str] = []
+    spoken: list[str] = []
     calls: list[Call] = []
     at = 0
     while marks := [m for m in (text.find(OPEN, at), text.find("<function=", at)) if m >= 0]:
         opened = min(marks)
-        said.append(text[at:opened])
+        spoken.append(text[at:opened])
         wrapped = text.startswith(OPEN, opened)
         where = f"Tool call {len(calls) + 1}"
         named = _NAME.match(text, opened + len(OPEN) if wrapped else opened)
@@ -210,7 +210,7 @@ def qwen3_coder(text: str, tools: Tools = None) -> tuple[str, list[Call]]:
             )
         at = _closed(text, end.end(), len(calls), "</function>") if wrapped else end.end()
         calls.append((name, json_of_tags(values)))
-    return _spoken(text, [*said, text[at:]], calls)
+    return _spoken(text, [*spoken, text[at:]], calls)
 
 
 _GLM_NAME = re.compile(r"\s*([^\s<]+)")
@@ -226,11 +226,11 @@ _GLM_EXPECTED = (
 def glm(text: str, tools: Tools = None) -> tuple[str, list[Call]]:
     """`<tool_call>name<arg_key>key</arg_key><arg_value>value</arg_value>...</tool_call>`. What a
     schema does not say to be a string is JSON where it can be read as JSON."""
-    said: list[str] = []
+    spoken: list[str] = []
     calls: list[Call] = []
     at = 0
     while (opened := text.find(OPEN, at)) >= 0:
-        said.append(text[at:opened])
+        spoken.append(text[at:opened])
         where = f"Tool call {len(calls) + 1}"
         named = _GLM_NAME.match(text, opened + len(OPEN))
         if not named:
@@ -246,7 +246,7 @@ def glm(text: str, tools: Tools = None) -> tuple[str, list[Call]]:
             )
         at = _closed(text, at, len(calls), f"its arguments ({_GLM_EXPECTED})")
         calls.append((name, json_of_tags(values)))
-    return _spoken(text, [*said, text[at:]], calls)
+    return _spoken(text, [*spoken, text[at:]], calls)
 
 
 _TOOL_CALLS = "[TOOL_CALLS]"

@@ -161,11 +161,11 @@ def typed(text: str, schema: Mapping[str, Any] | None, *, unknown: str) -> str:
 
 def _types(schema: Mapping[str, Any]) -> set[str]:
     """The JSON types that a schema allows; "string" where it says none."""
-    said = schema.get("type")
-    if isinstance(said, str):
-        return {said}
-    if isinstance(said, list):
-        return {str(one) for one in said}
+    types = schema.get("type")
+    if isinstance(types, str):
+        return {types}
+    if isinstance(types, list):
+        return {str(one) for one in types}
     options = schema.get("anyOf") or schema.get("oneOf")
     if isinstance(options, list):
         return {kind for one in options if isinstance(one, Mapping) for kind in _types(one)}

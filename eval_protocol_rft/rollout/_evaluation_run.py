@@ -1,16 +1,15 @@
-"""What became of the rows of one evaluation test: rolled out, failed, scored, and why not.
+"""The runs of an evaluation test: what became of its rows (rolled out, failed, scored, and why
+not), and which run of its row a call of the processor is, as the seeds of its completions come from
+that.
 
 Eval Protocol passes a test whose rows all failed: failed rows go to the evaluator like any other,
 and its priority scheduler drops evaluators that raise with the rows they had. So the processor
 tells the run that is being watched of its rows, and who watches reads them when the test is over.
 
 Invariant: watching changes nothing, and a row counts as scored only where a valid score of a
-rollout that succeeded is on it. What cannot be known is told apart from what was not scored.
-
-Which run of its row a call of the processor is: the seeds of its completions come from that.
-
-Invariant: two calls on a row never draw the same completions, unless one is Eval Protocol's retry
-of the other, or their caller gave both the same number.
+rollout that succeeded is on it. What cannot be known is told apart from what was not scored. Two
+calls on a row never draw the same completions, unless one is Eval Protocol's retry of the other, or
+their caller gave both the same number.
 """
 
 from __future__ import annotations
@@ -169,42 +168,42 @@ class EvaluationRun:
 
     def outcome(self) -> Outcome:
         """What the rows that were started are worth, now that the test is over."""
-        found = Outcome(
+        outcome = Outcome(
             retries=self._attempts.retries.most_common(),
             tokens=self._attempts.tokens,
             doubts=[w.doubt for w in self._witnesses.values() if w.doubt is not None],
             drops_rows=os.environ.get("EP_USE_PRIORITY_SCHEDULER") == "1",
         )
         for rollout in self._rollouts.values():
-            _count(found, rollout)
-        return found
+            _count(outcome, rollout)
+        return outcome
 
 
-def _count(found: Outcome, rollout: _Rollout) -> None:
+def _count(outcome: Outcome, rollout: _Rollout) -> None:
     row = rollout.row
-    found.rows += 1
+    outcome.rows += 1
     if rollout.error is not None:
-        found.failed_rows.add(1, rollout.error)
+        outcome.failed_rows.add(1, rollout.error)
         return
     extra = row.execution_metadata.extra or {}
-    found.completions += len(extra.get("completion_ids") or ())
+    outcome.completions += len(extra.get("completion_ids") or ())
     failures = extra.get("failures") or ()
     if failures:
-        found.failed_completions.add(len(failures), failures[0].get("message"))
+        outcome.failed_completions.add(len(failures), failures[0].get("message"))
     rewards, result = extra.get("rewards"), row.evaluation_result
     if rewards is not None:
         scored = sum(reward is not None for reward in rewards)
-        found.scored += scored
-        for reward, said in zip(rewards, extra.get("completion_results") or (), strict=False):
+        outcome.scored += scored
+        for reward, score in zip(rewards, extra.get("completion_results") or (), strict=False):
             if reward is None:
-                found.unscored.add(1, said.get("error"))
+                outcome.unscored.add(1, score.get("error"))
     elif result is None:
-        found.unseen += 1
+        outcome.unseen += 1
     else:
-        found.whole_rows += 1
-        found.scored += result.is_score_valid
+        outcome.whole_rows += 1
+        outcome.scored += result.is_score_valid
         if not result.is_score_valid:
-            found.unscored.add(1, result.reason or "the evaluator marked the score as invalid")
+            outcome.unscored.add(1, result.reason or "the evaluator marked the score as invalid")
 
 
 def _shown(reason: object) -> str:

@@ -43,8 +43,8 @@ class Channels:
     @property
     def reasoning(self) -> str | None:
         """What was said in `analysis`; None where nothing was."""
-        said = [m.body for m in self.messages if m.channel == "analysis" and not m.recipient]
-        return "\n".join(said) if said else None
+        thoughts = [m.body for m in self.messages if m.channel == "analysis" and not m.recipient]
+        return "\n".join(thoughts) if thoughts else None
 
     @property
     def content(self) -> str:

@@ -194,12 +194,12 @@ def parse_completion_params(
             f"completion_params['prompt_cache_affinity'] must be true or false, got {affinity!r}"
         )
     local = model.startswith(LOCAL_PREFIX)
-    given = [key for key, value in endpoint_keys.items() if value]
-    if local and given:
+    server_keys = [key for key, value in endpoint_keys.items() if value]
+    if local and server_keys:
         raise ParamsError(
-            f"completion_params[{given[0]!r}] is given with the model {model!r}, which is sampled "
-            f"in this process and asks no server: leave {', '.join(given)} out, or name the model "
-            "as the server does"
+            f"completion_params[{server_keys[0]!r}] is given with the model {model!r}, which is "
+            f"sampled in this process and asks no server: leave {', '.join(server_keys)} out, or "
+            "name the model as the server does"
         )
     asked = {
         "max_tokens": _max_tokens(keys) or (None if local else DEFAULT_MAX_TOKENS),

@@ -128,10 +128,10 @@ def rendered_otherwise(
 @lru_cache(maxsize=16)
 def _knows_developer(tokenizer: LoadedTokenizer) -> bool:
     """Whether the chat template renders what a developer says."""
-    said = "Speak plainly."
-    chat = [{"role": "developer", "content": said}, {"role": "user", "content": "Hi."}]
+    words = "Speak plainly."
+    chat = [{"role": "developer", "content": words}, {"role": "user", "content": "Hi."}]
     try:
-        return said in tokenizer.decode(_apply(tokenizer, chat, None, {}))
+        return words in tokenizer.decode(_apply(tokenizer, chat, None, {}))
     except PromptError:
         return False
 

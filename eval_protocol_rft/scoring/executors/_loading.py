@@ -1,13 +1,11 @@
-"""A user's evaluator by the name they would give pytest or Python.
+"""A user's evaluator by the name they would give pytest or Python, with fingerprints of the code
+that its scores depend on.
 
 Invariant: what is loaded is the function the spec names, from the file it names, or an error that
 says which of the two is missing. A spec loaded again in another process gives the same evaluator,
-or another `fingerprint`.
-
-The code that an evaluator's scores depend on, as fingerprints.
-
-Invariant: an edit of what the evaluator uses, in its own file or in another of the user's, changes
-a fingerprint and says in which file; a comment, or a function that it does not use, changes none.
+or another `fingerprint`. An edit of what the evaluator uses, in its own file or in another of the
+user's, changes a fingerprint of its `code` and says in which file; a comment, or a function that it
+does not use, changes none.
 """
 
 from __future__ import annotations
@@ -283,7 +281,7 @@ def _import(place: _Place) -> ModuleType:
         module = importlib.import_module(place.module)
     except (Exception, SystemExit, pytest.skip.Exception, pytest.fail.Exception) as error:
         raise EvaluatorNotFoundError(
-            f"{place.name}: importing {place.module} failed: {_told(error)}"
+            f"{place.name}: importing {place.module} failed: {_cause(error)}"
         ) from error
     if getattr(module.__spec__, "_initializing", False):
         raise EvaluatorNotFoundError(
@@ -300,7 +298,7 @@ def _import(place: _Place) -> ModuleType:
     return module
 
 
-def _told(error: BaseException) -> str:
+def _cause(error: BaseException) -> str:
     """Type, message, and the last line of the user's own files on the way to it."""
     if isinstance(error, SyntaxError):
         return f"SyntaxError: {error.msg} ({error.filename}:{error.lineno})"

@@ -74,7 +74,7 @@ class WorkerProcess:
         self.seen = 0.0
         """When it last said something, or got a call while it had none, on the monotonic clock."""
         self._frames = Frames(key)
-        self._told = bytearray()
+        self._reports = bytearray()
         """By the supervisor."""
         self._is_buried = False
         """The supervisor is gone, and so is the worker."""
@@ -168,8 +168,8 @@ class WorkerProcess:
                     data = self.life.recv(64)
                 except ConnectionError:
                     data = b""
-                self._told += data
-                if not data or len(self._told) >= SUPERVISOR.size + END.size:
+                self._reports += data
+                if not data or len(self._reports) >= SUPERVISOR.size + END.size:
                     self._is_buried = True
                     return
 
@@ -191,17 +191,17 @@ class WorkerProcess:
         """
         self._listen()
         # Told nothing, there is no process yet: it will find that we are gone.
-        if self._told and not self.wait(_BURIAL_SECONDS):
-            (supervisor,) = SUPERVISOR.unpack_from(self._told)
+        if self._reports and not self.wait(_BURIAL_SECONDS):
+            (supervisor,) = SUPERVISOR.unpack_from(self._reports)
             for number in (signal.SIGCONT, signal.SIGKILL):
                 with contextlib.suppress(OSError):
                     os.kill(supervisor, number)
             self.wait(_BURIAL_SECONDS)
         self.channel.close()
         self.life.close()
-        if len(self._told) < SUPERVISOR.size + END.size:
+        if len(self._reports) < SUPERVISOR.size + END.size:
             return None, 0
-        code, running = END.unpack_from(self._told, SUPERVISOR.size)
+        code, running = END.unpack_from(self._reports, SUPERVISOR.size)
         return code, running
 
     def wait(self, seconds: float) -> bool:
