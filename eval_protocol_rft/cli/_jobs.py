@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from eval_protocol_rft import data as room
-from eval_protocol_rft import rollout, sampling
+from eval_protocol_rft import episodes, rollout, sampling
 from eval_protocol_rft._durable import NO_ROOM
 from eval_protocol_rft._options import Flag
 from eval_protocol_rft.cli._common import Input, fail, rollout_file, say
@@ -33,6 +33,7 @@ def generate(
     retry: sampling.RetryPolicy,
     prices: Annotated[dict[str, Any], Takes(sampling.Prices, {"prompt": None, "completion": None})],
     options: Annotated[dict[str, Any], Takes(room.agenerate)],
+    limits: Annotated[dict[str, Any], Takes(episodes.EpisodeLimits)],
     *,
     output: Annotated[Path, Flag("-o")],
     format: Annotated[  # noqa: A002
@@ -59,6 +60,8 @@ def generate(
       ep-rft generate math.jsonl -o rollouts.parquet -n 8 --prompt-key problem \
         --model Qwen/Qwen3-8B --base-url http://localhost:8000 --where "level >= 3"
       ep-rft generate easy.jsonl.gz 'shards/*.jsonl' -o rollouts.parquet --model local/arithmetic
+      ep-rft generate starts.jsonl -o episodes.parquet -n 8 --model local/arithmetic \
+        --episodes examples/frozen_lake/test_frozen_lake.py::FrozenLake --max-turns 8
     """
     if format is not None and output.suffix not in _SUFFIXES[format]:
         fail(f"--format {format} and the output's name {output.name!r} contradict each other")
@@ -73,6 +76,7 @@ def generate(
             {**params, **request, **server},
             retry=retry,
             prices=sampling.Prices(**prices) if prices else None,
+            limits=limits or None,
             **options,
         )
     except OSError as error:

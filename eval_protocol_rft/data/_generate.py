@@ -22,12 +22,13 @@ from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from annotated_types import Ge
 
 from eval_protocol_rft._options import Flag, check_arguments
 from eval_protocol_rft.data._files import (
+    JobError,
     check_not_read,
     check_rollout_file,
     output_path,
@@ -68,6 +69,10 @@ from eval_protocol_rft.sampling import (
 )
 from eval_protocol_rft.scoring.executors import RAY_ADDRESS, Engine, check_engine
 
+if TYPE_CHECKING:
+    from eval_protocol_rft.data._generate_episodes import EpisodeJob, EpisodeSampling
+    from eval_protocol_rft.episodes import Environment, EpisodeLimits, EpisodeRolloutProcessor
+
 
 @dataclass(slots=True)
 class RunCounts:
@@ -105,6 +110,7 @@ DEFAULT_CONCURRENCY = 96
 _TOLD_EVERY = 1.0
 """Seconds between two looks at how far it is."""
 _DATA = functools.partial(Flag, panel="Data set")
+_EPISODES = functools.partial(Flag, panel="Episodes")
 _RUN = functools.partial(Flag, panel="Run")
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -153,8 +159,16 @@ async def agenerate(
     limit: Annotated[int | None, Ge(1), _DATA()] = None,
     shuffle_seed: Annotated[int | None, Ge(0), _DATA()] = None,
     where: Annotated[str | None, _DATA()] = None,
+    episodes: Annotated[
+        str | Callable[[], Environment] | EpisodeRolloutProcessor | None,
+        _EPISODES(metavar="FILE.py::NAME|MODULE:NAME", unset="single completions"),
+    ] = None,
+    limits: EpisodeLimits | Mapping[str, Any] | None = None,
+    on_rewrite: Annotated[
+        Literal["split", "reject"] | None, _EPISODES(unset="split, or the processor's")
+    ] = None,
     concurrency: Annotated[
-        int | None, Ge(1), _RUN(unset="found out as it goes; local models: 96")
+        int | None, Ge(1), _RUN(unset="found out as it goes; local models, and episodes: 96")
     ] = None,
     retry: RetryPolicy | None = None,
     retry_failed: Annotated[bool, _RUN()] = False,
@@ -181,7 +195,14 @@ async def agenerate(
         limit: at most so many rows.
         shuffle_seed: shuffle the rows, before --limit.
         where: only rows of which this is true, e.g. "level >= 3 and subject == 'algebra'".
-        concurrency: requests in flight.
+        episodes: sample episodes of several turns: a class of environments or a function that
+            makes one; or an `EpisodeRolloutProcessor`, or an evaluation test with one, for what
+            these say.
+        limits: how long an episode may get, in the place of the processor's; a mapping, of those
+            that it has.
+        on_rewrite: what to do where the chat template renders earlier turns anew: begin a new
+            segment, or fail the episode.
+        concurrency: requests in flight; episodes, and environments, alive.
         retry: budget of attempts per completion.
         retry_failed: sample failed completions again.
         overwrite: replace an output of other settings. A finished file stays until the new one is
@@ -200,10 +221,16 @@ async def agenerate(
             the output is there and of another job.
         BusyError: another process writes to the same output.
         RayEngineError: there is no Ray, no cluster, or a node of it cannot do its work.
+        JobError: `episodes` names nothing that makes environments, or the prompts or the engine are
+            not for episodes; nothing was asked yet.
         RunStoppedError: the first completions all failed.
         RunStoppedError: the server's logprobs are not what `logprobs_mode` says; nothing was kept.
         OSError: the disk is full or failed. What was stored is safe.
     """
+    if episodes is None and (limits or on_rewrite is not None):
+        raise JobError("limits and on_rewrite are of episodes: say which (--episodes)")
+    if episodes is not None and engine == "ray":
+        raise JobError("episodes run in this process: use the local engine")
     check_engine(engine)
     check_arguments(agenerate, locals())
     target = output_path(output)
@@ -211,6 +238,11 @@ async def agenerate(
     if engine == "ray" and sampler is not None:
         raise ValueError("a sampler of your own lives in this process: use the local engine")
     request = parse_completion_params(completion_params)
+    episodes_job: EpisodeJob | None = None
+    if episodes is not None:
+        from eval_protocol_rft.data._generate_episodes import EpisodeSampling, episode_job
+
+        episodes_job = await asyncio.to_thread(episode_job, episodes, limits, on_rewrite)
     source = await _unless_cancelled(lambda: open_source(data))
     check_not_read(target, source.paths)
     selection = Selection.of(
@@ -221,13 +253,26 @@ async def agenerate(
         where=where,
     )
     questions = await asyncio.to_thread(Questions.check, source, selection, system)
+    if episodes_job is not None and questions.kind == "ids":
+        raise JobError(
+            f"{source.name}: the prompts in {selection.prompt_key!r} are token ids, and an episode "
+            "renders its turns from messages: name a column of text or messages with --prompt-key"
+        )
     backends = Backends(tokenizer=tokenizer, sampler=sampler, trust_remote_code=trust_remote_code)
     clients: dict[Endpoint, HttpSampler] = {}
     remote: RaySampler | None = None
     try:
         chosen, own_tokenizer = await backends.resolve(request, clients)
-        questions.render_first(own_tokenizer, request)
-        output_job = find_job(target, questions, request, own_tokenizer, overwrite=overwrite)
+        if episodes_job is None:
+            questions.render_first(own_tokenizer, request)
+        output_job = find_job(
+            target,
+            questions,
+            request,
+            own_tokenizer,
+            overwrite=overwrite,
+            episodes=None if episodes_job is None else episodes_job.settings,
+        )
         if output_job.known is None and request.seed is None and backends.seeds_are_free(request):
             output_job = output_job.seeded(secrets.randbits(31))
         if isinstance(chosen, HttpSampler) and needs_check(request.params):
@@ -245,6 +290,16 @@ async def agenerate(
             )
             await remote.start()
         own = request.endpoint is None or sampler is not None or engine == "ray"
+        episode_sampling: EpisodeSampling | None = None
+        if episodes_job is not None:
+            episode_sampling = EpisodeSampling(
+                job=episodes_job,
+                tokenizer=own_tokenizer,
+                template_kwargs=request.chat_template_kwargs,
+                params=request.params,
+                context_length=getattr(chosen, "context_length", None),
+                slots=asyncio.Semaphore(concurrency or DEFAULT_CONCURRENCY),
+            )
         bound, highest = _limit(DEFAULT_CONCURRENCY if own and concurrency is None else concurrency)
         async with polling(None if own else request.endpoint, bound):
             return await _run(
@@ -257,6 +312,7 @@ async def agenerate(
                     retry=retry or RetryPolicy(),
                     limit=bound,
                     highest=highest,
+                    episodes=episode_sampling,
                 ),
                 own_tokenizer,
                 retry_failed=retry_failed,
@@ -308,7 +364,7 @@ async def _run(
                 room.look()
                 tell()
 
-            if before < total:
+            if before < total and job.episodes is None:
                 _tell_other_prompts(output, tokenizer)
             prompts = job.questions.prompts(
                 output.done,
@@ -316,6 +372,7 @@ async def _run(
                 job.request,
                 name=job.data_name,
                 retry_failed=retry_failed,
+                rendered=job.episodes is None,
             )
             run = make_run(
                 store=output.store,

@@ -30,6 +30,7 @@ from eval_protocol_rft.data._missing import Questions
 from eval_protocol_rft.data.rollouts._format import (
     ORIGINAL_PREFIX,
     DataSettings,
+    EpisodeSettings,
     FileMetadata,
     FormatError,
     SamplingSettings,
@@ -57,12 +58,19 @@ from eval_protocol_rft.local.models import (
 from eval_protocol_rft.rollout import RolloutRequest, redact_params
 from eval_protocol_rft.sampling import TokenIds, support_truncated
 
-_FREE_TO_CHANGE = frozenset({"data.name", "sampling.seed_given", "package_version", "rewards"})
+_FREE_TO_CHANGE = frozenset(
+    {"data.name", "sampling.seed_given", "schema_version", "package_version", "rewards"}
+)
 """What two jobs may differ in and still be one."""
 
 
 def job_schema(
-    questions: Questions, request: RolloutRequest, tokenizer: LoadedTokenizer, *, seed_given: bool
+    questions: Questions,
+    request: RolloutRequest,
+    tokenizer: LoadedTokenizer,
+    *,
+    seed_given: bool,
+    episodes: EpisodeSettings | None = None,
 ) -> pa.Schema:
     """Schema and metadata of the file that the job writes.
 
@@ -102,11 +110,17 @@ def job_schema(
             num_rows=source.num_rows,
             **dataclasses.asdict(selection),
         ),
+        episodes=episodes,
         json_columns=json_columns,
     )
     _check_names(source.columns)
     types = {column.name: column.type for column in source.columns}
-    return schema(metadata, types, ground_truth=None if truth is None else truth.type)
+    return schema(
+        metadata,
+        types,
+        ground_truth=None if truth is None else truth.type,
+        episodes=episodes is not None,
+    )
 
 
 def differences(known: FileMetadata, asked: FileMetadata) -> list[str]:
@@ -117,10 +131,17 @@ def differences(known: FileMetadata, asked: FileMetadata) -> list[str]:
     if not there.get("sampling.seed_given") and not here.get("sampling.seed_given"):
         free.add("sampling.seed")
     return [
-        f"{name.removeprefix('sampling.')}: {there.get(name)!r} there, {here.get(name)!r} asked for"
+        _difference(name, there.get(name), here.get(name))
         for name in dict.fromkeys([*there, *here])
         if name not in free and there.get(name) != here.get(name)
     ]
+
+
+def _difference(name: str, there: Any, here: Any) -> str:
+    if name == "episodes.code" and there and here:
+        changed = sorted(k for k in {*there, *here} if there.get(k) != here.get(k))
+        return f"the environment is an earlier version of it (changed: {', '.join(changed)})"
+    return f"{name.removeprefix('sampling.')}: {there!r} there, {here!r} asked for"
 
 
 def model_fingerprint(model: str) -> str | None:
@@ -184,6 +205,11 @@ class OutputJob:
         return self.questions.count * self.request.n
 
     @property
+    def episodes(self) -> EpisodeSettings | None:
+        """What its completions are like where they are episodes."""
+        return metadata_of(self.schema).episodes
+
+    @property
     def data_name(self) -> str:
         """What the data set was called when the job began: row ids are made of it."""
         data = metadata_of(self.schema).data
@@ -192,7 +218,9 @@ class OutputJob:
     def seeded(self, seed: int) -> OutputJob:
         """The job, new, with a seed that was drawn for it."""
         request = replace(self.request, seed=seed)
-        schema = job_schema(self.questions, request, self.tokenizer, seed_given=False)
+        schema = job_schema(
+            self.questions, request, self.tokenizer, seed_given=False, episodes=self.episodes
+        )
         return replace(self, request=request, schema=schema)
 
     @contextlib.contextmanager
@@ -281,6 +309,7 @@ def find_job(
     tokenizer: LoadedTokenizer,
     *,
     overwrite: bool,
+    episodes: EpisodeSettings | None = None,
 ) -> OutputJob:
     """What is there of the job.
 
@@ -290,12 +319,14 @@ def find_job(
         request: how it is sampled. Without a seed, that of the job which is there is taken.
         tokenizer: what rendered the prompts.
         overwrite: let the job take the place of another.
+        episodes: what its completions are like where they are episodes.
 
     Raises:
         JobError: there is another job, or something else.
     """
     version = _version(target)
-    asked = job_schema(questions, request, tokenizer, seed_given=request.seed is not None)
+    seed_given = request.seed is not None
+    asked = job_schema(questions, request, tokenizer, seed_given=seed_given, episodes=episodes)
     folder = parts_folder(target)
     begun = _same_job(folder, read_schema(folder), asked, overwrite=overwrite)
     finished = None

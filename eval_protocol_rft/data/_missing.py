@@ -181,9 +181,10 @@ class Questions:
         *,
         name: str,
         retry_failed: bool,
+        rendered: bool = True,
     ) -> Iterator[Prompt]:
-        """The rows with completions that are not there yet, rendered one by one; `name` goes into
-        their `row_id`.
+        """The rows with completions that are not there yet, rendered one by one if they are to be;
+        `name` goes into their `row_id`.
 
         Raises:
             SourceError: a file of the data set has changed meanwhile.
@@ -193,7 +194,11 @@ class Questions:
             samples = done.missing(row.data_idx, retry_failed=retry_failed)
             if not samples:
                 continue
-            ids = self._render(row, tokenizer, request)
+            ids: TokenIds | PromptError | None
+            if rendered:
+                ids = self._render(row, tokenizer, request)
+            else:
+                ids = self._problem(row, tokenizer)
             shared = CompletionRow(
                 row_id=f"{name}-{row.data_idx}",
                 data_idx=row.data_idx,
@@ -201,7 +206,7 @@ class Questions:
                 prompt=self._prompt_to_store(row, tokenizer),
                 tools=self._tools(row),
                 ground_truth=row.values.get(self.selection.ground_truth_key or ""),
-                prompt_ids=None if isinstance(ids, PromptError) else np.array(ids, np.int32),
+                prompt_ids=None if not isinstance(ids, tuple) else np.array(ids, np.int32),
                 temperature=params.temperature,
                 top_p=params.top_p,
                 top_k=params.top_k,
@@ -242,6 +247,14 @@ class Questions:
             return self._prompt(row, tokenizer)
         except PromptError:
             return "" if self.kind == "ids" else []
+
+    def _problem(self, row: SourceRow, tokenizer: LoadedTokenizer) -> PromptError | None:
+        """Why its messages cannot be asked; None where they can."""
+        try:
+            self._prompt(row, tokenizer)
+        except PromptError as error:
+            return PromptError(f"{row.where}: {error}")
+        return None
 
     def _render(
         self, row: SourceRow, tokenizer: LoadedTokenizer, request: RolloutRequest

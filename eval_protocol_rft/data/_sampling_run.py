@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -48,12 +48,23 @@ _NO_SLOTS: contextlib.nullcontext[None] = contextlib.nullcontext()
 """The limiter's limit is the bound."""
 
 
+Ask = Callable[
+    [TokenIds, SamplingParams, int | None, Callable[[], None]], Awaitable[Survivor | Failure]
+]
+"""Prompt, parameters, seed, and what to call when the request leaves; what came of it."""
+Fill = Callable[[CompletionRow, Survivor | Failure, TokenIds], None]
+"""Put what came of a request, behind which prompt, into a row."""
+RunEpisode = Callable[[CompletionRow, Ask, Fill], Awaitable[None]]
+"""Run the episode of a row, and put it there, or why there is none."""
+
+
 class Prompt(NamedTuple):
     """One data row, ready to be asked."""
 
     row: CompletionRow
     """What all its completions have in common."""
-    ids: TokenIds | PromptError
+    ids: TokenIds | PromptError | None
+    """None where they are episodes, whose environments may say more before the first turn."""
     samples: Sequence[int]
     """The `sample_idx` that are wanted."""
     seeds: Sequence[int | None]
@@ -73,6 +84,8 @@ class SamplingRun:
     highest: int
     """Most that the limit ever is."""
     on_stored: Callable[[list[CompletionRow]], None]
+    episodes: Callable[[CompletionRow], RunEpisode] | None = None
+    """Where completions are episodes: given what those of a data row have in common, runs them."""
     observe: Observer | None = None
     """Told of every attempt."""
     fresh: bool = True
@@ -133,38 +146,48 @@ class SamplingRun:
     async def _feed(self, prompts: Iterable[Prompt]) -> None:
         async with asyncio.TaskGroup() as group:
             for prompt in prompts:
+                run_episode = None
+                if self.episodes is not None and prompt.ids is None:
+                    run_episode = self.episodes(prompt.row)
                 for sample_idx in prompt.samples:
                     await self._room.acquire()
-                    group.create_task(self._one(prompt, sample_idx))
+                    group.create_task(self._one(prompt, sample_idx, run_episode))
 
-    async def _one(self, prompt: Prompt, sample_idx: int) -> None:
+    async def _one(self, prompt: Prompt, sample_idx: int, run_episode: RunEpisode | None) -> None:
         seed = prompt.seeds[sample_idx]
         row = _copy(prompt.row, sample_idx=sample_idx, seed=seed)
-        if isinstance(prompt.ids, PromptError):
-            row.prompt_ids = None
-            row.error, row.error_kind = str(prompt.ids), "prompt"
-            row.attempts, row.seconds = 0, 0.0
-        else:
 
+        async def ask(
+            ids: TokenIds, params: SamplingParams, seed: int | None, on_start: Callable[[], None]
+        ) -> Survivor | Failure:
             def started() -> None:
-                row.began_at = time.time()
+                if row.began_at is None:
+                    row.began_at = time.time()
+                on_start()
 
-            outcome = await sample_one(
+            return await sample_one(
                 self.sampler,
-                prompt.ids,
-                self.params,
+                ids,
+                params,
                 index=sample_idx,
                 seed=seed,
                 slots=_NO_SLOTS,
                 retry=self.retry,
                 limiter=self._limiter,
                 prompt=row.row_id,
-                observe=self._observer(len(prompt.ids)),
+                observe=self._observer(len(ids)),
                 on_start=started,
-                read=lambda completion: self.tokenizer.read(
-                    completion, self.params, self._witness.look
-                ),
+                read=lambda completion: self.tokenizer.read(completion, params, self._witness.look),
             )
+
+        if isinstance(prompt.ids, PromptError):
+            row.prompt_ids = None
+            row.error, row.error_kind = str(prompt.ids), "prompt"
+            row.attempts, row.seconds = 0, 0.0
+        elif run_episode is not None:
+            await run_episode(row, ask, self._fill)
+        elif prompt.ids is not None:
+            outcome = await ask(prompt.ids, self.params, seed, lambda: None)
             self._fill(row, outcome, prompt.ids)
         self._finished.put_nowait(row)
 

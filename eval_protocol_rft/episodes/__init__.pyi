@@ -18,5 +18,6 @@ from ._conversation import Opening as Opening
 from ._conversation import Openings as Openings
 from ._conversation import Segment as Segment
 from ._episode import Episode as Episode
+from ._episode import EpisodeRun as EpisodeRun
 from ._rendering import Rewrite as Rewrite
 from ._template_report import TemplateCase as TemplateCase

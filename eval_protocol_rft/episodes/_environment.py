@@ -13,12 +13,14 @@ Invariant: the record says what was said, whatever an environment does to the me
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from annotated_types import Ge, Gt
 
 from eval_protocol_rft._errors import EvalProtocolRftError
+from eval_protocol_rft._options import Flag, check_options
 from eval_protocol_rft._text import well_formed_json
 
 if TYPE_CHECKING:
@@ -72,30 +74,33 @@ class Environment:
         return None
 
 
+def _flag(name: str) -> Flag:
+    return Flag(name, only=True, panel="Episodes")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EpisodeLimits:
     """Each ends the episode, which is kept, with the stop reason in brackets."""
 
-    turns: int = 16
-    """Assistant turns (`turns`)."""
-    tokens: int = 32_768
-    """Tokens of the conversation, prompt included (`tokens`). A turn may sample what is left."""
-    seconds: float = 1800.0
-    """From the episode's first request on (`seconds`). A turn that is being sampled then is
-    cancelled and left out; an episode without any turn is a failure."""
-    step_seconds: float = 60.0
-    """One call of the environment; beyond it the episode is a failure."""
-    observation_characters: int = 1_000_000
-    """What the environment says after one turn (`observation`): half a second of tokenizing. More
-    than that is never rendered."""
+    turns: Annotated[int, Ge(1), _flag("--max-turns")] = 16
+    """Most assistant turns (`turns`)."""
+    tokens: Annotated[int, Ge(1), _flag("--episode-tokens")] = 32_768
+    """Most tokens of the conversation, prompt included (`tokens`). A turn may sample what is left.
+    """
+    seconds: Annotated[float, Gt(0), _flag("--episode-seconds")] = 1800.0
+    """Most seconds from the episode's first request on (`seconds`).
+
+    A turn that is being sampled then is cancelled and left out; an episode without any turn is a
+    failure."""
+    step_seconds: Annotated[float, Gt(0), _flag("--step-seconds")] = 60.0
+    """Most seconds of one call of the environment; beyond it the episode is a failure."""
+    observation_characters: Annotated[int, Ge(1), _flag("--observation-characters")] = 1_000_000
+    """Most characters that the environment may say after one turn (`observation`).
+
+    So many take half a second of tokenizing. More than that is never rendered."""
 
     def __post_init__(self) -> None:
-        for name in ("turns", "tokens", "observation_characters"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("seconds", "step_seconds"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        check_options(self)
 
 
 class Transcript:

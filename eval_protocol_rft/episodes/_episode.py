@@ -174,6 +174,8 @@ class Episode:
     segments: list[Segment]
     talk: Conversation
     first_prompt: TokenIds
+    tools: Sequence[Mapping[str, Any]] | None
+    """What the prompt describes: the environment's, or the row's."""
     sampled_tokens: int
 
 
@@ -235,7 +237,7 @@ class EpisodeRun:
         most = min(self.limits.tokens, self.context_length or self.limits.tokens)
 
         def end(reason: str) -> Episode:
-            return self._ended(talk, opening.prompt_ids, transcript, reason)
+            return self._ended(talk, opening.prompt_ids, tools, transcript, reason)
 
         while True:
             room = most - len(talk.prompt_ids)
@@ -316,7 +318,12 @@ class EpisodeRun:
         return sampling_time() - self._began
 
     def _ended(
-        self, talk: Conversation, first_prompt: TokenIds, transcript: Transcript, reason: str
+        self,
+        talk: Conversation,
+        first_prompt: TokenIds,
+        tools: Sequence[Mapping[str, Any]] | None,
+        transcript: Transcript,
+        reason: str,
     ) -> Episode:
         first = replace(
             self._survivors[0],
@@ -339,6 +346,7 @@ class EpisodeRun:
             segments=talk.segments(),
             talk=talk,
             first_prompt=first_prompt,
+            tools=tools,
             sampled_tokens=sum(len(s.completion.token_ids) for s in self._survivors),
         )
 

@@ -142,6 +142,7 @@ class EpisodeRolloutProcessor(FireworksTrainingRolloutProcessor):
             token_turn_traces=first.talk.turns(),
         )
         messages = [Message(**{"content": None, **m}) for m in first.record.messages]
+        row.tools = None if first.tools is None else [dict(tool) for tool in first.tools]
         put_on_row(
             row,
             record,

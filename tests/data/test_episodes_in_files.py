@@ -265,15 +265,18 @@ def test_numbers_are_of_all_turns_in_every_command(
     assert kept.kept == len(different)
 
 
-def test_what_columns_cannot_hold_of_an_episode_comes_back_too(rows: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize("first", [0, 4])
+def test_what_columns_cannot_hold_of_an_episode_comes_back_too(
+    rows: list[dict[str, Any]], first: int
+) -> None:
     """Rows that another program wrote: fields of its own, none where ours have one."""
     row = msgspec.json.decode(msgspec.json.encode(rows[0]))
     extra = row["execution_metadata"]["extra"]
-    first, second, *_ = extra["episodes"]
-    first["judge"] = {"seen": [1, None]}
-    second.pop("finish_reason")
-    second["messages"][-1] |= {"weight": 0, "content": [{"type": "text", "text": "9"}]}
-    completions = from_row(row, 7, prompt_kind="messages")
+    one, other, *_ = extra["episodes"]
+    one["judge"] = {"seen": [1, None]}
+    other.pop("finish_reason")
+    other["messages"][-1] |= {"weight": 0, "content": [{"type": "text", "text": "9"}]}
+    completions = from_row(row, 7, prompt_kind="messages", first=first)
     batch = to_record_batch(completions, schema(METADATA, {}, episodes=True))
     again = to_row(from_record_batch(batch, METADATA), METADATA)
     assert again["execution_metadata"]["extra"]["episodes"] == extra["episodes"]

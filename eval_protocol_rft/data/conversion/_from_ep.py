@@ -160,7 +160,7 @@ def _completions(
         "assistant"
     ]
     generated = known is not None and known.generated and not keep_row and _is_bare(row)
-    generated = generated and not (record is not None and _odd_episodes(extra, record))
+    generated = generated and not (record is not None and _odd_episodes(extra, record, first))
     number = data_idx if known is None else known.data_idx
     shared = {
         "row_id": row_id_of(row) or str(number),
@@ -334,7 +334,7 @@ def _rest(
         for name in SAMPLING_BY_PLACE:
             if values := getattr(record.sampling, name):
                 kept["sampling"][name] = dict(zip(places, values, strict=True))
-        if odd := _odd_episodes(extra, record):
+        if odd := _odd_episodes(extra, record, first):
             kept["episodes"] = odd
         traces = extra.get("token_turn_traces") or _own_traces(extra, record)
         if not _same_turns(traces, _own_traces(extra, record)):
@@ -352,9 +352,9 @@ def _rest(
     return msgspec.json.encode({**row, "execution_metadata": metadata}).decode()
 
 
-def _odd_episodes(extra: Mapping[str, Any], record: RolloutRecord) -> dict[str, Any]:
+def _odd_episodes(extra: Mapping[str, Any], record: RolloutRecord, first: int) -> dict[str, Any]:
     """By place, the episodes of `extra` that their columns would not give back as they are."""
-    places = map(str, record.sampling.indices)
+    places = (str(first + index) for index in record.sampling.indices)
     return {
         place: raw
         for place, raw, read in zip(

@@ -105,7 +105,7 @@ def to_row(
             " prompts or in as many runs, and a rollout record is of one"
         )
     survivors = [row for row in group if not row.failed]
-    row = _base(group[0])
+    row = asked_row(group[0])
     stored = dict(row["execution_metadata"].get("extra") or {})
     imported = stored.pop(FILE_KEY, None)
     first = 0 if imported is None else imported.get("first", 0)
@@ -128,7 +128,7 @@ def to_row(
     return row
 
 
-def _base(first: CompletionRow) -> dict[str, Any]:
+def asked_row(first: CompletionRow) -> dict[str, Any]:
     """The row without what is said per completion."""
     if first.evaluation_row is not None:
         return stored_row(first)
@@ -287,6 +287,8 @@ def _file_part(
     values: dict[str, Any] = msgspec.to_builtins(part)
     file = {name: values["file"][name] for name in _FILE_WIDE}
     values["file"] = {k: v for k, v in file.items() if k != "episodes" or v is not None}
+    if not first:
+        del values["first"]
     return values
 
 

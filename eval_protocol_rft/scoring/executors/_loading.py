@@ -30,7 +30,7 @@ from eval_protocol_rft._errors import EvalProtocolRftError
 
 _SHOWN = 16
 """Hex digits kept."""
-_PACKAGE = Path(__file__).resolve().parents[1]
+_PACKAGE = Path(__file__).resolve().parents[2]
 _SCORING_OPTIONS = {"dataset_adapter", "evaluation_test_kwargs", "mode"}
 """Of `@evaluation_test`; its others say what is rolled out."""
 
@@ -228,6 +228,19 @@ def load_evaluator(spec: str) -> LoadedEvaluator:
     return _look_at(place, _function(place, module))
 
 
+def load_named(spec: str, what: str) -> Any:
+    """What a spec names, imported as `load_evaluator` does; `what` it is to be, for messages.
+
+    Raises:
+        EvaluatorNotFoundError: no such file, module or name, or the import raises.
+    """
+    place = _parse(spec, what)
+    module = _import(place)
+    if not hasattr(module, place.function):
+        raise EvaluatorNotFoundError(f"{spec}: {place.module} has no {place.function!r}")
+    return getattr(module, place.function)
+
+
 class _Place(NamedTuple):
     """Where a spec points."""
 
@@ -243,13 +256,13 @@ class _Place(NamedTuple):
     """What goes on `sys.path`."""
 
 
-def _parse(spec: str) -> _Place:
+def _parse(spec: str, what: str = "evaluator") -> _Place:
     if "::" in spec:
         path, _, function = spec.partition("::")
         return _file_place(spec, Path(path), function)
     module, colon, function = spec.partition(":")
     if not colon or not module or not function:
-        raise EvaluatorNotFoundError(f"{spec!r} names no evaluator: write {FORMS}")
+        raise EvaluatorNotFoundError(f"{spec!r} names no {what}: write {FORMS}")
     if module.endswith(".py") or os.sep in module:
         raise EvaluatorNotFoundError(f"{spec!r}: a file takes two colons: {module}::{function}")
     return _Place(spec, spec, module, function, None, Path.cwd())

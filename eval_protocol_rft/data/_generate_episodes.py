@@ -1,0 +1,239 @@
+"""`generate --episodes`: what the policy talks with, and the episodes of one data row.
+
+Invariant: an episode is what `EpisodeRolloutProcessor` would make of the same row: the environment
+is shown the row, turns have seeds of their own, and all episodes of a data row answer one prompt.
+What the option names was found to make environments before anything is asked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import hashlib
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+from eval_protocol.models import EvaluationRow
+
+from eval_protocol_rft.data._files import JobError
+from eval_protocol_rft.data._sampling_run import Ask, Fill
+from eval_protocol_rft.data.conversion._to_ep import asked_row
+from eval_protocol_rft.data.rollouts._episodes import as_arrays, as_read
+from eval_protocol_rft.data.rollouts._format import EpisodeSettings
+from eval_protocol_rft.data.rollouts._rows import CompletionRow
+from eval_protocol_rft.episodes import (
+    Environment,
+    Episode,
+    EpisodeLimits,
+    EpisodeRolloutProcessor,
+    EpisodeRun,
+    OnRewrite,
+    Openings,
+)
+from eval_protocol_rft.local import LoadedTokenizer
+from eval_protocol_rft.sampling import Failure, SamplingParams, Survivor, TokenIds, derive_seeds
+from eval_protocol_rft.scoring import parameters_of
+from eval_protocol_rft.scoring.executors import (
+    EvaluatorNotFoundError,
+    code_fingerprints,
+    load_named,
+)
+
+Factory = Callable[[], Environment]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EpisodeJob:
+    """What the episodes of a job are like. Made by `episode_job`."""
+
+    environment: Factory
+    limits: EpisodeLimits
+    on_rewrite: OnRewrite
+    settings: EpisodeSettings
+    """What the file says of it."""
+
+
+def episode_job(
+    named: str | Factory | EpisodeRolloutProcessor,
+    limits: EpisodeLimits | Mapping[str, Any] | None,
+    on_rewrite: OnRewrite | None,
+) -> EpisodeJob:
+    """What an option names: a class of environments or a function of nothing that makes one, or an
+    `EpisodeRolloutProcessor` or an evaluation test that has one.
+
+    Args:
+        named: the thing itself, or `path/to/file.py::name` or `package.module:name`.
+        limits: in the place of the processor's; a mapping, of those that it has.
+        on_rewrite: in the place of the processor's.
+
+    Raises:
+        JobError: it names nothing, or nothing that makes environments.
+    """
+    try:
+        value: Any = load_named(named, "environment") if isinstance(named, str) else named
+    except EvaluatorNotFoundError as error:
+        raise JobError(str(error)) from error
+    name = named if isinstance(named, str) else _name_of(value)
+    test = parameters_of(value)
+    if test is not None:
+        value = test.rollout_processor
+        if not isinstance(value, EpisodeRolloutProcessor):
+            raise JobError(
+                f"{name}: the evaluation test's rollout_processor is a {type(value).__name__}, and "
+                "episodes are those of an EpisodeRolloutProcessor"
+            )
+    own_limits, own_rewrite, factory = EpisodeLimits(), "split", value
+    if isinstance(value, EpisodeRolloutProcessor):
+        own_limits, own_rewrite, factory = value.limits, value.on_rewrite, value.environment
+        if not value.split_reasoning:
+            raise JobError(f"{name}: split_reasoning=False is not for a rollout file")
+    _check_factory(factory, name)
+    if isinstance(limits, Mapping):
+        limits = replace(own_limits, **limits)
+    limits = limits or own_limits
+    rewrite: OnRewrite = on_rewrite or own_rewrite  # type: ignore[assignment]
+    return EpisodeJob(
+        environment=factory,
+        limits=limits,
+        on_rewrite=rewrite,
+        settings=EpisodeSettings(
+            environment=name, code=_code_of(factory), limits=asdict(limits), on_rewrite=rewrite
+        ),
+    )
+
+
+def _check_factory(factory: Any, name: str) -> None:
+    if isinstance(factory, Environment):
+        raise JobError(
+            f"{name} is one {type(factory).__name__}, and each episode needs its own: name the "
+            "class, or a function that makes one"
+        )
+    if not callable(factory):
+        kind = type(factory).__name__
+        raise JobError(f"{name} is of type {kind}, and makes no environments: name {_MAKERS}")
+    if inspect.isclass(factory) and not callable(getattr(factory, "step", None)):
+        raise JobError(f"{name} is a class without step(), so no environment: name {_MAKERS}")
+    try:
+        inspect.signature(factory).bind()
+    except TypeError as error:
+        raise JobError(
+            f"{name} needs arguments ({error}), and episodes give none: name {_MAKERS}"
+        ) from error
+    except ValueError:  # it has no signature that Python knows
+        pass
+
+
+_MAKERS = "a class of environments, or a function of nothing that makes one"
+
+
+def _name_of(value: Any) -> str:
+    if isinstance(value, EpisodeRolloutProcessor):
+        value = value.environment
+    value = _plain(value)
+    name = getattr(value, "__qualname__", type(value).__qualname__)
+    return f"{getattr(value, '__module__', None) or '?'}:{name}"
+
+
+def _code_of(factory: Any) -> dict[str, str]:
+    plain = _plain(factory)
+    return code_fingerprints(plain) if hasattr(plain, "__qualname__") else {}
+
+
+def _plain(factory: Any) -> Any:
+    while isinstance(factory, functools.partial):
+        factory = factory.func
+    return factory
+
+
+@dataclass(frozen=True, slots=True)
+class EpisodeSampling:
+    """What all episodes of a run have in common."""
+
+    job: EpisodeJob
+    tokenizer: LoadedTokenizer
+    template_kwargs: Mapping[str, Any]
+    params: SamplingParams
+    context_length: int | None
+    """The model's, where the sampler knows it."""
+    slots: asyncio.Semaphore
+    """So many episodes, and environments, are alive at once."""
+
+    def __call__(self, row: CompletionRow) -> RowEpisodes:
+        """Of a data row; `row` is what its episodes have in common."""
+        asked = EvaluationRow.model_validate(asked_row(row))
+        return RowEpisodes(self, asked, Openings(self.tokenizer, self.template_kwargs))
+
+
+@dataclass(slots=True)
+class RowEpisodes:
+    """The episodes of one data row."""
+
+    of: EpisodeSampling
+    row: EvaluationRow
+    openings: Openings
+    _first: tuple[int, TokenIds] | None = None
+    """Place and prompt of the first episode that began."""
+
+    async def __call__(self, row: CompletionRow, ask: Ask, fill: Fill) -> None:
+        """Run the episode of a row, and put it there, or why there is none."""
+        outcome = await self._run(row.sample_idx, row.seed, ask)
+        if isinstance(outcome, Failure):
+            fill(row, outcome, TokenIds(()))
+        else:
+            fill(row, outcome.first, outcome.first_prompt)
+            _put_episode(row, outcome)
+
+    async def _run(self, index: int, seed: int | None, ask: Ask) -> Episode | Failure:
+        """Run one, from before its environment is made until that is closed."""
+        job, row_id = self.of.job, self.row.input_metadata.row_id
+        session = hashlib.blake2b(f"{row_id}\0{seed}\0{index}".encode(), digest_size=8)
+
+        async def sample(
+            turn: int, prompt: TokenIds, params: SamplingParams, on_start: Callable[[], None]
+        ) -> Survivor | Failure:
+            if not turn and (problem := self._other_prompt(index, prompt)) is not None:
+                return problem
+            # The first turn has the seed that a single completion would have.
+            (own,) = [seed] if not turn else derive_seeds(seed, f"turn {turn}", 1)
+            return await ask(prompt, params, own, on_start)
+
+        async with self.of.slots:
+            run_episode = EpisodeRun(
+                index=index,
+                environment=job.environment,
+                row=self.row,
+                messages=self.row.messages,
+                openings=self.openings,
+                params=replace(self.of.params, session=session.hexdigest()),
+                limits=job.limits,
+                context_length=self.of.context_length,
+                on_rewrite=job.on_rewrite,
+                sample=sample,
+            )
+            return await run_episode()
+
+    def _other_prompt(self, index: int, prompt: TokenIds) -> Failure | None:
+        """Completions of a data row are compared, so they must answer one prompt."""
+        first, known = self._first = self._first or (index, prompt)
+        if known == prompt:
+            return None
+        message = (
+            f"reset() said something else in episode {first}; what differs between episodes of a "
+            "row must come after the first turn"
+        )
+        return Failure(index=index, kind="prompt", message=message, attempts=0, seconds=0.0)
+
+
+def _put_episode(row: CompletionRow, episode: Episode) -> None:
+    """Let a row that has the first turn be the whole episode."""
+    row.prompt_ids = np.array(episode.first_prompt, np.int32)
+    row.tools = None if episode.tools is None else [dict(tool) for tool in episode.tools]
+    row.message = None  # the conversation has it
+    row.segments = as_arrays(episode.segments)
+    row.episode = as_read(episode.record)
+    row.first_finish_reason = row.finish_reason
+    row.finish_reason = episode.record.last_finish_reason
+    row.truncated = row.finish_reason == "length"
