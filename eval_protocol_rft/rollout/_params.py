@@ -55,7 +55,33 @@ _THINKING = (
 )
 _SHOWN = "thinking is split off here: FireworksTrainingRolloutProcessor(split_reasoning=...)"
 _CALLS = "it steers the parser of a chat endpoint, and requests go to /completions"
-_PROMPT_KEYS: Mapping[str, tuple[tuple[Any, ...], str]] = {
+_LENGTH = "write max_tokens: servers pass over other names for it, and would generate more"
+_COUNT = "write n: servers pass over other names for it"
+_BESIDE = "write its settings beside model, where they are read"
+_SEARCH = "it looks for likely answers, which are not drawn with the logprobs on record"
+_REFUSED_KEYS: Mapping[str, tuple[tuple[Any, ...], str]] = {
+    **dict.fromkeys(
+        (
+            "max_new_tokens",
+            "max_output_tokens",
+            "max_tokens_to_sample",
+            "max_length",
+            "num_predict",
+        ),
+        ((), _LENGTH),
+    ),
+    **dict.fromkeys(
+        ("num_return_sequences", "response_candidates_count", "candidate_count", "num_generations"),
+        ((), _COUNT),
+    ),
+    **dict.fromkeys(
+        ("sampling_params", "parameters", "generation_config", "options", "inference_parameters"),
+        ((), _BESIDE),
+    ),
+    "do_sample": ((True,), "write temperature 0 for a greedy answer"),
+    "best_of": ((1,), _SEARCH),
+    "num_beams": ((1,), _SEARCH),
+    "use_beam_search": ((False,), _SEARCH),
     **dict.fromkeys(("prompt", "messages", "input", "inputs"), ((), _MESSAGES)),
     **dict.fromkeys(("input_ids", "text", "conversation"), ((), _MESSAGES)),
     **dict.fromkeys(("prompt_embeds", "input_embeds"), ((), _MESSAGES)),
@@ -93,8 +119,9 @@ _PROMPT_KEYS: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "include_reasoning": ((True,), _SHOWN),
     "separate_reasoning": ((True,), _SHOWN),
 }
-"""Fields that act on a prompt of messages or text, or on how a chat endpoint shows the answer: the
-values that say what is done anyway, and why others are refused."""
+"""Fields that act on a prompt of messages or text, or on how a chat endpoint shows the answer, and
+those that say in other words, or elsewhere, what is read here: the values that say what is done
+anyway, and why others are refused."""
 _TIMEOUT_KEYS = ("http_timeout", "timeout", "request_timeout")
 """Spellings of the seconds that one attempt may take, the first that is given wins."""
 _MUST_BE_TRUE = ("logprobs", "return_token_ids", "raw_output")
@@ -168,7 +195,7 @@ def parse_completion_params(
             f"completion_params['temperature'] is 0 with n={n}: greedy completions are all the "
             'same. Write "temperature": 1.0 to train on them, or "n": 1 to have one greedy answer'
         )
-    _refuse_prompt_keys(keys)
+    _refuse_keys(keys)
     for key in _MUST_BE_TRUE:
         if keys.take(key) is False:
             raise ParamsError(f"completion_params[{key!r}] is False: training data needs it")
@@ -338,8 +365,8 @@ def _template_kwargs(keys: _Keys) -> dict[str, Any]:
     return kwargs
 
 
-def _refuse_prompt_keys(keys: _Keys) -> None:
-    for key, (neutral, why) in _PROMPT_KEYS.items():
+def _refuse_keys(keys: _Keys) -> None:
+    for key, (neutral, why) in _REFUSED_KEYS.items():
         value = keys.take(key)
         # By type too: 1 is not True here.
         if value is None or any(value == v and type(value) is type(v) for v in neutral):

@@ -263,6 +263,15 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "min_p": (0,),
     "typical_p": (1,),
     "top_a": (0,),
+    "top_n_sigma": (0, -1),
+    "tfs": (1,),
+    "epsilon_cutoff": (0,),
+    "eta_cutoff": (0,),
+    "xtc_probability": (0,),
+    "no_repeat_ngram_size": (0,),
+    "dry_multiplier": (0,),
+    "dynatemp_range": (0,),
+    "mirostat": (0,),
     "repetition_penalty": (1,),
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
@@ -277,6 +286,7 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "json_schema": (),
     "regex": (),
     "ebnf": (),
+    "structural_tag": (),
     "structured_outputs": (),
     "guided_json": (),
     "guided_regex": (),
@@ -292,6 +302,8 @@ _TRUNCATING = frozenset(_NEUTRAL) - {
     "frequency_penalty",
     "presence_penalty",
     "logit_bias",
+    "dry_multiplier",
+    "dynatemp_range",
 }
 """Those that take tokens out of the support, rather than only weigh them anew."""
 

@@ -1,6 +1,7 @@
 """Evaluators for the grading tests: what they do is told by the completion they are given."""
 
 import asyncio
+import atexit
 import builtins
 import ctypes
 import os
@@ -80,6 +81,8 @@ TAMPERING = {
     "leave the folder": leave_the_folder,
     "be a sandbox": be_a_sandbox,
     "stop the clock": stop_the_clock,
+    "end late and leave the folder": lambda: (atexit.register(time.sleep, 600), os.chdir("/")),
+    "be nobody": lambda: setattr(os, "getpid", None),
     "lie": lambda: setattr(builtins, "isinstance", lambda *_: True),
     "forget the environment": os.environ.clear,
     "limit recursion": lambda: sys.setrecursionlimit(sys.getrecursionlimit() // 8),

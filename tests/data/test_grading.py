@@ -157,7 +157,8 @@ def test_what_a_call_leaves_broken_is_met_by_no_other(tmp_path, monkeypatch):
     monkeypatch.setenv("KEPT", "yes")
     texts = [text for name in TAMPERING for text in (name, f"after {name}", f"later than {name}")]
     done = outcomes("undisturbed", one_each(texts), workers=1)
-    expected = {text: [1.0] for text in texts} | {"lie": [None]}  # what it says cannot be read
+    expected = {text: [1.0] for text in texts}
+    expected |= {"lie": [None], "be nobody": [None]}  # what they say cannot be read, or sent
     assert {text: scores(graded) for text, graded in done.items()} == expected
 
 

@@ -22,6 +22,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from typing import Any, TypeVarTuple
 
@@ -80,7 +81,14 @@ def work(ours: socket.socket, running: memoryview) -> None:
             if call.evaluator.is_async:
                 answer_calls_in_loop(channel, call, setup.timeout, running)
             else:
-                _answer_calls(channel, call)
+                try:
+                    _answer_calls(channel, call)
+                except (EOFError, OSError):
+                    raise
+                except Exception:  # noqa: BLE001 - what is needed to answer was replaced
+                    with contextlib.suppress(Exception):
+                        traceback.print_exc()
+                    _end_now(1)
 
 
 def _reseed() -> None:
@@ -114,7 +122,7 @@ def _load(channel: WorkerChannel, setup: Setup) -> BoundCall | None:
 
 def _answer_calls(channel: WorkerChannel, call: BoundCall) -> None:
     before = _Interpreter()
-    while before.is_as_it_was():  # so it is at first, and no worker ends before it has run a call
+    while before.is_as_it_was():  # so it is at first: a worker runs one call at least
         number, body = channel.receive()
         views = msgspec.msgpack.decode(body, type=list[bytes])
         began = time.monotonic()
@@ -125,6 +133,18 @@ def _answer_calls(channel: WorkerChannel, call: BoundCall) -> None:
             return
         answer = Answer(results, time.monotonic() - began, is_sound)
         send(channel, number, answer, views=len(views))
+    _end_now(0)
+
+
+def _end_now(code: int) -> None:
+    """The next call may be here: a way out by exit handlers and other threads could be long."""
+    with contextlib.suppress(Exception):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    _EXIT(code)
+
+
+_EXIT = os._exit
 
 
 def answer_calls_in_loop(
