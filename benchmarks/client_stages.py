@@ -26,13 +26,13 @@ from slow_stub import Answers
 from workload import Workload, build_workload
 
 from eval_protocol_rft.local.models import bundled_model_path
-from eval_protocol_rft.sampling._endpoint import Endpoint
+from eval_protocol_rft.sampling._endpoint import Endpoint, request_body
+from eval_protocol_rft.sampling._exactness import decode_reply, decode_stream
 from eval_protocol_rft.sampling._fanout import sample_group
 from eval_protocol_rft.sampling._http import HttpSampler
 from eval_protocol_rft.sampling._replies import parse_reply
 from eval_protocol_rft.sampling._retry import RetryPolicy
 from eval_protocol_rft.sampling._types import SamplingParams, TokenIds
-from eval_protocol_rft.sampling._wire import decode_reply, decode_stream, request_body
 
 IN_FLIGHT = 64
 PARAMS = SamplingParams(model=MODEL, max_tokens=TOKENS, stream=False)

@@ -22,8 +22,9 @@ from eval_protocol_rft.cli import app as cli
 from eval_protocol_rft.local._sampler import LocalSampler
 from eval_protocol_rft.local.server._app import create_app
 from eval_protocol_rft.local.server._weights import ReloadingSampler
+from eval_protocol_rft.sampling._endpoint import request_body
+from eval_protocol_rft.sampling._exactness import decode_stream
 from eval_protocol_rft.sampling._types import TokenIds
-from eval_protocol_rft.sampling._wire import decode_stream, request_body
 from tests.loop.policies import arithmetic_sampler
 from tests.loop.test_live_weights import LONG, PARAMS, noisy, prompt
 from tests.serving import running

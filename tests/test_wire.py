@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 
+from eval_protocol_rft.sampling._endpoint import request_body
 from eval_protocol_rft.sampling._errors import status_error
+from eval_protocol_rft.sampling._exactness import decode_reply, decode_stream
 from eval_protocol_rft.sampling._types import (
     Completion,
     ConnectionFailedError,
@@ -24,7 +26,6 @@ from eval_protocol_rft.sampling._types import (
     TokenIds,
     UnavailableError,
 )
-from eval_protocol_rft.sampling._wire import decode_reply, decode_stream, request_body
 
 FIXTURES = Path(__file__).parent / "fixtures"
 RAW, PROCESSED = "vllm", "vllm_processed"

@@ -17,8 +17,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from eval_protocol_rft.sampling._exactness import decode_reply, decode_stream
 from eval_protocol_rft.sampling._types import Completion, SamplingError, SamplingParams, TokenIds
-from eval_protocol_rft.sampling._wire import decode_reply, decode_stream
 from tests.test_wire import ALL, PROMPT, RAW, fireworks_reply
 
 Path = tuple[str | int, ...]

@@ -25,6 +25,7 @@ from ._clock import loop_clock as loop_clock
 from ._clock import sampling_time as sampling_time
 from ._endpoint import endpoint_headers as endpoint_headers
 from ._endpoint import proxy_for as proxy_for
+from ._endpoint import request_body as request_body
 from ._endpoint import resolve_endpoint as resolve_endpoint
 from ._errors import short as short
 from ._fanout import WAIT_FOR_ALL as WAIT_FOR_ALL
@@ -70,4 +71,3 @@ from ._types import logprob_problem as logprob_problem
 from ._types import reshaped_by as reshaped_by
 from ._types import support_truncated as support_truncated
 from ._types import token_data_problem as token_data_problem
-from ._wire import request_body as request_body

@@ -1,4 +1,5 @@
-"""Where to sample: one base URL from the many spellings in use, and a key only where it belongs.
+"""Where to sample and what a request there says: one base URL from the many spellings in use, and a
+key only where it belongs.
 
 Invariant: a key never shows. It is left out of every repr, and the Fireworks key of the environment
 goes to Fireworks alone: to its hosts, to the base URL named for it, or with a Fireworks model name.
@@ -18,6 +19,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 from urllib.parse import SplitResult, unquote, urlsplit
+
+import msgspec
 
 from eval_protocol_rft._options import Flag, environment_variable
 from eval_protocol_rft.sampling._types import RefusedError, SamplingParams, TokenIds
@@ -237,3 +240,52 @@ def affinity_of(prompt: TokenIds, params: SamplingParams) -> str | None:
     if params.extra and any(field in params.extra for field in _OWN_FIELDS):
         return None
     return params.session or prompt.affinity
+
+
+def request_body(
+    prompt: TokenIds,
+    params: SamplingParams,
+    seed: int | None,
+    *,
+    stream: bool = False,
+    ask_usage: bool = True,
+    prompt_cache_key: str | None = None,
+) -> bytes:
+    """The JSON of one request for one completion. Costs nothing per prompt token after the first
+    call for a prompt.
+
+    Args:
+        stream: ask for a stream of events.
+        ask_usage: ask for the counts of tokens in a stream, by which lost events show. vLLM sends
+            them only then; Fireworks sends them always and does not know the field.
+        prompt_cache_key: what to call the prompt, where the server knows the field.
+    """
+    body: dict[str, Any] = {
+        "model": params.model,
+        "prompt": msgspec.Raw(prompt.json),
+        "temperature": params.temperature,
+        # Left out, servers fall back on the model's generation_config and cut the support.
+        "top_p": params.top_p,
+        "top_k": params.top_k,
+        "logprobs": True,
+        "return_token_ids": True,
+        "raw_output": True,
+        "context_length_exceeded_behavior": "error",
+    }
+    if params.max_tokens is not None:
+        body["max_tokens"] = params.max_tokens
+    if params.stop:
+        body["stop"] = list(params.stop)
+    if seed is not None:
+        body["seed"] = seed
+    if stream:
+        body["stream"] = True
+        if ask_usage:
+            body["stream_options"] = {"include_usage": True}
+    if prompt_cache_key is not None:
+        body["prompt_cache_key"] = prompt_cache_key
+    if params.logprobs_mode is not None:
+        # Only vLLM's users set the mode; there this makes every id and logprob checkable.
+        body["return_tokens_as_token_ids"] = True
+    body.update(params.extra)
+    return msgspec.json.encode(body)

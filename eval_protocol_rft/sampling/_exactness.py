@@ -1,26 +1,43 @@
-"""Everything that a reply says twice is compared here. Pure.
+"""Exact replies of `/v1/completions` (Fireworks, vLLM, SGLang): all that a reply says twice is
+compared here. Pure.
 
-Invariant: ids, logprobs, prompt and counts leave this module only if no other part of the reply
-contradicts them; a `ContractError` names the field and the first index that differs.
+Invariant: one reply becomes exactly the completions that the server sampled, or a typed error. Ids,
+logprobs, prompt and counts leave this module only if no other part of the reply contradicts them; a
+`ContractError` names the choice, the field and the first index that differs.
+
+What a server sends, see `docs/wire.md`: Fireworks' `logprobs.content[]` carries the id, the
+sampling and the raw logprob of each token; vLLM and SGLang send `token_ids` beside
+`logprobs.token_logprobs`, one unnamed logprob per token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from operator import attrgetter
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
 
-from eval_protocol_rft.sampling._replies import ABSENT, Choice, Logprobs, Reply
+from eval_protocol_rft.sampling._replies import (
+    ABSENT,
+    Choice,
+    Logprobs,
+    Reply,
+    parse_reply,
+    parse_stream,
+)
 from eval_protocol_rft.sampling._types import (
     Completion,
     ContractError,
+    FinishReason,
     SamplingParams,
     TokenIds,
+    UnavailableError,
     reshaped_by,
 )
 
+_NO_MODELS: Mapping[int, Sequence[str]] = MappingProxyType({})
 _ID_PREFIX = "token_id:"
 """How vLLM writes tokens under `return_tokens_as_token_ids`: text may stand for several ids, this
 cannot."""
@@ -34,7 +51,129 @@ _sampling_logprob = attrgetter("sampling_logprob")
 _text_offset = attrgetter("text_offset")
 
 
-def check_prompt(choice: Choice, prompt: TokenIds) -> None:
+def decode_reply(
+    body: bytes,
+    prompt: TokenIds,
+    params: SamplingParams,
+    *,
+    n: int = 1,
+    request_id: str | None = None,
+) -> list[Completion]:
+    """Decode a whole JSON reply to `n` choices of one prompt, in `index` order. `request_id` as
+    the headers tell it goes before the `id` of the body.
+
+    Raises:
+        ContractError: the reply is not exact token data.
+        ConnectionFailedError: the reply is cut off.
+        UnavailableError, RefusedError: the reply is an error, or its generation was aborted.
+    """
+    reply = parse_reply(body)
+    reply.id = request_id or reply.id
+    return _decode(reply, prompt, params, n)
+
+
+def decode_stream(
+    body: bytes,
+    prompt: TokenIds,
+    params: SamplingParams,
+    *,
+    n: int = 1,
+    request_id: str | None = None,
+) -> list[Completion]:
+    """The same for a whole server-sent event stream. A stream that ends without `[DONE]` is cut
+    off, never a completion."""
+    reply, models = parse_stream(body)
+    reply.id = request_id or reply.id
+    return _decode(reply, prompt, params, n, models)
+
+
+def _decode(
+    reply: Reply,
+    prompt: TokenIds,
+    params: SamplingParams,
+    n: int,
+    models: Mapping[int, Sequence[str]] = _NO_MODELS,
+) -> list[Completion]:
+    """`models`: choice index -> the models that its tokens' events name, see `parse_stream`."""
+    if reply.object not in (None, "text_completion"):
+        raise ContractError(f"object is {reply.object!r}, expected 'text_completion'")
+    choices = sorted(reply.choices, key=attrgetter("index"))
+    if [choice.index for choice in choices] != list(range(n)):
+        raise ContractError(
+            f"choices have the indices {[choice.index for choice in reply.choices]}, "
+            f"expected {list(range(n))}"
+        )
+    completions = [
+        _completion(choice, reply, prompt, params, models.get(choice.index, ()))
+        for choice in choices
+    ]
+    _check_usage(reply, prompt, params, completions)
+    return completions
+
+
+def _completion(
+    choice: Choice, reply: Reply, prompt: TokenIds, params: SamplingParams, models: Sequence[str]
+) -> Completion:
+    where = f"choices[{choice.index}]"
+    version, first_version = _versions(models, reply.model)
+    try:
+        finish_reason = _finish_reason(choice)
+        _check_prompt(choice, prompt)
+        token_ids = _sampled_ids(choice)
+        logprobs, raw_logprobs = _sampled_logprobs(choice, token_ids, params)
+        if params.max_tokens is not None and len(token_ids) > params.max_tokens:
+            raise ContractError(
+                f"{len(token_ids)} tokens, more than max_tokens={params.max_tokens}"
+            )
+        return Completion(
+            token_ids=token_ids,
+            logprobs=logprobs,
+            raw_logprobs=raw_logprobs,
+            finish_reason=finish_reason,
+            text=choice.text,
+            stop_reason=(choice.matched_stop if choice.stop_reason is None else choice.stop_reason),
+            request_id=reply.id,
+            policy_version=version,
+            first_policy_version=first_version,
+        )
+    except ContractError as error:
+        raise ContractError(f"{where}: {error}") from error
+
+
+def _versions(models: Sequence[str], model: str | None) -> tuple[str | None, str | None]:
+    """The last version of the weights that sampled a choice, and the first other one.
+
+    A model named without a version, among others that are named with one, goes by its name: it is
+    what was served before the first version was loaded.
+    """
+    if not any("@" in name for name in models):
+        return _version(model or ""), None
+    *_, last = models
+    others = (name for name in models if _version(name) != _version(last))
+    first = next(others, None)
+    return _version(last), first and (_version(first) or first)
+
+
+def _version(model: str) -> str | None:
+    """`name@version` -> `version`."""
+    return model.partition("@")[2] or None
+
+
+def _finish_reason(choice: Choice) -> FinishReason:
+    if choice.finish_reason == "stop":
+        return "stop"
+    if choice.finish_reason == "length":
+        return "length"
+    if choice.finish_reason in ("abort", "error"):
+        # A paused or failing engine hands out the tokens it had: a fragment, not a completion.
+        raise UnavailableError(
+            f"choices[{choice.index}]: the server ended the generation with finish_reason "
+            f"{choice.finish_reason!r}"
+        )
+    raise ContractError(f"finish_reason is {choice.finish_reason!r}, expected 'stop' or 'length'")
+
+
+def _check_prompt(choice: Choice, prompt: TokenIds) -> None:
     """Prompt ids that come back are those that were sent."""
     for name, raw in _echoed_prompts(choice):
         # Same bytes, same ids: no Python integer is made for the prompt of every completion.
@@ -47,7 +186,7 @@ def check_prompt(choice: Choice, prompt: TokenIds) -> None:
         _check_same(name, ids, "the prompt ids sent", prompt)
 
 
-def sampled_ids(choice: Choice) -> list[int]:
+def _sampled_ids(choice: Choice) -> list[int]:
     """The sampled ids from the first place that has them, equal to every other place."""
     sources = _id_sources(choice)
     if not sources:
@@ -83,7 +222,7 @@ def _id_sources(choice: Choice) -> list[tuple[str, list[int]]]:
     return [(name, ids) for name, ids in sources if ids is not None]
 
 
-def sampled_logprobs(
+def _sampled_logprobs(
     choice: Choice, token_ids: list[int], params: SamplingParams
 ) -> tuple[list[float], list[float] | None]:
     """Sampling logprobs and, where the reply tells them, raw ones; each as many as `token_ids` or
@@ -140,7 +279,7 @@ def _check_tokens_as_ids(logprobs: Logprobs, token_ids: list[int], values: list[
     _check_same("logprobs.top_logprobs", witnessed, "logprobs.token_logprobs", values)
 
 
-def check_usage(
+def _check_usage(
     reply: Reply, prompt: TokenIds, params: SamplingParams, completions: list[Completion]
 ) -> None:
     """The server counted what came back. Its counts are asked where nothing else bears witness:

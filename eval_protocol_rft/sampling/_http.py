@@ -36,8 +36,10 @@ from eval_protocol_rft.sampling._endpoint import (
     has_own_affinity,
     proxy_for,
     proxy_passwords,
+    request_body,
 )
 from eval_protocol_rft.sampling._errors import short, status_error
+from eval_protocol_rft.sampling._exactness import decode_reply, decode_stream
 from eval_protocol_rft.sampling._types import (
     AttemptTimeoutError,
     Completion,
@@ -48,7 +50,6 @@ from eval_protocol_rft.sampling._types import (
     SamplingParams,
     TokenIds,
 )
-from eval_protocol_rft.sampling._wire import decode_reply, decode_stream, request_body
 
 if TYPE_CHECKING:
     from aiohttp.connector import Connection

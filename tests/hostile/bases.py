@@ -8,8 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from eval_protocol_rft.sampling._exactness import decode_reply, decode_stream
 from eval_protocol_rft.sampling._types import Completion, SamplingParams, TokenIds
-from eval_protocol_rft.sampling._wire import decode_reply, decode_stream
 from tests.hostile.replies import DONE, Dialect, chunks_of, dumps, event, truth_of, whole_reply
 
 Path = tuple[str | int, ...]
