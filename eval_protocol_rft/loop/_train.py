@@ -139,7 +139,11 @@ async def atrain(
         (options.epochs or 1) * len(train_rows) / options.groups_per_step
     )
     assembled = await chosen.make(evaluator, params, options)
-    folder = RunFolder.open(Path(output), settings, overwrite=overwrite)
+    try:
+        folder = RunFolder.open(Path(output), settings, overwrite=overwrite)
+    except BaseException:
+        await _release(assembled)
+        raise
     stopped: str | None = None
     readable = True
     try:
@@ -178,12 +182,16 @@ async def atrain(
         raise
     finally:
         try:
-            await assembled.trainer.aclose()
-            await assembled.processor.acleanup()
+            await _release(assembled)
             if readable:
                 _report(folder, stopped, warn)
         finally:
             folder.close()
+
+
+async def _release(parts: Parts) -> None:
+    await parts.trainer.aclose()
+    await parts.processor.acleanup()
 
 
 async def _load_newest(

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from eval_protocol_rft.loop._rollouts import NothingToTrainOnError
+from eval_protocol_rft.loop._run_directory import RunFolderError
 from eval_protocol_rft.loop._setup import Parts
 from eval_protocol_rft.loop._step import TrainingStoppedError
 from eval_protocol_rft.loop._watch import Watch
@@ -147,3 +148,22 @@ def test_a_step_that_compares_nothing_is_said_once() -> None:
     watch = Watch()
     assert "could not be compared" in watch.uncompared(3).message
     assert watch.uncompared(4) is None
+
+
+async def test_what_was_started_is_closed_where_the_folder_cannot_be_made(tmp_path: Path) -> None:
+    folder, closed = tmp_path / "run", []
+
+    def watched(parts: Parts) -> Parts:
+        close = parts.trainer.aclose
+
+        async def aclose() -> None:
+            closed.append("trainer")
+            await close()
+
+        parts.trainer.aclose = aclose  # type: ignore[method-assign]
+        folder.write_text("another program was quicker")
+        return parts
+
+    with pytest.raises(RunFolderError, match="no training run"):
+        await run(folder, options(), broken=watched)
+    assert closed == ["trainer"]

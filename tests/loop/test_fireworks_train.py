@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from eval_protocol.models import EvaluationRow, Message
+from eval_protocol.pytest import SingleTurnRolloutProcessor, evaluation_test
 
 pytest.importorskip("torch")
 pytest.importorskip("fireworks.training.sdk", reason="needs the extra `fireworks`")
@@ -64,3 +66,22 @@ async def test_a_local_model_is_no_model_on_fireworks(tmp_path: Path) -> None:
             parts=fireworks.FireworksParts(base_model=BASE, deployment="dep"),
             progress=False,
         )
+
+
+async def test_nothing_is_started_for_a_test_whose_processor_keeps_no_tokens() -> None:
+    def pass_on(row: EvaluationRow) -> EvaluationRow:
+        return row
+
+    # Eval Protocol looks at the annotations as they are, and here they are text.
+    pass_on.__annotations__ = {"row": EvaluationRow, "return": EvaluationRow}
+    test = evaluation_test(
+        input_messages=[[[Message(role="user", content="1+2=")]]],
+        completion_params=[{"model": BASE}],
+        rollout_processor=SingleTurnRolloutProcessor(),
+    )(pass_on)
+    with emulated_trainer() as server:
+        parts = fireworks.FireworksParts(base_model=BASE, deployment="dep", base_url=server.url)
+        params = {"model": BASE, "api_base": server.url}
+        with pytest.raises(SetupError, match="SingleTurnRolloutProcessor, which keeps no tokens"):
+            await parts.make(test, params, options())
+        assert not server.training.called("create_model")

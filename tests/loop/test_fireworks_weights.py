@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("fireworks.training.sdk", reason="needs the extra `fireworks`")
+
+from fireworks.training.sdk import FiretitanServiceClient as Service  # noqa: E402
 
 from eval_protocol_rft.loop._trainer import TrainerError  # noqa: E402
 from eval_protocol_rft.loop.fireworks._connecting import connect  # noqa: E402
@@ -254,3 +257,43 @@ async def test_connecting_to_what_is_not_there_is_one_error(server: TrainingEmul
             api_key=KEY,
             base_url=server.url,
         )
+
+
+async def test_what_was_being_started_is_closed_where_the_caller_gives_up(
+    server: TrainingEmulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+    events: list[str] = []
+    create, close = Service.create_training_client, Service.close
+
+    def slowly(self: Any, *args: Any, **options: Any) -> Any:
+        begun.set()
+        go_on.wait()
+        client = create(self, *args, **options)
+        events.append("made")
+        return client
+
+    def closing(self: Any) -> None:
+        events.append("closed")
+        close(self)
+
+    monkeypatch.setattr(Service, "create_training_client", slowly)
+    monkeypatch.setattr(Service, "close", closing)
+    connecting = asyncio.create_task(
+        connect(
+            base_model=BASE,
+            deployment="dep",
+            trainer_job="job",
+            temperature=1.0,
+            optimizer=OPTIMIZER,
+            api_key=KEY,
+            base_url=server.url,
+        )
+    )
+    await asyncio.to_thread(begun.wait)
+    connecting.cancel()
+    go_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await connecting
+    assert events[0] == "made"
+    assert events.index("closed") == len(events) - 1

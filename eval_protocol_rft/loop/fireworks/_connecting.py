@@ -111,15 +111,19 @@ async def connect(
             close=service.close,
         )
 
+    starting = asyncio.ensure_future(asyncio.to_thread(start))
     try:
-        trainer = await asyncio.to_thread(start)
+        trainer = await asyncio.shield(starting)
         if service.requires_initial_sampler_sync():
             await trainer.publish(0)
         return trainer
-    except (RuntimeError, OSError, ValueError, httpx.HTTPError, sdk.TrainingError) as error:
-        # Nobody else could: the caller gets no trainer to close.
+    except BaseException as error:
+        # Nobody else could: the caller gets no trainer to close. Where the caller is cancelled, the
+        # thread goes on, and what it makes after the end would run on and cost money.
+        await asyncio.wait([starting])
         await asyncio.to_thread(service.close)
-        if isinstance(error, TrainerError):
+        refused = (RuntimeError, OSError, ValueError, httpx.HTTPError, sdk.TrainingError)
+        if isinstance(error, TrainerError) or not isinstance(error, refused):
             raise
         raise TrainerError(f"cannot train {base_model} on Fireworks: {error}") from error
 
@@ -164,7 +168,7 @@ class FireworksParts:
         """Start what there is not, and connect.
 
         Raises:
-            SetupError: the test samples a model of this process.
+            SetupError: the test samples a model of this process, or keeps no tokens.
             TrainerError: as for `connect`.
         """
         request = rollout.parse_completion_params(params)
@@ -172,6 +176,7 @@ class FireworksParts:
             raise SetupError(
                 f"{request.params.model} is a model of this process: name the one on Fireworks"
             )
+        processor = own_processor(evaluator)  # before anything is started that costs money
         trainer = await connect(
             base_model=self.base_model,
             deployment=self.deployment,
@@ -189,7 +194,7 @@ class FireworksParts:
         sampled = {**params, "model": trainer.hot_load.model}
         return Parts(
             trainer=trainer,
-            processor=own_processor(evaluator),
+            processor=processor,
             request=rollout.parse_completion_params(sampled),
             params=sampled,
         )
