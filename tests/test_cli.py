@@ -148,3 +148,12 @@ def post_as_curl_does(command: str) -> dict:
     return (
         httpx.post(url, content=body, headers=headers, timeout=PATIENCE).raise_for_status().json()
     )
+
+
+def test_ctrl_c_while_a_command_is_imported_is_one_line(monkeypatch):
+    def interrupted(command):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("eval_protocol_rft.cli._with_flags", interrupted)
+    result = CliRunner().invoke(app, ["stats", "rollouts.parquet"])
+    assert (result.exit_code, result.stderr) == (130, "ep-rft: stopped\n")

@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from eval_protocol_rft._text import visible_lines
-from eval_protocol_rft.cli._common import open_closed_streams, say
+from eval_protocol_rft.cli._common import fail, open_closed_streams, say
 from eval_protocol_rft.cli._derive import convert, datums, filter  # noqa: A004 - its name
 from eval_protocol_rft.cli._flags import for_typer, help_text
 from eval_protocol_rft.cli._inspection import report, show, sql, stats
@@ -53,7 +53,10 @@ class _Commands(TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name, command, rest = super().resolve_command(ctx, args)
         if name in COMMANDS:
-            command = _with_flags(COMMANDS[name])
+            try:
+                command = _with_flags(COMMANDS[name])
+            except KeyboardInterrupt:
+                fail("stopped", code=130)
         return name, command, rest
 
 

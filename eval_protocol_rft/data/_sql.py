@@ -31,6 +31,7 @@ from eval_protocol_rft.data._progress import Reading
 from eval_protocol_rft.data._stats import SAMPLED_COLUMNS, numbers_of_groups, read_numbers
 from eval_protocol_rft.data.rollouts._format import ORIGINAL_PREFIX
 from eval_protocol_rft.data.rollouts._jsonl import is_jsonl, to_json_values
+from eval_protocol_rft.data.rollouts._parquet import open_parquet
 from eval_protocol_rft.data.store._merge import KEY_COLUMNS
 from eval_protocol_rft.training import MissingPackageError
 
@@ -92,7 +93,7 @@ def add_tables(
         other_files: queries may read other files, too.
     """
     path = folder / "rollouts.parquet"
-    if dataset.finished and not is_jsonl(dataset.path):
+    if dataset.finished and not is_jsonl(dataset.path) and _has_every_column(dataset):
         path.symlink_to(dataset.path.absolute())  # so that no character of its name is a pattern
     else:
         write_file(path, dataset.schema, reading(dataset.tables()))
@@ -120,6 +121,12 @@ def add_tables(
         connection.execute(f"set allowed_paths = [{_text(path)}]")
         connection.execute("set enable_external_access = false")
     connection.execute("set lock_configuration = true")
+
+
+def _has_every_column(dataset: RolloutDataset) -> bool:
+    """Whether a Parquet file has all columns itself, and none that is null for being left out."""
+    with open_parquet(dataset.path) as file:
+        return set(file.schema_arrow.names).issuperset(dataset.schema.names)
 
 
 _OF_ROWS = ("row_id", "data_idx", "prompt", "tools", "ground_truth")

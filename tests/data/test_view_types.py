@@ -109,6 +109,8 @@ def test_a_file_that_has_episodes_in_part_is_refused(tmp_path: Path) -> None:
         ("ground_truth", ["convert", "verl.parquet", "--to", "verl"]),
         ("reward_reason", ["show"]),
         ("raw_logprobs", ["convert", "rows.jsonl", "--to", "ep"]),
+        ("seed", ["sql", "select seed from completions"]),
+        ("tools", ["filter", "-o", "some.parquet", "--where", "tools is null"]),
     ],
 )
 def test_commands_take_files_without_a_column(
