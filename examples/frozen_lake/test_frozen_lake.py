@@ -3,6 +3,11 @@ r"""A small frozen lake: walk to the goal, do not fall into a hole. Several turn
     ep-rft train examples/frozen_lake/test_frozen_lake.py::test_frozen_lake --held-out 0 \
         --steps 40 --groups-per-step 8 --lr 5e-4 --warmup-steps 5 --max-staleness 1 -o run
 
+Its episodes as a file, which `ep-rft score`, `report` and `datums` take:
+
+    ep-rft generate examples/frozen_lake/starts.jsonl -o lake.parquet -n 16 --max-tokens 4 \
+        --model local/arithmetic --episodes examples/frozen_lake/test_frozen_lake.py::FrozenLake
+
 The bundled model knows sums and nothing else, so it is told where it stands as a sum, and moves
 with the last digit of its answer. A model that calls tools has `move`, in the second test; there a
 script that walks at random stands in for it. With one behind a server, leave out `sampler=`, name
