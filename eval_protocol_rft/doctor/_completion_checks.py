@@ -78,56 +78,43 @@ def prompt_echo(sent: Sequence[int], returned: Sequence[int] | None, count: int 
         returned: ids of the prompt in the reply; None: there are none.
         count: `usage.prompt_tokens` of the reply; None: it has none.
     """
-    numbers = {"sent": len(sent)}
-    advice = (
+    numbers = {"sent": len(sent)} | ({} if returned is None else {"echoed": len(returned)})
+
+    def finding(verdict: Verdict, measured: str, bar: str, advice: str) -> Finding:
+        return Finding(
+            name=PROMPT_ECHO,
+            verdict=verdict,
+            measured=measured,
+            bar=bar,
+            advice=advice,
+            numbers=numbers,
+        )
+
+    others = (
         "The server did not sample from the ids that it was sent (it adds a token, or renders them "
         "again): its completions answer another prompt. Turn that off before training."
     )
+    same = "the same ids"
     if returned is not None:
-        numbers["echoed"] = len(returned)
         at = first_difference(sent, returned)
         if at is None and len(returned) > len(sent):
             at = len(sent)
         if at is None:
-            return Finding(
-                name=PROMPT_ECHO,
-                verdict="pass",
-                measured=f"{len(sent)} ids came back as sent",
-                bar="the same ids",
-                numbers=numbers,
-            )
+            return finding("pass", f"{len(sent)} ids came back as sent", same, "")
         there = returned[at] if at < len(returned) else "nothing"
         here = sent[at] if at < len(sent) else "nothing"
         measured = (
             f"{len(sent)} ids were sent, {len(returned)} came back: index {at} is {here} "
             f"here and {there} there"
         )
-        return Finding(
-            name=PROMPT_ECHO,
-            verdict="fail",
-            measured=measured,
-            bar="the same ids",
-            advice=advice,
-            numbers=numbers,
-        )
+        return finding("fail", measured, same, others)
     if count not in (None, len(sent)):
-        return Finding(
-            name=PROMPT_ECHO,
-            verdict="fail",
-            measured=f"{len(sent)} ids were sent, the server counted {count}",
-            bar="as many",
-            advice=advice,
-            numbers=numbers,
-        )
+        measured = f"{len(sent)} ids were sent, the server counted {count}"
+        return finding("fail", measured, "as many", others)
     how = "it counted as many" if count is not None else "nor counted"
-    return Finding(
-        name=PROMPT_ECHO,
-        verdict="warn",
-        measured=f"{len(sent)} ids were not sent back ({how})",
-        bar="the same ids",
-        advice="Nothing shows that the server used them: let it answer return_token_ids.",
-        numbers=numbers,
-    )
+    measured = f"{len(sent)} ids were not sent back ({how})"
+    advice = "Nothing shows that the server used them: let it answer return_token_ids."
+    return finding("warn", measured, same, advice)
 
 
 EQUAL_SEEDS = "equal seeds"

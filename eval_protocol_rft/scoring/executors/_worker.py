@@ -1,11 +1,13 @@
 """The worker process: loads the evaluator once, then answers calls until its channel closes.
 
-Invariant: one answer per call, with its number. A sync evaluator's is sent before the next call is
-read, and what its call does to the process is met by no other call: the worker ends then, and
-another takes its place. Of an async one's, many calls run at a time in one event loop, and none
-waits for another that does not end. When a worker dies, the calls that it died in are those without
-an answer, and whose code ran stands where the supervisor sees it. A copy of this process that an
-async call forks ends with the callback in which it was made.
+Invariant: one answer per call, with its number, and in it one result per view, whatever the
+evaluator does to the call. Only `pytest.exit`, by which its author asks for the end of the run, and
+cancellation from outside pass. A sync evaluator's is sent before the next call is read, and what
+its call does to the process is met by no other call: the worker ends then, and another takes its
+place. Of an async one's, many calls run at a time in one event loop, and none waits for another
+that does not end. When a worker dies, the calls that it died in are those without an answer, and
+whose code ran stands where the supervisor sees it. A copy of this process that an async call forks
+ends with the callback in which it was made.
 """
 
 from __future__ import annotations
@@ -23,22 +25,31 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVarTuple
 
 import msgspec
 import pytest
+from eval_protocol.models import EvaluationRow
+from pydantic import ValidationError
 
 from eval_protocol_rft._text import end_copy_of
+from eval_protocol_rft.record import Score
 from eval_protocol_rft.sampling import Deadline
-from eval_protocol_rft.scoring import BoundCall, EvaluatorError, unscored
-from eval_protocol_rft.scoring.executors._call import (
-    Outcome,
-    call_of,
-    score_views,
-    score_views_async,
+from eval_protocol_rft.scoring import (
+    BoundCall,
+    EvaluatorError,
+    Place,
+    inner_evaluator,
+    read_result,
+    sort_answers,
+    unscored,
 )
-from eval_protocol_rft.scoring.executors._loading import EvaluatorNotFoundError, load_evaluator
+from eval_protocol_rft.scoring.executors._loading import (
+    EvaluatorNotFoundError,
+    LoadedEvaluator,
+    load_evaluator,
+)
 from eval_protocol_rft.scoring.executors._messages import (
     LOADING,
     Alive,
@@ -55,6 +66,11 @@ LAST_SECONDS = 1.0
 """How long a call that is late may take to clean up before it is answered for."""
 SIGNS_PER_TIMEOUT = 4
 """So often in the time that one call has, the loop says that it turns."""
+
+Outcome = tuple[tuple[Score, ...], bool]
+"""Of a call: a result per view, and whether it is sound. It is not where something else than the
+evaluator failed: what an earlier call did to this process (code of models replaces what is built
+in) may be the reason."""
 
 _Arguments = TypeVarTuple("_Arguments")
 _CALL: contextvars.ContextVar[int] = contextvars.ContextVar("scoring_call", default=0)
@@ -117,7 +133,71 @@ def _load(channel: WorkerChannel, setup: Setup) -> BoundCall | None:
     if loaded.fingerprint != setup.fingerprint:
         send(channel, LOADING, Ended(f"{spec} was changed while it was graded: start again"))
         return None
-    return call_of(loaded)
+    return _call_of(loaded)
+
+
+def _call_of(loaded: LoadedEvaluator) -> BoundCall:
+    """The call of an evaluator as `load_evaluator` gave it; its row or rows are put in later."""
+    inner = inner_evaluator(loaded.function)
+    return inner.bind(**{inner.parameter: None}, **loaded.kwargs)
+
+
+def _score_views(call: BoundCall, views: Sequence[bytes]) -> Outcome:
+    """Results of a sync evaluator, one per view."""
+    try:
+        rows = _rows(views)
+        return _read(call, rows, call.attempt(_argument(call, rows))), True
+    except pytest.exit.Exception:
+        raise
+    except BaseException as error:  # noqa: BLE001
+        # Graders run code that models wrote: sys.exit() in it must not end the run.
+        return _stopped(views, error)
+
+
+async def _score_views_async(call: BoundCall, views: Sequence[bytes]) -> Outcome:
+    """Results of an async evaluator, one per view."""
+    try:
+        rows = _rows(views)
+        return _read(call, rows, await call.attempt_async(_argument(call, rows))), True
+    except pytest.exit.Exception:
+        raise
+    except BaseException as error:
+        task = asyncio.current_task()
+        if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
+            raise
+        return _stopped(views, error)
+
+
+def _argument(call: BoundCall, rows: list[EvaluationRow]) -> Any:
+    return rows[0] if call.evaluator.parameter == "row" else rows
+
+
+def _read(call: BoundCall, rows: list[EvaluationRow], returned: Any) -> tuple[Score, ...]:
+    if call.evaluator.parameter == "row":
+        return (read_result(returned),)
+    # Rows of one completion each: the second half of a place only names it in messages.
+    layout: dict[Place, EvaluationRow] = {
+        (i, (row.execution_metadata.extra or {}).get("completion_index", i)): row
+        for i, row in enumerate(rows)
+    }
+    results, _ = sort_answers(layout, returned)
+    return tuple(results[i][0] for i in range(len(rows)))
+
+
+def _rows(views: Sequence[bytes]) -> list[EvaluationRow]:
+    return [EvaluationRow.model_validate_json(view) for view in views]
+
+
+def _stopped(views: Sequence[bytes], error: BaseException) -> Outcome:
+    """`str()` only of errors that are not the evaluator's: its own may raise there again."""
+    if isinstance(error, ValidationError):
+        text = f"the stored row cannot be read: {error}"
+    elif isinstance(error, SystemExit):
+        text = f"the evaluator called sys.exit ({error.code!r})"
+    else:
+        text = f"the evaluator raised {type(error).__name__}"
+    # What an evaluator raises of these is a result of its call already.
+    return (unscored(text),) * len(views), not isinstance(error, Exception)
 
 
 def _answer_calls(channel: WorkerChannel, call: BoundCall) -> None:
@@ -127,7 +207,7 @@ def _answer_calls(channel: WorkerChannel, call: BoundCall) -> None:
         views = msgspec.msgpack.decode(body, type=list[bytes])
         began = time.monotonic()
         try:
-            results, is_sound = score_views(call, views)
+            results, is_sound = _score_views(call, views)
         except pytest.exit.Exception as error:
             send(channel, number, Ended(f"the evaluator ended the run: {error}"))
             return
@@ -163,21 +243,21 @@ async def _score_in_time(
     Raises:
         pytest.exit.Exception: the evaluator asked for the end of the run.
     """
-    call = asyncio.ensure_future(score_views_async(evaluator, views))
+    call = asyncio.ensure_future(_score_views_async(evaluator, views))
     try:
         async with Deadline(limit):  # a call that blocks the loop makes no other late
             await asyncio.wait({call})
     except TimeoutError:
         call.cancel()
         await asyncio.wait({call}, timeout=LAST_SECONDS)
-        return Outcome((unscored(late(limit)),) * len(views))
+        return (unscored(late(limit)),) * len(views), True
     except asyncio.CancelledError:
         call.cancel()
         raise
     try:
         return call.result()
     except asyncio.CancelledError:
-        return Outcome((unscored("the evaluator cancelled its own call"),) * len(views))
+        return (unscored("the evaluator cancelled its own call"),) * len(views), True
 
 
 class _CallLoop(asyncio.SelectorEventLoop):
@@ -258,7 +338,7 @@ class _Calls:
     async def _answer(self, number: int, views: list[bytes]) -> None:
         began = time.monotonic()
         try:
-            outcome = await _score_in_time(self._evaluator, views, self._timeout)
+            results, is_sound = await _score_in_time(self._evaluator, views, self._timeout)
         except pytest.exit.Exception as error:
             send(self._channel, number, Ended(f"the evaluator ended the run: {error}"))
             return
@@ -267,7 +347,7 @@ class _Calls:
                 raise
             # An evaluator cancels what is not its own: nobody else would answer for this call.
             os._exit(1)
-        answer = Answer(outcome.results, time.monotonic() - began, outcome.is_sound)
+        answer = Answer(results, time.monotonic() - began, is_sound)
         send(self._channel, number, answer, views=len(views))
 
     def _say_alive(self, seconds: float) -> None:
