@@ -24,7 +24,8 @@ from eval_protocol_rft.data.rollouts import _jsonl as jsonl
 from eval_protocol_rft.data.rollouts import _parquet as parquet
 from eval_protocol_rft.data.rollouts._jsonl import is_jsonl, metadata_path
 from eval_protocol_rft.data.rollouts._rows import CompletionRow, to_record_batch
-from eval_protocol_rft.data.source._places import is_url, one_place, shown
+from eval_protocol_rft.data.source._places import one_place
+from eval_protocol_rft.data.source._urls import is_url, shown
 
 
 def write_file(path: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> int:

@@ -15,11 +15,9 @@ import functools
 import logging
 import os
 import secrets
-import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
@@ -40,9 +38,9 @@ from eval_protocol_rft.data._progress import reporter
 from eval_protocol_rft.data._ray import RaySampler
 from eval_protocol_rft.data._sampling_run import SamplingRun
 from eval_protocol_rft.data.rollouts._rows import CompletionRow
-from eval_protocol_rft.data.source._opening import open_source
-from eval_protocol_rft.data.source._places import PathOrGlob
+from eval_protocol_rft.data.source._opening import aopen_source
 from eval_protocol_rft.data.source._prompt import PROMPT_COLUMNS, prompt_column
+from eval_protocol_rft.data.source._urls import PathOrGlob
 from eval_protocol_rft.data.store._parts import parts_folder
 from eval_protocol_rft.local import LoadedTokenizer
 from eval_protocol_rft.rollout import Backends, parse_completion_params
@@ -243,7 +241,7 @@ async def agenerate(
         from eval_protocol_rft.data._generate_episodes import EpisodeSampling, episode_job
 
         episodes_job = await asyncio.to_thread(episode_job, episodes, limits, on_rewrite)
-    source = await _unless_cancelled(lambda: open_source(data))
+    source = await aopen_source(data)
     check_not_read(target, source.paths)
     selection = Selection.of(
         source,
@@ -454,21 +452,6 @@ def _opening(output: Output, missing: int) -> str:
 
 def _may_succeed(kind: str | None, status: int | None) -> bool:
     return kind != "prompt" and (kind != "refused" or status in ACCOUNT_STATUSES)
-
-
-async def _unless_cancelled(work: Callable[[], T]) -> T:
-    """Run `work`, which may wait for a server, in a thread that nobody waits for at the end."""
-    result: Future[T] = Future()
-    result.set_running_or_notify_cancel()
-
-    def run() -> None:
-        try:
-            result.set_result(work())
-        except BaseException as error:  # noqa: BLE001 - raised where it is waited for
-            result.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return await asyncio.wrap_future(result)
 
 
 async def _to_its_end(work: Callable[[], T]) -> T:

@@ -38,8 +38,8 @@ from eval_protocol_rft.data.rollouts._format import (
     reward_columns,
     schema,
 )
-from eval_protocol_rft.data.source._places import SourceError
 from eval_protocol_rft.data.source._types import SourceColumn
+from eval_protocol_rft.data.source._urls import SourceError
 from eval_protocol_rft.data.store._merge import KEY_COLUMNS, DoneIndex, Keys, SortedInput, row_keys
 from eval_protocol_rft.data.store._parts import (
     PartStore,

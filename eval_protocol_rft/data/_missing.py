@@ -17,7 +17,6 @@ import numpy as np
 from eval_protocol_rft.data._sampling_run import Prompt
 from eval_protocol_rft.data.rollouts._format import PromptKind
 from eval_protocol_rft.data.rollouts._rows import CompletionRow
-from eval_protocol_rft.data.source._places import SourceError
 from eval_protocol_rft.data.source._prompt import PromptKind as SourceKind
 from eval_protocol_rft.data.source._prompt import (
     check_prompt,
@@ -26,6 +25,7 @@ from eval_protocol_rft.data.source._prompt import (
     without_absent,
 )
 from eval_protocol_rft.data.source._types import Source, SourceRow
+from eval_protocol_rft.data.source._urls import SourceError
 from eval_protocol_rft.data.store._merge import DoneIndex
 from eval_protocol_rft.local import LoadedTokenizer
 from eval_protocol_rft.rollout import (

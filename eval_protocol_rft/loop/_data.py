@@ -32,15 +32,15 @@ from eval_protocol_rft.scoring import adapt, adapter_of, parameters_of
 
 
 def load_rows(
-    evaluator: Callable[..., Any], data: Sequence[PathOrGlob] | None = None
+    evaluator: Callable[..., Any], data: Sequence[PathOrGlob] | Source | None = None
 ) -> list[EvaluationRow]:
     """The rows that `@evaluation_test` would run: its data set, adapter and preprocessing.
 
     Args:
         evaluator: the function under `@evaluation_test`.
-        data: files, folders or patterns in place of the test's own data, as `open_source` takes
-            them. Rows are those of the same data in JSONL; messages that are JSON text, as in CSV,
-            are read by the default adapter.
+        data: files, folders, patterns or URLs in place of the test's own data, as `open_source`
+            takes them, or what it gave. Rows are those of the same data in JSONL; messages that
+            are JSON text, as in CSV, are read by the default adapter.
 
     Raises:
         SetupError: there are no rows, the adapter takes them not, or the test has several data sets
@@ -53,15 +53,14 @@ def load_rows(
             "the evaluator is no @evaluation_test, so it brings no data set: pass one with --data"
         )
     test = test or EPParameters()
-    rows = _own_rows(test) if data is None else _rows_of(open_source(data), test)
+    source = data if data is None or isinstance(data, Source) else open_source(data)
+    rows = _own_rows(test) if source is None else _rows_of(source, test)
     if test.filtered_row_ids is not None and data is None:
         rows = [row for row in rows if row.input_metadata.row_id in test.filtered_row_ids]
     if test.preprocess_fn is not None and (data is not None or not test.data_loaders):
         rows = test.preprocess_fn(rows)
     if not rows:
-        raise SetupError(
-            f"no rows in {', '.join(map(str, data)) if data else 'the test`s data set'}"
-        )
+        raise SetupError(f"no rows in {source.name if source else 'the test`s data set'}")
     for row in rows:
         if row.input_metadata.row_id is None:
             index = abs(hash(row)) % num_combinations()

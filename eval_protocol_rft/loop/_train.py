@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from annotated_types import Ge
 
-from eval_protocol_rft.data import PathOrGlob, Reporter, reporter
+from eval_protocol_rft.data import PathOrGlob, Reporter, aopen_source, reporter
 from eval_protocol_rft.loop._metrics import Line, MetricSink, open_sinks, require_sinks
 from eval_protocol_rft.loop._options import EVALUATION, MODEL, RUN, LoopOptions
 from eval_protocol_rft.loop._run_directory import (
@@ -114,9 +114,10 @@ async def atrain(
     from eval_protocol_rft.scoring.executors import code_fingerprints
 
     require_sinks(log_to)
-    rows = load_rows(evaluator, data)
+    rows = load_rows(evaluator, None if data is None else await aopen_source(data))
     if eval_data is not None:
-        train_rows, eval_rows = rows, load_rows(evaluator, eval_data)
+        train_rows = rows
+        eval_rows = load_rows(evaluator, await aopen_source(eval_data))
     else:
         train_rows, eval_rows = split_rows(rows, held_out, options.seed)
     params = rollout_params(evaluator, completion_params, model=model, options=options)

@@ -30,7 +30,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from eval_protocol_rft import data
 from eval_protocol_rft.data.source._opening import open_source
-from eval_protocol_rft.data.source._places import SourceError
+from eval_protocol_rft.data.source._urls import SourceError
 from tests.data.servers import refused, succeed, write_jsonl
 from tests.programs import Zygote
 from tests.scored_files import Sampled
@@ -278,6 +278,7 @@ def secret_urls(web: WebServer, name: str) -> list[str]:
         f"{web.url}/{name}?key={SECRET}",
         f"{web.url}/{name}?key={SECRET}#{SECRET}",
         f"http://u:{SECRET}@{web.netloc}/{name}",
+        f"HTTP://u:{SECRET}@{SECRET}@{web.netloc}/{name}?{SECRET}",
         f"simplecache::{web.url}/{name}?key={SECRET}",
     ]
 
@@ -465,30 +466,32 @@ def test_generate_reads_a_url_and_keeps_its_secret(plain_web: WebServer, tmp_pat
     )
 
 
-@pytest.mark.parametrize("command", ["generate", "stats"])
+@pytest.mark.parametrize("command", ["generate", "train", "stats"])
 def test_ctrl_c_does_not_wait_for_a_slow_server(
     command: str, tmp_path: Path, zygote: Zygote
 ) -> None:
     (tmp_path / "tmp").mkdir()
-    more = ["-o", tmp_path / "out.parquet", "--model", "local/arithmetic"]
+    out = tmp_path / "out.parquet"
+    goes_on = ". The same command goes on"
+    test = "examples/arithmetic/test_arithmetic.py::test_arithmetic"
+    model = ("--model", "local/arithmetic", "-o", out)
     with socket.create_server(("127.0.0.1", 0)) as server:
         url = f"http://127.0.0.1:{server.getsockname()[1]}/rows.jsonl"
-        program = zygote.start(
-            command,
-            url,
-            *(more if command == "generate" else ()),
-            env={"TMPDIR": str(tmp_path / "tmp")},
-        )
+        arguments: dict[str, tuple[object, ...]] = {
+            "generate": (url, *model),
+            "train": (test, "--data", url, *model),
+            "stats": (url,),
+        }
+        environment = {"TMPDIR": str(tmp_path / "tmp")}
+        program = zygote.start(command, *arguments[command], env=environment)
+        server.settimeout(300)  # where the command ends without asking
         asked, _ = server.accept()
         with asked:
             asked.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 1000\r\n\r\nx")
             program.send_signal(signal.SIGINT)
             assert program.wait() == 130
-    lines = {
-        "generate": "ep-rft: stopped. The same command goes on\n",
-        "stats": "ep-rft: stopped\n",
-    }
-    assert program.stderr == lines[command]
+    advice = {"generate": goes_on, "train": f"{goes_on} in {out}"}
+    assert program.stderr == f"ep-rft: stopped{advice.get(command, '')}\n"
     assert [path.name for path in tmp_path.iterdir()] == ["tmp"]
     assert list((tmp_path / "tmp").iterdir()) == []
 

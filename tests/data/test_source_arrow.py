@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from eval_protocol_rft.data.source._opening import open_source
-from eval_protocol_rft.data.source._places import SourceError
+from eval_protocol_rft.data.source._urls import SourceError
 
 NOW = datetime.datetime(2024, 5, 6, 7, 8, 9, 123456)  # noqa: DTZ001 - a column without time zone
 MESSAGES = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": None}]

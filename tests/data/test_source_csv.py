@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eval_protocol_rft.data.source._opening import open_source
-from eval_protocol_rft.data.source._places import SourceError
+from eval_protocol_rft.data.source._urls import SourceError
 
 FIELDS = st.text(st.characters(exclude_categories=["Cs"]), max_size=8) | st.text('",\n\r x')
 

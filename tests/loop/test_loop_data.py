@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from eval_protocol.models import EPParameters, EvaluationRow, Message
 
-from eval_protocol_rft.data.source._places import SourceError
+from eval_protocol_rft.data.source._urls import SourceError
 from eval_protocol_rft.episodes._processor import EpisodeRolloutProcessor
 from eval_protocol_rft.loop._data import load_rows
 from eval_protocol_rft.loop._options import SetupError

@@ -10,7 +10,7 @@ from eval_protocol.models import EvaluationRow, Message
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eval_protocol_rft.data.source._places import SourceError
+from eval_protocol_rft.data.source._urls import SourceError
 from eval_protocol_rft.loop._data import Draw, RowStream, load_rows, split_rows
 from eval_protocol_rft.loop._options import LoopOptions, SetupError
 from examples.arithmetic import test_arithmetic as example

@@ -30,7 +30,8 @@ from eval_protocol_rft.data.conversion._types import (
 )
 from eval_protocol_rft.data.rollouts._checking import in_order, with_token_data
 from eval_protocol_rft.data.rollouts._jsonl import METADATA_SUFFIX, count_lines
-from eval_protocol_rft.data.source._places import one_place, shown
+from eval_protocol_rft.data.source._places import one_place
+from eval_protocol_rft.data.source._urls import shown
 
 _ENDINGS: dict[Format, tuple[str, ...]] = {
     "rollouts": (".parquet", ".jsonl", ".ndjson"),

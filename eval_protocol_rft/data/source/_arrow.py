@@ -22,13 +22,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from eval_protocol_rft.data.source._places import Place, SourceError
+from eval_protocol_rft.data.source._places import Place
 from eval_protocol_rft.data.source._types import (
     Source,
     SourceColumn,
     SourceRow,
     without_nulls,
 )
+from eval_protocol_rft.data.source._urls import SourceError
 
 if TYPE_CHECKING:
     import pyarrow as pa

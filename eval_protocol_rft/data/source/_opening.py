@@ -8,11 +8,14 @@ meant in two ways is refused.
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 import re
+import threading
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import Future
 from pathlib import PurePath, PurePosixPath
 from typing import Any, TypeVar
 
@@ -20,17 +23,10 @@ import msgspec
 
 from eval_protocol_rft._text import well_formed
 from eval_protocol_rft.data.source._arrow import ArrowFile, ArrowSource
-from eval_protocol_rft.data.source._places import (
-    COMPRESSED,
-    PathOrGlob,
-    Place,
-    SourceError,
-    places,
-    plain_name,
-    shown,
-)
+from eval_protocol_rft.data.source._places import COMPRESSED, Place, places, plain_name
 from eval_protocol_rft.data.source._text import TextFile, open_csv, open_json
 from eval_protocol_rft.data.source._types import Source
+from eval_protocol_rft.data.source._urls import PathOrGlob, SourceError, shown
 
 FORMATS = (".parquet", ".jsonl", ".ndjson", ".csv", ".tsv", ".json")
 """The last is read from folders only where nothing else is there: such files also describe data."""
@@ -99,6 +95,21 @@ def open_source(data: PathOrGlob | Sequence[PathOrGlob]) -> Source:
             "--prompts` writes it)"
         )
     return source
+
+
+async def aopen_source(data: PathOrGlob | Sequence[PathOrGlob]) -> Source:
+    """`open_source` in a thread that nobody waits for at the end: it may wait for a server."""
+    result: Future[Source] = Future()
+    result.set_running_or_notify_cancel()
+
+    def run() -> None:
+        try:
+            result.set_result(open_source(data))
+        except BaseException as error:  # noqa: BLE001 - raised where it is waited for
+            result.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return await asyncio.wrap_future(result)
 
 
 def _opened(name: str, family: str, inputs: list[Place], watched: list[Place]) -> Source:

@@ -1,16 +1,12 @@
-"""Where data lies: paths, patterns, folders and URLs of `fsspec`; compressed or not.
+"""Where data lies: paths, patterns, folders and URLs; compressed or not.
 
 Invariant: what is read of a file is one state of it, whole. A file behind a URL is copied before
-its first row is read, one that lies here is watched. What a URL keeps secret (a password, a signed
-query) is in no message.
+its first row is read, one that lies here is watched.
 """
 
 from __future__ import annotations
 
-import asyncio
-import atexit
 import contextlib
-import functools
 import glob
 import hashlib
 import io
@@ -20,20 +16,27 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from concurrent.futures import Future
 from pathlib import Path, PurePath, PurePosixPath
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
-from eval_protocol_rft._durable import NO_ROOM
 from eval_protocol_rft._errors import EvalProtocolRftError
 from eval_protocol_rft._text import well_formed
-from eval_protocol_rft.sampling import proxy_for
+from eval_protocol_rft.data.source._urls import (
+    HTTP,
+    PathOrGlob,
+    SourceError,
+    file_system,
+    get_file,
+    in_one_line,
+    is_url,
+    no_room,
+    remote_state,
+    shown,
+)
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-PathOrGlob = str | os.PathLike[str]
 
 COMPRESSED = (".gz", ".zst", ".bz2")
 """Endings of names. Whether a file is compressed, its first bytes say: a server may have undone it
@@ -43,30 +46,7 @@ _CODECS = re.compile(
     rb"|(?P<bz2>BZh[1-9](?:1AY&SY|\x17rE8P\x90))"
 )
 """Arrow's name of how a file is compressed, by how the file begins."""
-_URL = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]+)(::|:/)")
-"""`s3://bucket/x`, `zip://x::s3://bucket/y`; and what `Path` makes of them, `s3:/bucket/x`."""
-_HTTP = ("http://", "https://")
-_HERE = ("file", "local")
 _PIECE_BYTES = 1 << 20
-_QUIET_SECONDS = 60
-"""A server that sends nothing for so long is away."""
-
-
-class SourceError(EvalProtocolRftError, ValueError):
-    """Data that cannot be read as they are. The message says what, where and what to do."""
-
-
-def is_url(name: PathOrGlob) -> bool:
-    """Whether a name is the URL of a file, and no file here is called so."""
-    text = os.fspath(name)
-    found = _URL.match(text)
-    return found is not None and found[1] not in _HERE and not os.path.lexists(text)
-
-
-def shown(name: PathOrGlob) -> str:
-    """A path or URL as messages may show it: without user, password, query and fragment."""
-    text = os.fspath(name)
-    return "::".join(map(_without_secrets, text.split("::"))) if is_url(text) else text
 
 
 def _path_of(given: PathOrGlob) -> str:
@@ -75,14 +55,6 @@ def _path_of(given: PathOrGlob) -> str:
         raise SourceError("no file is named: the name is empty")
     text = re.sub(r"^(file|local)://(localhost(?=/))?", "", text)
     return text if os.path.lexists(text) else os.path.expanduser(text)
-
-
-def _without_secrets(url: str) -> str:
-    if not url.startswith(("abfs://", "abfss://")):  # container@account
-        url = re.sub(r"://[^/@]*@", "://***@", url)
-    # Elsewhere a question mark may stand in a name or a pattern.
-    asks = r"[?#].*" if url.startswith(_HTTP) else r"\?.*=.*"
-    return re.sub(asks, "?***", url, flags=re.DOTALL)
 
 
 def plain_name(path: PurePath) -> PurePath:
@@ -103,7 +75,7 @@ class Place:
         self.name = name
         self.shown = name if shown is None else shown
         self._fs = fs
-        self._is_http = fs is not None and name.startswith(_HTTP)
+        self._is_http = fs is not None and name.startswith(HTTP)
         self.path: PurePath = PurePosixPath(unquote(urlsplit(name).path) if self._is_http else name)
         """What its name and ending are taken from."""
         self.label = well_formed(self.path.name)
@@ -127,7 +99,7 @@ class Place:
             return os.path.isdir(self.name)
         if self._is_http:
             return self.name.endswith("/")
-        with _in_one_line(self.shown):
+        with in_one_line(self.shown):
             return bool(self._fs.isdir(self.name))
 
     def files(self) -> list[str]:
@@ -140,7 +112,7 @@ class Place:
                 folders[:] = [name for name in folders if not is_hidden(name)]
                 names += [os.path.relpath(os.path.join(top, name), self.name) for name in found]
         else:
-            with _in_one_line(self.shown):
+            with in_one_line(self.shown):
                 if self._is_http:
                     entries = self._fs.ls(self.name, detail=True)
                     found = [entry["name"] for entry in entries if entry["type"] == "file"]
@@ -165,7 +137,7 @@ class Place:
         """Whether there is something."""
         if self._fs is None:
             return os.path.exists(self.name)
-        with _in_one_line(self.shown):
+        with in_one_line(self.shown):
             return bool(self._fs.exists(self.name))
 
     def take(self) -> None:
@@ -195,11 +167,11 @@ class Place:
             file.close()
 
     def _copy_to(self, target: str) -> None:
-        with _in_one_line(self.shown):
+        with in_one_line(self.shown):
             # What a web server sends for one request is of one state.
-            before = None if self._is_http else _remote_state(self._fs, self.name)
-            _get_file(self._fs, self.name, target)
-            if before is not None and _remote_state(self._fs, self.name) != before:
+            before = None if self._is_http else remote_state(self._fs, self.name)
+            get_file(self._fs, self.name, target)
+            if before is not None and remote_state(self._fs, self.name) != before:
                 raise SourceError(
                     f"{self.shown} changed while it was copied: run again when nobody writes to it"
                 )
@@ -256,7 +228,7 @@ class Place:
             with self.open() as file, path.open("wb") as target:
                 shutil.copyfileobj(file, target, _PIECE_BYTES)
         except OSError as error:
-            raise SourceError(_no_room(f"{self.shown}: it is copied", error)) from error
+            raise SourceError(no_room(f"{self.shown}: it is copied", error)) from error
 
     def fingerprint(self) -> str:
         """Hex SHA-256 of the content."""
@@ -298,10 +270,10 @@ def places(given: PathOrGlob) -> list[Place]:
 def _remote_places(url: str) -> list[Place]:
     if "://" not in url and "::" not in url:
         raise SourceError(f"{url}: a URL must be given as text: a Path drops one of its slashes")
-    with _in_one_line(shown(url)):
-        fs, name = _file_system(url)
+    with in_one_line(shown(url)):
+        fs, name = file_system(url)
         fs.invalidate_cache()  # of a process that lives long
-        is_http = name.startswith(_HTTP)
+        is_http = name.startswith(HTTP)
         if "*" in urlsplit(name).path if is_http else glob.has_magic(name) and not fs.exists(name):
             found = [Place(each, fs, shown(fs.unstrip_protocol(each))) for each in fs.glob(name)]
             return _matching(shown(url), found)
@@ -316,88 +288,6 @@ def _matching(pattern: str, found: list[Place]) -> list[Place]:
     if not found:
         raise SourceError(f"{pattern}: no file has such a name")
     return sorted(found, key=lambda place: place.name)
-
-
-def _file_system(url: str) -> tuple[Any, str]:
-    """fsspec's file system of a URL, and what it calls the file."""
-    import aiohttp
-    from fsspec.core import url_to_fs
-
-    options: dict[str, Any] = {}
-    for part in url.split("::"):
-        protocol = part.partition("://")[0]
-        if protocol in ("http", "https"):
-            wait = aiohttp.ClientTimeout(
-                total=None, sock_connect=_QUIET_SECONDS, sock_read=_QUIET_SECONDS
-            )
-            # What is encoded stays as it is: it may be signed.
-            web = {"client_kwargs": {"timeout": wait}, "encoded": "%" in part}
-            if proxy := proxy_for(part):
-                web["proxy"] = proxy
-            options |= {protocol: web} if "::" in url else web
-    fs, name = url_to_fs(url, **options)
-    return fs, name
-
-
-@contextlib.contextmanager
-def _in_one_line(where: str) -> Iterator[None]:
-    """What libraries raise as `SourceError`. Their texts may hold what `where` hides."""
-    try:
-        yield
-    except SourceError:
-        raise
-    except Exception as error:  # noqa: BLE001 - the new one may not lead to its text
-        if isinstance(error, OSError) and error.errno in NO_ROOM:
-            raise SourceError(_no_room(f"{where}: it is copied", error)) from None
-        raise SourceError(f"{where}: {_reason(error, may_quote='***' not in where)}") from None
-
-
-def _reason(error: Exception, *, may_quote: bool) -> str:
-    status = getattr(error, "status", None)
-    if isinstance(status, int):
-        return f"HTTP {status} {getattr(error, 'message', '')}".rstrip()
-    if isinstance(error, FileNotFoundError):
-        return "no such file or folder"
-    if isinstance(error, ImportError):
-        return str(error)  # which package to install
-    text = str(error).partition("\n")[0][:300] if may_quote else getattr(error, "strerror", None)
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
-def _get_file(fs: Any, name: str, target: str) -> None:
-    """Copy a file; Ctrl-C and the end of the process end the copying too."""
-    if not fs.async_impl:
-        fs.get_file(name, target)
-        return
-    # In an event loop of fsspec's, which nobody stops.
-    copy = asyncio.run_coroutine_threadsafe(fs._get_file(name, target), fs.loop)
-    stop = functools.partial(_stop, copy, fs.loop)
-    atexit.register(stop)
-    try:
-        copy.result()
-    except BaseException:
-        stop()
-        raise
-    finally:
-        atexit.unregister(stop)
-
-
-def _stop(copy: Future[None], loop: asyncio.AbstractEventLoop) -> None:
-    if copy.cancel():
-        with contextlib.suppress(TimeoutError):  # time to let go of the connection
-            asyncio.run_coroutine_threadsafe(asyncio.sleep(0), loop).result(timeout=1)
-
-
-_OF_A_STATE = re.compile(
-    r"size|e_?tag|.*modified|mtime|updated|created|generation|version.*|blob_id|crc32c|md5.*|sha.*"
-)
-
-
-def _remote_state(fs: Any, name: str) -> dict[str, str]:
-    """By what a remote file is known to be the same."""
-    fs.invalidate_cache()
-    info = fs.info(name)
-    return {key: str(info[key]) for key in info if _OF_A_STATE.fullmatch(key.lower())}
 
 
 def _state_of(path: str) -> tuple[int, int] | None:
@@ -425,14 +315,7 @@ def _uncompressed(file: io.BufferedIOBase, label: str, codec: str) -> io.Buffere
             content.write(piece)
             content.flush()
         except OSError as error:
-            raise SourceError(_no_room(f"{label}: it is decompressed", error)) from error
-
-
-def _no_room(what: str, error: OSError) -> str:
-    return (
-        f"{what} into {tempfile.gettempdir()}, and that cannot be written: {error.strerror}. Set "
-        "TMPDIR to a folder with more room"
-    )
+            raise SourceError(no_room(f"{label}: it is decompressed", error)) from error
 
 
 def one_place(given: PathOrGlob) -> Place:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any, Literal
 
-from eval_protocol_rft.data.source._places import SourceError
 from eval_protocol_rft.data.source._types import (
     Source,
     SourceRow,
@@ -18,6 +17,7 @@ from eval_protocol_rft.data.source._types import (
     type_name,
     without_nulls,
 )
+from eval_protocol_rft.data.source._urls import SourceError
 from eval_protocol_rft.rollout import PROMPT_IDS_KEY
 
 if TYPE_CHECKING:

@@ -29,8 +29,9 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from eval_protocol_rft.data.source._places import Place, SourceError, plain_name
+from eval_protocol_rft.data.source._places import Place, plain_name
 from eval_protocol_rft.data.source._types import Source, SourceColumn, SourceRow
+from eval_protocol_rft.data.source._urls import SourceError
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -25,7 +25,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eval_protocol_rft._errors import EvalProtocolRftError
-from eval_protocol_rft.data.source._places import Place, SourceError
+from eval_protocol_rft.data.source._places import Place
+from eval_protocol_rft.data.source._urls import SourceError
 
 if TYPE_CHECKING:
     import pyarrow as pa
