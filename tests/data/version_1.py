@@ -34,10 +34,10 @@ def results(name: str) -> dict[str, Any]:
     _run("report", name, "-o", "report.html")
     page = Page(Path("report.html").read_text(encoding="utf-8"))
     groups = page.index["groups"]
+    vocabulary = page.packed("vocabulary")
     found["report"] = {
         "groups": groups,
-        "details": [page.packed(f"group-{i}") for i in range(len(groups))],
-        "vocabulary": page.packed("vocabulary"),
+        "details": [with_tokens(page.packed(f"group-{i}"), vocabulary) for i in range(len(groups))],
         "facts": [fact for fact in page.facts if "version" not in fact[0]],
     }
     found["score"] = _run("score", name, "-o", "s.parquet", "-e", judge, "--name", "n", "--quiet")
@@ -60,6 +60,18 @@ def results(name: str) -> dict[str, Any]:
     asked = {"completions": "select * from completions", "rollouts": "select * from rollouts"}
     found["sql"] = {t: _lines(_run("sql", name, "--json", query)) for t, query in asked.items()}
     return found
+
+
+def with_tokens(value: Any, vocabulary: list[Any], *, numbers: bool = False) -> Any:
+    """What a page shows, with tokens in the place of their numbers, whose order is its own."""
+    if isinstance(value, dict):
+        return {
+            key: with_tokens(item, vocabulary, numbers=key in ("tokens", "prompts"))
+            for key, item in value.items()
+        }
+    if isinstance(value, list):
+        return [with_tokens(item, vocabulary, numbers=numbers) for item in value]
+    return vocabulary[value] if numbers else value
 
 
 def _run(*arguments: str, code: int | None = 0) -> str:
