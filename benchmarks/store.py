@@ -31,10 +31,9 @@ import pyarrow.parquet as pq
 
 from eval_protocol_rft.data._dataset import RolloutDataset
 from eval_protocol_rft.data._files import tables_of, write_file, write_rows
+from eval_protocol_rft.data._job_store import JobStore, parts_folder, row_keys
 from eval_protocol_rft.data.rollouts._format import ARRAY_COLUMNS, FileMetadata, schema
 from eval_protocol_rft.data.rollouts._rows import CompletionRow, to_record_batch
-from eval_protocol_rft.data.store._merge import row_keys
-from eval_protocol_rft.data.store._parts import PartStore, parts_folder
 
 SCHEMA = schema(FileMetadata(), {})
 COMPLETIONS, TOKENS, PROMPT = 8, 500, 150
@@ -186,7 +185,7 @@ def compare_syncs(rows: list[CompletionRow], folder: Path) -> None:
                 bare.write(batch.serialize())
                 os.fsync(bare.fileno())
             floor = time.perf_counter() - start
-        store = PartStore(parts_folder(folder / f"{size}.parquet"), SCHEMA, KEYS_OF)
+        store = JobStore(parts_folder(folder / f"{size}.parquet"), SCHEMA, KEYS_OF)
         start = time.perf_counter()
         for batch in batches:
             store.append(batch)
@@ -210,7 +209,7 @@ def batches_of(rows: list[CompletionRow], size: int) -> Iterator[pa.RecordBatch]
 def store_and_finish(output: Path, count: int) -> None:
     """What a job does with rows of 64 tokens, 64 at a time: store, look what is there, finish."""
     rng = np.random.default_rng(0)
-    store = PartStore(parts_folder(output), SCHEMA, KEYS_OF)
+    store = JobStore(parts_folder(output), SCHEMA, KEYS_OF)
     for start in range(0, count, 64):
         ids = rng.integers(0, VOCABULARY, (64, 64)).astype(np.int32)
         logprobs = -rng.random((64, 64)).astype(np.float32)
@@ -228,7 +227,7 @@ def store_and_finish(output: Path, count: int) -> None:
             for i in range(start, min(start + 64, count))
         ]
         store.append(to_record_batch(rows, SCHEMA))
-    if sum(len(data_idx) for data_idx, _, _ in store.stored()) != count:
+    if sum(len(keys) for keys, _ in store.stored()) != count:
         raise SystemExit("rows were lost")
     write_file(output, SCHEMA, store.merged())
     store.remove()

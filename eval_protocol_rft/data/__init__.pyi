@@ -22,6 +22,8 @@ from ._files import same_file as same_file
 from ._files import write_rows as write_rows
 from ._filter_rules import REASONS as REASONS
 from ._filter_rules import parse_band as parse_band
+from ._job_store import parts_folder as parts_folder
+from ._job_store import read_schema as read_schema
 from ._progress import Reading as Reading
 from ._progress import Reporter as Reporter
 from ._progress import reporter as reporter
@@ -52,5 +54,3 @@ from .source._types import type_name as type_name
 from .source._urls import PathOrGlob as PathOrGlob
 from .source._urls import is_url as is_url
 from .source._urls import shown as shown
-from .store._parts import parts_folder as parts_folder
-from .store._parts import read_schema as read_schema

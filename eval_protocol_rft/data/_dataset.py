@@ -17,6 +17,13 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from eval_protocol_rft.data._job_store import (
+    KEY_COLUMNS,
+    count_stored,
+    parts_folder,
+    read_schema,
+    stored_tables,
+)
 from eval_protocol_rft.data.conversion._to_ep import to_rows
 from eval_protocol_rft.data.rollouts import _jsonl as jsonl
 from eval_protocol_rft.data.rollouts._checking import in_order, with_json_text
@@ -37,20 +44,6 @@ from eval_protocol_rft.data.rollouts._records import part_of
 from eval_protocol_rft.data.rollouts._rows import CompletionRow, by_record, from_record_batch
 from eval_protocol_rft.data.source._arrow import plain_type
 from eval_protocol_rft.data.source._places import called, one_place
-from eval_protocol_rft.data.store._merge import (
-    KEY_COLUMNS,
-    SortedInput,
-    latest,
-    merge_sorted,
-    row_keys,
-)
-from eval_protocol_rft.data.store._parts import (
-    journal_tables,
-    part_number,
-    part_paths,
-    parts_folder,
-    read_schema,
-)
 from eval_protocol_rft.training import PromptGroup, TokenBuffer
 
 if TYPE_CHECKING:
@@ -88,7 +81,7 @@ class RolloutDataset:
 
     def _open(self) -> None:
         self.finished = self.path.is_file()
-        """False where these are the parts of an unfinished job."""
+        """False where this is what an unfinished job has so far."""
         folder = self.path if self.path.is_dir() else parts_folder(self.path)
         if self.finished:
             self.schema: pa.Schema = _file_schema(self.path)
@@ -132,7 +125,7 @@ class RolloutDataset:
 
     def _tables_here(self, wanted: list[str] | None) -> Iterator[pa.Table]:
         if not self.finished:
-            return self._checked(self._stored(wanted))
+            return self._checked(stored_tables(self._folder, self.schema, wanted))
         if jsonl.is_jsonl(self.path):
             tables = jsonl.read_tables(self.path, self.schema, wanted)
         else:
@@ -201,7 +194,9 @@ class RolloutDataset:
     @functools.cached_property
     def num_rows(self) -> int:
         """Completions, failed ones included."""
-        if self.finished and not jsonl.is_jsonl(self.path):
+        if not self.finished:
+            return count_stored(self._folder)
+        if not jsonl.is_jsonl(self.path):
             with open_parquet(self.path) as file:
                 return int(file.metadata.num_rows)
         return sum(len(table) for table in self.tables(KEY_COLUMNS))
@@ -214,21 +209,6 @@ class RolloutDataset:
 
     def __len__(self) -> int:
         return self.num_rows
-
-    def _stored(self, columns: list[str] | None) -> Iterator[pa.Table]:
-        """What the job has put aside, in the order of its data rows."""
-        wanted = _with_keys(columns)
-        journals = journal_tables(self._folder, self.schema)
-        parts = [(part_number(path), path) for path in part_paths(self._folder)]
-        # Of a part and the journal of its number, the rows of the journal count.
-        inputs = [(number, 0, _part(path, wanted)) for number, path in parts]
-        inputs += [
-            (number, 1, _held(table if wanted is None else table.select(wanted)))
-            for number, table in journals
-        ]
-        ordered = [each for *_, each in sorted(inputs, key=lambda found: found[:2])]
-        for table in merge_sorted(ordered, lambda table: row_keys(table, None)):
-            yield table if columns is None else table.select(columns)
 
     def _checked(self, tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
         """The same tables, if what no row may lack is there.
@@ -315,20 +295,3 @@ def _as_documented(
         return table.cast(target.with_metadata(table.schema.metadata))
     except pa.ArrowException as error:
         raise FormatError(f"{where}: a value does not fit its column: {error}") from error
-
-
-def _part(path: Path, columns: list[str] | None) -> SortedInput:
-    """A part by data row; parts of a shuffled run are not sorted so on disk."""
-
-    def tables() -> Iterator[pa.Table]:
-        table = pa.concat_tables(read_row_groups(path, columns))
-        yield table.sort_by([(name, "ascending") for name in KEY_COLUMNS])
-
-    keys = pa.concat_tables(read_row_groups(path, KEY_COLUMNS))
-    return SortedInput(int(row_keys(keys, None).min()), tables)
-
-
-def _held(table: pa.Table) -> SortedInput:
-    """The rows of a journal, of which a later one may be in the place of an earlier one."""
-    keys = row_keys(table, None)
-    return SortedInput(int(keys.min()), lambda: iter([table.take(latest(keys))]))

@@ -33,6 +33,7 @@ from eval_protocol_rft.data._files import (
     room_warning,
 )
 from eval_protocol_rft.data._generate_output import Output, OutputJob, find_job
+from eval_protocol_rft.data._job_store import parts_folder
 from eval_protocol_rft.data._missing import Questions, Selection
 from eval_protocol_rft.data._progress import reporter
 from eval_protocol_rft.data._ray import RaySampler
@@ -41,7 +42,6 @@ from eval_protocol_rft.data.rollouts._rows import CompletionRow
 from eval_protocol_rft.data.source._opening import aopen_source
 from eval_protocol_rft.data.source._prompt import PROMPT_COLUMNS, prompt_column
 from eval_protocol_rft.data.source._urls import PathOrGlob
-from eval_protocol_rft.data.store._parts import parts_folder
 from eval_protocol_rft.local import LoadedTokenizer
 from eval_protocol_rft.rollout import Backends, parse_completion_params
 from eval_protocol_rft.sampling import (
@@ -399,15 +399,15 @@ async def _run(
 @dataclass(slots=True)
 class _RoomWatch:
     """Says once where the disk will be full before the job is done: what a completion takes is
-    known from the first part on, of this run or of an earlier one."""
+    known from the first packed batch on, of this run or of an earlier one."""
 
     output: Output
     _seen: int = 0
-    """Rows in parts when it was looked at last."""
+    """Packed rows when it was looked at last."""
     _said: bool = False
 
     def look(self) -> None:
-        rows, size = self.output.store.in_parts()
+        rows, size = self.output.store.packed
         job = self.output.job
         if self._said or rows == self._seen or job.base is not None:
             return

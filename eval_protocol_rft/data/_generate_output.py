@@ -26,7 +26,16 @@ import pyarrow as pa
 
 from eval_protocol_rft.data._dataset import RolloutDataset
 from eval_protocol_rft.data._files import JobError, check_room, write_file
-from eval_protocol_rft.data._missing import Questions
+from eval_protocol_rft.data._job_store import (
+    KEY_COLUMNS,
+    JobStore,
+    Keys,
+    failed_rows,
+    parts_folder,
+    read_schema,
+    row_keys,
+)
+from eval_protocol_rft.data._missing import DoneIndex, Questions
 from eval_protocol_rft.data.rollouts._format import (
     ORIGINAL_PREFIX,
     DataSettings,
@@ -40,14 +49,6 @@ from eval_protocol_rft.data.rollouts._format import (
 )
 from eval_protocol_rft.data.source._types import SourceColumn
 from eval_protocol_rft.data.source._urls import SourceError
-from eval_protocol_rft.data.store._merge import KEY_COLUMNS, DoneIndex, Keys, SortedInput, row_keys
-from eval_protocol_rft.data.store._parts import (
-    PartStore,
-    part_paths,
-    parts_folder,
-    read_schema,
-    stored_keys,
-)
 from eval_protocol_rft.local import LoadedTokenizer
 from eval_protocol_rft.local.models import (
     LOCAL_PREFIX,
@@ -239,19 +240,19 @@ class OutputJob:
             position = np.empty(num_rows, np.int64)
             position[order] = np.arange(num_rows)
         keys_of = functools.partial(row_keys, position=position)
-        store = PartStore(parts_folder(self.target), self.schema, keys_of, anew=self.anew)
+        store = JobStore(parts_folder(self.target), self.schema, keys_of, anew=self.anew)
         try:
             if _version(self.target) != self.version:
                 raise JobError(f"{self.target} was written just now: run the same command again")
-            there = [*part_paths(store.folder), *([] if self.base is None else [self.target])]
-            check_room(self.target, sum(path.stat().st_size for path in there))
-            done = DoneIndex(num_rows, self.request.n)
+            replaced = 0 if self.base is None else self.target.stat().st_size
+            check_room(self.target, replaced + store.loose[1] + store.packed[1])
+            done = DoneIndex(num_rows, self.request.n, position)
             if self.base is not None:
                 for table in self.base.tables([*KEY_COLUMNS, "error"]):
-                    done.add(*stored_keys(table))
-            for keys in store.stored():
-                done.add(*keys)
-            yield Output(self, store, done, keys_of)
+                    done.add(keys_of(table), failed_rows(table))
+            for stored in store.stored():
+                done.add(*stored)
+            yield Output(self, store, done)
         finally:
             store.close()
 
@@ -261,16 +262,14 @@ class Output:
     """An output that this process holds."""
 
     job: OutputJob
-    store: PartStore
+    store: JobStore
     done: DoneIndex
     """What was there when it was opened."""
-    keys_of: functools.partial[Keys]
 
     def first_prompts(self) -> dict[int, TokenIds]:
         """Prompt ids of the first data rows that are stored, by `data_idx`."""
-        base = [] if self.job.base is None else [self._sorted(self.job.base)]
         prompts: dict[int, TokenIds] = {}
-        table = next(self.store.merged(base), None)
+        table = next(self._rows(), None)
         if table is not None:
             columns = (table.column(name) for name in ("data_idx", "prompt_ids"))
             for number, ids in zip(*columns, strict=True):
@@ -282,13 +281,12 @@ class Output:
         """Make the file of what is stored, and return why completions of it failed: how many for
         each kind and HTTP status."""
         job = self.job
-        for keys in self.store.stored():
-            self.done.add(*keys)
+        for stored in self.store.stored():
+            self.done.add(*stored)
         if self.done.done + self.done.failed != job.total:
             raise AssertionError("a completion is neither stored nor failed")
-        if self.store.has_parts:
-            base = [] if job.base is None else [self._sorted(job.base)]
-            write_file(job.target, job.schema, self.store.merged(base))
+        if len(self.store):
+            write_file(job.target, job.schema, self._rows())
         self.store.remove()
         reasons: Counter[FailedFor] = Counter()
         if self.done.failed:
@@ -297,9 +295,9 @@ class Output:
                 reasons.update(tuple(row.values()) for row in failed.to_pylist())
         return reasons
 
-    def _sorted(self, base: RolloutDataset) -> SortedInput:
-        first = next(base.tables(KEY_COLUMNS))
-        return SortedInput(int(self.keys_of(first)[0]), base.tables)
+    def _rows(self) -> Iterator[pa.Table]:
+        """All rows that are there, in the order of the file."""
+        return self.store.merged(() if self.job.base is None else self.job.base.tables())
 
 
 def find_job(

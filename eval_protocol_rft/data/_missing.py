@@ -2,6 +2,10 @@
 
 Invariant: all rows are checked before the first one is asked. A prompt that its chat template then
 fails on is a failure of its completions, and the other rows go on.
+
+Which completions a job has, and which it still misses.
+
+Invariant: one byte per completion asked for, whatever the completions hold.
 """
 
 from __future__ import annotations
@@ -13,7 +17,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from eval_protocol_rft.data._job_store import Keys, split_keys
 from eval_protocol_rft.data._sampling_run import Prompt
 from eval_protocol_rft.data.rollouts._format import PromptKind
 from eval_protocol_rft.data.rollouts._rows import CompletionRow
@@ -26,7 +32,6 @@ from eval_protocol_rft.data.source._prompt import (
 )
 from eval_protocol_rft.data.source._types import Source, SourceRow
 from eval_protocol_rft.data.source._urls import SourceError
-from eval_protocol_rft.data.store._merge import DoneIndex
 from eval_protocol_rft.local import LoadedTokenizer
 from eval_protocol_rft.rollout import (
     PROMPT_IDS_KEY,
@@ -42,6 +47,41 @@ from eval_protocol_rft.sampling import TokenIds, derive_seeds
 logger = logging.getLogger(__name__)
 
 _TRIED_ROWS = 16
+_MISSING, _DONE, _FAILED = 0, 1, 2
+
+
+class DoneIndex:
+    """The state of every completion.
+
+    Args:
+        num_rows: of the data set.
+        n: completions per row.
+        position: `data_idx` -> place in the run; None where that is `data_idx` itself.
+    """
+
+    def __init__(self, num_rows: int, n: int, position: Keys | None = None) -> None:
+        self._states = np.zeros((num_rows, n), np.uint8)
+        self._position = position
+
+    def add(self, keys: Keys, failed: NDArray[np.bool_]) -> None:
+        """Take up rows that are stored, by their `row_keys`; later ones count."""
+        self._states[split_keys(keys)] = np.where(failed, _FAILED, _DONE)
+
+    def missing(self, data_idx: int, *, retry_failed: bool) -> list[int]:
+        """The `sample_idx` that are to be sampled."""
+        place = data_idx if self._position is None else self._position[data_idx]
+        states = self._states[place]
+        wanted = states != _DONE if retry_failed else states == _MISSING
+        return [int(i) for i in np.flatnonzero(wanted)]
+
+    @property
+    def done(self) -> int:
+        """Completions that are there."""
+        return int(np.count_nonzero(self._states == _DONE))
+
+    @property
+    def failed(self) -> int:
+        return int(np.count_nonzero(self._states == _FAILED))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

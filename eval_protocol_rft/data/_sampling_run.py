@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from eval_protocol_rft.data._job_store import JobStore
 from eval_protocol_rft.data.rollouts._rows import CompletionRow, to_record_batch
-from eval_protocol_rft.data.store._parts import PartStore
 from eval_protocol_rft.local import LoadedTokenizer
 from eval_protocol_rft.rollout import AnswerReader, PromptError, VocabularyWitness
 from eval_protocol_rft.sampling import (
@@ -78,7 +78,7 @@ class SamplingRun:
     sampler: Sampler
     tokenizer: LoadedTokenizer
     params: SamplingParams
-    store: PartStore
+    store: JobStore
     retry: RetryPolicy
     limit: ConcurrencyLimit
     highest: int

@@ -36,6 +36,13 @@ from eval_protocol_rft.data._files import (
     output_path,
     write_file,
 )
+from eval_protocol_rft.data._job_file import BusyError
+from eval_protocol_rft.data._job_store import (
+    JobStore,
+    lock_folder,
+    parts_folder,
+    read_schema,
+)
 from eval_protocol_rft.data._progress import reporter
 from eval_protocol_rft.data._score_store import (
     SCORES,
@@ -47,13 +54,6 @@ from eval_protocol_rft.data._score_store import (
 from eval_protocol_rft.data._score_views import grading_items
 from eval_protocol_rft.data.rollouts._format import RewardSettings, reward_column, reward_columns
 from eval_protocol_rft.data.rollouts._jsonl import is_jsonl
-from eval_protocol_rft.data.store._parts import (
-    BusyError,
-    PartStore,
-    lock_folder,
-    parts_folder,
-    read_schema,
-)
 from eval_protocol_rft.scoring.executors import (
     RAY_ADDRESS,
     Engine,
@@ -238,9 +238,9 @@ def score(
         folder = parts_folder(target, column)
         known = read_schema(folder)
         stale = known is not None and known.metadata != schema.metadata
-        with contextlib.closing(PartStore(folder, schema, index.places, anew=stale)) as store:
-            for data_idx, sample_idx, _ in store.stored():
-                index.stored(data_idx, sample_idx)
+        with contextlib.closing(JobStore(folder, schema, index.places, anew=stale)) as store:
+            for places, _ in store.stored():
+                index.stored(places)
             items = grading_items(dataset, loaded, index.wanted, adapt=adapt)
             grader = score_items
             if engine == "ray":
@@ -255,7 +255,7 @@ def score(
             )
             if _job_id(dataset.path, column, settings, adapt=adapt) != job_id:
                 raise JobError(f"{dataset.where} was changed while it was scored: score it again")
-            if store.has_parts or target != dataset.path or column not in dataset.metadata.rewards:
+            if len(store) or target != dataset.path or column not in dataset.metadata.rewards:
                 wanted = schema_with_reward(dataset.schema, column, settings)
                 tables = with_scores(
                     dataset.tables(), store.merged(), wanted, column, places=index.places, keep=keep
@@ -268,7 +268,7 @@ def score(
 def _grade_missing(
     grading: Generator[ScoredItem, None, None],
     total: int,
-    store: PartStore,
+    store: JobStore,
     *,
     progress: bool | None,
 ) -> int:

@@ -25,6 +25,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from eval_protocol_rft.data._dataset import RolloutDataset
+from eval_protocol_rft.data._job_store import KEY_COLUMNS, JobStore, Keys
 from eval_protocol_rft.data._score_views import Place
 from eval_protocol_rft.data.rollouts._format import (
     METADATA_KEY,
@@ -34,8 +35,6 @@ from eval_protocol_rft.data.rollouts._format import (
     reward_columns,
     schema,
 )
-from eval_protocol_rft.data.store._merge import KEY_COLUMNS, Keys
-from eval_protocol_rft.data.store._parts import PartStore
 from eval_protocol_rft.record import Score
 from eval_protocol_rft.scoring.executors import ScoredItem
 
@@ -171,7 +170,7 @@ class GradedStore:
         OSError: from `add` or at the end: the disk is full or failed.
     """
 
-    def __init__(self, store: PartStore, *, on_stored: Callable[[int], None]) -> None:
+    def __init__(self, store: JobStore, *, on_stored: Callable[[int], None]) -> None:
         self._store = store
         self._on_stored = on_stored
         self._queue: queue.SimpleQueue[ScoredItem | None] = queue.SimpleQueue()
@@ -282,6 +281,8 @@ class FileIndex:
         places: Keys = self.place[rows, samples]
         return places
 
-    def stored(self, data_idx: Keys, sample_idx: Keys) -> None:
-        """These were graded by an earlier call."""
-        self.wanted[data_idx, sample_idx] = False
+    def stored(self, places: Keys) -> None:
+        """The rows in these places were graded by an earlier call."""
+        graded = np.zeros(int(self.place.max()) + 1, np.bool_)
+        graded[places] = True
+        self.wanted &= ~graded[self.place]  # where there is no row, nothing is wanted

@@ -31,10 +31,10 @@ from eval_protocol_rft._statistics import (
     mean_pass_at_k,
 )
 from eval_protocol_rft.data._dataset import RolloutDataset
+from eval_protocol_rft.data._job_store import KEY_COLUMNS
 from eval_protocol_rft.data._progress import Reading
 from eval_protocol_rft.data.rollouts._episodes import sampled_in_all_turns
 from eval_protocol_rft.data.rollouts._format import TOKEN_COLUMNS, FormatError, reward_columns
-from eval_protocol_rft.data.store._merge import KEY_COLUMNS
 
 MOST_REASONS = 1000
 """Different reasons that are counted one by one. Evaluators may put a number or an address into

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from typer.testing import CliRunner, Result
 
 from eval_protocol_rft.cli import app
+from eval_protocol_rft.data import _job_store as job_store
 from eval_protocol_rft.data._dataset import RolloutDataset
-from eval_protocol_rft.data.rollouts._format import FileMetadata
-from eval_protocol_rft.data.rollouts._rows import CompletionRow, from_record_batch
-from eval_protocol_rft.data.store._parts import part_paths, parts_folder, read_journal, read_schema
+from eval_protocol_rft.data._job_store import parts_folder, read_schema
+from eval_protocol_rft.data.rollouts._rows import CompletionRow
 from tests.stub_server import StubServer
 
 Pair = tuple[int, int]
@@ -82,22 +81,14 @@ def pairs(prompts: int, n: int) -> list[Pair]:
 
 
 def stored(output: Path) -> dict[Pair, CompletionRow]:
-    """What is on disk of a job that no process works on, in its file, parts and journals."""
-    if output.exists():
-        return {(row.data_idx, row.sample_idx): row for row in RolloutDataset(output)}
-    tables = stored_tables(parts_folder(output))
-    metadata = RolloutDataset(output).metadata if tables else FileMetadata()
-    rows = [row for table in tables for row in from_record_batch(table, metadata)]
-    return {(row.data_idx, row.sample_idx): row for row in rows}
+    """What is on disk of a job, in its file or in what it has so far."""
+    if not output.exists() and read_schema(parts_folder(output)) is None:
+        return {}
+    return {(row.data_idx, row.sample_idx): row for row in RolloutDataset(output)}
 
 
-def stored_tables(folder: Path) -> list[pa.Table]:
-    """The parts and journals in a folder."""
+def stored_rows(folder: Path) -> list[dict[str, Any]]:
+    """What an unfinished job has in its folder."""
     schema = read_schema(folder)
-    if schema is None:
-        return []
-    tables = [pq.read_table(path) for path in part_paths(folder)]
-    for journal in sorted(folder.glob("_journal-*")):
-        batches, _ = read_journal(journal.read_bytes(), schema)
-        tables.append(pa.Table.from_batches(batches, schema))
-    return tables
+    tables = [] if schema is None else job_store.stored_tables(folder, schema)
+    return [row for table in tables for row in table.to_pylist()]

@@ -22,14 +22,13 @@ from eval_protocol_rft.data._dataset import RolloutDataset
 from eval_protocol_rft.data._files import JobError, write_rows
 from eval_protocol_rft.data._filter import filter_rollouts
 from eval_protocol_rft.data._filter_rules import FilterRules
+from eval_protocol_rft.data._job_store import JobStore, parts_folder, row_keys
 from eval_protocol_rft.data._score import score
 from eval_protocol_rft.data._stats import rollout_stats
 from eval_protocol_rft.data.conversion._ep import read_rows
 from eval_protocol_rft.data.conversion._job import convert
 from eval_protocol_rft.data.rollouts._format import FileMetadata, FormatError, metadata_of, schema
 from eval_protocol_rft.data.rollouts._rows import CompletionRow, to_record_batch
-from eval_protocol_rft.data.store._merge import row_keys
-from eval_protocol_rft.data.store._parts import PartStore, parts_folder
 from eval_protocol_rft.training._batch import build_batch
 from eval_protocol_rft.training._errors import TrainingDataError
 from eval_protocol_rft.training._groups import group_rows
@@ -416,9 +415,8 @@ def test_a_target_is_called_what_its_readers_expect(
 def test_rollouts_of_an_unfinished_job_are_converted_and_called_that(tmp_path: Path) -> None:
     fields = schema(FileMetadata(sampling=SAMPLING), {})
     keys = functools.partial(row_keys, position=None)
-    store = PartStore(parts_folder(tmp_path / "a.parquet"), fields, keys)
+    store = JobStore(parts_folder(tmp_path / "a.parquet"), fields, keys)
     store.append(to_record_batch([row()], fields))
-    store.seal()
     store.close()
     summary = convert(tmp_path / "a.parquet", tmp_path / "b.jsonl", to_format="ep")
     assert summary.notes == ("the job of this file is not finished",)

@@ -14,10 +14,10 @@ import pytest
 from typer.testing import Result
 
 from eval_protocol_rft.data import _files as target
+from eval_protocol_rft.data import _job_store as job_store
 from eval_protocol_rft.data import _sampling_run as sampling_run
 from eval_protocol_rft.data._datums import numbered_path
 from eval_protocol_rft.data._files import amount, room_warning, write_file
-from eval_protocol_rft.data.store import _parts as parts
 from tests.data.servers import at, ep_rft, succeed, texts, write_jsonl
 from tests.scored_files import SCHEMA, Sampled, table_of, write
 
@@ -146,7 +146,7 @@ def test_a_disk_that_will_be_full_is_told_once_and_ends_nothing(
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=1))
-    monkeypatch.setattr(parts, "ROW_GROUP_ROWS", 4)
+    monkeypatch.setattr(job_store, "PACKED_ROWS", 4)
     monkeypatch.setattr(sampling_run, "_STORED_AT_ONCE", 4)
     monkeypatch.setattr(target, "_RATE_FROM", 1)
     data = write_jsonl(tmp_path / "data.jsonl", texts(12))

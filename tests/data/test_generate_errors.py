@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import re
+import sqlite3
 from pathlib import Path
 
 import pytest
 
 from eval_protocol_rft.data._dataset import RolloutDataset
+from eval_protocol_rft.data._job_store import JobStore, parts_folder, row_keys
 from eval_protocol_rft.data.rollouts._rows import to_record_batch
-from eval_protocol_rft.data.store._merge import row_keys
-from eval_protocol_rft.data.store._parts import PartStore, part_paths, parts_folder
 from tests.data.servers import at, refused, sampled, succeed, texts, write_jsonl
 from tests.stub_server import Status, StubServer
 
@@ -137,28 +138,33 @@ def test_odd_values_in_other_columns_come_through(value, tmp_path, server, token
     assert [line["original_odd"] for line in lines] == [value, 3]
 
 
-def test_a_broken_part_is_named_and_without_it_the_job_goes_on(data, server, tokenizer_folder):
+def test_a_broken_batch_is_named_and_without_it_the_job_goes_on(data, server, tokenizer_folder):
     output = data.with_name("out.parquet")
     asked = ["generate", data, "-o", output, "-n", 2, *at(server, tokenizer_folder)]
     succeed(*asked)
     whole, finished = sampled(output), RolloutDataset(output)
     rows = list(finished)
     keys_of = functools.partial(row_keys, position=None)
-    with contextlib.closing(PartStore(parts_folder(output), finished.schema, keys_of)) as store:
+    with contextlib.closing(JobStore(parts_folder(output), finished.schema, keys_of)) as store:
         for half in (rows[:3], rows[3:]):
             store.append(to_record_batch(half, finished.schema))
-            store.seal()
     output.unlink()
-    broken, _ = part_paths(parts_folder(output))
-    broken.write_bytes(broken.read_bytes()[:-100])
+    stored = parts_folder(output) / "job.sqlite"
+    ids = rows[4].completion_ids.tobytes()
+    content = stored.read_bytes()
+    assert content.count(ids) == 1
+    stored.write_bytes(content.replace(ids, bytes(len(ids))))
     server.requests.clear()
-    message = refused(*asked)
-    assert str(broken) in message
-    assert "Move it out of the folder" in message
+    for command in (asked, ["stats", output], ["show", output]):
+        message = refused(*command)
+        assert f"{stored}: the stored batch 2 was damaged" in message
+        (remedy,) = re.findall(r"\((DELETE .*)\)", message)
     assert not server.requests
-    broken.unlink()
+    with contextlib.closing(sqlite3.connect(stored)) as anyone, anyone:
+        anyone.execute(remedy)
+    assert "3 completions" in succeed("stats", output).stdout
     succeed(*asked)
-    assert len(server.requests) == 3
+    assert len(server.requests) == len(rows) - 3
     assert sampled(output) == whole
 
 

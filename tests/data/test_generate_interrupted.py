@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from eval_protocol_rft.data._dataset import RolloutDataset
-from eval_protocol_rft.data.store._parts import parts_folder
+from eval_protocol_rft.data._job_store import parts_folder
 from tests.data.servers import (
     at,
     pairs,
@@ -114,7 +114,8 @@ def test_stopped_it_says_where_things_are_and_has_stored_all_that_was_answered(
         f"ep-rft: stopped. What was finished is in {parts_folder(output)}. The same command goes on"
     ]
     assert len(on_disk(output)) == 60
-    assert not list(parts_folder(output).glob("_journal-*"))
+    # Nothing is left to be recovered.
+    assert {path.name for path in parts_folder(output).iterdir()} == {"_lock", "job.sqlite"}
     server.script = lambda seen: None
     begun = len(server.requests)
     finish(zygote, data, output, *arguments)
@@ -126,7 +127,7 @@ def test_a_limit_on_the_size_of_files_is_an_error_and_what_was_stored_is_safe(
     zygote, data, output, server, tokenizer_folder, whole
 ):
     arguments = at(server, tokenizer_folder)
-    command = start(zygote, data, output, *arguments, RLIMIT_FSIZE=30_000)
+    command = start(zygote, data, output, *arguments, RLIMIT_FSIZE=100_000)
     assert command.wait() == 1
     assert "File too large. What was stored is safe" in command.said
     assert "Traceback" not in command.said

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import os
 import shutil
+import sqlite3
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from eval_protocol_rft.data._dataset import RolloutDataset
 from eval_protocol_rft.data._generate_output import model_fingerprint
-from eval_protocol_rft.data.store._parts import parts_folder
+from eval_protocol_rft.data._job_store import JobStore, parts_folder, row_keys
 from eval_protocol_rft.local.models import bundled_model_path
 from tests.data.servers import (
     at,
@@ -330,44 +332,89 @@ def test_the_parts_of_a_job_go_when_its_file_is_there(data, output, server, toke
 def test_a_job_deletes_only_what_it_wrote(data, output, server, tokenizer_folder):
     folder = parts_folder(output)
     (folder / "mine").mkdir(parents=True)
-    mine = [
-        folder / "notes.txt",
-        folder / "part-1.parquet",
-        folder / "mine" / "part-000000.parquet",
-    ]
+    mine = [folder / "notes.txt", folder / "job.sqlite-old", folder / "mine" / "job.sqlite"]
     for path in mine:
         path.write_text("mine")
-    (folder / "_journal-000000").write_bytes(b"of a job that died")
+    (folder / "job.sqlite").touch()
+    (folder / "job.sqlite-wal").write_bytes(b"of a job that died")
     succeed("generate", data, "-o", output, *at(server, tokenizer_folder))
     assert [path.read_text() for path in mine] == ["mine"] * 3
-    assert sorted(path.name for path in folder.iterdir()) == ["mine", "notes.txt", "part-1.parquet"]
+    assert sorted(path.name for path in folder.iterdir()) == ["job.sqlite-old", "mine", "notes.txt"]
     assert len(RolloutDataset(output)) == PROMPTS
 
 
-def test_parts_that_no_job_wrote_are_neither_read_nor_deleted(
-    data, output, tmp_path, server, tokenizer_folder
+@pytest.mark.parametrize("options", [(), ("--overwrite",)])
+def test_a_file_that_no_job_wrote_is_neither_read_nor_deleted(
+    data, output, options, server, tokenizer_folder
 ):
-    foreign = parts_folder(output) / "part-000000.parquet"
+    foreign = parts_folder(output) / "job.sqlite"
     foreign.parent.mkdir()
-    pq.write_table(pa.table({"x": [1]}), foreign)
-    message = refused("generate", data, "-o", output, *at(server, tokenizer_folder))
-    assert "part-000000.parquet: no job wrote this" in message
-    assert pq.read_table(foreign).num_rows == 1
+    with contextlib.closing(sqlite3.connect(foreign)) as database, database:
+        database.execute("CREATE TABLE job (schema)")
+    before = foreign.read_bytes()
+    message = refused("generate", data, "-o", output, *at(server, tokenizer_folder), *options)
+    assert "job.sqlite: no job wrote this" in message
+    assert foreign.read_bytes() == before
 
 
-@pytest.mark.parametrize("name", ["", "_lock", "_schema", "_journal-000000", "part-000000.parquet"])
+@pytest.mark.parametrize("name", ["", "_lock", "job.sqlite", "job.sqlite-wal", "job.sqlite-shm"])
 def test_a_link_where_a_job_keeps_its_files_is_refused_and_not_followed(
     data, output, tmp_path, name, server, tokenizer_folder
 ):
     mine = tmp_path / "mine"
     mine.mkdir()
-    (mine / "part-000000.parquet").write_text("mine")
+    (mine / "job.sqlite").write_text("mine")
     link = parts_folder(output) / name if name else parts_folder(output)
     link.parent.mkdir(exist_ok=True)
-    link.symlink_to(mine / "part-000000.parquet" if name else mine)
+    link.symlink_to(mine / "job.sqlite" if name else mine)
     message = refused("generate", data, "-o", output, *at(server, tokenizer_folder))
-    assert "is a link" in message or "broken" in message
+    assert "is a link" in message or (not name and "damaged" in message)
     assert [path.read_text() for path in mine.iterdir()] == ["mine"]
+
+
+def of_another_version(folder: Path, schema: pa.Schema) -> None:
+    JobStore(folder, schema, functools.partial(row_keys, position=None)).close()
+    with contextlib.closing(sqlite3.connect(folder / "job.sqlite")) as database, database:
+        database.execute("PRAGMA user_version = 2")
+
+
+def of_an_earlier_release(folder: Path, schema: pa.Schema) -> None:
+    (folder / "_schema").write_bytes(schema.serialize())
+    (folder / "_journal-000000").write_bytes(b"EPRJ")
+
+
+def of_zeros(folder: Path, schema: pa.Schema) -> None:
+    (folder / "job.sqlite").write_bytes(bytes(8192))
+
+
+def of_rubbish(folder: Path, schema: pa.Schema) -> None:
+    (folder / "job.sqlite").write_text("rubbish")
+
+
+@pytest.mark.parametrize("make", [of_another_version, of_an_earlier_release, of_zeros, of_rubbish])
+def test_a_job_that_cannot_go_on_is_one_line_with_what_to_do(
+    make, data, output, server, tokenizer_folder
+):
+    asked = ("generate", data, "-o", output, *at(server, tokenizer_folder))
+    succeed(*asked)
+    schema = RolloutDataset(output).schema
+    output.unlink()
+    server.requests.clear()
+    folder = parts_folder(output)
+    folder.mkdir()
+    make(folder, schema)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    shown = (("stats", output), ("show", output), ("show", folder), ("report", output))
+    for command in (asked, (*asked, "--overwrite"), *shown):
+        message = refused(*command)
+        assert "to begin it anew" in message
+        assert str(folder) in message
+        assert len(message.splitlines()) == 1
+    assert not server.requests
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    shutil.rmtree(folder)
+    succeed(*asked)
+    assert len(server.requests) == PROMPTS
 
 
 def test_an_output_that_is_a_link_is_one_job_with_the_file_it_leads_to(
@@ -413,19 +460,6 @@ def test_a_disk_without_room_for_the_file_is_told_before_anything_is_asked(
     grader = f"{Path(__file__).with_name('score_graders.py')}::length"
     assert "Make room first" in refused("score", output, "-e", grader)
     assert len(server.requests) == seen
-
-
-def test_a_job_whose_state_is_broken_is_one_line_with_what_to_do(
-    data, output, server, tokenizer_folder
-):
-    parts_folder(output).mkdir()
-    (parts_folder(output) / "_schema").write_text("rubbish")
-    asked = ("generate", data, "-o", output, *at(server, tokenizer_folder))
-    for command in (asked, (*asked, "--overwrite"), ("stats", output), ("show", output)):
-        message = refused(*command)
-        assert "to begin it anew" in message
-        assert len(message.splitlines()) == 1
-    assert not server.requests
 
 
 def test_the_data_set_is_never_written_over(data, tmp_path, server, tokenizer_folder):

@@ -18,18 +18,18 @@ from eval_protocol.models import EvaluateResult
 
 from eval_protocol_rft.data._dataset import RolloutDataset
 from eval_protocol_rft.data._files import JobError, write_rows
+from eval_protocol_rft.data._job_file import BusyError
+from eval_protocol_rft.data._job_store import JobStore, parts_folder, row_keys
 from eval_protocol_rft.data._score import score
 from eval_protocol_rft.data.conversion._from_ep import from_row
 from eval_protocol_rft.data.rollouts._format import FileMetadata, reward_columns, schema
 from eval_protocol_rft.data.rollouts._rows import CompletionRow, to_record_batch
-from eval_protocol_rft.data.store._merge import row_keys
-from eval_protocol_rft.data.store._parts import BusyError, PartStore, parts_folder
 from tests.data.rollout_files import SCHEMA, write_rollouts
 from tests.data.servers import (
     Pair,
     refused,
     rows_by_pair,
-    stored_tables,
+    stored_rows,
     succeed,
 )
 from tests.waiting import wait_until
@@ -280,7 +280,7 @@ def test_what_an_unfinished_job_writes_is_refused(finished, tmp_path):
     """Also a finished file some of which is sampled again: both would write it."""
     path = write_rollouts(tmp_path / "rollouts.parquet", SAID)
     keys = functools.partial(row_keys, position=None)
-    with contextlib.closing(PartStore(parts_folder(path), SCHEMA, keys)) as store:
+    with contextlib.closing(JobStore(parts_folder(path), SCHEMA, keys)) as store:
         store.append(to_record_batch(list(RolloutDataset(path))[:2], SCHEMA))
     if not finished:
         path.unlink()
@@ -329,7 +329,7 @@ def test_a_verdict_is_on_disk_while_the_next_one_is_waited_for(tmp_path, calls, 
     thread.start()
     try:
         folder = tmp_path / "rollouts.parquet.reward.parts"
-        wait_until(lambda: sum(map(len, stored_tables(folder))) == 2)
+        wait_until(lambda: len(stored_rows(folder)) == 2)
     finally:
         go.touch()
         thread.join()

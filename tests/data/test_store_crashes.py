@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import random
 import shutil
 import tempfile
@@ -16,24 +15,17 @@ import pytest
 
 from eval_protocol_rft.data._dataset import RolloutDataset
 from eval_protocol_rft.data._files import write_rows
+from eval_protocol_rft.data._job_file import BusyError
+from eval_protocol_rft.data._job_store import JobStore, parts_folder
 from eval_protocol_rft.data.rollouts._format import FileMetadata, RewardSettings, schema
 from eval_protocol_rft.data.rollouts._jsonl import metadata_path
 from eval_protocol_rft.data.rollouts._rows import Score, to_record_batch
-from eval_protocol_rft.data.store._parts import BusyError, PartStore, parts_folder
-from tests.data.store_crashes import (
-    ASKED,
-    KEYS_OF,
-    SCHEMA,
-    Disk,
-    End,
-    Fate,
-    check,
-    live,
-    row,
-)
+from tests.data.store_crashes import ASKED, KEYS_OF, SCHEMA, check, live, row
+from tests.data.traced import ENDS, End, Fate, needs_tracing, run_in_child
+
+pytestmark = needs_tracing
 
 FAILED = ASKED[1::3]
-ENDS: tuple[End, ...] = ("before", "half", "power")
 
 
 @pytest.fixture(params=["a few calls", pytest.param("every call", marks=pytest.mark.slow)])
@@ -79,7 +71,7 @@ def calls() -> int:
     """Of the system, by a job that nothing happens to."""
     folder = fast_folder()
     output = output_in(folder / "x")
-    life = live(output, 1)
+    life = live(output, 1, Fate())
     assert sorted(life.stored) == ASKED
     check(output, [life])
     shutil.rmtree(folder)
@@ -108,7 +100,7 @@ def test_a_job_that_died_while_it_recovered_goes_on(thorough: bool, calls: int, 
 def test_retrying_failures_that_died_keeps_what_succeeded(thorough: bool, fast_path: Path):
     output = output_in(fast_path / "x")
     write_base(output)
-    calls = live(output, 1, retry_failed=True).calls
+    calls = live(output, 1, Fate(), retry_failed=True).calls
     for call, end in deaths(calls, thorough=thorough):
         output = output_in(fast_path / f"{call}-{end}")
         write_base(output)
@@ -144,14 +136,14 @@ def test_a_job_that_goes_on_after_a_full_disk_stores_everything(calls: int, fast
 
 def test_a_second_process_is_refused_and_the_first_goes_on(fast_path: Path):
     output = output_in(fast_path / "x")
-    store = PartStore(parts_folder(output), SCHEMA, KEYS_OF)
+    store = JobStore(parts_folder(output), SCHEMA, KEYS_OF)
     store.append(to_record_batch([row(ASKED[0], 0)], SCHEMA))
     with pytest.raises(BusyError, match="another process is writing here"):
-        PartStore(parts_folder(output), SCHEMA, KEYS_OF)
+        JobStore(parts_folder(output), SCHEMA, KEYS_OF)
     store.append(to_record_batch([row(ASKED[1], 0)], SCHEMA))
-    assert sum(len(keys) for keys, _, _ in store.stored()) == 2
+    assert sum(len(keys) for keys, _ in store.stored()) == 2
     store.close()
-    PartStore(parts_folder(output), SCHEMA, KEYS_OF).close()
+    JobStore(parts_folder(output), SCHEMA, KEYS_OF).close()
 
 
 def write_lines(path: Path, generation: int, *, style: bool) -> None:
@@ -165,15 +157,13 @@ def write_lines(path: Path, generation: int, *, style: bool) -> None:
 
 def calls_of_writing_lines(path: Path, fate: Fate) -> int:
     """Replace lines in a child; how many calls of the system it made, or -1 where it died."""
-    if fate.end == "power":
-        fate.disk = Disk(path.parent / "backup")
-        fate.disk.backup.mkdir()
-    child = os.fork()
-    if child == 0:
-        fate.install()
+
+    def work() -> int:
         write_lines(path, 2, style=True)
-        os._exit(100 + fate.calls)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) - 100
+        return 0
+
+    status, calls = run_in_child(work, path.parent, fate)
+    return calls if status == 0 else -1
 
 
 def test_lines_and_their_metadata_change_together_wherever_their_writer_dies(fast_path: Path):

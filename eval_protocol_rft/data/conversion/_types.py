@@ -25,6 +25,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from eval_protocol_rft.data._files import JobError
+from eval_protocol_rft.data._job_store import parts_folder
 from eval_protocol_rft.data.rollouts._format import (
     MESSAGES,
     METADATA_KEY,
@@ -33,7 +34,6 @@ from eval_protocol_rft.data.rollouts._format import (
 )
 from eval_protocol_rft.data.rollouts._jsonl import metadata_path
 from eval_protocol_rft.data.rollouts._rows import CompletionRow, from_record_batch
-from eval_protocol_rft.data.store._parts import parts_folder
 
 Format = Literal["rollouts", "ep", "verl", "trl"]
 

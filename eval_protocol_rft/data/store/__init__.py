@@ -1,1 +1,0 @@
-"""Rows on their way to a file, safe at any moment."""
