@@ -140,6 +140,7 @@ async def test_an_honest_server_serves_many_requests_over_one_connection() -> No
                 for stream in (False, True):
                     got = await sampler.sample(PROMPT, params(stream=stream), seed=seed)
                     assert exact(got) == exact_truth(truth_of(PROMPT, seed, 64))
+            await until(lambda: server.ledger[-1].done)
         assert server.connections_made == 1
         assert all(entry.whole and not entry.fault for entry in server.ledger)
         told = [(entry.request.seed, entry.request.attempt) for entry in server.ledger]

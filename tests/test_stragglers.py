@@ -470,7 +470,7 @@ def test_building_datums_warns_once_where_slow_completions_were_cancelled(row, c
     rows = [scored("fine", 1.0, 0.0), row, {**row, "input_metadata": {"row_id": "odd-2"}}]
     message = (
         r"in 2 of 3 groups slow completions were cancelled, which favours short ones; the first "
-        rf"is group \('exp', 'odd'\), with {cut_off} cancelled and 2 kept"
+        rf"is group \('exp', 'odd', 'm'\), with {cut_off} cancelled and 2 kept"
     )
     with pytest.warns(BiasedSamplingWarning, match=message) as caught:
         build_batch(rows)

@@ -109,12 +109,18 @@ def test_a_file_of_before_a_column_is_read_continued_and_scored(tmp_path, server
     server.script = lambda seen: Status(400, b"too long") if seen.place == 5 else None
     succeed(*command)
     _without_the_columns(output)
+    (failed,) = [(row.data_idx, row.sample_idx) for row in RolloutDataset(output) if row.failed]
     assert all(row.first_policy_version is None for row in RolloutDataset(output))
     assert all(row.past_end is None for row in RolloutDataset(output))
     server.script = lambda seen: None
     result = succeed(*command, "--retry-failed")
     assert "1 sampled" in result.stdout
-    assert not {"first_policy_version", "past_end"}.intersection(pq.read_schema(output).names)
+    rows = list(RolloutDataset(output))
+    assert len(rows) == 8
+    assert not any(row.failed for row in rows)
+    old = [row for row in rows if (row.data_idx, row.sample_idx) != failed]
+    assert len(old) == 7
+    assert all(row.first_policy_version is row.past_end is None for row in old)
     evaluator = tmp_path / "rewards_of_before.py"
     evaluator.write_text("def one(row):\n    return 1.0\n")
     succeed("score", output, "-e", f"{evaluator}::one", "--workers", "1", "--quiet")

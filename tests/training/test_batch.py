@@ -166,7 +166,7 @@ def test_biased_sampling_warns_or_is_refused(sampling, reason):
 
 def test_mixed_tokenizers_in_one_batch_are_refused_by_name():
     rows = [scored("a", 1.0, 0.0), scored("b", 1.0, 0.0, tokenizer="llama")]
-    with pytest.raises(TrainingDataError, match=r"'a'\) was tokenized with 'tok', .*'llama'"):
+    with pytest.raises(TrainingDataError, match=r"'a', 'm'\) was tokenized with 'tok', .*'llama'"):
         build_batch(rows)
     unknown = [scored("a", 1.0, 0.0), scored("b", 1.0, 0.0, tokenizer=None)]
     assert build_batch(unknown).tokenizer == "tok"
