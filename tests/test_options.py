@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 import re
 import subprocess
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import typer
+from typer.testing import CliRunner
 
 from eval_protocol_rft import data, doctor, loop, report, sampling, training
 from eval_protocol_rft._options import check_options
@@ -157,6 +159,18 @@ def test_an_option_without_a_flag_is_of_python_alone() -> None:
     names = {name for command in FUNCTIONS for name in flags(command)}
     assert names.isdisjoint({"loss_fn_config", "sampler", "on_line", "warn", "progress", "filters"})
     assert check_options(loop.LoopOptions(steps=1)) is None
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_help_fills_its_lines_and_keeps_examples_as_they_are(name: str) -> None:
+    result = CliRunner(env={"COLUMNS": "80"}).invoke(app, [name, "--help"], prog_name="ep-rft")
+    prose, _, rest = re.split("Usage: .*", result.stdout)[1].partition("Examples:")
+    for line, following in itertools.pairwise(prose.splitlines()):
+        if line.strip() and following.strip():
+            word = following.split()[0]
+            assert len(f" {line.strip()} {word} ") > 80, f"{word!r} has room behind {line!r}"
+    examples = rest.partition("╭")[0].strip("\n").splitlines()[1:]
+    assert [line for line in examples if line.strip() and not line.startswith("   ")] == []
 
 
 def test_the_help_of_no_command_imports_what_it_works_with() -> None:

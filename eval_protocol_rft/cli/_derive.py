@@ -20,7 +20,7 @@ def filter(  # noqa: A001
     *,
     output: Annotated[Path, Flag("-o")],
 ) -> None:
-    """Keep the completions, or prompts, that are worth it.
+    r"""Keep the completions, or prompts, that are worth it.
 
     Options apply in the order below, whatever order they are given in.
     Those on prompts (pass rate, percentile, variance) see all scored completions,
@@ -35,7 +35,8 @@ def filter(  # noqa: A001
       ep-rft filter in.parquet -o out.parquet --pass-rate 0.1:0.9 --drop-truncated
       ep-rft filter in.parquet -o middle.jsonl --reward-percentile 25:75
       ep-rft filter in.parquet -o prompts.jsonl --prompts --pass-rate :0.9
-      ep-rft filter in.parquet -o out.parquet --where "response not like '%sorry%'"
+      ep-rft filter in.parquet -o out.parquet \
+        --where "response not like '%sorry%'"
     """
     with rollout_file(file, progress=options["progress"]) as source:
         summary = data.filter_rollouts(source, output, rules, **options)
@@ -60,7 +61,7 @@ def convert(
     target: Annotated[Path, Flag(metavar="OUT")],
     options: Annotated[dict[str, Any], Takes(data.convert)],
 ) -> None:
-    """Convert rollouts: our Parquet or JSON lines, rows of Eval Protocol, files for verl and TRL.
+    r"""Convert rollouts: our Parquet or JSON lines, rows of Eval Protocol, files for verl and TRL.
 
     What OUT has no place for is listed. Text is never made into tokens: files of verl and TRL can
     be converted back only where `ep-rft convert` wrote them as Parquet.
@@ -73,7 +74,8 @@ def convert(
       ep-rft convert rollouts.parquet rollouts.jsonl
       ep-rft convert rollouts.parquet rows.jsonl --to ep
       ep-rft convert results/run.jsonl rollouts.parquet --drop-failed-rows
-      ep-rft convert rollouts.parquet train.parquet --to verl --data-source openai/gsm8k
+      ep-rft convert rollouts.parquet train.parquet --to verl \
+        --data-source openai/gsm8k
       ep-rft convert rollouts.parquet sft.parquet --to trl
     """
     say(data.convert(source, target, **options))

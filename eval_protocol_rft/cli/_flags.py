@@ -164,9 +164,12 @@ def for_typer(command: Callable[..., None], *, wrong: int = 1) -> Callable[..., 
 
 
 def help_text(command: Callable[..., Any]) -> str:
-    """A command's docstring as its help: flags are listed below it, examples keep their lines."""
+    """A command's docstring as its help: flags are listed below it, examples keep their lines,
+    paragraphs take those of the terminal."""
     text = re.sub(r"\n\nArgs:\n.*?(?=\n\n|\Z)", "", inspect.getdoc(command) or "", flags=re.DOTALL)
-    return escape(text).replace("\n\nExamples:\n", "\n\n\b\nExamples:\n")
+    prose, heading, examples = escape(text).partition("\n\nExamples:\n")
+    flowing = re.sub(r"(?<!\n)\n(?!\n)", " ", prose)
+    return flowing + heading.replace("\n\n", "\n\n\b\n") + examples
 
 
 def _parameter(setting: Setting) -> inspect.Parameter:

@@ -54,14 +54,18 @@ def generate(
         verbose: Latencies, retries and requests in flight at the end.
 
     Examples:
-      ep-rft generate problems.jsonl -o rollouts.parquet -n 8 --model local/arithmetic
+      ep-rft generate problems.jsonl -o rollouts.parquet -n 8 \
+        --model local/arithmetic
       ep-rft generate train.parquet -o rollouts.parquet -n 16 \
         --model accounts/fireworks/models/qwen3-8b --tokenizer Qwen/Qwen3-8B
       ep-rft generate math.jsonl -o rollouts.parquet -n 8 --prompt-key problem \
-        --model Qwen/Qwen3-8B --base-url http://localhost:8000 --where "level >= 3"
-      ep-rft generate easy.jsonl.gz 'shards/*.jsonl' -o rollouts.parquet --model local/arithmetic
-      ep-rft generate starts.jsonl -o episodes.parquet -n 8 --model local/arithmetic \
-        --episodes examples/frozen_lake/test_frozen_lake.py::FrozenLake --max-turns 8
+        --model Qwen/Qwen3-8B --base-url http://localhost:8000 \
+        --where "level >= 3"
+      ep-rft generate easy.jsonl.gz 'shards/*.jsonl' -o rollouts.parquet \
+        --model local/arithmetic
+      ep-rft generate starts.jsonl -o episodes.parquet -n 8 \
+        --model local/arithmetic --max-turns 8 \
+        --episodes examples/frozen_lake/test_frozen_lake.py::FrozenLake
     """
     if format is not None and output.suffix not in _SUFFIXES[format]:
         fail(f"--format {format} and the output's name {output.name!r} contradict each other")
@@ -131,7 +135,7 @@ def score(
     evaluator: Annotated[str, Flag("-e")],
     allow_unscored: bool = False,
 ) -> None:
-    """Grade every completion of a file with your own evaluator.
+    r"""Grade every completion of a file with your own evaluator.
 
     A grader that hangs, raises or dies costs its completion, which is then unscored, not 0. Stop it
     in any way: the same command goes on with what is not graded yet.
@@ -144,8 +148,10 @@ def score(
 
     Examples:
       ep-rft score rollouts.parquet -e tests/test_math.py::test_math
-      ep-rft score rollouts.parquet -e my_package.rewards:short_answer --name short
-      ep-rft score rollouts.parquet -e judge.py::judge --concurrency 16 -o judged.parquet
+      ep-rft score rollouts.parquet \
+        -e my_package.rewards:short_answer --name short
+      ep-rft score rollouts.parquet -e judge.py::judge --concurrency 16 \
+        -o judged.parquet
     """
     with rollout_file(rollouts) as source:
         if str(source) != room.one_place(rollouts).name and "output" not in options:

@@ -82,7 +82,7 @@ def doctor(
     *,
     json: bool = False,
 ) -> None:
-    """Say whether a setup is fit to train: tokenizer, chat template, end of turn, logprobs, seeds,
+    r"""Say whether a setup is fit to train: tokenizer, chat template, end of turn, logprobs, seeds,
     and sampler against trainer.
 
     Exit code 1 if any check fails.
@@ -92,8 +92,10 @@ def doctor(
 
     Examples:
       ep-rft doctor --model local/arithmetic
-      ep-rft doctor --model Qwen/Qwen3-8B --base-url http://localhost:8000 --temperature 0.7
-      ep-rft doctor --model accounts/fireworks/models/qwen3-8b --tokenizer Qwen/Qwen3-8B --json
+      ep-rft doctor --model Qwen/Qwen3-8B \
+        --base-url http://localhost:8000 --temperature 0.7
+      ep-rft doctor --model accounts/fireworks/models/qwen3-8b \
+        --tokenizer Qwen/Qwen3-8B --json
     """
     is_local = params["model"].startswith("local/")
     weights = setup.get("weights")
@@ -164,12 +166,15 @@ def train(
             does, or `ep-rft serve --reloads`.
 
     Examples:
-      ep-rft train tests/test_math.py::test_math --model local/my-model --steps 200
-      ep-rft train tests/test_math.py::test_math --max-staleness 1 --algorithm cispo --steps 200
-      ep-rft train tests/test_math.py::test_math --model accounts/fireworks/models/qwen3-8b \
-          --deployment my-run --lora-rank 32 --steps 100
-      ep-rft train tests/test_math.py::test_math --model tiny --base-url http://localhost:8000 \
-          --weights ./tiny --steps 50
+      ep-rft train tests/test_math.py::test_math --model local/my-model \
+        --steps 200
+      ep-rft train tests/test_math.py::test_math --max-staleness 1 \
+        --algorithm cispo --steps 200
+      ep-rft train tests/test_math.py::test_math \
+        --model accounts/fireworks/models/qwen3-8b \
+        --deployment my-run --lora-rank 32 --steps 100
+      ep-rft train tests/test_math.py::test_math --model tiny \
+        --base-url http://localhost:8000 --weights ./tiny --steps 50
     """
     if base_url is not None:
         params["api_base"] = base_url
