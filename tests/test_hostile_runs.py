@@ -230,3 +230,6 @@ def test_memory_is_flat_from_the_second_quarter_on() -> None:
     assert Memory([*warming, *[200.0] * 200, *[214.0] * 100]).growth() is None
     assert Memory([*warming, *[1000.0] * 200, *[1049.0] * 100]).growth() is None
     assert "from 200.0 to 216.0" in str(Memory([*warming, *[200.0] * 200, *[216.0] * 100]).growth())
+    assert Memory([*warming, *[200.0] * 100, *[230.0] * 200]).growth() is None
+    steady = [*warming, *[200.0] * 100, *[208.0] * 100, *[216.0] * 100]
+    assert "from 200.0 to 216.0" in str(Memory(steady).growth())
