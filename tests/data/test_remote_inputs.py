@@ -39,7 +39,23 @@ from tests.scored_files import write as write_scored
 ROWS: list[dict[str, Any]] = [{"prompt": f"{i}+1=", "ground_truth": str(i + 1)} for i in range(30)]
 
 
-class WebServer:
+class Loopback:
+    """An HTTP server in a thread, until it is closed."""
+
+    def __init__(self, handler: type[BaseHTTPRequestHandler]) -> None:
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self.netloc = f"127.0.0.1:{self._server.server_port}"
+        self.url = f"http://{self.netloc}"
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
+        self._thread.start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+class WebServer(Loopback):
     """A folder on loopback, with pages that list its folders.
 
     `key`: what a request must have as `?key=`, as signed URLs do. `password`: of user `u`.
@@ -62,16 +78,7 @@ class WebServer:
 
             do_HEAD = do_GET
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.netloc = f"127.0.0.1:{self._server.server_port}"
-        self.url = f"http://{self.netloc}"
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
-        self._thread.start()
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
+        super().__init__(Handler)
 
     def answer(self, request: BaseHTTPRequestHandler) -> None:
         url = urlsplit(request.path)
@@ -360,7 +367,7 @@ for name in sys.argv[1:]:
 """
 
 
-class Hub:
+class Hub(Loopback):
     """What `huggingface_hub` asks for a data set."""
 
     def __init__(self, files: dict[str, bytes]) -> None:
@@ -379,15 +386,7 @@ class Hub:
                 self.end_headers()
                 self.wfile.write(body or b"")
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
-        self._thread.start()
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
+        super().__init__(Handler)
 
     def answer(self, target: str) -> bytes | None:
         path = unquote(urlsplit(target).path)
