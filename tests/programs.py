@@ -20,7 +20,7 @@ REPOSITORY = Path(__file__).parents[1]
 
 @dataclass
 class Program:
-    """A running `ep-rft` or `pytest`."""
+    """A running `ep-rft` or `pytest`, or a Python file."""
 
     zygote: Zygote
     pid: int

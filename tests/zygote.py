@@ -1,9 +1,9 @@
 """Starts programs in processes forked from one that has imported everything, on request.
 
 A line of JSON on stdin per request. `{"program", "arguments", "cwd", "env", "limits", "out",
-"err"}` forks a process that runs the program (`ep-rft` or `pytest`) with its output in the two
-files, and answers with its process id. `{"wait": id}` answers with its exit status (below 0: the
-signal that ended it), or null while it runs. `env` is the whole environment, `limits` are
+"err"}` forks a process that runs the program (`ep-rft`, `pytest` or `python`) with its output in
+the two files, and answers with its process id. `{"wait": id}` answers with its exit status (below
+0: the signal that ended it), or null while it runs. `env` is the whole environment, `limits` are
 `resource` limits by name.
 
 Each program has its fork server of grading workers from here too, where it needs one: another
@@ -19,6 +19,7 @@ import gc
 import json
 import os
 import resource
+import runpy
 import signal
 import socket
 import sys
@@ -57,7 +58,14 @@ assert eval_protocol_rft.scoring.executors._worker.work
 assert pyarrow.pandas_compat._pandas_api.is_series(None) is False
 assert threading.active_count() == 1, "a thread does not survive a fork"
 
+
+def run_file(arguments: list[str]) -> None:
+    sys.argv[:] = arguments
+    runpy.run_path(arguments[0], run_name="__main__")
+
+
 PROGRAMS = {
+    "python": run_file,
     "ep-rft": lambda arguments: app(arguments, prog_name="ep-rft"),
     "pytest": lambda arguments: sys.exit(pytest.main(arguments)),
 }
@@ -132,7 +140,7 @@ def run(request: dict[str, Any]) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for name, value in request["limits"].items():
         resource.setrlimit(getattr(resource, name), (value, value))
-    if request["arguments"][:1] in (["score"], ["train"]):
+    if request["program"] == "python" or request["arguments"][:1] in (["score"], ["train"]):
         give_fork_server()
     PROGRAMS[request["program"]](request["arguments"])
 

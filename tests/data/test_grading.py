@@ -169,6 +169,12 @@ def test_workers_have_the_folder_and_the_environment_of_the_caller(tmp_path, mon
     assert scores(outcomes("surroundings", one_each(["42"]), workers=1)["42"]) == [1.0]
 
 
+def test_a_worker_ends_as_any_program_does(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert scores(outcomes("last_words", one_each(["a"]), workers=1)["a"]) == [1.0]
+    assert {file.name for file in tmp_path.iterdir()} == {"at exit", "in a thread"}
+
+
 def test_keys_stay_here_and_may_be_anything():
     key = object()
     (graded,) = score_items([ScoringItem(key, (view("a"),))], grader("length"), workers=1)

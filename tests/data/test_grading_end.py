@@ -7,13 +7,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from tests.data.grading_runs import is_gone
-from tests.waiting import PATIENCE
+from tests.waiting import PATIENCE, wait_until
 
 PROGRAM = """
 # No `if __name__ == "__main__"`: workers import nothing of this.
@@ -53,9 +52,9 @@ def start(tmp_path):
         assert program.stdout is not None
         workers = [int(program.stdout.readline())]
         if arguments != ("leave",):
-            while not (tmp_path / "hanging").exists() or not (tmp_path / "hanging").read_text():
-                time.sleep(0.02)
-            workers.append(int((tmp_path / "hanging").read_text()))
+            hanging = tmp_path / "hanging"
+            wait_until(lambda: hanging.exists() and hanging.read_text())
+            workers.append(int(hanging.read_text()))
         begun.extend(workers)
         return program, workers
 
@@ -80,9 +79,15 @@ def test_ctrl_c_ends_it_at_once_and_only_the_caller_says_so(start):
     assert stderr.rstrip().endswith("KeyboardInterrupt")
 
 
-def test_a_caller_that_was_killed_leaves_no_worker_behind(start):
-    program, workers = start("in C")  # nothing else of that worker runs meanwhile
-    os.kill(program.pid, signal.SIGKILL)
+def test_a_caller_that_was_killed_leaves_no_worker_behind(zygote, tmp_path):
+    file, hanging = tmp_path / "program.py", tmp_path / "hanging"
+    file.write_text(PROGRAM)
+    # Nothing else of that worker runs meanwhile.
+    program = zygote.start(file, "in C", program="python", cwd=tmp_path)
+    workers = [int(program.line())]
+    wait_until(lambda: hanging.exists() and hanging.read_text())
+    workers.append(int(hanging.read_text()))
+    program.kill()
     assert all(is_gone(pid) for pid in workers)
 
 

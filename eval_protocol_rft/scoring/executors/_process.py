@@ -247,9 +247,12 @@ class _ForkServer:
     def _start(self) -> None:
         self.stop()
         self._control, theirs = socket.socketpair()
+        # The evaluator was loaded here before: what it took of Eval Protocol, every worker will.
+        decorated = "eval_protocol.pytest.evaluation_test" in sys.modules
         code = (
             f"import sys; sys.path[:] = {sys.path!r}; "
-            "from eval_protocol_rft.scoring.executors._fork_server import main; main()"
+            "from eval_protocol_rft.scoring.executors._fork_server import main; "
+            f"main(decorated={decorated})"
         )
         flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
         # A session of its own: Ctrl-C is for us alone, and workers have no terminal.
