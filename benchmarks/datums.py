@@ -31,8 +31,8 @@ from eval_protocol_rft.data.rollouts._format import FileMetadata, SamplingSettin
 from eval_protocol_rft.data.rollouts._rows import CompletionRow, Score
 from eval_protocol_rft.training._batch import build_batch
 from eval_protocol_rft.training._filters import Filters
-from eval_protocol_rft.training._groups import group_rows
-from eval_protocol_rft.training._trajectory import PromptGroup, Trajectory
+from eval_protocol_rft.training._rows import group_rows
+from eval_protocol_rft.training._types import PromptGroup, Trajectory
 
 PROMPT = 200
 

@@ -40,7 +40,7 @@ def metadata(**changes: Any) -> FileMetadata:
 
 
 def encode(text: str) -> list[int]:
-    from eval_protocol_rft.report._page_tokens import load_token_texts
+    from eval_protocol_rft.report._page_detail import load_token_texts
 
     tokenizer = load_token_texts("local/arithmetic")._tokenizer.tokenizer
     return list(tokenizer.encode(text, add_special_tokens=False))

@@ -7,7 +7,7 @@ import functools
 import numpy as np
 
 from eval_protocol_rft.training._batch import TrainingBatch, build_batch
-from eval_protocol_rft.training._trajectory import PromptGroup, Trajectory
+from eval_protocol_rft.training._types import PromptGroup, Trajectory
 from eval_protocol_rft.training.losses._forward import token_logprobs
 from tests.emulator.server import arithmetic
 

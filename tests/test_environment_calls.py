@@ -9,7 +9,7 @@ import threading
 import pytest
 
 from eval_protocol_rft.episodes import _calling as calling
-from eval_protocol_rft.episodes._environment import EnvironmentFaultError
+from eval_protocol_rft.episodes._calling import EnvironmentFaultError
 from tests.waiting import PATIENCE
 
 

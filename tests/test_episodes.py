@@ -19,9 +19,14 @@ from eval_protocol.pytest.types import RolloutProcessorConfig
 
 from eval_protocol_rft.data._dataset import RolloutDataset
 from eval_protocol_rft.data.conversion._job import convert
-from eval_protocol_rft.episodes._environment import Environment, EpisodeLimits, Step
+from eval_protocol_rft.episodes._environment import (
+    Environment,
+    EpisodeLimits,
+    RetryWithFeedback,
+    Step,
+    ToolLoop,
+)
 from eval_protocol_rft.episodes._processor import EpisodeRolloutProcessor
-from eval_protocol_rft.episodes._ready_made import RetryWithFeedback, ToolLoop
 from eval_protocol_rft.local._tokenizer import load_tokenizer
 from eval_protocol_rft.local.models import bundled_model_path
 from eval_protocol_rft.record import RolloutRecord

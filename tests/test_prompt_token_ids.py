@@ -11,7 +11,7 @@ import pytest
 from eval_protocol.models import EvaluationRow, InputMetadata
 
 from eval_protocol_rft import EpisodeRolloutProcessor
-from eval_protocol_rft.episodes._ready_made import RetryWithFeedback
+from eval_protocol_rft.episodes._environment import RetryWithFeedback
 from tests.data.servers import at, refused, rows_by_pair, succeed, write_jsonl
 from tests.rollouts import chat_tokenizer, params_for, record_of_row, roll_out
 from tests.serving import byte_tokenizer

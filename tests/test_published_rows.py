@@ -14,16 +14,15 @@ from rich.console import Console
 
 from eval_protocol_rft.data._dataset import RolloutDataset
 from eval_protocol_rft.data.conversion._job import convert
-from eval_protocol_rft.episodes._environment import EpisodeLimits
+from eval_protocol_rft.episodes._environment import EpisodeLimits, RetryWithFeedback
 from eval_protocol_rft.episodes._processor import EpisodeRolloutProcessor
-from eval_protocol_rft.episodes._ready_made import RetryWithFeedback
 from eval_protocol_rft.record import RecordError
-from eval_protocol_rft.report._rows import read_rows as read_stored
+from eval_protocol_rft.report._reading import read_rows as read_stored
 from eval_protocol_rft.report._terminal import rollout_table
 from eval_protocol_rft.scoring._offline import score_rows
 from eval_protocol_rft.training._batch import TrainingBatch, build_batch
-from eval_protocol_rft.training._errors import TrainingDataError
-from eval_protocol_rft.training._groups import group_rows
+from eval_protocol_rft.training._rows import group_rows
+from eval_protocol_rft.training._types import TrainingDataError
 from tests.rollouts import chat_tokenizer, params_for, roll_out, row_of
 from tests.serving import EOS
 

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from eval_protocol_rft.record import RolloutRecord, SamplingRecord
 from eval_protocol_rft.report._html import ReportError
-from eval_protocol_rft.report._rows import newest_rows_file, read_rows
+from eval_protocol_rft.report._reading import newest_rows_file, read_rows
 from eval_protocol_rft.report._terminal import rollout_table
 from eval_protocol_rft.sampling._types import Failure
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import base64
+import errno
 import hashlib
 import itertools
 import json
 import math
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -17,12 +19,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from eval_protocol_rft.data._dataset import RolloutDataset
 from eval_protocol_rft.data.rollouts._format import RewardSettings, SamplingSettings
 from eval_protocol_rft.data.rollouts._rows import CompletionRow, Score
 from eval_protocol_rft.report._html import ReportError, embedded_json, visible
-from eval_protocol_rft.report._page import write_report
+from eval_protocol_rft.report._page import ReportTotals, write_report
 from eval_protocol_rft.report._page_detail import prompt_start
-from eval_protocol_rft.report._page_stats import ColumnTotals, ReportTotals
 from tests.data.servers import ep_rft
 from tests.report_page_rows import (
     END,
@@ -106,7 +108,7 @@ def groups(draw: st.DrawFn) -> list[list[CompletionRow]]:
 def test_sums_count_failed_and_unscored_apart_and_pass_at_k_is_over_all_draws(
     data: list[list[CompletionRow]],
 ) -> None:
-    totals = ReportTotals({"reward": ColumnTotals()}, pass_threshold=0.5)
+    totals = ReportTotals(["reward"], pass_threshold=0.5)
     for group in data:
         totals.add(group)
     rows = [row for group in data for row in group]
@@ -450,6 +452,26 @@ def test_the_command_ends_with_one_line_where_something_is_wrong(tmp_path: Path)
         assert code == 1
         assert words in err
         assert err.count("\n") == 1
+
+
+def test_a_file_that_cannot_be_read_is_not_a_page_that_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = dataset(tmp_path, [completion(0, 0)]).path
+
+    def broken(self: RolloutDataset) -> Iterator[list[CompletionRow]]:
+        yield from ()
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(RolloutDataset, "groups", broken)
+    code, _, err = run(str(path))
+    assert (code, err) == (1, f"ep-rft: {path} cannot be read: Input/output error\n")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "settings.json").symlink_to("/proc/self/mem")  # its first byte cannot be read
+    code, _, err = run(str(folder))
+    assert code == 1
+    assert err == f"ep-rft: {folder}/settings.json cannot be read: Input/output error\n"
 
 
 def test_without_matplotlib_one_line_says_what_to_install(

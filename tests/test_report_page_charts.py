@@ -13,15 +13,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from eval_protocol_rft._statistics import PassAtK
+from eval_protocol_rft._statistics import Bar, PassAtK
 from eval_protocol_rft.report._charts import histogram, pass_curve
-from eval_protocol_rft.report._page_stats import (
-    Bin,
-    length_bins,
-    nice_step,
-    reward_bins,
-)
-from eval_protocol_rft.report._svg import theme
+from eval_protocol_rft.report._page import length_bins, reward_bins
+from eval_protocol_rft.report._svg import nice_step, theme
 from tests.drawings import BOTTOM, LEFT, RIGHT, TOP, Drawing
 
 REWARDS = st.lists(st.floats(-1e9, 1e9) | st.sampled_from([0.0, 0.1, 0.3, 1.0]), min_size=1)
@@ -42,9 +37,9 @@ def test_every_reward_is_counted_in_the_one_bin_that_holds_it(rewards: list[floa
 
 def test_a_few_values_get_a_bar_each() -> None:
     assert reward_bins(np.array([0.0, 1.0, 1.0, 0.5])) == [
-        Bin(0.0, 0.0, 1),
-        Bin(0.5, 0.5, 1),
-        Bin(1.0, 1.0, 2),
+        Bar(0.0, 0.0, 1),
+        Bar(0.5, 0.5, 1),
+        Bar(1.0, 1.0, 2),
     ]
     assert reward_bins(np.array([])) == []
 
@@ -59,13 +54,13 @@ def test_many_values_get_round_edges_that_the_values_themselves_lie_on() -> None
 def test_every_length_is_counted_in_the_one_bin_that_holds_it(
     lengths: dict[tuple[int, bool], int],
 ) -> None:
-    bins = length_bins(lengths)
+    bins, marks = length_bins(lengths)
     each = Counter(lengths)
     assert sum(b.count for b in bins) == each.total()
-    for b in bins:
+    for b, marked in zip(bins, marks, strict=True):
         inside = [key for key in lengths if b.low <= key[0] < b.high]
         assert b.count == sum(lengths[key] for key in inside)
-        assert b.marked == sum(lengths[key] for key in inside if key[1])
+        assert marked == sum(lengths[key] for key in inside if key[1])
         assert float(b.low).is_integer()
 
 
@@ -81,16 +76,18 @@ def test_a_nice_step_is_round_and_the_smallest_that_does(span: float, parts: int
 @settings(max_examples=15)
 @given(st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 10**6)), min_size=1, max_size=40))
 def test_bars_are_as_high_as_their_counts_and_stay_inside(pairs: list[tuple[int, int]]) -> None:
-    bins = [Bin(i, i + 1, rest + cut, cut) for i, (rest, cut) in enumerate(pairs)]
-    drawn = Drawing(histogram("h", "H", bins, label="x", marked="cut", nothing="").svg)
+    bins = [Bar(i, i + 1, rest + cut) for i, (rest, cut) in enumerate(pairs)]
+    marks = [cut for _, cut in pairs]
+    chart = histogram("h", "H", bins, label="x", marked=("cut", marks), nothing="")
+    drawn = Drawing(chart.svg)
     rounding = 2e-4 * max(1, *(b.count for b in bins))
     right = LEFT - 0.01
-    for i, b in enumerate(bins):
+    for i, (b, marked) in enumerate(zip(bins, marks, strict=True)):
         low, high = drawn.height(f"h-marked-{i}")
-        assert (low, high) == pytest.approx((0, b.marked), abs=rounding)
+        assert (low, high) == pytest.approx((0, marked), abs=rounding)
         low, high = drawn.height(f"h-bar-{i}")
-        if b.count > b.marked:
-            assert (low, high) == pytest.approx((b.marked, b.count), abs=rounding)
+        if b.count > marked:
+            assert (low, high) == pytest.approx((marked, b.count), abs=rounding)
         points = [p for part in ("marked", "bar") for c in drawn.pieces(f"h-{part}-{i}") for p in c]
         for x, y in points:
             assert right < x < RIGHT
@@ -99,10 +96,9 @@ def test_bars_are_as_high_as_their_counts_and_stay_inside(pairs: list[tuple[int,
 
 
 def test_ranges_are_labelled_at_round_edges() -> None:
-    bins = length_bins({(n, n > 190): 1 for n in range(20, 201)})
-    chart = histogram(
-        "h", "H", bins, label="tokens", marked="truncated", whole_numbers=True, nothing=""
-    )
+    bins, cut = length_bins({(n, n > 190): 1 for n in range(20, 201)})
+    marked = ("truncated", cut)
+    chart = histogram("h", "H", bins, label="tokens", marked=marked, whole_numbers=True, nothing="")
     drawn = Drawing(chart.svg)
     assert drawn.x_labels == ["50", "100", "150", "200"]
     assert chart.numbers[:2] == [["tokens", "completions", "truncated"], ["20 to 29", "10", "0"]]
@@ -136,7 +132,8 @@ def test_nothing_makes_no_drawing_and_says_why() -> None:
 
 def test_equal_numbers_give_equal_bytes_whatever_matplotlib_is_set_to() -> None:
     def draw() -> str:
-        return histogram("h", "H", [Bin(0, 0, 3), Bin(1, 1, 5, 2)], label="x", nothing="").svg
+        bins = [Bar(0, 0, 3), Bar(1, 1, 5)]
+        return histogram("h", "H", bins, label="x", marked=("m", [0, 2]), nothing="").svg
 
     before = draw()
     with matplotlib.rc_context(
@@ -146,9 +143,8 @@ def test_equal_numbers_give_equal_bytes_whatever_matplotlib_is_set_to() -> None:
 
 
 def test_a_page_without_inline_styles_shows_drawings_whole_and_on_dark_screens() -> None:
-    svg = histogram(
-        "h", "H", [Bin(0, 0, 3), Bin(1, 1, 5, 2)], label="x", marked="m", nothing=""
-    ).svg
+    bins = [Bar(0, 0, 3), Bar(1, 1, 5)]
+    svg = histogram("h", "H", bins, label="x", marked=("m", [0, 2]), nothing="").svg
     drawn = Drawing(svg)
     own = {name for element in drawn.root.iter() for name in element.attrib}
     assert not own & {"style", "font", "clip-path", "href"}
@@ -163,7 +159,7 @@ def test_a_page_without_inline_styles_shows_drawings_whole_and_on_dark_screens()
 
 
 def test_who_cannot_see_a_drawing_is_told_what_it_shows() -> None:
-    drawn = Drawing(histogram("h", "H", [Bin(0, 0, 3), Bin(1, 1, 5)], label="x", nothing="").svg)
+    drawn = Drawing(histogram("h", "H", [Bar(0, 0, 3), Bar(1, 1, 5)], label="x", nothing="").svg)
     assert drawn.root.get("role") == "img"
     assert drawn.root.get("aria-labelledby") == "h-title"
     about = drawn.root.find(f"desc[@id='{drawn.root.get('aria-describedby')}']")
@@ -174,8 +170,8 @@ def test_who_cannot_see_a_drawing_is_told_what_it_shows() -> None:
 def test_matplotlib_is_silent_where_it_finds_no_folder_for_its_caches() -> None:
     code = """
 from eval_protocol_rft.report._charts import histogram
-from eval_protocol_rft.report._page_stats import Bin
-print(histogram("h", "H", [Bin(0, 0, 3)], label="x", nothing="").svg[:4])
+from eval_protocol_rft._statistics import Bar
+print(histogram("h", "H", [Bar(0, 0, 3)], label="x", nothing="").svg[:4])
 """
     environment = {**os.environ, "MPLCONFIGDIR": os.devnull}
     done = subprocess.run(

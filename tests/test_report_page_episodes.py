@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from eval_protocol_rft.data._dataset import RolloutDataset
 from eval_protocol_rft.data._files import write_rows
 from eval_protocol_rft.data.conversion._job import convert
 from eval_protocol_rft.data.rollouts._episodes import as_lists
-from eval_protocol_rft.data.rollouts._format import FormatError
+from eval_protocol_rft.data.rollouts._format import EpisodeSettings, FormatError
 from eval_protocol_rft.episodes._environment import Environment, EpisodeLimits, Step
 from eval_protocol_rft.episodes._processor import EpisodeRolloutProcessor
 from eval_protocol_rft.local._tokenizer import LoadedTokenizer
@@ -26,7 +27,7 @@ from eval_protocol_rft.report._html import ReportError
 from eval_protocol_rft.report._page import write_report
 from eval_protocol_rft.sampling._types import Completion, SamplingParams, TokenIds
 from tests.episodes import templates
-from tests.report_page_rows import Page, dataset
+from tests.report_page_rows import Page, completion, dataset, metadata, report
 
 THOUGHT = "<think>seven and one</think>"
 
@@ -238,6 +239,24 @@ async def test_numbers_are_of_all_turns_and_cut_off_is_who_was_so_in_the_last(
     assert (line["truncated"], line["mean_length"]) == (1, sum(sampled) / 2)
     assert line["prompt"] == "What is 7+1?"
     assert "Episodes of several turns among the completions: 2." in page.words
+
+
+def test_the_page_names_the_environment_and_how_long_an_episode_might_get(tmp_path: Path) -> None:
+    settings = EpisodeSettings(
+        environment="shop:Checkout",
+        on_rewrite="reject",
+        limits=asdict(EpisodeLimits(turns=6, step_seconds=2.5)),
+    )
+    _, page = report(tmp_path, [completion(0, 0)], metadata(episodes=settings))
+    assert page.facts[3:6] == [
+        ("Environment", "shop:Checkout"),
+        (
+            "Limits of an episode",
+            "turns 6, tokens 32,768, seconds 1,800, step seconds 2.5, observation characters "
+            "1,000,000",
+        ),
+        ("Rewritten history", "reject"),
+    ]
 
 
 async def test_without_a_tokenizer_the_conversation_is_shown(tmp_path: Path) -> None:

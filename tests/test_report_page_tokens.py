@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from eval_protocol_rft.local._tokenizer import LoadedTokenizer, TokenizerError
-from eval_protocol_rft.report._page_tokens import BROKEN, TokenTexts, Vocabulary, load_token_texts
+from eval_protocol_rft.report._page_detail import BROKEN, TokenTexts, Vocabulary, load_token_texts
 
 CORPUS = [
     "the cat sat on the mat",

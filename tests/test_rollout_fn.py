@@ -21,7 +21,7 @@ from eval_protocol_rft.loop._rollout_fn import (
     recipe_params,
 )
 from eval_protocol_rft.rollout._processor import RolloutError
-from eval_protocol_rft.training._errors import BiasedSamplingWarning
+from eval_protocol_rft.training._types import BiasedSamplingWarning
 from eval_protocol_rft.training.export.cookbook import CookbookTypes
 from tests.rollouts import chat_tokenizer, params_for, rendered, row_of, text_of
 from tests.stub_server import Hang, Late, Seen, StubServer, sampled

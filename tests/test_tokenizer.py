@@ -156,7 +156,7 @@ def test_a_report_asks_a_hub_that_does_not_answer_once():
 
     program = """
 from eval_protocol_rft.local import TokenizerError
-from eval_protocol_rft.report._page_tokens import load_token_texts
+from eval_protocol_rft.report._page_detail import load_token_texts
 try:
     load_token_texts("me/nothing")
 except TokenizerError as error:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from eval_protocol_rft.training._batch import TrainingBatch, build_batch
-from eval_protocol_rft.training._trajectory import PromptGroup, Trajectory
+from eval_protocol_rft.training._types import PromptGroup, Trajectory
 
 Logprob = Callable[[int, int], float]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from eval_protocol_rft.training._trajectory import PromptGroup
+from eval_protocol_rft.training._types import PromptGroup
 
 PROMPT = [1, 2, 3]
 

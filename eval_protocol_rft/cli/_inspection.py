@@ -210,11 +210,12 @@ def report(
     if output is None:
         beside = data.plain_name(data.one_place(path).path).with_suffix(".html")
         output = Path(beside if isinstance(path, Path) else beside.name)
-    try:
-        with rollout_file(path, progress=options["progress"]) as file:
-            written = room.write_report(data.RolloutDataset(file), output, **options)
-    except OSError as error:
-        fail(f"cannot write {output}: {reason_of(error)}")
+    with rollout_file(path, progress=options["progress"]) as file:
+        dataset = data.RolloutDataset(file)
+        try:
+            written = room.write_report(dataset, output, **options)
+        except OSError as error:
+            fail(f"cannot write {output}: {reason_of(error)}")
     for problem in written.problems:
         say(f"ep-rft: tokens are shown as ids: {problem}", err=True)
     if written.shown_prompts < written.prompts:

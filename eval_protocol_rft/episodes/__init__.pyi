@@ -1,11 +1,11 @@
+from ._calling import EnvironmentFaultError as EnvironmentFaultError
 from ._conversation import Conversation as Conversation
 from ._environment import Environment as Environment
-from ._environment import EnvironmentFaultError as EnvironmentFaultError
 from ._environment import EpisodeLimits as EpisodeLimits
+from ._environment import RetryWithFeedback as RetryWithFeedback
 from ._environment import Step as Step
+from ._environment import ToolLoop as ToolLoop
 from ._processor import EpisodeRolloutProcessor as EpisodeRolloutProcessor
-from ._ready_made import RetryWithFeedback as RetryWithFeedback
-from ._ready_made import ToolLoop as ToolLoop
 from ._rendering import ConversationError as ConversationError
 from ._rendering import HistoryRewrittenError as HistoryRewrittenError
 from ._template_report import TemplateReport as TemplateReport
@@ -14,7 +14,6 @@ from ._template_report import template_report as template_report
 # For other rooms alone: these may change.
 # isort: split
 from ._conversation import OnRewrite as OnRewrite
-from ._conversation import Opening as Opening
 from ._conversation import Openings as Openings
 from ._conversation import Segment as Segment
 from ._episode import Episode as Episode

@@ -14,8 +14,8 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from eval_protocol_rft._errors import EvalProtocolRftError
 from eval_protocol_rft._text import end_copy_of, text_of
-from eval_protocol_rft.episodes._environment import EnvironmentFaultError
 from eval_protocol_rft.sampling import Deadline
 
 PATIENCE_SECONDS = 0.002
@@ -23,6 +23,10 @@ PATIENCE_SECONDS = 0.002
 
 _SHOWN = 2000
 """Characters of an error's text that go on record."""
+
+
+class EnvironmentFaultError(EvalProtocolRftError, RuntimeError):
+    """The environment raised, hung, or answered what is no step. Its episode is a failure."""
 
 
 async def call(function: Callable[..., Any], *arguments: Any, what: str, seconds: float) -> Any:

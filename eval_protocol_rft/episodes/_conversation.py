@@ -19,30 +19,18 @@ every other id has 0 and 0.0. A segment begins with what was sent and ends with 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 
+from eval_protocol_rft import rollout
 from eval_protocol_rft._segments import Segment as Segment
 from eval_protocol_rft._turns import turn_trace
-from eval_protocol_rft.episodes._rendering import (
-    ChatText,
-    ConversationError,
-    HistoryRewrittenError,
-    Rewrite,
-    first_difference,
-)
+from eval_protocol_rft.episodes import _rendering as rendering
+from eval_protocol_rft.episodes._rendering import ConversationError
 from eval_protocol_rft.local import LoadedTokenizer
-from eval_protocol_rft.rollout import (
-    answer_fields,
-    chat_messages,
-    fields_read,
-    read_harmony,
-    render_chat,
-    tool_format,
-)
 from eval_protocol_rft.sampling import Completion, TokenIds
 
 
@@ -80,97 +68,41 @@ class OpenSegment:
 OnRewrite = Literal["split", "reject"]
 
 
-class _Answer(NamedTuple):
-    """A sampled turn that nothing was appended to yet."""
-
-    text: str
-    """Without the token that ended it."""
-    kept: str
-    """The same as it stands behind the prompt: where it begins a text, a tokenizer may leave out
-    its first blank."""
-    again: dict[str, Any] | None
-    """The message that holds `kept`, where `text` is another and the message was made of it."""
-    ender: int | None
-    """The token that ended it, where one was sampled."""
-    cut_off: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Opening:
-    """What stands before the first sampled turn. Conversations that begin alike may share one: it
-    is rendered once then."""
-
-    chat: ChatText
-    messages: Sequence[dict[str, Any]]
-    """As `rollout.chat_messages` gives them."""
-    prompt_ids: TokenIds
-    text: str
-    """The template's rendering of the messages."""
-
-    @classmethod
-    def render(
-        cls,
-        messages: Sequence[Mapping[str, Any]],
-        tools: Sequence[Mapping[str, Any]] | None,
-        tokenizer: LoadedTokenizer,
-        template_kwargs: Mapping[str, Any] | None = None,
-    ) -> Opening:
-        """See `Conversation.start`.
-
-        Raises:
-            PromptError: as `rollout.render_chat`.
-        """
-        kwargs = dict(template_kwargs or {})
-        given = chat_messages(messages, tokenizer)
-        ids = render_chat(given, tools, tokenizer, kwargs)
-        chat = ChatText(tokenizer, tools, kwargs)
-        return cls(chat=chat, messages=given, prompt_ids=ids, text=chat.render(given))
-
-
-class Openings:
-    """Openings with one tokenizer; those that are alike one after the other are rendered once."""
-
-    def __init__(self, tokenizer: LoadedTokenizer, template_kwargs: Mapping[str, Any]) -> None:
-        self.tokenizer = tokenizer
-        self._kwargs = template_kwargs
-        self._last: Opening | None = None
-
-    def of(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        tools: Sequence[Mapping[str, Any]] | None,
-    ) -> Opening:
-        """`Opening.render`, or what it gave for the same the last time.
-
-        Raises:
-            PromptError: as `Opening.render`.
-        """
-        last, given = self._last, chat_messages(messages, self.tokenizer)
-        if last is None or (given, tools) != (last.messages, last.chat.tools):
-            self._last = last = Opening.render(given, tools, self.tokenizer, self._kwargs)
-        return last
-
-
 class Conversation:
     """What was sent to a model and sampled from it. Make one with `start`, then take turns:
     `sampled`, `append`, `sampled`, ... An error leaves it as it was."""
 
-    def __init__(self, opening: Opening, *, on_rewrite: OnRewrite = "split") -> None:
-        """`start` says what the arguments mean."""
+    def __init__(
+        self,
+        chat: rendering.ChatText,
+        messages: Sequence[dict[str, Any]],
+        prompt_ids: TokenIds,
+        *,
+        on_rewrite: OnRewrite = "split",
+    ) -> None:
+        """`start` makes one: `prompt_ids` are those of `messages`, which are as
+        `rollout.chat_messages` gives them."""
         if on_rewrite not in ("split", "reject"):
             raise ValueError(f"on_rewrite must be 'split' or 'reject', not {on_rewrite!r}")
-        self._chat = opening.chat
-        self._messages = list(opening.messages)
+        self._chat = chat
+        self._messages = list(messages)
         self._on_rewrite = on_rewrite
-        self._text = opening.text
+        self._text = chat.render(messages)
         """The template's rendering of all that was sent; what was sampled last is not yet in it."""
-        self._last: _Answer | None = None
-        self._prompt_ids = opening.prompt_ids
-        self._new_ids: Sequence[int] = opening.prompt_ids
+        self._last: Completion | None = None
+        """A sampled turn that nothing was appended to yet."""
+        self._kept = ""
+        """All that was sent, and `_last` as it stands behind it: where it begins a text, a
+        tokenizer may leave out its first blank."""
+        self._again: dict[str, Any] | None = None
+        """The message that holds `_last` as it was kept, where its text is another and the message
+        was made of that."""
+        self._prompt_ids = prompt_ids
+        self._new_ids: Sequence[int] = prompt_ids
         """What of `prompt_ids` is not yet in the last segment."""
         self._segments: list[OpenSegment] = []
         self._opens_segment = True
-        self._rewrites: list[Rewrite] = []
+        self._rewrites: list[rendering.Rewrite] = []
 
     @classmethod
     def start(
@@ -197,8 +129,17 @@ class Conversation:
         Raises:
             PromptError: as `rollout.render_chat`.
         """
-        opening = Opening.render(messages, tools, tokenizer, template_kwargs)
-        return cls(opening, on_rewrite=on_rewrite)
+        kwargs = dict(template_kwargs or {})
+        given = rollout.chat_messages(messages, tokenizer)
+        ids = rollout.render_chat(given, tools, tokenizer, kwargs)
+        return cls(rendering.ChatText(tokenizer, tools, kwargs), given, ids, on_rewrite=on_rewrite)
+
+    def begun_again(self) -> Conversation:
+        """Another one with the same beginning, which is not rendered again. Nothing was sampled in
+        this one yet."""
+        other = copy.copy(self)
+        other._messages, other._segments, other._rewrites = list(self._messages), [], []
+        return other
 
     @property
     def prompt_ids(self) -> TokenIds:
@@ -216,7 +157,7 @@ class Conversation:
         return sum(start for segment in self._segments for start, _ in segment.turns)
 
     @property
-    def rewrites(self) -> tuple[Rewrite, ...]:
+    def rewrites(self) -> tuple[rendering.Rewrite, ...]:
         """Where the template rewrote history, one for each split."""
         return tuple(self._rewrites)
 
@@ -251,7 +192,7 @@ class Conversation:
         if message is None:
             message = _as_sampled(body, self._text, tokenizer)
             again = None if kept == body else _as_sampled(kept, self._text, tokenizer)
-        (given,) = chat_messages([message], tokenizer)
+        (given,) = rollout.chat_messages([message], tokenizer)
         if given["role"] != "assistant":
             raise ConversationError(f"an answer is the assistant's, not {given['role']!r}'s")
         if self._opens_segment:
@@ -259,7 +200,8 @@ class Conversation:
             self._opens_segment = False
         self._segments[-1].add(self._new_ids, completion)
         self._messages.append(given)
-        self._last = _Answer(body, kept, again, ender, completion.truncated)
+        self._last, self._again = completion, again
+        self._kept = self._text + kept + ("" if ender is None else self._chat.text_of(ender))
         self._new_ids = ()
         return dict(given)
 
@@ -280,20 +222,18 @@ class Conversation:
             raise ConversationError("nothing was sampled since the last append: call sampled first")
         if not messages:
             raise ConversationError("no messages to append")
-        last = self._last
-        if last.cut_off:
+        if self._last.truncated:
             raise ConversationError(
                 f"turn {self._turns} was cut off at its token limit: nothing can be said after a "
                 "turn that has no end. End the episode, or allow more tokens per turn"
             )
-        new = chat_messages(messages, self._chat.tokenizer)
+        new = rollout.chat_messages(messages, self._chat.tokenizer)
         chat = [*self._messages, *new]
         text = self._chat.render(chat)
         self._chat.check_seen(chat, len(new) + 1, text)
-        ender = last.ender
-        kept = self._text + last.kept + ("" if ender is None else self._chat.text_of(ender))
-        if last.again is not None and not text.startswith(kept):
-            blank = [*self._messages[:-1], last.again, *new]
+        kept, ender = self._kept, self._chat.tokenizer.ender(self._last)
+        if self._again is not None and not text.startswith(kept):
+            blank = [*self._messages[:-1], self._again, *new]
             if (other := self._chat.render(blank)).startswith(kept):
                 chat, text = blank, other
         if text.startswith(kept):
@@ -305,9 +245,9 @@ class Conversation:
             )
             prompt_ids = TokenIds((*self._segments[-1].ids, *new_ids))
         else:
-            rewrite = first_difference(kept, text, self._turns)
+            rewrite = rendering.first_difference(kept, text, self._turns)
             if self._on_rewrite == "reject":
-                raise HistoryRewrittenError(self._chat.tokenizer.name, rewrite)
+                raise rendering.HistoryRewrittenError(self._chat.tokenizer.name, rewrite)
             new_ids = self._chat.ids(text)
             prompt_ids = TokenIds(new_ids)
             self._rewrites.append(rewrite)
@@ -330,15 +270,45 @@ class Conversation:
         return sum(len(segment.turns) for segment in self._segments)
 
 
+class Openings:
+    """Conversations with one tokenizer; what begins alike one after the other is rendered once."""
+
+    def __init__(self, tokenizer: LoadedTokenizer, template_kwargs: Mapping[str, Any]) -> None:
+        self.tokenizer = tokenizer
+        self._kwargs = template_kwargs
+        self._asked: tuple[Any, ...] = ()
+        self._begun: Conversation | None = None
+
+    def of(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None,
+        on_rewrite: OnRewrite,
+    ) -> Conversation:
+        """`Conversation.start`.
+
+        Raises:
+            PromptError: as it does.
+        """
+        asked = rollout.chat_messages(messages, self.tokenizer), tools, on_rewrite
+        if self._begun is None or asked != self._asked:
+            self._begun = Conversation.start(
+                asked[0], tools, self.tokenizer, self._kwargs, on_rewrite=on_rewrite
+            )
+            self._asked = asked
+        return self._begun.begun_again()
+
+
 def _as_sampled(text: str, prompt: str, tokenizer: LoadedTokenizer) -> dict[str, Any]:
     """The sampled text as a message that a template is most likely to render as it was."""
-    if tool_format(tokenizer) == "harmony":
-        return read_harmony(text).for_template()
+    if rollout.tool_format(tokenizer) == "harmony":
+        return rollout.read_harmony(text).for_template()
     bare = prompt.rstrip()
     opened = prompt[len(bare) - len("<think>") :] if bare.endswith("<think>") else ""
     thinks = opened or text.lstrip().startswith("<think>")
-    if thinks and "reasoning_content" in fields_read(str(tokenizer.tokenizer.chat_template)):
-        fields = answer_fields(text, split_reasoning=True)
+    template = str(tokenizer.tokenizer.chat_template)
+    if thinks and "reasoning_content" in rollout.fields_read(template):
+        fields = rollout.answer_fields(text, split_reasoning=True)
         if "reasoning_content" in fields:
             return fields
     # A think tag that the prompt opened is a part of the answer to those templates that keep it.

@@ -7,7 +7,8 @@ that raises or hangs, a history that the template rewrites under `reject`) is a 
 A user's environment as an episode sees it.
 
 Invariant: whatever the environment does, an episode gets a `Step` with messages and plain metrics
-within bounds, or an `EnvironmentFaultError` that says what was wrong.
+within bounds, or an `EnvironmentFaultError` that says what was wrong. The record says what was
+said, whatever an environment does to the messages it is shown.
 """
 
 from __future__ import annotations
@@ -15,38 +16,22 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from eval_protocol_rft import sampling
 from eval_protocol_rft._segments import Segment
 from eval_protocol_rft._text import well_formed_json
 from eval_protocol_rft._turns import EpisodeRecord
-from eval_protocol_rft.episodes._calling import call
+from eval_protocol_rft.episodes._calling import EnvironmentFaultError, call
 from eval_protocol_rft.episodes._conversation import Conversation, OnRewrite, Openings
-from eval_protocol_rft.episodes._environment import (
-    Environment,
-    EnvironmentFaultError,
-    EpisodeLimits,
-    Step,
-    Transcript,
-    as_messages,
-)
+from eval_protocol_rft.episodes._environment import Environment, EpisodeLimits, Step
 from eval_protocol_rft.episodes._rendering import ConversationError
 from eval_protocol_rft.rollout import AnswerReader, PromptError, as_message
-from eval_protocol_rft.sampling import (
-    Completion,
-    Deadline,
-    Failure,
-    SamplingParams,
-    Survivor,
-    TokenIds,
-    loop_clock,
-    sampling_time,
-)
 
 if TYPE_CHECKING:
     from eval_protocol.models import EvaluationRow, Message
@@ -54,12 +39,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
 class CheckedEnvironment:
     """Calls an environment and checks what it answers. Make one with `made`."""
 
-    environment: Environment
-    limits: EpisodeLimits
+    def __init__(self, environment: Environment, limits: EpisodeLimits) -> None:
+        self.environment, self.limits = environment, limits
 
     @classmethod
     async def made(
@@ -157,8 +141,55 @@ def _does_something(method: Callable[..., Any]) -> bool:
     return getattr(method, "__func__", None) not in (Environment.reset, Environment.close)
 
 
+class Transcript:
+    """The conversation so far: `shown` to the environment, and `kept` for the record."""
+
+    def __init__(self, messages: Iterable[Message]) -> None:
+        """`messages` are others' too: the environment is shown copies."""
+        self.shown: list[Message] = []
+        self.kept: list[dict[str, Any]] = []
+        self.add([message.model_copy(deep=True) for message in messages])
+
+    def add(self, messages: Iterable[Message]) -> list[dict[str, Any]]:
+        """Append `messages`; returns them as they are kept."""
+        added = list(messages)
+        kept = [message.model_dump(exclude_none=True) for message in added]
+        # A new list: the environment may still have the last one.
+        self.shown = [*self.shown, *added]
+        self.kept += kept
+        return kept
+
+
+def as_messages(messages: Any) -> list[Message]:
+    """What an environment said, as messages; of text that is no UTF-8, a character is lost.
+
+    Raises:
+        EnvironmentFaultError: they are none.
+    """
+    from eval_protocol.models import Message
+
+    if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
+        raise EnvironmentFaultError(
+            f"messages must be a list of messages, not {type(messages).__name__}"
+        )
+    try:
+        return [
+            _well_formed(m if isinstance(m, Message) else Message(**well_formed_json(m)))
+            for m in messages
+        ]
+    except (TypeError, ValueError) as error:
+        raise EnvironmentFaultError(f"a message is no message: {error}") from error
+
+
+def _well_formed(message: Message) -> Message:
+    values = message.model_dump(exclude_none=True)
+    mended = well_formed_json(values)
+    return message if mended == values else type(message)(**mended)
+
+
 SampleTurn = Callable[
-    [int, TokenIds, SamplingParams, Callable[[], None]], Awaitable[Survivor | Failure]
+    [int, sampling.TokenIds, sampling.SamplingParams, Callable[[], None]],
+    Awaitable[sampling.Survivor | sampling.Failure],
 ]
 """Turn number, prompt and parameters in, and what to call when the first request leaves; what came
 of it out."""
@@ -168,12 +199,12 @@ of it out."""
 class Episode:
     """What became of one episode."""
 
-    first: Survivor
+    first: sampling.Survivor
     """Its first turn, with the attempts and seconds of all of them."""
     record: EpisodeRecord
     segments: list[Segment]
     talk: Conversation
-    first_prompt: TokenIds
+    first_prompt: sampling.TokenIds
     tools: Sequence[Mapping[str, Any]] | None
     """What the prompt describes: the environment's, or the row's."""
     sampled_tokens: int
@@ -190,7 +221,7 @@ class EpisodeRun:
     messages: Sequence[Message]
     openings: Openings
     """Shared by the episodes of a row, which begin alike."""
-    params: SamplingParams
+    params: sampling.SamplingParams
     limits: EpisodeLimits
     context_length: int | None
     """The model's, where the sampler knows it."""
@@ -198,18 +229,18 @@ class EpisodeRun:
     sample: SampleTurn
     split_reasoning: bool = True
     """Show thinking as `reasoning_content`, not in the content."""
-    _began: float = field(default_factory=sampling_time)
+    _began: float = field(default_factory=sampling.sampling_time)
     _deadline: float | None = None
-    _waiting: Deadline | None = None
-    _survivors: list[Survivor] = field(default_factory=list)
+    _waiting: sampling.Deadline | None = None
+    _survivors: list[sampling.Survivor] = field(default_factory=list)
     _rewards: list[float | None] = field(default_factory=list)
     _metrics: dict[str, Any] = field(default_factory=dict)
 
-    async def __call__(self) -> Episode | Failure:
-        with loop_clock().runs():
+    async def __call__(self) -> Episode | sampling.Failure:
+        with sampling.loop_clock().runs():
             return await self._run_in_world()
 
-    async def _run_in_world(self) -> Episode | Failure:
+    async def _run_in_world(self) -> Episode | sampling.Failure:
         try:
             world = await CheckedEnvironment.made(self.environment, self.limits)
             try:
@@ -220,7 +251,7 @@ class EpisodeRun:
             kind = "prompt" if isinstance(error, PromptError) else "internal"
             return self._failure(kind, str(error))
 
-    async def _run(self, world: CheckedEnvironment) -> Episode | Failure:
+    async def _run(self, world: CheckedEnvironment) -> Episode | sampling.Failure:
         more = await world.reset(self.row)
         if world.too_long(more):
             raise PromptError(
@@ -231,13 +262,12 @@ class EpisodeRun:
         tools = world.environment.tools
         if tools is None:
             tools = self.row.tools
-        opening = self.openings.of(transcript.kept, tools)
-        talk = Conversation(opening, on_rewrite=self.on_rewrite)
-        tokenizer = self.openings.tokenizer
+        talk = self.openings.of(transcript.kept, tools, self.on_rewrite)
+        first_prompt, tokenizer = talk.prompt_ids, self.openings.tokenizer
         most = min(self.limits.tokens, self.context_length or self.limits.tokens)
 
         def end(reason: str) -> Episode:
-            return self._ended(talk, opening.prompt_ids, tools, transcript, reason)
+            return self._ended(talk, first_prompt, tools, transcript, reason)
 
         while True:
             room = most - len(talk.prompt_ids)
@@ -255,7 +285,7 @@ class EpisodeRun:
             outcome = await self._sampled(talk.prompt_ids, params)
             if outcome is None:
                 return end("seconds")
-            if isinstance(outcome, Failure):
+            if isinstance(outcome, sampling.Failure):
                 return self._failure(outcome.kind, outcome.message, outcome)
             self._survivors.append(outcome)
             completion = outcome.completion
@@ -285,14 +315,14 @@ class EpisodeRun:
             talk.append(transcript.add(observation))
 
     async def _sampled(
-        self, prompt_ids: TokenIds, params: SamplingParams
-    ) -> Survivor | Failure | None:
+        self, prompt_ids: sampling.TokenIds, params: sampling.SamplingParams
+    ) -> sampling.Survivor | sampling.Failure | None:
         """The next turn; None where the episode's time was up before it came."""
-        left = None if self._deadline is None else self._deadline - sampling_time()
+        left = None if self._deadline is None else self._deadline - sampling.sampling_time()
         if left is not None and left <= 0:
             return None
         try:
-            async with Deadline(left) as self._waiting:
+            async with sampling.Deadline(left) as self._waiting:
                 turn = len(self._survivors)
                 return await self.sample(turn, prompt_ids, params, self._starts)
         except TimeoutError:
@@ -302,25 +332,25 @@ class EpisodeRun:
         if self._survivors:
             return None
         message = f"the first turn took longer than the {self.limits.seconds:g} s of an episode"
-        return Failure(
+        return sampling.Failure(
             index=self.index, kind="timeout", message=message, attempts=1, seconds=self._seconds
         )
 
     def _starts(self) -> None:
         """A request leaves: from the first on the episode's seconds count."""
         if self._deadline is None:
-            self._deadline = sampling_time() + self.limits.seconds
+            self._deadline = sampling.sampling_time() + self.limits.seconds
             if self._waiting is not None:
                 self._waiting.restart(self.limits.seconds)
 
     @property
     def _seconds(self) -> float:
-        return sampling_time() - self._began
+        return sampling.sampling_time() - self._began
 
     def _ended(
         self,
         talk: Conversation,
-        first_prompt: TokenIds,
+        first_prompt: sampling.TokenIds,
         tools: Sequence[Mapping[str, Any]] | None,
         transcript: Transcript,
         reason: str,
@@ -350,9 +380,11 @@ class EpisodeRun:
             sampled_tokens=sum(len(s.completion.token_ids) for s in self._survivors),
         )
 
-    def _failure(self, kind: Any, message: str, of: Failure | None = None) -> Failure:
+    def _failure(
+        self, kind: Any, message: str, of: sampling.Failure | None = None
+    ) -> sampling.Failure:
         turn = len(self._survivors)
-        return Failure(
+        return sampling.Failure(
             index=self.index,
             kind=kind,
             message=f"turn {turn}: {message}",
@@ -363,7 +395,7 @@ class EpisodeRun:
         )
 
 
-def _with_versions(completions: Sequence[Completion]) -> Completion:
+def _with_versions(completions: Sequence[sampling.Completion]) -> sampling.Completion:
     """The first turn's, with the versions of the weights that sampled all turns."""
     last = completions[-1].policy_version
     every = [v for c in completions for v in (c.first_policy_version, c.policy_version)]

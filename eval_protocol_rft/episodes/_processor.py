@@ -20,34 +20,13 @@ import msgspec
 from eval_protocol.models import EvaluationRow, Message
 from eval_protocol.pytest.types import RolloutProcessorConfig
 
+from eval_protocol_rft import rollout, sampling
 from eval_protocol_rft.episodes._conversation import OnRewrite, Openings
 from eval_protocol_rft.episodes._environment import Environment, EpisodeLimits
 from eval_protocol_rft.episodes._episode import Episode, EpisodeRun
-from eval_protocol_rft.rollout import (
-    PROMPT_IDS_KEY,
-    FireworksTrainingRolloutProcessor,
-    LoopState,
-    PromptError,
-    RolloutError,
-    RowJob,
-    RowSlot,
-    build_record,
-    observe_attempt,
-    prompt_ids_of,
-    put_on_row,
-)
-from eval_protocol_rft.sampling import (
-    Failure,
-    Group,
-    SamplingParams,
-    Survivor,
-    TokenIds,
-    derive_seeds,
-    sample_one,
-)
 
 
-class EpisodeRolloutProcessor(FireworksTrainingRolloutProcessor):
+class EpisodeRolloutProcessor(rollout.FireworksTrainingRolloutProcessor):
     """Runs n independent episodes per row against an environment, exact to the token.
 
     Args:
@@ -86,16 +65,17 @@ class EpisodeRolloutProcessor(FireworksTrainingRolloutProcessor):
         self,
         row: EvaluationRow,
         config: RolloutProcessorConfig,
-        state: LoopState,
+        state: rollout.LoopState,
         rows_ahead: asyncio.Semaphore,
         run: int | str,
     ) -> EvaluationRow:
-        if prompt_ids_of(row) is not None:
-            raise PromptError(
-                f"row {row.input_metadata.row_id}: it brings its prompt as {PROMPT_IDS_KEY}, and "
-                "an episode renders its turns from messages: give the row messages"
+        if rollout.prompt_ids_of(row) is not None:
+            raise rollout.PromptError(
+                f"row {row.input_metadata.row_id}: it brings its prompt as "
+                f"{rollout.PROMPT_IDS_KEY}, and an episode renders its turns from messages: give "
+                "the row messages"
             )
-        async with RowSlot(rows_ahead) as row_slot:
+        async with rollout.RowSlot(rows_ahead) as row_slot:
             job = await self._prepare(row, config, state, run)
             row_slot.expect(len(job.seeds))
             openings = Openings(job.tokenizer, job.request.chat_template_kwargs)
@@ -110,9 +90,9 @@ class EpisodeRolloutProcessor(FireworksTrainingRolloutProcessor):
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
         episodes = [outcome for outcome in outcomes if isinstance(outcome, Episode)]
-        group = Group(
+        group = sampling.Group(
             survivors=[episode.first for episode in episodes],
-            failures=[outcome for outcome in outcomes if isinstance(outcome, Failure)],
+            failures=[outcome for outcome in outcomes if isinstance(outcome, sampling.Failure)],
         )
         self._require_survivors(row, job.request, group)
         _require_one_prompt(row, episodes)
@@ -120,12 +100,16 @@ class EpisodeRolloutProcessor(FireworksTrainingRolloutProcessor):
         return row
 
     def _commit(
-        self, row: EvaluationRow, job: RowJob, group: Group, episodes: Sequence[Episode]
+        self,
+        row: EvaluationRow,
+        job: rollout.RowJob,
+        group: sampling.Group,
+        episodes: Sequence[Episode],
     ) -> None:
         """Put episodes on their row; `group` holds the first turn of each. The row's messages
         become those of the first episode."""
         first = episodes[0]
-        record = build_record(
+        record = rollout.build_record(
             group,
             first.first_prompt,
             job.request,
@@ -143,7 +127,7 @@ class EpisodeRolloutProcessor(FireworksTrainingRolloutProcessor):
         )
         messages = [Message(**{"content": None, **m}) for m in first.record.messages]
         row.tools = None if first.tools is None else [dict(tool) for tool in first.tools]
-        put_on_row(
+        rollout.put_on_row(
             row,
             record,
             messages,
@@ -157,28 +141,31 @@ class EpisodeRolloutProcessor(FireworksTrainingRolloutProcessor):
     async def _episode(
         self,
         row: EvaluationRow,
-        job: RowJob,
+        job: rollout.RowJob,
         config: RolloutProcessorConfig,
         index: int,
-        row_slot: RowSlot,
+        row_slot: rollout.RowSlot,
         openings: Openings,
-    ) -> Episode | Failure:
+    ) -> Episode | sampling.Failure:
         seed = job.seeds[index]
         # Both: a caller's rollouts may all have one id, and its runs numbers given twice.
-        rollout = f"{row.execution_metadata.rollout_id or ''}\0{job.run}"
-        session = hashlib.blake2b(f"{job.row_key}\0{rollout}\0{index}".encode(), digest_size=8)
+        rollout_id = f"{row.execution_metadata.rollout_id or ''}\0{job.run}"
+        session = hashlib.blake2b(f"{job.row_key}\0{rollout_id}\0{index}".encode(), digest_size=8)
 
         async def sample(
-            turn: int, prompt: TokenIds, params: SamplingParams, on_start: Callable[[], None]
-        ) -> Survivor | Failure:
+            turn: int,
+            prompt: sampling.TokenIds,
+            params: sampling.SamplingParams,
+            on_start: Callable[[], None],
+        ) -> sampling.Survivor | sampling.Failure:
             def starts() -> None:
                 if not turn:
                     row_slot.started()
                 on_start()
 
             # The first turn has the seed that a single completion would have.
-            (turn_seed,) = [seed] if not turn else derive_seeds(seed, f"turn {turn}", 1)
-            return await sample_one(
+            (turn_seed,) = [seed] if not turn else sampling.derive_seeds(seed, f"turn {turn}", 1)
+            return await sampling.sample_one(
                 job.sampler,
                 prompt,
                 params,
@@ -188,7 +175,7 @@ class EpisodeRolloutProcessor(FireworksTrainingRolloutProcessor):
                 retry=self.retry,
                 limiter=job.limiter,
                 prompt=job.row_key,
-                observe=observe_attempt,
+                observe=rollout.observe_attempt,
                 on_start=starts,
                 read=lambda completion: job.tokenizer.read(completion, params, job.witness.look),
             )
@@ -215,7 +202,7 @@ def _require_one_prompt(row: EvaluationRow, episodes: list[Episode]) -> None:
     first = episodes[0].first_prompt
     for episode in episodes[1:]:
         if episode.first_prompt != first:
-            raise RolloutError(
+            raise rollout.RolloutError(
                 f"row {row.input_metadata.row_id}: reset() said different things in episodes "
                 f"{episodes[0].first.index} and {episode.first.index}; what differs between "
                 "episodes of a row must come after the first turn"

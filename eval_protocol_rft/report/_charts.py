@@ -14,23 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from eval_protocol_rft._statistics import PassAtK
+from eval_protocol_rft._statistics import Array, Bar, PassAtK
+from eval_protocol_rft.report import _svg as drawing
 from eval_protocol_rft.report._html import visible
-from eval_protocol_rft.report._page_stats import Bin, nice_step
-from eval_protocol_rft.report._svg import (
-    LARGEST,
-    PLOT,
-    FloatArray,
-    as_file,
-    as_svg,
-    light,
-    linear_axis,
-    log_axis,
-    new_figure,
-    own_settings,
-    plot_axes,
-    steps_axis,
-)
+from eval_protocol_rft.report._svg import LARGEST, PLOT, light, own_settings
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -55,7 +42,7 @@ class Series:
 
     name: str
     steps: Sequence[int]
-    values: FloatArray
+    values: Array
     evaluated: bool = False
     """Of evaluations: neighbours are further apart, and each value gets a dot."""
     colour: int = 0
@@ -88,51 +75,52 @@ class Chart:
 def histogram(
     name: str,
     title: str,
-    bins: Sequence[Bin],
+    bins: Sequence[Bar],
     *,
     label: str,
     unit: str = "completions",
-    marked: str = "",
+    marked: tuple[str, Sequence[int]] | None = None,
     whole_numbers: bool = False,
     nothing: str,
 ) -> Chart:
     """Bars of one width, one per bin: marked values below, the others above.
 
     Args:
-        marked: what the marked ones are; empty where none are.
+        marked: a name for some of them, and how many of each bin have it.
         whole_numbers: the bins hold integers, so 3 <= v < 4 is just 3.
         nothing: why there is nothing to draw where there are no bins.
     """
     if not bins:
         return Chart(id=name, title=title, nothing=nothing)
     names = [_bin_name(b, whole_numbers=whole_numbers) for b in bins]
-    numbers = [[label, unit] + [marked] * bool(marked)]
+    mark, marks = marked or ("", [0] * len(bins))
+    numbers = [[label, unit] + [mark] * bool(mark)]
     numbers += [
-        [values, f"{b.count:,}"] + [f"{b.marked:,}"] * bool(marked)
-        for values, b in zip(names, bins, strict=True)
+        [values, f"{b.count:,}"] + [f"{of_them:,}"] * bool(mark)
+        for values, b, of_them in zip(names, bins, marks, strict=True)
         if b.count
     ]
-    figure = new_figure()
-    axes = plot_axes(figure, label, unit)
+    figure = drawing.new_figure()
+    axes = drawing.plot_axes(figure, label, unit)
     axes.set_xlim(-0.5, len(bins) - 0.5)
     axes.set_xticks(*_bin_ticks(bins, whole_numbers=whole_numbers))
-    linear_axis(axes, 0, max(b.count for b in bins), whole_numbers=True)
+    drawing.linear_axis(axes, 0, max(b.count for b in bins), whole_numbers=True)
     slot = (PLOT["right"] - PLOT["left"]) / len(bins)
     width = min(0.88, _WIDEST_BAR / slot)
-    counts, marks = np.array([[b.count, b.marked] for b in bins]).T
+    counts, below = np.array([b.count for b in bins]), np.array(marks)
     titles = {}
     for part, colour, foot, height in (
-        ("marked", "c1", np.zeros_like(marks), marks),
-        ("bar", "c0", marks, counts - marks),
+        ("marked", "c1", np.zeros_like(below), below),
+        ("bar", "c0", below, counts - below),
     ):
         places = np.flatnonzero(height)
         drawn = axes.bar(places, height[places], width, foot[places], color=light(colour))
         for i, bar in zip(places.tolist(), drawn, strict=True):
             bar.set_gid(f"{name}-{part}-{i}")
-            of_them = f", {bins[i].marked:,} of them {marked}" if marked else ""
+            of_them = f", {marks[i]:,} of them {mark}" if mark else ""
             titles[f"{name}-{part}-{i}"] = f"{names[i]}: {bins[i].count:,}{of_them}"
-    svg = as_svg(figure, name, f"{sum(b.count for b in bins):,} {unit}", titles=titles)
-    keys = [(marked, 1)] if marked else []
+    svg = drawing.as_svg(figure, name, f"{sum(b.count for b in bins):,} {unit}", titles=titles)
+    keys = [(mark, 1)] if mark else []
     return Chart(id=name, title=title, svg=svg, numbers=numbers, keys=keys)
 
 
@@ -144,8 +132,8 @@ def pass_curve(name: str, points: Sequence[PassAtK], *, nothing: str) -> Chart:
     numbers = [["k", "pass@k", "prompts"]]
     numbers += [[str(p.k), f"{p.value:.4f}", f"{p.groups:,}"] for p in points]
     last = points[-1].k
-    figure = new_figure()
-    axes = plot_axes(figure, "k (completions drawn)", "share of prompts")
+    figure = drawing.new_figure()
+    axes = drawing.plot_axes(figure, "k (completions drawn)", "share of prompts")
     axes.set_xlim(*((0, math.log2(last)) if last > 1 else (-0.5, 0.5)))
     ks = sorted({1, last, *(2**i for i in range(last.bit_length()))})
     if len(ks) > 2 and last / ks[-2] < 1.3:
@@ -157,7 +145,7 @@ def pass_curve(name: str, points: Sequence[PassAtK], *, nothing: str) -> Chart:
     axes.plot(places, heights, "o-", color=light("c0"), lw=2, gid=f"{name}-0")
     titles = [f"pass@{p.k} = {p.value:.4f} over {p.groups:,} prompts" for p in points]
     ends = f"pass@1 {heights[0]:.3f}, pass@{last} {heights[-1]:.3f}"
-    svg = as_svg(figure, name, ends, dots=titles, radius=3.5 if len(points) <= 32 else 2)
+    svg = drawing.as_svg(figure, name, ends, dots=titles, radius=3.5 if len(points) <= 32 else 2)
     return Chart(id=name, title="pass@k", svg=svg, numbers=numbers)
 
 
@@ -189,14 +177,14 @@ def curves(
         return Chart(id=name, title=title, nothing=nothing)
     if window and not all(one.evaluated for one in series):
         note = f"Strong: means over {window} steps. {note}".strip()
-    figure = new_figure()
-    axes = plot_axes(figure, "step", unit)
-    steps_axis(axes, span)
+    figure = drawing.new_figure()
+    axes = drawing.plot_axes(figure, "step", unit)
+    drawing.steps_axis(axes, span)
     known = np.concatenate([*(one.values for one in series), np.array([bar for bar, _ in bars])])
     known = np.clip(known[~np.isnan(known)], -LARGEST, LARGEST)
-    foot = log_axis(axes, known) if log else -LARGEST
+    foot = drawing.log_axis(axes, known) if log else -LARGEST
     if not log:
-        linear_axis(axes, float(known.min()), float(known.max()))
+        drawing.linear_axis(axes, float(known.min()), float(known.max()))
     for i, one in enumerate(series):
         values, gid, many = one.values, f"{name}-{i}", bool(window) and not one.evaluated
         if many:
@@ -242,11 +230,11 @@ def layers(
     gaps = np.flatnonzero(ends[:-1] < starts[1:])
     edges = np.insert(np.append(starts, ends[-1]), gaps + 1, ends[gaps]) - 0.5
     heights = np.insert(heights, gaps + 1, np.nan, axis=1)
-    figure = new_figure()
-    axes = plot_axes(figure, "step", unit)
-    steps_axis(axes, span)
+    figure = drawing.new_figure()
+    axes = drawing.plot_axes(figure, "step", unit)
+    drawing.steps_axis(axes, span)
     tops = np.cumsum(heights, axis=0)
-    linear_axis(axes, 0, 1 if shares or np.all(np.isnan(tops)) else float(np.nanmax(tops)))
+    drawing.linear_axis(axes, 0, 1 if shares or np.all(np.isnan(tops)) else float(np.nanmax(tops)))
     for i, one in enumerate(series):
         axes.stairs(
             tops[i],
@@ -268,7 +256,7 @@ def _of_steps(figure: Figure, name: str, title: str, series: Sequence[Series], n
     return Chart(
         id=name,
         title=title,
-        svg=as_svg(figure, name, description, pointed=True),
+        svg=drawing.as_svg(figure, name, description, pointed=True),
         numbers=[["", "first", "last", "lowest (step)", "highest (step)"], *ends],
         keys=[(one.name, one.colour % SERIES_COLOURS) for one in series],
         series=series,
@@ -286,13 +274,13 @@ def picture(title: str, series: Sequence[Series]) -> str:
         series: at most two, each with a value.
     """
     steps = [step for one in series for step in one.steps]
-    figure = new_figure(720, 360)
-    axes = plot_axes(figure, "training step", "", (64, 624, 64, 300))
+    figure = drawing.new_figure(720, 360)
+    axes = drawing.plot_axes(figure, "training step", "", (64, 624, 64, 300))
     axes.tick_params(labelsize=15)
     axes.xaxis.label.set_fontsize(15)
-    steps_axis(axes, (min(steps), max(*steps, min(steps) + 1)))
+    drawing.steps_axis(axes, (min(steps), max(*steps, min(steps) + 1)))
     known = np.concatenate([one.values[~np.isnan(one.values)] for one in series])
-    linear_axis(axes, float(known.min()), float(known.max()))
+    drawing.linear_axis(axes, float(known.min()), float(known.max()))
     ends = [int(np.flatnonzero(~np.isnan(one.values))[-1]) for one in series]
     low, high = axes.get_ylim()
     places = [
@@ -314,12 +302,12 @@ def picture(title: str, series: Sequence[Series]) -> str:
             annotation_clip=False,
         )
     heading = f"{title}: held-out score"
-    return as_file(
-        as_svg(figure, "curve", "", radius=4), heading, f"{heading} against training step"
+    return drawing.as_file(
+        drawing.as_svg(figure, "curve", "", radius=4), heading, f"{heading} against training step"
     )
 
 
-def smoothed(values: FloatArray, window: int) -> FloatArray:
+def smoothed(values: Array, window: int) -> Array:
     """[N] means over `window` values (an odd number) around each one, fewer at the ends.
 
     A value that is missing is in no mean, and stays missing.
@@ -332,7 +320,7 @@ def smoothed(values: FloatArray, window: int) -> FloatArray:
     return np.where(known, sums / np.maximum(counts, 1.0), np.nan)
 
 
-def binned(values: FloatArray, size: int) -> FloatArray:
+def binned(values: Array, size: int) -> Array:
     """[ceil(N / size)] means of `size` neighbours each, over those that are not missing."""
     padded = np.full(math.ceil(len(values) / size) * size, np.nan)
     padded[: len(values)] = values
@@ -344,7 +332,7 @@ def binned(values: FloatArray, size: int) -> FloatArray:
 
 
 def _line(
-    axes: Axes, series: Series, values: FloatArray, *, foot: float = -LARGEST, **style: Any
+    axes: Axes, series: Series, values: Array, *, foot: float = -LARGEST, **style: Any
 ) -> None:
     """One series, broken where a value is missing, or in training a whole step."""
     steps, values = np.asarray(series.steps, np.float64), np.clip(values, foot, LARGEST)
@@ -391,13 +379,13 @@ def _draw_bars(axes: Axes, bars: Sequence[tuple[float, str]], gid: str) -> None:
             axes.text(left, y, name, transform=place, va=side, color=light("bad"), gid=gid)
 
 
-def _points_along(line: FloatArray) -> FloatArray:
+def _points_along(line: Array) -> Array:
     """[N, 2] points of a line, close enough to be seen wherever it passes."""
     places = np.linspace(0, len(line) - 1, max(10 * len(line), 1_000))
     return np.stack([np.interp(places, np.arange(len(line)), column) for column in line.T], axis=1)
 
 
-def _count_inside(points: FloatArray, box: tuple[float, float, float, float]) -> int:
+def _count_inside(points: Array, box: tuple[float, float, float, float]) -> int:
     low, high = np.array([box[0], box[2]]), np.array([box[1], box[3]])
     return int(np.sum(np.all((points >= low) & (points <= high), axis=1)))
 
@@ -408,7 +396,7 @@ def _overlap(
     return one[0] < other[1] and other[0] < one[1] and one[2] < other[3] and other[2] < one[3]
 
 
-def _bin_ticks(bins: Sequence[Bin], *, whole_numbers: bool) -> tuple[list[float], list[str]]:
+def _bin_ticks(bins: Sequence[Bar], *, whole_numbers: bool) -> tuple[list[float], list[str]]:
     """Places and labels below bars: of single values in the middle, as many as have room; of ranges
     at their edges, the round ones."""
     plot_width = PLOT["right"] - PLOT["left"]
@@ -417,7 +405,7 @@ def _bin_ticks(bins: Sequence[Bin], *, whole_numbers: bool) -> tuple[list[float]
         shown = range(0, len(bins), math.ceil(len(bins) / room))
         return [*shown], [f"{bins[i].low:g}" for i in shown]
     edges = [*(b.low for b in bins), bins[-1].high]
-    step = nice_step(edges[-1] - edges[0], room)
+    step = drawing.nice_step(edges[-1] - edges[0], room)
     ticks = [
         (i - 0.5, f"{edge:g}")
         for i, edge in enumerate(edges)
@@ -426,7 +414,7 @@ def _bin_ticks(bins: Sequence[Bin], *, whole_numbers: bool) -> tuple[list[float]
     return [place for place, _ in ticks], [name for _, name in ticks]
 
 
-def _bin_name(b: Bin, *, whole_numbers: bool) -> str:
+def _bin_name(b: Bar, *, whole_numbers: bool) -> str:
     if b.low == b.high:
         return f"{b.low:g}"
     if whole_numbers:

@@ -1,55 +1,38 @@
 """Rollouts as one static HTML file that needs no server and asks no network for anything.
 
-Invariant: statistics are of all prompts; where texts are of fewer, the page says so. A tokenizer is
-named by the user or by the file, never guessed from the model's name: one that cannot be loaded
-costs the texts of its groups, and the page says so.
+Invariant: statistics are of all prompts; where texts are of fewer, the page says so. An unscored
+completion counts as unscored, never as 0; a failed one as failed, and in no mean. Every value is
+counted in exactly one bin. A tokenizer is named by the user or by the file, never guessed from the
+model's name: one that cannot be loaded costs the texts of its groups, and the page says so.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
+import numpy as np
 from annotated_types import Ge
 
 from eval_protocol_rft._durable import check_replaceable, replacing
 from eval_protocol_rft._options import Flag, check_arguments
-from eval_protocol_rft.data import (
-    CompletionRow,
-    DataSettings,
-    FileMetadata,
-    Reading,
-    RolloutDataset,
-    SamplingSettings,
-    same_file,
-)
+from eval_protocol_rft._statistics import LARGEST, Array, Bar, MetricMeans, PassAtK, mean_pass_at_k
+from eval_protocol_rft.data import CompletionRow, FileMetadata, Reading, RolloutDataset, same_file
 from eval_protocol_rft.local import TokenizerError
+from eval_protocol_rft.record import UNSCORED
+from eval_protocol_rft.report import _html as html
+from eval_protocol_rft.report import _page_detail as detail
 from eval_protocol_rft.report._charts import histogram, pass_curve
-from eval_protocol_rft.report._html import (
-    Facts,
-    ReportError,
-    check_installed,
-    embedded_json,
-    packed,
-    render,
-)
-from eval_protocol_rft.report._page_detail import (
-    LOGPROB_UNIT,
-    group_detail,
-    group_episodes,
-    prompt_start,
-)
-from eval_protocol_rft.report._page_stats import (
-    ColumnTotals,
-    ReportTotals,
-    length_bins,
-    reward_bins,
-)
-from eval_protocol_rft.report._page_tokens import TokenTexts, Vocabulary, load_token_texts
+from eval_protocol_rft.report._html import ReportError
+from eval_protocol_rft.report._page_detail import TokenTexts, broken
+from eval_protocol_rft.report._svg import nice_step
 
 DEFAULT_PROMPTS = 2_000
 DEFAULT_TOKENS = 4_000_000
@@ -57,6 +40,9 @@ DEFAULT_TOKENS = 4_000_000
 have so many sampled tokens: a browser still opens it within seconds."""
 _UNLIMITED = f"{DEFAULT_PROMPTS}, fewer where they hold {DEFAULT_TOKENS:,} tokens"
 
+_MOST_SINGLE_VALUES = 12
+"""Up to so many different rewards each get a bin of their own."""
+_BINS = 20
 _SCRIPTS = ("text.js", "tokens.js", "episode.js", "group.js", "table.js", "start.js")
 _STYLES = ("page.css", "details.css")
 
@@ -97,19 +83,19 @@ def write_report(
         progress: show a bar where it takes long; None: where stderr is a terminal.
 
     Raises:
-        ReportError: the file has no rows or inexact token data, `output` is the file itself, the
-            threshold is no finite number, or matplotlib is not installed.
-        FormatError: the file cannot be read.
+        ReportError: the file cannot be read, has no rows or inexact token data, `output` is the
+            file itself, the threshold is no finite number, or matplotlib is not installed.
+        FormatError: it is no rollout file, or a damaged one.
         OSError: `output` cannot be written.
     """
     if same_file(output, dataset.path):
         raise ReportError(f"{output} is the rollout file itself: name another file for the page")
     check_replaceable(output)
-    check_installed()
+    html.check_installed()
     check_arguments(write_report, locals(), ReportError)
     columns = list(dict.fromkeys(["reward", *dataset.metadata.rewards]))
-    totals = ReportTotals({name: ColumnTotals() for name in columns}, pass_threshold)
-    vocabulary = Vocabulary()
+    totals = ReportTotals(columns, pass_threshold)
+    vocabulary = detail.Vocabulary()
     source = TextSource(dataset.metadata, tokenizer)
     lines: list[dict[str, Any]] = []
     details: list[str] = []
@@ -118,25 +104,25 @@ def write_report(
         Reading("report", dataset.rows_about, show=progress) as reading,
     ):
         for group in reading(dataset.groups()):
-            episodes = group_episodes(group)
+            episodes = detail.group_episodes(group)
             source.note(group)
             room = _has_room(len(lines), totals.tokens, limit)
             numbers = totals.add(group)
             if room:
                 texts = source.texts(group)
-                detail = group_detail(
+                completions = detail.group_detail(
                     group, episodes, vocabulary=vocabulary, texts=texts, columns=columns
                 )
                 first = group[0]
                 about = {"data_idx": first.data_idx, "row_id": first.row_id}
-                lines.append({**about, "prompt": prompt_start(first.prompt), **numbers})
-                details.append(packed(detail))
+                lines.append({**about, "prompt": detail.prompt_start(first.prompt), **numbers})
+                details.append(html.packed(completions))
     if not totals.prompts:
         raise ReportError(f"{dataset.where}: no completions to report")
     index = {
         "columns": columns,
         "pass_threshold": pass_threshold,
-        "logprob_unit": LOGPROB_UNIT,
+        "logprob_unit": detail.LOGPROB_UNIT,
         "groups": lines,
     }
     values = {
@@ -146,13 +132,13 @@ def write_report(
         "threshold": pass_threshold,
         "shown": len(lines),
         "problems": list(source.problems),
-        "index": embedded_json(index),
-        "vocabulary": packed(vocabulary.entries()),
+        "index": html.embedded_json(index),
+        "vocabulary": html.packed(vocabulary.entries()),
         "details": details,
         **_head(dataset.metadata, totals, source.sources),
     }
     with replacing(output) as file:
-        for piece in render("page.html", values, scripts=_SCRIPTS, styles=_STYLES):
+        for piece in html.render("page.html", values, scripts=_SCRIPTS, styles=_STYLES):
             file.write(piece.encode())
         size = file.tell()
     return WrittenReport(
@@ -171,6 +157,8 @@ def _names_the_file(path: str) -> Iterator[None]:
         yield
     except ReportError as error:
         raise ReportError(f"{path}: {error}") from error
+    except OSError as error:
+        raise ReportError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
 def _has_room(shown: int, tokens: int, limit: int | None) -> bool:
@@ -185,11 +173,11 @@ def _head(
 ) -> dict[str, Any]:
     """What the page says of all rollouts. `sources`: what rows say of their sampling where the
     metadata does not, as facts."""
+    bins, cut = length_bins(totals.lengths)
     facts = list(sources.items())
     if metadata.sampling is not None:
-        facts = sampling_facts(metadata.sampling)
-    if metadata.data is not None:
-        facts += data_facts(metadata.data)
+        facts = html.sampling_facts(metadata.sampling)
+    facts += html.data_facts(metadata)
     return {
         "header_facts": facts,
         "header_figures": [
@@ -205,9 +193,9 @@ def _head(
         "lengths": histogram(
             "lengths",
             "Completion lengths",
-            length_bins(totals.lengths),
+            bins,
             label="sampled tokens",
-            marked="truncated",
+            marked=("truncated", cut),
             whole_numbers=True,
             nothing="there are no completions",
         ),
@@ -237,54 +225,6 @@ def _column(i: int, name: str, metadata: FileMetadata, totals: ReportTotals) -> 
     }
 
 
-def sampling_facts(sampling: SamplingSettings) -> Facts:
-    """How the completions were sampled."""
-    parameters = [
-        f"temperature {sampling.temperature:g}",
-        f"top_p {sampling.top_p:g}",
-        f"top_k {sampling.top_k}" if sampling.top_k > 0 else "top_k off",
-    ]
-    if sampling.max_tokens is not None:
-        parameters.append(f"max_tokens {sampling.max_tokens}")
-    parameters.append(f"n {sampling.n}")
-    if sampling.seed is not None:
-        parameters.append(f"seed {sampling.seed}" + ("" if sampling.seed_given else " (drawn)"))
-    facts = [
-        ("Model", sampling.model),
-        ("Tokenizer", sampling.tokenizer or "not recorded"),
-        ("Sampling", ", ".join(parameters)),
-    ]
-    if sampling.support_truncated:
-        facts.append(("Note", "part of the vocabulary could not be drawn (top_p, top_k or alike)"))
-    for name, value in (
-        ("Stop", sampling.stop),
-        ("System", sampling.system),
-        ("Chat template options", sampling.chat_template_kwargs),
-        ("Further options", sampling.other),
-    ):
-        if value:
-            text = value if isinstance(value, str) else msgspec.json.encode(value).decode()
-            facts.append((name, text))
-    if sampling.chat_template_hash:
-        facts.append(("Chat template hash", sampling.chat_template_hash))
-    return facts
-
-
-def data_facts(data: DataSettings) -> Facts:
-    """Which prompts they are."""
-    chosen = [f"{data.num_rows:,} rows"]
-    if data.where is not None:
-        chosen.append(f"where {data.where}")
-    if data.shuffle_seed is not None:
-        chosen.append(f"shuffled with seed {data.shuffle_seed}")
-    if data.limit is not None:
-        chosen.append(f"limited to {data.limit:,}")
-    return [
-        ("Data set", f"{data.name} ({', '.join(chosen)})"),
-        ("Its SHA-256", data.fingerprint[:16]),
-    ]
-
-
 class TextSource:
     """Finds tokenizers for groups, and loads each once.
 
@@ -309,7 +249,7 @@ class TextSource:
             return None
         if name not in self._loaded:
             try:
-                self._loaded[name] = load_token_texts(name)
+                self._loaded[name] = detail.load_token_texts(name)
             except TokenizerError as error:
                 self.problems[str(error)] = None
                 self._loaded[name] = None
@@ -339,3 +279,152 @@ def _row_sampling(group: Sequence[CompletionRow]) -> tuple[str | None, str | Non
     extra = (row.get("execution_metadata") or {}).get("extra") or {}
     sampling = extra.get("sampling") or {}
     return sampling.get("model"), sampling.get("tokenizer")
+
+
+def finite_reward(row: CompletionRow, column: str) -> float | None:
+    """The reward, None where there is none or it is no finite number.
+
+    Raises:
+        ReportError: it is too large to be summed up.
+    """
+    reward = row.scores.get(column, UNSCORED).reward
+    if reward is None or not math.isfinite(reward):
+        return None
+    if abs(reward) > LARGEST:
+        raise broken(row, f"{column} is {reward:g}, beyond {LARGEST:g}")
+    return reward
+
+
+class ColumnTotals:
+    """One reward column over all prompt groups. Of a completion no more than a few numbers stay in
+    memory."""
+
+    def __init__(self) -> None:
+        self.values: array[float] = array("d")
+        self.groups: Counter[tuple[int, int]] = Counter()
+        """(scored, passed) -> prompts with these numbers."""
+        self.metrics = MetricMeans()
+        """What the evaluator measured beside the reward."""
+
+    def add(self, rewards: Sequence[float], threshold: float) -> dict[str, Any]:
+        """Count the scored completions of one prompt; what its line in the table says of them."""
+        passed = sum(reward >= threshold for reward in rewards)
+        self.values.extend(rewards)
+        self.groups[len(rewards), passed] += 1
+        mean = math.fsum(rewards) / len(rewards) if rewards else None
+        return {"scored": len(rewards), "passed": passed, "mean": mean}
+
+    @property
+    def rewards(self) -> Array:
+        return np.array(self.values)
+
+    @property
+    def mean(self) -> float | None:
+        return math.fsum(self.values) / len(self.values) if self.values else None
+
+    def pass_curve(self) -> list[PassAtK]:
+        """pass@k for every k up to the most scored completions of a prompt, each the mean over the
+        prompts that have k of them."""
+        pairs = np.array(list(self.groups), np.int64).reshape(-1, 2)
+        return mean_pass_at_k(*pairs.T, times=list(self.groups.values()))
+
+
+class ReportTotals:
+    """Sums over prompt groups, one added after the other."""
+
+    def __init__(self, columns: Iterable[str], pass_threshold: float) -> None:
+        self.columns = {name: ColumnTotals() for name in columns}
+        self.pass_threshold = pass_threshold
+        """Reward from which on a completion counts as passed."""
+        self.prompts = self.failed = self.truncated = 0
+        self.completions = 0
+        """Asked for, failed ones included."""
+        self.episodes = 0
+        """Completions of several turns."""
+        self.tokens = 0
+        """Sampled."""
+        self.lengths: Counter[tuple[int, bool]] = Counter()
+        """(sampled tokens, truncated) -> completions that did not fail."""
+
+    def add(self, group: Sequence[CompletionRow]) -> dict[str, Any]:
+        """Count the completions of one prompt, in the order of `sample_idx`; what its line in the
+        table says of them."""
+        survivors = [row for row in group if not row.failed]
+        lengths = [(row.num_tokens, bool(row.truncated)) for row in survivors]
+        tokens, truncated = sum(n for n, _ in lengths), sum(cut for _, cut in lengths)
+        self.prompts += 1
+        self.completions += len(group)
+        self.failed += len(group) - len(survivors)
+        self.truncated += truncated
+        self.episodes += sum(row.episode is not None for row in survivors)
+        self.tokens += tokens
+        self.lengths.update(lengths)
+        columns = []
+        for name, column in self.columns.items():
+            rewards = [r for row in survivors if (r := finite_reward(row, name)) is not None]
+            columns.append(column.add(rewards, self.pass_threshold))
+            for row in group:
+                column.metrics.add(row.scores.get(name, UNSCORED).metrics)
+        return {
+            "size": len(group),
+            "failed": len(group) - len(survivors),
+            "truncated": truncated,
+            "mean_length": tokens / len(lengths) if lengths else None,
+            "columns": columns,
+        }
+
+    def unscored(self, column: str) -> int:
+        """Completions that did not fail and have no reward."""
+        return self.completions - self.failed - len(self.columns[column].values)
+
+
+def reward_bins(rewards: Array) -> list[Bar]:
+    """Each value by itself where there are few, else bins of one width with round edges."""
+    values, counts = np.unique(rewards, return_counts=True)
+    if len(values) <= _MOST_SINGLE_VALUES:
+        return [Bar(float(v), float(v), int(n)) for v, n in zip(values, counts, strict=True)]
+    edges = _edges(float(values[0]), float(values[-1]))
+    place = np.searchsorted(edges, values, side="right") - 1
+    totals = np.bincount(place, weights=counts, minlength=len(edges) - 1)
+    return [
+        Bar(low, high, int(total))
+        for low, high, total in zip(edges[:-1], edges[1:], totals, strict=True)
+    ]
+
+
+def length_bins(lengths: Mapping[tuple[int, bool], int]) -> tuple[list[Bar], list[int]]:
+    """Bins of whole numbers, all of one width; and how many of each are truncated completions.
+
+    Args:
+        lengths: (tokens, truncated) -> completions.
+    """
+    if not lengths:
+        return [], []
+    low = min(length for length, _ in lengths)
+    high = max(length for length, _ in lengths)
+    step = max(1, round(nice_step(high - low + 1, _BINS)))
+    start = low // step * step
+    totals = [[0, 0] for _ in range((high - start) // step + 1)]
+    for (length, truncated), count in lengths.items():
+        totals[(length - start) // step][truncated] += count
+    bins = [
+        Bar(start + i * step, start + (i + 1) * step, sum(both)) for i, both in enumerate(totals)
+    ]
+    return bins, [cut for _, cut in totals]
+
+
+def _edges(low: float, high: float) -> list[float]:
+    """Bin edges from at most `low` to above `high`, round where floats allow it."""
+    step = nice_step(high - low, _BINS)
+    digits = max(0, -math.floor(math.log10(step)))
+    first, last = math.floor(low / step), math.floor(high / step)
+    # Rounded, so that the edge at 0.3 is the number that a reward of 0.3 is.
+    edges = [round(i * step, digits) for i in range(first - 1, last + 3)]
+    below = [edge for edge in edges if edge <= low]
+    within = sorted({edge for edge in edges if low < edge <= high})
+    above = [edge for edge in edges if edge > high]
+    return [
+        below[-1] if below else low,
+        *within,
+        above[0] if above else math.nextafter(high, math.inf),
+    ]

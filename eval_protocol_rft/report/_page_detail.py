@@ -5,12 +5,15 @@ Invariant: token arrays that are not exact are an error that names row, completi
 episode that breaks the record one that names its segment. Every token of every segment is shown
 once, in order, but for the prompt that stands above. Tokens are numbers in the page's vocabulary;
 logprobs are whole multiples of -`LOGPROB_UNIT`.
+
+Each token is shown in its place by its text: the pieces of a sequence, joined, are the text that
+the tokenizer gives for the whole of it. Ids become text and never the reverse.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -18,8 +21,8 @@ import numpy as np
 from eval_protocol_rft._segments import RecordError, Segment
 from eval_protocol_rft._turns import EpisodeRecord, turn_runs
 from eval_protocol_rft.data import ChatMessages, CompletionRow, Score, checked_episode
-from eval_protocol_rft.report._page_stats import broken
-from eval_protocol_rft.report._page_tokens import TokenTexts, Vocabulary
+from eval_protocol_rft.local import LoadedTokenizer, load_tokenizer
+from eval_protocol_rft.report._html import ReportError
 from eval_protocol_rft.sampling import token_data_problem
 
 LOGPROB_UNIT = 0.001
@@ -31,6 +34,14 @@ Json = dict[str, Any]
 """An object of the page's data: what is not known, or none, is left out."""
 Episode = tuple[EpisodeRecord, list[Segment]]
 """How it went, and its segments in order."""
+
+
+def broken(row: CompletionRow, problem: str) -> ReportError:
+    """The error that a completion is for which the file breaks its format."""
+    return ReportError(
+        f"row {row.data_idx} ({row.row_id!r}), completion {row.sample_idx}: {problem}. "
+        "The file breaks its format: make it anew, or leave this row out"
+    )
 
 
 def group_episodes(group: Sequence[CompletionRow]) -> dict[int, Episode]:
@@ -216,23 +227,20 @@ def _parts(
         yield part
 
 
-def _rewrites(metrics: Mapping[str, Any], segments: int) -> list[_Rewrite]:
-    """Why each segment but the first begins; empty where that is not told of all."""
+def _rewrites(metrics: Mapping[str, Any], segments: int) -> list[dict[str, str]]:
+    """Why each segment but the first begins, `kept` and `rendered`: the first characters at which
+    the chat template rendered history anew. Empty where that is not told of all."""
     try:
-        rewrites = msgspec.convert(metrics.get(_REWRITES), list[_Rewrite])
-    except msgspec.ValidationError:
+        rewrites = [
+            {name: msgspec.convert(entry[name], str) for name in ("kept", "rendered")}
+            for entry in msgspec.convert(metrics.get(_REWRITES), list[dict[str, Any]])
+        ]
+    except (KeyError, msgspec.ValidationError):
         return []  # an environment may have a metric of this name
     return rewrites if len(rewrites) == segments - 1 else []
 
 
 _REWRITES = "history_rewrites"
-
-
-class _Rewrite(msgspec.Struct):
-    """Where the chat template rendered history anew: the first characters that differ."""
-
-    kept: str
-    rendered: str
 
 
 def _in_units(logprobs: list[float] | None) -> list[int] | None:
@@ -262,3 +270,142 @@ def prompt_start(prompt: str | ChatMessages) -> str:
         prompt = _plain_text(questions[-1].get("content") or "") if questions else ""
     line = " ".join(prompt.split())
     return line if len(line) <= _PROMPT_START else line[: _PROMPT_START - 1] + "…"
+
+
+BROKEN = "\N{REPLACEMENT CHARACTER}"
+"""What a tokenizer gives for bytes that are no whole character."""
+
+TokenKind = Literal["text", "control", "partial", "unknown", "bare"]
+"""`control`: an end-of-turn token or the like. `partial`: the first bytes of a character that a
+later token ends. `unknown`: an id that the tokenizer does not have. `bare`: shown as its id."""
+
+
+class TokenTexts:
+    """Texts of the tokens of one tokenizer."""
+
+    def __init__(self, tokenizer: LoadedTokenizer) -> None:
+        self._tokenizer = tokenizer
+        # Some tokenizers decode a token at the start otherwise than within a text.
+        self._anchor: list[int] = tokenizer.tokenizer.encode("a", add_special_tokens=False)
+        self._anchor_text = tokenizer.decode(self._anchor)
+        self._first: dict[int, str] = {}
+        self._inner: dict[int, str] = {}
+        self._runs: dict[tuple[int, ...], list[str]] = {}
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """[T] text of each of T tokens. A character made of several tokens belongs to the last of
+        them."""
+        text = self._tokenizer.decode(list(ids))
+        pieces = self._by_token(ids)
+        return pieces if "".join(pieces) == text else self._by_prefix(ids, text)
+
+    def kind(self, token: int, piece: str) -> TokenKind:
+        """What `token` is, where `piece` is its text in its place."""
+        if token in self._tokenizer.special_ids:
+            return "control"
+        if piece:
+            return "text"
+        return "partial" if self._text(token, first=False) else "unknown"
+
+    def _by_token(self, ids: Sequence[int]) -> list[str]:
+        """Pieces from the texts of single tokens: right for all common tokenizers, and fast."""
+        pieces: list[str] = []
+        at = 0
+        while at < len(ids):
+            piece = self._text(ids[at], first=at == 0)
+            if BROKEN not in piece:
+                pieces.append(piece)
+                at += 1
+                continue
+            stop = at + 1
+            while stop < len(ids) and BROKEN in self._text(ids[stop], first=False):
+                stop += 1
+            pieces += self._run(tuple(ids[at:stop]), first=at == 0)
+            at = stop
+        return pieces
+
+    def _by_prefix(self, ids: Sequence[int], text: str) -> list[str]:
+        """Pieces from the texts of all prefixes: right for every tokenizer, and quadratic."""
+        pieces: list[str] = []
+        shown = 0
+        for stop in range(1, len(ids)):
+            prefix = self._tokenizer.decode(list(ids[:stop])).rstrip(BROKEN)
+            end = max(shown, _common_start(prefix, text))
+            pieces.append(text[shown:end])
+            shown = end
+        return [*pieces, text[shown:]] if ids else []
+
+    def _text(self, token: int, *, first: bool) -> str:
+        known = self._first if first else self._inner
+        if token not in known:
+            known[token] = self._decode((token,), first=first)
+        return known[token]
+
+    def _run(self, run: tuple[int, ...], *, first: bool) -> list[str]:
+        """Pieces of consecutive tokens none of which is whole characters."""
+        if not first and run in self._runs:
+            return self._runs[run]
+        pieces: list[str] = []
+        begin = shown = 0
+        for stop in range(1, len(run) + 1):
+            text = self._decode(run[begin:stop], first=first and begin == 0)
+            # What is broken at the end may become a character with the next token.
+            whole = text if stop == len(run) else text.rstrip(BROKEN)
+            pieces.append(whole[shown:])
+            shown = len(whole)
+            if whole == text:
+                begin, shown = stop, 0
+        if not first:
+            self._runs[run] = pieces
+        return pieces
+
+    def _decode(self, ids: tuple[int, ...], *, first: bool) -> str:
+        if first:
+            return self._tokenizer.decode(list(ids))
+        return self._tokenizer.decode([*self._anchor, *ids]).removeprefix(self._anchor_text)
+
+
+def _common_start(a: str, b: str) -> int:
+    """How many characters both begin with alike."""
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
+
+
+def load_token_texts(name: str) -> TokenTexts:
+    """The token texts of a tokenizer as a rollout file names it: a folder, a hub id, or a local
+    model (`local/arithmetic`). A page is right without them, so it does not wait for a hub.
+
+    Raises:
+        TokenizerError: it cannot be loaded.
+    """
+    return TokenTexts(load_tokenizer(name, patient=False))
+
+
+class Vocabulary:
+    """The different tokens of a page: each (id, text, kind) has one number."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[tuple[int, str, TokenKind], int] = {}
+        self._kinds: dict[tuple[TokenTexts, int, str], TokenKind] = {}
+
+    def numbers(self, ids: Sequence[int], texts: TokenTexts | None) -> list[int]:
+        """[T] number of each of T tokens; without texts they are shown as their ids."""
+        if texts is None:
+            return [self._number(token, "", "bare") for token in ids]
+        return [
+            self._number(token, piece, self._kind(token, piece, texts))
+            for token, piece in zip(ids, texts.pieces(ids), strict=True)
+        ]
+
+    def entries(self) -> list[tuple[int, str, TokenKind]]:
+        """The tokens by number."""
+        return list(self._numbers)
+
+    def _number(self, token: int, piece: str, kind: TokenKind) -> int:
+        return self._numbers.setdefault((token, piece, kind), len(self._numbers))
+
+    def _kind(self, token: int, piece: str, texts: TokenTexts) -> TokenKind:
+        key = (texts, token, piece)
+        if key not in self._kinds:
+            self._kinds[key] = texts.kind(token, piece)
+        return self._kinds[key]

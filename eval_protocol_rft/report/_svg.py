@@ -20,13 +20,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
+
+from eval_protocol_rft._statistics import Array
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-FloatArray = NDArray[np.float64]
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -178,7 +178,7 @@ def linear_axis(axes: Axes, low: float, high: float, *, whole_numbers: bool = Fa
     axes.set_yticks(ticks, [_plain(tick) for tick in ticks])
 
 
-def log_axis(axes: Axes, values: FloatArray) -> float:
+def log_axis(axes: Axes, values: Array) -> float:
     """A vertical axis over the decades of the values; the lowest value that lies on it."""
     above = values[values > LOG_FOOT]
     high = math.ceil(math.log10(above.max()) - 1e-9) if len(above) else -6
@@ -194,6 +194,16 @@ def log_axis(axes: Axes, values: FloatArray) -> float:
     axes.set_yticks([10.0**i for i in decades], ["≤" * under + names[0], *names[1:]])
     axes.set_yticks([], minor=True)
     return 10.0**low
+
+
+def nice_step(span: float, parts: int) -> float:
+    """The smallest of 1, 2, 5, 10, ... times a power of ten of which `parts` span at least `span`;
+    1 where there is nothing to span, or too little for a float to be divided exactly."""
+    least = span / parts
+    if least < sys.float_info.min:
+        return 1.0
+    power = 10.0 ** math.floor(math.log10(least))
+    return next(m * power for m in (1, 2, 5, 10, 20) if m * power >= least * (1 - 1e-9))
 
 
 def _plain(value: float) -> str:

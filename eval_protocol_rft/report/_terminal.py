@@ -21,17 +21,11 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from eval_protocol_rft import _statistics as statistics
 from eval_protocol_rft._options import Flag
-from eval_protocol_rft._statistics import (
-    Distribution,
-    MetricMeans,
-    PassAtK,
-    count_passes,
-    mean_pass_at_k,
-)
 from eval_protocol_rft._text import visible
 from eval_protocol_rft.record import RolloutRecord
-from eval_protocol_rft.report._rows import ReportRow
+from eval_protocol_rft.report._reading import ReportRow
 
 if TYPE_CHECKING:
     from eval_protocol_rft.data import PromptStats, RolloutStats
@@ -181,7 +175,7 @@ def _sums(rows: Sequence[ReportRow], threshold: float) -> Panel:
     several prompts."""
     records = [row.record for row in rows if row.record is not None]
     groups: dict[Any, list[float]] = {}
-    metrics = MetricMeans()
+    metrics = statistics.MetricMeans()
     for i, row in enumerate(rows):
         group = groups.setdefault(i if row.group is None else row.group, [])
         if row.record is not None:
@@ -222,10 +216,10 @@ def _known(values: Iterable[T | None]) -> set[T]:
     return {value for value in values if value is not None}
 
 
-def _pass_at_k(groups: list[list[float]], threshold: float) -> list[PassAtK]:
+def _pass_at_k(groups: list[list[float]], threshold: float) -> list[statistics.PassAtK]:
     """For k = 1 and for the most scored completions of a prompt."""
-    counts, passed = count_passes(groups, threshold)
-    return mean_pass_at_k(counts, passed, sorted({1, int(counts.max(initial=0))}))
+    counts, passed = statistics.count_passes(groups, threshold)
+    return statistics.mean_pass_at_k(counts, passed, sorted({1, int(counts.max(initial=0))}))
 
 
 def _tokens_per_second(rows: Sequence[ReportRow], tokens: int) -> float | None:
@@ -300,7 +294,7 @@ def _file_sums(stats: RolloutStats) -> Panel:
     return Panel(Group(*parts), title=title, expand=False)
 
 
-def _spread(spread: Distribution, title: str) -> RenderableType:
+def _spread(spread: statistics.Distribution, title: str) -> RenderableType:
     """Moments and quantiles above a bar chart."""
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column(justify="right")

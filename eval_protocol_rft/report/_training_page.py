@@ -1,33 +1,37 @@
 """A training run as one static HTML file that needs no server and asks no network for anything.
 
 Invariant: the page follows from the lines of `metrics.jsonl` and the settings alone. What was not
-measured is a gap or left out, never 0.
+measured is a gap or left out, never 0. A chart shows what was measured and nothing else: where
+nothing was, it says so.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
 from eval_protocol_rft._durable import write_whole
-from eval_protocol_rft.report._charts import Chart
-from eval_protocol_rft.report._html import (
-    Facts,
-    ReportError,
-    check_installed,
-    embedded_json,
-    render,
-    visible,
-)
-from eval_protocol_rft.report._svg import PLOT, FloatArray
-from eval_protocol_rft.report._training_figures import Measured, curve_svg, sections, span_of
+from eval_protocol_rft._statistics import Array, Bar
+from eval_protocol_rft.report import _charts as draw
+from eval_protocol_rft.report import _html as html
+from eval_protocol_rft.report._charts import Chart, Series
+from eval_protocol_rft.report._html import Facts, visible
+from eval_protocol_rft.report._reading import Measured, read_run
+from eval_protocol_rft.report._svg import LOG_FOOT, PLOT
+from eval_protocol_rft.training import FAIL_K3, WARN_K3
 
+_UNMEASURED = "not measured in this run"
+_WIDE = 20.0
+"""From this ratio of the largest gradient to the usual one on, the axis is logarithmic."""
+_MANY_STEPS = 150
+"""Of more steps than this the eye sees a band: means are drawn over it."""
+_LONGEST_TITLE = 60
 _DIGITS = 5
 """Significant ones, of values that the pointer is told."""
 
@@ -61,7 +65,7 @@ def write_training_report(
             matplotlib is not installed.
         OSError: the page cannot be written.
     """
-    check_installed()
+    html.check_installed()
     lines, settings = read_run(folder)
     page = output or folder / "report.html"
     text = training_page(lines, settings, stopped=stopped).encode()
@@ -73,36 +77,10 @@ def write_training_report(
     return WrittenTrainingReport(
         page=page,
         curve=curve,
-        steps=len(Measured.of(lines, "step").lines),
-        evaluations=len(Measured.of(lines, "eval").lines),
+        steps=len(Measured(lines, "step").lines),
+        evaluations=len(Measured(lines, "eval").lines),
         size=len(text),
     )
-
-
-def is_run_folder(path: Path) -> bool:
-    """Whether a training run keeps its files here."""
-    return (path / "settings.json").is_file()
-
-
-def read_run(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Metrics and settings of the run in `folder`, without a last line that a crash cut off.
-
-    Raises:
-        ReportError: there are none, or they are damaged.
-    """
-    if not is_run_folder(folder):
-        raise ReportError(f"{folder} holds no training run: it has no settings.json")
-    settings = _read_json((folder / "settings.json").read_bytes(), f"{folder}/settings.json")
-    path = folder / "metrics.jsonl"
-    whole = path.read_bytes().rpartition(b"\n")[0] if path.is_file() else b""
-    lines = [
-        _read_json(line, f"{path}, line {number}")
-        for number, line in enumerate(whole.splitlines(), start=1)
-    ]
-    for number, line in enumerate(lines, start=1):
-        if not isinstance(line.get("step"), int) or "kind" not in line:
-            raise ReportError(f"{path}, line {number}: no line of a training run (kind, step)")
-    return lines, settings
 
 
 def training_page(
@@ -118,7 +96,7 @@ def training_page(
         settings: of `settings.json`.
         stopped: why the run ended before its last step, where it did.
     """
-    steps, evaluations = Measured.of(lines, "step"), Measured.of(lines, "eval")
+    steps, evaluations = Measured(lines, "step"), Measured(lines, "eval")
     parts = sections(steps, evaluations)
     wanted = planned_steps(settings)
     done = steps.steps[-1] if steps.steps else 0
@@ -136,15 +114,15 @@ def training_page(
         "name": str(settings.get("evaluator") or "training run"),
         "stopped": stopped,
         "unfinished": bool(settings.get("steps")) and wanted is not None and done < wanted,
-        "setting_facts": setting_facts(settings),
-        "settings": all_settings(settings),
+        "setting_facts": html.setting_facts(settings),
+        "settings": html.all_settings(settings),
         "outcome": outcome(steps, evaluations, settings),
         "sections": parts,
         "evaluations": _table(evaluations),
-        "data": embedded_json(data),
+        "data": html.embedded_json(data),
     }
     scripts, styles = ("text.js", "training.js"), ("page.css",)
-    return "".join(render("training.html", values, scripts=scripts, styles=styles))
+    return "".join(html.render("training.html", values, scripts=scripts, styles=styles))
 
 
 def _pointed(chart: Chart) -> list[dict[str, Any]]:
@@ -154,7 +132,7 @@ def _pointed(chart: Chart) -> list[dict[str, Any]]:
     ]
 
 
-def _short(values: FloatArray) -> list[float | None]:
+def _short(values: Array) -> list[float | None]:
     return [None if math.isnan(v) else float(f"{v:.{_DIGITS}g}") for v in values.tolist()]
 
 
@@ -181,59 +159,6 @@ def _table(evaluations: Measured) -> list[list[str]]:
         for i, step in enumerate(evaluations.steps)
     ]
     return [["step", *columns], *rows]
-
-
-def _read_json(text: bytes, where: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ReportError(f"{where}: no JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise ReportError(f"{where}: no JSON object")
-    return value
-
-
-def setting_facts(settings: Mapping[str, Any]) -> Facts:
-    """The settings that a reader asks for first; those that a run did not record are left out."""
-    sampling = settings.get("completion_params") or {}
-    n = settings.get("completions_per_prompt") or sampling.get("n")
-    facts = [
-        ("Model", sampling.get("model")),
-        ("Algorithm", _joined(settings.get("algorithm"), _named(settings, "normalization"))),
-        (
-            "Batch",
-            _joined(
-                _counted(settings.get("groups_per_step"), "prompts"),
-                _counted(n, "completions each"),
-                _counted(settings.get("passes"), "passes") if settings.get("passes") != 1 else None,
-            ),
-        ),
-        (
-            "Learning rate",
-            _joined(
-                _value(settings.get("learning_rate")),
-                settings.get("schedule"),
-                _named(settings, "warmup_steps", zero=False),
-                _named(settings, "kl_beta", zero=False),
-            ),
-        ),
-        ("Most staleness", _counted(settings.get("max_staleness"), "versions")),
-        ("Sampling", _joined(*(_named(sampling, k) for k in sampling if k not in ("model", "n")))),
-        (
-            "Rows",
-            _joined(
-                _counted(settings.get("train_rows"), "to train on"),
-                _counted(settings.get("eval_rows"), "held out"),
-            ),
-        ),
-        ("Seed", _value(settings.get("seed"))),
-    ]
-    return [(name, value) for name, value in facts if value]
-
-
-def all_settings(settings: Mapping[str, Any]) -> Facts:
-    """Every setting as it was recorded."""
-    return [(name, json.dumps(settings[name], sort_keys=True)) for name in sorted(settings)]
 
 
 def outcome(steps: Measured, evaluations: Measured, settings: Mapping[str, Any]) -> Facts:
@@ -266,7 +191,7 @@ def planned_steps(settings: Mapping[str, Any]) -> int | None:
     return math.ceil(float(epochs) * int(rows) / int(groups))
 
 
-def before_after(values: FloatArray) -> str:
+def before_after(values: Array) -> str:
     """The first and the last value of those there are."""
     known = values[~np.isnan(values)].tolist()
     if len(known) < 2:
@@ -274,7 +199,7 @@ def before_after(values: FloatArray) -> str:
     return f"{known[0]:.3f} → {known[-1]:.3f}"
 
 
-def _total(values: FloatArray) -> str:
+def _total(values: Array) -> str:
     return f"{np.nansum(values):,.0f}" if np.any(~np.isnan(values)) else ""
 
 
@@ -288,26 +213,215 @@ def _duration(steps: Measured) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
-def _joined(*parts: str | None) -> str:
-    return ", ".join(part for part in parts if part)
+def sections(steps: Measured, evaluations: Measured) -> list[tuple[str, list[Chart]]]:
+    """All charts of a run, under their titles."""
+    of = _Charts(steps, evaluations)
+    return [
+        ("What it learns", _learning(of)),
+        ("What it samples", _sampling(of)),
+        ("Sampler and trainer", _agreement(of)),
+        ("The optimiser", _optimising(of)),
+        ("What samples and time are used for", _using(of)),
+    ]
 
 
-def _named(settings: Mapping[str, Any], name: str, *, zero: bool = True) -> str | None:
-    value = settings.get(name)
-    if value is None or (not zero and not value):
-        return None
-    return f"{name} {_value(value)}"
+def span_of(steps: Measured, evaluations: Measured) -> tuple[int, int]:
+    """First and last step of all charts; at least one apart."""
+    known = [*steps.steps, *evaluations.steps] or [0]
+    return min(known), max(*known, min(known) + 1)
 
 
-def _counted(value: Any, what: str) -> str | None:
-    if value is None:
-        return None
-    return f"{value:,} {what.removesuffix('s') if value == 1 else what}"
+def curve_svg(lines: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> str | None:
+    """Held-out scores, sampled and greedy, against the step, as a picture for a README; None where
+    there are none.
+
+    Args:
+        lines: of `metrics.jsonl`.
+        settings: of `settings.json`; `evaluator` names the picture.
+    """
+    evaluations = Measured(lines, "eval")
+    scores = [
+        Series(name, evaluations.steps, values, evaluated=True, colour=i)
+        for i, (name, values) in enumerate(_held_out(evaluations).items())
+    ]
+    scores = [one for one in scores if one.drawable]
+    title = visible(str(settings.get("evaluator") or "training run"))
+    if len(title) > _LONGEST_TITLE:
+        title = title[: _LONGEST_TITLE - 1] + "…"
+    return draw.picture(title, scores) if scores else None
 
 
-def _value(value: Any) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, float):
-        return f"{value:g}"
-    return value if isinstance(value, str) else json.dumps(value)
+def _held_out(evaluations: Measured) -> dict[str, Array]:
+    return {name: evaluations.values(f"{name}_score") for name in ("sampled", "greedy")}
+
+
+def smoothing_window(steps: int) -> int:
+    """An odd number near a twentieth of the run, at least 5."""
+    return max(5, round(steps / 20) // 2 * 2 + 1)
+
+
+class _Charts:
+    """Draws what was measured in one run; all charts have the same horizontal axis."""
+
+    def __init__(self, steps: Measured, evaluations: Measured) -> None:
+        self.steps, self.evaluations = steps, evaluations
+        self._span = span_of(steps, evaluations)
+
+    def curves(
+        self,
+        name: str,
+        title: str,
+        unit: str,
+        trained: Mapping[str, Array] = MappingProxyType({}),
+        held_out: Mapping[str, Array] = MappingProxyType({}),
+        *,
+        colours: Sequence[int] = range(1_000),
+        many: float = _MANY_STEPS,
+        **options: Any,
+    ) -> Chart:
+        """Lines of values in training, then of those in evaluations. `many`: of more steps than
+        this, means are drawn over the values."""
+        parts = [(self.steps, False, trained), (self.evaluations, True, held_out)]
+        values = [
+            (label, lines.steps, values, evaluated)
+            for lines, evaluated, named in parts
+            for label, values in named.items()
+        ]
+        series = [Series(*one, colour) for one, colour in zip(values, colours, strict=False)]
+        window = smoothing_window(len(self.steps.lines))
+        window = window if len(self.steps.lines) > max(window, many) else 0
+        options = {"window": window, "nothing": _UNMEASURED, **options}
+        return draw.curves(name, title, unit, series, self._span, **options)
+
+    def layers(
+        self, name: str, title: str, unit: str, parts: Mapping[str, Array], **options: Any
+    ) -> Chart:
+        series = [
+            Series(label, self.steps.steps, values, colour=i)
+            for i, (label, values) in enumerate(parts.items())
+        ]
+        return draw.layers(name, title, unit, series, self._span, **options)
+
+
+def _learning(of: _Charts) -> list[Chart]:
+    trained, held = of.steps, of.evaluations
+    reward = {"all scored completions": trained.values("reward_mean")}
+    passed = {f"pass@{k}": held.values("pass_at_k", k) for k in held.keys("pass_at_k")}
+    in_training, held_out = (
+        {name: lines.values("scores", name) for name in lines.keys("scores")}
+        for lines in (trained, held)
+    )
+    charts = [
+        of.curves("reward", "Reward in training", "mean reward", reward, many=0),
+        of.curves("held-out", "Held-out score", "score", held_out=_held_out(held)),
+        of.curves("pass", "Held-out pass@k", "share of prompts", held_out=passed),
+    ]
+    # No chart of the evaluator's metrics where it gives none.
+    title = "The evaluator's metrics"
+    if in_training:
+        charts += [of.curves("scores-training", f"{title}, in training", "mean", in_training)]
+    if held_out:
+        charts += [of.curves("scores-held-out", f"{title}, held out", "mean", held_out=held_out)]
+    return charts
+
+
+def _sampling(of: _Charts) -> list[Chart]:
+    steps, key = of.steps, "completion_tokens_mean"
+    trained, held_out = {"training": steps.values(key)}, {"held out": of.evaluations.values(key)}
+    cut = {"cut off at max_tokens": steps.share("truncated", "completions")}
+    entropy = {
+        "policy": steps.values("entropy"),
+        "sampler, estimated": steps.values("sampler_entropy"),
+    }
+    return [
+        of.curves("length", "Completion length", "mean tokens", trained, held_out),
+        of.curves("truncated", "Truncated", "share of completions", cut),
+        of.curves("entropy", "Entropy", "nats per token", entropy),
+    ]
+
+
+def _agreement(of: _Charts) -> list[Chart]:
+    steps = of.steps
+    totals = {
+        int(versions): int(np.nansum(values))
+        for versions, values in steps.counts("staleness").items()
+        if versions.isdecimal()
+    }
+    return [
+        of.curves(
+            "kl",
+            "Sampler against trainer: KL (k3)",
+            "nats per token, log",
+            {name: steps.values(name) for name in ("mismatch_k3", "sampler_kl_k3")},
+            log=True,
+            bars=[(WARN_K3, f"warn {WARN_K3:g}"), (FAIL_K3, f"stop {FAIL_K3:g}")],
+            note="mismatch_k3: tokens sampled from the very weights in training, which the two "
+            "bars are for. sampler_kl_k3: all tokens, also of older weights. Values up to "
+            f"{LOG_FOOT:.0e}, rounding alone, lie on the axis.".replace("e-0", "e-"),
+        ),
+        draw.histogram(
+            "staleness",
+            "Staleness over the run",
+            [Bar(k, k, totals.get(k, 0)) for k in range(max(totals, default=-1) + 1)],
+            label="versions behind",
+            unit="groups",
+            nothing=_UNMEASURED,
+        ),
+        of.curves(
+            "stalest",
+            "Most staleness in a step",
+            "versions behind",
+            {"most": steps.values("staleness_max")},
+        ),
+    ]
+
+
+def _optimising(of: _Charts) -> list[Chart]:
+    steps = of.steps
+    clipped = {"clip fraction": steps.values("clip_fraction")}
+    gradient = {"gradient norm": steps.values("grad_norm")}
+    rate = {"learning rate": steps.values("learning_rate")}
+    known = gradient["gradient norm"][gradient["gradient norm"] > 0]
+    log = bool(len(known) and known.max() > _WIDE * np.median(known))
+    norm = "norm before clipping" + (", log" if log else "")
+    return [
+        of.curves("clip", "Clipped", "share of tokens", clipped),
+        of.curves("gradient", "Gradient norm", norm, gradient, log=log),
+        of.curves("rate", "Learning rate", "learning rate", rate, many=math.inf),
+    ]
+
+
+def _using(of: _Charts) -> list[Chart]:
+    steps = of.steps
+    uniform = {
+        "all right": steps.share("all_correct", "groups"),
+        "all wrong": steps.share("none_correct", "groups"),
+    }
+    dropped = {name.replace("_", " "): n for name, n in steps.counts("dropped").items()}
+    measured = any("dropped" in line for line in steps.lines)
+    order = ("sampling", "batch", "train", "publish")
+    seconds = steps.counts("seconds")
+    seconds = {name: seconds[name] for name in dict.fromkeys([*order, *seconds]) if name in seconds}
+    return [
+        of.curves(
+            "uniform", "Groups without a contrast", "share of groups", uniform, colours=(2, 4)
+        ),
+        of.layers(
+            "dropped",
+            "Dropped before training",
+            "completions",
+            dropped,
+            shares=False,
+            nothing="nothing was dropped" if measured else _UNMEASURED,
+        ),
+        of.layers(
+            "time",
+            "Time",
+            "share of the time",
+            seconds,
+            shares=True,
+            nothing=_UNMEASURED,
+            note="sampling: waiting for completions while no step was under way. The pointer is "
+            "told seconds. Evaluations are not counted.",
+        ),
+    ]

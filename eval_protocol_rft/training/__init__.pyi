@@ -1,20 +1,20 @@
 from . import advantages as advantages
 from ._algorithms import BatchOptions as BatchOptions
+from ._batch import BatchStats as BatchStats
 from ._batch import TrainingBatch as TrainingBatch
 from ._batch import build_batch as build_batch
 from ._batch import iter_batches as iter_batches
 from ._datums import TrainingDatum as TrainingDatum
-from ._errors import BiasedSamplingWarning as BiasedSamplingWarning
-from ._errors import EmptyBatchError as EmptyBatchError
-from ._errors import ExportError as ExportError
-from ._errors import MissingPackageError as MissingPackageError
-from ._errors import TrainingDataError as TrainingDataError
 from ._filters import Filters as Filters
 from ._filters import SoftOverlong as SoftOverlong
-from ._stats import BatchStats as BatchStats
-from ._trajectory import PromptGroup as PromptGroup
-from ._trajectory import Segment as Segment
-from ._trajectory import Trajectory as Trajectory
+from ._types import BiasedSamplingWarning as BiasedSamplingWarning
+from ._types import EmptyBatchError as EmptyBatchError
+from ._types import ExportError as ExportError
+from ._types import MissingPackageError as MissingPackageError
+from ._types import PromptGroup as PromptGroup
+from ._types import Segment as Segment
+from ._types import TrainingDataError as TrainingDataError
+from ._types import Trajectory as Trajectory
 
 # For other rooms alone: these may change.
 # isort: split
@@ -23,11 +23,10 @@ from ._algorithms import Algorithm as Algorithm
 from ._algorithms import BatchArguments as BatchArguments
 from ._algorithms import ConfigValue as ConfigValue
 from ._datums import Normalization as Normalization
-from ._errors import require as require
+from ._datums import build_datum as build_datum
+from ._datums import loss_fn_inputs as loss_fn_inputs
 from ._filters import DROP_REASONS as DROP_REASONS
 from ._filters import filter_group as filter_group
-from ._groups import group_rows as group_rows
-from ._groups import iter_groups as iter_groups
 from ._mismatch import FAIL_K3 as FAIL_K3
 from ._mismatch import WARN_K3 as WARN_K3
 from ._mismatch import Mismatch as Mismatch
@@ -38,10 +37,11 @@ from ._mismatch import missing_eos as missing_eos
 from ._mismatch import sampled_pairs as sampled_pairs
 from ._rows import TokenBuffer as TokenBuffer
 from ._rows import group_of as group_of
+from ._rows import group_rows as group_rows
+from ._rows import iter_groups as iter_groups
 from ._rows import question_of as question_of
 from ._rows import read_named as read_named
 from ._rows import read_row as read_row
 from ._rows import row_key as row_key
-from ._trajectory import FloatArray as FloatArray
-from .export._wire import build_datum as build_datum
-from .export._wire import loss_fn_inputs as loss_fn_inputs
+from ._types import FloatArray as FloatArray
+from ._types import require as require

@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 from eval_protocol_rft._options import Flag, check_options
 from eval_protocol_rft.training import advantages
 from eval_protocol_rft.training._datums import Normalization
-from eval_protocol_rft.training._errors import TrainingDataError
 from eval_protocol_rft.training._filters import Filters
+from eval_protocol_rft.training._types import TrainingDataError
 
 Estimator = Callable[[NDArray[Any]], NDArray[Any]]
 """[P, G] rewards (NaN: missing) to [P, G] advantages; [P, G, K] in where components are used.

@@ -1,12 +1,13 @@
-"""Rows in, `TrainingBatch` out: grouping, filters, advantages and packing in one call.
+"""Rows in, `TrainingBatch` out: grouping, filters, advantages and packing in one call; and what a
+batch was made from, in numbers.
 
 Invariant: `datums` and `dropped` account for every completion that was asked for. All token ids
 of a batch come from one tokenizer. A batch is never empty: that is an `EmptyBatchError`.
 
-Groups come in one by one, filtered; a batch's datums come out.
-
-Invariant: what was read, kept and dropped is counted here and nowhere else, so one batch's
-numbers always add up.
+What was read, kept and dropped is counted in `Collector` and nowhere else, so one batch's numbers
+always add up. Rewards, truncation and pass@k describe everything that was sampled and scored,
+before filters and shaping, so that they do not flatter; token counts describe what is trained on.
+An episode of several turns counts once, however many datums it gives.
 """
 
 from __future__ import annotations
@@ -15,25 +16,95 @@ import functools
 import itertools
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Unpack, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from eval_protocol_rft import _statistics as statistics
 from eval_protocol_rft.training._algorithms import BatchArguments, BatchOptions, ConfigValue
 from eval_protocol_rft.training._datums import Normalization, TrainingDatum, pack, target_count
-from eval_protocol_rft.training._errors import (
+from eval_protocol_rft.training._filters import filter_group
+from eval_protocol_rft.training._rows import GroupKey, Row, group_rows, iter_groups
+from eval_protocol_rft.training._types import (
     BiasedSamplingWarning,
     EmptyBatchError,
+    PromptGroup,
     TrainingDataError,
+    Trajectory,
 )
-from eval_protocol_rft.training._filters import filter_group
-from eval_protocol_rft.training._groups import GroupKey, group_rows, iter_groups
-from eval_protocol_rft.training._rows import Row
-from eval_protocol_rft.training._stats import BatchStats, GroupStats, batch_stats
-from eval_protocol_rft.training._trajectory import PromptGroup, Trajectory
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchStats:
+    """Statistics of one batch. Means over nothing are None, never 0."""
+
+    groups: int
+    """Prompt groups read, dropped ones included."""
+    groups_trained: int
+    completions: int
+    """Completions sampled, unscored ones included."""
+    scored: int
+    datums: int
+    """One per completion that trains; of an episode, one per segment."""
+    group_sizes: Mapping[int, int]
+    """Completions of a group that train -> groups with that many, of those with any."""
+    reward_mean: float | None
+    reward_std: float | None
+    """Population deviation (ddof 0) over completions."""
+    reward_min: float | None
+    reward_max: float | None
+    truncated: int
+    """Completions sampled that were cut off at max_tokens."""
+    sampled_tokens: int
+    """Targets trained on, those with a weight."""
+    context_tokens: int
+    """The datums' other targets: prompts and what else was not sampled."""
+    pass_at_k: Mapping[int, float]
+    """k -> mean over the groups with at least k scored completions, for k = 1, 2, 4, ..."""
+    all_correct: int
+    """Groups whose scored completions are all correct."""
+    none_correct: int
+    """Groups with scored completions, none of them correct."""
+    policy_versions: Mapping[str | None, int]
+    """Version -> completions it sampled; None where unknown."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
+class TrainingBatch:
+    """One batch, in no trainer's types yet; `eval_protocol_rft.training.export` has those."""
+
+    datums: list[TrainingDatum]
+    """Those of one prompt group stand together."""
+    algorithm: str
+    loss_fn: str
+    """The loss on the wire."""
+    loss_fn_config: Mapping[str, ConfigValue]
+    """Its thresholds, absolute."""
+    normalization: Normalization
+    """What the datums' weights hold. Anything but "none": the trainer must not divide again."""
+    dropped: Mapping[str, int]
+    """Reason (see `DROP_REASONS`) -> completions that gave no datum."""
+    stats: BatchStats
+    tokenizer: str | None
+    """Name of the tokenizer, where known."""
+
+    def __len__(self) -> int:
+        """Datums."""
+        return len(self.datums)
+
+    def __repr__(self) -> str:
+        """One line; the numbers are in `stats`, the datums in `datums`."""
+        dropped = ", ".join(f"{count} {reason}" for reason, count in self.dropped.items())
+        mean = self.stats.reward_mean
+        return (
+            f"TrainingBatch({self.algorithm}: {len(self.datums)} datums of "
+            f"{self.stats.groups_trained} groups, {self.stats.sampled_tokens} sampled tokens, "
+            f"mean reward {'unknown' if mean is None else format(mean, '.4g')}, "
+            f"dropped: {dropped or 'none'})"
+        )
 
 
 class Collector:
@@ -42,11 +113,13 @@ class Collector:
     def __init__(self, options: BatchOptions) -> None:
         self._options = options
         self._kept: list[PromptGroup] = []
-        self._seen: list[GroupStats] = []
         self._cut_off: list[PromptGroup] = []
         self._named: PromptGroup | None = None
-        self.dropped: Counter[str] = Counter()
-        """Completions without a datum so far, by reason."""
+        self._dropped: Counter[str] = Counter()
+        self._rewards: list[NDArray[np.float64]] = []
+        """[scored] of each group that was read, before shaping."""
+        self._sampled = self._truncated = 0
+        self._versions: Counter[str | None] = Counter()
         self.tokens = 0
         """Targets of the datums so far."""
 
@@ -54,10 +127,12 @@ class Collector:
         """Groups that train so far."""
         return len(self._kept)
 
-    @property
-    def tokenizer(self) -> str | None:
-        """The tokenizer of all groups so far, where known."""
-        return self._named.tokenizer if self._named else None
+    def filtered(self, group: PromptGroup) -> tuple[PromptGroup | None, Counter[str]]:
+        """What the filters leave of a group, and what they drop."""
+        options = self._options
+        return filter_group(
+            group, options.filters, relative=options.relative, components=options.components
+        )
 
     def add(self, group: PromptGroup, left: PromptGroup | None, dropped: Counter[str]) -> None:
         """Take in a group and what the filters left of it.
@@ -73,15 +148,19 @@ class Collector:
                     "one tokenizer"
                 )
             self._named = self._named or group
-        self._seen.append(GroupStats.of(group))
-        self.dropped += dropped
+        rewards = group.rewards
+        self._rewards.append(rewards[~np.isnan(rewards)])
+        self._sampled += len(group)
+        self._truncated += sum(t.truncated for t in group.trajectories)
+        self._versions.update(t.policy_version for t in group.trajectories)
+        self._dropped += dropped
         if left is not None:
             self._kept.append(left)
             if group.cut_off:
                 self._cut_off.append(group)
             self.tokens += target_tokens(left)
 
-    def pack(self) -> tuple[list[TrainingDatum], BatchStats]:
+    def batch(self) -> TrainingBatch:
         """Advantages over all groups, then datums.
 
         Raises:
@@ -90,7 +169,7 @@ class Collector:
             TrainingDataError: the estimator cannot work with these groups.
         """
         if not self._kept:
-            raise EmptyBatchError(self.dropped)
+            raise EmptyBatchError(self._dropped)
         options = self._options
         rows = self._advantages().tolist()  # padded where a group is smaller than the largest
         trained = [
@@ -100,18 +179,57 @@ class Collector:
             if trajectory.trains
         ]
         trajectories, advantages, groups = map(list, zip(*trained, strict=True))
-        self._check_bias(trajectories)
-        self._check_cut_off()
-        datums = pack(
-            trajectories,
-            advantages,
-            groups,
+        for bias in self._biases(trajectories):
+            if options.biased_sampling == "refuse":
+                raise TrainingDataError(bias)
+            # The caller of build_batch, or of next() on the iterator.
+            warnings.warn(bias, BiasedSamplingWarning, stacklevel=3)
+        return TrainingBatch(
+            datums=pack(
+                trajectories,
+                advantages,
+                groups,
+                normalization=options.normalization,
+                constant_length=options.constant_length,
+                components=options.components,
+            ),
+            algorithm=options.algorithm,
+            loss_fn=options.loss_fn,
+            loss_fn_config=options.thresholds,
             normalization=options.normalization,
-            constant_length=options.constant_length,
-            components=options.components,
+            dropped=dict(self._dropped),
+            stats=self._stats(trajectories, groups),
+            tokenizer=self._named.tokenizer if self._named else None,
         )
-        threshold = options.pass_threshold
-        return datums, batch_stats(self._seen, trajectories, groups, pass_threshold=threshold)
+
+    def _stats(self, trained: Sequence[Trajectory], trained_of: Sequence[int]) -> BatchStats:
+        """Of all that was read, and of the [S] sequences trained on; `trained_of`: [S] the number
+        of the group of each."""
+        sampled_tokens = sum(trajectory.total_sampled for trajectory in trained)
+        rewards = np.concatenate(self._rewards)
+        counts = statistics.count_passes(self._rewards, self._options.pass_threshold)
+        outcomes = statistics.count_outcomes(*counts)
+        ks = statistics.powers_of_two(counts[0].max(initial=0))
+        trained_of_group = Counter(trained_of)
+        return BatchStats(
+            groups=len(self._rewards),
+            groups_trained=len(trained_of_group),
+            completions=self._sampled,
+            scored=len(rewards),
+            datums=sum(len(trajectory.segments) for trajectory in trained),
+            group_sizes=dict(sorted(Counter(trained_of_group.values()).items())),
+            reward_mean=float(rewards.mean()) if len(rewards) else None,
+            reward_std=float(rewards.std()) if len(rewards) else None,
+            reward_min=float(rewards.min()) if len(rewards) else None,
+            reward_max=float(rewards.max()) if len(rewards) else None,
+            truncated=self._truncated,
+            sampled_tokens=sampled_tokens,
+            context_tokens=sum(map(target_count, trained)) - sampled_tokens,
+            pass_at_k={p.k: p.value for p in statistics.mean_pass_at_k(*counts, ks)},
+            all_correct=outcomes["all"],
+            none_correct=outcomes["none"],
+            policy_versions=dict(self._versions),
+        )
 
     def _advantages(self) -> NDArray[np.float64]:
         """[P, G] for the largest G; NaN went in beyond the end of a smaller group."""
@@ -151,32 +269,30 @@ class Collector:
                 )
         return scores
 
-    def _check_bias(self, trajectories: list[Trajectory]) -> None:
-        biased = [t for t in trajectories if t.bias is not None]
-        if not biased:
-            return
-        first = biased[0]
-        self._tell_bias(
-            f"{len(biased)} of {len(trajectories)} completions have biased importance ratios; the "
-            f"first is {_name(first)}: {first.bias}. Sample with temperature > 0, top_p=1 and "
-            "top_k=0"
-        )
-
-    def _check_cut_off(self) -> None:
-        if not self._cut_off:
-            return
-        first = self._cut_off[0]
-        self._tell_bias(
-            f"in {len(self._cut_off)} of {len(self._kept)} groups slow completions were cancelled, "
-            f"which favours short ones; the first is group {first.key!r}, with {first.cut_off} "
-            f"cancelled and {len(first)} kept. Sample without over_sample and straggler_seconds"
-        )
-
-    def _tell_bias(self, message: str) -> None:
-        if self._options.biased_sampling == "refuse":
-            raise TrainingDataError(message)
-        # The caller of build_batch, or of next() on the iterator.
-        warnings.warn(message, BiasedSamplingWarning, stacklevel=6)
+    def _biases(self, trajectories: list[Trajectory]) -> Iterator[str]:
+        """Why what was sampled is no fair draw from the policy, each reason once."""
+        models = Counter(t.model for t in trajectories if t.model is not None)
+        if len(models) > 1:
+            yield (
+                f"the completions of this batch are of {len(models)} models, "
+                f"{', '.join(f'{n} of {model!r}' for model, n in models.items())}: a batch trains "
+                "one, and what another one sampled is no sample of its policy. Keep the rows of "
+                "one model"
+            )
+        if biased := [t for t in trajectories if t.bias is not None]:
+            yield (
+                f"{len(biased)} of {len(trajectories)} completions have biased importance ratios; "
+                f"the first is {_name(biased[0])}: {biased[0].bias}. Sample with temperature > 0, "
+                "top_p=1 and top_k=0"
+            )
+        if self._cut_off:
+            first = self._cut_off[0]
+            yield (
+                f"in {len(self._cut_off)} of {len(self._kept)} groups slow completions were "
+                f"cancelled, which favours short ones; the first is group {first.key!r}, with "
+                f"{first.cut_off} cancelled and {len(first)} kept. Sample without over_sample and "
+                "straggler_seconds"
+            )
 
 
 def target_tokens(left: PromptGroup) -> int:
@@ -186,41 +302,6 @@ def target_tokens(left: PromptGroup) -> int:
 
 def _name(trajectory: Trajectory) -> str:
     return f"row {trajectory.row_id!r}, completion {trajectory.completion}"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
-class TrainingBatch:
-    """One batch, in no trainer's types yet; `eval_protocol_rft.training.export` has those."""
-
-    datums: list[TrainingDatum]
-    """Those of one prompt group stand together."""
-    algorithm: str
-    loss_fn: str
-    """The loss on the wire."""
-    loss_fn_config: Mapping[str, ConfigValue]
-    """Its thresholds, absolute."""
-    normalization: Normalization
-    """What the datums' weights hold. Anything but "none": the trainer must not divide again."""
-    dropped: Mapping[str, int]
-    """Reason (see `DROP_REASONS`) -> completions that gave no datum."""
-    stats: BatchStats
-    tokenizer: str | None
-    """Name of the tokenizer, where known."""
-
-    def __len__(self) -> int:
-        """Datums."""
-        return len(self.datums)
-
-    def __repr__(self) -> str:
-        """One line; the numbers are in `stats`, the datums in `datums`."""
-        dropped = ", ".join(f"{count} {reason}" for reason, count in self.dropped.items())
-        mean = self.stats.reward_mean
-        return (
-            f"TrainingBatch({self.algorithm}: {len(self.datums)} datums of "
-            f"{self.stats.groups_trained} groups, {self.stats.sampled_tokens} sampled tokens, "
-            f"mean reward {'unknown' if mean is None else format(mean, '.4g')}, "
-            f"dropped: {dropped or 'none'})"
-        )
 
 
 def build_batch(
@@ -250,9 +331,9 @@ def build_batch(
         filters: what is dropped and shaped. The default keeps truncated completions and drops
             groups without a gradient.
         biased_sampling: completions sampled at temperature 0 or from a truncated support (top_p,
-            top_k) have biased importance ratios, and groups of which slow completions were
-            cancelled (over_sample, straggler_seconds) hold too many short ones: "warn" trains on
-            them, "refuse" raises. Default "warn".
+            top_k) have biased importance ratios, groups of which slow completions were cancelled
+            (over_sample, straggler_seconds) hold too many short ones, and of several models all
+            but one are another policy's: "warn" trains on them, "refuse" raises. Default "warn".
         pass_threshold: the reward from which a completion counts as correct in `stats`. Default
             1.0.
 
@@ -261,11 +342,10 @@ def build_batch(
         TrainingDataError: see `biased_sampling`.
         TrainingDataError: rows or options are wrong; the message names the row.
     """
-    chosen = BatchOptions(**options)
-    collector = Collector(chosen)
+    collector = Collector(BatchOptions(**options))
     for group in _groups(rows, functools.partial(group_rows, key=key)):
-        collector.add(group, *_filter(group, chosen))
-    return _finish(collector, chosen)
+        collector.add(group, *collector.filtered(group))
+    return collector.batch()
 
 
 def iter_batches(
@@ -317,37 +397,17 @@ def _batches(
 ) -> Iterator[TrainingBatch]:
     collector = Collector(options)
     for group in groups:
-        left, dropped = _filter(group, options)
+        left, dropped = collector.filtered(group)
         # A batch closes when the next group does not fit, so what is dropped after its last group
         # is counted in it, and no batch holds dropped groups alone.
         full = max_groups is not None and len(collector) >= max_groups
         if left is not None and max_tokens is not None:
             full = full or collector.tokens + target_tokens(left) > max_tokens
         if left is not None and full and len(collector):
-            yield _finish(collector, options)
+            yield collector.batch()
             collector = Collector(options)
         collector.add(group, left, dropped)
-    yield _finish(collector, options)
-
-
-def _filter(group: PromptGroup, options: BatchOptions) -> tuple[PromptGroup | None, Counter[str]]:
-    return filter_group(
-        group, options.filters, relative=options.relative, components=options.components
-    )
-
-
-def _finish(collector: Collector, options: BatchOptions) -> TrainingBatch:
-    datums, stats = collector.pack()
-    return TrainingBatch(
-        datums=datums,
-        algorithm=options.algorithm,
-        loss_fn=options.loss_fn,
-        loss_fn_config=options.thresholds,
-        normalization=options.normalization,
-        dropped=dict(collector.dropped),
-        stats=stats,
-        tokenizer=collector.tokenizer,
-    )
+    yield collector.batch()
 
 
 def _groups(

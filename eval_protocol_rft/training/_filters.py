@@ -19,8 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from eval_protocol_rft import _statistics as stats
 from eval_protocol_rft._options import Flag, check_options
-from eval_protocol_rft.training._errors import TrainingDataError
-from eval_protocol_rft.training._trajectory import PromptGroup, Trajectory
+from eval_protocol_rft.training._types import PromptGroup, TrainingDataError, Trajectory
 
 DROP_REASONS = {
     "failed": "the sampler got no completion",

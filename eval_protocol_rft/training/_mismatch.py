@@ -13,11 +13,11 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
-from eval_protocol_rft.training._datums import TrainingDatum
-from eval_protocol_rft.training._trajectory import FloatArray, Trajectory
+from eval_protocol_rft.training._datums import TrainingDatum, pack
+from eval_protocol_rft.training._types import FloatArray, Trajectory
 
 WARN_K3 = 2e-3
 FAIL_K3 = 1.5e-2
@@ -47,14 +47,10 @@ class Mismatch:
 
 def measure(pairs: Sequence[tuple[FloatArray, FloatArray]]) -> Mismatch | None:
     """Compare (sampler, trainer) logprobs of sampled tokens, per datum; None without tokens."""
-    if not pairs:
+    if not any(len(sampler) for sampler, _ in pairs):
         return None
     sampler = np.concatenate([pair[0] for pair in pairs]).astype(np.float64)
     trainer = np.concatenate([pair[1] for pair in pairs]).astype(np.float64)
-    return _compare(sampler, trainer) if len(sampler) else None
-
-
-def _compare(sampler: NDArray[np.float64], trainer: NDArray[np.float64]) -> Mismatch:
     difference = trainer - sampler
     # Capped as in the losses: one absurd token must not hide behind an infinity.
     k3 = np.expm1(np.minimum(difference, 20.0)) - difference
@@ -68,23 +64,8 @@ def _compare(sampler: NDArray[np.float64], trainer: NDArray[np.float64]) -> Mism
 
 def comparable(trajectories: Sequence[Trajectory]) -> list[TrainingDatum]:
     """Datums to run through a trainer's forward pass, for `sampled_pairs`; all of group 0."""
-    return [
-        TrainingDatum(
-            input_tokens=segment.tokens[:-1],
-            target_tokens=segment.tokens[1:],
-            logprobs=segment.logprobs[1:],
-            advantages=segment.loss_mask[1:],
-            weights=segment.loss_mask[1:],
-            prompt_length=segment.prompt_length,
-            reward=0.0,
-            truncated=trajectory.truncated,
-            group=0,
-            row_id=trajectory.row_id,
-            completion=trajectory.completion,
-        )
-        for trajectory in trajectories
-        for segment in trajectory.segments
-    ]
+    scored = [msgspec.structs.replace(trajectory, reward=0.0) for trajectory in trajectories]
+    return pack(scored, [1.0] * len(scored), [0] * len(scored), normalization="none")
 
 
 def sampled_pairs(

@@ -30,8 +30,8 @@ from eval_protocol_rft.data.conversion._job import convert
 from eval_protocol_rft.data.rollouts._format import FileMetadata, FormatError, metadata_of, schema
 from eval_protocol_rft.data.rollouts._rows import CompletionRow, to_record_batch
 from eval_protocol_rft.training._batch import build_batch
-from eval_protocol_rft.training._errors import TrainingDataError
-from eval_protocol_rft.training._groups import group_rows
+from eval_protocol_rft.training._rows import group_rows
+from eval_protocol_rft.training._types import TrainingDataError
 from tests.convert_rows import (
     REWARD_B,
     SAMPLING,

@@ -20,8 +20,8 @@ from eval_protocol_rft.data.rollouts._format import METADATA_KEY, FormatError
 from eval_protocol_rft.data.rollouts._rows import Score
 from eval_protocol_rft.training._batch import TrainingBatch, build_batch, iter_batches
 from eval_protocol_rft.training._datums import TrainingDatum
-from eval_protocol_rft.training._errors import EmptyBatchError, TrainingDataError
 from eval_protocol_rft.training._filters import Filters
+from eval_protocol_rft.training._types import EmptyBatchError, TrainingDataError
 from eval_protocol_rft.training.export import rl_step
 from eval_protocol_rft.training.export.files import load_npz, load_safetensors
 from tests.data.servers import ep_rft

@@ -18,8 +18,7 @@ from eval_protocol_rft.data._dataset import RolloutDataset
 from eval_protocol_rft.data._files import JobError
 from eval_protocol_rft.data._generate_episodes import episode_job
 from eval_protocol_rft.data._job_store import parts_folder
-from eval_protocol_rft.episodes._environment import Environment, EpisodeLimits, Step
-from eval_protocol_rft.episodes._ready_made import ToolLoop
+from eval_protocol_rft.episodes._environment import Environment, EpisodeLimits, Step, ToolLoop
 from tests.data.servers import (
     at,
     pairs,

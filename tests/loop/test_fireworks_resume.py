@@ -19,7 +19,7 @@ from eval_protocol_rft.loop._run_directory import RunFolderError
 from eval_protocol_rft.loop.fireworks import _iterate as running
 from eval_protocol_rft.loop.fireworks._control_plane import ControlPlaneError, JobFailedError
 from eval_protocol_rft.sampling._types import Completion, SamplingParams
-from eval_protocol_rft.training._errors import TrainingDataError
+from eval_protocol_rft.training._types import TrainingDataError
 from tests.emulator.account import BASE_MODEL
 from tests.emulator.clients import DyingAfterPost, DyingTransport, Faltering, Killed
 from tests.emulator.server import Emulator, arithmetic, emulated_control_plane

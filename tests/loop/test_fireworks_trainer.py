@@ -20,10 +20,9 @@ from eval_protocol_rft.loop._trainer import (  # noqa: E402
     TrainerError,
 )
 from eval_protocol_rft.loop.fireworks._trainer import FireworksTrainer  # noqa: E402
-from eval_protocol_rft.training.losses._corrections import TokenTIS  # noqa: E402
 from eval_protocol_rft.training.losses._forward import token_logprobs  # noqa: E402
 from eval_protocol_rft.training.losses._objective import make_loss  # noqa: E402
-from eval_protocol_rft.training.losses._tensors import LossError  # noqa: E402
+from eval_protocol_rft.training.losses._policy import LossError, TokenTIS  # noqa: E402
 from tests.emulator.server import TrainingEmulator, arithmetic, emulated_trainer  # noqa: E402
 from tests.emulator.trainers import CLIP, OPTIMIZER, make_trainer, one_step  # noqa: E402
 from tests.sums import sums_batch  # noqa: E402

@@ -10,7 +10,7 @@ from eval_protocol.pytest import evaluation_test
 from eval_protocol_rft import FireworksTrainingRolloutProcessor, score_each_completion
 from eval_protocol_rft.loop._metrics import component_means
 from eval_protocol_rft.loop._train import atrain
-from eval_protocol_rft.training._trajectory import PromptGroup, Trajectory
+from eval_protocol_rft.training._types import PromptGroup, Trajectory
 from tests.loop.runs import options, sums_file
 
 

@@ -19,8 +19,8 @@ from typer.testing import CliRunner
 from eval_protocol_rft.cli import app
 from eval_protocol_rft.report._charts import Chart, Series, binned, curves, layers, smoothed
 from eval_protocol_rft.report._html import ReportError
-from eval_protocol_rft.report._training_figures import Measured, curve_svg
-from eval_protocol_rft.report._training_page import read_run, training_page, write_training_report
+from eval_protocol_rft.report._reading import Measured, read_run
+from eval_protocol_rft.report._training_page import curve_svg, training_page, write_training_report
 from tests.drawings import BOTTOM, LEFT, RIGHT, TOP, Drawing
 from tests.loop.runs import options, run
 
@@ -186,7 +186,7 @@ def test_a_long_stack_is_drawn_as_means() -> None:
 
 def test_a_count_that_a_line_lacks_is_zero_and_a_line_without_counts_is_a_gap() -> None:
     lines = [step(1, dropped={"failed": 2}), step(2, dropped={"stale": 9}), step(3)]
-    found = Measured.of(lines, "step").counts("dropped")
+    found = Measured(lines, "step").counts("dropped")
     assert list(found) == ["stale", "failed"]
     np.testing.assert_equal(found["failed"], [2, 0, NAN])
 
@@ -212,7 +212,7 @@ def test_values_that_a_loop_does_not_write_leave_gaps_and_the_page_is_written(
 def test_a_share_of_nothing_is_a_gap() -> None:
     lines = [step(1, truncated=1, completions=4), step(2, truncated=0, completions=0), step(3)]
     np.testing.assert_equal(
-        Measured.of(lines, "step").share("truncated", "completions"), [0.25, NAN, NAN]
+        Measured(lines, "step").share("truncated", "completions"), [0.25, NAN, NAN]
     )
 
 

@@ -22,7 +22,7 @@ from eval_protocol_rft.loop._step import TrainingStoppedError
 from eval_protocol_rft.loop._trainer import TrainerError
 from eval_protocol_rft.loop.trl import TrlRollouts, trl_rollouts
 from eval_protocol_rft.rollout import FireworksTrainingRolloutProcessor
-from eval_protocol_rft.training._errors import MissingPackageError, require
+from eval_protocol_rft.training._types import MissingPackageError, require
 from examples.sums import test_sums as sums
 from tests.loop.policies import change, forward_logprobs, grpo_trainer
 

@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 import tracemalloc
+import warnings
 from functools import partial
 from typing import Any, get_type_hints
 
@@ -18,13 +19,13 @@ from hypothesis import strategies as st
 from eval_protocol_rft.training import advantages
 from eval_protocol_rft.training._algorithms import ALGORITHMS, BatchArguments, BatchOptions
 from eval_protocol_rft.training._batch import build_batch, iter_batches
-from eval_protocol_rft.training._errors import (
+from eval_protocol_rft.training._filters import Filters, SoftOverlong
+from eval_protocol_rft.training._rows import group_rows
+from eval_protocol_rft.training._types import (
     BiasedSamplingWarning,
     EmptyBatchError,
     TrainingDataError,
 )
-from eval_protocol_rft.training._filters import Filters, SoftOverlong
-from eval_protocol_rft.training._groups import group_rows
 from tests.training_rows import completion, failed_row, record, row, scored
 
 
@@ -162,6 +163,24 @@ def test_biased_sampling_warns_or_is_refused(sampling, reason):
     with pytest.raises(TrainingDataError, match=message):
         build_batch(rows, biased_sampling="refuse")
     build_batch(rows[:1], biased_sampling="refuse")
+
+
+def test_completions_of_several_models_in_one_batch_are_warned_of_or_refused():
+    rows = [scored("a", 1.0, 0.0), scored("b", 1.0, 0.0, 0.0, model="other")]
+    message = "completions of this batch are of 2 models, 2 of 'm', 3 of 'other': .*rows of one"
+    with pytest.warns(BiasedSamplingWarning, match=message) as caught:
+        batch = build_batch(rows)
+    assert (caught[0].filename, len(batch)) == (__file__, 5)
+    with pytest.raises(TrainingDataError, match=message):
+        build_batch(rows, biased_sampling="refuse")
+    with pytest.warns(BiasedSamplingWarning, match=message):  # in one group, too
+        build_batch(rows, key=lambda row: row["messages"][0]["content"])
+    # Batches of one model each, and rows that do not say of which, are fine.
+    unknown = scored("c", 1.0, 0.0, model=None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(list(iter_batches(rows, max_groups=1))) == 2
+        build_batch([rows[0], unknown])
 
 
 def test_mixed_tokenizers_in_one_batch_are_refused_by_name():

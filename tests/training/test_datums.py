@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eval_protocol_rft.training._datums import pack, weight_factors
-from eval_protocol_rft.training._trajectory import Trajectory
+from eval_protocol_rft.training._types import Trajectory
 
 
 def sequence(mask: list[int], first: int = 10) -> Trajectory:

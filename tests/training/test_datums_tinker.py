@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from eval_protocol_rft.training._datums import pack
-from eval_protocol_rft.training._trajectory import Trajectory
+from eval_protocol_rft.training._types import Trajectory
 
 tinker = pytest.importorskip("tinker")
 processing = pytest.importorskip("tinker_cookbook.rl.data_processing")

@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 
-from eval_protocol_rft.training._errors import ExportError
-from eval_protocol_rft.training._groups import group_rows
-from eval_protocol_rft.training._trajectory import PromptGroup, Trajectory
+from eval_protocol_rft.training._rows import group_rows
+from eval_protocol_rft.training._types import ExportError, PromptGroup, Trajectory
 from eval_protocol_rft.training.export.cookbook import CookbookTypes, to_rollout, to_run, to_sample
 from tests.training_batches import prompt_groups
 from tests.training_rows import failed_row, scored

@@ -12,7 +12,7 @@ import pytest
 from eval_protocol_rft._durable import replacing
 from eval_protocol_rft.training._batch import TrainingBatch, build_batch
 from eval_protocol_rft.training._datums import TrainingDatum
-from eval_protocol_rft.training._errors import ExportError, MissingPackageError
+from eval_protocol_rft.training._types import ExportError, MissingPackageError
 from eval_protocol_rft.training.export import files
 from tests.training_batches import batch_of, prompt_groups
 from tests.training_rows import scored

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from eval_protocol_rft.training._errors import ExportError, MissingPackageError
+from eval_protocol_rft.training._types import ExportError, MissingPackageError
 from eval_protocol_rft.training.export import fireworks
 from tests.capture_server import CaptureServer, Pass, table_logprob, table_logprobs
 from tests.training_batches import batch_of, prompt_groups
@@ -20,7 +20,7 @@ sdk = pytest.importorskip("fireworks.training.sdk.client", reason="needs the ext
 types = pytest.importorskip("fireworks.training.sdk.types")
 
 from eval_protocol_rft.training.losses._objective import make_loss  # noqa: E402
-from eval_protocol_rft.training.losses._tensors import LossError  # noqa: E402
+from eval_protocol_rft.training.losses._policy import LossError  # noqa: E402
 
 
 @dataclass(frozen=True, slots=True)

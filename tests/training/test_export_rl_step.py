@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from eval_protocol.models import EvaluateResult, EvaluationRow, Message
 
-from eval_protocol_rft.training._errors import EmptyBatchError, TrainingDataError
+from eval_protocol_rft.training._types import EmptyBatchError, TrainingDataError
 from eval_protocol_rft.training.export import rl_step
 from tests.scored_rows import answered
 from tests.training_rows import failed_row, scored

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from eval_protocol_rft.training._errors import ExportError, MissingPackageError
+from eval_protocol_rft.training._types import ExportError, MissingPackageError
 from eval_protocol_rft.training.export import tinker as export
 from tests.training_batches import batch_of, prompt_groups
 

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 
 import eval_protocol_rft
-from eval_protocol_rft.training._errors import ExportError
-from eval_protocol_rft.training._groups import group_rows
-from eval_protocol_rft.training._trajectory import PromptGroup, Trajectory
+from eval_protocol_rft.training._rows import group_rows
+from eval_protocol_rft.training._types import ExportError, PromptGroup, Trajectory
 from eval_protocol_rft.training.export import trl
 from tests.training_batches import prompt_groups
 from tests.training_rows import failed_row, scored

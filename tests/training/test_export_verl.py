@@ -9,9 +9,13 @@ import pytest
 
 from eval_protocol_rft.training import advantages
 from eval_protocol_rft.training._batch import build_batch
-from eval_protocol_rft.training._errors import ExportError, MissingPackageError
 from eval_protocol_rft.training._filters import Filters
-from eval_protocol_rft.training._trajectory import PromptGroup, Trajectory
+from eval_protocol_rft.training._types import (
+    ExportError,
+    MissingPackageError,
+    PromptGroup,
+    Trajectory,
+)
 from eval_protocol_rft.training.export import verl
 from tests.training_batches import batch_of, prompt_groups
 from tests.training_rows import scored

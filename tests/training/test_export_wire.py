@@ -10,10 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eval_protocol_rft.training._datums import Normalization, pack
-from eval_protocol_rft.training._errors import ExportError
-from eval_protocol_rft.training._trajectory import Trajectory
-from eval_protocol_rft.training.export._wire import FOLDED_LOSSES, loss_fn_inputs
+from eval_protocol_rft.training._datums import FOLDED_LOSSES, Normalization, loss_fn_inputs, pack
+from eval_protocol_rft.training._types import ExportError, Trajectory
 
 masks = st.lists(st.integers(0, 1), min_size=1, max_size=12).map(lambda m: [0, *m, 1])
 examples = st.lists(

@@ -10,15 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eval_protocol_rft.training._errors import TrainingDataError
 from eval_protocol_rft.training._filters import (
     DROP_REASONS,
     Filters,
     SoftOverlong,
     filter_group,
 )
-from eval_protocol_rft.training._groups import group_rows as read
-from eval_protocol_rft.training._trajectory import PromptGroup
+from eval_protocol_rft.training._rows import group_rows as read
+from eval_protocol_rft.training._types import PromptGroup, TrainingDataError
 from tests.training_rows import completion, failed_row, scored
 
 

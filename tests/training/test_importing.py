@@ -10,7 +10,7 @@ from eval_protocol.models import EvaluationRow
 
 from eval_protocol_rft.data.conversion._ep import read_rows
 from eval_protocol_rft.training._batch import build_batch, iter_batches
-from eval_protocol_rft.training._errors import TrainingDataError
+from eval_protocol_rft.training._types import TrainingDataError
 from tests.training_rows import contents_of, scored
 
 
@@ -27,7 +27,7 @@ def test_files_are_read_one_after_the_other(tmp_path: Path) -> None:
 
 
 def test_what_eval_protocol_dumps_reads_back_as_the_same_group(tmp_path: Path) -> None:
-    from eval_protocol_rft.training._groups import group_rows
+    from eval_protocol_rft.training._rows import group_rows
 
     row = EvaluationRow.model_validate(scored("a", 1.0, 0.5))
     path = tmp_path / "rows.jsonl"

@@ -9,9 +9,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from eval_protocol_rft.training.losses._corrections import Correction, IcePop, SequenceTIS, TokenTIS
 from eval_protocol_rft.training.losses._objective import make_loss
-from eval_protocol_rft.training.losses._tensors import LossError, PolicyTensors
+from eval_protocol_rft.training.losses._policy import (
+    Correction,
+    IcePop,
+    LossError,
+    PolicyTensors,
+    SequenceTIS,
+    TokenTIS,
+)
 from tests.training.test_losses_reference import (
     REFERENCES,
     Tokens,
@@ -94,7 +100,7 @@ def test_a_correction_carries_no_gradient_even_when_the_old_policy_is_the_curren
     tensors = replace(tensors, old_logprobs=tensors.logprobs)
     loss, _ = make_loss("reinforce", {}, correction=correction).on_tensors(tensors)
     (gradient,) = torch.autograd.grad(loss, tensors.logprobs)
-    expected = -correction(tensors).weights * tensors.weights * tensors.advantages
+    expected = -correction(tensors)[0] * tensors.weights * tensors.advantages
     torch.testing.assert_close(gradient, torch.where(tensors.sampled, expected, 0.0))
 
 
@@ -126,7 +132,8 @@ def test_a_sequence_a_thousand_times_off_is_capped_not_infinite() -> None:
     weights, bounded = SequenceTIS(cap=2.0)(tensors)
     torch.testing.assert_close(weights[tensors.sampled].unique(), torch.tensor([2.0]).double())
     assert bounded[tensors.sampled].all()
-    assert (IcePop(low=0.5, high=5.0)(tensors).weights[tensors.sampled] == 0.0).all()
+    weights, _ = IcePop(low=0.5, high=5.0)(tensors)
+    assert (weights[tensors.sampled] == 0.0).all()
 
 
 def test_a_correction_without_old_logprobs_is_an_error_that_says_so() -> None:

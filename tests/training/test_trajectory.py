@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from eval_protocol_rft.training._errors import TrainingDataError
-from eval_protocol_rft.training._trajectory import Trajectory
+from eval_protocol_rft.training._types import TrainingDataError, Trajectory
 
 
 def trajectory(**changes: Any) -> Trajectory:

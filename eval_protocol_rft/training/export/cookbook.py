@@ -21,8 +21,7 @@ from typing import Any, Literal
 import numpy as np
 
 from eval_protocol_rft._segments import Segment
-from eval_protocol_rft.training._errors import ExportError
-from eval_protocol_rft.training._trajectory import PromptGroup, Trajectory
+from eval_protocol_rft.training._types import ExportError, PromptGroup, Trajectory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

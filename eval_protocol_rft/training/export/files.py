@@ -31,10 +31,9 @@ from numpy.typing import NDArray
 
 from eval_protocol_rft._durable import replacing
 from eval_protocol_rft.training._algorithms import ConfigValue
-from eval_protocol_rft.training._batch import TrainingBatch
+from eval_protocol_rft.training._batch import BatchStats, TrainingBatch
 from eval_protocol_rft.training._datums import Normalization, TrainingDatum
-from eval_protocol_rft.training._errors import ExportError, require
-from eval_protocol_rft.training._stats import BatchStats
+from eval_protocol_rft.training._types import ExportError, require
 
 SCHEMA = 1
 

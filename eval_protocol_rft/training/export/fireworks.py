@@ -13,9 +13,8 @@ from __future__ import annotations
 from typing import Any
 
 from eval_protocol_rft.training._batch import TrainingBatch
-from eval_protocol_rft.training._datums import TrainingDatum
-from eval_protocol_rft.training._errors import require
-from eval_protocol_rft.training.export._wire import build_datum, loss_fn_inputs
+from eval_protocol_rft.training._datums import TrainingDatum, build_datum, loss_fn_inputs
+from eval_protocol_rft.training._types import require
 
 
 def to_datums(batch: TrainingBatch, *, loss_fn: str | None = None) -> list[Any]:
@@ -32,7 +31,7 @@ def to_datums(batch: TrainingBatch, *, loss_fn: str | None = None) -> list[Any]:
 
     Raises:
         MissingPackageError: the SDK is not installed.
-        ExportError: the loss cannot be given these datums, see `_wire.py`.
+        ExportError: `loss_fn_inputs` has nothing for these datums.
     """
     return [to_datum(datum, loss_fn=loss_fn or batch.loss_fn) for datum in batch.datums]
 

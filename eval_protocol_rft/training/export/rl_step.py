@@ -23,17 +23,14 @@ import msgspec
 
 from eval_protocol_rft._durable import replacing
 from eval_protocol_rft._segments import TokenBuffer
-from eval_protocol_rft.training._errors import EmptyBatchError, ExportError, TrainingDataError
-from eval_protocol_rft.training._groups import GroupKey
-from eval_protocol_rft.training._rows import (
-    Row,
-    field_of,
-    plain,
-    plain_message,
-    read_row,
-    row_key,
+from eval_protocol_rft.training import _rows as reading
+from eval_protocol_rft.training._rows import GroupKey, Row, field_of
+from eval_protocol_rft.training._types import (
+    EmptyBatchError,
+    ExportError,
+    PromptGroup,
+    TrainingDataError,
 )
-from eval_protocol_rft.training._trajectory import PromptGroup
 
 Unscored = Literal["error", "drop"]
 
@@ -68,7 +65,7 @@ def to_lines(
     prompts: dict[Hashable, list[dict[str, Any]]] = {}
     dropped: Counter[str] = Counter()
     for row in rows:
-        rollout = read_row(row, TokenBuffer(0))
+        rollout = reading.read_row(row, TokenBuffer(0))
         dropped.update(
             failed=len(rollout.failures),
             failed_row=len(rollout.failed_rows),
@@ -77,7 +74,7 @@ def to_lines(
         if not rollout.trajectories:
             continue
         _check_turns(row, rollout)
-        group_key = (key or row_key)(row)
+        group_key = (key or reading.row_key)(row)
         prompt = _prompt(row, rollout)
         if prompts.setdefault(group_key, prompt) != prompt and key is None:
             raise TrainingDataError(
@@ -136,7 +133,7 @@ def _samples(
             "evals": {"score": float(trajectory.reward)},
         }
         if tools:
-            sample["tools"] = plain(tools)
+            sample["tools"] = reading.plain(tools)
         samples.append(sample)
     return samples
 
@@ -149,4 +146,4 @@ def _prompt(row: Row, rollout: PromptGroup) -> list[dict[str, Any]]:
             f"{rollout.name}: its messages do not end in the rollout's answer after a prompt; "
             "leave row.messages as the rollout left them"
         )
-    return [plain_message(message) for message in messages[:-1]]
+    return [reading.plain_message(message) for message in messages[:-1]]

@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 
 from eval_protocol_rft.training._batch import TrainingBatch
-from eval_protocol_rft.training._datums import TrainingDatum
-from eval_protocol_rft.training._errors import ExportError, require
-from eval_protocol_rft.training.export._wire import build_datum, loss_fn_inputs
+from eval_protocol_rft.training._datums import TrainingDatum, build_datum, loss_fn_inputs
+from eval_protocol_rft.training._types import ExportError, require
 
 LOSSES = ("cross_entropy", "importance_sampling", "ppo", "cispo", "dro", "gspo")
 """Of the losses that this package knows, those that Tinker has."""
@@ -33,7 +32,7 @@ def to_datums(batch: TrainingBatch, *, loss_fn: str | None = None) -> list[Any]:
 
     Raises:
         MissingPackageError: `tinker` is not installed.
-        ExportError: Tinker has no such loss, or it cannot be given these datums, see `_wire.py`.
+        ExportError: Tinker has no such loss, or `loss_fn_inputs` has nothing for these datums.
     """
     return [to_datum(datum, loss_fn=loss_fn or batch.loss_fn) for datum in batch.datums]
 

@@ -15,8 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from eval_protocol_rft.training._errors import ExportError
-from eval_protocol_rft.training._trajectory import PromptGroup
+from eval_protocol_rft.training._types import ExportError, PromptGroup
 
 
 def rollout_result(

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from eval_protocol_rft.training._batch import TrainingBatch
 from eval_protocol_rft.training._datums import TrainingDatum
-from eval_protocol_rft.training._errors import ExportError, require
+from eval_protocol_rft.training._types import ExportError, require
 
 
 class VerlData(NamedTuple):
@@ -102,9 +102,7 @@ def to_data_proto(
         prompt_length=prompt_length,
         response_length=response_length,
     )
-    return verl.DataProto.from_dict(
-        tensors=data.tensors, non_tensors=data.non_tensors, meta_info=data.meta_info
-    )
+    return verl.DataProto.from_dict(**data._asdict())
 
 
 def _arrays(

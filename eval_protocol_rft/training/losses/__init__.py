@@ -7,8 +7,8 @@ the training SDK.
 
 Or, on a remote trainer: `client.forward_backward_custom(sdk_datums, loss_fn.for_sdk(datums))`.
 
-`_policy` holds the losses, `_corrections` truncated importance sampling, `_objective` their sum and
-what is reported of it, `_forward` the way from datums to log-probabilities.
+`_policy` holds the losses and truncated importance sampling, `_objective` their sum and what is
+reported of it, `_forward` the way from datums to log-probabilities.
 """
 
 import lazy_loader

@@ -25,7 +25,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 from eval_protocol_rft.training._datums import TrainingDatum
-from eval_protocol_rft.training.losses._tensors import LossError
+from eval_protocol_rft.training.losses._policy import LossError
 
 SHARED_WIDTH = 1024
 """Most columns of a row whose datums share their prompt: attention costs the square of it."""
@@ -81,28 +81,44 @@ def sharing_prompts(bundles: Sequence[Sequence[TrainingDatum]]) -> Layout:
     Args:
         bundles: datums with the same prompt each, see `bundled`.
     """
-    rows = [_Row(bundle) for bundle in bundles]
-    width = max(row.width for row in rows)
-    shape = (len(rows), width)
+    # Where the input of a datum ends in its row.
+    ends = [
+        bundle[0].prompt_length + np.cumsum([len(d) - d.prompt_length for d in bundle])
+        for bundle in bundles
+    ]
+    width = max(int(row[-1]) for row in ends)
+    shape = (len(bundles), width)
     input_ids, positions = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-    segments = np.full(shape, -1, np.int64)
-    for i, row in enumerate(rows):
-        input_ids[i, : row.width] = row.input_ids
-        positions[i, : row.width] = row.positions
-        segments[i, : row.width] = row.segments
+    segments = np.full(shape, -1, np.int64)  # 0: the prompt; k: what follows it in the k-th datum
+    rows: list[Ints] = []
+    columns: list[Ints] = []
+    for i, bundle in enumerate(bundles):
+        prompt = bundle[0].prompt_length
+        input_ids[i, :prompt] = bundle[0].input_tokens[:prompt]
+        positions[i, :prompt] = np.arange(prompt)
+        segments[i, :prompt] = 0
+        start = prompt
+        for k, (datum, stop) in enumerate(zip(bundle, ends[i].tolist(), strict=True), start=1):
+            input_ids[i, start:stop] = datum.input_tokens[prompt:]
+            positions[i, start:stop] = np.arange(prompt, len(datum))
+            segments[i, start:stop] = k
+            sampled = np.flatnonzero(datum.mask)
+            rows.append(np.full(len(sampled), i))
+            # The target after the prompt is predicted by the prompt's own last token.
+            columns.append(np.where(sampled < prompt, sampled, sampled - prompt + start))
+            start = stop
     query, key = segments[:, :, None], segments[:, None, :]
     attended = ((key == 0) | (key == query)) & (positions[:, None, :] <= positions[:, :, None])
     # Padding is seen by nobody, and sees itself: a softmax over nothing would be NaN.
     attended &= key >= 0
     attended |= np.eye(width, dtype=np.bool_)
-    datums = [datum for bundle in bundles for datum in bundle]
     return Layout(
         input_ids=input_ids,
         attended=attended[:, None],
         positions=positions,
-        rows=np.repeat(np.arange(len(rows)), [len(row.columns) for row in rows]),
-        columns=np.concatenate([row.columns for row in rows]),
-        targets=_targets(datums),
+        rows=np.concatenate(rows),
+        columns=np.concatenate(columns),
+        targets=_targets([datum for bundle in bundles for datum in bundle]),
     )
 
 
@@ -124,31 +140,6 @@ def bundled(datums: Sequence[TrainingDatum]) -> list[list[int]]:
             bundles.append([place])
             width = len(datum)
     return bundles
-
-
-class _Row:
-    """One bundle: segment 0 is the prompt, segment i what follows in datum i."""
-
-    def __init__(self, bundle: Sequence[TrainingDatum]) -> None:
-        prompt = bundle[0].prompt_length
-        answers = [datum.input_tokens[prompt:] for datum in bundle]
-        self.input_ids = np.concatenate([bundle[0].input_tokens[:prompt], *answers])
-        self.width = len(self.input_ids)
-        lengths = [len(answer) for answer in answers]
-        starts = prompt + np.cumsum([0, *lengths[:-1]])
-        self.positions = np.concatenate(
-            [np.arange(prompt), *(np.arange(prompt, prompt + length) for length in lengths)]
-        )
-        self.segments = np.repeat(np.arange(len(bundle) + 1), [prompt, *lengths])
-        self.columns = np.concatenate(
-            [
-                # The target after the prompt is predicted by the prompt's own last token.
-                np.where(columns < prompt, columns, columns - prompt + start)
-                for columns, start in zip(
-                    (np.flatnonzero(datum.mask) for datum in bundle), starts, strict=True
-                )
-            ]
-        )
 
 
 def _same_prompt(one: TrainingDatum, other: TrainingDatum) -> bool:

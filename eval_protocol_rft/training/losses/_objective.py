@@ -17,9 +17,10 @@ that cannot be had (nothing clips, no reference, no sampled token) is absent, ne
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, Field, dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -28,19 +29,8 @@ import torch
 from torch import Tensor
 
 from eval_protocol_rft.training._datums import TrainingDatum
-from eval_protocol_rft.training.losses._corrections import Correction, CorrectionWeights
-from eval_protocol_rft.training.losses._policy import (
-    CISPO,
-    DAPO,
-    DRO,
-    GSPO,
-    PPO,
-    ImportanceSampling,
-    PolicyLoss,
-    Reinforce,
-    TokenLoss,
-)
-from eval_protocol_rft.training.losses._tensors import LossError, PolicyTensors, k3, reference_kl
+from eval_protocol_rft.training.losses import _policy as policy
+from eval_protocol_rft.training.losses._policy import Correction, LossError, PolicyTensors
 
 TokenValues: TypeAlias = Tensor | npt.NDArray[np.floating[Any]] | Sequence[float]
 """[T] values of one datum, one per target token."""
@@ -119,7 +109,9 @@ def _check_lengths(name: str, lengths: Sequence[int], values: Sequence[TokenValu
 
 
 def policy_metrics(
-    tensors: PolicyTensors, token_loss: TokenLoss, correction: CorrectionWeights | None
+    tensors: PolicyTensors,
+    token_loss: policy.TokenLoss,
+    correction: policy.CorrectionWeights | None,
 ) -> dict[str, Tensor]:
     """Metrics of one batch as float64 scalars, left on the device.
 
@@ -153,10 +145,9 @@ def policy_metrics(
     if tensors.entropies is not None:
         metrics["entropy:mean"] = mean(tensors.entropies)
     if tensors.reference_logprobs is not None:
-        metrics["reference_kl_k3:mean"] = mean(reference_kl(tensors))
+        metrics["reference_kl_k3:mean"] = mean(policy.reference_kl(tensors))
     if correction is not None:
-        metrics["correction:mean"] = mean(correction.weights)
-        metrics["correction_bounded:mean"] = mean(correction.bounded)
+        metrics["correction:mean"], metrics["correction_bounded:mean"] = map(mean, correction)
     return metrics
 
 
@@ -167,21 +158,21 @@ def _sampler_metrics(logprobs: Tensor, sampling_logprobs: Tensor) -> dict[str, T
     ratio = torch.exp(log_ratio - log_ratio.max())
     return {
         "sampler_kl_k1:mean": -log_ratio.mean(),
-        "sampler_kl_k3:mean": k3(log_ratio).mean(),
+        "sampler_kl_k3:mean": policy.k3(log_ratio).mean(),
         "effective_sample_fraction:mean": ratio.mean().square() / ratio.square().mean(),
         "sampler_entropy:mean": -sampling_logprobs.mean(),
     }
 
 
 POLICY_LOSSES: Mapping[str, type[Any]] = {
-    "ppo": PPO,
-    "grpo": PPO,
-    "cispo": CISPO,
-    "dapo": DAPO,
-    "gspo": GSPO,
-    "dro": DRO,
-    "importance_sampling": ImportanceSampling,
-    "reinforce": Reinforce,
+    "ppo": policy.PPO,
+    "grpo": policy.PPO,
+    "cispo": policy.CISPO,
+    "dapo": policy.DAPO,
+    "gspo": policy.GSPO,
+    "dro": policy.DRO,
+    "importance_sampling": policy.ImportanceSampling,
+    "reinforce": policy.Reinforce,
 }
 """By the name that `TrainingBatch.loss_fn` and the wire use. GRPO's loss is PPO's."""
 
@@ -190,7 +181,7 @@ POLICY_LOSSES: Mapping[str, type[Any]] = {
 class Objective:
     """A policy loss with its optional correction and KL penalty. Made by `make_loss`."""
 
-    policy_loss: PolicyLoss
+    policy_loss: policy.PolicyLoss
     correction: Correction | None = None
     kl_beta: float = 0.0
 
@@ -237,9 +228,11 @@ class Objective:
         """The same for tensors that are already batched, padded or flat."""
         token_loss = self.policy_loss(tensors)
         correction = self.correction(tensors) if self.correction is not None else None
-        parts = {"policy_loss:sum": self._policy_sum(tensors, token_loss, correction)}
+        per_token = token_loss.loss if correction is None else token_loss.loss * correction[0]
+        parts = {"policy_loss:sum": _weighted_sum(tensors, per_token)}
         if self.kl_beta:
-            parts["kl_loss:sum"] = self.kl_beta * _weighted_sum(tensors, reference_kl(tensors))
+            penalty = policy.reference_kl(tensors)
+            parts["kl_loss:sum"] = self.kl_beta * _weighted_sum(tensors, penalty)
         loss = torch.stack(list(parts.values())).sum()
         metrics = parts | policy_metrics(tensors, token_loss, correction)
         # One transfer for all: each .item() of its own would wait for the device.
@@ -277,13 +270,6 @@ class Objective:
 
         return loss_fn
 
-    def _policy_sum(
-        self, tensors: PolicyTensors, token_loss: TokenLoss, correction: CorrectionWeights | None
-    ) -> Tensor:
-        if correction is None:
-            return _weighted_sum(tensors, token_loss.loss)
-        return _weighted_sum(tensors, token_loss.loss * correction.weights)
-
 
 def make_loss(
     loss_fn: str,
@@ -307,18 +293,22 @@ def make_loss(
     if loss_fn not in POLICY_LOSSES:
         raise LossError(f"unknown loss_fn {loss_fn!r}: one of {', '.join(sorted(POLICY_LOSSES))}")
     policy_loss = POLICY_LOSSES[loss_fn]
-    _check_options(loss_fn, fields(policy_loss), config)
+    _check_options(loss_fn, policy_loss, config)
     return Objective(policy_loss=policy_loss(**config), correction=correction, kl_beta=kl_beta)
 
 
 def _check_options(
-    loss_fn: str, options: Sequence[Field[Any]], config: Mapping[str, float | str | bool | None]
+    loss_fn: str, policy_loss: type[Any], config: Mapping[str, float | str | bool | None]
 ) -> None:
-    names = [option.name for option in options]
-    required = [option.name for option in options if option.default is MISSING]
+    options = inspect.signature(policy_loss).parameters
+    names = list(options)
     problems = {
         "unknown": sorted(set(config) - set(names)),
-        "missing": [name for name in required if config.get(name) is None],
+        "missing": [
+            name
+            for name, option in options.items()
+            if option.default is option.empty and config.get(name) is None
+        ],
         "not a number": [
             name
             for name, value in config.items()

@@ -1,27 +1,26 @@
-"""Scored rows from the JSONL files that Eval Protocol writes (`EP_OUTPUT_DIR`), and from rollout
-files.
+"""What reports are of: scored rows from the JSONL files that Eval Protocol writes
+(`EP_OUTPUT_DIR`), or from rollout files; and what a training run left in its folder.
 
 Invariant: a line that cannot be read is an error with its file and line number; a row without a
-record (a failed rollout) is kept and says why. Reads without importing Eval Protocol.
+record (a failed rollout) is kept and says why. What a run did not measure is NaN, here and in
+everything made from it, never 0. Reads without importing Eval Protocol.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Any, NamedTuple
 
 import msgspec
+import numpy as np
 
-from eval_protocol_rft._statistics import LARGEST
-from eval_protocol_rft.record import (
-    RecordError,
-    RolloutRecord,
-    has_record,
-    is_failure,
-    result_score,
-)
+from eval_protocol_rft import record as form
+from eval_protocol_rft._statistics import LARGEST, Array
+from eval_protocol_rft.record import RecordError, RolloutRecord
 from eval_protocol_rft.report._html import ReportError
 from eval_protocol_rft.training import row_key
 
@@ -110,7 +109,7 @@ def _row(value: Any) -> ReportRow:
         raise ReportError("no row of Eval Protocol: it has no messages")
     extra = _at(value, "execution_metadata.extra", dict[str, Any])
     record = error = None
-    if has_record(extra) and not is_failure(_at(value, "rollout_status.code", int)):
+    if form.has_record(extra) and not form.is_failure(_at(value, "rollout_status.code", int)):
         record = _record(value, extra)
         asked = record.episodes[0].row_messages if record.episodes else -1
         messages = messages[:asked]
@@ -130,7 +129,7 @@ def _record(value: Any, extra: dict[str, Any] | None) -> RolloutRecord:
     record = RolloutRecord.from_extra(extra, params)
     result = _at(value, "evaluation_result", dict[str, Any])
     if record.rewards is None and len(record) == 1 and result is not None:
-        record = msgspec.structs.replace(record, rewards=[result_score(result)])
+        record = msgspec.structs.replace(record, rewards=[form.result_score(result)])
     _refuse_too_large(record.rewards)
     return record
 
@@ -160,3 +159,112 @@ def _text(message: dict[str, Any]) -> str:
     if isinstance(content, list):
         return " ".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
     return content or ""
+
+
+def is_run_folder(path: Path) -> bool:
+    """Whether a training run keeps its files here."""
+    return (path / "settings.json").is_file()
+
+
+def read_run(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Metrics and settings of the run in `folder`, without a last line that a crash cut off.
+
+    Raises:
+        ReportError: there are none, or they are damaged.
+    """
+    if not is_run_folder(folder):
+        raise ReportError(f"{folder} holds no training run: it has no settings.json")
+    settings = _read_json(_bytes_of(folder / "settings.json"), f"{folder}/settings.json")
+    path = folder / "metrics.jsonl"
+    whole = _bytes_of(path).rpartition(b"\n")[0] if path.is_file() else b""
+    lines = [
+        _read_json(line, f"{path}, line {number}")
+        for number, line in enumerate(whole.splitlines(), start=1)
+    ]
+    for number, line in enumerate(lines, start=1):
+        if not isinstance(line.get("step"), int) or "kind" not in line:
+            raise ReportError(f"{path}, line {number}: no line of a training run (kind, step)")
+    return lines, settings
+
+
+def _bytes_of(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ReportError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def _read_json(text: bytes, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ReportError(f"{where}: no JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise ReportError(f"{where}: no JSON object")
+    return value
+
+
+class Measured:
+    """What the lines of one kind (`step` or `eval`) say, as series over the steps of a run. What
+    was not measured is NaN, never 0."""
+
+    def __init__(self, lines: Iterable[Mapping[str, Any]], kind: str) -> None:
+        """Those of `kind`; where a step is told of twice, the later line counts."""
+        by_step = {line["step"]: line for line in lines if line.get("kind") == kind}
+        self.lines = [by_step[step] for step in sorted(by_step)]
+
+    @property
+    def steps(self) -> list[int]:
+        return [line["step"] for line in self.lines]
+
+    def values(self, *path: str) -> Array:
+        """[len(steps)] of what lies at `path` in each line."""
+        return np.array([_number(line, path) for line in self.lines], np.float64)
+
+    def share(self, part: str, whole: str) -> Array:
+        """[len(steps)] of `part` in `whole`; NaN where there is nothing to have a share of."""
+        above, below = self.values(part), self.values(whole)
+        shares = np.full(above.shape, np.nan)
+        np.divide(above, below, out=shares, where=below > 0)
+        return shares
+
+    def counts(self, name: str) -> dict[str, Array]:
+        """Counts by key, for lines that hold them in a mapping; largest total first.
+
+        A mapping without a key counted none of it: that is a 0. A line without the mapping is NaN.
+        """
+        counts = {
+            key: np.array([_count(line, name, key) for line in self.lines], np.float64)
+            for key in self.keys(name)
+        }
+        return dict(sorted(counts.items(), key=lambda item: (-np.nansum(item[1]), item[0])))
+
+    def keys(self, name: str) -> list[str]:
+        """Keys of a mapping in the lines; numbers in their order."""
+        keys = {key for line in self.lines for key in _mapping(line, name) or {}}
+        return sorted(
+            keys, key=lambda key: (not key.isdecimal(), int(key) if key.isdecimal() else 0, key)
+        )
+
+
+def _mapping(line: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
+    value = line.get(name)
+    return value if isinstance(value, Mapping) else None
+
+
+def _count(line: Mapping[str, Any], name: str, key: str) -> float:
+    counts = _mapping(line, name)
+    if counts is None:
+        return math.nan
+    return _number(counts, (key,)) if key in counts else 0.0
+
+
+def _number(line: Mapping[str, Any], path: tuple[str, ...]) -> float:
+    value: Any = line
+    for key in path:
+        if not isinstance(value, Mapping):
+            return math.nan
+        value = value.get(key)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return math.nan
+    return float(value)

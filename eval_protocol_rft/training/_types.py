@@ -1,11 +1,14 @@
-"""What was sampled for one prompt, scored and flat: `Trajectory`, and `PromptGroup` around it.
+"""What was sampled for one prompt, scored and flat: `Trajectory`, and `PromptGroup` around it; and
+what can be wrong on the way from scored rows to datums, and on to a trainer.
 
 Invariant: a trajectory counts once, however many segments it has. A reward is a finite number or
-None; None (not scored) is never confused with 0.0.
+None; None (not scored) is never confused with 0.0. Every message says what is wrong, in which row,
+completion and token, and what to do.
 """
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
@@ -16,11 +19,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from eval_protocol_rft._errors import EvalProtocolRftError
 from eval_protocol_rft._segments import FloatArray as FloatArray
 from eval_protocol_rft._segments import RecordError
 from eval_protocol_rft._segments import Segment as Segment
 from eval_protocol_rft.sampling import Failure, FinishReason
-from eval_protocol_rft.training._errors import TrainingDataError
 
 NO_COMPONENTS: Mapping[str, float | None] = MappingProxyType({})
 
@@ -47,6 +50,8 @@ class Trajectory(Segment, frozen=True, kw_only=True, eq=False, gc=False):
     """Further scores by name, as `metrics` of the evaluator gave them."""
     finish_reason: FinishReason = "stop"
     """Of the last turn. Turns before it ended by themselves, as one that is cut off is the last."""
+    model: str | None = None
+    """Name of the model that sampled it, where known."""
     policy_version: str | None = None
     """The weights that sampled it, where known; the last of them where it spans several."""
     first_policy_version: str | None = None
@@ -135,3 +140,52 @@ def reward_problem(reward: Any) -> str | None:
     if reward is None or (number and math.isfinite(reward)):
         return None
     return f"reward is {reward!r}: it must be a finite number, or None where there is no score"
+
+
+class TrainingDataError(EvalProtocolRftError, ValueError):
+    """Rows, trajectories or options from which no correct training batch can be built."""
+
+
+class EmptyBatchError(TrainingDataError):
+    """Nothing was left to train on. `dropped` says what became of every completion."""
+
+    def __init__(self, dropped: Mapping[str, int]) -> None:
+        counts = ", ".join(f"{reason}: {count}" for reason, count in sorted(dropped.items()))
+        super().__init__(
+            f"no completion is left to train on ({counts or 'there were no rows'}). Sample more "
+            "prompts or more completions each, or relax `filters`"
+        )
+        self.dropped: Mapping[str, int] = dict(dropped)
+
+
+class BiasedSamplingWarning(UserWarning):
+    """Completions that are no fair draws from the policy: their logprobs are no full-vocabulary
+    sampling logprobs, so that importance ratios over them are biased; slower ones of their group
+    were cancelled, so that short ones are too many; or several models sampled them."""
+
+
+class ExportError(TrainingDataError):
+    """Data that this consumer cannot be given exactly, or a file that does not hold it."""
+
+
+class MissingPackageError(EvalProtocolRftError, ImportError):
+    """The package of a consumer is not installed, or not all of it."""
+
+
+def require(module: str, *, install: str) -> Any:
+    """Import `module` of a consumer's package.
+
+    Args:
+        module: dotted name.
+        install: what `pip install` is to be given.
+
+    Raises:
+        MissingPackageError: it cannot be imported.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise MissingPackageError(
+            f"this export needs {module}, which cannot be imported ({error}): "
+            f"pip install '{install}'"
+        ) from error
