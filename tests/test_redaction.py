@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from eval_protocol_rft.rollout._redaction import is_secret_key, redact_params
+from eval_protocol_rft.rollout._commit import is_secret_key, redact_params
 
 CREDENTIALS = [
     "api_key",

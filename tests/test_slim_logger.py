@@ -5,7 +5,7 @@ from eval_protocol.dataset_logger import default_logger
 from eval_protocol.models import EvaluationRow
 
 from eval_protocol_rft.record import ARRAY_KEYS
-from eval_protocol_rft.rollout._slim_logger import SlimLogger
+from eval_protocol_rft.rollout._evaluation_run import SlimLogger
 from tests.scored_rows import Rows, answered, asked, give, rewards, said
 
 

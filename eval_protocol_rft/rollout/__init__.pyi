@@ -1,7 +1,7 @@
+from ._evaluation_run import SlimLogger as SlimLogger
 from ._processor import FireworksTrainingRolloutProcessor as FireworksTrainingRolloutProcessor
 from ._processor import RolloutError as RolloutError
 from ._prompts import PromptError as PromptError
-from ._slim_logger import SlimLogger as SlimLogger
 
 # For other rooms alone: these may change.
 # isort: split
@@ -16,32 +16,32 @@ from ._answers import parse_tool_calls as parse_tool_calls
 from ._answers import recorded_answers as recorded_answers
 from ._answers import tool_format as tool_format
 from ._backends import Backends as Backends
-from ._call_formats import ToolFormat as ToolFormat
-from ._call_parts import ParseProblem as ParseProblem
-from ._chat_template import fields_read as fields_read
+from ._backends import lost_tokenizer as lost_tokenizer
+from ._backends import untold_tokenizer as untold_tokenizer
 from ._commit import build_record as build_record
 from ._commit import messages_to_answer as messages_to_answer
 from ._commit import put_on_row as put_on_row
+from ._commit import redact_params as redact_params
 from ._evaluation_run import RUN_KEYWORD as RUN_KEYWORD
 from ._evaluation_run import Outcome as Outcome
 from ._evaluation_run import observe_attempt as observe_attempt
 from ._evaluation_run import watch as watch
-from ._harmony import read_harmony as read_harmony
+from ._json_calls import ParseProblem as ParseProblem
 from ._loop_states import LoopState as LoopState
+from ._loop_states import RowJob as RowJob
+from ._loop_states import RowSlot as RowSlot
 from ._params import RolloutRequest as RolloutRequest
 from ._params import parse_completion_params as parse_completion_params
-from ._pipeline import RowJob as RowJob
-from ._pipeline import RowSlot as RowSlot
 from ._prompts import PROMPT_IDS_KEY as PROMPT_IDS_KEY
 from ._prompts import SEVERAL_CALLS as SEVERAL_CALLS
 from ._prompts import as_template_reads as as_template_reads
 from ._prompts import chat_messages as chat_messages
+from ._prompts import fields_read as fields_read
 from ._prompts import given_prompt as given_prompt
 from ._prompts import prompt_ids_of as prompt_ids_of
 from ._prompts import render_chat as render_chat
 from ._prompts import text_of as text_of
 from ._prompts import with_one_call as with_one_call
-from ._redaction import redact_params as redact_params
-from ._replaced_params import lost_tokenizer as lost_tokenizer
-from ._replaced_params import untold_tokenizer as untold_tokenizer
+from ._tagged_calls import ToolFormat as ToolFormat
+from ._tagged_calls import read_harmony as read_harmony
 from ._vocabulary import VocabularyWitness as VocabularyWitness

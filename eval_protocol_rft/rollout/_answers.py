@@ -3,7 +3,7 @@
 Invariant: no text is lost, and the same turn gives the same message wherever it is read (single
 turns, episodes, scores of stored rollouts). What was not opened, by the text or by the prompt, is
 not closed: the tag is text then. A call is what the model wrote, or a `ParseProblem` that says what
-is wrong with it (see `_call_formats`); where calls are malformed there are none, and all is
+is wrong with it (see `_json_calls`); where calls are malformed there are none, and all is
 content.
 
 A chat server reads answers so when it is started with the parsers of its model: docs/parity.md
@@ -23,15 +23,10 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from eval_protocol_rft.local import LoadedTokenizer
-from eval_protocol_rft.rollout._call_formats import OPEN, READERS, ToolFormat, as_calls
-from eval_protocol_rft.rollout._call_parts import (
-    CallProblemError,
-    ParseProblem,
-    Tools,
-    json_call,
-)
-from eval_protocol_rft.rollout._harmony import read_harmony
+from eval_protocol_rft.rollout import _json_calls
+from eval_protocol_rft.rollout._json_calls import OPEN, CallProblemError, ParseProblem, Tools
 from eval_protocol_rft.rollout._prompts import PromptError
+from eval_protocol_rft.rollout._tagged_calls import READERS, ToolFormat, as_calls, read_harmony
 
 if TYPE_CHECKING:
     from eval_protocol.models import Message
@@ -156,7 +151,7 @@ def _thought_end(text: str) -> int | None:
             return closed + len(_THOUGHT_CLOSE)
         at = opened + len(OPEN)
         with contextlib.suppress(CallProblemError):  # no call: the answer's own parse says what
-            at = json_call(text, at, 0)[2]
+            at = _json_calls.json_call(text, at, 0)[2]
         if at > closed:
             closed = text.find(_THOUGHT_CLOSE, at)
     return 0

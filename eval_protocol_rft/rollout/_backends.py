@@ -4,35 +4,35 @@ of Fireworks that is the one which the service names.
 Invariant: HTTP clients belong to one event loop and are cached by endpoint alone; weights and
 tokenizers are loaded once per process, off the loop. No tokenizer is guessed from a name of
 Fireworks: either the service names a model on the Hugging Face hub, for the model itself or for the
-one that it was made of, or there is no answer.
+one that it was made of, or there is no answer. A tokenizer that is seen to be lost is refused by
+name; where that cannot be seen, it is told which one is used.
+
+It may get lost with `EP_COMPLETION_PARAMS` (`pytest --ep-completion-params`), a JSON list, with
+which Eval Protocol replaces the completion_params of a test whole where the test is decorated;
+anything else in it is ignored. The test's own are gone then, with the `tokenizer` that they may
+name, and what the replacement names none for is rendered with the tokenizer of the model.
+(`EP_INPUT_PARAMS_JSON` is merged into each set, and loses none.)
 """
 
 from __future__ import annotations
 
+import ast
 import asyncio
+import inspect
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
 import aiohttp
 
+from eval_protocol_rft import sampling
 from eval_protocol_rft.local import LoadedTokenizer, TokenizerError, load_tokenizer
 from eval_protocol_rft.local.models import LOCAL_PREFIX
 from eval_protocol_rft.rollout._params import RolloutRequest, model_name
-from eval_protocol_rft.sampling import (
-    NO_CLOCKS,
-    Deadline,
-    Endpoint,
-    HttpSampler,
-    Sampler,
-    SamplingError,
-    endpoint_headers,
-    proxy_for,
-    read_body,
-)
 
 SECONDS = 20.0
 """For all questions about one model."""
@@ -42,12 +42,15 @@ _LONGEST_CHAIN = 5
 _HUB = re.compile(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)/?")
 
 
-async def hub_id_of(model: str, endpoint: Endpoint) -> tuple[str | None, str]:
+async def hub_id_of(model: str, endpoint: sampling.Endpoint) -> tuple[str | None, str]:
     """The hub id that belongs to `model` (`accounts/.../models/...`, also a deployment or a
     deployed model, with or without `#deployment` and `@version`), and where there is none, why."""
     name = re.split("[#@]", model)[0]
     try:
-        async with Deadline(SECONDS), aiohttp.ClientSession(timeout=NO_CLOCKS) as session:
+        async with (
+            sampling.Deadline(SECONDS),
+            aiohttp.ClientSession(timeout=sampling.NO_CLOCKS) as session,
+        ):
             for _ in range(_LONGEST_CHAIN):
                 resource = await _resource(session, name, endpoint)
                 if hub := _HUB.match(str(resource.get("huggingFaceUrl") or "")):
@@ -58,7 +61,7 @@ async def hub_id_of(model: str, endpoint: Endpoint) -> tuple[str | None, str]:
                 name = made_of
     except TimeoutError:
         return None, f"Fireworks said nothing of {name} within {SECONDS:g} s"
-    except (aiohttp.ClientError, OSError, ValueError, SamplingError) as error:
+    except (aiohttp.ClientError, OSError, ValueError, sampling.SamplingError) as error:
         return None, f"asked about {name}, Fireworks answered {str(error) or type(error).__name__}"
     return None, f"{name} is made of models too many to follow"
 
@@ -79,7 +82,7 @@ def _made_of(resource: Mapping[str, Any]) -> str | None:
 
 
 async def _resource(
-    session: aiohttp.ClientSession, name: str, endpoint: Endpoint
+    session: aiohttp.ClientSession, name: str, endpoint: sampling.Endpoint
 ) -> Mapping[str, Any]:
     """What `GET /v1/{name}` answers.
 
@@ -88,18 +91,21 @@ async def _resource(
     """
     url = f"{_control_plane(endpoint)}/v1/{name}"
     async with session.get(
-        url, headers=endpoint_headers(endpoint), proxy=proxy_for(url), allow_redirects=False
+        url,
+        headers=sampling.endpoint_headers(endpoint),
+        proxy=sampling.proxy_for(url),
+        allow_redirects=False,
     ) as response:
         if response.status != 200:
             raise ValueError(f"{response.status}")
-        body = await read_body(response, limit=_MOST_BYTES)
+        body = await sampling.read_body(response, limit=_MOST_BYTES)
     resource = json.loads(body)
     if not isinstance(resource, dict):
         raise ValueError("no JSON object")
     return resource
 
 
-def _control_plane(endpoint: Endpoint) -> str:
+def _control_plane(endpoint: sampling.Endpoint) -> str:
     """The inference address without its path; a direct route has no control plane of its own."""
     parts = urlsplit(endpoint.base_url)
     if (parts.hostname or "").endswith(".direct.fireworks.ai"):
@@ -118,7 +124,9 @@ class Backends:
         trust_remote_code: let tokenizer and model folders run their own code.
     """
 
-    def __init__(self, *, tokenizer: Any, sampler: Sampler | None, trust_remote_code: bool) -> None:
+    def __init__(
+        self, *, tokenizer: Any, sampler: sampling.Sampler | None, trust_remote_code: bool
+    ) -> None:
         self._tokenizer = tokenizer
         self._sampler = sampler
         self._trust_remote_code = trust_remote_code
@@ -155,7 +163,7 @@ class Backends:
             f"FireworksTrainingRolloutProcessor(tokenizer={{{each}}})"
         )
 
-    def sampling_from(self, sampler: Sampler) -> Backends:
+    def sampling_from(self, sampler: sampling.Sampler) -> Backends:
         """The same with another sampler."""
         return Backends(
             tokenizer=self._tokenizer, sampler=sampler, trust_remote_code=self._trust_remote_code
@@ -169,8 +177,8 @@ class Backends:
         return self._sampler is not None or endpoint is None or endpoint.is_fireworks
 
     async def resolve(
-        self, request: RolloutRequest, clients: dict[Endpoint, HttpSampler]
-    ) -> tuple[Sampler, LoadedTokenizer]:
+        self, request: RolloutRequest, clients: dict[sampling.Endpoint, sampling.HttpSampler]
+    ) -> tuple[sampling.Sampler, LoadedTokenizer]:
         """Sampler and tokenizer for `request`. `clients` are those of the running event loop.
 
         Raises:
@@ -182,7 +190,7 @@ class Backends:
             return self._sampler, await self._tokenizer_for(request, sampler_tokenizer)
         if request.endpoint is not None:
             if request.endpoint not in clients:
-                clients[request.endpoint] = HttpSampler(request.endpoint)
+                clients[request.endpoint] = sampling.HttpSampler(request.endpoint)
             return clients[request.endpoint], await self._tokenizer_for(request, None)
 
         from eval_protocol_rft.local import load_local_sampler
@@ -279,3 +287,89 @@ class Backends:
 def _weights_of(request: RolloutRequest) -> str:
     """The model's name without the deployment that it runs on."""
     return request.params.model.partition("#")[0]
+
+
+_VARIABLE = "EP_COMPLETION_PARAMS"
+_KEY = "tokenizer"
+REPLACED = (
+    f"{_VARIABLE} replaces the completion_params of evaluation tests whole, and with them a "
+    f'"{_KEY}" that they name'
+)
+_ADVICE = (
+    f'Put "{_KEY}" into {_VARIABLE} (pytest --ep-completion-params) too, or name it as '
+    f"FireworksTrainingRolloutProcessor({_KEY}=...), which nothing replaces"
+)
+
+
+def is_replacement(completion_params: Mapping[str, Any] | None) -> bool:
+    """Whether these are of the environment, not of the test."""
+    return completion_params in (_replacements() or ())
+
+
+def lost_tokenizer(test: Callable[..., Any], sets: Any) -> str | None:
+    """Why `sets`, the completion_params in force, cannot be used for the evaluation test; None
+    where they are its own, or where all name a tokenizer, or the test is not seen to name one."""
+    if not _is_silent(sets) or not _names_tokenizer(test):
+        return None
+    return f"{REPLACED}, as those of this test do. {_ADVICE}"
+
+
+def untold_tokenizer(test: Callable[..., Any], sets: Any) -> str | None:
+    """What to tell where it cannot be seen whether a tokenizer was lost; else None."""
+    if not _is_silent(sets) or _names_tokenizer(test) is not None:
+        return None
+    return f"{REPLACED}: here the model's own was used, as it names none. {_ADVICE}"
+
+
+def _replacements() -> list[Any] | None:
+    """As Eval Protocol reads them."""
+    try:
+        sets = json.loads(os.environ.get(_VARIABLE) or "null")
+    except ValueError:
+        return None
+    return sets if isinstance(sets, list) else None
+
+
+def _is_silent(sets: Any) -> bool:
+    """Whether they are of the environment, and one of them names no tokenizer."""
+    return bool(sets) and sets == _replacements() and not all(map(_holds_tokenizer, sets))
+
+
+def _names_tokenizer(test: Callable[..., Any]) -> bool | None:
+    """Whether the test's own completion_params name a tokenizer, as its decorator is written; None
+    where that does not say."""
+    function = inspect.unwrap(test)
+    try:
+        (definition,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
+    except (OSError, TypeError, ValueError, SyntaxError):
+        return None
+    written = [
+        keyword.value
+        for decorator in getattr(definition, "decorator_list", ())
+        for keyword in getattr(decorator, "keywords", ())
+        if keyword.arg == "completion_params"
+    ]
+    if not written:
+        return None
+    known = getattr(function, "__globals__", {})
+    nodes = [node for value in written for node in ast.walk(value)]
+    if any(_is_key(node) for node in nodes):
+        return True
+    names = [node.id for node in nodes if isinstance(node, ast.Name)]
+    if any(_holds_tokenizer(known.get(name)) for name in names):
+        return True
+    computed = any(isinstance(node, ast.Call | ast.Attribute | ast.comprehension) for node in nodes)
+    return None if computed or any(name not in known for name in names) else False
+
+
+def _is_key(node: ast.AST) -> bool:
+    if isinstance(node, ast.Dict):
+        return any(isinstance(key, ast.Constant) and key.value == _KEY for key in node.keys)
+    return isinstance(node, ast.keyword) and node.arg == _KEY
+
+
+def _holds_tokenizer(value: Any) -> bool:
+    """Whether completion_params, or one of several, name one."""
+    if isinstance(value, Mapping):
+        return value.get(_KEY) is not None or _holds_tokenizer(value.get("extra_body"))
+    return isinstance(value, list | tuple) and any(map(_holds_tokenizer, value))

@@ -1,42 +1,29 @@
-"""From a sampled group to what is on the row: message, usage and record, in one step.
+"""From a sampled group to what is on the row: message, usage and record, in one step, and request
+settings without credentials.
 
 Invariant: everything is built before the first assignment, so a row never holds half of it; keys of
-`extra` that are not ours stay, and a row that is rolled out again has one answer.
+`extra` that are not ours stay, and a row that is rolled out again has one answer. A credential is
+left out, never masked: a masked value would be sent as if it were the key when the stored settings
+are used again; an absent one is looked up anew.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import re
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from openai.types import CompletionUsage
-
+from eval_protocol_rft import sampling
 from eval_protocol_rft._turns import turn_payloads, turn_trace
 from eval_protocol_rft.local import LoadedTokenizer
 from eval_protocol_rft.record import RecordError, RolloutRecord, SamplingRecord
-from eval_protocol_rft.rollout._answers import (
-    AnswerReader,
-    as_message,
-    chat_finish_reason,
-    is_same_answer,
-    recorded_answers,
-)
+from eval_protocol_rft.rollout import _answers
 from eval_protocol_rft.rollout._params import RolloutRequest
 from eval_protocol_rft.rollout._prompts import rendered_otherwise
-from eval_protocol_rft.rollout._redaction import redact_params
-from eval_protocol_rft.sampling import (
-    WAIT_FOR_ALL,
-    Completion,
-    FinishReason,
-    Group,
-    StragglerPolicy,
-    TokenIds,
-    support_truncated,
-)
 
 if TYPE_CHECKING:
     from eval_protocol.models import EvaluationRow, Message
-
 
 _T = TypeVar("_T")
 _OWN_KEYS = frozenset(RolloutRecord.__struct_fields__)
@@ -44,16 +31,16 @@ _OWN_KEYS = frozenset(RolloutRecord.__struct_fields__)
 
 def commit_group(
     row: EvaluationRow,
-    group: Group,
+    group: sampling.Group,
     *,
     messages: Sequence[Message],
-    prompt: TokenIds,
+    prompt: sampling.TokenIds,
     request: RolloutRequest,
     tokenizer: LoadedTokenizer,
     split_reasoning: bool,
     began_at: float,
     seconds: float,
-    stragglers: StragglerPolicy = WAIT_FOR_ALL,
+    stragglers: sampling.StragglerPolicy = sampling.WAIT_FOR_ALL,
 ) -> None:
     """Put the group on its row. `messages` are the ones that were rendered, with the row's tools;
     the first survivor follows them as the assistant's. `stragglers` is what the group was sampled
@@ -63,7 +50,9 @@ def commit_group(
         prompt,
         request,
         tokenizer,
-        reader=AnswerReader(prompt, tokenizer, tools=row.tools, split_reasoning=split_reasoning),
+        reader=_answers.AnswerReader(
+            prompt, tokenizer, tools=row.tools, split_reasoning=split_reasoning
+        ),
         asked=messages,
         split_reasoning=split_reasoning,
         began_at=began_at,
@@ -86,8 +75,10 @@ def _first_answer(record: RolloutRecord) -> Message:
     """The assistant's message of the first completion."""
     split = record.sampling.split_reasoning
     texts, messages = record.completions_text, record.completion_messages
-    (answer,) = recorded_answers(texts[:1], messages and messages[:1], split_reasoning=split)
-    return as_message(answer)
+    (answer,) = _answers.recorded_answers(
+        texts[:1], messages and messages[:1], split_reasoning=split
+    )
+    return _answers.as_message(answer)
 
 
 def put_on_row(
@@ -97,7 +88,7 @@ def put_on_row(
     *,
     prompt_tokens: int,
     completion_tokens: int,
-    finish_reason: FinishReason,
+    finish_reason: sampling.FinishReason,
     tool_calls: int,
     seconds: float,
 ) -> None:
@@ -111,6 +102,8 @@ def put_on_row(
         tool_calls: in them.
         seconds: that the rollout took.
     """
+    from openai.types import CompletionUsage
+
     usage = CompletionUsage(
         prompt_tokens=prompt_tokens,
         completion_tokens=completion_tokens,
@@ -120,7 +113,7 @@ def put_on_row(
     # A row that was rolled out before may carry an older record, scores included: not of these.
     foreign = {k: v for k, v in (metadata.extra or {}).items() if k not in _OWN_KEYS}
     extra = {**foreign, **_with_payloads(record, messages)}
-    reason = chat_finish_reason(finish_reason, messages[-1].tool_calls)
+    reason = _answers.chat_finish_reason(finish_reason, messages[-1].tool_calls)
 
     row.messages = messages
     metadata.extra = extra
@@ -168,10 +161,10 @@ def _is_answered(row: EvaluationRow) -> bool:
     except RecordError:
         return False
     last = row.messages[-1] if row.messages else None
-    return last is not None and is_same_answer(last, _first_answer(record))
+    return last is not None and _answers.is_same_answer(last, _first_answer(record))
 
 
-def first_policy_versions(completions: Sequence[Completion]) -> list[str | None]:
+def first_policy_versions(completions: Sequence[sampling.Completion]) -> list[str | None]:
     """As the record has them: [G], or empty where no completion spans several versions."""
     return _if_any([completion.first_policy_version for completion in completions])
 
@@ -182,16 +175,16 @@ def _if_any(values: list[_T]) -> list[_T]:
 
 
 def build_record(
-    group: Group,
-    prompt: TokenIds,
+    group: sampling.Group,
+    prompt: sampling.TokenIds,
     request: RolloutRequest,
     tokenizer: LoadedTokenizer,
     *,
-    reader: AnswerReader | None,
+    reader: _answers.AnswerReader | None,
     asked: Sequence[Message],
     split_reasoning: bool,
     began_at: float,
-    stragglers: StragglerPolicy = WAIT_FOR_ALL,
+    stragglers: sampling.StragglerPolicy = sampling.WAIT_FOR_ALL,
 ) -> RolloutRecord:
     """The record of a group with at least one survivor, completions as `LoadedTokenizer.read` gives
     them; without a `reader` it holds no messages."""
@@ -241,8 +234,85 @@ def build_record(
             over_sample=stragglers.over_sample,
             cancelled=group.cancelled,
             straggler_seconds=stragglers.straggler_seconds,
-            support_truncated=support_truncated(params),
+            support_truncated=sampling.support_truncated(params),
             split_reasoning=split_reasoning,
             other=redact_params(params.extra),
         ),
     )
+
+
+SECRET_KEYS = frozenset(
+    {
+        "access_key",
+        "api_key",
+        "apikey",
+        "auth",
+        "authentication",
+        "authorization",
+        "bearer",
+        "cookie",
+        "cookies",
+        "credential",
+        "credentials",
+        "headers",
+        "jwt",
+        "passphrase",
+        "passwd",
+        "password",
+        "private_key",
+        "secret",
+        "secrets",
+        "subscription_key",
+    }
+)
+"""Words that make a key a credential wherever they stand in it: `X-Api-Key`, `awsAccessKeyId`.
+Headers go as a whole: a gateway's secret may stand under any name."""
+
+VOCABULARY_TOKENS = frozenset(
+    {"bos", "cls", "end", "eos", "image", "mask", "pad", "sep", "start", "stop", "unk"}
+)
+"""`<word>_token` names a token of a vocabulary after these; after anything else, a credential."""
+
+_WORD_START = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
+_NOT_A_WORD = re.compile(r"[^a-z0-9]+")
+_URL_USER = re.compile(r"(?<=://)[^/?#@\s]+@")
+
+
+def is_secret_key(key: str) -> bool:
+    """True where `key` names a credential, whatever its spelling (`apiKey`, `X-API-Key`)."""
+    words = _NOT_A_WORD.sub("_", _WORD_START.sub("_", key).lower()).strip("_")
+    if any(f"_{secret}_" in f"_{words}_" for secret in SECRET_KEYS):
+        return True
+    *before, last = words.split("_")
+    return last == "token" and not VOCABULARY_TOKENS.intersection(before)
+
+
+def redact_params(params: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of request settings without credentials; `params` stays as it is.
+
+    Goes through nested mappings and sequences (`extra_headers`, `extra_body`) and through strings
+    that hold a JSON object, and cuts `user:password@` out of URLs. Containers are new, other
+    values are shared.
+    """
+    return {key: _clean(value) for key, value in params.items() if not is_secret_key(str(key))}
+
+
+def _clean(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return redact_params(value)
+    if isinstance(value, list | tuple):
+        return [_clean(item) for item in value]
+    if isinstance(value, str):
+        return _clean_text(value)
+    return value
+
+
+def _clean_text(text: str) -> str:
+    if text.lstrip().startswith("{"):
+        try:
+            parsed = json.loads(text)
+        except ValueError:
+            return text
+        cleaned = redact_params(parsed)
+        return text if cleaned == parsed else json.dumps(cleaned)
+    return _URL_USER.sub("", text)

@@ -1,6 +1,6 @@
 """The runs of an evaluation test: what became of its rows (rolled out, failed, scored, and why
-not), and which run of its row a call of the processor is, as the seeds of its completions come from
-that.
+not), which run of its row a call of the processor is, as the seeds of its completions come from
+that, and a logger of rows for `@evaluation_test(logger=...)`.
 
 Eval Protocol passes a test whose rows all failed: failed rows go to the evaluator like any other,
 and its priority scheduler drops evaluators that raise with the rows they had. So the processor
@@ -9,7 +9,8 @@ tells the run that is being watched of its rows, and who watches reads them when
 Invariant: watching changes nothing, and a row counts as scored only where a valid score of a
 rollout that succeeded is on it. What cannot be known is told apart from what was not scored. Two
 calls on a row never draw the same completions, unless one is Eval Protocol's retry of the other, or
-their caller gave both the same number.
+their caller gave both the same number. What is logged is a copy: the row that the trainer gets is
+never changed.
 """
 
 from __future__ import annotations
@@ -18,33 +19,28 @@ import asyncio
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from eval_protocol.dataset_logger import default_logger
+from eval_protocol.dataset_logger.dataset_logger import DatasetLogger
 from eval_protocol.models import EvaluationRow, Message
 from eval_protocol.pytest.types import RolloutProcessorConfig
 
 from eval_protocol_rft._text import text_of, visible
+from eval_protocol_rft.record import ARRAY_KEYS, has_record
+from eval_protocol_rft.rollout._commit import redact_params
 from eval_protocol_rft.sampling import AttemptEvent, RunSummary, log_attempt
 
 if TYPE_CHECKING:
-    from eval_protocol.models import EvaluationRow
-
     from eval_protocol_rft.rollout._vocabulary import VocabularyWitness
 
 REASON_LENGTH = 400
 """Characters of a reason that are shown: servers send whole pages."""
 
 _watching: EvaluationRun | None = None
-
-
-@dataclass(slots=True)
-class _Rollout:
-    row: EvaluationRow
-    error: str | None = None
-    """Why it failed; None while it runs and where it succeeded."""
 
 
 @dataclass(slots=True)
@@ -139,8 +135,9 @@ class EvaluationRun:
     """Rows of a test as the processor starts them."""
 
     def __init__(self) -> None:
-        self._rollouts: dict[int, _Rollout] = {}
-        """By the row's identity: Eval Protocol rolls a row out again as the object it is."""
+        self._rollouts: dict[int, tuple[EvaluationRow, list[str]]] = {}
+        """By the row's identity, as Eval Protocol rolls a row out again as the object it is: the
+        row, and why its rollout failed (empty while it runs and where it succeeded)."""
         self._attempts = RunSummary()
         self._witnesses: dict[int, VocabularyWitness] = {}
         """By identity: rows share them."""
@@ -155,14 +152,15 @@ class EvaluationRun:
 
     def started(self, row: EvaluationRow, task: asyncio.Task[Any]) -> None:
         """A rollout of `row` runs as `task`."""
-        rollout = self._rollouts[id(row)] = _Rollout(row)
+        errors: list[str] = []
+        self._rollouts[id(row)] = row, errors
 
         def ended(task: asyncio.Task[Any]) -> None:
             # The text alone: an exception would keep the frames it went through alive.
             if task.cancelled():
-                rollout.error = "cancelled"
+                errors.append("cancelled")
             elif error := task.exception():
-                rollout.error = text_of(error) or type(error).__name__
+                errors.append(text_of(error) or type(error).__name__)
 
         task.add_done_callback(ended)
 
@@ -174,16 +172,15 @@ class EvaluationRun:
             doubts=[w.doubt for w in self._witnesses.values() if w.doubt is not None],
             drops_rows=os.environ.get("EP_USE_PRIORITY_SCHEDULER") == "1",
         )
-        for rollout in self._rollouts.values():
-            _count(outcome, rollout)
+        for row, errors in self._rollouts.values():
+            _count(outcome, row, errors)
         return outcome
 
 
-def _count(outcome: Outcome, rollout: _Rollout) -> None:
-    row = rollout.row
+def _count(outcome: Outcome, row: EvaluationRow, errors: list[str]) -> None:
     outcome.rows += 1
-    if rollout.error is not None:
-        outcome.failed_rows.add(1, rollout.error)
+    if errors:
+        outcome.failed_rows.add(1, errors[0])
         return
     extra = row.execution_metadata.extra or {}
     outcome.completions += len(extra.get("completion_ids") or ())
@@ -287,3 +284,56 @@ class RunNames:
 def _digest(messages: Sequence[Message]) -> str:
     dumps = [message.model_dump_json(exclude_none=True) for message in messages]
     return hashlib.sha256("\0".join(dumps).encode(errors="surrogatepass")).hexdigest()
+
+
+class SlimLogger(DatasetLogger):
+    """Logs rows through another logger, without what makes them large or secret.
+
+    Everything of a row is kept except the token arrays of its rollout record, which become
+    `extra["token_counts"]`, and credentials in the completion parameters.
+    """
+
+    def __init__(self, *, logger: DatasetLogger | None = None) -> None:
+        """
+        Args:
+            logger: where slim rows go; Eval Protocol's default logger (its SQLite database)
+                unless given.
+        """
+        self._logger = default_logger if logger is None else logger
+
+    def log(self, row: EvaluationRow) -> None:
+        """Log a slim copy of `row`."""
+        self._logger.log(slim_copy(row))
+
+    def read(self, row_id: str | None = None) -> list[EvaluationRow]:
+        """Rows as they were logged, slim; `row_id` selects by whatever id the wrapped logger goes
+        by (the rollout id, in Eval Protocol's database)."""
+        return list(self._logger.read(row_id))
+
+
+def slim_copy(row: EvaluationRow) -> EvaluationRow:
+    """A copy of `row` without token arrays and credentials; what is not cut is shared."""
+    execution = row.execution_metadata
+    metadata = row.input_metadata
+    return row.model_copy(
+        update={
+            "execution_metadata": execution.model_copy(update={"extra": _slim(execution.extra)}),
+            "input_metadata": metadata.model_copy(
+                update={"completion_params": redact_params(metadata.completion_params)}
+            ),
+        }
+    )
+
+
+def _slim(extra: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    if extra is None:
+        return None
+    slim = {key: value for key, value in extra.items() if key not in ARRAY_KEYS}
+    if isinstance(extra.get("sampling"), Mapping):
+        slim["sampling"] = redact_params(extra["sampling"])
+    if has_record(extra) and "completion_ids" in extra:
+        slim["token_counts"] = {
+            "prompt": len(extra["prompt_ids"]),
+            "completions": [len(ids) for ids in extra["completion_ids"]],
+        }
+    return slim

@@ -1,9 +1,11 @@
-"""What a processor has open in each event loop, and how it is closed.
+"""What a processor has open in each event loop, and how it is closed: rows that are prepared ahead
+of the free slots, clients, checks.
 
 Eval Protocol runs each test case in an event loop of its own, over one processor.
 
 Invariant: nothing of one loop is used in another, and what one caller ends is its own: rollouts of
-others go on, and the last of them closes.
+others go on, and the last of them closes. A row's slot is released once, whatever happens to its
+row.
 """
 
 from __future__ import annotations
@@ -20,20 +22,72 @@ from typing import Any
 
 from eval_protocol.models import EvaluationRow
 
+from eval_protocol_rft import sampling
+from eval_protocol_rft.local import LoadedTokenizer
 from eval_protocol_rft.rollout._evaluation_run import watched
-from eval_protocol_rft.rollout._pipeline import RowJob
+from eval_protocol_rft.rollout._params import RolloutRequest
 from eval_protocol_rft.rollout._vocabulary import VocabularyWitness
-from eval_protocol_rft.sampling import (
-    PROBE_TEXTS,
-    Endpoint,
-    HttpSampler,
-    RetryPolicy,
-    RunLimiter,
-    SamplingError,
-    TokenIds,
-    check_logprobs_mode,
-    needs_check,
-)
+
+ROWS_AHEAD = 8
+"""Rows whose prompt is rendered while their completions still wait for a slot: enough to keep every
+slot busy, few enough that the first request does not wait for the whole data set's rendering."""
+
+
+class RowSlot:
+    """A row's place among those that are prepared. It is released once all of the row's completions
+    have started, so that the next row is ready when a slot comes free."""
+
+    def __init__(self, rows_ahead: asyncio.Semaphore) -> None:
+        self._rows_ahead = rows_ahead
+        self._to_start = 1
+        self._held = False
+
+    async def __aenter__(self) -> RowSlot:
+        await self._rows_ahead.acquire()
+        self._held = True
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._release()
+
+    def expect(self, n: int) -> None:
+        """The row has n completions."""
+        self._to_start = n
+
+    def started(self) -> None:
+        """One of them has started."""
+        self._to_start -= 1
+        if self._to_start == 0:
+            self._release()
+
+    def _release(self) -> None:
+        if self._held:
+            self._held = False
+            self._rows_ahead.release()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowJob:
+    """One row, ready to be sampled."""
+
+    request: RolloutRequest
+    sampler: sampling.Sampler
+    tokenizer: LoadedTokenizer
+    messages: list[Any]
+    """Eval Protocol's, those to be answered."""
+    limiter: sampling.RunLimiter
+    witness: VocabularyWitness
+    began_at: float
+    """Unix seconds."""
+    began: float
+    """Of the performance counter."""
+    run: int | str
+    """Names this rollout among those of its row."""
+    row_key: str = ""
+    """Names the row among all rows."""
+    seeds: list[int | None] = field(default_factory=list)
+    """One per completion that is asked for."""
+
 
 logger = logging.getLogger(__name__)
 
@@ -48,34 +102,45 @@ has), while others share the processor: up to 0.3.23 or 0.3.24."""
 class LoopState:
     """What belongs to one event loop; each test case of Eval Protocol runs in a loop of its own."""
 
-    clients: dict[Endpoint, HttpSampler] = field(default_factory=dict)
-    limiters: dict[Endpoint | None, RunLimiter] = field(default_factory=dict)
+    clients: dict[sampling.Endpoint, sampling.HttpSampler] = field(default_factory=dict)
+    limiters: dict[sampling.Endpoint | None, sampling.RunLimiter] = field(default_factory=dict)
     """One circuit breaker and budget per server."""
     tasks: dict[asyncio.Task[EvaluationRow], asyncio.Task[Any] | None] = field(default_factory=dict)
     """Rollouts, and the task that asked for each."""
     ends_with_tasks: bool = False
     """Whether nobody needs it once these have ended."""
-    checks: dict[tuple[Endpoint | None, str], asyncio.Task[None]] = field(default_factory=dict)
+    checks: dict[tuple[sampling.Endpoint | None, str], asyncio.Task[None]] = field(
+        default_factory=dict
+    )
     """Of what the user says of a model's logprobs."""
-    witnesses: dict[tuple[Endpoint | None, str, str], VocabularyWitness] = field(
+    witnesses: dict[tuple[sampling.Endpoint | None, str, str], VocabularyWitness] = field(
         default_factory=dict
     )
     """By server, model and tokenizer."""
 
     async def check_logprobs(
-        self, job: RowJob, *, slots: AbstractAsyncContextManager[object], retry: RetryPolicy
+        self,
+        job: RowJob,
+        *,
+        slots: AbstractAsyncContextManager[object],
+        retry: sampling.RetryPolicy,
     ) -> None:
         """What the user says of a server's logprobs is seen once before its first completion."""
         params = job.request.params
-        if not (isinstance(job.sampler, HttpSampler) and needs_check(params)):
+        if not (isinstance(job.sampler, sampling.HttpSampler) and sampling.needs_check(params)):
             return
         key = (job.request.endpoint, params.model)
         check = self.checks.get(key)
-        if check is None or (check.done() and isinstance(check.exception(), SamplingError)):
+        if check is None or (
+            check.done() and isinstance(check.exception(), sampling.SamplingError)
+        ):
             check = self.checks[key] = asyncio.create_task(
-                check_logprobs_mode(
+                sampling.check_logprobs_mode(
                     job.sampler,
-                    [TokenIds(job.tokenizer.tokenizer.encode(text)) for text in PROBE_TEXTS],
+                    [
+                        sampling.TokenIds(job.tokenizer.tokenizer.encode(text))
+                        for text in sampling.PROBE_TEXTS
+                    ],
                     params,
                     slots=slots,
                     retry=retry,

@@ -20,47 +20,15 @@ from eval_protocol.models import EvaluationRow
 from eval_protocol.pytest.rollout_processor import RolloutProcessor
 from eval_protocol.pytest.types import RolloutProcessorConfig
 
+from eval_protocol_rft import sampling
 from eval_protocol_rft._errors import EvalProtocolRftError
 from eval_protocol_rft.local import TokenizerError
-from eval_protocol_rft.rollout._backends import Backends
-from eval_protocol_rft.rollout._commit import commit_group, messages_to_answer
-from eval_protocol_rft.rollout._evaluation_run import (
-    RETRY_KEYWORD,
-    RUN_KEYWORD,
-    RunNames,
-    observe_attempt,
-    watched,
-)
-from eval_protocol_rft.rollout._loop_states import LoopState, LoopStates
-from eval_protocol_rft.rollout._params import (
-    ParamsError,
-    RolloutRequest,
-    parse_completion_params,
-    refuse_unused,
-    template_values,
-)
-from eval_protocol_rft.rollout._pipeline import ROWS_AHEAD, RowJob, RowSlot
-from eval_protocol_rft.rollout._prompts import (
-    PromptError,
-    given_prompt,
-    prompt_ids_of,
-    render_prompt,
-)
-from eval_protocol_rft.rollout._redaction import redact_params
-from eval_protocol_rft.rollout._replaced_params import REPLACED, is_replacement
+from eval_protocol_rft.rollout import _evaluation_run, _loop_states, _params, _prompts
+from eval_protocol_rft.rollout._backends import REPLACED, Backends, is_replacement
+from eval_protocol_rft.rollout._commit import commit_group, messages_to_answer, redact_params
+from eval_protocol_rft.rollout._loop_states import LoopState, LoopStates, RowJob
 from eval_protocol_rft.rollout._vocabulary import VocabularyWitness
-from eval_protocol_rft.sampling import (
-    Failure,
-    Group,
-    LogprobsMode,
-    RetryPolicy,
-    RunLimiter,
-    Sampler,
-    StragglerPolicy,
-    TokenIds,
-    derive_seeds,
-    sample_group,
-)
+from eval_protocol_rft.sampling import LogprobsMode, RetryPolicy, Sampler
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +37,7 @@ class RolloutError(EvalProtocolRftError, RuntimeError):
     """A row got fewer completions than `min_completions`, or something of the caller's failed. A
     RuntimeError on purpose: Eval Protocol does not resample the whole row on those."""
 
-    def __init__(self, message: str, *, failures: Sequence[Failure] = ()) -> None:
+    def __init__(self, message: str, *, failures: Sequence[sampling.Failure] = ()) -> None:
         super().__init__(message)
         self.failures = tuple(failures)
         """What became of the completions that failed."""
@@ -135,21 +103,21 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
     ) -> None:
         if min_completions < 1:
             raise ValueError(f"min_completions must be at least 1, got {min_completions}")
-        self.chat_template_kwargs = template_values(chat_template_kwargs or {})
+        self.chat_template_kwargs = _params.template_values(chat_template_kwargs or {})
         self.drop_trailing_assistant_messages = drop_trailing_assistant_messages
         self.split_reasoning = split_reasoning
         self.min_completions = min_completions
         self.logprobs_mode: LogprobsMode | None = logprobs_mode
         self.retry = retry or RetryPolicy()
-        self.stragglers = StragglerPolicy(
+        self.stragglers = sampling.StragglerPolicy(
             over_sample=over_sample, straggler_seconds=straggler_seconds
         )
         self._backends = Backends(
             tokenizer=tokenizer, sampler=sampler, trust_remote_code=trust_remote_code
         )
         self._states = LoopStates()
-        self._runs = RunNames()
-        self._first_requests: dict[tuple[str | None, str], RolloutRequest] = {}
+        self._runs = _evaluation_run.RunNames()
+        self._first_requests: dict[tuple[str | None, str], _params.RolloutRequest] = {}
         """Of each evaluation test, the first that took the argument `tokenizer`."""
         self._told_keywords: set[str] = set()
 
@@ -157,8 +125,8 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
         self, rows: list[EvaluationRow], config: RolloutProcessorConfig
     ) -> list[asyncio.Task[EvaluationRow]]:
         """Start one task per row, in row order."""
-        state, evaluation = self._states.current(), watched()
-        rows_ahead = asyncio.Semaphore(ROWS_AHEAD)
+        state, evaluation = self._states.current(), _evaluation_run.watched()
+        rows_ahead = asyncio.Semaphore(_loop_states.ROWS_AHEAD)
         tasks = []
         for row in rows:
             # Eval Protocol puts the user's own dict on the row; a key in it must not stay there.
@@ -177,7 +145,7 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
         other = copy.copy(self)
         other._backends = self._backends.sampling_from(sampler)
         other._states = LoopStates()
-        other._runs = RunNames()
+        other._runs = _evaluation_run.RunNames()
         return other
 
     async def acleanup(self) -> None:
@@ -224,11 +192,11 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
         rows_ahead: asyncio.Semaphore,
         run: int | str,
     ) -> EvaluationRow:
-        async with RowSlot(rows_ahead) as row_slot:
+        async with _loop_states.RowSlot(rows_ahead) as row_slot:
             job = await self._prepare(row, config, state, run)
             prompt = self._render(row, job)
             row_slot.expect(len(job.seeds))
-            group = await sample_group(
+            group = await sampling.sample_group(
                 job.sampler,
                 prompt,
                 job.request.params,
@@ -237,7 +205,7 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
                 retry=self.retry,
                 limiter=job.limiter,
                 prompt=job.row_key,
-                observe=observe_attempt,
+                observe=_evaluation_run.observe_attempt,
                 on_start=row_slot.started,
                 stragglers=self.stragglers,
                 read=lambda completion: job.tokenizer.read(
@@ -289,7 +257,7 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
             tokenizer=tokenizer,
             messages=messages,
             limiter=state.limiters.setdefault(
-                request.endpoint, RunLimiter(patience_seconds=self.retry.max_seconds)
+                request.endpoint, sampling.RunLimiter(patience_seconds=self.retry.max_seconds)
             ),
             witness=state.witnesses.setdefault(
                 (request.endpoint, request.params.model, tokenizer.name), VocabularyWitness()
@@ -299,16 +267,16 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
             run=run,
         )
         job.witness.require_fit()
-        if (evaluation := watched()) is not None:
+        if (evaluation := _evaluation_run.watched()) is not None:
             evaluation.compared(job.witness)
         await state.check_logprobs(job, slots=config.semaphore, retry=self.retry)
         row_key = row.input_metadata.row_id or self._render(row, job).json.decode()
         asked = request.n + self.stragglers.over_sample
-        seeds = derive_seeds(request.seed, row_key, asked, run=run)
+        seeds = sampling.derive_seeds(request.seed, row_key, asked, run=run)
         return replace(job, row_key=row_key, seeds=seeds)
 
-    def _request(self, config: RolloutProcessorConfig) -> RolloutRequest:
-        refuse_unused(
+    def _request(self, config: RolloutProcessorConfig) -> _params.RolloutRequest:
+        _params.refuse_unused(
             mcp_config_path=config.mcp_config_path,
             server_script_path=config.server_script_path,
             steps=config.steps,
@@ -316,7 +284,7 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
         self._tell_unused_keywords(config.kwargs or {})
         return self.request_of(config.completion_params)
 
-    def _refuse_shared_tokenizer(self, row: EvaluationRow, request: RolloutRequest) -> None:
+    def _refuse_shared_tokenizer(self, row: EvaluationRow, request: _params.RolloutRequest) -> None:
         """Under pytest it is said before the first request. Outside of evaluation tests models with
         several names may be versions of one."""
         if row.eval_metadata is None or request.tokenizer is not None:
@@ -324,16 +292,20 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
         test = (row.execution_metadata.invocation_id, row.eval_metadata.name)
         first = self._first_requests.setdefault(test, request)
         if problem := self.tokenizer_problem([first, request]):
-            raise ParamsError(problem)
+            raise _params.ParamsError(problem)
 
-    def tokenizer_problem(self, requests: Sequence[RolloutRequest]) -> str | None:
+    def tokenizer_problem(self, requests: Sequence[_params.RolloutRequest]) -> str | None:
         """Why the argument `tokenizer` cannot stand for all models of an evaluation test that makes
         these requests; None where it can."""
         return self._backends.tokenizer_problem(requests)
 
     def _tell_unused_keywords(self, keywords: Mapping[str, Any]) -> None:
         """Eval Protocol puts keywords of its own beside the user's, so none is refused."""
-        unused = keywords.keys() - {RUN_KEYWORD, RETRY_KEYWORD} - self._told_keywords
+        unused = (
+            keywords.keys()
+            - {_evaluation_run.RUN_KEYWORD, _evaluation_run.RETRY_KEYWORD}
+            - self._told_keywords
+        )
         self._told_keywords |= unused
         for keyword in sorted(unused):
             logger.warning(
@@ -347,19 +319,19 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
         """Whether it was made with a tokenizer, for requests that name none."""
         return self._backends.names_tokenizer
 
-    async def sampler_of(self, request: RolloutRequest) -> Sampler:
+    async def sampler_of(self, request: _params.RolloutRequest) -> Sampler:
         """What completions of `request` are sampled from in the running event loop; the
         processor's to close."""
         sampler, _ = await self._backends.resolve(request, self._states.current().clients)
         return sampler
 
-    def request_of(self, completion_params: Mapping[str, Any] | None) -> RolloutRequest:
+    def request_of(self, completion_params: Mapping[str, Any] | None) -> _params.RolloutRequest:
         """completion_params, with what this processor was made with.
 
         Raises:
             ValueError: they are wrong.
         """
-        request = parse_completion_params(completion_params)
+        request = _params.parse_completion_params(completion_params)
         if request.params.logprobs_mode is None and self.logprobs_mode is not None:
             params = replace(request.params, logprobs_mode=self.logprobs_mode)
             request = replace(request, params=params)
@@ -371,18 +343,20 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
             )
         return replace(request, chat_template_kwargs=kwargs)
 
-    def _render(self, row: EvaluationRow, job: RowJob) -> TokenIds:
-        ids = prompt_ids_of(row)
+    def _render(self, row: EvaluationRow, job: RowJob) -> sampling.TokenIds:
+        ids = _prompts.prompt_ids_of(row)
         try:
             if ids is not None:
-                return given_prompt(ids, job.tokenizer)
-            return render_prompt(
+                return _prompts.given_prompt(ids, job.tokenizer)
+            return _prompts.render_prompt(
                 job.messages, row.tools, job.tokenizer, job.request.chat_template_kwargs
             )
-        except PromptError as error:
-            raise PromptError(f"row {row.input_metadata.row_id}: {error}") from error
+        except _prompts.PromptError as error:
+            raise _prompts.PromptError(f"row {row.input_metadata.row_id}: {error}") from error
 
-    def _require_survivors(self, row: EvaluationRow, request: RolloutRequest, group: Group) -> None:
+    def _require_survivors(
+        self, row: EvaluationRow, request: _params.RolloutRequest, group: sampling.Group
+    ) -> None:
         if len(group.survivors) >= self.min_completions:
             return
         first = group.failures[0]

@@ -7,8 +7,8 @@ import pytest
 from eval_protocol_rft.episodes._conversation import Conversation
 from eval_protocol_rft.local._tokenizer import LoadedTokenizer
 from eval_protocol_rft.rollout._answers import AnswerReader
-from eval_protocol_rft.rollout._call_parts import ParseProblem
-from eval_protocol_rft.rollout._harmony import read_harmony
+from eval_protocol_rft.rollout._json_calls import ParseProblem
+from eval_protocol_rft.rollout._tagged_calls import read_harmony
 from eval_protocol_rft.sampling._types import Completion, SamplingParams
 from tests.episodes import templates
 from tests.parity.families import FAMILIES, TOOLS

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eval_protocol_rft.rollout._answers import parse_tool_calls, tool_format
-from eval_protocol_rft.rollout._call_formats import ToolFormat
-from eval_protocol_rft.rollout._call_parts import ParseProblem
+from eval_protocol_rft.rollout._json_calls import ParseProblem
 from eval_protocol_rft.rollout._prompts import PromptError
+from eval_protocol_rft.rollout._tagged_calls import ToolFormat
 from tests.episodes import templates
 
 TOKENIZER = templates.bundled()

@@ -1,9 +1,8 @@
-"""How models write tool calls, and how each of these forms is read.
+"""Tool calls that models write as JSON in the middle of text: Hermes, Llama 3, Mistral.
 
 Invariant: a call is what the model wrote, or a `CallProblemError` that says what is wrong with it.
-Nothing is closed, unquoted or completed for the model, and no call is left out. Where a form holds
-arguments as JSON they stay the very text that was sampled; where it holds them in tags, they become
-a JSON object whose values are what was sampled, as the tool's schema types them.
+Nothing is closed, unquoted or completed for the model, and no call is left out. Arguments stay the
+very text that was sampled.
 
 What is not the form's own way to write a call, but plainly means one, is a problem: it must not
 pass for an answer.
@@ -12,26 +11,125 @@ pass for an answer.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from json import JSONDecoder
+from typing import Any, Literal, get_args
 
-from eval_protocol_rft.rollout._call_parts import (
-    DECODER,
-    SHOWN,
-    Call,
-    CallProblemError,
-    Tools,
-    json_call,
-    json_object,
-    json_of_tags,
-    parameter_schema,
-    skip_blanks,
-    typed,
-)
+import msgspec
 
-ToolFormat = Literal[
-    "hermes", "llama3_json", "qwen3_coder", "glm", "mistral", "deepseek", "harmony"
-]
+from eval_protocol_rft._errors import EvalProtocolRftError
+
+ProblemKind = Literal["json", "shape", "unclosed", "stray"]
+Call = tuple[str, str]
+"""Name and arguments, a JSON object as text."""
+Tools = Sequence[Mapping[str, Any]] | None
+
+SHOWN = 80
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParseProblem:
+    """Why the text's tool calls cannot be run."""
+
+    kind: ProblemKind
+    """`json`: not JSON; `shape`: JSON, but no call; `unclosed`: the call does not end; `stray`:
+    something between or behind calls where the format has no place for it."""
+    message: str
+    """What is wrong and what is expected, in words that can be shown to the model."""
+
+
+class CallProblemError(EvalProtocolRftError):
+    """Carries a `ParseProblem`."""
+
+    def __init__(self, kind: ProblemKind, message: str) -> None:
+        super().__init__(message)
+        self.problem = ParseProblem(kind=kind, message=message)
+
+
+Key = Literal["arguments", "parameters"]
+_CALLS: Mapping[Key, type[msgspec.Struct]] = {
+    key: msgspec.defstruct("_Call", [("name", str), (key, msgspec.Raw)]) for key in get_args(Key)
+}
+
+
+def json_call(text: str, start: int, index: int, key: Key = "arguments") -> tuple[str, str, int]:
+    """Name, arguments as they stand there, and where the call's JSON ends; `key` holds them.
+
+    Raises:
+        CallProblemError: there is no such call at `start`.
+    """
+    where = f"Tool call {index + 1}"
+    expected = f'Write {{"name": "...", "{key}": {{...}}}}.'
+    start = skip_blanks(text, start)
+    if start == len(text):
+        raise CallProblemError("unclosed", f"{where} is empty. {expected}")
+    try:
+        end = DECODER.raw_decode(text, start)[1]
+        call: Any = msgspec.json.decode(text[start:end], type=_CALLS[key])
+        arguments = bytes(getattr(call, key)).decode()
+        is_object = arguments.startswith("{")
+    except msgspec.ValidationError as error:
+        raise CallProblemError(
+            "shape", f"{where} is JSON, but no call: {error}. {expected}"
+        ) from error
+    # A ValueError: not JSON, or JSON that is no Unicode text.
+    except (ValueError, RecursionError) as error:
+        raise _not_json(text, start, f"{where} is not JSON", error, expected) from error
+    if not is_object:
+        raise CallProblemError(
+            "shape", f"{where}: {key} must be a JSON object, not {arguments[:SHOWN]}. {expected}"
+        )
+    return call.name, arguments, end
+
+
+def json_arguments(text: str, where: str) -> str:
+    """The JSON object that `text` is.
+
+    Raises:
+        CallProblemError: it is none.
+    """
+    arguments, end = json_object(text, 0, where)
+    if text[end:].strip():
+        raise CallProblemError(
+            "stray", f"{where}: {text[end:].strip()[:SHOWN]!r} follows its arguments."
+        )
+    return arguments
+
+
+def json_object(text: str, start: int, where: str) -> tuple[str, int]:
+    """A JSON object as it stands at `start`, and where it ends."""
+    start = skip_blanks(text, start)
+    try:
+        value, end = DECODER.raw_decode(text, start)
+        text[start:end].encode()
+    except (ValueError, RecursionError) as error:
+        raise _not_json(text, start, f"{where}: its arguments are not JSON", error, "") from error
+    if not isinstance(value, dict):
+        raise CallProblemError("shape", f"{where}: its arguments must be a JSON object.")
+    return text[start:end], end
+
+
+def _not_json(
+    text: str, start: int, what: str, error: Exception, expected: str
+) -> CallProblemError:
+    shown = text[start : start + SHOWN]
+    return CallProblemError("json", f"{what}: {error}: {shown!r}. {expected}".rstrip())
+
+
+def skip_blanks(text: str, at: int) -> int:
+    while at < len(text) and text[at].isspace():
+        at += 1
+    return at
+
+
+def _no_constant(name: str) -> Iterator[None]:
+    raise ValueError(f"{name} is no JSON number")
+
+
+DECODER = JSONDecoder(parse_constant=_no_constant)
+
+
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 
 
@@ -43,12 +141,12 @@ def hermes(text: str, tools: Tools = None) -> tuple[str, list[Call]]:
     while (opened := text.find(OPEN, at)) >= 0:
         spoken.append(text[at:opened])
         name, arguments, at = json_call(text, opened + len(OPEN), len(calls))
-        at = _closed(text, at, len(calls), "its JSON object")
+        at = call_end(text, at, len(calls), "its JSON object")
         calls.append((name, arguments))
-    return _spoken(text, [*spoken, text[at:]], calls)
+    return spoken_beside(text, [*spoken, text[at:]], calls)
 
 
-def _closed(text: str, at: int, index: int, what: str) -> int:
+def call_end(text: str, at: int, index: int, what: str) -> int:
     """Where `</tool_call>` ends, which must come next."""
     at = skip_blanks(text, at)
     if not text.startswith(CLOSE, at):
@@ -92,7 +190,7 @@ def llama3_json(text: str, tools: Tools = None) -> tuple[str, list[Call]]:
             calls.append((name, arguments))
         rest = text[at:].strip()
         if not rest:
-            return _spoken(text, [text[:start]], calls)
+            return spoken_beside(text, [text[:start]], calls)
         if not rest.startswith(";"):
             raise CallProblemError(
                 "stray",
@@ -166,89 +264,6 @@ def _llama_list(text: str, at: int, calls: list[Call]) -> int:
         at += 1
 
 
-_NAME = re.compile(r"\s*<function=([^>\n]+)>")
-_PARAMETER = re.compile(
-    r"\s*<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>(?=\s*(?:<parameter=|</function>))", re.DOTALL
-)
-_FUNCTION_END = re.compile(r"\s*</function>")
-_QWEN_EXPECTED = (
-    "Write <tool_call>\n<function=name>\n<parameter=key>\nvalue\n</parameter>\n</function>\n"
-    "</tool_call>."
-)
-
-
-def qwen3_coder(text: str, tools: Tools = None) -> tuple[str, list[Call]]:
-    """`<tool_call><function=name><parameter=key>value</parameter>...</function></tool_call>`; the
-    outer tags may be missing. What a schema does not say to be something else is a string."""
-    spoken: list[str] = []
-    calls: list[Call] = []
-    at = 0
-    while marks := [m for m in (text.find(OPEN, at), text.find("<function=", at)) if m >= 0]:
-        opened = min(marks)
-        spoken.append(text[at:opened])
-        wrapped = text.startswith(OPEN, opened)
-        where = f"Tool call {len(calls) + 1}"
-        named = _NAME.match(text, opened + len(OPEN) if wrapped else opened)
-        if not named:
-            raise CallProblemError("shape", f"{where} names no function. {_QWEN_EXPECTED}")
-        name, at = named.group(1).strip(), named.end()
-        values: dict[str, str] = {}
-        while parameter := _PARAMETER.match(text, at):
-            key, at = parameter.group(1).strip(), parameter.end()
-            if key in values:
-                raise CallProblemError("shape", f"{where} gives {key!r} twice.")
-            values[key] = typed(
-                parameter.group(2), parameter_schema(tools, name, key), unknown="string"
-            )
-        end = _FUNCTION_END.match(text, at)
-        if not end:
-            behind = text[at:].strip()[:SHOWN]
-            raise CallProblemError(
-                "stray" if behind else "unclosed",
-                f"{where}: a parameter or </function> must follow, not {behind!r}. "
-                f"{_QWEN_EXPECTED}",
-            )
-        at = _closed(text, end.end(), len(calls), "</function>") if wrapped else end.end()
-        calls.append((name, json_of_tags(values)))
-    return _spoken(text, [*spoken, text[at:]], calls)
-
-
-_GLM_NAME = re.compile(r"\s*([^\s<]+)")
-_GLM_ARGUMENT = re.compile(
-    r"\s*<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>(?=\s*(?:<arg_key>|</tool_call>))",
-    re.DOTALL,
-)
-_GLM_EXPECTED = (
-    "Write <tool_call>name\n<arg_key>key</arg_key>\n<arg_value>value</arg_value>\n</tool_call>."
-)
-
-
-def glm(text: str, tools: Tools = None) -> tuple[str, list[Call]]:
-    """`<tool_call>name<arg_key>key</arg_key><arg_value>value</arg_value>...</tool_call>`. What a
-    schema does not say to be a string is JSON where it can be read as JSON."""
-    spoken: list[str] = []
-    calls: list[Call] = []
-    at = 0
-    while (opened := text.find(OPEN, at)) >= 0:
-        spoken.append(text[at:opened])
-        where = f"Tool call {len(calls) + 1}"
-        named = _GLM_NAME.match(text, opened + len(OPEN))
-        if not named:
-            raise CallProblemError("shape", f"{where} names no function. {_GLM_EXPECTED}")
-        name, at = named.group(1), named.end()
-        values: dict[str, str] = {}
-        while argument := _GLM_ARGUMENT.match(text, at):
-            key, at = argument.group(1).strip(), argument.end()
-            if key in values:
-                raise CallProblemError("shape", f"{where} gives {key!r} twice.")
-            values[key] = typed(
-                argument.group(2).strip(), parameter_schema(tools, name, key), unknown=""
-            )
-        at = _closed(text, at, len(calls), f"its arguments ({_GLM_EXPECTED})")
-        calls.append((name, json_of_tags(values)))
-    return _spoken(text, [*spoken, text[at:]], calls)
-
-
 _TOOL_CALLS = "[TOOL_CALLS]"
 _MISTRAL_NAME = re.compile(r"\s*([^\s{\[\]]+)\s*(?:\[CALL_ID\][^\[{]*)?(?:\[ARGS\])?\s*(?=\{)")
 _MISTRAL_EXPECTED = '[TOOL_CALLS][{"name": "...", "arguments": {...}}]'
@@ -290,71 +305,10 @@ def mistral(text: str, tools: Tools = None) -> tuple[str, list[Call]]:
                 "stray",
                 f"Nothing may follow tool call {len(calls)}, not {part[at:].strip()[:SHOWN]!r}.",
             )
-    return _spoken(text, [content], calls)
+    return spoken_beside(text, [content], calls)
 
 
-_CALLS_BEGIN, _CALLS_END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
-_DEEPSEEK_CALL = re.compile(
-    r"\s*<｜tool▁call▁begin｜>(?:function<｜tool▁sep｜>)?([^\n<]+?)"
-    r"(?:\n```json\n|<｜tool▁sep｜>)"
-)
-_DEEPSEEK_END = re.compile(r"\s*(?:```)?\s*<｜tool▁call▁end｜>")
-
-
-def deepseek(text: str, tools: Tools = None) -> tuple[str, list[Call]]:
-    """DeepSeek's tags, with the arguments as a block of JSON (V3, R1) or bare (V3.1)."""
-    begun = text.find(_CALLS_BEGIN)
-    if begun < 0:
-        return text, []
-    at = begun + len(_CALLS_BEGIN)
-    calls: list[Call] = []
-    while call := _DEEPSEEK_CALL.match(text, at):
-        where = f"Tool call {len(calls) + 1}"
-        arguments, at = json_object(text, call.end(), where)
-        end = _DEEPSEEK_END.match(text, at)
-        if not end:
-            raise CallProblemError("unclosed", f"{where} does not end after its JSON object.")
-        at = end.end()
-        calls.append((call.group(1).strip(), arguments))
-    at = skip_blanks(text, at)
-    if not calls or not text.startswith(_CALLS_END, at):
-        behind = text[at : at + SHOWN]
-        raise CallProblemError(
-            "stray" if behind else "unclosed",
-            f"After tool call {len(calls)} another one or {_CALLS_END} must follow, not "
-            f"{behind!r}.",
-        )
-    return _spoken(text, [text[:begun], text[at + len(_CALLS_END) :]], calls)
-
-
-READERS: Mapping[ToolFormat, Callable[[str, Tools], tuple[str, list[Call]]]] = {
-    "hermes": hermes,
-    "llama3_json": llama3_json,
-    "qwen3_coder": qwen3_coder,
-    "glm": glm,
-    "mistral": mistral,
-    "deepseek": deepseek,
-}
-"""All but `harmony`, whose calls are messages of their own. Each takes an answer (no thinking in
-front) and tools, and gives content and calls."""
-
-
-def as_calls(
-    calls: Sequence[Call], known: ToolFormat, id_prefix: str = "call"
-) -> list[dict[str, Any]]:
-    """Calls in the chat API's form."""
-    return [
-        {
-            # Templates of Mistral refuse ids that are not nine letters or digits.
-            "id": f"call{index:05d}" if known == "mistral" else f"{id_prefix}_{index}",
-            "type": "function",
-            "function": {"name": name, "arguments": arguments},
-        }
-        for index, (name, arguments) in enumerate(calls)
-    ]
-
-
-def _spoken(text: str, pieces: Sequence[str], calls: list[Call]) -> tuple[str, list[Call]]:
+def spoken_beside(text: str, pieces: Sequence[str], calls: list[Call]) -> tuple[str, list[Call]]:
     """What was said beside calls, without the line breaks that stood between it and them."""
     if not calls:
         return text, []
