@@ -32,8 +32,8 @@ from eval_protocol_rft.local.models import bundled_model_path
 from eval_protocol_rft.record import RolloutRecord
 from eval_protocol_rft.rollout._processor import RolloutError
 from eval_protocol_rft.sampling._types import Completion, SamplingParams, TokenIds
-from eval_protocol_rft.scoring._offline import ascore_rows
-from eval_protocol_rft.scoring._views import completion_views
+from eval_protocol_rft.scoring._rows import completion_views
+from eval_protocol_rft.scoring._scorer import ascore_rows
 from eval_protocol_rft.training._batch import build_batch
 from tests.waiting import PATIENCE
 

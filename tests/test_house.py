@@ -29,7 +29,7 @@ def test_no_chain_of_imports_in_a_room_is_longer_than_twelve(house):
 
 
 def test_one_file_reads_what_eval_protocol_leaves_on_evaluators(house):
-    assert house.mark_readers == {"scoring/_evaluation_test.py"}
+    assert house.mark_readers == {"scoring/_evaluator.py"}
 
 
 def test_every_error_is_an_error_of_the_package(house):

@@ -10,8 +10,7 @@ from eval_protocol.models import EvaluateResult, EvaluationRow
 
 from eval_protocol_rft import EpisodeRolloutProcessor, FireworksTrainingRolloutProcessor
 from eval_protocol_rft.episodes._environment import Environment, EpisodeLimits, Step
-from eval_protocol_rft.scoring._offline import ascore_rows
-from eval_protocol_rft.scoring._scorer import score_each_completion
+from eval_protocol_rft.scoring._scorer import ascore_rows, score_each_completion
 from tests.rollouts import TOOLS, chat_tokenizer, record_of_row, roll_out, row_of, scripted
 
 CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 2, "b": 3}}\n</tool_call>'

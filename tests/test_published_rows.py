@@ -19,7 +19,7 @@ from eval_protocol_rft.episodes._processor import EpisodeRolloutProcessor
 from eval_protocol_rft.record import RecordError
 from eval_protocol_rft.report._reading import read_rows as read_stored
 from eval_protocol_rft.report._terminal import rollout_table
-from eval_protocol_rft.scoring._offline import score_rows
+from eval_protocol_rft.scoring._scorer import score_rows
 from eval_protocol_rft.training._batch import TrainingBatch, build_batch
 from eval_protocol_rft.training._rows import group_rows
 from eval_protocol_rft.training._types import TrainingDataError

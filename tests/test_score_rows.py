@@ -10,8 +10,7 @@ from eval_protocol.pytest import evaluation_test
 
 from eval_protocol_rft.record import RecordError
 from eval_protocol_rft.scoring._evaluator import EvaluatorError
-from eval_protocol_rft.scoring._offline import ascore_rows, score_rows
-from eval_protocol_rft.scoring._scorer import score_each_completion
+from eval_protocol_rft.scoring._scorer import ascore_rows, score_each_completion, score_rows
 from tests.scored_rows import Canned, answered, asked, give, results, rewards, said
 
 

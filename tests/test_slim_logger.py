@@ -90,7 +90,7 @@ def test_rows_without_a_record_are_logged_too(kept, extra):
 
 
 def test_a_logged_row_can_be_read_scored_again_and_logged_again(kept):
-    from eval_protocol_rft.scoring._offline import score_rows
+    from eval_protocol_rft.scoring._scorer import score_rows
 
     def judge(row: EvaluationRow) -> EvaluationRow:
         return give(row, float(said(row) == "a"))

@@ -1,11 +1,13 @@
-"""Runs an evaluator once per completion and writes the outcome to the rows.
+"""Runs an evaluator once per completion and writes the outcome to the rows: under a decorator in a
+test, or on rows again, outside of one (another evaluator, other options, a mended bug).
 
 Invariant: a row whose rollout failed never reaches the evaluator: there is nothing to score but the
 user's own words. A row without a rollout record reaches it as it is, once, and what the evaluator
 then does is Eval Protocol's to handle. A row with one is changed when all its completions have been
 scored, or not at all. Under `@score_each_completion`, the decorator between `@evaluation_test` and
 the user's evaluator, Eval Protocol sees the user's function: its name, parameters, annotations,
-source file and whether it is async.
+source file and whether it is async. Rows that are scored again have the same outcome as under the
+decorator, by the same code, and their earlier rewards are replaced.
 """
 
 from __future__ import annotations
@@ -13,20 +15,15 @@ from __future__ import annotations
 import asyncio
 import functools
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar, cast, overload
 
 from eval_protocol.models import EvaluationRow
 
-from eval_protocol_rft.scoring._evaluation_test import is_evaluation_test
-from eval_protocol_rft.scoring._evaluator import BoundCall, CallFailed, Evaluator, EvaluatorError
+from eval_protocol_rft.scoring import _evaluator, _rows
+from eval_protocol_rft.scoring._evaluator import BoundCall, Evaluator, EvaluatorError, Mode
 from eval_protocol_rft.scoring._results import Place, lay_out, read_result, sort_answers
-from eval_protocol_rft.scoring._summary import (
-    Aggregation,
-    ScoringOptions,
-    commit_failed_rollout,
-    commit_scores,
-)
-from eval_protocol_rft.scoring._views import completion_views, rollout_failed
+from eval_protocol_rft.scoring._rows import Aggregation, ScoringOptions
 
 T = TypeVar("T")
 
@@ -85,15 +82,15 @@ class Scorer:
         called on what it was given, because no row has a record or failed."""
         if self.evaluator.parameter == "row":
             row: EvaluationRow = call.given
-            if rollout_failed(row):
-                return [], lambda _: commit_failed_rollout(row)
-            views_of_row = completion_views(row)
+            if _rows.rollout_failed(row):
+                return [], lambda _: _rows.commit_failed_rollout(row)
+            views_of_row = _rows.completion_views(row)
             if views_of_row is None:
                 return None
             return list(views_of_row), lambda outcomes: self._commit(row, outcomes)
         rows: list[EvaluationRow] = call.given
         _refuse_several_models(rows)
-        views = [[] if rollout_failed(row) else completion_views(row) for row in rows]
+        views = [[] if _rows.rollout_failed(row) else _rows.completion_views(row) for row in rows]
         if all(row_views is None for row_views in views):
             return None
         layout = lay_out(rows, views)
@@ -101,7 +98,7 @@ class Scorer:
         return calls, lambda outcomes: self._settle(rows, layout, outcomes[0] if outcomes else [])
 
     def _commit(self, row: EvaluationRow, outcomes: Sequence[Any]) -> EvaluationRow:
-        commit_scores(row, [read_result(outcome) for outcome in outcomes], self.options)
+        _rows.commit_scores(row, [read_result(outcome) for outcome in outcomes], self.options)
         return row
 
     def _settle(
@@ -115,12 +112,12 @@ class Scorer:
         for i, row in enumerate(rows):
             if (i, None) in layout:
                 settled.extend(passed[i])
-            elif rollout_failed(row):
-                settled.append(commit_failed_rollout(row))
+            elif _rows.rollout_failed(row):
+                settled.append(_rows.commit_failed_rollout(row))
             else:
-                commit_scores(row, results.get(i, []), self.options)
+                _rows.commit_scores(row, results.get(i, []), self.options)
                 settled.append(row)
-        if isinstance(returned, CallFailed) and passed:
+        if isinstance(returned, _evaluator.CallFailed) and passed:
             raise returned.error
         return settled
 
@@ -241,7 +238,7 @@ def score_each_completion(
 
 
 def _decorate(function: F, *, options: ScoringOptions) -> F:
-    if is_evaluation_test(function):
+    if _evaluator.is_evaluation_test(function):
         raise EvaluatorError(
             f"{function.__name__} is already an evaluation test: put @score_each_completion "
             "below @evaluation_test, next to the function"
@@ -270,3 +267,140 @@ def _wrapper(scorer: Scorer) -> Callable[..., Any]:
         co_filename=code.co_filename, co_firstlineno=code.co_firstlineno
     )
     return wrapper
+
+
+def score_rows(
+    rows: Sequence[EvaluationRow],
+    evaluator: Callable[..., Any],
+    *,
+    mode: Mode | None = None,
+    evaluation_test_kwargs: Mapping[str, Any] | None = None,
+    aggregation: Aggregation | None = None,
+    pass_threshold: float | None = None,
+    max_concurrency: int | None = None,
+) -> list[EvaluationRow]:
+    """Score every completion of `rows` with `evaluator`, as `score_each_completion` does.
+
+    Args:
+        rows: changed in place.
+        evaluator: a function, sync or async, plain or decorated. One under `@evaluation_test`
+            brings its mode and, if it has a single set of them, its keyword arguments; one under
+            `@score_each_completion` brings its options. No completion is scored twice.
+        mode: `pointwise` for an evaluator of one `row`. One of `rows` is called once per prompt
+            group (`groupwise`) or once for all rows (`all`). A prompt group has one experiment_id
+            and row_id: all runs and all completion parameters of a dataset row together.
+        evaluation_test_kwargs: further arguments of the evaluator.
+        aggregation, pass_threshold, max_concurrency: as in `score_each_completion`; None keeps
+            what the evaluator was decorated with, or the default.
+
+    Returns:
+        The rows in their order; a row without a rollout record is replaced by what the evaluator
+        returned for it, and one whose rollout failed is marked invalid.
+
+    Raises:
+        RuntimeError: an event loop is running here; await `ascore_rows` instead.
+        EvaluatorError: the evaluator does not fit the mode, or needs the mode or arguments named.
+        RecordError: a row's rollout record is unreadable.
+    """
+    _refuse_running_loop()
+    options = _chosen(
+        aggregation=aggregation, pass_threshold=pass_threshold, max_concurrency=max_concurrency
+    )
+    scorer, calls = _planned(rows, evaluator, mode, evaluation_test_kwargs, options)
+    if scorer.evaluator.is_async:
+        return asyncio.run(_score_async(rows, scorer, calls))
+    return _in_order(rows, scorer, [scorer.score(**call) for call in calls])
+
+
+async def ascore_rows(
+    rows: Sequence[EvaluationRow],
+    evaluator: Callable[..., Any],
+    *,
+    mode: Mode | None = None,
+    evaluation_test_kwargs: Mapping[str, Any] | None = None,
+    aggregation: Aggregation | None = None,
+    pass_threshold: float | None = None,
+    max_concurrency: int | None = None,
+) -> list[EvaluationRow]:
+    """`score_rows` inside a running event loop; the evaluator may be sync or async.
+
+    At most `max_concurrency` rows or groups are in work at once, and as many evaluator calls.
+    """
+    options = _chosen(
+        aggregation=aggregation, pass_threshold=pass_threshold, max_concurrency=max_concurrency
+    )
+    return await _score_async(
+        rows, *_planned(rows, evaluator, mode, evaluation_test_kwargs, options)
+    )
+
+
+def _chosen(**options: Any) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _planned(
+    rows: Sequence[EvaluationRow],
+    evaluator: Callable[..., Any],
+    mode: Mode | None,
+    kwargs: Mapping[str, Any] | None,
+    options: Mapping[str, Any],
+) -> tuple[Scorer, list[dict[str, Any]]]:
+    """What scores, and the arguments of the evaluator, call by call."""
+    function = _evaluator.inner_evaluator(evaluator)
+    mode = _evaluator.mode_of(evaluator, function, mode)
+    base = getattr(function.function, OPTIONS_ATTRIBUTE, ScoringOptions())
+    scorer = Scorer(function, replace(base, **options))
+    kwargs = _evaluator.own_kwargs(evaluator) if kwargs is None else kwargs
+    if mode == "pointwise":
+        return scorer, [{"row": row, **kwargs} for row in rows]
+    groups: dict[Any, list[EvaluationRow]] = {}
+    for row in rows:
+        groups.setdefault(_group(row) if mode == "groupwise" else None, []).append(row)
+    return scorer, [{"rows": group, **kwargs} for group in groups.values()]
+
+
+def _in_order(
+    rows: Sequence[EvaluationRow], scorer: Scorer, answers: Sequence[Any]
+) -> list[EvaluationRow]:
+    """What the calls answered with, in the order of `rows`; in a group, a row that the evaluator
+    made anew has no place among them and comes last."""
+    if scorer.evaluator.parameter == "row":
+        return list(answers)
+    position = {id(row): i for i, row in enumerate(rows)}
+    flat = [row for group in answers for row in group]
+    return sorted(flat, key=lambda row: position.get(id(row), len(rows)))
+
+
+def _group(row: EvaluationRow) -> tuple[Any, ...]:
+    """Key of the row's prompt group. A row without a row_id is a group of its own."""
+    row_id = row.input_metadata.row_id
+    return (id(row),) if row_id is None else (row.execution_metadata.experiment_id, row_id)
+
+
+async def _score_async(
+    rows: Sequence[EvaluationRow], scorer: Scorer, calls: Sequence[Mapping[str, Any]]
+) -> list[EvaluationRow]:
+    answers: list[Any] = [None] * len(calls)
+    waiting = iter(enumerate(calls))
+
+    async def work() -> None:
+        for i, call in waiting:
+            answers[i] = await scorer.score_async(**call)
+            await asyncio.sleep(0)
+
+    # Few workers rather than a task per row: views are made when a row's turn comes. A sync
+    # evaluator sees one row after the other.
+    workers = scorer.options.max_concurrency if scorer.evaluator.is_async else 1
+    await run_all([work() for _ in range(min(len(calls), workers))])
+    return _in_order(rows, scorer, answers)
+
+
+def _refuse_running_loop() -> None:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return
+    raise RuntimeError(
+        "score_rows cannot run inside a running event loop (a notebook, an async test): "
+        "use `await ascore_rows(...)`"
+    )
