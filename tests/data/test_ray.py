@@ -20,7 +20,7 @@ import pytest
 from eval_protocol_rft.data._dataset import RolloutDataset
 from eval_protocol_rft.data._job_store import parts_folder
 from eval_protocol_rft.data.rollouts._rows import CompletionRow
-from eval_protocol_rft.scoring.executors._ray_nodes import (
+from eval_protocol_rft.scoring.executors._ray import (
     MOST_START_DEATHS,
     NodeActors,
     RayEngineError,

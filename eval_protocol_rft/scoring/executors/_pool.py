@@ -24,22 +24,12 @@ import socket
 import sys
 import time
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
 
+from eval_protocol_rft.scoring.executors import _messages
 from eval_protocol_rft.scoring.executors._loading import LoadedEvaluator
-from eval_protocol_rft.scoring.executors._messages import (
-    Answer,
-    Ended,
-    Ready,
-    RubbishError,
-    ScoredItem,
-    ScoringError,
-    ScoringItem,
-    Setup,
-    all_unscored,
-    late,
-)
+from eval_protocol_rft.scoring.executors._messages import ScoredItem, ScoringError, ScoringItem
 from eval_protocol_rft.scoring.executors._process import Call, WorkerProcess, in_words
 
 GOODBYE_SECONDS = 2.0
@@ -119,7 +109,7 @@ def _run(pool: Pool, items: Iterator[ScoringItem]) -> Generator[ScoredItem, None
     # Ours runs before multiprocessing's own, which would wait for the workers forever.
     atexit.register(pool.kill)
     try:
-        yield from pool.run(items)
+        yield from pool.run(lambda: next(items, None))
         pool.say_goodbye()
     finally:
         try:
@@ -170,7 +160,7 @@ class Pool:
         """Seconds after which a worker with calls that says nothing is given up."""
         if timeout is not None and evaluator.is_async:
             self._silence = timeout * SILENT_TIMEOUTS
-        self._setup = Setup(
+        self._setup = _messages.Setup(
             timeout=timeout,
             spec=os.fsencode(evaluator.spec),
             fingerprint=evaluator.fingerprint,
@@ -192,11 +182,11 @@ class Pool:
         self._failed_starts: int | None = None
         """In a row; None: no worker has loaded the evaluator yet."""
 
-    def run(self, items: Iterator[ScoringItem]) -> Iterator[ScoredItem]:
-        """Score all items, in the order in which they finish. `items` may end and have more later,
-        as long as some are in flight; see `ring`."""
+    def run(self, take: Callable[[], ScoringItem | None]) -> Iterator[ScoredItem]:
+        """Score all items, in the order in which they finish. `take` gives the next one, or None:
+        there may be more later, as long as some are in flight; see `ring`."""
         while True:
-            self._fill(items)
+            self._fill(take)
             if not self._in_flight + len(self._waiting) + len(self._suspects):
                 return
             self._make_room()
@@ -233,10 +223,10 @@ class Pool:
     def _in_flight(self) -> int:
         return sum(len(worker.calls) for worker in self._workers)
 
-    def _fill(self, items: Iterator[ScoringItem]) -> None:
+    def _fill(self, take: Callable[[], ScoringItem | None]) -> None:
         room = self._most + self._ahead - self._in_flight - len(self._waiting)
         while room > 0 and len(self._suspects) < self._most:
-            item = next(items, None)
+            item = take()
             if item is None:
                 return
             self._waiting.append(Call(item))
@@ -310,7 +300,7 @@ class Pool:
         while worker in self._workers:
             try:
                 received = worker.read()
-            except RubbishError:
+            except _messages.RubbishError:
                 why = "the worker process died (someone wrote into the channel of its answers)"
                 yield from self._lose(worker, why)
                 return
@@ -320,10 +310,10 @@ class Pool:
                 return
             number, message = received
             match message:
-                case Ready():
+                case _messages.Ready():
                     worker.is_ready = True
                     self._failed_starts = 0
-                case Answer(results, seconds, is_sound) if number in worker.calls:
+                case _messages.Answer(results, seconds, is_sound) if number in worker.calls:
                     item = worker.calls[number].item
                     if not is_sound and not worker.is_first(number):
                         yield from self._lose(worker, None, guilty=number)
@@ -335,7 +325,7 @@ class Pool:
                     if not is_sound:
                         yield from self._lose(worker, None)
                         return
-                case Ended(reason):
+                case _messages.Ended(reason):
                     raise ScoringError(f"{self._name}: {reason}")
 
     def _lose(
@@ -351,7 +341,7 @@ class Pool:
             call.losses += 1
             if worker.given == 1:
                 error = why or f"the worker process died ({how})"
-                yield all_unscored(call.item, error, now - call.began)
+                yield _messages.all_unscored(call.item, error, now - call.began)
             elif self._each == 1 or number == running or call.losses > 1:
                 self._suspects.append(call)
             else:
@@ -376,8 +366,10 @@ class Pool:
             if not (worker.calls and silent and worker in self._workers):
                 continue
             if self.is_async:
-                yield from self._lose(worker, late(self._timeout))
+                yield from self._lose(worker, _messages.late(self._timeout))
             else:
                 ((_, call),) = worker.calls.items()
                 self._remove(worker)
-                yield all_unscored(call.item, late(self._timeout), time.monotonic() - call.began)
+                yield _messages.all_unscored(
+                    call.item, _messages.late(self._timeout), time.monotonic() - call.began
+                )
