@@ -70,13 +70,7 @@ class Segment(msgspec.Struct, frozen=True, kw_only=True, eq=False, gc=False):
         tokens = _array("tokens", self.tokens, "iu", np.dtype(np.int64))
         logprobs = _array("logprobs", self.logprobs, "iuf", np.dtype(np.float32))
         mask = _array("loss_mask", self.loss_mask, "iubf", np.dtype(np.float32))
-        problem = (
-            _length_problem(tokens, logprobs, mask)
-            or _mask_problem(mask)
-            or _value_problem(tokens, logprobs, mask)
-        )
-        if problem:
-            raise RecordError(problem)
+        _check_segment(tokens, logprobs, mask)
         for name, value in (
             ("tokens", tokens),
             ("logprobs", logprobs),
@@ -309,40 +303,32 @@ def _array(name: str, values: Any, kinds: str, dtype: np.dtype[Any]) -> NDArray[
     return array.astype(dtype, copy=False)
 
 
-def _length_problem(tokens: IntArray, logprobs: FloatArray, mask: FloatArray) -> str | None:
+def _check_segment(tokens: IntArray, logprobs: FloatArray, mask: FloatArray) -> None:
     if not len(tokens) == len(logprobs) == len(mask):
-        return f"{len(tokens)} tokens, {len(logprobs)} logprobs, loss_mask of {len(mask)}"
+        raise RecordError(
+            f"{len(tokens)} tokens, {len(logprobs)} logprobs, loss_mask of {len(mask)}"
+        )
     if len(tokens) < 2:
-        return "needs at least a prompt token and a sampled token"
-    return None
-
-
-def _mask_problem(mask: FloatArray) -> str | None:
+        raise RecordError("needs at least a prompt token and a sampled token")
     odd = (mask != 0) & (mask != 1)
     if odd.any():
         index = int(odd.argmax())
-        return f"loss_mask[{index}] is {mask[index]}: it must be 0 or 1"
+        raise RecordError(f"loss_mask[{index}] is {mask[index]}: it must be 0 or 1")
     if mask[0]:
-        return "loss_mask[0] is 1: the first token follows nothing, so nothing predicts it"
+        raise RecordError(
+            "loss_mask[0] is 1: the first token follows nothing, so nothing predicts it"
+        )
     if not mask.any():
-        return (
+        raise RecordError(
             "loss_mask is 0 everywhere: no token was sampled. A segment in which nothing was "
             "sampled is none; leave it out"
         )
-    return None
-
-
-def _value_problem(tokens: IntArray, logprobs: FloatArray, mask: FloatArray) -> str | None:
-    try:
-        _check_ids(tokens, "tokens")
-        _check_logprobs(logprobs, "logprobs")
-    except RecordError as error:
-        return str(error)
+    _check_ids(tokens, "tokens")
+    _check_logprobs(logprobs, "logprobs")
     stray = (logprobs != 0) & (mask == 0)
     if stray.any():
         index = int(stray.argmax())
-        return (
+        raise RecordError(
             f"logprobs[{index}] is {logprobs[index]} where loss_mask is 0: put 0.0 where the "
             "policy sampled nothing"
         )
-    return None

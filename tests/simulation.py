@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from eval_protocol_rft.sampling._limiter import RunLimits
+from eval_protocol_rft.sampling._limits import RunLimits
 from eval_protocol_rft.sampling._retry import (
     Attempt,
     CompletionAttempts,

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eval_protocol_rft.sampling._breaker import (
+from eval_protocol_rft.sampling._limits import (
     ACCOUNT_STREAK,
     FIRST_PROBE_SECONDS,
     LONGEST_PROBE_SECONDS,

@@ -18,16 +18,16 @@ from eval_protocol_rft.sampling._adaptive import (
     Measurement,
     ServerLoad,
 )
-from eval_protocol_rft.sampling._breaker import OPEN_AFTER, CircuitBreaker
-from eval_protocol_rft.sampling._limiter import ConcurrencyLimit, FixedLimit, RunLimits
-from eval_protocol_rft.sampling._retry import (
+from eval_protocol_rft.sampling._limits import (
+    OPEN_AFTER,
     UNTIL_SOMETHING_ENDS,
-    Attempt,
-    Go,
+    CircuitBreaker,
+    ConcurrencyLimit,
+    FixedLimit,
     RetryBudget,
-    Stop,
-    Wait,
+    RunLimits,
 )
+from eval_protocol_rft.sampling._retry import Attempt, Go, Stop, Wait
 
 
 def success(started: float, ended: float, tokens: int = 100, queue: float | None = None) -> Attempt:

@@ -16,9 +16,13 @@ from collections.abc import Callable
 import pytest
 
 from eval_protocol_rft.sampling._adaptive import AdaptiveLimit
-from eval_protocol_rft.sampling._breaker import CircuitBreaker
-from eval_protocol_rft.sampling._limiter import ConcurrencyLimit, FixedLimit, RunLimits
-from eval_protocol_rft.sampling._retry import RetryBudget
+from eval_protocol_rft.sampling._limits import (
+    CircuitBreaker,
+    ConcurrencyLimit,
+    FixedLimit,
+    RetryBudget,
+    RunLimits,
+)
 from tests.simulation import Result, Server, Simulation
 
 ALONE = 25.0

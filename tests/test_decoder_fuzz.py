@@ -18,8 +18,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from eval_protocol_rft.sampling._errors import error_in_body, status_error
 from eval_protocol_rft.sampling._exactness import decode_reply, decode_stream
+from eval_protocol_rft.sampling._replies import error_in_body, status_error
 from eval_protocol_rft.sampling._types import (
     Completion,
     ConnectionFailedError,

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eval_protocol_rft.sampling._errors import error_in_body, status_error
+from eval_protocol_rft.sampling._replies import error_in_body, status_error
 from eval_protocol_rft.sampling._retry import (
     Attempt,
     CompletionAttempts,

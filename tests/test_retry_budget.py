@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eval_protocol_rft.sampling._retry import Go, RetryBudget, Wait
+from eval_protocol_rft.sampling._limits import RetryBudget
+from eval_protocol_rft.sampling._retry import Go, Wait
 
 rates = st.fixed_dictionaries(
     {

@@ -12,15 +12,18 @@ import math
 import pytest
 
 from eval_protocol_rft.sampling._adaptive import AdaptiveLimit
-from eval_protocol_rft.sampling._breaker import (
+from eval_protocol_rft.sampling._limits import (
     LONGEST_PROBE_SECONDS,
     LONGEST_RAMP,
     OPEN_AFTER,
     SHORTEST_RAMP,
     CircuitBreaker,
+    ConcurrencyLimit,
+    FixedLimit,
+    RetryBudget,
+    RunLimits,
 )
-from eval_protocol_rft.sampling._limiter import ConcurrencyLimit, FixedLimit, RunLimits
-from eval_protocol_rft.sampling._retry import RetryBudget, RetryPolicy
+from eval_protocol_rft.sampling._retry import RetryPolicy
 from eval_protocol_rft.sampling._types import ContractError, RefusedError
 from tests.simulation import Result, Server, Simulation
 

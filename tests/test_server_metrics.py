@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eval_protocol_rft.sampling import _server_metrics as server_metrics
+from eval_protocol_rft.sampling import _limiter
 from eval_protocol_rft.sampling._adaptive import AdaptiveLimit, ServerLoad
 from eval_protocol_rft.sampling._endpoint import Endpoint
-from eval_protocol_rft.sampling._limiter import FixedLimit
-from eval_protocol_rft.sampling._server_metrics import StandingQueue, parse_metrics, polling
+from eval_protocol_rft.sampling._limiter import StandingQueue, parse_metrics, polling
+from eval_protocol_rft.sampling._limits import FixedLimit
 from tests.stub_server import Hang, Status, StubServer
 from tests.waiting import PATIENCE
 
@@ -160,7 +160,7 @@ async def test_a_server_without_them_is_asked_once(answer, server):
 
 
 async def test_a_server_that_does_not_answer_is_not_waited_for(server, monkeypatch):
-    monkeypatch.setattr(server_metrics, "ANSWER_SECONDS", 0.1)
+    monkeypatch.setattr(_limiter, "ANSWER_SECONDS", 0.1)
     server.metrics = Hang
     limit = Listening()
     async with asyncio.timeout(PATIENCE), polling(endpoint(server), limit, every=0.01):
@@ -170,7 +170,7 @@ async def test_a_server_that_does_not_answer_is_not_waited_for(server, monkeypat
 
 
 async def test_the_end_of_a_run_does_not_wait_for_an_answer(server, monkeypatch):
-    monkeypatch.setattr(server_metrics, "ANSWER_SECONDS", 3600.0)
+    monkeypatch.setattr(_limiter, "ANSWER_SECONDS", 3600.0)
     server.metrics = Hang
     async with asyncio.timeout(PATIENCE), polling(endpoint(server), Listening(), every=0.01):
         await server.until(lambda: len(server.polls) == 1)

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eval_protocol_rft.sampling._endpoint import Endpoint
-from eval_protocol_rft.sampling._errors import error_in_body, retry_after, status_error
 from eval_protocol_rft.sampling._http import HttpSampler
+from eval_protocol_rft.sampling._replies import error_in_body, retry_after, status_error
 from eval_protocol_rft.sampling._types import (
     ConnectionFailedError,
     RefusedError,

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from eval_protocol_rft.sampling._endpoint import request_body
-from eval_protocol_rft.sampling._errors import status_error
 from eval_protocol_rft.sampling._exactness import decode_reply, decode_stream
+from eval_protocol_rft.sampling._replies import status_error
 from eval_protocol_rft.sampling._types import (
     Completion,
     ConnectionFailedError,

@@ -19,7 +19,6 @@ from ._types import UnavailableError as UnavailableError
 # isort: split
 from ._adaptive import HIGHEST as HIGHEST
 from ._adaptive import AdaptiveLimit as AdaptiveLimit
-from ._breaker import ACCOUNT_STATUSES as ACCOUNT_STATUSES
 from ._clock import Deadline as Deadline
 from ._clock import loop_clock as loop_clock
 from ._clock import sampling_time as sampling_time
@@ -27,7 +26,8 @@ from ._endpoint import endpoint_headers as endpoint_headers
 from ._endpoint import proxy_for as proxy_for
 from ._endpoint import request_body as request_body
 from ._endpoint import resolve_endpoint as resolve_endpoint
-from ._errors import short as short
+from ._exactness import reshaped_by as reshaped_by
+from ._exactness import support_truncated as support_truncated
 from ._fanout import WAIT_FOR_ALL as WAIT_FOR_ALL
 from ._fanout import Group as Group
 from ._fanout import StragglerPolicy as StragglerPolicy
@@ -40,9 +40,11 @@ from ._http import TrustingConnector as TrustingConnector
 from ._http import error_text as error_text
 from ._http import read_body as read_body
 from ._http import reply_limit as reply_limit
-from ._limiter import ConcurrencyLimit as ConcurrencyLimit
-from ._limiter import FixedLimit as FixedLimit
 from ._limiter import RunLimiter as RunLimiter
+from ._limiter import polling as polling
+from ._limits import ACCOUNT_STATUSES as ACCOUNT_STATUSES
+from ._limits import ConcurrencyLimit as ConcurrencyLimit
+from ._limits import FixedLimit as FixedLimit
 from ._logprob_kind import LOWER_TEMPERATURE as LOWER_TEMPERATURE
 from ._logprob_kind import PROBE_DRAWS as PROBE_DRAWS
 from ._logprob_kind import PROBE_TEXTS as PROBE_TEXTS
@@ -54,9 +56,9 @@ from ._logprob_kind import measure_kind as measure_kind
 from ._logprob_kind import needs_check as needs_check
 from ._replies import ABSENT as ABSENT
 from ._replies import parse_reply as parse_reply
+from ._replies import short as short
 from ._run_summary import Prices as Prices
 from ._run_summary import RunSummary as RunSummary
-from ._server_metrics import polling as polling
 from ._telemetry import AttemptEvent as AttemptEvent
 from ._telemetry import Observer as Observer
 from ._telemetry import log_attempt as log_attempt
@@ -68,6 +70,4 @@ from ._types import TOKEN_ID_LIMIT as TOKEN_ID_LIMIT
 from ._types import LogprobsMode as LogprobsMode
 from ._types import TokenIds as TokenIds
 from ._types import logprob_problem as logprob_problem
-from ._types import reshaped_by as reshaped_by
-from ._types import support_truncated as support_truncated
 from ._types import token_data_problem as token_data_problem

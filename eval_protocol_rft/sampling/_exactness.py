@@ -13,29 +13,16 @@ sampling and the raw logprob of each token; vLLM and SGLang send `token_ids` bes
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from operator import attrgetter
 from types import MappingProxyType
 from typing import Any
 
 import msgspec
 
-from eval_protocol_rft.sampling._replies import (
-    ABSENT,
-    Choice,
-    Logprobs,
-    Reply,
-    parse_reply,
-    parse_stream,
-)
-from eval_protocol_rft.sampling._types import (
-    Completion,
-    ContractError,
-    FinishReason,
-    SamplingParams,
-    TokenIds,
-    UnavailableError,
-    reshaped_by,
-)
+from eval_protocol_rft.sampling import _replies, _types
+from eval_protocol_rft.sampling._replies import ABSENT, Choice, Logprobs, Reply
+from eval_protocol_rft.sampling._types import Completion, ContractError, SamplingParams, TokenIds
 
 _NO_MODELS: Mapping[int, Sequence[str]] = MappingProxyType({})
 _ID_PREFIX = "token_id:"
@@ -67,7 +54,7 @@ def decode_reply(
         ConnectionFailedError: the reply is cut off.
         UnavailableError, RefusedError: the reply is an error, or its generation was aborted.
     """
-    reply = parse_reply(body)
+    reply = _replies.parse_reply(body)
     reply.id = request_id or reply.id
     return _decode(reply, prompt, params, n)
 
@@ -82,7 +69,7 @@ def decode_stream(
 ) -> list[Completion]:
     """The same for a whole server-sent event stream. A stream that ends without `[DONE]` is cut
     off, never a completion."""
-    reply, models = parse_stream(body)
+    reply, models = _replies.parse_stream(body)
     reply.id = request_id or reply.id
     return _decode(reply, prompt, params, n, models)
 
@@ -159,14 +146,14 @@ def _version(model: str) -> str | None:
     return model.partition("@")[2] or None
 
 
-def _finish_reason(choice: Choice) -> FinishReason:
+def _finish_reason(choice: Choice) -> _types.FinishReason:
     if choice.finish_reason == "stop":
         return "stop"
     if choice.finish_reason == "length":
         return "length"
     if choice.finish_reason in ("abort", "error"):
         # A paused or failing engine hands out the tokens it had: a fragment, not a completion.
-        raise UnavailableError(
+        raise _types.UnavailableError(
             f"choices[{choice.index}]: the server ended the generation with finish_reason "
             f"{choice.finish_reason!r}"
         )
@@ -341,3 +328,89 @@ def _check_order(name: str, offsets: list[int | None]) -> None:
     known = [offset for offset in offsets if offset is not None] if None in offsets else offsets
     if known != sorted(known):  # type: ignore[type-var]
         raise ContractError(f"{name} goes back: entries are out of order")
+
+
+_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "min_p": (0,),
+    "typical_p": (1,),
+    "top_a": (0,),
+    "top_n_sigma": (0, -1),
+    "tfs": (1,),
+    "epsilon_cutoff": (0,),
+    "eta_cutoff": (0,),
+    "xtc_probability": (0,),
+    "no_repeat_ngram_size": (0,),
+    "dry_multiplier": (0,),
+    "dynatemp_range": (0,),
+    "mirostat": (0,),
+    "repetition_penalty": (1,),
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "mirostat_target": (),
+    "mirostat_lr": (),
+    "logit_bias": ({},),
+    "min_tokens": (0,),
+    "bad_words": ([],),
+    "allowed_token_ids": (),
+    "response_format": ({"type": "text"},),
+    "grammar": (),
+    "json_schema": (),
+    "regex": (),
+    "ebnf": (),
+    "structural_tag": (),
+    "structured_outputs": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "custom_logit_processor": (),
+    "logits_processors": (),
+}
+"""Request fields that move probability between tokens, and the values at which they do not."""
+
+_TRUNCATING = frozenset(_NEUTRAL) - {
+    "repetition_penalty",
+    "frequency_penalty",
+    "presence_penalty",
+    "logit_bias",
+    "dry_multiplier",
+    "dynatemp_range",
+}
+"""Those that take tokens out of the support, rather than only weigh them anew."""
+
+
+def reshaped_by(params: SamplingParams) -> list[str]:
+    """Every setting under which sampling logprobs differ from raw ones, as `name=value`; empty
+    where the two are equal by definition."""
+    settings = []
+    if params.temperature != 1.0:
+        settings.append(f"temperature={params.temperature:g}")
+    return settings + _cuts(params) + _extra(params, frozenset(_NEUTRAL) - _TRUNCATING)
+
+
+def plain(params: SamplingParams) -> SamplingParams:
+    """The same without any of them: at temperature 1, from the model's own distribution."""
+    extra = {name: value for name, value in params.extra.items() if name not in _NEUTRAL}
+    return replace(params, temperature=1.0, top_p=1.0, top_k=0, extra=extra)
+
+
+def support_truncated(params: SamplingParams) -> bool:
+    """Whether some tokens could not be drawn at all. Greedy sampling is the extreme case."""
+    return params.temperature == 0 or bool(_cuts(params))
+
+
+def _cuts(params: SamplingParams) -> list[str]:
+    cuts = []
+    if params.top_p < 1.0:
+        cuts.append(f"top_p={params.top_p:g}")
+    if params.top_k > 0:
+        cuts.append(f"top_k={params.top_k}")
+    return cuts + _extra(params, _TRUNCATING)
+
+
+def _extra(params: SamplingParams, names: frozenset[str]) -> list[str]:
+    return [
+        f"{name}={value!r}"
+        for name, value in params.extra.items()
+        if name in names and value not in _NEUTRAL[name]
+    ]

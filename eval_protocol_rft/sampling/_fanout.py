@@ -18,17 +18,12 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Literal
 
+from eval_protocol_rft.sampling import _types
 from eval_protocol_rft.sampling._clock import Alarm, loop_clock, sampling_time
 from eval_protocol_rft.sampling._limiter import RunLimiter
 from eval_protocol_rft.sampling._retry import Attempt, CompletionAttempts, RetryPolicy, Stop, causes
 from eval_protocol_rft.sampling._telemetry import AttemptEvent, Observer
-from eval_protocol_rft.sampling._types import (
-    Completion,
-    Failure,
-    Sampler,
-    SamplingError,
-    SamplingParams,
-)
+from eval_protocol_rft.sampling._types import Completion, Failure, Sampler, SamplingError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,7 +182,7 @@ def derive_seeds(seed: int | None, row_id: str, n: int, *, run: int | str = 0) -
 async def sample_group(
     sampler: Sampler,
     prompt_ids: Sequence[int],
-    params: SamplingParams,
+    params: _types.SamplingParams,
     *,
     seeds: Sequence[int | None],
     slots: AbstractAsyncContextManager[object],
@@ -282,7 +277,7 @@ async def sample_group(
 async def sample_one(
     sampler: Sampler,
     prompt_ids: Sequence[int],
-    params: SamplingParams,
+    params: _types.SamplingParams,
     *,
     index: int,
     seed: int | None,

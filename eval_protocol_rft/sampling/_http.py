@@ -27,19 +27,11 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 
 from eval_protocol_rft._text import well_formed
+from eval_protocol_rft.sampling import _endpoint
 from eval_protocol_rft.sampling._clock import Deadline
-from eval_protocol_rft.sampling._endpoint import (
-    AFFINITY_HEADER,
-    Endpoint,
-    affinity_of,
-    endpoint_headers,
-    has_own_affinity,
-    proxy_for,
-    proxy_passwords,
-    request_body,
-)
-from eval_protocol_rft.sampling._errors import short, status_error
+from eval_protocol_rft.sampling._endpoint import Endpoint
 from eval_protocol_rft.sampling._exactness import decode_reply, decode_stream
+from eval_protocol_rft.sampling._replies import short, status_error
 from eval_protocol_rft.sampling._types import (
     AttemptTimeoutError,
     Completion,
@@ -244,7 +236,7 @@ class HttpSampler:
     def __init__(self, endpoint: Endpoint) -> None:
         self._endpoint = endpoint
         self._url = f"{endpoint.base_url}/completions"
-        self._tells_affinity = not has_own_affinity(endpoint.headers)
+        self._tells_affinity = not _endpoint.has_own_affinity(endpoint.headers)
         self._session: aiohttp.ClientSession | None = None
         self._proxy: str | None = None
         self._secrets = endpoint.secrets
@@ -278,12 +270,12 @@ class HttpSampler:
         self, prompt: TokenIds, params: SamplingParams, seed: int | None
     ) -> Completion:
         if self._session is None:
-            self._proxy = proxy_for(self._url)
-            self._secrets = (*self._endpoint.secrets, *proxy_passwords(self._proxy))
+            self._proxy = _endpoint.proxy_for(self._url)
+            self._secrets = (*self._endpoint.secrets, *_endpoint.proxy_passwords(self._proxy))
             self._open()
         assert self._session is not None  # noqa: S101 - narrows the type
         streamed = streams(params)
-        affinity = affinity_of(prompt, params) if self._tells_affinity else None
+        affinity = _endpoint.affinity_of(prompt, params) if self._tells_affinity else None
         limit = Deadline(params.timeout)
         last_connection.set(None)
         try:
@@ -291,7 +283,7 @@ class HttpSampler:
                 limit,
                 self._session.post(
                     self._url,
-                    data=request_body(
+                    data=_endpoint.request_body(
                         prompt,
                         params,
                         seed,
@@ -299,7 +291,7 @@ class HttpSampler:
                         ask_usage=not self._endpoint.is_fireworks,
                         prompt_cache_key=affinity if self._endpoint.is_fireworks else None,
                     ),
-                    headers={AFFINITY_HEADER: affinity} if affinity else None,
+                    headers={_endpoint.AFFINITY_HEADER: affinity} if affinity else None,
                     timeout=NO_CLOCKS,
                     allow_redirects=False,
                     proxy=self._proxy,
@@ -357,7 +349,10 @@ class HttpSampler:
         connector = TrustingConnector(limit=0, keepalive_timeout=KEEPALIVE_SECONDS)
         self._session = aiohttp.ClientSession(
             connector=connector,
-            headers={"content-type": "application/json", **endpoint_headers(self._endpoint)},
+            headers={
+                "content-type": "application/json",
+                **_endpoint.endpoint_headers(self._endpoint),
+            },
             cookie_jar=aiohttp.DummyCookieJar(),
         )
 

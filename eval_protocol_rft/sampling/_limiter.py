@@ -1,20 +1,10 @@
-"""What every request of a run goes through before it starts: limit, breaker and budget together.
+"""What every request of a run goes through before it starts, and what a vLLM server says of its
+queue, polled while a run goes on.
 
-Invariant: `RunLimits.in_flight` is what was started and has neither ended nor been abandoned, and
-it grows only while it is below the limit. A request starts in the same step of the event loop in
-which it was allowed, and whoever waits is woken when its turn may have come.
-
-`RunLimits` is pure; the caller owns the clock, the tasks and the waiting. Breaker, budget and limit
-see the same events in the same order:
-
-    answer = limits.may_start(now, retry=...)
-    Go:   limits.started(now, ...); make the request; limits.ended(attempt), or abandoned()
-    Wait: ask again at `until`, or when a request ends
-    Stop: end the run with its reason
-
-`RunLimiter` is that caller. A `ConcurrencyLimit` owns no task, client or clock either: it hears of
-every request that ended and answers with a number, at least 1. `FixedLimit` is the simple one; see
-`_adaptive.py` for the one that finds it by itself.
+Invariant: a request starts in the same step of the event loop in which `_limits.py` allowed it, and
+whoever waits is woken when its turn may have come. Polling never breaks a run and never slows one
+down: a server without such metrics is asked once; none is asked more often than every
+`POLL_SECONDS`, and no answer is read beyond `MOST_BYTES`.
 """
 
 from __future__ import annotations
@@ -22,108 +12,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import re
 from collections import deque
 from collections.abc import AsyncIterator, Hashable
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
-from typing import Protocol
+
+import aiohttp
 
 from eval_protocol_rft._errors import EvalProtocolRftError
-from eval_protocol_rft.sampling._breaker import CircuitBreaker
-from eval_protocol_rft.sampling._clock import loop_clock, sampling_time
-from eval_protocol_rft.sampling._retry import (
-    UNTIL_SOMETHING_ENDS,
-    Attempt,
-    Go,
-    MayStart,
-    RetryBudget,
-    Stop,
-    Wait,
-    failed_attempt,
-)
-from eval_protocol_rft.sampling._types import Completion, SamplingError
-
-
-class ConcurrencyLimit(Protocol):
-    """How many requests may be in flight."""
-
-    @property
-    def limit(self) -> int:
-        """At least 1."""
-        ...
-
-    def ended(self, attempt: Attempt, *, in_flight: int) -> None:
-        """A request has ended; `in_flight` others have not."""
-        ...
-
-    def outage(self) -> None:
-        """The server is away: what failed just now was no sign of too many requests."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class FixedLimit:
-    """Always the same."""
-
-    limit: int
-
-    def __post_init__(self) -> None:
-        if self.limit < 1:
-            raise ValueError(f"limit must be at least 1, got {self.limit}")
-
-    def ended(self, attempt: Attempt, *, in_flight: int) -> None:
-        """Changes nothing."""
-
-    def outage(self) -> None:
-        """Changes nothing."""
-
-
-class RunLimits:
-    """One run against one server."""
-
-    def __init__(
-        self, *, limit: ConcurrencyLimit, breaker: CircuitBreaker, budget: RetryBudget
-    ) -> None:
-        self.limit = limit
-        self.breaker = breaker
-        self.budget = budget
-        self.in_flight = 0
-
-    def may_start(self, now: float, *, retry: bool) -> MayStart:
-        """Whether a request may start now. `retry`: it is not its completion's first."""
-        limit = self.limit.limit
-        breaker = self.breaker.may_start(now, in_flight=self.in_flight, limit=limit)
-        if isinstance(breaker, Stop):
-            return breaker
-        probe = isinstance(breaker, Go) and breaker.probe
-        budget = self.budget.may_start(now, retry=retry, probe=probe)
-        if self.in_flight >= limit:
-            return Wait(UNTIL_SOMETHING_ENDS)
-        waits = [answer for answer in (breaker, budget) if isinstance(answer, Wait)]
-        return max(waits, key=lambda wait: wait.until) if waits else breaker
-
-    def started(self, now: float, *, retry: bool, probe: bool) -> None:
-        """The request that was allowed has begun."""
-        self.in_flight += 1
-        self.breaker.started(now, probe=probe)
-        self.budget.started(now, retry=retry, probe=probe)
-
-    def ended(self, attempt: Attempt) -> None:
-        """It has ended."""
-        self.in_flight -= 1
-        self.breaker.ended(attempt, in_flight=self.in_flight)
-        if self.breaker.state in ("open", "half-open"):
-            # What fails during an outage says nothing of how many the server can take.
-            self.limit.outage()
-        else:
-            self.limit.ended(attempt, in_flight=self.in_flight)
-
-    def abandoned(self, *, probe: bool) -> None:
-        """It was cancelled by us."""
-        self.in_flight -= 1
-        self.breaker.abandoned(probe=probe)
-
+from eval_protocol_rft.sampling import _limits
+from eval_protocol_rft.sampling._adaptive import AdaptiveLimit, ServerLoad
+from eval_protocol_rft.sampling._clock import Deadline, loop_clock, sampling_time
+from eval_protocol_rft.sampling._endpoint import Endpoint, endpoint_headers, proxy_for
+from eval_protocol_rft.sampling._http import NO_CLOCKS
+from eval_protocol_rft.sampling._retry import Attempt, Go, Stop, failed_attempt
+from eval_protocol_rft.sampling._types import Completion, RefusedError, SamplingError
 
 _NO_LIMIT = 1 << 30
 _NUMBER = re.compile(r"[0-9]+")
@@ -137,14 +41,13 @@ class RunStoppedError(EvalProtocolRftError, RuntimeError):
     not resample on those."""
 
 
-@dataclass(slots=True)
 class Turn:
     """One request that may be made now. Tell it how it ended."""
 
-    started: float
-    probe: bool
-    prompt: Hashable
-    attempt: Attempt | None = None
+    def __init__(self, started: float, probe: bool, prompt: Hashable) -> None:
+        self.started, self.probe, self.prompt = started, probe, prompt
+        self.attempt: Attempt | None = None
+        """None while it has not ended."""
 
     def succeeded(self, completion: Completion) -> Attempt:
         self.attempt = Attempt(
@@ -174,7 +77,7 @@ class RunLimiter:
     def __init__(
         self,
         *,
-        limit: ConcurrencyLimit | None = None,
+        limit: _limits.ConcurrencyLimit | None = None,
         patience_seconds: float = 1800.0,
         proven: bool = False,
     ) -> None:
@@ -184,10 +87,10 @@ class RunLimiter:
             patience_seconds: how long the server may be away.
             proven: the same settings have brought completions before this run.
         """
-        self.limits = RunLimits(
-            limit=limit or FixedLimit(_NO_LIMIT),
-            breaker=CircuitBreaker(patience_seconds=patience_seconds, proven=proven),
-            budget=RetryBudget(began=sampling_time()),
+        self.limits = _limits.RunLimits(
+            limit=limit or _limits.FixedLimit(_NO_LIMIT),
+            breaker=_limits.CircuitBreaker(patience_seconds=patience_seconds, proven=proven),
+            budget=_limits.RetryBudget(began=sampling_time()),
         )
         self._met: set[str] = set()
         self._waiting: deque[asyncio.Future[None]] = deque()
@@ -289,3 +192,138 @@ class RunLimiter:
             if not future.done():
                 future.set_result(None)
                 room -= 1
+
+
+POLL_SECONDS = 2.0
+"""A page costs the server some milliseconds."""
+STANDING_POLLS = 3
+"""A queue is one that all of so many polls found. What one poll finds may be a burst that has just
+arrived and is gone with the next step: of a small vLLM server, polls found nine requests in ten
+waiting, and half a second later none. The limit would go to a tenth on such a poll. The least over
+an interval is how CoDel tells the two apart (Nichols and Jacobson, "Controlling Queue Delay", ACM
+Queue 2012)."""
+ANSWER_SECONDS = 5.0
+"""Patience with one poll: a page that is longer in coming is no news."""
+MOST_BYTES = 4 << 20
+"""A page has some 100 kB; one that counts several engines and models, a few times that."""
+
+_SAMPLE = re.compile(
+    r"vllm:num_(requests_running|requests_waiting|preemptions_total)"
+    r'(?:\{(?:[^"}\n]|"(?:[^"\\\n]|\\.)*")*\})?[ \t]+(\S+)'
+)
+"""One sample in Prometheus' text format: name, labels, value, and perhaps a time."""
+
+
+def parse_metrics(text: str) -> ServerLoad | None:
+    """Read a page of metrics (Prometheus' text format); None where vLLM's two gauges are not on
+    it, or one is no number of requests. Sums over the engines and models of the server; preemptions
+    since it started."""
+    sums: dict[str, float] = {}
+    for line in text.splitlines():
+        sample = _SAMPLE.match(line)
+        if sample:
+            name, value = sample[1], _number(sample[2])
+            sums[name] = sums.get(name, 0.0) + value
+    if not {"requests_running", "requests_waiting"} <= sums.keys():
+        return None
+    if not all(0 <= value < math.inf for value in sums.values()):
+        return None
+    return ServerLoad(
+        running=int(sums["requests_running"]),
+        waiting=int(sums["requests_waiting"]),
+        preempted=int(sums.get("preemptions_total", 0.0)),
+    )
+
+
+class StandingQueue:
+    """From polls to what they show together. Pure."""
+
+    def __init__(self) -> None:
+        self._polls: deque[ServerLoad] = deque(maxlen=STANDING_POLLS)
+
+    def saw(self, now: ServerLoad) -> ServerLoad:
+        """The load after one more poll: of the last `STANDING_POLLS`, the one that found the least
+        share waiting, and nothing while there are fewer; and the preemptions since the last poll.
+        """
+        before = self._polls[-1] if self._polls else now
+        # A counter that went down began anew.
+        preempted = max(0, now.preempted - before.preempted)
+        self._polls.append(now)
+        if len(self._polls) < STANDING_POLLS:
+            return ServerLoad(running=0, waiting=0, preempted=preempted)
+        least = min(self._polls, key=_share_waiting)
+        return least._replace(preempted=preempted)
+
+
+def _share_waiting(poll: ServerLoad) -> float:
+    return poll.waiting / max(1, poll.waiting + poll.running)
+
+
+@contextlib.asynccontextmanager
+async def polling(
+    endpoint: Endpoint | None, limit: _limits.ConcurrencyLimit, *, every: float = POLL_SECONDS
+) -> AsyncIterator[None]:
+    """Tell `limit` of the server's load for as long as the block runs, where that can be: the limit
+    adapts, and the endpoint is a server of the user's. Fireworks tells its queues in each reply."""
+    if endpoint is None or endpoint.is_fireworks or not isinstance(limit, AdaptiveLimit):
+        yield
+        return
+    task = asyncio.create_task(_poll(endpoint, limit, every))
+    try:
+        yield
+    finally:
+        task.cancel()
+        # Not awaited: what it raises is asyncio's to report, and not the run's end.
+        await asyncio.wait([task])
+
+
+async def _poll(endpoint: Endpoint, limit: AdaptiveLimit, every: float) -> None:
+    url = f"{endpoint.base_url.removesuffix('/v1')}/metrics"
+    try:
+        proxy = proxy_for(url)
+    except RefusedError:
+        return  # requests for completions say so
+    queue: StandingQueue | None = None
+    async with aiohttp.ClientSession(
+        headers=endpoint_headers(endpoint),
+        cookie_jar=aiohttp.DummyCookieJar(),
+        # A connection that waits for seconds is often closed from there; a new one costs nothing.
+        connector=aiohttp.TCPConnector(force_close=True),
+        timeout=NO_CLOCKS,
+    ) as session:
+        while True:
+            now = await _ask(session, url, proxy)
+            if now is not None:
+                queue = queue or StandingQueue()
+                limit.observe(queue.saw(now))
+            elif queue is None:
+                logger.debug("the server has no metrics of vLLM's: its replies alone set the limit")
+                return
+            # A server that had metrics and has none is away or overloaded, and may come back.
+            await asyncio.sleep(every)
+
+
+async def _ask(session: aiohttp.ClientSession, url: str, proxy: str | None) -> ServerLoad | None:
+    """One poll; None for whatever is no page of metrics."""
+    try:
+        async with (
+            Deadline(ANSWER_SECONDS),
+            session.get(url, allow_redirects=False, proxy=proxy) as response,
+        ):
+            if response.status != 200:
+                return None
+            page = bytearray()
+            async for chunk in response.content.iter_any():
+                page += chunk
+                if len(page) > MOST_BYTES:
+                    return None
+    except (aiohttp.ClientError, OSError, TimeoutError):
+        return None
+    return parse_metrics(page.decode("utf-8", errors="replace"))
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan

@@ -23,18 +23,12 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from eval_protocol_rft.sampling import _types
+from eval_protocol_rft.sampling._exactness import plain, reshaped_by
 from eval_protocol_rft.sampling._fanout import sample_group
 from eval_protocol_rft.sampling._limiter import RunLimiter, RunStoppedError
 from eval_protocol_rft.sampling._retry import RetryPolicy
-from eval_protocol_rft.sampling._types import (
-    Failure,
-    Sampler,
-    SamplingError,
-    SamplingParams,
-    TokenIds,
-    plain,
-    reshaped_by,
-)
+from eval_protocol_rft.sampling._types import Failure, SamplingError, SamplingParams, TokenIds
 
 Kind = Literal["sampling", "raw", "neither", "unknown"]
 
@@ -165,7 +159,7 @@ def needs_check(params: SamplingParams) -> bool:
 
 
 async def check_logprobs_mode(
-    sampler: Sampler,
+    sampler: _types.Sampler,
     prompts: Sequence[TokenIds],
     params: SamplingParams,
     *,

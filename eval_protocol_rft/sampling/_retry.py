@@ -11,22 +11,13 @@ counted are probes for a server that is away, and requests that a server turned 
 weights: those end with `max_seconds`. The seed stays the same over all attempts: an
 attempt whose reply was lost may have been sampled, and another draw in its place would favour
 whatever is quick to arrive.
-
-Invariant of a run's `RetryBudget`, at any time t seconds into the run, whatever the server does:
-
-    retries <= burst + extra_ratio * first_attempts + trickle_per_second * t
-
-Probes of a breaker are paced by the breaker and come on top. What the budget holds back is late,
-not lost.
-Source of the ratio: retry budgets of Twitter's Finagle (2016) and Google's SRE book, chapter 21.
 """
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, TypeAlias
 
 from annotated_types import Ge
@@ -113,10 +104,6 @@ def causes(attempts: Sequence[Attempt]) -> str:
     return f"{len(attempts)} {noun}" + (f" ({listed})" if listed else "")
 
 
-UNTIL_SOMETHING_ENDS = math.inf
-"""`Wait.until` where no date can be named: ask again when a request in flight has ended."""
-
-
 @dataclass(frozen=True, slots=True)
 class Go:
     """Make the request."""
@@ -193,16 +180,16 @@ class RetryPolicy:
         return wait if elapsed + wait <= self.max_seconds else None
 
 
-@dataclass(slots=True)
 class CompletionAttempts:
     """The attempts at one completion, in order. Tell it each that ended; it says what next."""
 
-    policy: RetryPolicy
-    seed: int | None = None
-    """The seed of every attempt."""
-    history: list[Attempt] = field(default_factory=list)
-    began: float | None = None
-    """When the attempt began (clock seconds) that has not ended; None between attempts."""
+    def __init__(self, policy: RetryPolicy, seed: int | None = None) -> None:
+        self.policy = policy
+        self.seed = seed
+        """The seed of every attempt."""
+        self.history: list[Attempt] = []
+        self.began: float | None = None
+        """When the attempt began (clock seconds) that has not ended; None between attempts."""
 
     @property
     def requests(self) -> int:
@@ -253,79 +240,3 @@ class CompletionAttempts:
         if self.counted >= self.policy.max_attempts:
             return f"max_attempts={self.policy.max_attempts} is reached"
         return f"the next attempt would begin after max_seconds={self.policy.max_seconds:g}"
-
-
-_ROUNDING = 1e-6
-"""Of a token: who waits until the date that was named must not find it missing by a rounding."""
-
-
-class RetryBudget:
-    """What one run may spend on retries: a token bucket that first attempts and time fill."""
-
-    def __init__(
-        self,
-        *,
-        began: float,
-        extra_ratio: float = 0.2,
-        burst: float = 512.0,
-        trickle_per_second: float = 1.0,
-    ) -> None:
-        """
-        Args:
-            began: clock seconds at which the run began.
-            extra_ratio: retries that each first attempt pays for: at most a fifth more load than
-                was asked for, for as long as the server fails. Finagle's default; Google's is 0.1.
-            burst: retries that can be saved up, and what there is at the start. One interruption
-                fails every request in flight at once; twice 256 in flight come back without
-                waiting for their turn.
-            trickle_per_second: retries that time pays for, so that the last completions of a run,
-                which no first attempt follows, still get theirs.
-        """
-        if not extra_ratio >= 0:
-            raise ValueError(f"extra_ratio must not be negative, got {extra_ratio}")
-        if not burst >= 1:
-            raise ValueError(f"burst must be at least 1, got {burst}")
-        if not trickle_per_second > 0:
-            # Nothing would ever wake a retry once no first attempt is left.
-            raise ValueError(f"trickle_per_second must be above 0, got {trickle_per_second}")
-        self.extra_ratio, self.burst = extra_ratio, burst
-        self.trickle_per_second = trickle_per_second
-        self._tokens = burst
-        self._filled_at = began
-        self.first_attempts = 0
-        self.retries = 0
-        """Without probes."""
-        self.probes = 0
-
-    @property
-    def attempts(self) -> int:
-        return self.first_attempts + self.retries + self.probes
-
-    def may_start(self, now: float, *, retry: bool, probe: bool = False) -> Go | Wait:
-        """Whether there is room for one more attempt: always, if it is no retry."""
-        if not retry or probe:
-            return Go()
-        self._fill(now)
-        if self._tokens >= 1.0 - _ROUNDING:
-            return Go()
-        return Wait(now + (1.0 - self._tokens) / self.trickle_per_second)
-
-    def started(self, now: float, *, retry: bool, probe: bool = False) -> None:
-        """One more attempt has begun."""
-        self._fill(now)
-        if probe:
-            self.probes += 1
-        elif retry:
-            self.retries += 1
-            self._tokens -= 1.0
-        else:
-            self.first_attempts += 1
-            self._add(self.extra_ratio)
-
-    def _fill(self, now: float) -> None:
-        self._add((now - self._filled_at) * self.trickle_per_second)
-        self._filled_at = now
-
-    def _add(self, tokens: float) -> None:
-        # A run that went well for hours must not have saved up a storm.
-        self._tokens = min(self.burst, self._tokens + tokens)

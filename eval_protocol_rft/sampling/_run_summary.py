@@ -67,11 +67,6 @@ class Cost(NamedTuple):
     prompt: float | None
     """None where the prompt length of a completion was not told."""
 
-    @property
-    def total(self) -> float | None:
-        """None where a part of it is not known."""
-        return None if self.prompt is None else self.prompt + self.completion
-
     def __str__(self) -> str:
         if self.prompt is None:
             return f"completions ${self.completion:,.4f}, prompts unknown"

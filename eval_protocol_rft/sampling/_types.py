@@ -11,7 +11,7 @@ import functools
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
@@ -257,89 +257,3 @@ def token_data_problem(
         index = next(i for i, t in enumerate(token_ids) if not 0 <= t < TOKEN_ID_LIMIT)
         return f"token_ids[{index}] is {token_ids[index]}: not a token id"
     return None
-
-
-_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    "min_p": (0,),
-    "typical_p": (1,),
-    "top_a": (0,),
-    "top_n_sigma": (0, -1),
-    "tfs": (1,),
-    "epsilon_cutoff": (0,),
-    "eta_cutoff": (0,),
-    "xtc_probability": (0,),
-    "no_repeat_ngram_size": (0,),
-    "dry_multiplier": (0,),
-    "dynatemp_range": (0,),
-    "mirostat": (0,),
-    "repetition_penalty": (1,),
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "mirostat_target": (),
-    "mirostat_lr": (),
-    "logit_bias": ({},),
-    "min_tokens": (0,),
-    "bad_words": ([],),
-    "allowed_token_ids": (),
-    "response_format": ({"type": "text"},),
-    "grammar": (),
-    "json_schema": (),
-    "regex": (),
-    "ebnf": (),
-    "structural_tag": (),
-    "structured_outputs": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "custom_logit_processor": (),
-    "logits_processors": (),
-}
-"""Request fields that move probability between tokens, and the values at which they do not."""
-
-_TRUNCATING = frozenset(_NEUTRAL) - {
-    "repetition_penalty",
-    "frequency_penalty",
-    "presence_penalty",
-    "logit_bias",
-    "dry_multiplier",
-    "dynatemp_range",
-}
-"""Those that take tokens out of the support, rather than only weigh them anew."""
-
-
-def reshaped_by(params: SamplingParams) -> list[str]:
-    """Every setting under which sampling logprobs differ from raw ones, as `name=value`; empty
-    where the two are equal by definition."""
-    settings = []
-    if params.temperature != 1.0:
-        settings.append(f"temperature={params.temperature:g}")
-    return settings + _cuts(params) + _extra(params, frozenset(_NEUTRAL) - _TRUNCATING)
-
-
-def plain(params: SamplingParams) -> SamplingParams:
-    """The same without any of them: at temperature 1, from the model's own distribution."""
-    extra = {name: value for name, value in params.extra.items() if name not in _NEUTRAL}
-    return replace(params, temperature=1.0, top_p=1.0, top_k=0, extra=extra)
-
-
-def support_truncated(params: SamplingParams) -> bool:
-    """Whether some tokens could not be drawn at all. Greedy sampling is the extreme case."""
-    return params.temperature == 0 or bool(_cuts(params))
-
-
-def _cuts(params: SamplingParams) -> list[str]:
-    cuts = []
-    if params.top_p < 1.0:
-        cuts.append(f"top_p={params.top_p:g}")
-    if params.top_k > 0:
-        cuts.append(f"top_k={params.top_k}")
-    return cuts + _extra(params, _TRUNCATING)
-
-
-def _extra(params: SamplingParams, names: frozenset[str]) -> list[str]:
-    return [
-        f"{name}={value!r}"
-        for name, value in params.extra.items()
-        if name in names and value not in _NEUTRAL[name]
-    ]

@@ -1,4 +1,15 @@
-"""Whether the server is worth asking at all. Pure: events and times in, answers out.
+"""Whether a request of a run may start: breaker, budget and limit together. Pure: the caller owns
+the clock, the tasks and the waiting. They see the same events in the same order:
+
+    answer = limits.may_start(now, retry=...)
+    Go:   limits.started(now, ...); make the request; limits.ended(attempt), or abandoned()
+    Wait: ask again at `until`, or when a request ends
+    Stop: end the run with its reason
+
+Invariant: `RunLimits.in_flight` is what was started and has neither ended nor been abandoned, and
+it grows only while it is below the limit. A `ConcurrencyLimit` owns no task, client or clock
+either: it hears of every request that ended and answers with a number, at least 1. `FixedLimit` is
+the simple one; see `_adaptive.py` for the one that finds it by itself.
 
 Invariant: while the breaker is open, requests start no closer together than `FIRST_PROBE_SECONDS`,
 and once it has tripped none starts. It closes when a probe has brought a completion, and then lets
@@ -10,14 +21,26 @@ requests in step by step, so that those that waited do not all arrive at once.
 
 `Streak` is the one rule that says so. A success ends a streak of refusals, but only one that began
 after the streak did: what the server accepted before the key expired says nothing about the key.
+
+Invariant of a run's `RetryBudget`, at any time t seconds into the run, whatever the server does:
+
+    retries <= burst + extra_ratio * first_attempts + trickle_per_second * t
+
+Probes of a breaker are paced by the breaker and come on top. What the budget holds back is late,
+not lost.
+Source of the ratio: retry budgets of Twitter's Finagle (2016) and Google's SRE book, chapter 21.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable
-from typing import Literal
+from typing import Literal, Protocol
 
 from eval_protocol_rft.sampling._retry import Attempt, Go, MayStart, Stop, Wait
+
+UNTIL_SOMETHING_ENDS = math.inf
+"""`Wait.until` where no date can be named: ask again when a request in flight has ended."""
 
 ACCOUNT_STATUSES = frozenset({401, 402, 403, 404, 405, 407, 412})
 """Key, bill, access, model, path, proxy, suspended account: no prompt makes a difference."""
@@ -232,3 +255,157 @@ class CircuitBreaker:
 
     def _ramp_seconds(self) -> float:
         return min(LONGEST_RAMP, max(SHORTEST_RAMP, self._typical_seconds or 0.0))
+
+
+_ROUNDING = 1e-6
+"""Of a token: who waits until the date that was named must not find it missing by a rounding."""
+
+
+class RetryBudget:
+    """What one run may spend on retries: a token bucket that first attempts and time fill."""
+
+    def __init__(
+        self,
+        *,
+        began: float,
+        extra_ratio: float = 0.2,
+        burst: float = 512.0,
+        trickle_per_second: float = 1.0,
+    ) -> None:
+        """
+        Args:
+            began: clock seconds at which the run began.
+            extra_ratio: retries that each first attempt pays for: at most a fifth more load than
+                was asked for, for as long as the server fails. Finagle's default; Google's is 0.1.
+            burst: retries that can be saved up, and what there is at the start. One interruption
+                fails every request in flight at once; twice 256 in flight come back without
+                waiting for their turn.
+            trickle_per_second: retries that time pays for, so that the last completions of a run,
+                which no first attempt follows, still get theirs.
+        """
+        if not extra_ratio >= 0:
+            raise ValueError(f"extra_ratio must not be negative, got {extra_ratio}")
+        if not burst >= 1:
+            raise ValueError(f"burst must be at least 1, got {burst}")
+        if not trickle_per_second > 0:
+            # Nothing would ever wake a retry once no first attempt is left.
+            raise ValueError(f"trickle_per_second must be above 0, got {trickle_per_second}")
+        self.extra_ratio, self.burst = extra_ratio, burst
+        self.trickle_per_second = trickle_per_second
+        self._tokens = burst
+        self._filled_at = began
+        self.first_attempts = 0
+        self.retries = 0
+        """Without probes."""
+        self.probes = 0
+
+    @property
+    def attempts(self) -> int:
+        return self.first_attempts + self.retries + self.probes
+
+    def may_start(self, now: float, *, retry: bool, probe: bool = False) -> Go | Wait:
+        """Whether there is room for one more attempt: always, if it is no retry."""
+        if not retry or probe:
+            return Go()
+        self._fill(now)
+        if self._tokens >= 1.0 - _ROUNDING:
+            return Go()
+        return Wait(now + (1.0 - self._tokens) / self.trickle_per_second)
+
+    def started(self, now: float, *, retry: bool, probe: bool = False) -> None:
+        """One more attempt has begun."""
+        self._fill(now)
+        if probe:
+            self.probes += 1
+        elif retry:
+            self.retries += 1
+            self._tokens -= 1.0
+        else:
+            self.first_attempts += 1
+            self._add(self.extra_ratio)
+
+    def _fill(self, now: float) -> None:
+        self._add((now - self._filled_at) * self.trickle_per_second)
+        self._filled_at = now
+
+    def _add(self, tokens: float) -> None:
+        # A run that went well for hours must not have saved up a storm.
+        self._tokens = min(self.burst, self._tokens + tokens)
+
+
+class ConcurrencyLimit(Protocol):
+    """How many requests may be in flight."""
+
+    @property
+    def limit(self) -> int:
+        """At least 1."""
+        ...
+
+    def ended(self, attempt: Attempt, *, in_flight: int) -> None:
+        """A request has ended; `in_flight` others have not."""
+        ...
+
+    def outage(self) -> None:
+        """The server is away: what failed just now was no sign of too many requests."""
+        ...
+
+
+class FixedLimit:
+    """Always the same."""
+
+    def __init__(self, limit: int) -> None:
+        if limit < 1:
+            raise ValueError(f"limit must be at least 1, got {limit}")
+        self.limit = limit
+
+    def ended(self, attempt: Attempt, *, in_flight: int) -> None:
+        """Changes nothing."""
+
+    def outage(self) -> None:
+        """Changes nothing."""
+
+
+class RunLimits:
+    """One run against one server."""
+
+    def __init__(
+        self, *, limit: ConcurrencyLimit, breaker: CircuitBreaker, budget: RetryBudget
+    ) -> None:
+        self.limit = limit
+        self.breaker = breaker
+        self.budget = budget
+        self.in_flight = 0
+
+    def may_start(self, now: float, *, retry: bool) -> MayStart:
+        """Whether a request may start now. `retry`: it is not its completion's first."""
+        limit = self.limit.limit
+        breaker = self.breaker.may_start(now, in_flight=self.in_flight, limit=limit)
+        if isinstance(breaker, Stop):
+            return breaker
+        probe = isinstance(breaker, Go) and breaker.probe
+        budget = self.budget.may_start(now, retry=retry, probe=probe)
+        if self.in_flight >= limit:
+            return Wait(UNTIL_SOMETHING_ENDS)
+        waits = [answer for answer in (breaker, budget) if isinstance(answer, Wait)]
+        return max(waits, key=lambda wait: wait.until) if waits else breaker
+
+    def started(self, now: float, *, retry: bool, probe: bool) -> None:
+        """The request that was allowed has begun."""
+        self.in_flight += 1
+        self.breaker.started(now, probe=probe)
+        self.budget.started(now, retry=retry, probe=probe)
+
+    def ended(self, attempt: Attempt) -> None:
+        """It has ended."""
+        self.in_flight -= 1
+        self.breaker.ended(attempt, in_flight=self.in_flight)
+        if self.breaker.state in ("open", "half-open"):
+            # What fails during an outage says nothing of how many the server can take.
+            self.limit.outage()
+        else:
+            self.limit.ended(attempt, in_flight=self.in_flight)
+
+    def abandoned(self, *, probe: bool) -> None:
+        """It was cancelled by us."""
+        self.in_flight -= 1
+        self.breaker.abandoned(probe=probe)
