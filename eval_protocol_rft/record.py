@@ -17,16 +17,9 @@ import msgspec
 import numpy as np
 from msgspec.structs import force_setattr
 
+from eval_protocol_rft import _segments
+from eval_protocol_rft._segments import EpisodeRecord, Segment, TokenBuffer
 from eval_protocol_rft._segments import RecordError as RecordError
-from eval_protocol_rft._segments import (
-    Segment,
-    TokenBuffer,
-    beginning_problem,
-    check_logprobs,
-    lay_out,
-    read_segment,
-)
-from eval_protocol_rft._turns import EpisodeRecord, episode_problem
 from eval_protocol_rft.sampling import Failure, FinishReason
 
 if TYPE_CHECKING:
@@ -229,7 +222,7 @@ class RolloutRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Fal
         if self.trajectories is None or self.episodes is None:
             return None
         for i, (segments, episode) in enumerate(zip(self.trajectories, self.episodes, strict=True)):
-            if problem := episode_problem(episode, len(segments), self.finish_reasons[i]):
+            if problem := _segments.episode_problem(episode, len(segments), self.finish_reasons[i]):
                 return f"episode {i}: {problem}"
         return None
 
@@ -296,7 +289,7 @@ def segments_of(record: RolloutRecord, buffer: TokenBuffer) -> list[tuple[Segmen
     names = [f"completion {index}" for index in record.sampling.indices]
     trajectories = record.trajectories
     # Of an episode, the first turn is only compared with what the first segment begins with.
-    first_turns = lay_out(
+    first_turns = _segments.lay_out(
         record.prompt_ids,
         record.completion_ids,
         record.inference_logprobs,
@@ -307,7 +300,7 @@ def segments_of(record: RolloutRecord, buffer: TokenBuffer) -> list[tuple[Segmen
         record.raw_logprobs or (), record.completion_ids, names, strict=False
     ):
         if raw is not None:
-            check_logprobs(raw, len(ids), f"{name}: raw_logprobs")
+            _segments.check_logprobs(raw, len(ids), f"{name}: raw_logprobs")
     if trajectories is None:
         return [(segment,) for segment in first_turns]
     read: list[tuple[Segment, ...]] = []
@@ -315,10 +308,10 @@ def segments_of(record: RolloutRecord, buffer: TokenBuffer) -> list[tuple[Segmen
         segments = []
         for k, segment in enumerate(raw_segments):
             try:
-                segments.append(read_segment(segment, buffer))
+                segments.append(_segments.read_segment(segment, buffer))
             except RecordError as error:
                 raise RecordError(f"{name}, segment {k}: {error}") from error
-        if problem := beginning_problem(segments[0], first_turn):
+        if problem := _segments.beginning_problem(segments[0], first_turn):
             raise RecordError(f"{name}, segment 0: {problem}")
         read.append(tuple(segments))
     force_setattr(record, "trajectories", [list(segments) for segments in read])

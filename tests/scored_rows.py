@@ -10,7 +10,7 @@ from eval_protocol.dataset_logger.dataset_logger import DatasetLogger
 from eval_protocol.models import EvaluateResult, EvaluationRow, Message
 from eval_protocol.pytest.rollout_processor import RolloutProcessor
 
-from eval_protocol_rft._turns import turn_trace
+from eval_protocol_rft._segments import turn_trace
 from eval_protocol_rft.record import RolloutRecord, SamplingRecord
 from eval_protocol_rft.rollout._answers import assistant_message
 from eval_protocol_rft.sampling._types import Failure

@@ -27,7 +27,7 @@ import numpy as np
 
 from eval_protocol_rft import rollout
 from eval_protocol_rft._segments import Segment as Segment
-from eval_protocol_rft._turns import turn_trace
+from eval_protocol_rft._segments import turn_trace
 from eval_protocol_rft.episodes import _rendering as rendering
 from eval_protocol_rft.episodes._rendering import ConversationError
 from eval_protocol_rft.local import LoadedTokenizer

@@ -24,9 +24,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from eval_protocol_rft import sampling
-from eval_protocol_rft._segments import Segment
+from eval_protocol_rft._segments import EpisodeRecord, Segment
 from eval_protocol_rft._text import well_formed_json
-from eval_protocol_rft._turns import EpisodeRecord
 from eval_protocol_rft.episodes._calling import EnvironmentFaultError, call
 from eval_protocol_rft.episodes._conversation import Conversation, OnRewrite, Openings
 from eval_protocol_rft.episodes._environment import Environment, EpisodeLimits, Step

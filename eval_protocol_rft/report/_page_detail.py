@@ -18,8 +18,7 @@ from typing import Any, Literal
 import msgspec
 import numpy as np
 
-from eval_protocol_rft._segments import RecordError, Segment
-from eval_protocol_rft._turns import EpisodeRecord, turn_runs
+from eval_protocol_rft._segments import EpisodeRecord, RecordError, Segment, turn_runs
 from eval_protocol_rft.data import ChatMessages, CompletionRow, Score, checked_episode
 from eval_protocol_rft.local import LoadedTokenizer, load_tokenizer
 from eval_protocol_rft.report._html import ReportError

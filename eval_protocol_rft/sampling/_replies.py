@@ -1,5 +1,5 @@
-"""What a server answers: HTTP statuses and error bodies to typed errors, whole JSON bodies and event
-streams to `Reply`. Pure.
+"""What a server answers: HTTP statuses and error bodies to typed errors, whole JSON bodies and
+event streams to `Reply`. Pure.
 
 Invariant: of a reply only the shape is judged here (types, what must be there); a stream is put
 together to what the same server would have sent whole, or it is an error.

@@ -19,8 +19,8 @@ import msgspec
 from eval_protocol.models import EvaluateResult, EvaluationRow, Message, MetricResult, StepOutput
 
 from eval_protocol_rft import record, rollout
+from eval_protocol_rft._segments import EpisodeRecord
 from eval_protocol_rft._statistics import mean_pass_at_k, powers_of_two
-from eval_protocol_rft._turns import EpisodeRecord
 from eval_protocol_rft.record import RecordError, Score
 from eval_protocol_rft.rollout import as_message, chat_finish_reason, recorded_answers
 from eval_protocol_rft.scoring._results import STEP_OUTPUTS

@@ -13,8 +13,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from eval_protocol_rft._segments import Segment, TokenBuffer
-from eval_protocol_rft._turns import episode_traces, turn_payloads
+from eval_protocol_rft._segments import Segment, TokenBuffer, episode_traces, turn_payloads
 from eval_protocol_rft.data.conversion._to_ep import (
     FILE_KEY,
     FINISHED,

@@ -16,8 +16,13 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from eval_protocol_rft._segments import Segment
-from eval_protocol_rft._turns import EpisodeRecord, episode_traces, turn_payloads, turn_trace
+from eval_protocol_rft._segments import (
+    EpisodeRecord,
+    Segment,
+    episode_traces,
+    turn_payloads,
+    turn_trace,
+)
 from eval_protocol_rft.data.rollouts._completion_row import CompletionRow, by_record
 from eval_protocol_rft.data.rollouts._episodes import EPISODE_KEYS
 from eval_protocol_rft.data.rollouts._format import FileMetadata

@@ -19,14 +19,15 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from eval_protocol_rft._segments import (
+    EpisodeRecord,
     RecordError,
     Segment,
     TokenBuffer,
     beginning_problem,
+    episode_problem,
     lay_out,
     read_segment,
 )
-from eval_protocol_rft._turns import EpisodeRecord, episode_problem
 from eval_protocol_rft.data.rollouts._completion_row import CompletionRow
 from eval_protocol_rft.data.rollouts._format import (
     EPISODE_COLUMNS,

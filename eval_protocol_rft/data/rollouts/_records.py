@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 
 import msgspec
 
-from eval_protocol_rft._turns import turn_trace
+from eval_protocol_rft._segments import turn_trace
 from eval_protocol_rft.data.rollouts._completion_row import ChatMessages, CompletionRow
 from eval_protocol_rft.data.rollouts._episodes import as_lists
 from eval_protocol_rft.data.rollouts._format import FileMetadata, FormatError, SamplingSettings
