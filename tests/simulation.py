@@ -26,7 +26,7 @@ from eval_protocol_rft.sampling._retry import (
     Wait,
     failed_attempt,
 )
-from eval_protocol_rft.sampling._types import ConnectionFailedError, SamplingError, UnavailableError
+from eval_protocol_rft.sampling._types import SamplingError
 
 ROUND_TRIP = 0.05
 """Seconds that a request takes before it is in service, and that a refusal takes."""
@@ -126,7 +126,9 @@ class Simulation:
         policy: RetryPolicy | None = None,
         noise: float = 0.1,
         error_rate: float = 0.0,
-        error: Callable[[int], SamplingError] = lambda n: UnavailableError("busy", status=503),
+        error: Callable[[int], SamplingError] = lambda n: SamplingError(
+            "busy", kind="unavailable", status=503
+        ),
         window: int | None = None,
         seed: int = 0,
     ) -> None:
@@ -274,14 +276,17 @@ class Simulation:
     def _arrive(self, flight: _Flight) -> None:
         how = self.server.outage(self.now)
         if how == "refused":
-            self._fail(flight, ConnectionFailedError("connection refused"))
+            self._fail(flight, SamplingError("connection refused", kind="connection"))
         elif how is not None:
             asked = 20.0 if how.endswith("retry-after") else None
-            self._fail(flight, UnavailableError("scaling up", status=503, retry_after=asked))
+            self._fail(
+                flight,
+                SamplingError("scaling up", kind="unavailable", status=503, retry_after=asked),
+            )
         elif self.error_rate and self.random.random() < self.error_rate:
             self._fail(flight, self.error(flight.job.name))
         elif len(self.serving) + len(self.queue) >= self.server.reject_above * self._scale():
-            self._fail(flight, UnavailableError("too many requests", status=429))
+            self._fail(flight, SamplingError("too many requests", kind="unavailable", status=429))
         else:
             self.queue.append(flight)
             self._serve()
@@ -298,7 +303,7 @@ class Simulation:
         self.serving.clear()
         self.queue.clear()
         for flight in cut:
-            self._fail(flight, ConnectionFailedError("connection reset"))
+            self._fail(flight, SamplingError("connection reset", kind="connection"))
 
     def _scale(self) -> float:
         return self.server.scale(self.now)

@@ -23,11 +23,10 @@ from eval_protocol_rft.sampling._fanout import StragglerPolicy, Survivor, sample
 from eval_protocol_rft.sampling._http import HttpSampler, TrustingConnector
 from eval_protocol_rft.sampling._retry import RetryPolicy
 from eval_protocol_rft.sampling._types import (
-    AttemptTimeoutError,
     Completion,
+    SamplingError,
     SamplingParams,
     TokenIds,
-    UnavailableError,
 )
 from tests.stub_server import reply_to
 
@@ -141,8 +140,9 @@ async def test_silence_is_still_a_timeout() -> None:
     with Gated(stream=False) as server:
         sampler = HttpSampler(Endpoint(server.url))
         params = SamplingParams(model="m", max_tokens=64, timeout=0.05)
-        with pytest.raises(AttemptTimeoutError, match=r"no whole reply within 0.05 s"):
+        with pytest.raises(SamplingError, match=r"no whole reply within 0.05 s") as caught:
             await sampler.sample(PROMPT, params, seed=1)
+        assert caught.value.kind == "timeout"
         await sampler.aclose()
 
 
@@ -283,7 +283,7 @@ async def test_blocked_time_is_not_the_retries_time_nor_the_requests() -> None:
         if call == 3:
             return COMPLETION
         asyncio.get_running_loop().call_soon(block)
-        return UnavailableError("busy", status=503)
+        return SamplingError("busy", kind="unavailable", status=503)
 
     retry = RetryPolicy(base_seconds=0.001, max_seconds=SECONDS)
     group = await group_of(FromThread(script), retry, observe=events.append)

@@ -12,20 +12,17 @@ from hypothesis import strategies as st
 from eval_protocol_rft.sampling._fanout import Group, derive_seeds, sample_group
 from eval_protocol_rft.sampling._retry import RetryPolicy
 from eval_protocol_rft.sampling._types import (
-    AttemptTimeoutError,
     Completion,
-    ConnectionFailedError,
     Failure,
-    RefusedError,
+    SamplingError,
     SamplingParams,
-    UnavailableError,
 )
 from tests.serving import ScriptedSampler
 from tests.waiting import PATIENCE
 
 PARAMS = SamplingParams(model="m")
 AT_ONCE = RetryPolicy(base_seconds=0, max_attempts=3)
-ERRORS = (RefusedError, UnavailableError, ConnectionFailedError, AttemptTimeoutError)
+KINDS = ("refused", "unavailable", "connection", "timeout")
 seeds = st.integers(-(2**63), 2**63)
 row_ids = st.text(max_size=20)
 
@@ -87,7 +84,7 @@ def test_without_a_seed_there_are_none():
 
 @given(
     fates=st.lists(
-        st.none() | st.tuples(st.sampled_from(ERRORS), st.integers(1, 5)), min_size=1, max_size=5
+        st.none() | st.tuples(st.sampled_from(KINDS), st.integers(1, 5)), min_size=1, max_size=5
     )
 )
 def test_every_completion_is_a_survivor_or_a_failure_at_its_own_index(fates):
@@ -97,8 +94,8 @@ def test_every_completion_is_a_survivor_or_a_failure_at_its_own_index(fates):
     def fails(seed, attempt):
         if fates[seed] is None:
             return None
-        error, times = fates[seed]
-        return error(f"{seed}/{attempt}") if attempt <= times else None
+        kind, times = fates[seed]
+        return SamplingError(f"{seed}/{attempt}", kind=kind) if attempt <= times else None
 
     group = asyncio.run(group_of(sampler_that(fails), len(fates)))
     assert [s.index for s in group.survivors] == sorted(s.index for s in group.survivors)
@@ -111,10 +108,10 @@ def test_every_completion_is_a_survivor_or_a_failure_at_its_own_index(fates):
     for index, fate in enumerate(fates):
         if fate is None:
             expected = ("survivor", 1)
-        elif fate[0] is RefusedError:
+        elif fate[0] == "refused":
             expected = ("refused", 1)
         elif fate[1] >= AT_ONCE.max_attempts:
-            expected = (fate[0].kind, 3)
+            expected = (fate[0], 3)
         else:
             expected = ("survivor", fate[1] + 1)
         assert ended[index] == expected
@@ -124,8 +121,8 @@ def test_every_completion_is_a_survivor_or_a_failure_at_its_own_index(fates):
 async def test_a_failure_tells_of_the_last_attempt():
     def fails(seed, attempt):
         if attempt < 3:
-            return ConnectionFailedError("reset")
-        return UnavailableError("busy", status=503)
+            return SamplingError("reset", kind="connection")
+        return SamplingError("busy", kind="unavailable", status=503)
 
     group = await group_of(sampler_that(fails), 1)
     [failure] = group.failures
@@ -157,7 +154,7 @@ async def test_a_slot_is_held_for_attempts_and_not_for_pauses():
 
     def fails(seed, attempt):
         pausing.set()
-        return UnavailableError("busy", retry_after=30) if attempt == 1 else None
+        return SamplingError("busy", kind="unavailable", retry_after=30) if attempt == 1 else None
 
     task = asyncio.create_task(group_of(sampler_that(fails), 1, slots=slots))
     await pausing.wait()
@@ -170,7 +167,7 @@ async def test_a_slot_is_held_for_attempts_and_not_for_pauses():
 async def test_each_completion_tells_once_that_it_has_started():
     started = []
     sampler = sampler_that(
-        lambda seed, attempt: ConnectionFailedError("x") if attempt < 3 else None
+        lambda seed, attempt: SamplingError("x", kind="connection") if attempt < 3 else None
     )
     group = await group_of(sampler, 4, on_start=lambda: started.append(1))
     assert len(group.survivors) == 4

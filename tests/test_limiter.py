@@ -8,7 +8,7 @@ import logging
 
 from eval_protocol_rft.sampling._limiter import RunLimiter, RunStoppedError
 from eval_protocol_rft.sampling._limits import FixedLimit
-from eval_protocol_rft.sampling._types import Completion, RefusedError, UnavailableError
+from eval_protocol_rft.sampling._types import Completion, RefusedError, SamplingError
 from tests.rollouts import config_of, params_for, row_of
 from tests.stub_server import Status
 from tests.waiting import PATIENCE
@@ -71,7 +71,7 @@ async def test_a_wrong_key_stops_the_run_for_all_who_wait():
 
 async def test_while_the_server_is_away_nearly_nobody_asks_and_the_user_is_told(caplog):
     limiter = RunLimiter(limit=FixedLimit(100))
-    busy = UnavailableError("HTTP 503: scaling up", status=503)
+    busy = SamplingError("HTTP 503: scaling up", kind="unavailable", status=503)
     await asyncio.gather(*(request(limiter, error=busy) for _ in range(16)))
     assert "the server is away" in caplog.text
     asked = [asyncio.create_task(request(limiter)) for _ in range(20)]

@@ -18,7 +18,6 @@ from eval_protocol_rft.sampling._types import (
     RefusedError,
     SamplingError,
     SamplingParams,
-    UnavailableError,
 )
 from tests.stub_server import Status, StubServer
 from tests.waiting import PATIENCE
@@ -119,17 +118,17 @@ def refusing_proxy(status: bytes) -> Iterator[str]:
 @pytest.mark.parametrize(
     ("status", "kind"),
     [
-        (b"407 Proxy Authentication Required", RefusedError),
-        (b"503 Service Unavailable", UnavailableError),
+        (b"407 Proxy Authentication Required", "refused"),
+        (b"503 Service Unavailable", "unavailable"),
     ],
 )
 async def test_what_a_proxy_refuses_is_said_to_be_the_proxys(
-    monkeypatch: pytest.MonkeyPatch, status: bytes, kind: type[SamplingError]
+    monkeypatch: pytest.MonkeyPatch, status: bytes, kind: str
 ) -> None:
     with refusing_proxy(status) as proxy:
         monkeypatch.setenv("HTTPS_PROXY", proxy)
         error = await asyncio.wait_for(outcome_of(Endpoint("https://far.invalid/v1")), PATIENCE)
-    assert isinstance(error, kind)
+    assert error.kind == kind
     assert f"the proxy answered {status.decode()}" in str(error)
     assert "pass-word" not in str(error)
 

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from eval_protocol_rft.sampling._retry import RetryPolicy
 from eval_protocol_rft.sampling._types import (
-    AttemptTimeoutError,
-    ConnectionFailedError,
     ContractError,
     RefusedError,
     SamplingError,
-    UnavailableError,
 )
 
-TRANSIENT = (UnavailableError, ConnectionFailedError, AttemptTimeoutError)
+TRANSIENT = [
+    functools.partial(SamplingError, kind=kind) for kind in ("unavailable", "connection", "timeout")
+]
 FINAL = (RefusedError, ContractError, SamplingError)
 
 policies = st.builds(
@@ -32,7 +33,7 @@ waits = st.none() | st.floats(0, 1e5)
 
 
 def transient(retry_after: float | None = None) -> SamplingError:
-    return UnavailableError("busy", retry_after=retry_after)
+    return SamplingError("busy", kind="unavailable", retry_after=retry_after)
 
 
 @pytest.mark.parametrize("error", FINAL)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from eval_protocol_rft.sampling._replies import retry_after
 from eval_protocol_rft.sampling._retry import RetryPolicy
-from eval_protocol_rft.sampling._types import UnavailableError
+from eval_protocol_rft.sampling._types import SamplingError
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 skews = st.timedeltas(timedelta(days=-4000), timedelta(days=4000))
@@ -41,7 +41,7 @@ def test_without_a_date_of_its_own_a_wrong_clock_stalls_no_longer_than_the_polic
 ):
     asked = retry_after({"Retry-After": format_datetime(NOW + skew)}, now=NOW)
     policy = RetryPolicy(retry_after_cap_seconds=300.0, base_seconds=0.5)
-    error = UnavailableError("busy", retry_after=asked)
+    error = SamplingError("busy", kind="unavailable", retry_after=asked)
     wait = policy.delay(error, attempt=1, elapsed=0, uniform=uniform)
     assert wait is not None
     assert 0 <= wait <= 300.5

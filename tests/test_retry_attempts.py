@@ -19,11 +19,8 @@ from eval_protocol_rft.sampling._retry import (
     failed_attempt,
 )
 from eval_protocol_rft.sampling._types import (
-    AttemptTimeoutError,
-    ConnectionFailedError,
     ContractError,
     SamplingError,
-    UnavailableError,
 )
 
 NOW = datetime(2026, 1, 2, tzinfo=UTC)
@@ -42,8 +39,8 @@ def in_reply(body: bytes) -> SamplingError:
 TRANSIENT = [
     *(of_status(status) for status in (408, 409, 425, 429, 500, 502, 503, 504)),
     of_status(404, b"model_not_ready: the deployment is loading"),
-    ConnectionFailedError("connection reset after half of the body"),
-    AttemptTimeoutError("no whole reply within 600 s"),
+    SamplingError("connection reset after half of the body", kind="connection"),
+    SamplingError("no whole reply within 600 s", kind="timeout"),
     in_reply(b'{"error": "engine died"}'),
     in_reply(b'{"error": {"message": "overloaded", "code": 503}}'),
 ]
@@ -57,7 +54,7 @@ FINAL = [
 def failure(
     at: float = 0.0, seconds: float = 1.0, error: SamplingError | None = None, probe: bool = False
 ) -> Attempt:
-    error = error or UnavailableError("busy", status=503)
+    error = error or SamplingError("busy", kind="unavailable", status=503)
     return failed_attempt(error, started=at, ended=at + seconds, probe=probe)
 
 
@@ -78,9 +75,9 @@ def test_what_would_come_back_the_same_is_not(error):
 def test_the_record_says_how_many_attempts_there_were_and_why_each_failed():
     attempts = CompletionAttempts(RetryPolicy(max_attempts=4))
     attempts.failed(failure(0), uniform=0)
-    attempts.failed(failure(2, error=ConnectionFailedError("reset")), uniform=0)
+    attempts.failed(failure(2, error=SamplingError("reset", kind="connection")), uniform=0)
     attempts.failed(failure(4), uniform=0)
-    after = attempts.failed(failure(6, error=AttemptTimeoutError("late")), uniform=0)
+    after = attempts.failed(failure(6, error=SamplingError("late", kind="timeout")), uniform=0)
     assert [attempt.cause for attempt in attempts.history] == [
         "unavailable 503",
         "connection",
@@ -103,7 +100,7 @@ def test_a_completion_in_the_end_is_part_of_the_record():
 
 def test_a_later_attempt_keeps_the_seed():
     attempts = CompletionAttempts(RetryPolicy(), seed=1234)
-    attempts.failed(failure(error=ConnectionFailedError("reset")), uniform=0)
+    attempts.failed(failure(error=SamplingError("reset", kind="connection")), uniform=0)
     assert attempts.seed == 1234
 
 
@@ -142,7 +139,7 @@ def test_an_attempt_does_not_end_before_it_starts():
 
 def test_a_swap_of_the_weights_that_takes_minutes_costs_no_attempt():
     attempts = CompletionAttempts(RetryPolicy(max_attempts=2))
-    at, loading = 0.0, UnavailableError("HTTP 425", status=425, loading=True)
+    at, loading = 0.0, SamplingError("HTTP 425", kind="unavailable", status=425, loading=True)
     while at < 900.0:
         again = attempts.failed(failure(at, seconds=0.01, error=loading), uniform=0.5)
         assert isinstance(again, Wait)
@@ -158,7 +155,7 @@ def test_a_swap_of_the_weights_that_takes_minutes_costs_no_attempt():
 
 def test_a_server_that_loads_for_ever_is_given_up_after_max_seconds():
     attempts = CompletionAttempts(RetryPolicy(max_seconds=60.0))
-    at, loading = 0.0, UnavailableError("loading", status=404, loading=True)
+    at, loading = 0.0, SamplingError("loading", kind="unavailable", status=404, loading=True)
     while isinstance(again := attempts.failed(failure(at, 0.01, loading), uniform=0.9), Wait):
         at = again.until
     assert at <= 60.0

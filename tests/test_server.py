@@ -18,14 +18,11 @@ from eval_protocol_rft.local.server._app import create_app
 from eval_protocol_rft.local.server._protocol import choice_seed
 from eval_protocol_rft.local.server._replies import spell
 from eval_protocol_rft.sampling._types import (
-    AttemptTimeoutError,
     Completion,
-    ConnectionFailedError,
     ContractError,
     RefusedError,
     SamplingError,
     SamplingParams,
-    UnavailableError,
 )
 from tests.serving import EOS, ScriptedSampler, byte_tokenizer, post_and_leave, running
 from tests.waiting import PATIENCE, wait_until
@@ -442,9 +439,9 @@ def test_a_wrong_path_does_not_look_like_a_missing_model(client):
     ("failure", "status", "kind"),
     [
         (RefusedError("no"), 400, "invalid_request_error"),
-        (UnavailableError("no"), 503, "server_error"),
-        (AttemptTimeoutError("no"), 504, "server_error"),
-        (ConnectionFailedError("no"), 500, "server_error"),
+        (SamplingError("no", kind="unavailable"), 503, "server_error"),
+        (SamplingError("no", kind="timeout"), 504, "server_error"),
+        (SamplingError("no", kind="connection"), 500, "server_error"),
         (ContractError("no"), 500, "server_error"),
         (SamplingError("no"), 500, "server_error"),
     ],
@@ -463,7 +460,7 @@ def test_a_failed_completion_is_a_status_by_its_kind(
 
 def test_a_wait_that_the_sampler_asks_for_reaches_the_client(sampler, client):
     def fail(*_):
-        raise UnavailableError("full", retry_after=1.2)
+        raise SamplingError("full", kind="unavailable", retry_after=1.2)
 
     sampler.script = fail
     assert ask(client).headers["retry-after"] == "2"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import math
 import warnings
 from collections import Counter
@@ -22,11 +23,10 @@ from eval_protocol_rft.sampling._fanout import Group, StragglerPolicy, derive_se
 from eval_protocol_rft.sampling._http import HttpSampler
 from eval_protocol_rft.sampling._limiter import RunLimiter
 from eval_protocol_rft.sampling._types import (
-    AttemptTimeoutError,
     Completion,
     RefusedError,
+    SamplingError,
     SamplingParams,
-    UnavailableError,
 )
 from eval_protocol_rft.training._batch import build_batch, iter_batches
 from eval_protocol_rft.training._rows import group_rows, iter_groups
@@ -53,7 +53,7 @@ class Fate:
     """What becomes of the completion with a given seed."""
 
     seconds: float = 0.0
-    error: type[Exception] | None = None
+    error: Callable[[str], Exception] | None = None
     stubborn: bool = False
     """Takes cancellation for the end of its time: answers, or fails."""
 
@@ -111,7 +111,8 @@ def places(group: Group) -> tuple[list[int], list[int], list[int]]:
 
 
 delays = st.sampled_from([0.0, 0.001, 0.002, 0.004, NEVER])
-errors = st.sampled_from([None, None, RefusedError, UnavailableError])
+unavailable = functools.partial(SamplingError, kind="unavailable")
+errors = st.sampled_from([None, None, RefusedError, unavailable])
 fates = st.builds(Fate, delays, errors, st.booleans())
 
 
@@ -161,7 +162,7 @@ def test_every_one_that_was_asked_for_is_a_survivor_a_failure_or_surplus(fates, 
     for failure in group.failures:
         assert failure.seed == failure.index
         own = fates[failure.index].error
-        assert failure.kind == "cancelled" or (own is not None and failure.kind == own.kind)
+        assert failure.kind == "cancelled" or (own is not None and failure.kind == own("").kind)
     if all(fate.seconds < NEVER and fate.error is None for fate in fates) and slots == len(fates):
         # Not one fails, and none has to wait: the deadline of 20 ms is only met by a stalled host.
         assert len(survivors) == n or stragglers
@@ -178,7 +179,7 @@ async def test_the_first_n_are_kept_and_the_rest_is_not_waited_for():
 async def test_surplus_that_ends_in_the_same_instant_is_surplus():
     group = await group_of(FatedSampler([Fate()] * 5), 5, over_sample=3)
     assert places(group) == ([0, 1], [], [2, 3, 4])
-    stubborn = [Fate(), Fate(NEVER, stubborn=True), Fate(NEVER, UnavailableError, stubborn=True)]
+    stubborn = [Fate(), Fate(NEVER, stubborn=True), Fate(NEVER, unavailable, stubborn=True)]
     sampler = FatedSampler(stubborn)
     group = await asyncio.wait_for(group_of(sampler, 3, over_sample=2), PATIENCE)
     assert places(group) == ([0], [], [1, 2])
@@ -220,7 +221,7 @@ async def test_a_straggler_tells_of_its_attempts():
     class Away(FatedSampler):
         async def sample(self, prompt_ids, params, *, seed=None):
             if seed == 1:
-                raise UnavailableError("busy", status=503, retry_after=NEVER / 10)
+                raise SamplingError("busy", kind="unavailable", status=503, retry_after=NEVER / 10)
             return await super().sample(prompt_ids, params, seed=seed)
 
     sampler = Away([Fate(NEVER)] * 3)
@@ -280,7 +281,10 @@ async def test_a_bug_is_raised_whatever_the_straggler_policy(bug):
 
 
 async def test_causes_of_the_attempts_before_the_successful_one_are_kept():
-    errors = {1: [UnavailableError("x", status=503), AttemptTimeoutError("x")], 2: []}
+    errors = {
+        1: [SamplingError("x", kind="unavailable", status=503), SamplingError("x", kind="timeout")],
+        2: [],
+    }
 
     class Flaky(FatedSampler):
         async def sample(self, prompt_ids, params, *, seed=None):

@@ -16,7 +16,6 @@ from eval_protocol_rft.local.models import LOCAL_PREFIX
 from eval_protocol_rft.rollout import RolloutRequest
 from eval_protocol_rft.sampling import (
     Completion,
-    ConnectionFailedError,
     Sampler,
     SamplingError,
     SamplingParams,
@@ -100,8 +99,8 @@ class RaySampler:
         """Sample on the node that has the least to do; see `Sampler.sample`.
 
         Raises:
-            SamplingError: as the node's own sampler.
-            ConnectionFailedError: the node was lost meanwhile.
+            SamplingError: as the node's own sampler; of kind `connection`, the node was lost
+                meanwhile.
             RayEngineError: a node that joined cannot load the model.
         """
         actor = await self._free()
@@ -110,8 +109,9 @@ class RaySampler:
             outcome = await actor.handle.sample.remote(prompt_ids, params, seed)
         except self._actors.gone as error:
             self._actors.lost(actor)
-            raise ConnectionFailedError(
-                f"the Ray actor on node {actor.node.address} was lost: {type(error).__name__}"
+            raise SamplingError(
+                f"the Ray actor on node {actor.node.address} was lost: {type(error).__name__}",
+                kind="connection",
             ) from error
         finally:
             actor.busy -= 1

@@ -21,7 +21,6 @@ from eval_protocol_rft.sampling import (
     ABSENT,
     NO_CLOCKS,
     Completion,
-    ConnectionFailedError,
     ContractError,
     Deadline,
     Endpoint,
@@ -71,10 +70,12 @@ async def ask_echo(
             ) as response,
         ):
             if response.status != 200:
-                raise ConnectionFailedError(f"HTTP {response.status}", status=response.status)
+                raise SamplingError(
+                    f"HTTP {response.status}", kind="connection", status=response.status
+                )
             body = await read_body(response, limit=reply_limit(prompt, params))
     except (aiohttp.ClientError, OSError, TimeoutError) as error:
-        raise ConnectionFailedError(type(error).__name__) from None
+        raise SamplingError(type(error).__name__, kind="connection") from None
     reply = parse_reply(body)
     if not reply.choices:
         raise ContractError("the reply has no choices")

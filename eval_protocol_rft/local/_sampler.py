@@ -24,10 +24,10 @@ from typing import TYPE_CHECKING, Any
 
 from eval_protocol_rft.local.models import NoSuchModelError, local_model_folder
 from eval_protocol_rft.sampling import (
-    AttemptTimeoutError,
     Completion,
     Deadline,
     RefusedError,
+    SamplingError,
     SamplingParams,
 )
 
@@ -297,7 +297,8 @@ class LocalSampler:
         Raises:
             RefusedError: a value that is wrong or does not fit, or a field in `params.extra` that
                 is not implemented here.
-            AttemptTimeoutError: no completion within `params.timeout`, waiting included.
+            SamplingError: of kind `timeout`, no completion within `params.timeout`, waiting
+                included.
             SamplingError: the model failed, or the sampler was closed meanwhile.
         """
         from eval_protocol_rft.local._draw import Request
@@ -318,9 +319,10 @@ class LocalSampler:
             async with Deadline(params.timeout):
                 return await request.future
         except TimeoutError as error:
-            raise AttemptTimeoutError(
+            raise SamplingError(
                 f"no completion within {params.timeout:g} s: {len(request.token_ids)} of at most "
-                f"{request.limit} tokens were drawn"
+                f"{request.limit} tokens were drawn",
+                kind="timeout",
             ) from error
         finally:
             request.abandoned = True

@@ -2,9 +2,7 @@ from ._endpoint import Endpoint as Endpoint
 from ._http import HttpSampler as HttpSampler
 from ._limiter import RunStoppedError as RunStoppedError
 from ._retry import RetryPolicy as RetryPolicy
-from ._types import AttemptTimeoutError as AttemptTimeoutError
 from ._types import Completion as Completion
-from ._types import ConnectionFailedError as ConnectionFailedError
 from ._types import ContractError as ContractError
 from ._types import Failure as Failure
 from ._types import FailureKind as FailureKind
@@ -13,7 +11,6 @@ from ._types import RefusedError as RefusedError
 from ._types import Sampler as Sampler
 from ._types import SamplingError as SamplingError
 from ._types import SamplingParams as SamplingParams
-from ._types import UnavailableError as UnavailableError
 
 # For other rooms alone: these may change.
 # isort: split

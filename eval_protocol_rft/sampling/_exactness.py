@@ -51,8 +51,8 @@ def decode_reply(
 
     Raises:
         ContractError: the reply is not exact token data.
-        ConnectionFailedError: the reply is cut off.
-        UnavailableError, RefusedError: the reply is an error, or its generation was aborted.
+        SamplingError: the reply is cut off (of kind `connection`), is an error, or its generation
+            was aborted (`unavailable` or `refused`).
     """
     reply = _replies.parse_reply(body)
     reply.id = request_id or reply.id
@@ -153,9 +153,10 @@ def _finish_reason(choice: Choice) -> _types.FinishReason:
         return "length"
     if choice.finish_reason in ("abort", "error"):
         # A paused or failing engine hands out the tokens it had: a fragment, not a completion.
-        raise _types.UnavailableError(
+        raise _types.SamplingError(
             f"choices[{choice.index}]: the server ended the generation with finish_reason "
-            f"{choice.finish_reason!r}"
+            f"{choice.finish_reason!r}",
+            kind="unavailable",
         )
     raise ContractError(f"finish_reason is {choice.finish_reason!r}, expected 'stop' or 'length'")
 

@@ -33,9 +33,7 @@ from eval_protocol_rft.sampling._endpoint import Endpoint
 from eval_protocol_rft.sampling._exactness import decode_reply, decode_stream
 from eval_protocol_rft.sampling._replies import short, status_error
 from eval_protocol_rft.sampling._types import (
-    AttemptTimeoutError,
     Completion,
-    ConnectionFailedError,
     ContractError,
     RefusedError,
     SamplingError,
@@ -173,7 +171,7 @@ async def read_stream(response: aiohttp.ClientResponse, *, limit: int) -> bytes:
     """A whole event stream, up to its `[DONE]`, or what arrived before it ended otherwise.
 
     Raises:
-        AttemptTimeoutError: it had begun, and then nothing came for `STALL_SECONDS`.
+        SamplingError: of kind `timeout`, it had begun, and then nothing came for `STALL_SECONDS`.
         ContractError: it is longer than `limit` bytes.
         aiohttp.ClientError, OSError, TimeoutError: it broke off.
     """
@@ -192,8 +190,8 @@ async def read_stream(response: aiohttp.ClientResponse, *, limit: int) -> bytes:
     except TimeoutError:
         if not silence.expired():
             raise
-        raise AttemptTimeoutError(
-            f"the stream stalled for {STALL_SECONDS:g} s after {len(body)} bytes"
+        raise SamplingError(
+            f"the stream stalled for {STALL_SECONDS:g} s after {len(body)} bytes", kind="timeout"
         ) from None
     return bytes(body)
 
@@ -247,8 +245,8 @@ class HttpSampler:
         """Make one request; see `Sampler.sample`.
 
         Raises:
-            RefusedError, UnavailableError: the server answered with an error.
-            ConnectionFailedError, AttemptTimeoutError: no whole answer arrived.
+            SamplingError: of kind `refused` or `unavailable`, the server answered with an error;
+                `connection` or `timeout`, no whole answer arrived.
             ContractError: the answer is not exact token data.
         """
         prompt = prompt_ids if isinstance(prompt_ids, TokenIds) else TokenIds(prompt_ids)
@@ -310,18 +308,18 @@ class HttpSampler:
         except aiohttp.ClientHttpProxyError as error:
             raise _proxy_error(error) from None
         except aiohttp.ConnectionTimeoutError as error:
-            raise ConnectionFailedError(f"{self._url}: {error_text(error)}") from None
+            raise SamplingError(f"{self._url}: {error_text(error)}", kind="connection") from None
         except TimeoutError as error:
             if limit.expired():
-                raise AttemptTimeoutError(
-                    f"{self._url}: no whole reply within {params.timeout:g} s"
+                raise SamplingError(
+                    f"{self._url}: no whole reply within {params.timeout:g} s", kind="timeout"
                 ) from None
-            raise ConnectionFailedError(f"{self._url}: {error_text(error)}") from None
+            raise SamplingError(f"{self._url}: {error_text(error)}", kind="connection") from None
         except aiohttp.InvalidURL:
             raise RefusedError(f"{self._url} is not a URL") from None
         # OSError: a reset socket can surface unwrapped.
         except (aiohttp.ClientError, OSError) as error:
-            raise ConnectionFailedError(f"{self._url}: {error_text(error)}") from None
+            raise SamplingError(f"{self._url}: {error_text(error)}", kind="connection") from None
         if response.status != 200:
             # Before the message is shortened, which could leave the first half of a secret.
             text = self._without_secrets(body.decode("utf-8", errors="replace"))
@@ -361,9 +359,8 @@ def _proxy_error(error: aiohttp.ClientHttpProxyError) -> SamplingError:
     """The proxy did not connect us."""
     refusal = status_error(error.status, b"", error.headers or {}, now=datetime.now(UTC))
     message = f"the proxy answered {error.status} {error.message}"
-    return type(refusal)(
-        message, status=error.status, retry_after=refusal.retry_after, loading=refusal.loading
-    )
+    refusal.args = (message,)
+    return refusal
 
 
 def error_text(error: Exception) -> str:

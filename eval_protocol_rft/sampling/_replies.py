@@ -23,11 +23,9 @@ import msgspec
 
 from eval_protocol_rft._text import visible
 from eval_protocol_rft.sampling._types import (
-    ConnectionFailedError,
     ContractError,
     RefusedError,
     SamplingError,
-    UnavailableError,
 )
 
 TRANSIENT_STATUSES = frozenset({408, 409, 425, 429})
@@ -69,7 +67,9 @@ def status_error(
     wait = retry_after(headers, now=now)
     loading = _is_loading(status, message)
     if loading or _is_transient(status):
-        return UnavailableError(message, status=status, retry_after=wait, loading=loading)
+        return SamplingError(
+            message, kind="unavailable", status=status, retry_after=wait, loading=loading
+        )
     hint = _HINTS.get(status)
     return RefusedError(f"{message} ({hint})" if hint else message, status=status)
 
@@ -104,7 +104,7 @@ def error_in_body(body: bytes) -> SamplingError | None:
     loading = status is not None and _is_loading(status, text)
     # Without a code that says otherwise it is the server's trouble: it had accepted the request.
     if loading or status is None or _is_transient(status):
-        return UnavailableError(text, status=status, loading=loading)
+        return SamplingError(text, kind="unavailable", status=status, loading=loading)
     return RefusedError(text, status=status)
 
 
@@ -242,9 +242,9 @@ def parse_reply(body: bytes) -> Reply:
     """Parse a whole JSON body.
 
     Raises:
-        ConnectionFailedError: the JSON is cut off.
+        SamplingError: of kind `connection`, the JSON is cut off; `unavailable` or `refused`, it is
+            an error object, or carries one.
         ContractError: it is no JSON, or not of a reply's shape.
-        UnavailableError, RefusedError: it is an error object, or carries one.
     """
     try:
         reply = _DECODER.decode(body)
@@ -260,8 +260,8 @@ def parse_reply(body: bytes) -> Reply:
         if mended != body:
             return parse_reply(mended)
         if not body.strip() or _ends_too_soon(body, str(problem)):
-            raise ConnectionFailedError(
-                f"the reply is cut off after {len(body)} bytes"
+            raise SamplingError(
+                f"the reply is cut off after {len(body)} bytes", kind="connection"
             ) from problem
         raise ContractError(
             f"the reply is not JSON ({problem}); it begins {body[:80]!r}"
@@ -303,7 +303,7 @@ def parse_stream(body: bytes) -> tuple[Reply, dict[int, list[str]]]:
         The reply, and what a whole reply could not say: choice index -> the models that the events
         with its tokens name, in order, each as often as it took over from another.
 
-    Raises: as `parse_reply`; a stream without `[DONE]` is a ConnectionFailedError, one whose
+    Raises: as `parse_reply`; a stream without `[DONE]` is a failed connection, one whose
     events contradict each other a ContractError.
     """
     events = _events(body)
@@ -311,8 +311,8 @@ def parse_stream(body: bytes) -> tuple[Reply, dict[int, list[str]]]:
         if not events and body.lstrip().startswith(b"{"):
             # Some servers answer errors and even replies unstreamed.
             return parse_reply(body), {}
-        raise ConnectionFailedError(
-            f"the event stream ends after {len(events)} events without [DONE]"
+        raise SamplingError(
+            f"the event stream ends after {len(events)} events without [DONE]", kind="connection"
         )
     merged: Reply | None = None
     models: dict[int, list[str]] = {}

@@ -167,7 +167,8 @@ class Failure:
 
 
 class SamplingError(EvalProtocolRftError, RuntimeError):
-    """No completion. A RuntimeError on purpose: Eval Protocol does not resample on those."""
+    """No completion; `kind` says why. A RuntimeError on purpose: Eval Protocol does not resample on
+    those."""
 
     kind: FailureKind = "internal"
 
@@ -175,11 +176,14 @@ class SamplingError(EvalProtocolRftError, RuntimeError):
         self,
         message: str,
         *,
+        kind: FailureKind | None = None,
         status: int | None = None,
         retry_after: float | None = None,
         loading: bool = False,
     ) -> None:
         super().__init__(message)
+        if kind is not None:
+            self.kind = kind
         self.status = status
         self.retry_after = retry_after
         """Seconds the server asked us to wait."""
@@ -188,19 +192,9 @@ class SamplingError(EvalProtocolRftError, RuntimeError):
 
 
 class RefusedError(SamplingError):
+    """The request is wrong, and would be refused again."""
+
     kind: FailureKind = "refused"
-
-
-class UnavailableError(SamplingError):
-    kind: FailureKind = "unavailable"
-
-
-class ConnectionFailedError(SamplingError):
-    kind: FailureKind = "connection"
-
-
-class AttemptTimeoutError(SamplingError):
-    kind: FailureKind = "timeout"
 
 
 class ContractError(SamplingError):

@@ -18,7 +18,7 @@ from eval_protocol_rft.data._generate import agenerate
 from eval_protocol_rft.data._job_store import parts_folder
 from eval_protocol_rft.sampling._limiter import RunStoppedError
 from eval_protocol_rft.sampling._retry import RetryPolicy
-from eval_protocol_rft.sampling._types import Completion, SamplingParams, UnavailableError
+from eval_protocol_rft.sampling._types import Completion, SamplingError, SamplingParams
 from tests.data.servers import (
     at,
     pairs,
@@ -180,7 +180,7 @@ async def test_a_server_that_is_overloaded_throughout_ends_the_run(data):
     class Overloaded(Gate):
         async def sample(self, prompt_ids: Any, params: Any, *, seed: Any = None) -> Completion:
             self.asked.append(seed)
-            raise UnavailableError("HTTP 503: busy", status=503, retry_after=0.0)
+            raise SamplingError("HTTP 503: busy", kind="unavailable", status=503, retry_after=0.0)
 
     sampler = Overloaded()
     policy = RetryPolicy(max_attempts=2, base_seconds=0.0, max_seconds=3.0)

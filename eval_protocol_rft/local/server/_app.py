@@ -42,7 +42,7 @@ from eval_protocol_rft.local.server._protocol import (
 )
 from eval_protocol_rft.local.server._replies import spell
 from eval_protocol_rft.local.server._weights import ReloadingSampler, WeightEndpoints
-from eval_protocol_rft.sampling import Completion, Sampler, SamplingError, UnavailableError
+from eval_protocol_rft.sampling import Completion, Sampler, SamplingError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -57,7 +57,7 @@ async def while_wanted(
 
     Raises:
         ClientDisconnect: the client closed the connection first.
-        UnavailableError: `stopping` was set first.
+        SamplingError: of kind `unavailable`, `stopping` was set first.
     """
     working = asyncio.ensure_future(work)
     watching = [
@@ -81,7 +81,7 @@ async def _client_leaves(http: Request) -> NoReturn:
 
 async def _server_stops(stopping: asyncio.Event) -> NoReturn:
     await stopping.wait()
-    raise UnavailableError("the server is shutting down")
+    raise SamplingError("the server is shutting down", kind="unavailable")
 
 
 _LARGE_REQUEST = 64
