@@ -22,12 +22,7 @@ from eval_protocol_rft.sampling._endpoint import Endpoint
 from eval_protocol_rft.sampling._fanout import StragglerPolicy, Survivor, sample_group
 from eval_protocol_rft.sampling._http import HttpSampler, TrustingConnector
 from eval_protocol_rft.sampling._retry import RetryPolicy
-from eval_protocol_rft.sampling._types import (
-    Completion,
-    SamplingError,
-    SamplingParams,
-    TokenIds,
-)
+from eval_protocol_rft.sampling._types import Completion, SamplingError, SamplingParams, TokenIds
 from tests.stub_server import reply_to
 
 SECONDS = 0.25

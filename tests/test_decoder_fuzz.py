@@ -20,11 +20,7 @@ from hypothesis import strategies as st
 
 from eval_protocol_rft.sampling._exactness import decode_reply, decode_stream
 from eval_protocol_rft.sampling._replies import error_in_body, status_error
-from eval_protocol_rft.sampling._types import (
-    Completion,
-    ContractError,
-    SamplingError,
-)
+from eval_protocol_rft.sampling._types import Completion, ContractError, SamplingError
 from tests.hostile.bases import Base, bases
 from tests.hostile.mutations import Damaged, damaged
 from tests.hostile.oracle import problem_of, reading, same

@@ -11,12 +11,7 @@ from hypothesis import strategies as st
 
 from eval_protocol_rft.sampling._fanout import Group, derive_seeds, sample_group
 from eval_protocol_rft.sampling._retry import RetryPolicy
-from eval_protocol_rft.sampling._types import (
-    Completion,
-    Failure,
-    SamplingError,
-    SamplingParams,
-)
+from eval_protocol_rft.sampling._types import Completion, Failure, SamplingError, SamplingParams
 from tests.serving import ScriptedSampler
 from tests.waiting import PATIENCE
 

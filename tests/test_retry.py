@@ -9,11 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eval_protocol_rft.sampling._retry import RetryPolicy
-from eval_protocol_rft.sampling._types import (
-    ContractError,
-    RefusedError,
-    SamplingError,
-)
+from eval_protocol_rft.sampling._types import ContractError, RefusedError, SamplingError
 
 TRANSIENT = [
     functools.partial(SamplingError, kind=kind) for kind in ("unavailable", "connection", "timeout")

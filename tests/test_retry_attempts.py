@@ -18,10 +18,7 @@ from eval_protocol_rft.sampling._retry import (
     causes,
     failed_attempt,
 )
-from eval_protocol_rft.sampling._types import (
-    ContractError,
-    SamplingError,
-)
+from eval_protocol_rft.sampling._types import ContractError, SamplingError
 
 NOW = datetime(2026, 1, 2, tzinfo=UTC)
 

@@ -12,11 +12,7 @@ from hypothesis import strategies as st
 from eval_protocol_rft.sampling._endpoint import Endpoint
 from eval_protocol_rft.sampling._http import HttpSampler
 from eval_protocol_rft.sampling._replies import error_in_body, retry_after, status_error
-from eval_protocol_rft.sampling._types import (
-    RefusedError,
-    SamplingError,
-    SamplingParams,
-)
+from eval_protocol_rft.sampling._types import RefusedError, SamplingError, SamplingParams
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 

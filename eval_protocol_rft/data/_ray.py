@@ -14,12 +14,7 @@ from dataclasses import dataclass, field
 
 from eval_protocol_rft.local.models import LOCAL_PREFIX
 from eval_protocol_rft.rollout import RolloutRequest
-from eval_protocol_rft.sampling import (
-    Completion,
-    Sampler,
-    SamplingError,
-    SamplingParams,
-)
+from eval_protocol_rft.sampling import Completion, Sampler, SamplingError, SamplingParams
 from eval_protocol_rft.scoring.executors import EAGER_SECONDS, Node, NodeActor, NodeActors, Work
 
 

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 
 from eval_protocol_rft._text import well_formed
-from eval_protocol_rft.sampling import _endpoint
+from eval_protocol_rft.sampling import _endpoint, _types
 from eval_protocol_rft.sampling._clock import Deadline
 from eval_protocol_rft.sampling._endpoint import Endpoint
 from eval_protocol_rft.sampling._exactness import decode_reply, decode_stream
@@ -35,10 +35,8 @@ from eval_protocol_rft.sampling._replies import short, status_error
 from eval_protocol_rft.sampling._types import (
     Completion,
     ContractError,
-    RefusedError,
     SamplingError,
     SamplingParams,
-    TokenIds,
 )
 
 if TYPE_CHECKING:
@@ -142,7 +140,7 @@ def streams(params: SamplingParams) -> bool:
     return params.max_tokens is None or params.max_tokens >= STREAM_FROM_TOKENS
 
 
-def reply_limit(prompt: TokenIds, params: SamplingParams) -> int:
+def reply_limit(prompt: _types.TokenIds, params: SamplingParams) -> int:
     """Most bytes that a reply can have that was asked for."""
     tokens = params.max_tokens or _UNBOUNDED_TOKENS
     return _BASE_BYTES + _BYTES_PER_TOKEN * tokens + _BYTES_PER_PROMPT_TOKEN * len(prompt)
@@ -249,7 +247,9 @@ class HttpSampler:
                 `connection` or `timeout`, no whole answer arrived.
             ContractError: the answer is not exact token data.
         """
-        prompt = prompt_ids if isinstance(prompt_ids, TokenIds) else TokenIds(prompt_ids)
+        prompt = (
+            prompt_ids if isinstance(prompt_ids, _types.TokenIds) else _types.TokenIds(prompt_ids)
+        )
         try:
             return await self._attempt(prompt, params, seed)
         except SamplingError as error:
@@ -265,7 +265,7 @@ class HttpSampler:
             await session.close()
 
     async def _attempt(
-        self, prompt: TokenIds, params: SamplingParams, seed: int | None
+        self, prompt: _types.TokenIds, params: SamplingParams, seed: int | None
     ) -> Completion:
         if self._session is None:
             self._proxy = _endpoint.proxy_for(self._url)
@@ -316,7 +316,7 @@ class HttpSampler:
                 ) from None
             raise SamplingError(f"{self._url}: {error_text(error)}", kind="connection") from None
         except aiohttp.InvalidURL:
-            raise RefusedError(f"{self._url} is not a URL") from None
+            raise _types.RefusedError(f"{self._url} is not a URL") from None
         # OSError: a reset socket can surface unwrapped.
         except (aiohttp.ClientError, OSError) as error:
             raise SamplingError(f"{self._url}: {error_text(error)}", kind="connection") from None

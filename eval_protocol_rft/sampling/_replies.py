@@ -22,11 +22,7 @@ from urllib.parse import urlsplit, urlunsplit
 import msgspec
 
 from eval_protocol_rft._text import visible
-from eval_protocol_rft.sampling._types import (
-    ContractError,
-    RefusedError,
-    SamplingError,
-)
+from eval_protocol_rft.sampling._types import ContractError, RefusedError, SamplingError
 
 TRANSIENT_STATUSES = frozenset({408, 409, 425, 429})
 PERMANENT_SERVER_ERRORS = frozenset({501, 505})

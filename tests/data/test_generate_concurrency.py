@@ -19,15 +19,7 @@ from eval_protocol_rft.data._job_store import parts_folder
 from eval_protocol_rft.sampling._limiter import RunStoppedError
 from eval_protocol_rft.sampling._retry import RetryPolicy
 from eval_protocol_rft.sampling._types import Completion, SamplingError, SamplingParams
-from tests.data.servers import (
-    at,
-    pairs,
-    rows_by_pair,
-    stored,
-    succeed,
-    texts,
-    write_jsonl,
-)
+from tests.data.servers import at, pairs, rows_by_pair, stored, succeed, texts, write_jsonl
 from tests.rollouts import chat_tokenizer
 from tests.stub_server import Late, Status
 from tests.waiting import until

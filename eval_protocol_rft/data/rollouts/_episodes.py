@@ -29,11 +29,7 @@ from eval_protocol_rft._segments import (
     read_segment,
 )
 from eval_protocol_rft.data.rollouts._completion_row import CompletionRow
-from eval_protocol_rft.data.rollouts._format import (
-    EPISODE_COLUMNS,
-    SEGMENT_COLUMNS,
-    FormatError,
-)
+from eval_protocol_rft.data.rollouts._format import EPISODE_COLUMNS, SEGMENT_COLUMNS, FormatError
 from eval_protocol_rft.sampling import FinishReason
 
 EPISODE_KEYS = ("trajectories", "episodes")
