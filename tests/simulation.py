@@ -16,14 +16,11 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from eval_protocol_rft.sampling._limits import RunLimits
+from eval_protocol_rft.sampling._limits import RunLimits, RunStoppedError
 from eval_protocol_rft.sampling._retry import (
     Attempt,
     CompletionAttempts,
-    Go,
     RetryPolicy,
-    Stop,
-    Wait,
     failed_attempt,
 )
 from eval_protocol_rft.sampling._types import SamplingError
@@ -201,19 +198,19 @@ class Simulation:
             self.open += 1
 
     def _start(self, job: _Job, *, retry: bool) -> bool:
-        answer = self.limits.may_start(self.now, retry=retry)
-        if isinstance(answer, Stop):
-            self.result.stopped = self.result.stopped or (self.now, answer.reason)
+        try:
+            at = self.limits.earliest(self.now, retry=retry)
+        except RunStoppedError as error:
+            self.result.stopped = self.result.stopped or (self.now, str(error))
             return False
-        if isinstance(answer, Wait):
-            self._wake(answer.until)
+        if at > self.now:
+            self._wake(at)
             return False
-        assert isinstance(answer, Go)
         if not job.tokens:
             job.tokens = max(1, self.lengths(self.random))
-        self.limits.started(self.now, retry=retry, probe=answer.probe)
+        probe = self.limits.started(self.now, retry=retry)
         self.result.starts.append(self.now)
-        flight = _Flight(job, self.now, answer.probe)
+        flight = _Flight(job, self.now, probe)
         self.at(self.now + ROUND_TRIP, lambda: self._arrive(flight))
         return True
 
@@ -254,10 +251,10 @@ class Simulation:
         )
         self.result.rejected += 1
         after = flight.job.attempts.failed(attempt, uniform=self.random.random())
-        if isinstance(after, Wait):
-            self.at(after.until, lambda: self.ready.append(flight.job))
+        if after is not None:
+            self.at(after, lambda: self.ready.append(flight.job))
         else:
-            self.result.failed.append(after.reason)
+            self.result.failed.append(attempt.cause)
             self._done(flight.job)
         self._report(attempt)
 

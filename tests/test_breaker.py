@@ -16,7 +16,7 @@ from eval_protocol_rft.sampling._limits import (
     PROMPT_STREAK,
     CircuitBreaker,
 )
-from eval_protocol_rft.sampling._retry import Attempt, Go, Stop, Wait
+from eval_protocol_rft.sampling._retry import Attempt
 
 TRANSIENT = [("unavailable", 503), ("connection", None), ("timeout", None), ("unavailable", 500)]
 ACCOUNT = [("refused", status) for status in (401, 402, 403, 404, 412)]
@@ -32,8 +32,9 @@ def failure(at: float = 1.0, kind="unavailable", status=503, **fields) -> Attemp
     return Attempt(ended=at, kind=kind, status=status, **fields)
 
 
-def ask(breaker: CircuitBreaker, now: float, in_flight: int = 0, limit: int = 64):
-    return breaker.may_start(now, in_flight=in_flight, limit=limit)
+def ask(breaker: CircuitBreaker, in_flight: int = 0, limit: int = 64) -> float:
+    assert breaker.stopped is None
+    return breaker.earliest(in_flight=in_flight, limit=limit)
 
 
 def fail(breaker: CircuitBreaker, count: int, at: float = 1.0, in_flight: int = 0, **what) -> None:
@@ -56,9 +57,10 @@ def opened(at: float = 100.0) -> CircuitBreaker:
 def test_nothing_but_transient_failures_opens_it(kind, status):
     breaker = CircuitBreaker()
     fail(breaker, OPEN_AFTER - 1, kind=kind, status=status)
-    assert (breaker.state, ask(breaker, 1)) == ("closed", Go())
+    assert breaker.state == "closed"
+    assert ask(breaker) <= 1
     fail(breaker, 1, kind=kind, status=status)
-    assert (breaker.state, ask(breaker, 1)) == ("open", Wait(1 + FIRST_PROBE_SECONDS))
+    assert (breaker.state, ask(breaker)) == ("open", 1 + FIRST_PROBE_SECONDS)
 
 
 def test_a_success_in_between_keeps_it_closed():
@@ -87,11 +89,10 @@ def test_one_dead_replica_of_four_does_not_open_it_while_the_others_sample():
 def test_one_probe_goes_through_at_a_time_and_the_others_wait():
     breaker = opened(at=100)
     first = 100 + FIRST_PROBE_SECONDS
-    assert ask(breaker, first - 0.1) == Wait(first)
-    assert ask(breaker, first) == Go(probe=True)
-    breaker.started(first, probe=True)
+    assert ask(breaker) == first
+    assert breaker.started(first)
     assert breaker.state == "half-open"
-    assert isinstance(ask(breaker, first), Wait)
+    assert ask(breaker) > first
 
 
 def play_outage(breaker: CircuitBreaker, now: float, seconds: float) -> list[float]:
@@ -99,15 +100,12 @@ def play_outage(breaker: CircuitBreaker, now: float, seconds: float) -> list[flo
     probes = []
     end = now + seconds
     while True:
-        answer = ask(breaker, now)
-        if isinstance(answer, Wait):
-            now = answer.until
+        now = max(now, ask(breaker))
         if now >= end:
             return probes
-        if isinstance(answer, Go):
-            probes.append(now)
-            breaker.started(now, probe=answer.probe)
-            breaker.ended(failure(now, probe=True), in_flight=0)
+        probes.append(now)
+        assert breaker.started(now)
+        breaker.ended(failure(now, probe=True), in_flight=0)
 
 
 def test_failed_probes_come_further_and_further_apart():
@@ -123,9 +121,7 @@ def test_an_outage_of_ten_minutes_costs_two_probes_a_minute_and_five():
 def test_the_end_of_an_outage_is_seen_within_the_longest_distance():
     breaker = opened()
     last = play_outage(breaker, 100, 600)[-1]
-    answer = ask(breaker, 700)
-    assert isinstance(answer, Wait)
-    assert answer.until <= last + LONGEST_PROBE_SECONDS
+    assert 700 < ask(breaker) <= last + LONGEST_PROBE_SECONDS
 
 
 def test_a_probe_that_is_not_turned_away_is_followed_by_the_next_one_sooner():
@@ -134,27 +130,25 @@ def test_a_probe_that_is_not_turned_away_is_followed_by_the_next_one_sooner():
     now = play_outage(breaker, 100, 600)[-1]
     gaps = []
     for _ in range(8):
-        answer = ask(breaker, now)
-        assert isinstance(answer, Wait)
-        gaps.append(answer.until - now)
-        now = answer.until
-        breaker.started(now, probe=True)
+        gaps.append(ask(breaker) - now)
+        now = ask(breaker)
+        assert breaker.started(now)
     assert gaps == [30, 30, 15, 7.5, 3.75, 1.875, 1, 1]
 
 
 def test_the_server_may_ask_for_a_longer_pause_between_probes():
     breaker = opened(at=100)
-    breaker.started(101, probe=True)
+    breaker.started(101)
     breaker.ended(failure(101, probe=True, retry_after=90), in_flight=0)
-    assert ask(breaker, 150) == Wait(191)
-    breaker.started(191, probe=True)
+    assert ask(breaker) == 191
+    breaker.started(191)
     breaker.ended(failure(191, probe=True, retry_after=86_400), in_flight=0)
-    assert ask(breaker, 200) == Wait(491)
+    assert ask(breaker) == 491
 
 
 def test_a_probe_that_succeeds_closes_it():
     breaker = opened(at=100)
-    breaker.started(101, probe=True)
+    breaker.started(101)
     breaker.ended(success(101, 111, probe=True), in_flight=0)
     assert breaker.state == "closed"
 
@@ -167,21 +161,19 @@ def test_what_was_accepted_before_the_outage_does_not_close_it():
 
 def test_a_probe_that_we_cancel_ourselves_says_nothing():
     breaker = opened(at=100)
-    breaker.started(101, probe=True)
+    breaker.started(101)
     breaker.abandoned(probe=True)
     assert breaker.state == "open"
 
 
 def test_after_closing_requests_come_in_over_the_time_that_a_completion_takes():
     breaker = opened(at=100)
-    breaker.started(101, probe=True)
+    breaker.started(101)
     breaker.ended(success(101, 111, probe=True), in_flight=0)
-    assert ask(breaker, 111, in_flight=0) == Go()
+    assert ask(breaker, in_flight=0) == 111
     for in_flight in (16, 32, 48):
-        opens = 111 + 10 * in_flight / 64
-        assert ask(breaker, 111, in_flight=in_flight) == Wait(opens)
-        assert ask(breaker, opens, in_flight=in_flight) == Go()
-    assert ask(breaker, 121, in_flight=1000) == Go()
+        assert ask(breaker, in_flight=in_flight) == 111 + 10 * in_flight / 64
+    assert ask(breaker, in_flight=1000) == 121
 
 
 # Runs that are lost.
@@ -193,11 +185,9 @@ def test_a_key_or_model_that_no_prompt_can_mend_ends_the_run(kind, status):
     fail(breaker, ACCOUNT_STREAK - 1, kind=kind, status=status)
     assert breaker.state == "closed"
     fail(breaker, 1, kind=kind, status=status, message="HTTP 401: no such key")
-    answer = ask(breaker, 2)
-    assert isinstance(answer, Stop)
-    assert f"{ACCOUNT_STREAK} requests in a row" in answer.reason
-    assert f"refused {status}: HTTP 401: no such key" in answer.reason
-    assert "run again" in answer.reason
+    assert f"{ACCOUNT_STREAK} requests in a row" in breaker.stopped
+    assert f"refused {status}: HTTP 401: no such key" in breaker.stopped
+    assert "run again" in breaker.stopped
 
 
 @pytest.mark.parametrize(("kind", "status"), OF_A_PROMPT)
@@ -269,12 +259,10 @@ def test_a_server_that_stays_away_longer_than_our_patience_ends_the_run():
     fail(breaker, OPEN_AFTER, at=100, kind="connection", status=None, message="refused")
     probes = play_outage(breaker, 100, 590)
     assert breaker.state == "open"
-    breaker.started(700, probe=True)
+    breaker.started(700)
     breaker.ended(failure(700, "connection", None, message="refused", probe=True), in_flight=0)
-    answer = ask(breaker, 701)
-    assert isinstance(answer, Stop)
-    assert "no request succeeded for 600 s" in answer.reason
-    assert "connection: refused" in answer.reason
+    assert "no request succeeded for 600 s" in breaker.stopped
+    assert "connection: refused" in breaker.stopped
     assert probes
 
 
@@ -298,24 +286,25 @@ def test_whatever_happens_probes_keep_their_distance_and_a_stop_is_final(script)
     now, last_probe, stopped = 0.0, None, None
     for what, seconds, _ in script:
         now += seconds if what == "wait" else 0.01
-        answer = ask(breaker, now)
         if stopped is not None:
-            assert answer == stopped
-        if isinstance(answer, Stop):
+            assert breaker.stopped == stopped
+        if breaker.stopped is not None:
             assert breaker.state == "tripped"
-            stopped = answer
-        if not isinstance(answer, Go):
+            stopped = breaker.stopped
             continue
-        if answer.probe:
-            assert breaker.state in ("open", "half-open")
+        if ask(breaker) > now:
+            continue
+        was_open = breaker.state in ("open", "half-open")
+        probe = breaker.started(now)
+        assert probe == was_open
+        if probe:
             assert last_probe is None or now - last_probe >= FIRST_PROBE_SECONDS
             last_probe = now
-        breaker.started(now, probe=answer.probe)
         if what == "wait":
-            breaker.abandoned(probe=answer.probe)
+            breaker.abandoned(probe=probe)
         elif what == "success":
-            breaker.ended(success(now, now, probe=answer.probe), in_flight=0)
+            breaker.ended(success(now, now, probe=probe), in_flight=0)
             assert breaker.state == "closed"
         else:
             kind, status = what
-            breaker.ended(failure(now, kind, status, probe=answer.probe), in_flight=0)
+            breaker.ended(failure(now, kind, status, probe=probe), in_flight=0)

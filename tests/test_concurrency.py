@@ -20,14 +20,14 @@ from eval_protocol_rft.sampling._adaptive import (
 )
 from eval_protocol_rft.sampling._limits import (
     OPEN_AFTER,
-    UNTIL_SOMETHING_ENDS,
     CircuitBreaker,
     ConcurrencyLimit,
     FixedLimit,
     RetryBudget,
     RunLimits,
+    RunStoppedError,
 )
-from eval_protocol_rft.sampling._retry import Attempt, Go, Stop, Wait
+from eval_protocol_rft.sampling._retry import Attempt
 
 
 def success(started: float, ended: float, tokens: int = 100, queue: float | None = None) -> Attempt:
@@ -254,35 +254,36 @@ def test_the_spread_is_the_relative_standard_deviation_of_the_pace(paces):
 def test_no_more_than_the_limit_are_in_flight():
     limits = limits_of(3)
     for _ in range(3):
-        assert limits.may_start(0, retry=False) == Go()
-        limits.started(0, retry=False, probe=False)
-    assert limits.may_start(0, retry=False) == Wait(UNTIL_SOMETHING_ENDS)
+        assert limits.earliest(0, retry=False) <= 0
+        limits.started(0, retry=False)
+    assert limits.earliest(0, retry=False) == math.inf
     limits.ended(success(0, 1))
-    assert limits.may_start(1, retry=False) == Go()
-    limits.started(1, retry=False, probe=False)
+    assert limits.earliest(1, retry=False) <= 1
+    limits.started(1, retry=False)
     limits.abandoned(probe=False)
     assert limits.in_flight == 2
 
 
 def test_a_retry_waits_for_the_budget_while_a_first_attempt_goes():
     limits = limits_of(8, burst=1, trickle_per_second=0.5)
-    limits.started(0, retry=True, probe=False)
-    assert limits.may_start(0, retry=True) == Wait(2.0)
-    assert limits.may_start(0, retry=False) == Go()
+    limits.started(0, retry=True)
+    assert limits.earliest(0, retry=True) == 2.0
+    assert limits.earliest(0, retry=False) <= 0
 
 
 def test_the_breaker_ends_the_run():
     refused = limits_of(8)
     for _ in range(8):
-        refused.started(0, retry=False, probe=False)
+        refused.started(0, retry=False)
         refused.ended(failure(0, 1, "refused", 401))
-    assert isinstance(refused.may_start(1, retry=False), Stop)
+    with pytest.raises(RunStoppedError, match="8 requests in a row"):
+        refused.earliest(1, retry=False)
 
 
 def test_failures_of_an_outage_leave_the_limit_as_it_was():
     limits = limits_of(AdaptiveLimit(start=64))
     for _ in range(64):
-        limits.started(0, retry=False, probe=False)
+        limits.started(0, retry=False)
     for _ in range(64):
         limits.ended(failure(0, 10, "connection", None))
     assert limits.breaker.state == "open"
@@ -300,15 +301,14 @@ def test_in_flight_is_what_was_started_and_has_not_ended(script, limit):
     now, flying = 0.0, []
     for what, seconds, retry in script:
         now += seconds
-        answer = limits.may_start(now, retry=retry)
-        if isinstance(answer, Go):
-            limits.started(now, retry=retry, probe=answer.probe)
-            flying.append((now, answer.probe))
+        stopped = limits.breaker.stopped is not None
+        at = None if stopped else limits.earliest(now, retry=retry)
+        if at is not None and at <= now:
+            flying.append((now, limits.started(now, retry=retry)))
             assert len(flying) <= limit
         else:
-            assert isinstance(answer, Stop) or answer.until > now or math.isinf(answer.until)
-            assert not isinstance(answer, Wait) or math.isfinite(answer.until) or flying
-        if flying and (what == "abandon" or not isinstance(answer, Go)):
+            assert stopped or math.isfinite(at) or flying
+        if flying and (what == "abandon" or at is None or at > now):
             began, probe = flying.pop(0)
             if what == "abandon":
                 limits.abandoned(probe=probe)

@@ -6,8 +6,8 @@ import asyncio
 import contextlib
 import logging
 
-from eval_protocol_rft.sampling._limiter import RunLimiter, RunStoppedError
-from eval_protocol_rft.sampling._limits import FixedLimit
+from eval_protocol_rft.sampling._limiter import RunLimiter
+from eval_protocol_rft.sampling._limits import FixedLimit, RunStoppedError
 from eval_protocol_rft.sampling._types import Completion, RefusedError, SamplingError
 from tests.rollouts import config_of, params_for, row_of
 from tests.stub_server import Status

@@ -23,7 +23,7 @@ from eval_protocol_rft.local.models import bundled_model_path
 from eval_protocol_rft.loop._options import LoopOptions
 from eval_protocol_rft.loop._setup import LocalParts
 from eval_protocol_rft.loop._train import atrain
-from eval_protocol_rft.sampling._limiter import RunStoppedError
+from eval_protocol_rft.sampling._limits import RunStoppedError
 from eval_protocol_rft.sampling._types import Completion, RefusedError, SamplingParams
 from tests.doctor.liars import bundled, vllm_app
 from tests.rollouts import config_of, record_of_row

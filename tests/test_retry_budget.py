@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eval_protocol_rft.sampling._limits import RetryBudget
-from eval_protocol_rft.sampling._retry import Go, Wait
 
 rates = st.fixed_dictionaries(
     {
@@ -30,7 +29,7 @@ def test_retries_stay_below_the_line_that_the_budget_states(rates, began, script
     now, first, retries = began, 0, 0
     for pause, retry in script:
         now += pause
-        if not isinstance(budget.may_start(now, retry=retry), Go):
+        if budget.earliest(now, retry=retry) > now:
             continue
         budget.started(now, retry=retry)
         first, retries = first + (not retry), retries + retry
@@ -43,10 +42,9 @@ def test_retries_stay_below_the_line_that_the_budget_states(rates, began, script
 def test_a_retry_that_must_wait_may_go_at_the_time_that_is_named(rates, began, spent):
     budget = RetryBudget(began=began, **rates)
     for _ in range(spent):
-        answer = budget.may_start(began, retry=True)
-        if isinstance(answer, Wait):
-            assert answer.until > began
-            assert budget.may_start(answer.until, retry=True) == Go()
+        at = budget.earliest(began, retry=True)
+        if at > began:
+            assert budget.earliest(at, retry=True) == at
             return
         budget.started(began, retry=True)
     assert spent <= rates["burst"] + 1
@@ -56,7 +54,7 @@ def test_a_first_attempt_never_waits():
     budget = RetryBudget(burst=1, began=0)
     for _ in range(5):
         budget.started(0, retry=True)
-        assert budget.may_start(0, retry=False) == Go()
+        assert budget.earliest(0, retry=False) == 0
 
 
 def test_five_first_attempts_pay_for_a_retry():
@@ -64,9 +62,9 @@ def test_five_first_attempts_pay_for_a_retry():
     budget.started(0, retry=True)
     for _ in range(4):
         budget.started(0, retry=False)
-        assert isinstance(budget.may_start(0, retry=True), Wait)
+        assert budget.earliest(0, retry=True) > 0
     budget.started(0, retry=False)
-    assert budget.may_start(0, retry=True) == Go()
+    assert budget.earliest(0, retry=True) == 0
 
 
 def test_hours_without_trouble_save_up_no_storm():
@@ -74,7 +72,7 @@ def test_hours_without_trouble_save_up_no_storm():
     for second in range(10_000):
         budget.started(second, retry=False)
     granted = 0
-    while isinstance(budget.may_start(10_000, retry=True), Go):
+    while budget.earliest(10_000, retry=True) <= 10_000:
         budget.started(10_000, retry=True)
         granted += 1
     assert granted == 10
@@ -83,9 +81,9 @@ def test_hours_without_trouble_save_up_no_storm():
 def test_probes_are_counted_and_take_no_retry_away():
     budget = RetryBudget(burst=1, trickle_per_second=1e-6, began=0)
     for _ in range(5):
-        assert budget.may_start(0, retry=True, probe=True) == Go()
+        assert budget.earliest(0, retry=True, probe=True) == 0
         budget.started(0, retry=True, probe=True)
-    assert budget.may_start(0, retry=True) == Go()
+    assert budget.earliest(0, retry=True) == 0
     assert (budget.attempts, budget.probes, budget.retries) == (5, 5, 0)
 
 

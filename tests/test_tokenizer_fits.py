@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from eval_protocol_rft import FireworksTrainingRolloutProcessor
 from eval_protocol_rft.local._tokenizer import LoadedTokenizer, TokenizerError
 from eval_protocol_rft.rollout._vocabulary import VocabularyWitness
-from eval_protocol_rft.sampling._limiter import RunStoppedError
+from eval_protocol_rft.sampling._limits import RunStoppedError
 from eval_protocol_rft.sampling._types import Completion, ContractError, SamplingParams
 from tests.rollouts import (
     CHAT_TEMPLATE,

@@ -1,6 +1,6 @@
 from ._endpoint import Endpoint as Endpoint
 from ._http import HttpSampler as HttpSampler
-from ._limiter import RunStoppedError as RunStoppedError
+from ._limits import RunStoppedError as RunStoppedError
 from ._retry import RetryPolicy as RetryPolicy
 from ._types import Completion as Completion
 from ._types import ContractError as ContractError

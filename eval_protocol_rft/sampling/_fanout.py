@@ -21,7 +21,7 @@ from typing import Literal
 from eval_protocol_rft.sampling import _types
 from eval_protocol_rft.sampling._clock import Alarm, loop_clock, sampling_time
 from eval_protocol_rft.sampling._limiter import RunLimiter
-from eval_protocol_rft.sampling._retry import Attempt, CompletionAttempts, RetryPolicy, Stop, causes
+from eval_protocol_rft.sampling._retry import Attempt, CompletionAttempts, RetryPolicy, causes
 from eval_protocol_rft.sampling._telemetry import AttemptEvent, Observer
 from eval_protocol_rft.sampling._types import Completion, Failure, Sampler, SamplingError
 
@@ -347,11 +347,11 @@ async def sample_one(
             raise asyncio.CancelledError
         # Outside `slots`: a pause is nobody's request in flight.
         again = attempts.failed(attempt, uniform=random.random())  # noqa: S311
-        tell(attempt, limiter.limits.in_flight, gives_up=isinstance(again, Stop))
-        if isinstance(again, Stop):
+        tell(attempt, limiter.limits.in_flight, gives_up=again is None)
+        if again is None:
             return _failure(index, failure, attempts)
         with loop_clock().runs():
-            await asyncio.sleep(max(0.0, again.until - sampling_time()))
+            await asyncio.sleep(max(0.0, again - sampling_time()))
 
 
 def _failure(index: int, error: SamplingError, attempts: CompletionAttempts) -> Failure:

@@ -20,13 +20,12 @@ from contextlib import AbstractAsyncContextManager
 
 import aiohttp
 
-from eval_protocol_rft._errors import EvalProtocolRftError
 from eval_protocol_rft.sampling import _limits
 from eval_protocol_rft.sampling._adaptive import AdaptiveLimit, ServerLoad
 from eval_protocol_rft.sampling._clock import Deadline, loop_clock, sampling_time
 from eval_protocol_rft.sampling._endpoint import Endpoint, endpoint_headers, proxy_for
 from eval_protocol_rft.sampling._http import NO_CLOCKS
-from eval_protocol_rft.sampling._retry import Attempt, Go, Stop, failed_attempt
+from eval_protocol_rft.sampling._retry import Attempt, failed_attempt
 from eval_protocol_rft.sampling._types import Completion, RefusedError, SamplingError
 
 _NO_LIMIT = 1 << 30
@@ -34,11 +33,6 @@ _NUMBER = re.compile(r"[0-9]+")
 _MOST_MET = 256
 """Kinds of failures that are kept in mind."""
 logger = logging.getLogger(__name__)
-
-
-class RunStoppedError(EvalProtocolRftError, RuntimeError):
-    """The run makes no further request, and says why. A RuntimeError on purpose: Eval Protocol does
-    not resample on those."""
 
 
 class Turn:
@@ -148,28 +142,29 @@ class RunLimiter:
         return self.limits.breaker.state in ("open", "half-open")
 
     async def _may_start(self, retry: bool) -> None:
-        """Come back when a request might start, or never could."""
+        """Come back when a request might start.
+
+        Raises:
+            RunStoppedError: none ever will.
+        """
         while True:
-            answer = self.limits.may_start(sampling_time(), retry=retry)
-            if isinstance(answer, Stop):
-                raise RunStoppedError(answer.reason)
-            if isinstance(answer, Go):
+            now = sampling_time()
+            at = self.limits.earliest(now, retry=retry)
+            if at <= now:
                 return
-            await self._until(answer.until)
+            await self._until(at)
 
     def _start(self, retry: bool, prompt: Hashable) -> Turn | None:
         now = sampling_time()
-        answer = self.limits.may_start(now, retry=retry)
-        if not isinstance(answer, Go):
+        if self.limits.earliest(now, retry=retry) > now:
             return None
-        self.limits.started(now, retry=retry, probe=answer.probe)
-        return Turn(now, answer.probe, prompt)
+        return Turn(now, self.limits.started(now, retry=retry), prompt)
 
     async def _until(self, when: float) -> None:
         """Sleep until `when` (seconds of the loop's clock), or until something ends."""
         woken = asyncio.get_running_loop().create_future()
         self._waiting.append(woken)
-        seconds = None if when == float("inf") else max(0.0, when - sampling_time())
+        seconds = None if when == math.inf else max(0.0, when - sampling_time())
         try:
             await asyncio.wait_for(woken, seconds)
         except TimeoutError:
@@ -185,7 +180,7 @@ class RunLimiter:
 
     def _wake(self) -> None:
         """Wake as many as there is room for; when the run is over, all."""
-        stopped = self.limits.breaker.state == "tripped"
+        stopped = self.limits.breaker.stopped is not None
         room = max(1, self.limits.limit.limit - self.limits.in_flight)
         while self._waiting and (stopped or room > 0):
             future = self._waiting.popleft()

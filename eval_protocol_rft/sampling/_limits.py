@@ -1,10 +1,11 @@
 """Whether a request of a run may start: breaker, budget and limit together. Pure: the caller owns
 the clock, the tasks and the waiting. They see the same events in the same order:
 
-    answer = limits.may_start(now, retry=...)
-    Go:   limits.started(now, ...); make the request; limits.ended(attempt), or abandoned()
-    Wait: ask again at `until`, or when a request ends
-    Stop: end the run with its reason
+    at = limits.earliest(now, retry=...)
+    at <= now: limits.started(now, ...); make the request; limits.ended(attempt), or abandoned()
+    at > now:  ask again then, or when a request ends
+
+Asking commits to nothing, so several can be asked before one request is made.
 
 Invariant: `RunLimits.in_flight` is what was started and has neither ended nor been abandoned, and
 it grows only while it is below the limit. A `ConcurrencyLimit` owns no task, client or clock
@@ -37,10 +38,8 @@ import math
 from collections.abc import Hashable
 from typing import Literal, Protocol
 
-from eval_protocol_rft.sampling._retry import Attempt, Go, MayStart, Stop, Wait
-
-UNTIL_SOMETHING_ENDS = math.inf
-"""`Wait.until` where no date can be named: ask again when a request in flight has ended."""
+from eval_protocol_rft._errors import EvalProtocolRftError
+from eval_protocol_rft.sampling._retry import Attempt
 
 ACCOUNT_STATUSES = frozenset({401, 402, 403, 404, 405, 407, 412})
 """Key, bill, access, model, path, proxy, suspended account: no prompt makes a difference."""
@@ -181,34 +180,39 @@ class CircuitBreaker:
         self._probes_in_flight = 0
         self._closed_at = -LONGEST_RAMP
         self._typical_seconds: float | None = None
-        self._stop: Stop | None = None
+        self.stopped: str | None = None
+        """Why no request of this run may start any more: what happened and what to do about it."""
 
     @property
     def state(self) -> State:
-        if self._stop is not None:
+        if self.stopped is not None:
             return "tripped"
         if self._opened_at is None:
             return "closed"
         return "half-open" if self._probes_in_flight else "open"
 
-    def may_start(self, now: float, *, in_flight: int, limit: int) -> MayStart:
-        """Whether one more request may begin beside `in_flight` others of at most `limit`."""
-        if self._stop is not None:
-            return self._stop
-        if self._opened_at is not None:
-            return Go(probe=True) if now >= self._next_probe else Wait(self._next_probe)
-        open_for_it = self._closed_at + self._ramp_seconds() * min(1.0, in_flight / max(1, limit))
-        return Go() if now >= open_for_it else Wait(open_for_it)
+    @property
+    def is_open(self) -> bool:
+        """Whether what starts now is one of the few that find out whether the server is back."""
+        return self._opened_at is not None
 
-    def started(self, now: float, *, probe: bool) -> None:
-        """A request has begun; `probe` as the answer said."""
-        if not probe:
-            return
+    def earliest(self, *, in_flight: int, limit: int) -> float:
+        """From when (clock seconds) one more request may begin beside `in_flight` others of at most
+        `limit`."""
+        if self._opened_at is not None:
+            return self._next_probe
+        return self._closed_at + self._ramp_seconds() * min(1.0, in_flight / max(1, limit))
+
+    def started(self, now: float) -> bool:
+        """A request has begun; whether it is a probe."""
+        if self._opened_at is None:
+            return False
         if self._probes_in_flight:
             # The last one was not turned away: the server may be back. Ask a little faster.
             self._distance = max(FIRST_PROBE_SECONDS, self._distance / 2)
         self._probes_in_flight += 1
         self._next_probe = now + self._distance
+        return True
 
     def abandoned(self, *, probe: bool) -> None:
         """A request was cancelled by us: nothing was learnt from it."""
@@ -221,8 +225,7 @@ class CircuitBreaker:
             self._succeeded(attempt)
             return
         reason = self._streak.failed(attempt, in_flight=in_flight)
-        if reason is not None and self._stop is None:
-            self._stop = Stop(reason)
+        self.stopped = self.stopped or reason
         if attempt.transient:
             self._failed_for_now(attempt, in_flight)
 
@@ -303,14 +306,14 @@ class RetryBudget:
     def attempts(self) -> int:
         return self.first_attempts + self.retries + self.probes
 
-    def may_start(self, now: float, *, retry: bool, probe: bool = False) -> Go | Wait:
-        """Whether there is room for one more attempt: always, if it is no retry."""
+    def earliest(self, now: float, *, retry: bool, probe: bool = False) -> float:
+        """From when there is room for one more attempt: at once, if it is no retry."""
         if not retry or probe:
-            return Go()
+            return now
         self._fill(now)
         if self._tokens >= 1.0 - _ROUNDING:
-            return Go()
-        return Wait(now + (1.0 - self._tokens) / self.trickle_per_second)
+            return now
+        return now + (1.0 - self._tokens) / self.trickle_per_second
 
     def started(self, now: float, *, retry: bool, probe: bool = False) -> None:
         """One more attempt has begun."""
@@ -365,6 +368,11 @@ class FixedLimit:
         """Changes nothing."""
 
 
+class RunStoppedError(EvalProtocolRftError, RuntimeError):
+    """The run makes no further request, and says why. A RuntimeError on purpose: Eval Protocol does
+    not resample on those."""
+
+
 class RunLimits:
     """One run against one server."""
 
@@ -376,24 +384,29 @@ class RunLimits:
         self.budget = budget
         self.in_flight = 0
 
-    def may_start(self, now: float, *, retry: bool) -> MayStart:
-        """Whether a request may start now. `retry`: it is not its completion's first."""
-        limit = self.limit.limit
-        breaker = self.breaker.may_start(now, in_flight=self.in_flight, limit=limit)
-        if isinstance(breaker, Stop):
-            return breaker
-        probe = isinstance(breaker, Go) and breaker.probe
-        budget = self.budget.may_start(now, retry=retry, probe=probe)
-        if self.in_flight >= limit:
-            return Wait(UNTIL_SOMETHING_ENDS)
-        waits = [answer for answer in (breaker, budget) if isinstance(answer, Wait)]
-        return max(waits, key=lambda wait: wait.until) if waits else breaker
+    def earliest(self, now: float, *, retry: bool) -> float:
+        """From when (clock seconds) a request may start, unless another one ends before: now where
+        that is not above `now`; infinity where one in flight has to end first. `retry`: it is not
+        its completion's first.
 
-    def started(self, now: float, *, retry: bool, probe: bool) -> None:
-        """The request that was allowed has begun."""
+        Raises:
+            RunStoppedError: none may start any more.
+        """
+        if self.breaker.stopped is not None:
+            raise RunStoppedError(self.breaker.stopped)
+        limit = self.limit.limit
+        at = self.breaker.earliest(in_flight=self.in_flight, limit=limit)
+        probe = self.breaker.is_open and at <= now
+        at = max(at, self.budget.earliest(now, retry=retry, probe=probe))
+        return at if self.in_flight < limit else math.inf
+
+    def started(self, now: float, *, retry: bool) -> bool:
+        """The request that was allowed has begun; whether it is a probe, which finds out whether
+        the server is back."""
         self.in_flight += 1
-        self.breaker.started(now, probe=probe)
+        probe = self.breaker.started(now)
         self.budget.started(now, retry=retry, probe=probe)
+        return probe
 
     def ended(self, attempt: Attempt) -> None:
         """It has ended."""

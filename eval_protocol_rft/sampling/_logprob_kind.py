@@ -26,7 +26,8 @@ from numpy.typing import NDArray
 from eval_protocol_rft.sampling import _types
 from eval_protocol_rft.sampling._exactness import plain, reshaped_by
 from eval_protocol_rft.sampling._fanout import sample_group
-from eval_protocol_rft.sampling._limiter import RunLimiter, RunStoppedError
+from eval_protocol_rft.sampling._limiter import RunLimiter
+from eval_protocol_rft.sampling._limits import RunStoppedError
 from eval_protocol_rft.sampling._retry import RetryPolicy
 from eval_protocol_rft.sampling._types import Failure, SamplingError, SamplingParams, TokenIds
 

@@ -1,9 +1,7 @@
 """What became of each request, and when to try again. Pure: no clock, no randomness, no sleep;
 those come in as arguments. Times are seconds of the clock of the loop that samples (`_clock.py`).
 
-Invariant: one request, one `Attempt`, whatever its end. Whether a request may start, as retries,
-breaker, budget and limits answer (`Go`, `Wait`, `Stop`), commits to nothing: whoever asks says
-separately what it did, so several can be asked before one request is made.
+Invariant: one request, one `Attempt`, whatever its end.
 
 Invariant: one budget for everything. Nothing below this retries, and Eval Protocol does not
 resample our errors, so `max_attempts` is the number of requests that one completion can cost. Not
@@ -18,7 +16,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, TypeAlias
+from typing import Annotated
 
 from annotated_types import Ge
 
@@ -104,33 +102,6 @@ def causes(attempts: Sequence[Attempt]) -> str:
     return f"{len(attempts)} {noun}" + (f" ({listed})" if listed else "")
 
 
-@dataclass(frozen=True, slots=True)
-class Go:
-    """Make the request."""
-
-    probe: bool = False
-    """It is one of the few that find out whether the server is back."""
-
-
-@dataclass(frozen=True, slots=True)
-class Wait:
-    """Not now; ask again."""
-
-    until: float
-    """Clock seconds before which the answer stays the same unless a request ends."""
-
-
-@dataclass(frozen=True, slots=True)
-class Stop:
-    """Never again in this run, or for this completion."""
-
-    reason: str
-    """What happened and what to do about it, for the user."""
-
-
-MayStart: TypeAlias = Go | Wait | Stop
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RetryPolicy:
     """Exponential backoff with full jitter (delay uniform in [0, base * 2^(attempt-1)], capped),
@@ -209,22 +180,20 @@ class CompletionAttempts:
         flight, a completion would spend all its attempts before the breaker opens."""
         return sum(not (attempt.probe or attempt.loading) for attempt in self.history)
 
-    def failed(self, attempt: Attempt, *, uniform: float) -> Wait | Stop:
-        """Record a failure; when to try again, or why not. `uniform`: a draw from [0, 1)."""
+    def failed(self, attempt: Attempt, *, uniform: float) -> float | None:
+        """Record a failure; when to try again (clock seconds), None to give up. `uniform`: a draw
+        from [0, 1)."""
         if attempt.kind is None:
             raise ValueError("this attempt did not fail; record it with succeeded()")
         self._ended(attempt)
-        elapsed = attempt.ended - self.history[0].started
         wait = self.policy.delay(
             attempt,
             attempt=self.counted,
-            elapsed=elapsed,
+            elapsed=attempt.ended - self.history[0].started,
             uniform=uniform,
             turned_away=sum(past.loading and not past.probe for past in self.history),
         )
-        if wait is not None:
-            return Wait(attempt.ended + wait)
-        return Stop(f"{self._why(attempt)}: {causes(self.history)} in {elapsed:.1f} s")
+        return None if wait is None else attempt.ended + wait
 
     def succeeded(self, attempt: Attempt) -> None:
         """Record the attempt that brought the completion."""
@@ -233,10 +202,3 @@ class CompletionAttempts:
     def _ended(self, attempt: Attempt) -> None:
         self.history.append(attempt)
         self.began = None
-
-    def _why(self, attempt: Attempt) -> str:
-        if not attempt.transient:
-            return "another attempt would end the same"
-        if self.counted >= self.policy.max_attempts:
-            return f"max_attempts={self.policy.max_attempts} is reached"
-        return f"the next attempt would begin after max_seconds={self.policy.max_seconds:g}"

@@ -16,7 +16,7 @@ import pytest
 
 from eval_protocol_rft.data._generate import agenerate
 from eval_protocol_rft.data._job_store import parts_folder
-from eval_protocol_rft.sampling._limiter import RunStoppedError
+from eval_protocol_rft.sampling._limits import RunStoppedError
 from eval_protocol_rft.sampling._retry import RetryPolicy
 from eval_protocol_rft.sampling._types import Completion, SamplingError, SamplingParams
 from tests.data.servers import at, pairs, rows_by_pair, stored, succeed, texts, write_jsonl
