@@ -98,25 +98,21 @@ CLEANS_UP_AFTER_EACH_RUN = [
 has), while others share the processor: up to 0.3.23 or 0.3.24."""
 
 
-@dataclass(slots=True)
 class LoopState:
     """What belongs to one event loop; each test case of Eval Protocol runs in a loop of its own."""
 
-    clients: dict[sampling.Endpoint, sampling.HttpSampler] = field(default_factory=dict)
-    limiters: dict[sampling.Endpoint | None, sampling.RunLimiter] = field(default_factory=dict)
-    """One circuit breaker and budget per server."""
-    tasks: dict[asyncio.Task[EvaluationRow], asyncio.Task[Any] | None] = field(default_factory=dict)
-    """Rollouts, and the task that asked for each."""
-    ends_with_tasks: bool = False
-    """Whether nobody needs it once these have ended."""
-    checks: dict[tuple[sampling.Endpoint | None, str], asyncio.Task[None]] = field(
-        default_factory=dict
-    )
-    """Of what the user says of a model's logprobs."""
-    witnesses: dict[tuple[sampling.Endpoint | None, str, str], VocabularyWitness] = field(
-        default_factory=dict
-    )
-    """By server, model and tokenizer."""
+    def __init__(self) -> None:
+        self.clients: dict[sampling.Endpoint, sampling.HttpSampler] = {}
+        self.limiters: dict[sampling.Endpoint | None, sampling.RunLimiter] = {}
+        """One circuit breaker and budget per server."""
+        self.tasks: dict[asyncio.Task[EvaluationRow], asyncio.Task[Any] | None] = {}
+        """Rollouts, and the task that asked for each."""
+        self.ends_with_tasks = False
+        """Whether nobody needs it once these have ended."""
+        self.checks: dict[tuple[sampling.Endpoint | None, str], asyncio.Task[None]] = {}
+        """Of what the user says of a model's logprobs."""
+        self.witnesses: dict[tuple[sampling.Endpoint | None, str, str], VocabularyWitness] = {}
+        """By server, model and tokenizer."""
 
     async def check_logprobs(
         self,

@@ -165,22 +165,19 @@ class Evaluator:
         return BoundCall(self, self.signature.bind(*args, **kwargs))
 
 
-@dataclass(frozen=True, slots=True)
 class BoundCall:
     """One call of an evaluator whose row or rows can be exchanged."""
 
-    evaluator: Evaluator
-    bound: inspect.BoundArguments
-
-    @property
-    def given(self) -> Any:
+    def __init__(self, evaluator: Evaluator, bound: inspect.BoundArguments) -> None:
+        self.evaluator = evaluator
+        self.given = bound.arguments[evaluator.parameter]
         """The row or rows that the caller passed."""
-        return self.bound.arguments[self.evaluator.parameter]
+        self._bound = bound
 
     def __call__(self, value: Any) -> Any:
         """Call the evaluator on `value`; an awaitable where the evaluator is async."""
-        self.bound.arguments[self.evaluator.parameter] = value
-        return self.evaluator.function(*self.bound.args, **self.bound.kwargs)
+        self._bound.arguments[self.evaluator.parameter] = value
+        return self.evaluator.function(*self._bound.args, **self._bound.kwargs)
 
     def attempt(self, value: Any) -> Any:
         """What the evaluator returns for `value`, or a `CallFailed`."""

@@ -26,6 +26,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
+from eval_protocol_rft import scoring
 from eval_protocol_rft._errors import EvalProtocolRftError
 
 _SHOWN = 16
@@ -339,12 +340,10 @@ def _function(place: _Place, module: ModuleType) -> Callable[..., Any]:
 
 def _evaluators_in(module: ModuleType) -> list[str]:
     """Names of the module's own functions that take `row` or `rows`, and evaluation tests."""
-    from eval_protocol_rft.scoring import parameters_of
-
     return sorted(
         name
         for name, value in vars(module).items()
-        if parameters_of(value) is not None
+        if scoring.parameters_of(value) is not None
         or (
             inspect.isfunction(value)
             and value.__module__ == module.__name__
@@ -354,25 +353,16 @@ def _evaluators_in(module: ModuleType) -> list[str]:
 
 
 def _look_at(place: _Place, function: Callable[..., Any]) -> LoadedEvaluator:
-    from eval_protocol_rft.scoring import (
-        EvaluatorError,
-        adapter_of,
-        inner_evaluator,
-        mode_of,
-        own_kwargs,
-        parameters_of,
-    )
-
     try:
-        inner = inner_evaluator(function)
-        mode = mode_of(function, inner)
-        kwargs = own_kwargs(function)
+        inner = scoring.inner_evaluator(function)
+        mode = scoring.mode_of(function, inner)
+        kwargs = scoring.own_kwargs(function)
         inner.bind(**{inner.parameter: None}, **kwargs)
-    except EvaluatorError as error:
-        raise EvaluatorError(f"{place.name}: {error}") from error
+    except scoring.EvaluatorError as error:
+        raise scoring.EvaluatorError(f"{place.name}: {error}") from error
     except TypeError as error:
         names = ", ".join(kwargs) or "none"
-        raise EvaluatorError(
+        raise scoring.EvaluatorError(
             f"{place.name}: it cannot be called with `{inner.parameter}` and its "
             f"evaluation_test_kwargs ({names}): {error}"
         ) from error
@@ -383,7 +373,7 @@ def _look_at(place: _Place, function: Callable[..., Any]) -> LoadedEvaluator:
         mode=mode,
         is_async=inner.is_async,
         kwargs=kwargs,
-        dataset_adapter=adapter_of(parameters_of(function)),
+        dataset_adapter=scoring.adapter_of(scoring.parameters_of(function)),
         fingerprint=_fingerprint(place),
         code=code_fingerprints(inner.function, name=place.function),
     )
