@@ -43,12 +43,12 @@ REASON_LENGTH = 400
 _watching: EvaluationRun | None = None
 
 
-@dataclass(slots=True)
 class _Tally:
     """So many, and what was said of the first."""
 
-    count: int = 0
-    reason: str | None = None
+    def __init__(self) -> None:
+        self.count = 0
+        self.reason: str | None = None
 
     def add(self, count: int, reason: object) -> None:
         if count and self.reason is None:
