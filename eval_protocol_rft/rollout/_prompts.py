@@ -399,7 +399,7 @@ def _parsed(index: int, call: Mapping[str, Any]) -> dict[str, Any]:
 def variables_read(template: str | None) -> frozenset[str] | None:
     """The variables that it reads; None where it cannot be parsed, which rendering will say
     better."""
-    parsed = _parsed(template)
+    parsed = _parsed_template(template)
     return None if parsed is None else frozenset(meta.find_undeclared_variables(parsed))
 
 
@@ -407,7 +407,7 @@ def variables_read(template: str | None) -> frozenset[str] | None:
 def fields_read(template: str | None) -> frozenset[str]:
     """The names under which it looks into messages and other values: `message.content`,
     `message['content']`, `message.get('content')`, `'content' in message`."""
-    parsed = _parsed(template)
+    parsed = _parsed_template(template)
     if parsed is None:
         return frozenset()
     names = {node.attr for node in parsed.find_all(nodes.Getattr)}
@@ -439,7 +439,7 @@ class _GenerationTag(Extension):
 
 
 @lru_cache(maxsize=16)
-def _parsed(template: str | None) -> nodes.Template | None:
+def _parsed_template(template: str | None) -> nodes.Template | None:
     environment = SandboxedEnvironment(extensions=[_GenerationTag, loopcontrols])
     try:
         return None if template is None else environment.parse(template)
