@@ -108,7 +108,7 @@ def measure(work: str, checkout: Path, path: Path) -> tuple[float, float, float,
 def write(path: Path, completions: int, tokens: int) -> None:
     """A file as `generate` and `score` leave it: 1 % failed, 2 % of the others unscored."""
     from eval_protocol_rft.data._files import write_file
-    from eval_protocol_rft.data.rollouts._format import FileMetadata, SamplingSettings, schema
+    from eval_protocol_rft.data._format import FileMetadata, SamplingSettings, schema
 
     sampling = SamplingSettings(model="m", temperature=1, top_p=1, top_k=0, n=GROUP)
     kinds = schema(FileMetadata(sampling=sampling), {})

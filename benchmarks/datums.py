@@ -27,8 +27,8 @@ import pyarrow as pa
 
 from eval_protocol_rft.data._dataset import RolloutDataset
 from eval_protocol_rft.data._files import write_rows
-from eval_protocol_rft.data.rollouts._format import FileMetadata, SamplingSettings, schema
-from eval_protocol_rft.data.rollouts._rows import CompletionRow, Score
+from eval_protocol_rft.data._format import CompletionRow, FileMetadata, SamplingSettings, schema
+from eval_protocol_rft.record import Score
 from eval_protocol_rft.training._batch import build_batch
 from eval_protocol_rft.training._filters import Filters
 from eval_protocol_rft.training._rows import group_rows

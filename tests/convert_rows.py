@@ -9,14 +9,15 @@ import numpy as np
 import pyarrow as pa
 from hypothesis import strategies as st
 
-from eval_protocol_rft.data.rollouts._format import (
+from eval_protocol_rft.data._format import (
+    CompletionRow,
     DataSettings,
     FileMetadata,
     RewardSettings,
     SamplingSettings,
     schema,
 )
-from eval_protocol_rft.data.rollouts._rows import UNSCORED, CompletionRow, Score
+from eval_protocol_rft.record import UNSCORED, Score
 
 SAMPLING = SamplingSettings(
     model="m", tokenizer="tok", temperature=0.7, top_p=1.0, top_k=0, max_tokens=9, n=4, seed=3

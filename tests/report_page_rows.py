@@ -15,8 +15,8 @@ import numpy as np
 
 from eval_protocol_rft.data._dataset import RolloutDataset
 from eval_protocol_rft.data._files import write_rows
-from eval_protocol_rft.data.rollouts._format import FileMetadata, SamplingSettings, schema
-from eval_protocol_rft.data.rollouts._rows import CompletionRow, Score
+from eval_protocol_rft.data._format import CompletionRow, FileMetadata, SamplingSettings, schema
+from eval_protocol_rft.record import Score
 from eval_protocol_rft.report._page import WrittenReport, write_report
 
 END = 258

@@ -12,13 +12,15 @@ import pyarrow as pa
 from hypothesis import strategies as st
 
 from eval_protocol_rft.data._files import write_rows
-from eval_protocol_rft.data.rollouts._format import (
+from eval_protocol_rft.data._format import (
+    CompletionRow,
     FileMetadata,
     RewardSettings,
     SamplingSettings,
     schema,
 )
-from eval_protocol_rft.data.rollouts._rows import CompletionRow, Score, to_record_batch
+from eval_protocol_rft.data._rows import to_record_batch
+from eval_protocol_rft.record import Score
 
 METADATA = FileMetadata(
     prompt_kind="text",

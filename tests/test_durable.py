@@ -11,13 +11,12 @@ import numpy as np
 import pytest
 
 from eval_protocol_rft._durable import check_replaceable, replacing, write_whole
+from eval_protocol_rft.data._convert import convert
 from eval_protocol_rft.data._dataset import RolloutDataset
 from eval_protocol_rft.data._datums import write_datums
 from eval_protocol_rft.data._files import JobError
-from eval_protocol_rft.data._filter import filter_rollouts
-from eval_protocol_rft.data._filter_rules import FilterRules
+from eval_protocol_rft.data._filter import FilterRules, filter_rollouts
 from eval_protocol_rft.data._score import score
-from eval_protocol_rft.data.conversion._job import convert
 from eval_protocol_rft.report._page import write_report
 from tests.data.rollout_files import write_rollouts
 

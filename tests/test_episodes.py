@@ -17,8 +17,8 @@ import pytest
 from eval_protocol.models import EvaluateResult, EvaluationRow, Message, StepOutput
 from eval_protocol.pytest.types import RolloutProcessorConfig
 
+from eval_protocol_rft.data._convert import convert
 from eval_protocol_rft.data._dataset import RolloutDataset
-from eval_protocol_rft.data.conversion._job import convert
 from eval_protocol_rft.episodes._environment import (
     Environment,
     EpisodeLimits,

@@ -12,8 +12,8 @@ import pytest
 from eval_protocol.models import EvaluationRow, Message
 from rich.console import Console
 
+from eval_protocol_rft.data._convert import convert
 from eval_protocol_rft.data._dataset import RolloutDataset
-from eval_protocol_rft.data.conversion._job import convert
 from eval_protocol_rft.episodes._environment import EpisodeLimits, RetryWithFeedback
 from eval_protocol_rft.episodes._processor import EpisodeRolloutProcessor
 from eval_protocol_rft.record import RecordError

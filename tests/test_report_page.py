@@ -20,8 +20,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eval_protocol_rft.data._dataset import RolloutDataset
-from eval_protocol_rft.data.rollouts._format import RewardSettings, SamplingSettings
-from eval_protocol_rft.data.rollouts._rows import CompletionRow, Score
+from eval_protocol_rft.data._format import CompletionRow, RewardSettings, SamplingSettings
+from eval_protocol_rft.record import Score
 from eval_protocol_rft.report._html import ReportError, embedded_json, visible
 from eval_protocol_rft.report._page import ReportTotals, write_report
 from eval_protocol_rft.report._page_detail import prompt_start

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from eval_protocol_rft.data.rollouts._format import RewardSettings
-from eval_protocol_rft.data.rollouts._rows import CompletionRow, Score
+from eval_protocol_rft.data._format import CompletionRow, RewardSettings
+from eval_protocol_rft.record import Score
 from eval_protocol_rft.report._page import write_report
 from tests.report_page_rows import END, HOSTILE, completion, dataset, failed, metadata
 

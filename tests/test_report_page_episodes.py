@@ -15,11 +15,11 @@ import pytest
 from eval_protocol.models import EvaluationRow, Message
 from eval_protocol.pytest.types import RolloutProcessorConfig
 
+from eval_protocol_rft.data._convert import convert
 from eval_protocol_rft.data._dataset import RolloutDataset
+from eval_protocol_rft.data._episodes import as_lists
 from eval_protocol_rft.data._files import write_rows
-from eval_protocol_rft.data.conversion._job import convert
-from eval_protocol_rft.data.rollouts._episodes import as_lists
-from eval_protocol_rft.data.rollouts._format import EpisodeSettings, FormatError
+from eval_protocol_rft.data._format import EpisodeSettings, FormatError
 from eval_protocol_rft.episodes._environment import Environment, EpisodeLimits, Step
 from eval_protocol_rft.episodes._processor import EpisodeRolloutProcessor
 from eval_protocol_rft.local._tokenizer import LoadedTokenizer

@@ -10,44 +10,31 @@ import contextlib
 import functools
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
-from eval_protocol_rft.data._job_store import (
-    KEY_COLUMNS,
-    count_stored,
-    parts_folder,
-    read_schema,
-    stored_tables,
-)
-from eval_protocol_rft.data.conversion._to_ep import to_rows
-from eval_protocol_rft.data.rollouts import _jsonl as jsonl
-from eval_protocol_rft.data.rollouts._checking import in_order, with_json_text
-from eval_protocol_rft.data.rollouts._format import (
-    EPISODE_COLUMNS,
-    FIXED_COLUMNS,
-    MESSAGES,
-    REWARD_PREFIX,
-    FileMetadata,
-    FormatError,
-    metadata_of,
-    reward_column,
-    reward_columns,
-)
-from eval_protocol_rft.data.rollouts._jsonl import METADATA_SUFFIX
-from eval_protocol_rft.data.rollouts._parquet import open_parquet, read_row_groups
-from eval_protocol_rft.data.rollouts._records import part_of
-from eval_protocol_rft.data.rollouts._rows import CompletionRow, by_record, from_record_batch
+from eval_protocol_rft.data import _format as file_format
+from eval_protocol_rft.data import _job_store as job_store
+from eval_protocol_rft.data import _jsonl as jsonl
+from eval_protocol_rft.data._format import CompletionRow, FileMetadata, FormatError
+from eval_protocol_rft.data._jsonl import METADATA_SUFFIX
+from eval_protocol_rft.data._records import prompt_groups
+from eval_protocol_rft.data._rows import from_record_batch, open_parquet, read_row_groups
+from eval_protocol_rft.data._to_ep import to_rows
 from eval_protocol_rft.data.source._arrow import plain_type
 from eval_protocol_rft.data.source._places import called, one_place
-from eval_protocol_rft.training import PromptGroup, TokenBuffer
+from eval_protocol_rft.training import PromptGroup
 
 if TYPE_CHECKING:
     from eval_protocol.models import EvaluationRow
+
 
 _NEEDED = ("row_id", "data_idx", "sample_idx", "prompt")
 """Columns that every file has, without a null."""
@@ -82,24 +69,24 @@ class RolloutDataset:
     def _open(self) -> None:
         self.finished = self.path.is_file()
         """False where this is what an unfinished job has so far."""
-        folder = self.path if self.path.is_dir() else parts_folder(self.path)
+        folder = self.path if self.path.is_dir() else job_store.parts_folder(self.path)
         if self.finished:
             self.schema: pa.Schema = _file_schema(self.path)
         else:
-            found = read_schema(folder)
+            found = job_store.read_schema(folder)
             if found is None:
                 raise FormatError(
                     f"{self.where}: no such rollout file, and no unfinished job for it"
                 )
             self.schema = found
         needed = [*_NEEDED, *_TOLD]
-        if not EPISODE_COLUMNS.keys().isdisjoint(self.schema.names):
-            needed += EPISODE_COLUMNS
+        if not file_format.EPISODE_COLUMNS.keys().isdisjoint(self.schema.names):
+            needed += file_format.EPISODE_COLUMNS
         missing = [name for name in needed if name not in self.schema.names]
         if missing:
             raise FormatError(f"{self.where}: no rollout file: it has no column {missing[0]!r}")
         self._folder = folder
-        self.metadata: FileMetadata = metadata_of(self.schema, where=self.where)
+        self.metadata: FileMetadata = file_format.metadata_of(self.schema, where=self.where)
 
     def __repr__(self) -> str:
         return f"RolloutDataset({self.where!r})"
@@ -125,7 +112,7 @@ class RolloutDataset:
 
     def _tables_here(self, wanted: list[str] | None) -> Iterator[pa.Table]:
         if not self.finished:
-            return self._checked(stored_tables(self._folder, self.schema, wanted))
+            return self._checked(job_store.stored_tables(self._folder, self.schema, wanted))
         if jsonl.is_jsonl(self.path):
             tables = jsonl.read_tables(self.path, self.schema, wanted)
         else:
@@ -156,10 +143,7 @@ class RolloutDataset:
         `training.iter_groups`, which put together what belongs together. Where completions of a
         data row are of several runs, or were sampled behind different prompt ids, there is one part
         for each."""
-        buffer = TokenBuffer()
-        for group in self.groups():
-            for part in by_record(group):
-                yield part_of(part, self.metadata, buffer)
+        return prompt_groups(self.groups(), self.metadata)
 
     def training_rows(self) -> Iterator[dict[str, Any]]:
         """One dict per data row, as Eval Protocol's rows are, with arrays for token data. Several
@@ -181,9 +165,9 @@ class RolloutDataset:
         Raises:
             FormatError: the file has no such column.
         """
-        column = reward_column(name)
+        column = file_format.reward_column(name)
         if column not in self.schema.names:
-            others = [key.removeprefix(REWARD_PREFIX) for key in self.metadata.rewards]
+            others = [key.removeprefix(file_format.REWARD_PREFIX) for key in self.metadata.rewards]
             known = ", ".join(repr(key) for key in others if key != "reward")
             raise FormatError(
                 f"{self.where}: no reward {name!r}; there are the main one, which needs no name"
@@ -195,11 +179,11 @@ class RolloutDataset:
     def num_rows(self) -> int:
         """Completions, failed ones included."""
         if not self.finished:
-            return count_stored(self._folder)
+            return job_store.count_stored(self._folder)
         if not jsonl.is_jsonl(self.path):
             with open_parquet(self.path) as file:
                 return int(file.metadata.num_rows)
-        return sum(len(table) for table in self.tables(KEY_COLUMNS))
+        return sum(len(table) for table in self.tables(job_store.KEY_COLUMNS))
 
     def rows_about(self) -> int:
         """`num_rows`, soon: JSON lines are counted, blank ones too."""
@@ -237,7 +221,7 @@ class RolloutDataset:
 
 
 def _with_keys(columns: list[str] | None) -> list[str] | None:
-    return None if columns is None else list(dict.fromkeys([*KEY_COLUMNS, *columns]))
+    return None if columns is None else list(dict.fromkeys([*job_store.KEY_COLUMNS, *columns]))
 
 
 def _file_schema(path: Path) -> pa.Schema:
@@ -253,9 +237,9 @@ def _file_schema(path: Path) -> pa.Schema:
         with open_parquet(path) as file:
             found = file.schema_arrow
     fields = {field.name: field.with_type(_documented(field, path)) for field in found}
-    wanted = dict(FIXED_COLUMNS)
-    for column in metadata_of(found, where=str(path)).rewards:
-        number, *others = reward_columns(column)
+    wanted = dict(file_format.FIXED_COLUMNS)
+    for column in file_format.metadata_of(found, where=str(path)).rewards:
+        number, *others = file_format.reward_columns(column)
         if number in fields:
             wanted |= dict.fromkeys(others, pa.string())
     for name, kind in wanted.items():
@@ -266,9 +250,11 @@ def _file_schema(path: Path) -> pa.Schema:
 
 def _documented(field: pa.Field, path: Path) -> pa.DataType:
     """The type that a column has here: who writes a file anew may take wider ones, or views."""
-    wanted = FIXED_COLUMNS.get(field.name) or EPISODE_COLUMNS.get(field.name)
+    wanted = file_format.FIXED_COLUMNS.get(field.name) or file_format.EPISODE_COLUMNS.get(
+        field.name
+    )
     if field.name == "prompt" and pa.types.is_nested(field.type):
-        wanted = MESSAGES
+        wanted = file_format.MESSAGES
     if wanted is None or field.name == "ground_truth":
         return plain_type(field.type)
     if field.type == wanted:  # casting imports pandas, for a second
@@ -295,3 +281,126 @@ def _as_documented(
         return table.cast(target.with_metadata(table.schema.metadata))
     except pa.ArrowException as error:
         raise FormatError(f"{where}: a value does not fit its column: {error}") from error
+
+
+_Ints = NDArray[np.int64]
+
+
+def in_order(tables: Iterable[pa.Table], where: str) -> Iterator[pa.Table]:
+    """The same tables, of which none is empty.
+
+    Args:
+        tables: with `data_idx` and `sample_idx`.
+        where: how messages call the file.
+
+    Raises:
+        FormatError: a completion stands there twice, or those of a data row are scattered.
+    """
+    seen = _DataRows(where)
+    for table in tables:
+        seen.add(*(np.asarray(table.column(name), np.int64) for name in ("data_idx", "sample_idx")))
+        yield table
+
+
+def with_json_text(
+    tables: Iterable[pa.Table], where: str, further: Iterable[str] = ()
+) -> Iterator[pa.Table]:
+    """The same tables, of which none is empty.
+
+    Args:
+        further: columns of any JSON, beside those that the format has.
+
+    Raises:
+        FormatError: a column of JSON text holds something else.
+    """
+    anything = frozenset(further)
+    for table in tables:
+        for name in table.schema.names:
+            kind = file_format.json_kind(name)
+            if name in anything or kind is not None:
+                _check_json(table, name, kind or object, where)
+        yield table
+
+
+def _check_json(table: pa.Table, name: str, kind: type, where: str) -> None:
+    column = table.column(name)
+    if column.null_count == len(column) or not pa.types.is_string(column.type):
+        return
+    good = None  # the same text for all completions of a data row, as a rule
+    for row, text in enumerate(column.to_pylist()):
+        if text is None or text == good:
+            continue
+        try:
+            value = msgspec.json.decode(text)
+            problem = None
+        except (msgspec.DecodeError, RecursionError) as error:
+            value, problem = None, f"is no JSON that can be read: {error}"
+        if problem is None and not isinstance(value, kind | None):
+            problem = f"is no JSON {'list' if kind is list else 'object'}"
+        if problem is not None:
+            place, sample = (table.column(n)[row].as_py() for n in ("data_idx", "sample_idx"))
+            raise FormatError(f"{where}: data row {place}, completion {sample}: {name} {problem}")
+        good = text
+
+
+class _DataRows:
+    """The data rows that went by, and the completions of the last one."""
+
+    def __init__(self, where: str) -> None:
+        self._where = where
+        self._last = -1
+        self._highest = -1
+        self._places: set[int] = set()
+        self._runs: list[_Ints] = []
+        self._seen: set[int] | None = None
+        """All of them, once they do not come by ascending `data_idx`."""
+
+    def add(self, data_idx: _Ints, sample_idx: _Ints) -> None:
+        for name, numbers in (("data_idx", data_idx), ("sample_idx", sample_idx)):
+            if (lowest := int(numbers.min())) < 0:
+                raise FormatError(f"{self._where}: a row has the {name} {lowest}: they begin at 0")
+        starts = np.flatnonzero(np.append(True, data_idx[1:] != data_idx[:-1]))
+        goes_on = bool(data_idx[0] == self._last)
+        self._add_rows(data_idx[starts[goes_on:]])
+        within = data_idx[1:] == data_idx[:-1]
+        if np.any(within & (np.diff(sample_idx) <= 0)):
+            self._refuse_twice(data_idx, sample_idx)
+        first = sample_idx[: starts[1]] if len(starts) > 1 else sample_idx
+        if goes_on and not self._places.isdisjoint(again := first.tolist()):
+            double = next(place for place in again if place in self._places)
+            raise FormatError(self._twice(int(data_idx[0]), double))
+        kept = self._places if goes_on and len(starts) == 1 else set()
+        self._places = kept | set(sample_idx[starts[-1] :].tolist())
+        self._last = int(data_idx[-1])
+
+    def _add_rows(self, new: _Ints) -> None:
+        if not len(new):
+            return
+        ascending = new[0] > self._highest and bool((np.diff(new) > 0).all())
+        if self._seen is None and not ascending:
+            self._seen = set(np.concatenate([*self._runs, new[:0]]).tolist())
+            self._runs = []
+        if self._seen is None:
+            self._runs.append(new)
+        else:
+            for number in new.tolist():
+                if number in self._seen:
+                    raise FormatError(
+                        f"{self._where}: the completions of data row {number} do not stand "
+                        "together. Sort the file by data_idx and sample_idx"
+                    )
+                self._seen.add(number)
+        self._highest = max(self._highest, int(new.max()))
+
+    def _refuse_twice(self, data_idx: _Ints, sample_idx: _Ints) -> None:
+        pairs, counts = np.unique(
+            np.stack([data_idx, sample_idx], axis=1), axis=0, return_counts=True
+        )
+        if (counts > 1).any():
+            raise FormatError(self._twice(*pairs[counts > 1][0].tolist()))
+
+    def _twice(self, data_idx: int, sample_idx: int) -> str:
+        return (
+            f"{self._where}: data row {data_idx} has its completion {sample_idx} twice. Leave one "
+            "of them out"
+        )

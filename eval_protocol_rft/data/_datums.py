@@ -1,26 +1,16 @@
-"""From a rollout file to training datums, in files.
+"""From a rollout file to training datums, in files: numbered NPZ or safetensors, JSON lines of
+datums for readers in any language, or lines of a Fireworks RL step.
 
 Invariant: every completion of the rollout file is in the output or counted under the reason for
-which it is not. In memory is one batch, or, for RL-step lines, one prompt group.
+which it is not. It carries the reward that was asked for and no other; a data row that was never
+scored is an error, since its completions are not the evaluator's failures. In memory is one batch,
+or, for RL-step lines, one prompt group.
 
-Training batches as numbered files.
-
-Invariant: after a run the files of a name are those of that run alone: `NAME-00000.npz`, and so on
-without a gap. They appear when all of them are whole, or not at all.
-
-Datums as JSON lines, for readers in any language.
-
-Invariant: a line holds one datum, number for number: float32 values are written so that they read
-back as the same float32. What all datums share stands in `<file>.metadata.json` beside them.
-
-RL-step lines of more rollouts than fit in memory: one prompt group after the other.
-
-Invariant: the lines are those of `export.rl_step.to_lines` for all rows at once.
-
-Completions of a rollout file as `training` reads them, by any of the file's rewards.
-
-Invariant: a completion carries the reward that was asked for and no other; a data row that was
-never scored is an error, since its completions are not the evaluator's failures.
+After a run the files of a name are those of that run alone: `NAME-00000.npz`, and so on without a
+gap. They appear when all of them are whole, or not at all. A JSON line holds one datum, number for
+number: float32 values are written so that they read back as the same float32. What all datums share
+stands in `<file>.metadata.json` beside them. RL-step lines are those of `export.rl_step.to_lines`
+for all rows at once.
 """
 
 from __future__ import annotations
@@ -38,30 +28,18 @@ from typing import Annotated, Any, Literal, Unpack
 import msgspec
 from annotated_types import Ge
 
+from eval_protocol_rft import training
 from eval_protocol_rft._durable import replacing, sync_folder
 from eval_protocol_rft._options import Flag
 from eval_protocol_rft.data._dataset import RolloutDataset
 from eval_protocol_rft.data._files import JobError, check_target
+from eval_protocol_rft.data._format import CompletionRow
+from eval_protocol_rft.data._jsonl import replacing_lines
 from eval_protocol_rft.data._progress import Reading
-from eval_protocol_rft.data.conversion._to_ep import to_rows
-from eval_protocol_rft.data.rollouts._format import FileMetadata
-from eval_protocol_rft.data.rollouts._jsonl import replacing_lines
-from eval_protocol_rft.data.rollouts._records import part_of
-from eval_protocol_rft.data.rollouts._rows import UNSCORED, CompletionRow, by_record
-from eval_protocol_rft.training import (
-    BatchArguments,
-    EmptyBatchError,
-    PromptGroup,
-    TokenBuffer,
-    TrainingBatch,
-    TrainingDataError,
-    TrainingDatum,
-    build_batch,
-    group_rows,
-    iter_batches,
-    iter_groups,
-    row_key,
-)
+from eval_protocol_rft.data._records import prompt_groups
+from eval_protocol_rft.data._to_ep import to_rows
+from eval_protocol_rft.record import UNSCORED
+from eval_protocol_rft.training import BatchArguments, PromptGroup, TrainingBatch, TrainingDataError
 from eval_protocol_rft.training.export import files
 from eval_protocol_rft.training.export.rl_step import RLStepData, to_lines
 
@@ -132,7 +110,7 @@ def write_datums_jsonl(path: Path, batches: Iterable[TrainingBatch]) -> None:
         lines.metadata = shared
 
 
-def _line(batch: int, datum: TrainingDatum) -> dict[str, Any]:
+def _line(batch: int, datum: training.TrainingDatum) -> dict[str, Any]:
     values = {name: getattr(datum, name) for name in _VALUES}
     arrays = {name: getattr(datum, name).tolist() for name in _ARRAYS}
     return {"batch": batch, **values, **arrays}
@@ -155,7 +133,7 @@ def write_rl_step(path: Path, rows: Iterable[dict[str, Any]]) -> DatumsSummary:
                 samples += len(line["samples"])
                 file.write(msgspec.json.encode(line) + b"\n")
         if not groups:
-            raise EmptyBatchError(dropped)
+            raise training.EmptyBatchError(dropped)
     return DatumsSummary(
         files=[path], groups=groups, datums=samples, sampled_tokens=None, dropped=dropped
     )
@@ -163,7 +141,7 @@ def write_rl_step(path: Path, rows: Iterable[dict[str, Any]]) -> DatumsSummary:
 
 def _by_group(rows: Iterable[dict[str, Any]]) -> Iterator[RLStepData]:
     seen: set[int] = set()  # hashes, as in `iter_groups`
-    for key, group in itertools.groupby(rows, key=row_key):
+    for key, group in itertools.groupby(rows, key=training.row_key):
         if hash(key) in seen:
             raise TrainingDataError(
                 f"row {key[1]!r} belongs to a prompt group whose rows ended before it: sort the "
@@ -172,31 +150,19 @@ def _by_group(rows: Iterable[dict[str, Any]]) -> Iterator[RLStepData]:
         seen.add(hash(key))
         try:
             yield to_lines(group, unscored="drop")
-        except EmptyBatchError as nothing:
+        except training.EmptyBatchError as nothing:
             yield RLStepData([], nothing.dropped)
 
 
-def scored_groups(
-    dataset: RolloutDataset, *, reward: str | None = None, reading: Reading
-) -> Iterator[list[CompletionRow]]:
-    """The completions of one data row after the other, with no other rewards than those asked for,
-    and these as the main ones.
-
-    Args:
-        dataset: a scored file.
-        reward: name of the further reward; None is the main one.
-        reading: shows how far it is read.
-
-    Raises:
-        FormatError: at once, if there is no such reward.
-        TrainingDataError: while iterating, at a data row that was never scored.
-    """
-    return _scored(dataset, dataset.reward_column(reward), reading)
-
-
-def _scored(
+def _scored_groups(
     dataset: RolloutDataset, column: str, reading: Reading
 ) -> Iterator[list[CompletionRow]]:
+    """The completions of one data row after the other, with no other rewards than those of a
+    column, and these as the main ones.
+
+    Raises:
+        TrainingDataError: at a data row that was never scored.
+    """
     for group in reading(dataset.groups()):
         survivors = [row for row in group if not row.failed]
         if survivors and not any(column in row.scores for row in survivors):
@@ -208,16 +174,6 @@ def _scored(
         for row in group:
             row.scores = {"reward": row.scores.get(column, UNSCORED)}
         yield group
-
-
-def scored_parts(
-    groups: Iterable[list[CompletionRow]], metadata: FileMetadata
-) -> Iterator[PromptGroup]:
-    """`scored_groups` as `RolloutDataset.prompt_groups` reads them."""
-    buffer = TokenBuffer()
-    for group in groups:
-        for part in by_record(group):
-            yield part_of(part, metadata, buffer)
 
 
 DatumsFormat = Literal["npz", "safetensors", "jsonl", "rl-step"]
@@ -300,14 +256,15 @@ def write_datums(
             "applies to them"
         )
     dataset = RolloutDataset(source)
+    column = dataset.reward_column(reward)
     with Reading("datums", dataset.rows_about, show=progress) as reading:
-        groups = scored_groups(dataset, reward=reward, reading=reading)
+        groups = _scored_groups(dataset, column, reading)
         if chosen == "rl-step":
             # The text of the rows, which the format takes, is that of Eval Protocol's.
             rows = (r for group in groups for r in to_rows(group, dataset.metadata))
             return write_rl_step(target, rows)
         summary = DatumsSummary(files=[target])
-        parts = scored_parts(groups, dataset.metadata)
+        parts = prompt_groups(groups, dataset.metadata)
         batches = summary.counting(_batches(parts, max_groups, max_tokens, options))
         if chosen == "jsonl":
             write_datums_jsonl(target, batches)
@@ -326,10 +283,12 @@ def _batches(
     options: BatchArguments,
 ) -> Iterator[TrainingBatch]:
     if max_groups is None and max_tokens is None:
-        yield build_batch(group_rows(parts), **options)
+        yield training.build_batch(training.group_rows(parts), **options)
     else:
-        groups = iter_groups(parts)
-        yield from iter_batches(groups, max_groups=max_groups, max_tokens=max_tokens, **options)
+        groups = training.iter_groups(parts)
+        yield from training.iter_batches(
+            groups, max_groups=max_groups, max_tokens=max_tokens, **options
+        )
 
 
 def _format_of(path: Path) -> DatumsFormat:

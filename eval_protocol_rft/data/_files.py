@@ -1,29 +1,33 @@
-"""Writing a whole rollout file, in either format.
+"""Writing a whole file, in either format: rollouts, or the prompts behind them; and where a command
+may write.
 
-Invariant: the file appears under its name when it is complete and on disk, or not at all.
-
-Where a command may write.
-
-Invariant: what a command reads is never what it writes, nothing is replaced unless asked for, and
-what would keep a file from being written at the end is found at the start.
+Invariant: a file appears under its name when it is complete and on disk, or not at all. What a
+command reads is never what it writes, nothing is replaced unless asked for, and what would keep a
+file from being written at the end is found at the start. Of the prompts, a data row comes out once,
+with the columns that it had; what JSON cannot say is an error, not null.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+import msgspec
+import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from eval_protocol_rft._durable import check_replaceable, link_target, replacing
 from eval_protocol_rft._errors import EvalProtocolRftError
-from eval_protocol_rft.data.rollouts import _jsonl as jsonl
-from eval_protocol_rft.data.rollouts import _parquet as parquet
-from eval_protocol_rft.data.rollouts._jsonl import is_jsonl, metadata_path
-from eval_protocol_rft.data.rollouts._rows import CompletionRow, to_record_batch
+from eval_protocol_rft.data import _jsonl as jsonl
+from eval_protocol_rft.data._format import ORIGINAL_PREFIX, CompletionRow, FormatError, metadata_of
+from eval_protocol_rft.data._jsonl import is_jsonl, metadata_path
+from eval_protocol_rft.data._rows import tables_of, write_tables
 from eval_protocol_rft.data.source._places import one_place
 from eval_protocol_rft.data.source._urls import is_url, shown
 
@@ -34,10 +38,10 @@ def write_file(path: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> int
     Raises:
         OSError: the file cannot be written; one that was there is as it was.
     """
-    if jsonl.is_jsonl(path):
+    if is_jsonl(path):
         return jsonl.write_file(path, schema, tables)
     with replacing(path) as file:
-        return parquet.write_tables(file, schema, tables)
+        return write_tables(file, schema, tables)
 
 
 def write_rows(
@@ -45,21 +49,6 @@ def write_rows(
 ) -> int:
     """Write rows, those of a data row together and by `sample_idx`; returns their number."""
     return write_file(Path(path), schema, tables_of(rows, schema))
-
-
-def tables_of(rows: Iterable[CompletionRow], schema: pa.Schema) -> Iterator[pa.Table]:
-    """Rows as tables that each fit a row group."""
-    held: list[CompletionRow] = []
-    tokens = 0
-    for row in rows:
-        prompt = 0 if row.prompt_ids is None else len(row.prompt_ids)
-        held.append(row)
-        tokens += row.num_tokens + prompt
-        if len(held) >= parquet.ROW_GROUP_ROWS or tokens >= parquet.ROW_GROUP_TOKENS:
-            yield pa.Table.from_batches([to_record_batch(held, schema)])
-            held, tokens = [], 0
-    if held:
-        yield pa.Table.from_batches([to_record_batch(held, schema)])
 
 
 _RATE_FROM = 1_000_000
@@ -227,3 +216,83 @@ def _as_target_error(path: Path) -> Iterator[None]:
 def _listed(suffixes: Sequence[str]) -> str:
     *others, last = suffixes
     return f"{', '.join(others)} or {last}" if others else last
+
+
+def original_columns(schema: pa.Schema) -> list[str]:
+    """The columns of the data set, with their prefix.
+
+    Raises:
+        FormatError: there are none.
+    """
+    names = [name for name in schema.names if name.startswith(ORIGINAL_PREFIX)]
+    if not names:
+        raise FormatError(
+            f"the file holds no columns {ORIGINAL_PREFIX}*: its rollouts did not come from a data "
+            "set, so it has no prompts to give back"
+        )
+    return names
+
+
+def write_prompts(path: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> int:
+    """Write one row of the data set for each data row in `tables`; returns their number.
+
+    Args:
+        path: JSON lines by its extension, in which columns of JSON text are the values that they
+            stand for; else Parquet, in which they stay text.
+        schema: of the rollout file.
+        tables: rows of it, those of a data row together.
+
+    Raises:
+        FormatError: a value that is none in JSON.
+    """
+    names = original_columns(schema)
+    fields = [schema.field(name) for name in names]
+    plain = pa.schema([field.with_name(_stripped(field.name)) for field in fields])
+    rows = 0
+    with replacing(path) as file:
+        if is_jsonl(path):
+            known = frozenset(metadata_of(schema).json_columns)
+            json_columns = [_stripped(name) for name in names if name in known]
+            for table in _firsts(tables, names, plain):
+                file.write(b"".join(_lines(table, json_columns)))
+                rows += len(table)
+        else:
+            with pq.ParquetWriter(pa.PythonFile(file, mode="w"), plain) as target:
+                for table in _firsts(tables, names, plain):
+                    target.write_table(table)
+                    rows += len(table)
+    return rows
+
+
+def _firsts(tables: Iterable[pa.Table], names: list[str], schema: pa.Schema) -> Iterator[pa.Table]:
+    """The first row of each data row."""
+    last = -1
+    for table in tables:
+        data_idx = table["data_idx"].to_numpy()
+        first = np.flatnonzero(np.diff(data_idx, prepend=last))
+        last = data_idx[-1]
+        yield table.select(names).take(first).rename_columns(schema.names).cast(schema)
+
+
+def _lines(table: pa.Table, json_columns: list[str]) -> Iterator[bytes]:
+    for values in table.to_pylist():
+        for name in json_columns:
+            if values[name] is not None:
+                values[name] = msgspec.json.decode(values[name])
+        yield _json(values) + b"\n"
+
+
+def _json(values: dict[str, Any]) -> bytes:
+    # msgspec would write NaN as null; Python's encoder can refuse it.
+    try:
+        text = json.dumps(values, ensure_ascii=False, allow_nan=False, default=msgspec.to_builtins)
+    except (TypeError, ValueError) as error:
+        raise FormatError(
+            f"a row of the data set cannot be a JSON line: {error}. Write .parquet instead; the "
+            f"row begins {str(values)[:200]}"
+        ) from error
+    return text.encode()
+
+
+def _stripped(name: str) -> str:
+    return name.removeprefix(ORIGINAL_PREFIX)

@@ -3,110 +3,45 @@
 Invariant: what was sampled is never lost and never sampled twice. The file appears when every
 completion is there, as itself or as a failure; until then they are in `<file>.parts`, and the same
 call goes on from there.
-
-What a run has done so far, in numbers.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
 import logging
 import os
 import secrets
 import time
-from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from annotated_types import Ge
 
+from eval_protocol_rft import sampling
 from eval_protocol_rft._options import Flag, check_arguments
-from eval_protocol_rft.data._files import (
-    JobError,
-    check_not_read,
-    check_rollout_file,
-    output_path,
-    room_warning,
-)
+from eval_protocol_rft.data import _files as files
+from eval_protocol_rft.data._files import JobError
+from eval_protocol_rft.data._format import CompletionRow
 from eval_protocol_rft.data._generate_output import Output, OutputJob, find_job
 from eval_protocol_rft.data._job_store import parts_folder
-from eval_protocol_rft.data._missing import Questions, Selection
-from eval_protocol_rft.data._progress import reporter
-from eval_protocol_rft.data._ray import RaySampler
-from eval_protocol_rft.data._sampling_run import SamplingRun
-from eval_protocol_rft.data.rollouts._rows import CompletionRow
+from eval_protocol_rft.data._progress import repeating, reporter
+from eval_protocol_rft.data._questions import PROMPT_COLUMNS, Questions
+from eval_protocol_rft.data._sampling_run import RaySampler, RunCounts, SamplingRun
 from eval_protocol_rft.data.source._opening import aopen_source
-from eval_protocol_rft.data.source._prompt import PROMPT_COLUMNS, prompt_column
 from eval_protocol_rft.data.source._urls import PathOrGlob
-from eval_protocol_rft.local import LoadedTokenizer
 from eval_protocol_rft.rollout import Backends, parse_completion_params
-from eval_protocol_rft.sampling import (
-    ACCOUNT_STATUSES,
-    HIGHEST,
-    PROBE_DRAWS,
-    PROBE_TEXTS,
-    AdaptiveLimit,
-    ConcurrencyLimit,
-    Endpoint,
-    FixedLimit,
-    HttpSampler,
-    Prices,
-    RetryPolicy,
-    RunLimiter,
-    RunSummary,
-    Sampler,
-    TokenIds,
-    check_logprobs_mode,
-    needs_check,
-    observers,
-    polling,
-)
+from eval_protocol_rft.sampling import Prices, RetryPolicy, RunSummary, Sampler
 from eval_protocol_rft.scoring.executors import RAY_ADDRESS, Engine, check_engine
 
 if TYPE_CHECKING:
-    from eval_protocol_rft.data._generate_episodes import EpisodeJob, EpisodeSampling
+    from eval_protocol_rft.data._generate_episodes import EpisodeJob
     from eval_protocol_rft.episodes import Environment, EpisodeLimits, EpisodeRolloutProcessor
 
 
-@dataclass(slots=True)
-class RunCounts:
-    """Counts of one run; completions of earlier runs are not in it."""
-
-    completions: int = 0
-    """Sampled and stored."""
-    truncated: int = 0
-    tokens: int = 0
-    """Sampled tokens."""
-    attempts: int = 0
-    """Requests made."""
-    failures: Counter[str] = field(default_factory=Counter)
-    """Kind -> completions that failed for good."""
-    first_failure: str | None = None
-
-    @property
-    def failed(self) -> int:
-        return self.failures.total()
-
-    def add(self, rows: Iterable[CompletionRow]) -> None:
-        """Count rows that were stored."""
-        for row in rows:
-            self.attempts += row.attempts or 0
-            if row.failed:
-                self.failures[row.error_kind or "internal"] += 1
-                self.first_failure = self.first_failure or f"row {row.row_id}: {row.error}"
-            else:
-                self.completions += 1
-                self.truncated += bool(row.truncated)
-                self.tokens += row.num_tokens
-
-
 DEFAULT_CONCURRENCY = 96
-_TOLD_EVERY = 1.0
-"""Seconds between two looks at how far it is."""
 _DATA = functools.partial(Flag, panel="Data set")
 _EPISODES = functools.partial(Flag, panel="Episodes")
 _RUN = functools.partial(Flag, panel="Run")
@@ -231,33 +166,35 @@ async def agenerate(
         raise JobError("episodes run in this process: use the local engine")
     check_engine(engine)
     check_arguments(agenerate, locals())
-    target = output_path(output)
-    check_rollout_file(target, folders=[parts_folder(target)])
+    target = files.output_path(output)
+    files.check_rollout_file(target, folders=[parts_folder(target)])
     if engine == "ray" and sampler is not None:
         raise ValueError("a sampler of your own lives in this process: use the local engine")
     request = parse_completion_params(completion_params)
     episodes_job: EpisodeJob | None = None
     if episodes is not None:
-        from eval_protocol_rft.data._generate_episodes import EpisodeSampling, episode_job
+        from eval_protocol_rft.data._generate_episodes import RowEpisodes, episode_job
 
         episodes_job = await asyncio.to_thread(episode_job, episodes, limits, on_rewrite)
     source = await aopen_source(data)
-    check_not_read(target, source.paths)
-    selection = Selection.of(
+    files.check_not_read(target, source.paths)
+    questions = await asyncio.to_thread(
+        Questions.check,
         source,
-        prompt_key=prompt_column(source, prompt_key),
+        prompt_key=prompt_key,
+        system=system,
         limit=limit,
         shuffle_seed=shuffle_seed,
         where=where,
     )
-    questions = await asyncio.to_thread(Questions.check, source, selection, system)
     if episodes_job is not None and questions.kind == "ids":
         raise JobError(
-            f"{source.name}: the prompts in {selection.prompt_key!r} are token ids, and an episode "
-            "renders its turns from messages: name a column of text or messages with --prompt-key"
+            f"{source.name}: the prompts in {questions.data.prompt_key!r} are token ids, and an "
+            "episode renders its turns from messages: name a column of text or messages with "
+            "--prompt-key"
         )
     backends = Backends(tokenizer=tokenizer, sampler=sampler, trust_remote_code=trust_remote_code)
-    clients: dict[Endpoint, HttpSampler] = {}
+    clients: dict[sampling.Endpoint, sampling.HttpSampler] = {}
     remote: RaySampler | None = None
     try:
         chosen, own_tokenizer = await backends.resolve(request, clients)
@@ -273,14 +210,17 @@ async def agenerate(
         )
         if output_job.known is None and request.seed is None and backends.seeds_are_free(request):
             output_job = output_job.seeded(secrets.randbits(31))
-        if isinstance(chosen, HttpSampler) and needs_check(request.params):
-            await check_logprobs_mode(
+        if isinstance(chosen, sampling.HttpSampler) and sampling.needs_check(request.params):
+            await sampling.check_logprobs_mode(
                 chosen,
-                [TokenIds(own_tokenizer.tokenizer.encode(text)) for text in PROBE_TEXTS],
+                [
+                    sampling.TokenIds(own_tokenizer.tokenizer.encode(text))
+                    for text in sampling.PROBE_TEXTS
+                ],
                 request.params,
-                slots=asyncio.Semaphore(PROBE_DRAWS),
+                slots=asyncio.Semaphore(sampling.PROBE_DRAWS),
                 retry=retry or RetryPolicy(),
-                limiter=RunLimiter(),
+                limiter=sampling.RunLimiter(),
             )
         if engine == "ray":
             remote = RaySampler(
@@ -288,18 +228,18 @@ async def agenerate(
             )
             await remote.start()
         own = request.endpoint is None or sampler is not None or engine == "ray"
-        episode_sampling: EpisodeSampling | None = None
+        run_episodes = None
         if episodes_job is not None:
-            episode_sampling = EpisodeSampling(
-                job=episodes_job,
-                tokenizer=own_tokenizer,
-                template_kwargs=request.chat_template_kwargs,
-                params=request.params,
-                context_length=getattr(chosen, "context_length", None),
-                slots=asyncio.Semaphore(concurrency or DEFAULT_CONCURRENCY),
+            run_episodes = functools.partial(
+                RowEpisodes,
+                episodes_job,
+                own_tokenizer,
+                request,
+                getattr(chosen, "context_length", None),
+                asyncio.Semaphore(concurrency or DEFAULT_CONCURRENCY),
             )
         bound, highest = _limit(DEFAULT_CONCURRENCY if own and concurrency is None else concurrency)
-        async with polling(None if own else request.endpoint, bound):
+        async with sampling.polling(None if own else request.endpoint, bound):
             return await _run(
                 output_job,
                 functools.partial(
@@ -310,9 +250,8 @@ async def agenerate(
                     retry=retry or RetryPolicy(),
                     limit=bound,
                     highest=highest,
-                    episodes=episode_sampling,
+                    episodes=run_episodes,
                 ),
-                own_tokenizer,
                 retry_failed=retry_failed,
                 prices=prices,
                 progress=progress,
@@ -324,17 +263,16 @@ async def agenerate(
             await client.aclose()
 
 
-def _limit(concurrency: int | None) -> tuple[ConcurrencyLimit, int]:
+def _limit(concurrency: int | None) -> tuple[sampling.ConcurrencyLimit, int]:
     """The limit, and the most that it ever is."""
     if concurrency is not None:
-        return FixedLimit(concurrency), concurrency
-    return AdaptiveLimit(), HIGHEST
+        return sampling.FixedLimit(concurrency), concurrency
+    return sampling.AdaptiveLimit(), sampling.HIGHEST
 
 
 async def _run(
     job: OutputJob,
     make_run: Callable[..., SamplingRun],
-    tokenizer: LoadedTokenizer,
     *,
     retry_failed: bool,
     prices: Prices | None,
@@ -348,37 +286,36 @@ async def _run(
         total, before = job.total, output.done.done + output.done.failed
         if retry_failed:
             before = output.done.done
-        room = _RoomWatch(output)
-        room.look()
+        warned = _warn_of_room(output)
         opening = _opening(output, total - before) if before < total else ""
         with reporter("generate", total, done=before, show=progress, opening=opening) as bar:
 
             def tell() -> None:
                 done = before + counts.completions + counts.failed
-                bar.update(done, detail=_said(counts, attempts, time.perf_counter() - began))
+                bar.update(done, detail=counts.line(attempts, time.perf_counter() - began))
 
             def stored(rows: list[CompletionRow]) -> None:
+                nonlocal warned
                 counts.add(rows)
-                room.look()
+                warned = warned or _warn_of_room(output)
                 tell()
 
             if before < total and job.episodes is None:
-                _tell_other_prompts(output, tokenizer)
+                output.warn_of_other_prompts()
             prompts = job.questions.prompts(
-                output.done,
-                tokenizer,
+                functools.partial(output.done.missing, retry_failed=retry_failed),
+                job.tokenizer,
                 job.request,
                 name=job.data_name,
-                retry_failed=retry_failed,
                 rendered=job.episodes is None,
             )
             run = make_run(
                 store=output.store,
                 on_stored=stored,
-                observe=observers(attempts.add),
+                observe=sampling.observers(attempts.add),
                 fresh=not output.done.done,
             )
-            async with _repeating(tell):
+            async with repeating(tell):
                 await run.run(prompts)
         if run.doubt is not None:
             logger.warning("%s", run.doubt)
@@ -396,44 +333,16 @@ async def _run(
     )
 
 
-@dataclass(slots=True)
-class _RoomWatch:
-    """Says once where the disk will be full before the job is done: what a completion takes is
-    known from the first packed batch on, of this run or of an earlier one."""
-
-    output: Output
-    _seen: int = 0
-    """Packed rows when it was looked at last."""
-    _said: bool = False
-
-    def look(self) -> None:
-        rows, size = self.output.store.packed
-        job = self.output.job
-        if self._said or rows == self._seen or job.base is not None:
-            return
-        self._seen = rows
-        if warning := room_warning(job.target, job.total, rows, size):
-            self._said = True
-            logger.warning(warning)
-
-
-def _tell_other_prompts(output: Output, tokenizer: LoadedTokenizer) -> None:
+def _warn_of_room(output: Output) -> bool:
+    """Say where the disk will be full before the job is done, and whether that was said: what a
+    completion takes is known from the first packed batch on, of this run or of an earlier one."""
     job = output.job
-    if not output.done.done:
-        return
-    stored = output.first_prompts()
-    changed = job.questions.rendered_otherwise(stored, tokenizer, job.request)
-    if changed:
-        logger.warning(
-            "%s: the job goes on, and %d of the first %d data rows render to another prompt than "
-            "before (data row %d first): their chat template says the date or time, or the "
-            "tokenizer was changed. Each completion keeps the prompt ids that it was sampled "
-            "behind; for one prompt throughout, begin a new output",
-            job.target,
-            len(changed),
-            len(stored),
-            changed[0],
-        )
+    warning = None
+    if job.base is None:
+        warning = files.room_warning(job.target, job.total, *output.store.packed)
+    if warning is not None:
+        logger.warning(warning)
+    return warning is not None
 
 
 def _opening(output: Output, missing: int) -> str:
@@ -451,7 +360,7 @@ def _opening(output: Output, missing: int) -> str:
 
 
 def _may_succeed(kind: str | None, status: int | None) -> bool:
-    return kind != "prompt" and (kind != "refused" or status in ACCOUNT_STATUSES)
+    return kind != "prompt" and (kind != "refused" or status in sampling.ACCOUNT_STATUSES)
 
 
 async def _to_its_end(work: Callable[[], T]) -> T:
@@ -463,29 +372,3 @@ async def _to_its_end(work: Callable[[], T]) -> T:
     except asyncio.CancelledError:
         await asyncio.wait([task])
         raise
-
-
-@contextlib.asynccontextmanager
-async def _repeating(tell: Callable[[], None]) -> AsyncIterator[None]:
-    """Say how far it is also while nothing comes in: a server may be away for long."""
-
-    async def repeat() -> None:
-        while True:
-            await asyncio.sleep(_TOLD_EVERY)
-            tell()
-
-    task = asyncio.create_task(repeat())
-    try:
-        yield
-    finally:
-        task.cancel()
-
-
-def _said(counts: RunCounts, attempts: RunSummary, seconds: float) -> str:
-    truncated = counts.truncated / counts.completions if counts.completions else 0.0
-    retries = ""
-    if attempts.retries:
-        [(cause, _)] = attempts.retries.most_common(1)
-        retries = f", {attempts.retries.total()} retries (mostly {cause})"
-    rate = counts.tokens / seconds
-    return f"{rate:.0f} tok/s, {counts.failed} failed, {truncated:.0%} truncated{retries}"

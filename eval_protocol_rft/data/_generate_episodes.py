@@ -18,31 +18,18 @@ from typing import Any
 import numpy as np
 from eval_protocol.models import EvaluationRow
 
+from eval_protocol_rft import episodes
+from eval_protocol_rft.data._episodes import as_arrays, as_read
 from eval_protocol_rft.data._files import JobError
+from eval_protocol_rft.data._format import CompletionRow, EpisodeSettings
 from eval_protocol_rft.data._sampling_run import Ask, Fill
-from eval_protocol_rft.data.conversion._to_ep import asked_row
-from eval_protocol_rft.data.rollouts._episodes import as_arrays, as_read
-from eval_protocol_rft.data.rollouts._format import EpisodeSettings
-from eval_protocol_rft.data.rollouts._rows import CompletionRow
-from eval_protocol_rft.episodes import (
-    Environment,
-    Episode,
-    EpisodeLimits,
-    EpisodeRolloutProcessor,
-    EpisodeRun,
-    OnRewrite,
-    Openings,
-)
+from eval_protocol_rft.data._to_ep import asked_row
 from eval_protocol_rft.local import LoadedTokenizer
+from eval_protocol_rft.rollout import RolloutRequest
 from eval_protocol_rft.sampling import Failure, SamplingParams, Survivor, TokenIds, derive_seeds
-from eval_protocol_rft.scoring import parameters_of
-from eval_protocol_rft.scoring.executors import (
-    EvaluatorNotFoundError,
-    code_fingerprints,
-    load_named,
-)
+from eval_protocol_rft.scoring import executors, parameters_of
 
-Factory = Callable[[], Environment]
+Factory = Callable[[], episodes.Environment]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,16 +37,16 @@ class EpisodeJob:
     """What the episodes of a job are like. Made by `episode_job`."""
 
     environment: Factory
-    limits: EpisodeLimits
-    on_rewrite: OnRewrite
+    limits: episodes.EpisodeLimits
+    on_rewrite: episodes.OnRewrite
     settings: EpisodeSettings
     """What the file says of it."""
 
 
 def episode_job(
-    named: str | Factory | EpisodeRolloutProcessor,
-    limits: EpisodeLimits | Mapping[str, Any] | None,
-    on_rewrite: OnRewrite | None,
+    named: str | Factory | episodes.EpisodeRolloutProcessor,
+    limits: episodes.EpisodeLimits | Mapping[str, Any] | None,
+    on_rewrite: episodes.OnRewrite | None,
 ) -> EpisodeJob:
     """What an option names: a class of environments or a function of nothing that makes one, or an
     `EpisodeRolloutProcessor` or an evaluation test that has one.
@@ -73,20 +60,20 @@ def episode_job(
         JobError: it names nothing, or nothing that makes environments.
     """
     try:
-        value: Any = load_named(named, "environment") if isinstance(named, str) else named
-    except EvaluatorNotFoundError as error:
+        value: Any = executors.load_named(named, "environment") if isinstance(named, str) else named
+    except executors.EvaluatorNotFoundError as error:
         raise JobError(str(error)) from error
     name = named if isinstance(named, str) else _name_of(value)
     test = parameters_of(value)
     if test is not None:
         value = test.rollout_processor
-        if not isinstance(value, EpisodeRolloutProcessor):
+        if not isinstance(value, episodes.EpisodeRolloutProcessor):
             raise JobError(
                 f"{name}: the evaluation test's rollout_processor is a {type(value).__name__}, and "
                 "episodes are those of an EpisodeRolloutProcessor"
             )
-    own_limits, own_rewrite, factory = EpisodeLimits(), "split", value
-    if isinstance(value, EpisodeRolloutProcessor):
+    own_limits, own_rewrite, factory = episodes.EpisodeLimits(), "split", value
+    if isinstance(value, episodes.EpisodeRolloutProcessor):
         own_limits, own_rewrite, factory = value.limits, value.on_rewrite, value.environment
         if not value.split_reasoning:
             raise JobError(f"{name}: split_reasoning=False is not for a rollout file")
@@ -94,7 +81,7 @@ def episode_job(
     if isinstance(limits, Mapping):
         limits = replace(own_limits, **limits)
     limits = limits or own_limits
-    rewrite: OnRewrite = on_rewrite or own_rewrite  # type: ignore[assignment]
+    rewrite: episodes.OnRewrite = on_rewrite or own_rewrite  # type: ignore[assignment]
     return EpisodeJob(
         environment=factory,
         limits=limits,
@@ -106,7 +93,7 @@ def episode_job(
 
 
 def _check_factory(factory: Any, name: str) -> None:
-    if isinstance(factory, Environment):
+    if isinstance(factory, episodes.Environment):
         raise JobError(
             f"{name} is one {type(factory).__name__}, and each episode needs its own: name the "
             "class, or a function that makes one"
@@ -130,7 +117,7 @@ _MAKERS = "a class of environments, or a function of nothing that makes one"
 
 
 def _name_of(value: Any) -> str:
-    if isinstance(value, EpisodeRolloutProcessor):
+    if isinstance(value, episodes.EpisodeRolloutProcessor):
         value = value.environment
     value = _plain(value)
     name = getattr(value, "__qualname__", type(value).__qualname__)
@@ -139,7 +126,7 @@ def _name_of(value: Any) -> str:
 
 def _code_of(factory: Any) -> dict[str, str]:
     plain = _plain(factory)
-    return code_fingerprints(plain) if hasattr(plain, "__qualname__") else {}
+    return executors.code_fingerprints(plain) if hasattr(plain, "__qualname__") else {}
 
 
 def _plain(factory: Any) -> Any:
@@ -148,34 +135,33 @@ def _plain(factory: Any) -> Any:
     return factory
 
 
-@dataclass(frozen=True, slots=True)
-class EpisodeSampling:
-    """What all episodes of a run have in common."""
-
-    job: EpisodeJob
-    tokenizer: LoadedTokenizer
-    template_kwargs: Mapping[str, Any]
-    params: SamplingParams
-    context_length: int | None
-    """The model's, where the sampler knows it."""
-    slots: asyncio.Semaphore
-    """So many episodes, and environments, are alive at once."""
-
-    def __call__(self, row: CompletionRow) -> RowEpisodes:
-        """Of a data row; `row` is what its episodes have in common."""
-        asked = EvaluationRow.model_validate(asked_row(row))
-        return RowEpisodes(self, asked, Openings(self.tokenizer, self.template_kwargs))
-
-
-@dataclass(slots=True)
 class RowEpisodes:
-    """The episodes of one data row."""
+    """The episodes of one data row.
 
-    of: EpisodeSampling
-    row: EvaluationRow
-    openings: Openings
-    _first: tuple[int, TokenIds] | None = None
-    """Place and prompt of the first episode that began."""
+    Args:
+        job, tokenizer, request: what all episodes of a run have in common.
+        context_length: the model's, where the sampler knows it.
+        slots: so many episodes, and environments, of a run are alive at once.
+        row: what the episodes of the data row have in common.
+    """
+
+    def __init__(
+        self,
+        job: EpisodeJob,
+        tokenizer: LoadedTokenizer,
+        request: RolloutRequest,
+        context_length: int | None,
+        slots: asyncio.Semaphore,
+        row: CompletionRow,
+    ) -> None:
+        self._job = job
+        self._params = request.params
+        self._context_length = context_length
+        self._slots = slots
+        self._row = EvaluationRow.model_validate(asked_row(row))
+        self._openings = episodes.Openings(tokenizer, request.chat_template_kwargs)
+        self._first: tuple[int, TokenIds] | None = None
+        """Place and prompt of the first episode that began."""
 
     async def __call__(self, row: CompletionRow, ask: Ask, fill: Fill) -> None:
         """Run the episode of a row, and put it there, or why there is none."""
@@ -186,9 +172,9 @@ class RowEpisodes:
             fill(row, outcome.first, outcome.first_prompt)
             _put_episode(row, outcome)
 
-    async def _run(self, index: int, seed: int | None, ask: Ask) -> Episode | Failure:
+    async def _run(self, index: int, seed: int | None, ask: Ask) -> episodes.Episode | Failure:
         """Run one, from before its environment is made until that is closed."""
-        job, row_id = self.of.job, self.row.input_metadata.row_id
+        job, row_id = self._job, self._row.input_metadata.row_id
         session = hashlib.blake2b(f"{row_id}\0{seed}\0{index}".encode(), digest_size=8)
 
         async def sample(
@@ -200,16 +186,16 @@ class RowEpisodes:
             (own,) = [seed] if not turn else derive_seeds(seed, f"turn {turn}", 1)
             return await ask(prompt, params, own, on_start)
 
-        async with self.of.slots:
-            run_episode = EpisodeRun(
+        async with self._slots:
+            run_episode = episodes.EpisodeRun(
                 index=index,
                 environment=job.environment,
-                row=self.row,
-                messages=self.row.messages,
-                openings=self.openings,
-                params=replace(self.of.params, session=session.hexdigest()),
+                row=self._row,
+                messages=self._row.messages,
+                openings=self._openings,
+                params=replace(self._params, session=session.hexdigest()),
                 limits=job.limits,
-                context_length=self.of.context_length,
+                context_length=self._context_length,
                 on_rewrite=job.on_rewrite,
                 sample=sample,
             )
@@ -227,7 +213,7 @@ class RowEpisodes:
         return Failure(index=index, kind="prompt", message=message, attempts=0, seconds=0.0)
 
 
-def _put_episode(row: CompletionRow, episode: Episode) -> None:
+def _put_episode(row: CompletionRow, episode: episodes.Episode) -> None:
     """Let a row that has the first turn be the whole episode."""
     row.prompt_ids = np.array(episode.first_prompt, np.int32)
     row.tools = None if episode.tools is None else [dict(tool) for tool in episode.tools]

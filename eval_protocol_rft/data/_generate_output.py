@@ -1,19 +1,17 @@
-"""The output of a job: finding out what is there of it, adding to it, and finishing it.
-
-Invariant: an output of another job is refused, with what differs, unless it may be replaced; and
-then only when the new one is complete.
-
-What one bulk job was asked to do, and whether a file or a folder is of the same job.
+"""The output of a job: what it was asked to do, finding out what is there of it, adding to it, and
+finishing it.
 
 Invariant: whatever changes what is sampled is in the metadata, so a job is continued only with the
-same data, model and parameters. What does not (concurrency, timeouts, the server's address) is not.
+same data, model and parameters; what does not (concurrency, timeouts, the server's address) is not.
+An output of another job is refused, with what differs, unless it may be replaced; and then only
+when the new one is complete.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
+import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -23,42 +21,22 @@ from typing import Any
 import msgspec
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
+from eval_protocol_rft.data import _format as file_format
+from eval_protocol_rft.data import _job_store as job_store
 from eval_protocol_rft.data._dataset import RolloutDataset
 from eval_protocol_rft.data._files import JobError, check_room, write_file
-from eval_protocol_rft.data._job_store import (
-    KEY_COLUMNS,
-    JobStore,
-    Keys,
-    failed_rows,
-    parts_folder,
-    read_schema,
-    row_keys,
-)
-from eval_protocol_rft.data._missing import DoneIndex, Questions
-from eval_protocol_rft.data.rollouts._format import (
-    ORIGINAL_PREFIX,
-    DataSettings,
-    EpisodeSettings,
-    FileMetadata,
-    FormatError,
-    SamplingSettings,
-    metadata_of,
-    reward_columns,
-    schema,
-)
+from eval_protocol_rft.data._format import FileMetadata, FormatError
+from eval_protocol_rft.data._job_store import JobStore
+from eval_protocol_rft.data._questions import Questions
 from eval_protocol_rft.data.source._types import SourceColumn
 from eval_protocol_rft.data.source._urls import SourceError
-from eval_protocol_rft.local import LoadedTokenizer
-from eval_protocol_rft.local.models import (
-    LOCAL_PREFIX,
-    NoSuchModelError,
-    local_model_folder,
-    model_folder_fingerprint,
-)
+from eval_protocol_rft.local import LoadedTokenizer, models
 from eval_protocol_rft.rollout import RolloutRequest, redact_params
 from eval_protocol_rft.sampling import TokenIds, support_truncated
 
+logger = logging.getLogger(__name__)
 _FREE_TO_CHANGE = frozenset(
     {"data.name", "sampling.seed_given", "schema_version", "package_version", "rewards"}
 )
@@ -71,23 +49,23 @@ def job_schema(
     tokenizer: LoadedTokenizer,
     *,
     seed_given: bool,
-    episodes: EpisodeSettings | None = None,
+    episodes: file_format.EpisodeSettings | None = None,
 ) -> pa.Schema:
     """Schema and metadata of the file that the job writes.
 
     Raises:
         SourceError: a column cannot be stored under its name.
     """
-    source, selection = questions.source, questions.selection
+    source, data = questions.source, questions.data
     columns = {column.name: column for column in source.columns}
-    truth = columns.get(selection.ground_truth_key or "")
-    json_columns = [ORIGINAL_PREFIX + c.name for c in source.columns if c.is_json]
+    truth = columns.get(data.ground_truth_key or "")
+    json_columns = [file_format.ORIGINAL_PREFIX + c.name for c in source.columns if c.is_json]
     if truth is not None and truth.is_json:
         json_columns.append("ground_truth")
     params = request.params
     metadata = FileMetadata(
         prompt_kind=questions.asked_kind,
-        sampling=SamplingSettings(
+        sampling=file_format.SamplingSettings(
             model=params.model,
             model_fingerprint=model_fingerprint(params.model),
             tokenizer=tokenizer.name,
@@ -105,18 +83,13 @@ def job_schema(
             support_truncated=support_truncated(params),
             other=redact_params(params.extra),
         ),
-        data=DataSettings(
-            name=source.name,
-            fingerprint=source.fingerprint,
-            num_rows=source.num_rows,
-            **dataclasses.asdict(selection),
-        ),
+        data=data,
         episodes=episodes,
         json_columns=json_columns,
     )
     _check_names(source.columns)
     types = {column.name: column.type for column in source.columns}
-    return schema(
+    return file_format.schema(
         metadata,
         types,
         ground_truth=None if truth is None else truth.type,
@@ -147,11 +120,11 @@ def _difference(name: str, there: Any, here: Any) -> str:
 
 def model_fingerprint(model: str) -> str | None:
     """Tells the weights of a local folder apart; None for a model behind a server or a hub id."""
-    if not model.startswith(LOCAL_PREFIX):
+    if not model.startswith(models.LOCAL_PREFIX):
         return None
     try:
-        return model_folder_fingerprint(local_model_folder(model))
-    except NoSuchModelError:  # of a sampler of the caller's, under any name
+        return models.model_folder_fingerprint(models.local_model_folder(model))
+    except models.NoSuchModelError:  # of a sampler of the caller's, under any name
         return None
 
 
@@ -206,14 +179,14 @@ class OutputJob:
         return self.questions.count * self.request.n
 
     @property
-    def episodes(self) -> EpisodeSettings | None:
+    def episodes(self) -> file_format.EpisodeSettings | None:
         """What its completions are like where they are episodes."""
-        return metadata_of(self.schema).episodes
+        return file_format.metadata_of(self.schema).episodes
 
     @property
     def data_name(self) -> str:
         """What the data set was called when the job began: row ids are made of it."""
-        data = metadata_of(self.schema).data
+        data = file_format.metadata_of(self.schema).data
         return self.questions.source.name if data is None else data.name
 
     def seeded(self, seed: int) -> OutputJob:
@@ -233,14 +206,15 @@ class OutputJob:
             JobError: another process just finished the file;
             the disk has no room for the file.
         """
-        selection, num_rows = self.questions.selection, self.questions.source.num_rows
-        position: Keys | None = None
-        if selection.shuffle_seed is not None:
-            order = np.random.default_rng(selection.shuffle_seed).permutation(num_rows)
+        data = self.questions.data
+        num_rows = data.num_rows
+        position: job_store.Keys | None = None
+        if data.shuffle_seed is not None:
+            order = np.random.default_rng(data.shuffle_seed).permutation(num_rows)
             position = np.empty(num_rows, np.int64)
             position[order] = np.arange(num_rows)
-        keys_of = functools.partial(row_keys, position=position)
-        store = JobStore(parts_folder(self.target), self.schema, keys_of, anew=self.anew)
+        keys_of = functools.partial(job_store.row_keys, position=position)
+        store = JobStore(job_store.parts_folder(self.target), self.schema, keys_of, anew=self.anew)
         try:
             if _version(self.target) != self.version:
                 raise JobError(f"{self.target} was written just now: run the same command again")
@@ -248,8 +222,8 @@ class OutputJob:
             check_room(self.target, replaced + store.loose[1] + store.packed[1])
             done = DoneIndex(num_rows, self.request.n, position)
             if self.base is not None:
-                for table in self.base.tables([*KEY_COLUMNS, "error"]):
-                    done.add(keys_of(table), failed_rows(table))
+                for table in self.base.tables([*job_store.KEY_COLUMNS, "error"]):
+                    done.add(keys_of(table), job_store.failed_rows(table))
             for stored in store.stored():
                 done.add(*stored)
             yield Output(self, store, done)
@@ -266,10 +240,26 @@ class Output:
     done: DoneIndex
     """What was there when it was opened."""
 
-    def first_prompts(self) -> dict[int, TokenIds]:
-        """Prompt ids of the first data rows that are stored, by `data_idx`."""
+    def warn_of_other_prompts(self) -> None:
+        """Say where the first data rows that are stored render to other prompts now."""
+        job, stored = self.job, self._first_prompts()
+        changed = job.questions.rendered_otherwise(stored, job.tokenizer, job.request)
+        if changed:
+            logger.warning(
+                "%s: the job goes on, and %d of the first %d data rows render to another prompt "
+                "than before (data row %d first): their chat template says the date or time, or "
+                "the tokenizer was changed. Each completion keeps the prompt ids that it was "
+                "sampled behind; for one prompt throughout, begin a new output",
+                job.target,
+                len(changed),
+                len(stored),
+                changed[0],
+            )
+
+    def _first_prompts(self) -> dict[int, TokenIds]:
+        """Their prompt ids, by `data_idx`."""
         prompts: dict[int, TokenIds] = {}
-        table = next(self._rows(), None)
+        table = next(self._rows(), None) if self.done.done else None
         if table is not None:
             columns = (table.column(name) for name in ("data_idx", "prompt_ids"))
             for number, ids in zip(*columns, strict=True):
@@ -307,7 +297,7 @@ def find_job(
     tokenizer: LoadedTokenizer,
     *,
     overwrite: bool,
-    episodes: EpisodeSettings | None = None,
+    episodes: file_format.EpisodeSettings | None = None,
 ) -> OutputJob:
     """What is there of the job.
 
@@ -325,8 +315,8 @@ def find_job(
     version = _version(target)
     seed_given = request.seed is not None
     asked = job_schema(questions, request, tokenizer, seed_given=seed_given, episodes=episodes)
-    folder = parts_folder(target)
-    begun = _same_job(folder, read_schema(folder), asked, overwrite=overwrite)
+    folder = job_store.parts_folder(target)
+    begun = _same_job(folder, job_store.read_schema(folder), asked, overwrite=overwrite)
     finished = None
     if target.exists():
         try:
@@ -340,7 +330,7 @@ def find_job(
         _refuse_foreign_columns(target, base, asked)
     there = begun if base is None else base
     if there is not None:
-        sampling = metadata_of(there).sampling
+        sampling = file_format.metadata_of(there).sampling
         assert sampling is not None  # noqa: S101 - differences() compared it
         request = replace(request, seed=sampling.seed)
     return OutputJob(
@@ -366,8 +356,11 @@ def _version(path: Path) -> tuple[int, ...] | None:
 
 
 def _refuse_foreign_columns(target: Path, known: pa.Schema, asked: pa.Schema) -> None:
-    rewards = metadata_of(known).rewards
-    ours = {*asked.names, *(name for column in rewards for name in reward_columns(column))}
+    rewards = file_format.metadata_of(known).rewards
+    ours = {
+        *asked.names,
+        *(name for column in rewards for name in file_format.reward_columns(column)),
+    }
     foreign = [name for name in known.names if name not in ours]
     if foreign:
         raise JobError(
@@ -382,7 +375,9 @@ def _same_job(
     """`known` where it is of the job that is asked for."""
     if known is None:
         return None
-    differ = differences(metadata_of(known, where=str(where)), metadata_of(asked))
+    differ = differences(
+        file_format.metadata_of(known, where=str(where)), file_format.metadata_of(asked)
+    )
     if not differ:
         return known
     if overwrite:
@@ -391,3 +386,40 @@ def _same_job(
         f"{where} is of another job. {'; '.join(differ)}. Ask for the same to continue it, choose "
         "another output, or replace it with --overwrite"
     )
+
+
+_MISSING, _DONE, _FAILED = 0, 1, 2
+
+
+class DoneIndex:
+    """The state of every completion.
+
+    Args:
+        num_rows: of the data set.
+        n: completions per row.
+        position: `data_idx` -> place in the run; None where that is `data_idx` itself.
+    """
+
+    def __init__(self, num_rows: int, n: int, position: job_store.Keys | None = None) -> None:
+        self._states = np.zeros((num_rows, n), np.uint8)
+        self._position = position
+
+    def add(self, keys: job_store.Keys, failed: NDArray[np.bool_]) -> None:
+        """Take up rows that are stored, by their `row_keys`; later ones count."""
+        self._states[job_store.split_keys(keys)] = np.where(failed, _FAILED, _DONE)
+
+    def missing(self, data_idx: int, *, retry_failed: bool) -> list[int]:
+        """The `sample_idx` that are to be sampled."""
+        place = data_idx if self._position is None else self._position[data_idx]
+        states = self._states[place]
+        wanted = states != _DONE if retry_failed else states == _MISSING
+        return [int(i) for i in np.flatnonzero(wanted)]
+
+    @property
+    def done(self) -> int:
+        """Completions that are there."""
+        return int(np.count_nonzero(self._states == _DONE))
+
+    @property
+    def failed(self) -> int:
+        return int(np.count_nonzero(self._states == _FAILED))

@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from eval_protocol_rft._durable import DurableFile
 from eval_protocol_rft._errors import EvalProtocolRftError
-from eval_protocol_rft.data.rollouts._format import FormatError
+from eval_protocol_rft.data._format import FormatError
 
 logger = logging.getLogger(__name__)
 

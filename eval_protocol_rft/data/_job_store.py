@@ -26,19 +26,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from eval_protocol_rft._durable import link_target, sync_folder
-from eval_protocol_rft.data._job_file import (
-    FILE,
-    OURS,
-    BusyError,
-    damaged,
-    intact,
-    open_job,
-    reading,
-    refuse_link,
-    schema_of,
-    sqlite_errors,
-)
-from eval_protocol_rft.data.rollouts._format import FormatError
+from eval_protocol_rft.data import _job_file as job_file
+from eval_protocol_rft.data._format import FormatError
 
 KEY_COLUMNS = ["data_idx", "sample_idx"]
 Keys = NDArray[np.int64]
@@ -95,16 +84,16 @@ def lock_folder(folder: Path) -> filelock.BaseFileLock:
         FormatError: it, or a job's file in it, is a link, and what that leads to is not ours.
         OSError: it cannot be made.
     """
-    refuse_link(folder)
+    job_file.refuse_link(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.iterdir():
-        if OURS.fullmatch(path.name):
-            refuse_link(path)
+        if job_file.OURS.fullmatch(path.name):
+            job_file.refuse_link(path)
     lock = filelock.FileLock(folder / "_lock", timeout=0, thread_local=False)
     try:
         lock.acquire()
     except filelock.Timeout:
-        raise BusyError(
+        raise job_file.BusyError(
             f"{folder}: another process is writing here; wait for it, or stop it"
         ) from None
     return lock
@@ -122,7 +111,7 @@ def read_schema(folder: Path) -> pa.Schema | None:
             f"{folder}: an earlier release of this package began this job, in files of another "
             "kind. Finish it with that release, or move the folder away to begin it anew"
         )
-    return schema_of(folder / FILE)
+    return job_file.schema_of(folder / job_file.FILE)
 
 
 def stored_tables(
@@ -135,14 +124,14 @@ def stored_tables(
     Raises:
         FormatError: the file was damaged, or is no longer there.
     """
-    with reading(folder / FILE) as connection:
-        for _, _, table in _ordered(connection, folder / FILE, schema, columns):
+    with job_file.reading(folder / job_file.FILE) as connection:
+        for _, _, table in _ordered(connection, folder / job_file.FILE, schema, columns):
             yield table
 
 
 def count_stored(folder: Path) -> int:
     """How many rows are stored of the job in `folder`."""
-    with reading(folder / FILE) as connection:
+    with job_file.reading(folder / job_file.FILE) as connection:
         return _count(connection)
 
 
@@ -176,7 +165,7 @@ class JobStore:
         self.packed = (0, 0)
         """The same of packed ones: a measure of what the finished file will take."""
         self._keys_of = keys_of
-        self._path = folder / FILE
+        self._path = folder / job_file.FILE
         self._lock = lock_folder(folder)
         try:
             self._begin(anew)
@@ -205,7 +194,7 @@ class JobStore:
         """(keys, which are failures) of all rows, in order."""
         last = np.iinfo(np.int64).min
         while True:
-            with sqlite_errors(self._path):
+            with job_file.sqlite_errors(self._path):
                 found = self._connection.execute(
                     "SELECT key, failed FROM completions JOIN batches ON id = batch "
                     "WHERE key > ? ORDER BY key LIMIT 65536",
@@ -218,11 +207,25 @@ class JobStore:
             yield keys, failed.astype(np.bool_)
 
     def __len__(self) -> int:
-        with sqlite_errors(self._path):
+        with job_file.sqlite_errors(self._path):
             return _count(self._connection)
 
     def merged(self, base: Iterable[pa.Table] = ()) -> Iterator[pa.Table]:
         """All rows, sorted; those stored take the place of rows of `base`, which is sorted.
+
+        Raises:
+            FormatError: as `beside`.
+        """
+        for old, new in self.beside(base):
+            if len(old) and len(new):
+                both = pa.concat_tables([old, new])
+                yield both.take(latest(self._keys_of(both)))
+            else:
+                yield new if len(new) else old
+
+    def beside(self, base: Iterable[pa.Table]) -> Iterator[tuple[pa.Table, pa.Table]]:
+        """The tables of `base`, which is sorted, each with the stored rows up to its last one; in
+        the end, those beyond, with empty tables.
 
         Raises:
             FormatError: `base` is not sorted, has a row twice, or the job's file was damaged.
@@ -240,13 +243,13 @@ class JobStore:
                     break
                 keys, rows = np.concatenate([keys, more[0]]), pa.concat_tables([rows, more[1]])
             size = int(np.searchsorted(keys, last, side="right"))
-            both = pa.concat_tables([old, rows.slice(0, size)])
-            yield both.take(latest(np.concatenate([own, keys[:size]]))) if size else old
+            yield old, rows.slice(0, size)
             keys, rows = keys[size:], rows.slice(size)
+        nothing = self.schema.empty_table()
         if len(keys):
-            yield rows
+            yield nothing, rows
         for _, table in newer:
-            yield table
+            yield nothing, table
 
     def close(self) -> None:
         """Let go of the file and the folder. Idempotent."""
@@ -272,17 +275,17 @@ class JobStore:
             self._sweep()
         elif not known.equals(self.schema, check_metadata=False):
             raise FormatError(f"{self.folder}: its rows have other columns than this job's")
-        self._connection = open_job(self._path, self.schema, begin=known is None or anew)
+        self._connection = job_file.open_job(self._path, self.schema, begin=known is None or anew)
         sync_folder(self.folder)
         sync_folder(self.folder.parent)
-        with sqlite_errors(self._path):
+        with job_file.sqlite_errors(self._path):
             query = "SELECT packed, sum(rows), sum(length(data)) FROM batches GROUP BY packed"
             sizes = {packed: (rows, size) for packed, rows, size in self._connection.execute(query)}
         self.loose, self.packed = sizes.get(0, (0, 0)), sizes.get(1, (0, 0))
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
-        with sqlite_errors(self._path):
+        with job_file.sqlite_errors(self._path):
             self._connection.execute("BEGIN IMMEDIATE")
             try:
                 yield
@@ -310,7 +313,7 @@ class JobStore:
             loose = self._connection.execute(
                 "SELECT id, crc32, data FROM batches WHERE NOT packed ORDER BY id"
             )
-            buffers = (pa.py_buffer(intact(self._path, *each)) for each in loose)
+            buffers = (pa.py_buffer(job_file.intact(self._path, *each)) for each in loose)
             batches = [pa.ipc.read_record_batch(buffer, self.schema) for buffer in buffers]
             table = pa.Table.from_batches(batches)
             table = table.take(latest(self._keys_of(table))).combine_chunks()
@@ -329,7 +332,7 @@ class JobStore:
         for keys, failed, table in _ordered(self._connection, self._path, self.schema, None):
             same = np.array_equal(self._keys_of(table), keys)
             if not same or not np.array_equal(failed_rows(table), failed):
-                raise damaged(self._path, "rows are not where their keys say")
+                raise job_file.damaged(self._path, "rows are not where their keys say")
             yield keys, table
 
     def _sweep(self) -> None:
@@ -338,7 +341,7 @@ class JobStore:
         self._path.unlink(missing_ok=True)
         sync_folder(self.folder)
         for path in self.folder.iterdir():
-            if OURS.fullmatch(path.name) and path.name != "_lock" and path.is_file():
+            if job_file.OURS.fullmatch(path.name) and path.name != "_lock" and path.is_file():
                 os.unlink(path)
 
 
@@ -383,7 +386,7 @@ def _ordered(
 
     last = np.iinfo(np.int64).min
     while True:
-        with sqlite_errors(path):
+        with job_file.sqlite_errors(path):
             connection.execute("BEGIN")  # until its end, the batches that are named are there
             try:
                 found = connection.execute(
@@ -397,7 +400,7 @@ def _ordered(
                 count = max(1, int(np.searchsorted(np.cumsum(sizes), _READ_BYTES)))
                 table = _gathered(batch, numbers[:count], rows[:count])
             except (TypeError, IndexError, OverflowError, pa.ArrowException) as error:
-                raise damaged(path, error) from error
+                raise job_file.damaged(path, error) from error
             finally:
                 connection.execute("COMMIT")
         last = keys[count - 1]
@@ -426,8 +429,8 @@ def _decoded(
     batch: tuple[int, int, bytes],
     options: pa.ipc.IpcReadOptions,
 ) -> pa.Table:
-    data = prefix + intact(path, *batch)
+    data = prefix + job_file.intact(path, *batch)
     try:
         return pa.ipc.open_stream(pa.py_buffer(data), options=options).read_all()
     except (pa.ArrowInvalid, OSError) as error:
-        raise damaged(path, error) from error
+        raise job_file.damaged(path, error) from error

@@ -6,47 +6,45 @@ stderr. Where that cannot be written to (its reader or the terminal has gone), t
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import io
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sized
 from types import TracebackType
-from typing import Protocol, TextIO, TypeVar, cast
+from typing import TextIO, TypeVar, cast
 
+from rich import progress
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from eval_protocol_rft._text import visible
 
 T = TypeVar("T", bound=Sized)
 _LINE_EVERY = 15.0
 """Seconds between lines where there is no terminal."""
+_TOLD_EVERY = 1.0
+"""Seconds between two looks at how far it is."""
 _SHOWN_AFTER = 1.0
 """Seconds that a file may be read without a bar: most are read sooner."""
 
 
-class Reporter(Protocol):
-    """Told how far a run is. Used as a context manager around it."""
+class Reporter:
+    """Told how far a run is. Used as a context manager around it. This one says nothing."""
 
-    def __enter__(self) -> Reporter: ...
+    def __enter__(self) -> Reporter:
+        return self
+
     def __exit__(
         self,
         kind: type[BaseException] | None,
         error: BaseException | None,
         trace: TracebackType | None,
-    ) -> None: ...
+    ) -> None:
+        pass
+
     def update(self, done: int, *, detail: str, now: bool = False) -> None:
         """`done` of the total are finished; `detail` says more, and is worth a line if `now`."""
-        ...
 
 
 def reporter(
@@ -71,10 +69,10 @@ def reporter(
         stays: leave the bar on the terminal at the end.
     """
     if show is False:
-        return _Silent()
+        return Reporter()
     if sys.stderr.isatty():
         return _Bar(what, total, done, stays, opening)
-    return _Lines(what, total, every, opening) if show else _Silent()
+    return _Lines(what, total, every, opening) if show else Reporter()
 
 
 class Reading:
@@ -132,34 +130,35 @@ class Reading:
         self._reporter.update(done, detail=detail)
 
 
-class _Silent:
-    def __enter__(self) -> Reporter:
-        return self
+@contextlib.asynccontextmanager
+async def repeating(tell: Callable[[], None]) -> AsyncIterator[None]:
+    """Within, call `tell` now and then: also while nothing comes in, a person wants to know how far
+    it is, and a server may be away for long."""
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        pass
+    async def repeat() -> None:
+        while True:
+            await asyncio.sleep(_TOLD_EVERY)
+            tell()
 
-    def update(self, done: int, *, detail: str, now: bool = False) -> None:
-        pass
+    task = asyncio.create_task(repeat())
+    try:
+        yield
+    finally:
+        task.cancel()
 
 
-class _Bar(_Silent):
+class _Bar(Reporter):
     def __init__(self, what: str, total: int | None, done: int, stays: bool, opening: str) -> None:
         self._opening = opening
-        self._progress = Progress(
-            SpinnerColumn(),
-            TextColumn(what),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[detail]}", markup=False),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
+        self._progress = progress.Progress(
+            progress.SpinnerColumn(),
+            progress.TextColumn(what),
+            progress.BarColumn(),
+            progress.MofNCompleteColumn(),
+            progress.TextColumn("{task.fields[detail]}", markup=False),
+            progress.TimeElapsedColumn(),
+            progress.TextColumn("left"),
+            progress.TimeRemainingColumn(),
             console=Console(file=cast("TextIO", _Stderr())),
             transient=not stays,
         )
@@ -182,7 +181,7 @@ class _Bar(_Silent):
         self._progress.update(self._task, completed=done, detail=visible(detail))
 
 
-class _Lines(_Silent):
+class _Lines(Reporter):
     def __init__(self, what: str, total: int | None, every: float, opening: str) -> None:
         self._opening = opening
         self._what = what

@@ -1,9 +1,14 @@
-"""The running part of a bulk job: from data rows to stored completions.
+"""The running part of a bulk job: from data rows to stored completions, here or on a Ray cluster.
 
 Invariant: every completion asked for is stored once, as itself or as its failure, in any order.
 At most `limit` requests are in flight, and what is in memory is bounded: completions that
 wait, that are in flight, and that are on their way to the disk. A new prompt starts whenever there
 is room, with no barrier. What was sampled is on disk when this ends, however it ends.
+
+On a cluster only the request itself is made elsewhere, by one actor per node. Prompts are rendered,
+seeds derived, attempts counted and completions stored here, so a job may be begun with one engine
+and continued with the other. A request whose node is lost is a failed attempt, which the retry
+policy repeats, on another node.
 """
 
 from __future__ import annotations
@@ -11,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -18,24 +24,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from eval_protocol_rft import sampling
+from eval_protocol_rft.data._format import CompletionRow
 from eval_protocol_rft.data._job_store import JobStore
-from eval_protocol_rft.data.rollouts._rows import CompletionRow, to_record_batch
+from eval_protocol_rft.data._rows import to_record_batch
 from eval_protocol_rft.local import LoadedTokenizer
-from eval_protocol_rft.rollout import AnswerReader, PromptError, VocabularyWitness
-from eval_protocol_rft.sampling import (
-    ACCOUNT_STATUSES,
-    ConcurrencyLimit,
-    Failure,
-    Observer,
-    RetryPolicy,
-    RunLimiter,
-    RunStoppedError,
-    Sampler,
-    SamplingParams,
-    Survivor,
-    TokenIds,
-    sample_one,
-)
+from eval_protocol_rft.local.models import LOCAL_PREFIX
+from eval_protocol_rft.rollout import AnswerReader, PromptError, RolloutRequest, VocabularyWitness
+from eval_protocol_rft.sampling import Failure, SamplingError, Survivor, TokenIds, sample_one
+from eval_protocol_rft.scoring.executors import EAGER_SECONDS, NodeActor, NodeActors, Work
 
 _STORED_AT_ONCE = 256
 """Rows per append: so many share one wait for the disk."""
@@ -49,7 +46,8 @@ _NO_SLOTS: contextlib.nullcontext[None] = contextlib.nullcontext()
 
 
 Ask = Callable[
-    [TokenIds, SamplingParams, int | None, Callable[[], None]], Awaitable[Survivor | Failure]
+    [TokenIds, sampling.SamplingParams, int | None, Callable[[], None]],
+    Awaitable[Survivor | Failure],
 ]
 """Prompt, parameters, seed, and what to call when the request leaves; what came of it."""
 Fill = Callable[[CompletionRow, Survivor | Failure, TokenIds], None]
@@ -75,18 +73,18 @@ class Prompt(NamedTuple):
 class SamplingRun:
     """One run over prompts; `await run(prompts)` once."""
 
-    sampler: Sampler
+    sampler: sampling.Sampler
     tokenizer: LoadedTokenizer
-    params: SamplingParams
+    params: sampling.SamplingParams
     store: JobStore
-    retry: RetryPolicy
-    limit: ConcurrencyLimit
+    retry: sampling.RetryPolicy
+    limit: sampling.ConcurrencyLimit
     highest: int
     """Most that the limit ever is."""
     on_stored: Callable[[list[CompletionRow]], None]
     episodes: Callable[[CompletionRow], RunEpisode] | None = None
     """Where completions are episodes: given what those of a data row have in common, runs them."""
-    observe: Observer | None = None
+    observe: sampling.Observer | None = None
     """Told of every attempt."""
     fresh: bool = True
     """No earlier run of the job had a completion. Else the rows that are left may be those that
@@ -94,7 +92,7 @@ class SamplingRun:
     _finished: asyncio.Queue[CompletionRow | None] = field(init=False)
     _room: asyncio.Semaphore = field(init=False)
     """For a completion, from before it is started until it is stored."""
-    _limiter: RunLimiter = field(init=False)
+    _limiter: sampling.RunLimiter = field(init=False)
     _witness: VocabularyWitness = field(default_factory=VocabularyWitness)
     _held: list[CompletionRow] | None = field(default_factory=list)
     """Failures before the first success; None once there was one."""
@@ -117,7 +115,7 @@ class SamplingRun:
         # Without a limit of its own: a completion that had to wait here would be lost by Ctrl-C.
         self._finished = asyncio.Queue()
         self._room = asyncio.Semaphore(2 * self.highest + _STORED_AT_ONCE)
-        self._limiter = RunLimiter(
+        self._limiter = sampling.RunLimiter(
             limit=self.limit, patience_seconds=self.retry.max_seconds, proven=not self.fresh
         )
         with ThreadPoolExecutor(1, "rollout-store") as thread:
@@ -158,7 +156,10 @@ class SamplingRun:
         row = _copy(prompt.row, sample_idx=sample_idx, seed=seed)
 
         async def ask(
-            ids: TokenIds, params: SamplingParams, seed: int | None, on_start: Callable[[], None]
+            ids: TokenIds,
+            params: sampling.SamplingParams,
+            seed: int | None,
+            on_start: Callable[[], None],
         ) -> Survivor | Failure:
             def started() -> None:
                 if row.began_at is None:
@@ -191,7 +192,7 @@ class SamplingRun:
             self._fill(row, outcome, prompt.ids)
         self._finished.put_nowait(row)
 
-    def _observer(self, prompt_tokens: int) -> Observer | None:
+    def _observer(self, prompt_tokens: int) -> sampling.Observer | None:
         """`observe`, with events that say how long the prompt is."""
         observe = self.observe
         if observe is None:
@@ -247,7 +248,7 @@ class SamplingRun:
             if not enough and not ended:
                 return []
             if all(map(_concerns_all, held)) or (enough and self.fresh):
-                raise RunStoppedError(
+                raise sampling.RunStoppedError(
                     f"the first {len(held)} completions all failed ({held[0].error_kind}); "
                     f"row {held[0].row_id}: {held[0].error}"
                 )
@@ -260,7 +261,7 @@ class SamplingRun:
 
 def _concerns_all(row: CompletionRow) -> bool:
     """Whether the failure says nothing of the row itself."""
-    return row.error_status in ACCOUNT_STATUSES or row.error_kind in _HOPELESS_KINDS
+    return row.error_status in sampling.ACCOUNT_STATUSES or row.error_kind in _HOPELESS_KINDS
 
 
 def _first(errors: BaseExceptionGroup[BaseException]) -> BaseException:
@@ -273,3 +274,154 @@ def _copy(row: CompletionRow, **changes: Any) -> CompletionRow:
     """A copy that shares what the completions of a data row have in common."""
     fields = {name: getattr(row, name) for name in CompletionRow.__struct_fields__}
     return CompletionRow(**{**fields, "scores": {}, **changes})
+
+
+@dataclass(slots=True)
+class RunCounts:
+    """Counts of one run; completions of earlier runs are not in it."""
+
+    completions: int = 0
+    """Sampled and stored."""
+    truncated: int = 0
+    tokens: int = 0
+    """Sampled tokens."""
+    attempts: int = 0
+    """Requests made."""
+    failures: Counter[str] = field(default_factory=Counter)
+    """Kind -> completions that failed for good."""
+    first_failure: str | None = None
+
+    @property
+    def failed(self) -> int:
+        return self.failures.total()
+
+    def line(self, attempts: sampling.RunSummary, seconds: float) -> str:
+        """How the run is doing after so many seconds."""
+        truncated = self.truncated / self.completions if self.completions else 0.0
+        retries = ""
+        if attempts.retries:
+            [(cause, _)] = attempts.retries.most_common(1)
+            retries = f", {attempts.retries.total()} retries (mostly {cause})"
+        rate = self.tokens / seconds
+        return f"{rate:.0f} tok/s, {self.failed} failed, {truncated:.0%} truncated{retries}"
+
+    def add(self, rows: Iterable[CompletionRow]) -> None:
+        """Count rows that were stored."""
+        for row in rows:
+            self.attempts += row.attempts or 0
+            if row.failed:
+                self.failures[row.error_kind or "internal"] += 1
+                self.first_failure = self.first_failure or f"row {row.row_id}: {row.error}"
+            else:
+                self.completions += 1
+                self.truncated += bool(row.truncated)
+                self.tokens += row.num_tokens
+
+
+class RolloutActor:
+    """Lives on a node, and samples there."""
+
+    def __init__(self, request: RolloutRequest, trust_remote_code: bool) -> None:
+        # No more than this: what an actor raises here reaches the driver as its death.
+        self._request = request
+        self._trust_remote_code = trust_remote_code
+        self._sampler: sampling.Sampler
+
+    async def ready(self) -> None:
+        """Load the model, or find the server's client."""
+        endpoint = self._request.endpoint
+        if endpoint is not None:
+            from eval_protocol_rft.sampling import HttpSampler
+
+            self._sampler = HttpSampler(endpoint)
+            return
+
+        from eval_protocol_rft.local import load_local_sampler
+
+        self._sampler = await asyncio.to_thread(
+            load_local_sampler,
+            self._request.params.model.removeprefix(LOCAL_PREFIX),
+            trust_remote_code=self._trust_remote_code,
+        )
+
+    async def sample(
+        self, prompt_ids: Sequence[int], params: sampling.SamplingParams, seed: int | None
+    ) -> sampling.Completion | SamplingError:
+        """As `Sampler.sample`; what that raises is returned: Ray would wrap it, with a traceback
+        for its message."""
+        try:
+            return await self._sampler.sample(prompt_ids, params, seed=seed)
+        except SamplingError as error:
+            return error.with_traceback(None)
+
+
+class RaySampler:
+    """The samplers of all nodes as one. `await start()` comes first.
+
+    Args:
+        request: names the model or the endpoint. The API key travels inside it.
+        trust_remote_code: let local models run their own code.
+        concurrency: most requests in flight, over all nodes.
+        address: see `NodeActors`.
+
+    Raises:
+        RayEngineError: Ray is not installed.
+    """
+
+    def __init__(
+        self,
+        request: RolloutRequest,
+        trust_remote_code: bool,
+        concurrency: int,
+        address: str | None,
+    ) -> None:
+        arguments = {"request": request, "trust_remote_code": trust_remote_code}
+        work = Work(RolloutActor, arguments, cpus=1, calls=concurrency)
+        self._actors = NodeActors(address, lambda _: work)
+
+    async def start(self) -> None:
+        """Join the cluster, and wait until one of its nodes can sample. Others join in later.
+
+        Raises:
+            RayEngineError: there is no cluster, or a node cannot load the model.
+        """
+        # Here, not in a thread: Ray warns when it may not see to signals.
+        self._actors.connect()
+        await self._free()
+
+    async def sample(
+        self, prompt_ids: Sequence[int], params: sampling.SamplingParams, *, seed: int | None = None
+    ) -> sampling.Completion:
+        """Sample on the node that has the least to do; see `Sampler.sample`.
+
+        Raises:
+            SamplingError: as the node's own sampler; of kind `connection`, the node was lost
+                meanwhile.
+            RayEngineError: a node that joined cannot load the model.
+        """
+        actor = await self._free()
+        actor.busy += 1
+        try:
+            outcome = await actor.handle.sample.remote(prompt_ids, params, seed)
+        except self._actors.gone as error:
+            self._actors.lost(actor)
+            raise SamplingError(
+                f"the Ray actor on node {actor.node.address} was lost: {type(error).__name__}",
+                kind="connection",
+            ) from error
+        finally:
+            actor.busy -= 1
+        if isinstance(outcome, SamplingError):
+            raise outcome
+        completion: sampling.Completion = outcome
+        return completion
+
+    async def aclose(self) -> None:
+        """End the actors and what they are doing. Idempotent."""
+        await asyncio.to_thread(self._actors.close)
+
+    async def _free(self) -> NodeActor:
+        # Asking is what finds out: Ray tells nobody of nodes that join.
+        while (actor := self._actors.free()) is None:  # noqa: ASYNC110
+            await asyncio.sleep(EAGER_SECONDS)
+        return actor

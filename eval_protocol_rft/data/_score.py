@@ -2,11 +2,8 @@
 
 Invariant: tokens stay as they are. A completion gets a reward, or None with the reason why, never a
 0 in its place; what was graded is on disk at once, and an interrupted call goes on from there. The
-file is replaced in one step, when all of it is graded.
-
-What a column of rewards holds, and what looks wrong with it.
-
-Invariant: rewards that cannot mean anything do not pass without a word.
+file is replaced in one step, when all of it is graded. Rewards that cannot mean anything do not
+pass without a word.
 """
 
 from __future__ import annotations
@@ -17,7 +14,7 @@ import hashlib
 import inspect
 import os
 from collections import Counter
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -28,42 +25,17 @@ import pyarrow.compute as pc
 from annotated_types import Ge
 
 from eval_protocol_rft._options import Flag, check_arguments
+from eval_protocol_rft.data import _files as files
+from eval_protocol_rft.data import _score_file as score_file
 from eval_protocol_rft.data._dataset import RolloutDataset
-from eval_protocol_rft.data._files import (
-    JobError,
-    check_rollout_file,
-    check_room,
-    output_path,
-    write_file,
-)
+from eval_protocol_rft.data._files import JobError
+from eval_protocol_rft.data._format import RewardSettings, reward_column, reward_columns
 from eval_protocol_rft.data._job_file import BusyError
-from eval_protocol_rft.data._job_store import (
-    JobStore,
-    lock_folder,
-    parts_folder,
-    read_schema,
-)
+from eval_protocol_rft.data._job_store import JobStore, lock_folder, parts_folder, read_schema
+from eval_protocol_rft.data._jsonl import is_jsonl
 from eval_protocol_rft.data._progress import reporter
-from eval_protocol_rft.data._score_store import (
-    SCORES,
-    FileIndex,
-    GradedStore,
-    schema_with_reward,
-    with_scores,
-)
-from eval_protocol_rft.data._score_views import grading_items
-from eval_protocol_rft.data.rollouts._format import RewardSettings, reward_column, reward_columns
-from eval_protocol_rft.data.rollouts._jsonl import is_jsonl
-from eval_protocol_rft.scoring.executors import (
-    RAY_ADDRESS,
-    Engine,
-    LoadedEvaluator,
-    ScoredItem,
-    check_engine,
-    load_evaluator,
-    score_items,
-    score_items_on_ray,
-)
+from eval_protocol_rft.scoring import executors
+from eval_protocol_rft.scoring.executors import RAY_ADDRESS, Engine, LoadedEvaluator, check_engine
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -215,15 +187,15 @@ def score(
         )
     if output is None and dataset.is_copy:
         raise JobError(f"{dataset.where} is only read: name a new file for the output (-o)")
-    target = dataset.path if output is None else output_path(output)
-    loaded = load_evaluator(evaluator)
+    target = dataset.path if output is None else files.output_path(output)
+    loaded = executors.load_evaluator(evaluator)
     column = reward_column(name)
     folders = [parts_folder(target), parts_folder(target, column)]
-    check_rollout_file(target, folders=folders)
+    files.check_rollout_file(target, folders=folders)
     if target.exists() and not target.samefile(dataset.path) and not overwrite:
         raise JobError(f"{target}: exists; choose another output, or overwrite it")
     if is_jsonl(target) == is_jsonl(dataset.path):
-        check_room(target, dataset.path.stat().st_size)
+        files.check_room(target, dataset.path.stat().st_size)
     with _alone(target):
         if not dataset.is_copy:
             # Again: whoever had it until now may have changed it.
@@ -232,55 +204,39 @@ def score(
             evaluator=loaded.name, fingerprint=loaded.fingerprint, code=dict(loaded.code)
         )
         keep = _keeps_old(dataset, column, settings, overwrite=overwrite)
-        index = FileIndex.of(dataset, column, keep=keep, retry_unscored=retry_unscored)
+        index = score_file.FileIndex(dataset, column, keep=keep, retry_unscored=retry_unscored)
         job_id = _job_id(dataset.path, column, settings, adapt=adapt)
-        schema = SCORES.with_metadata({"job": job_id})
+        schema = score_file.SCORES.with_metadata({"job": job_id})
         folder = parts_folder(target, column)
         known = read_schema(folder)
         stale = known is not None and known.metadata != schema.metadata
         with contextlib.closing(JobStore(folder, schema, index.places, anew=stale)) as store:
             for places, _ in store.stored():
                 index.stored(places)
-            items = grading_items(dataset, loaded, index.wanted, adapt=adapt)
-            grader = score_items
+            items = score_file.grading_items(dataset, loaded, index.wanted, adapt=adapt)
+            grader = executors.score_items
             if engine == "ray":
-                grader = functools.partial(score_items_on_ray, address=ray_address)
-            graded = _grade_missing(
-                grader(
-                    items, loaded, workers=workers, timeout=timeout, max_concurrency=max_concurrency
-                ),
-                int(index.wanted.sum()),
-                store,
-                progress=progress,
+                grader = functools.partial(executors.score_items_on_ray, address=ray_address)
+            grading = grader(
+                items, loaded, workers=workers, timeout=timeout, max_concurrency=max_concurrency
             )
+            with (
+                reporter("score", int(index.wanted.sum()), show=progress) as bar,
+                contextlib.closing(grading) as results,
+            ):
+                graded = score_file.store_scores(
+                    results, store, on_stored=lambda count: bar.update(count, detail="")
+                )
             if _job_id(dataset.path, column, settings, adapt=adapt) != job_id:
                 raise JobError(f"{dataset.where} was changed while it was scored: score it again")
             if len(store) or target != dataset.path or column not in dataset.metadata.rewards:
-                wanted = schema_with_reward(dataset.schema, column, settings)
-                tables = with_scores(
-                    dataset.tables(), store.merged(), wanted, column, places=index.places, keep=keep
+                wanted = score_file.schema_with_reward(dataset.schema, column, settings)
+                tables = score_file.with_scores(
+                    dataset, store, wanted, column, places=index.places, keep=keep
                 )
-                write_file(target, wanted, tables)
+                files.write_file(target, wanted, tables)
             store.remove()
     return summarize_rewards(target, column, graded, loaded, adapt=adapt)
-
-
-def _grade_missing(
-    grading: Generator[ScoredItem, None, None],
-    total: int,
-    store: JobStore,
-    *,
-    progress: bool | None,
-) -> int:
-    """Grade what is wanted, and store it as it comes."""
-    with (
-        reporter("score", total, show=progress) as bar,
-        GradedStore(store, on_stored=lambda count: bar.update(count, detail="")) as graded_store,
-        contextlib.closing(grading) as results,
-    ):
-        for graded in results:
-            graded_store.add(graded)
-    return graded_store.count
 
 
 @contextlib.contextmanager
@@ -320,10 +276,10 @@ def _keeps_old(
     if known is not None:
         why = known.evaluator
         if known.evaluator == settings.evaluator:
-            files = _changed_files(known, settings)
-            if not files:
+            changed = _changed_files(known, settings)
+            if not changed:
                 return True
-            why = f"an earlier version of its file (changed: {', '.join(files)})"
+            why = f"an earlier version of its file (changed: {', '.join(changed)})"
         raise JobError(
             f"{dataset.where}: {column!r} has rewards of {why}. Choose a name (--name) to keep "
             "both, or replace them with --overwrite"

@@ -18,23 +18,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from eval_protocol_rft import _statistics as statistics
 from eval_protocol_rft._options import Flag, check_arguments
-from eval_protocol_rft._statistics import (
-    GROUP_NUMBERS,
-    LARGEST,
-    Distribution,
-    MetricMeans,
-    PassAtK,
-    count_outcomes,
-    distribution,
-    group_numbers,
-    mean_pass_at_k,
-)
+from eval_protocol_rft._statistics import Distribution, PassAtK
 from eval_protocol_rft.data._dataset import RolloutDataset
+from eval_protocol_rft.data._episodes import sampled_in_all_turns
+from eval_protocol_rft.data._format import TOKEN_COLUMNS, FormatError, reward_columns
 from eval_protocol_rft.data._job_store import KEY_COLUMNS
 from eval_protocol_rft.data._progress import Reading
-from eval_protocol_rft.data.rollouts._episodes import sampled_in_all_turns
-from eval_protocol_rft.data.rollouts._format import TOKEN_COLUMNS, FormatError, reward_columns
 
 MOST_REASONS = 1000
 """Different reasons that are counted one by one. Evaluators may put a number or an address into
@@ -195,7 +186,7 @@ def summarize_tables(
         raise FormatError(f"{path}: {nothing}")
     sampled, truncated = completions - int(failed.sum()), int(rows["truncated"].sum())
     scored, passed = groups["num_scored"], groups["num_passed"]
-    outcomes = count_outcomes(scored, passed)
+    outcomes = statistics.count_outcomes(scored, passed)
     return RolloutStats(
         path=path,
         finished=finished,
@@ -212,7 +203,7 @@ def summarize_tables(
         rewards=_spread(rewards[~np.isnan(rewards)], _REWARD_PERCENTS),
         lengths=_spread(rows["tokens"][~failed], _LENGTH_PERCENTS),
         metrics=texts.metrics.means,
-        pass_at_k=mean_pass_at_k(scored, passed),
+        pass_at_k=statistics.mean_pass_at_k(scored, passed),
         failures=dict(texts.failures.most_common()),
         unscored_reasons=[Reason(*pair) for pair in texts.reasons.most_common(TOP_REASONS)],
         groups=len(scored),
@@ -225,7 +216,7 @@ def summarize_tables(
 
 
 def _spread(values: NDArray[Any], percents: Sequence[int]) -> Distribution | None:
-    return distribution(*np.unique(values, return_counts=True), percents=percents)
+    return statistics.distribution(*np.unique(values, return_counts=True), percents=percents)
 
 
 def _hardest_first(
@@ -233,7 +224,7 @@ def _hardest_first(
 ) -> list[PromptStats]:
     """The data rows by pass rate, mean reward and place in the file."""
     order = np.lexsort((groups["mean_reward"], groups["pass_rate"]))  # stable, and NaN goes last
-    columns = [groups[name][order].tolist() for name in GROUP_NUMBERS[:8]]
+    columns = [groups[name][order].tolist() for name in statistics.GROUP_NUMBERS[:8]]
     return [
         PromptStats(
             data_idx=heads["data_idx"][place],
@@ -307,7 +298,7 @@ def numbers_of_groups(
     rows: Mapping[str, NDArray[Any]], pass_threshold: float
 ) -> dict[str, NDArray[Any]]:
     """`group_numbers` of the data rows of `read_numbers`."""
-    return group_numbers(
+    return statistics.group_numbers(
         rows["data_idx"],
         rewards=rows["reward"],
         tokens=rows["tokens"],
@@ -353,8 +344,8 @@ def _check_rewards(table: pa.Table, reward: str, failed: pa.ChunkedArray, where:
     for wrong, problem in (
         (pc.invert(pc.is_finite(column)), "is no finite number"),
         (
-            pc.greater(pc.abs(column), LARGEST),
-            f"is beyond {LARGEST:g}, too large to be summed up",
+            pc.greater(pc.abs(column), statistics.LARGEST),
+            f"is beyond {statistics.LARGEST:g}, too large to be summed up",
         ),
         (pc.and_(failed, column.is_valid()), "is that of a completion which failed"),
     ):
@@ -373,7 +364,7 @@ class _Texts:
         self._reward = reward
         self.failures: Counter[str] = Counter()
         self.reasons: Counter[str | None] = Counter()
-        self.metrics = MetricMeans()
+        self.metrics = statistics.MetricMeans()
 
     def counted(self, tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
         _, _, metrics, why = reward_columns(self._reward)

@@ -19,8 +19,9 @@ import msgspec
 import numpy as np
 
 from eval_protocol_rft._segments import EpisodeRecord, RecordError, Segment, turn_runs
-from eval_protocol_rft.data import ChatMessages, CompletionRow, Score, checked_episode
+from eval_protocol_rft.data import ChatMessages, CompletionRow, checked_episode
 from eval_protocol_rft.local import LoadedTokenizer, load_tokenizer
+from eval_protocol_rft.record import Score
 from eval_protocol_rft.report._html import ReportError
 from eval_protocol_rft.sampling import token_data_problem
 

@@ -9,13 +9,13 @@ import numpy as np
 import pyarrow as pa
 
 from eval_protocol_rft.data._files import write_rows
-from eval_protocol_rft.data.rollouts._format import (
+from eval_protocol_rft.data._format import (
+    CompletionRow,
     DataSettings,
     FileMetadata,
     SamplingSettings,
     schema,
 )
-from eval_protocol_rft.data.rollouts._rows import CompletionRow
 
 METADATA = FileMetadata(
     prompt_kind="messages",

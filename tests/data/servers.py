@@ -13,8 +13,8 @@ from typer.testing import CliRunner, Result
 from eval_protocol_rft.cli import app
 from eval_protocol_rft.data import _job_store as job_store
 from eval_protocol_rft.data._dataset import RolloutDataset
+from eval_protocol_rft.data._format import CompletionRow
 from eval_protocol_rft.data._job_store import parts_folder, read_schema
-from eval_protocol_rft.data.rollouts._rows import CompletionRow
 from tests.stub_server import StubServer
 
 Pair = tuple[int, int]

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from eval_protocol_rft.data import _job_store as job_store
 from eval_protocol_rft.data._dataset import RolloutDataset
 from eval_protocol_rft.data._files import write_file
+from eval_protocol_rft.data._format import CompletionRow, FileMetadata, schema
 from eval_protocol_rft.data._job_store import (
     KEY_COLUMNS,
     JobStore,
@@ -26,8 +27,8 @@ from eval_protocol_rft.data._job_store import (
     row_keys,
     split_keys,
 )
-from eval_protocol_rft.data.rollouts._format import FileMetadata, schema
-from eval_protocol_rft.data.rollouts._rows import CompletionRow, Score, to_record_batch
+from eval_protocol_rft.data._rows import to_record_batch
+from eval_protocol_rft.record import Score
 from tests.data.traced import KILLED, Fate, run_in_child
 
 Pair = tuple[int, int]

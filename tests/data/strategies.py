@@ -12,14 +12,15 @@ import numpy as np
 import pyarrow as pa
 from hypothesis import strategies as st
 
-from eval_protocol_rft.data.rollouts._format import (
+from eval_protocol_rft.data._format import (
+    CompletionRow,
     FileMetadata,
     PromptKind,
     RewardSettings,
     SamplingSettings,
     schema,
 )
-from eval_protocol_rft.data.rollouts._rows import CompletionRow, Score
+from eval_protocol_rft.record import Score
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 FINITE = st.floats(allow_nan=False, allow_infinity=False)

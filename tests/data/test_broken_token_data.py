@@ -11,15 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from eval_protocol_rft.data._dataset import RolloutDataset
-from eval_protocol_rft.data.rollouts._checking import in_order
-from eval_protocol_rft.data.rollouts._format import (
-    FileMetadata,
-    FormatError,
-    RewardSettings,
-    schema,
-)
-from eval_protocol_rft.data.rollouts._rows import Score, to_record_batch
+from eval_protocol_rft.data._dataset import RolloutDataset, in_order
+from eval_protocol_rft.data._format import FileMetadata, FormatError, RewardSettings, schema
+from eval_protocol_rft.data._rows import to_record_batch
+from eval_protocol_rft.record import Score
 from tests.data import score_graders
 from tests.data.rollout_files import completion_row, write_rollouts
 from tests.data.servers import refused

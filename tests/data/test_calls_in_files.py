@@ -6,10 +6,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from eval_protocol_rft.data._convert import convert
 from eval_protocol_rft.data._dataset import RolloutDataset
 from eval_protocol_rft.data._generate import generate
 from eval_protocol_rft.data._score import score
-from eval_protocol_rft.data.conversion._job import convert
 from tests.data.servers import write_jsonl
 from tests.rollouts import TOOLS, chat_tokenizer, scripted
 

@@ -18,17 +18,22 @@ from eval_protocol.models import EvaluationRow
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from eval_protocol_rft.data._convert import convert
+from eval_protocol_rft.data._convert_ep import read_rows
 from eval_protocol_rft.data._dataset import RolloutDataset
 from eval_protocol_rft.data._files import JobError, write_rows
-from eval_protocol_rft.data._filter import filter_rollouts
-from eval_protocol_rft.data._filter_rules import FilterRules
+from eval_protocol_rft.data._filter import FilterRules, filter_rollouts
+from eval_protocol_rft.data._format import (
+    CompletionRow,
+    FileMetadata,
+    FormatError,
+    metadata_of,
+    schema,
+)
 from eval_protocol_rft.data._job_store import JobStore, parts_folder, row_keys
+from eval_protocol_rft.data._rows import to_record_batch
 from eval_protocol_rft.data._score import score
 from eval_protocol_rft.data._stats import rollout_stats
-from eval_protocol_rft.data.conversion._ep import read_rows
-from eval_protocol_rft.data.conversion._job import convert
-from eval_protocol_rft.data.rollouts._format import FileMetadata, FormatError, metadata_of, schema
-from eval_protocol_rft.data.rollouts._rows import CompletionRow, to_record_batch
 from eval_protocol_rft.training._batch import build_batch
 from eval_protocol_rft.training._rows import group_rows
 from eval_protocol_rft.training._types import TrainingDataError

@@ -12,12 +12,11 @@ from eval_protocol.models import EvaluationRow
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from eval_protocol_rft.data.conversion._from_ep import FailedRolloutError, from_row
-from eval_protocol_rft.data.conversion._to_ep import to_row
-from eval_protocol_rft.data.rollouts._format import FileMetadata, metadata_of
-from eval_protocol_rft.data.rollouts._records import part_of
-from eval_protocol_rft.data.rollouts._rows import CompletionRow, Score
-from eval_protocol_rft.record import RecordError, RolloutRecord
+from eval_protocol_rft.data._format import CompletionRow, FileMetadata, metadata_of
+from eval_protocol_rft.data._from_ep import FailedRolloutError, from_row
+from eval_protocol_rft.data._records import part_of
+from eval_protocol_rft.data._to_ep import to_row
+from eval_protocol_rft.record import RecordError, RolloutRecord, Score
 from eval_protocol_rft.training import PromptGroup, TokenBuffer, group_rows
 from tests.convert_rows import evaluated, files, rounded, same, through_json
 from tests.scored_rows import asked, roll_out

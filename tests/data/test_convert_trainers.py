@@ -12,11 +12,17 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 
+from eval_protocol_rft.data._convert import convert
 from eval_protocol_rft.data._dataset import RolloutDataset
 from eval_protocol_rft.data._files import JobError, write_rows
-from eval_protocol_rft.data.conversion._job import convert
-from eval_protocol_rft.data.rollouts._format import DataSettings, FileMetadata, metadata_of, schema
-from eval_protocol_rft.data.rollouts._rows import CompletionRow, Score
+from eval_protocol_rft.data._format import (
+    CompletionRow,
+    DataSettings,
+    FileMetadata,
+    metadata_of,
+    schema,
+)
+from eval_protocol_rft.record import Score
 from eval_protocol_rft.training._batch import build_batch
 from tests.convert_rows import CALL, PROMPTS, REWARD_B, SAMPLING, TOOL, files, same
 

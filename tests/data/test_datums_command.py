@@ -16,8 +16,8 @@ import pytest
 from eval_protocol_rft.data._dataset import RolloutDataset
 from eval_protocol_rft.data._datums import write_datums
 from eval_protocol_rft.data._files import JobError, write_file, write_rows
-from eval_protocol_rft.data.rollouts._format import METADATA_KEY, FormatError
-from eval_protocol_rft.data.rollouts._rows import Score
+from eval_protocol_rft.data._format import METADATA_KEY, FormatError
+from eval_protocol_rft.record import Score
 from eval_protocol_rft.training._batch import TrainingBatch, build_batch, iter_batches
 from eval_protocol_rft.training._datums import TrainingDatum
 from eval_protocol_rft.training._filters import Filters

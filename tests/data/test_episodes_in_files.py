@@ -17,20 +17,19 @@ from typer.testing import CliRunner
 
 from eval_protocol_rft import EpisodeRolloutProcessor, score_rows
 from eval_protocol_rft.cli import app
+from eval_protocol_rft.data._convert import convert
 from eval_protocol_rft.data._dataset import RolloutDataset
 from eval_protocol_rft.data._files import JobError, write_rows
-from eval_protocol_rft.data._filter import filter_rollouts
-from eval_protocol_rft.data._filter_rules import FilterRules
+from eval_protocol_rft.data._filter import FilterRules, filter_rollouts
+from eval_protocol_rft.data._format import FileMetadata, schema
+from eval_protocol_rft.data._from_ep import extra_of, from_row
+from eval_protocol_rft.data._rows import from_record_batch, to_record_batch
 from eval_protocol_rft.data._sql import run_query
 from eval_protocol_rft.data._stats import rollout_stats
-from eval_protocol_rft.data.conversion._from_ep import extra_of, from_row
-from eval_protocol_rft.data.conversion._job import convert
-from eval_protocol_rft.data.conversion._to_ep import to_row
-from eval_protocol_rft.data.rollouts._format import FileMetadata, schema
-from eval_protocol_rft.data.rollouts._rows import Score, from_record_batch, to_record_batch
+from eval_protocol_rft.data._to_ep import to_row
 from eval_protocol_rft.episodes._environment import EpisodeLimits
 from eval_protocol_rft.local._sampler import load_local_sampler
-from eval_protocol_rft.record import RolloutRecord
+from eval_protocol_rft.record import RolloutRecord, Score
 from examples.retry import test_retry as example
 
 N = 6

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eval_protocol_rft.data.rollouts._format import (
+from eval_protocol_rft.data._format import (
     METADATA_KEY,
     FileMetadata,
     FormatError,

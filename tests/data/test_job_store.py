@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from eval_protocol_rft.data import _job_file as job_file
 from eval_protocol_rft.data import _job_store as job_store
+from eval_protocol_rft.data._format import FormatError
 from eval_protocol_rft.data._job_file import BusyError
 from eval_protocol_rft.data._job_store import (
     JobStore,
@@ -32,7 +33,6 @@ from eval_protocol_rft.data._job_store import (
     split_keys,
     stored_tables,
 )
-from eval_protocol_rft.data.rollouts._format import FormatError
 from tests.data.test_store_crashes import fast_folder
 
 SCHEMA = pa.schema(

@@ -11,14 +11,13 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from eval_protocol_rft.data._convert import convert
 from eval_protocol_rft.data._dataset import RolloutDataset
 from eval_protocol_rft.data._datums import write_datums
 from eval_protocol_rft.data._files import write_rows
-from eval_protocol_rft.data.conversion._job import convert
-from eval_protocol_rft.data.conversion._to_ep import to_row
-from eval_protocol_rft.data.rollouts._format import FileMetadata, schema
-from eval_protocol_rft.data.rollouts._rows import CompletionRow, Score
-from eval_protocol_rft.record import RecordError
+from eval_protocol_rft.data._format import CompletionRow, FileMetadata, schema
+from eval_protocol_rft.data._to_ep import to_row
+from eval_protocol_rft.record import RecordError, Score
 from eval_protocol_rft.training._batch import build_batch
 from eval_protocol_rft.training.export import files
 from tests.convert_rows import SAMPLING, same

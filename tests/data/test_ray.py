@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 
 from eval_protocol_rft.data._dataset import RolloutDataset
+from eval_protocol_rft.data._format import CompletionRow
 from eval_protocol_rft.data._job_store import parts_folder
-from eval_protocol_rft.data.rollouts._rows import CompletionRow
 from eval_protocol_rft.scoring.executors._ray import (
     MOST_START_DEATHS,
     NodeActors,

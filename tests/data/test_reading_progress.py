@@ -12,8 +12,8 @@ import pytest
 from typer.testing import Result
 
 from eval_protocol_rft.data import _progress as progress
+from eval_protocol_rft.data._convert import convert as convert_file
 from eval_protocol_rft.data._progress import Reading
-from eval_protocol_rft.data.conversion._job import convert as convert_file
 from tests.data.servers import ep_rft
 from tests.scored_files import Sampled, write
 

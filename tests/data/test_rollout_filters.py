@@ -19,9 +19,8 @@ from hypothesis import strategies as st
 from eval_protocol_rft._statistics import percentile
 from eval_protocol_rft.data._dataset import RolloutDataset
 from eval_protocol_rft.data._files import JobError
-from eval_protocol_rft.data._filter import filter_rollouts
-from eval_protocol_rft.data._filter_rules import Band, FilterRules, decide, parse_band
-from eval_protocol_rft.data.rollouts._format import FileMetadata, FormatError, schema
+from eval_protocol_rft.data._filter import Band, FilterRules, decide, filter_rollouts, parse_band
+from eval_protocol_rft.data._format import FileMetadata, FormatError, schema
 from tests.data.servers import ep_rft
 from tests.scored_files import (
     FAILED,

@@ -17,9 +17,9 @@ from hypothesis import HealthCheck, given, settings
 
 from eval_protocol_rft.data._dataset import RolloutDataset
 from eval_protocol_rft.data._files import write_file, write_rows
-from eval_protocol_rft.data.rollouts._format import FileMetadata, FormatError, schema
-from eval_protocol_rft.data.rollouts._jsonl import metadata_path
-from eval_protocol_rft.data.rollouts._rows import CompletionRow, from_record_batch, to_record_batch
+from eval_protocol_rft.data._format import CompletionRow, FileMetadata, FormatError, schema
+from eval_protocol_rft.data._jsonl import metadata_path
+from eval_protocol_rft.data._rows import from_record_batch, to_record_batch
 from tests.data.servers import refused
 from tests.data.strategies import RolloutFile, exactly, rollout_files
 

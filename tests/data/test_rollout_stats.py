@@ -21,6 +21,7 @@ from rich.console import Console
 
 from eval_protocol_rft._statistics import BARS, MetricMeans, distribution, mean_pass_at_k
 from eval_protocol_rft.data._files import write_rows
+from eval_protocol_rft.data._format import FormatError
 from eval_protocol_rft.data._stats import (
     MOST_REASONS,
     OTHER_REASONS,
@@ -28,7 +29,6 @@ from eval_protocol_rft.data._stats import (
     rollout_stats,
     summarize_tables,
 )
-from eval_protocol_rft.data.rollouts._format import FormatError
 from eval_protocol_rft.report._terminal import stats_table
 from tests.data.rollout_files import write_rollouts
 from tests.data.servers import ep_rft, succeed

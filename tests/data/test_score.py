@@ -18,12 +18,12 @@ from eval_protocol.models import EvaluateResult
 
 from eval_protocol_rft.data._dataset import RolloutDataset
 from eval_protocol_rft.data._files import JobError, write_rows
+from eval_protocol_rft.data._format import CompletionRow, FileMetadata, reward_columns, schema
+from eval_protocol_rft.data._from_ep import from_row
 from eval_protocol_rft.data._job_file import BusyError
 from eval_protocol_rft.data._job_store import JobStore, parts_folder, row_keys
+from eval_protocol_rft.data._rows import to_record_batch
 from eval_protocol_rft.data._score import score
-from eval_protocol_rft.data.conversion._from_ep import from_row
-from eval_protocol_rft.data.rollouts._format import FileMetadata, reward_columns, schema
-from eval_protocol_rft.data.rollouts._rows import CompletionRow, to_record_batch
 from tests.data.rollout_files import SCHEMA, write_rollouts
 from tests.data.servers import (
     Pair,

@@ -17,8 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eval_protocol_rft.data import run_query
-from eval_protocol_rft.data._filter import filter_rollouts
-from eval_protocol_rft.data._filter_rules import FilterRules
+from eval_protocol_rft.data._filter import FilterRules, filter_rollouts
 from eval_protocol_rft.data._sql import plain_rows
 from eval_protocol_rft.data._stats import rollout_stats
 from tests.data.servers import refused, succeed

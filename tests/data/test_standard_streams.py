@@ -14,7 +14,6 @@ from types import SimpleNamespace
 
 import pytest
 
-from eval_protocol_rft.data import _generate as generate
 from eval_protocol_rft.data import _progress as progress
 from eval_protocol_rft.data._dataset import RolloutDataset
 from eval_protocol_rft.data._progress import reporter
@@ -62,7 +61,7 @@ def test_a_bar_whose_terminal_has_gone_ends_nothing(monkeypatch: pytest.MonkeyPa
 def test_generate_says_first_what_it_will_do_and_then_that_it_waits(
     tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(generate, "_TOLD_EVERY", 0.001)
+    monkeypatch.setattr(progress, "_TOLD_EVERY", 0.001)
     # Half a minute passes between one look at the clock and the next.
     monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=count(0.0, 30.0).__next__))
     say, told = progress._say, threading.Event()

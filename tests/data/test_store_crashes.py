@@ -15,11 +15,12 @@ import pytest
 
 from eval_protocol_rft.data._dataset import RolloutDataset
 from eval_protocol_rft.data._files import write_rows
+from eval_protocol_rft.data._format import FileMetadata, RewardSettings, schema
 from eval_protocol_rft.data._job_file import BusyError
 from eval_protocol_rft.data._job_store import JobStore, parts_folder
-from eval_protocol_rft.data.rollouts._format import FileMetadata, RewardSettings, schema
-from eval_protocol_rft.data.rollouts._jsonl import metadata_path
-from eval_protocol_rft.data.rollouts._rows import Score, to_record_batch
+from eval_protocol_rft.data._jsonl import metadata_path
+from eval_protocol_rft.data._rows import to_record_batch
+from eval_protocol_rft.record import Score
 from tests.data.store_crashes import ASKED, KEYS_OF, SCHEMA, check, live, row
 from tests.data.traced import ENDS, End, Fate, needs_tracing, run_in_child
 

@@ -12,8 +12,8 @@ import pyarrow as pa
 import pytest
 
 from eval_protocol_rft.data._files import write_rows
-from eval_protocol_rft.data.rollouts._format import FileMetadata, schema
-from eval_protocol_rft.data.rollouts._rows import CompletionRow, Score
+from eval_protocol_rft.data._format import CompletionRow, FileMetadata, schema
+from eval_protocol_rft.record import Score
 
 SCHEMA = schema(
     FileMetadata(prompt_kind="messages", json_columns=["ground_truth"]),

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from eval_protocol_rft.data._dataset import RolloutDataset
-from eval_protocol_rft.data.rollouts._format import FIXED_COLUMNS, METADATA_KEY
+from eval_protocol_rft.data._format import FIXED_COLUMNS, METADATA_KEY
 from tests.convert_rows import same
 from tests.data import score_graders
 from tests.data.rollout_files import write_rollouts

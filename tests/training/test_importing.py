@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from eval_protocol.models import EvaluationRow
 
-from eval_protocol_rft.data.conversion._ep import read_rows
+from eval_protocol_rft.data._convert_ep import read_rows
 from eval_protocol_rft.training._batch import build_batch, iter_batches
 from eval_protocol_rft.training._types import TrainingDataError
 from tests.training_rows import contents_of, scored

@@ -1,12 +1,8 @@
 """Data sets in Arrow's types: Parquet files, and Arrow files of Hugging Face `datasets`.
 
-Invariant: values have the file's own types, and rows are in memory a batch at a time, in whichever
-order they are asked for.
-
-Arrow types in which values can be kept, from those that a file has.
-
-Invariant: a plain type holds the same values, and Python values of it can be stored again without
-loss. Where that cannot be had, the column is refused.
+Invariant: values have the file's own types, made plain: a plain type holds the same values, and
+Python values of it can be stored again without loss. Where that cannot be had, the column is
+refused. Rows are in memory a batch at a time, in whichever order they are asked for.
 """
 
 from __future__ import annotations
@@ -17,23 +13,16 @@ import tempfile
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from eval_protocol_rft.data.source._places import Place
-from eval_protocol_rft.data.source._types import (
-    Source,
-    SourceColumn,
-    SourceRow,
-    without_nulls,
-)
+from eval_protocol_rft.data.source._types import Source, SourceColumn, SourceRow, without_nulls
 from eval_protocol_rft.data.source._urls import SourceError
-
-if TYPE_CHECKING:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
 
 
 def plain_schema(label: str, schema: pa.Schema) -> pa.Schema:
@@ -43,8 +32,6 @@ def plain_schema(label: str, schema: pa.Schema) -> pa.Schema:
     Raises:
         SourceError: two columns have one name, or a column cannot be read without loss.
     """
-    import pyarrow as pa
-
     for name in schema.names:
         if schema.names.count(name) > 1:
             raise SourceError(f"{label}: more than one column is called {name!r}")
@@ -63,8 +50,6 @@ def plain_schema(label: str, schema: pa.Schema) -> pa.Schema:
 def plain_type(type_: pa.DataType) -> pa.DataType:
     """The type without dictionaries and extensions, and without views of text, which Arrow can
     store and cannot sort or select from."""
-    import pyarrow as pa
-
     if isinstance(type_, pa.BaseExtensionType):
         return plain_type(type_.storage_type)
     if pa.types.is_dictionary(type_):
@@ -92,8 +77,6 @@ def _plain_field(field: pa.Field) -> pa.Field:
 
 
 def _is_lossless(type_: pa.DataType, plain: pa.DataType) -> bool:
-    import pyarrow as pa
-
     if any(pa.types.is_union(t) or t == pa.time64("ns") for t in _parts(plain)):
         # Python's time of day has microseconds, and a union forgets which of its types it was.
         return False
@@ -110,8 +93,6 @@ def _is_lossless(type_: pa.DataType, plain: pa.DataType) -> bool:
 
 
 def _is_list_view(type_: pa.DataType) -> bool:
-    import pyarrow as pa
-
     return bool(pa.types.is_list_view(type_) or pa.types.is_large_list_view(type_))
 
 
@@ -135,8 +116,6 @@ class ArrowFile:
     """
 
     def __init__(self, place: Place) -> None:
-        import pyarrow as pa
-
         self.place = place
         self._is_stream = place.path.suffix == ".arrow"
         try:
@@ -154,15 +133,10 @@ class ArrowFile:
         self.fingerprint = place.fingerprint()
 
     def _stream(self) -> pa.ipc.RecordBatchStreamReader:
-        import pyarrow as pa
-
         file = self.place.arrow_file()
         return pa.ipc.open_stream(pa.memory_map(file) if isinstance(file, str) else file)
 
     def _parquet(self) -> pq.ParquetFile:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
         file = self.place.arrow_file()
         return pq.ParquetFile(file if isinstance(file, str) else pa.BufferReader(file))
 
@@ -172,8 +146,6 @@ class ArrowFile:
         Raises:
             SourceError: it is damaged.
         """
-        import pyarrow as pa
-
         count = 0
         try:
             with self._stream() if self._is_stream else self._parquet() as file:
@@ -222,8 +194,6 @@ class ArrowSource(Source):
             yield SourceRow(i, values, self._where(i))
 
     def _values(self, batch: pa.RecordBatch, start: int) -> list[dict[str, Any]]:
-        import pyarrow as pa
-
         try:
             rows: list[dict[str, Any]] = batch.to_pylist()
         except (pa.ArrowException, ValueError, OverflowError) as error:
@@ -246,8 +216,6 @@ class _UncompressedCopy:
     """
 
     def __init__(self, name: str, schema: pa.Schema, batches: Iterator[pa.RecordBatch]) -> None:
-        import pyarrow as pa
-
         sizes = []
         with tempfile.TemporaryFile() as file:
             with pa.ipc.new_file(file, schema) as writer:

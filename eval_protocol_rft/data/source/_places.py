@@ -22,18 +22,8 @@ from urllib.parse import unquote, urlsplit
 
 from eval_protocol_rft._errors import EvalProtocolRftError
 from eval_protocol_rft._text import well_formed
-from eval_protocol_rft.data.source._urls import (
-    HTTP,
-    PathOrGlob,
-    SourceError,
-    file_system,
-    get_file,
-    in_one_line,
-    is_url,
-    no_room,
-    remote_state,
-    shown,
-)
+from eval_protocol_rft.data.source import _urls as urls
+from eval_protocol_rft.data.source._urls import PathOrGlob, SourceError
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -75,7 +65,7 @@ class Place:
         self.name = name
         self.shown = name if shown is None else shown
         self._fs = fs
-        self._is_http = fs is not None and name.startswith(HTTP)
+        self._is_http = fs is not None and name.startswith(urls.HTTP)
         self.path: PurePath = PurePosixPath(unquote(urlsplit(name).path) if self._is_http else name)
         """What its name and ending are taken from."""
         self.label = well_formed(self.path.name)
@@ -99,7 +89,7 @@ class Place:
             return os.path.isdir(self.name)
         if self._is_http:
             return self.name.endswith("/")
-        with in_one_line(self.shown):
+        with urls.in_one_line(self.shown):
             return bool(self._fs.isdir(self.name))
 
     def files(self) -> list[str]:
@@ -112,7 +102,7 @@ class Place:
                 folders[:] = [name for name in folders if not is_hidden(name)]
                 names += [os.path.relpath(os.path.join(top, name), self.name) for name in found]
         else:
-            with in_one_line(self.shown):
+            with urls.in_one_line(self.shown):
                 if self._is_http:
                     entries = self._fs.ls(self.name, detail=True)
                     found = [entry["name"] for entry in entries if entry["type"] == "file"]
@@ -137,7 +127,7 @@ class Place:
         """Whether there is something."""
         if self._fs is None:
             return os.path.exists(self.name)
-        with in_one_line(self.shown):
+        with urls.in_one_line(self.shown):
             return bool(self._fs.exists(self.name))
 
     def take(self) -> None:
@@ -167,11 +157,11 @@ class Place:
             file.close()
 
     def _copy_to(self, target: str) -> None:
-        with in_one_line(self.shown):
+        with urls.in_one_line(self.shown):
             # What a web server sends for one request is of one state.
-            before = None if self._is_http else remote_state(self._fs, self.name)
-            get_file(self._fs, self.name, target)
-            if before is not None and remote_state(self._fs, self.name) != before:
+            before = None if self._is_http else urls.remote_state(self._fs, self.name)
+            urls.get_file(self._fs, self.name, target)
+            if before is not None and urls.remote_state(self._fs, self.name) != before:
                 raise SourceError(
                     f"{self.shown} changed while it was copied: run again when nobody writes to it"
                 )
@@ -228,7 +218,7 @@ class Place:
             with self.open() as file, path.open("wb") as target:
                 shutil.copyfileobj(file, target, _PIECE_BYTES)
         except OSError as error:
-            raise SourceError(no_room(f"{self.shown}: it is copied", error)) from error
+            raise SourceError(urls.no_room(f"{self.shown}: it is copied", error)) from error
 
     def fingerprint(self) -> str:
         """Hex SHA-256 of the content."""
@@ -257,7 +247,7 @@ def places(given: PathOrGlob) -> list[Place]:
     Raises:
         SourceError: nothing; or a URL cannot be understood or reached.
     """
-    if is_url(given):
+    if urls.is_url(given):
         return _remote_places(os.fspath(given))
     text = os.path.abspath(_path_of(given))  # only the absolute path of "." has the folder's name
     if os.path.lexists(text):
@@ -270,16 +260,18 @@ def places(given: PathOrGlob) -> list[Place]:
 def _remote_places(url: str) -> list[Place]:
     if "://" not in url and "::" not in url:
         raise SourceError(f"{url}: a URL must be given as text: a Path drops one of its slashes")
-    with in_one_line(shown(url)):
-        fs, name = file_system(url)
+    with urls.in_one_line(urls.shown(url)):
+        fs, name = urls.file_system(url)
         fs.invalidate_cache()  # of a process that lives long
-        is_http = name.startswith(HTTP)
+        is_http = name.startswith(urls.HTTP)
         if "*" in urlsplit(name).path if is_http else glob.has_magic(name) and not fs.exists(name):
-            found = [Place(each, fs, shown(fs.unstrip_protocol(each))) for each in fs.glob(name)]
-            return _matching(shown(url), found)
+            found = [
+                Place(each, fs, urls.shown(fs.unstrip_protocol(each))) for each in fs.glob(name)
+            ]
+            return _matching(urls.shown(url), found)
         if not is_http and not fs.exists(name):
             raise FileNotFoundError(name)
-        return [Place(name, fs, shown(url))]
+        return [Place(name, fs, urls.shown(url))]
 
 
 def _matching(pattern: str, found: list[Place]) -> list[Place]:
@@ -315,7 +307,7 @@ def _uncompressed(file: io.BufferedIOBase, label: str, codec: str) -> io.Buffere
             content.write(piece)
             content.flush()
         except OSError as error:
-            raise SourceError(no_room(f"{label}: it is decompressed", error)) from error
+            raise SourceError(urls.no_room(f"{label}: it is decompressed", error)) from error
 
 
 def one_place(given: PathOrGlob) -> Place:
@@ -325,15 +317,15 @@ def one_place(given: PathOrGlob) -> Place:
     Raises:
         SourceError: a pattern that none has, or several; a URL behind which there is nothing.
     """
-    if not is_url(given):
+    if not urls.is_url(given):
         path = _path_of(given)
         if os.path.lexists(path) or not glob.has_magic(path):
             return Place(str(Path(path)))
     found = places(given)
     if len(found) > 1:
         raise SourceError(
-            f"{shown(given)}: {len(found)} files have such a name, such as {found[0].shown} and "
-            f"{found[1].shown}: name one"
+            f"{urls.shown(given)}: {len(found)} files have such a name, such as {found[0].shown} "
+            f"and {found[1].shown}: name one"
         )
     return found[0]
 

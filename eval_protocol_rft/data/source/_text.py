@@ -23,18 +23,16 @@ import mmap
 import os
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from eval_protocol_rft.data.source._places import Place, plain_name
 from eval_protocol_rft.data.source._types import Source, SourceColumn, SourceRow
 from eval_protocol_rft.data.source._urls import SourceError
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 WHITESPACE = b" \t\r\n"
@@ -153,14 +151,14 @@ def open_json(name: str, files: Sequence[TextFile]) -> TextSource:
         # What follows a row until the next one starts.
         return decoder.decode(row.rstrip(WHITESPACE + b","))
 
-    return TextSource(name, [_column(*each) for each in kinds.items()], files, decode)
+    return TextSource(name, [column_of(*each) for each in kinds.items()], files, decode)
 
 
 class _BigInt:
     """Stands for the kind of an int that 64 bits cannot hold."""
 
 
-def _see(row: dict[str, Any], kinds: dict[str, set[type]]) -> None:
+def see(row: dict[str, Any], kinds: dict[str, set[type]]) -> None:
     """Take a row's values into account, of which memory grows with columns, not rows."""
     for name, value in row.items():
         kind = type(value)
@@ -172,9 +170,8 @@ def _see(row: dict[str, Any], kinds: dict[str, set[type]]) -> None:
             kinds[name] = {kind}
 
 
-def _column(name: str, kinds: set[type]) -> SourceColumn:
-    import pyarrow as pa
-
+def column_of(name: str, kinds: set[type]) -> SourceColumn:
+    """A column of values of these kinds; None is of every type."""
     exact: dict[type, pa.DataType] = {
         str: pa.string(),
         bool: pa.bool_(),
@@ -195,7 +192,7 @@ def _read_lines(file: TextFile, kinds: dict[str, set[type]]) -> None:
     decoder = msgspec.json.Decoder(dict[str, Any])
     for line in file.read():
         if line.strip(WHITESPACE):
-            _see(_decoded(decoder, line, f"{file.place.label}:{file.number}"), kinds)
+            see(_decoded(decoder, line, f"{file.place.label}:{file.number}"), kinds)
             file.starts.append(file.start)
             file.lines.append(file.number)
 
@@ -217,7 +214,7 @@ def _read_array(file: TextFile, kinds: dict[str, set[type]]) -> None:
         while content[position] in WHITESPACE + b",":
             position += 1
         row = content[position : position + size]
-        _see(_decoded(decoder, row, f"{label}, row {number}"), kinds)
+        see(_decoded(decoder, row, f"{label}, row {number}"), kinds)
         file.starts.append(position)
         position += size
     file.end = position
@@ -263,8 +260,6 @@ def open_csv(name: str, files: Sequence[TextFile], *, delimiter: str) -> TextSou
         SourceError: a file has no header, another than the first, a name twice, a broken quote, is
             not UTF-8, or a record has more or fewer fields than the header.
     """
-    import pyarrow as pa
-
     csv.field_size_limit(max(csv.field_size_limit(), MAX_FIELD_BYTES))
     headers = [_read_records(file, delimiter) for file in files]
     names = headers[0]

@@ -7,25 +7,19 @@ are views of the columns.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import msgspec
 
+from eval_protocol_rft import training
 from eval_protocol_rft._segments import turn_trace
-from eval_protocol_rft.data.rollouts._completion_row import ChatMessages, CompletionRow
-from eval_protocol_rft.data.rollouts._episodes import as_lists
-from eval_protocol_rft.data.rollouts._format import FileMetadata, FormatError, SamplingSettings
+from eval_protocol_rft.data import _format as file_format
+from eval_protocol_rft.data._episodes import as_lists, stored_row
+from eval_protocol_rft.data._format import ChatMessages, CompletionRow, FileMetadata, FormatError
 from eval_protocol_rft.record import SCHEMA_VERSION, UNSCORED, RecordError
 from eval_protocol_rft.sampling import FailureKind, SamplingParams, support_truncated
-from eval_protocol_rft.training import (
-    PromptGroup,
-    TokenBuffer,
-    TrainingDataError,
-    group_of,
-    question_of,
-    read_named,
-)
+from eval_protocol_rft.training import PromptGroup, TokenBuffer, TrainingDataError
 
 Tokens = Literal["lists", "arrays", "none"]
 """What token data a record is to have."""
@@ -36,6 +30,17 @@ _ONCE_BY_PLACE = "past_end"
 """In files from before it was a column."""
 _NOT_RECORDED = ("model_fingerprint", "system", "seed_given")
 _FAILURE_KINDS = frozenset(get_args(FailureKind))
+
+
+def prompt_groups(
+    groups: Iterable[Sequence[CompletionRow]], metadata: FileMetadata
+) -> Iterator[PromptGroup]:
+    """What the completions of each data row are of a prompt group, in one part for each record that
+    they can be of: see `part_of`."""
+    buffer = TokenBuffer()
+    for group in groups:
+        for part in by_record(group):
+            yield part_of(part, metadata, buffer)
 
 
 def part_of(
@@ -70,15 +75,15 @@ def part_of(
         fields = record_fields(group, survivors, extra, metadata, first=imported.get("first", 0))
     except RecordError as error:
         raise TrainingDataError(str(error)) from error
-    record, segments = read_named(name, fields, None, buffer)
-    return group_of(
+    record, segments = training.read_named(name, fields, None, buffer)
+    return training.group_of(
         record,
         segments,
         fields["rewards"],
         key=key,
         name=name,
         row_id=first.row_id,
-        question=question_of(as_messages(first.prompt), first.tools, record.sampling),
+        question=training.question_of(as_messages(first.prompt), first.tools, record.sampling),
     )
 
 
@@ -193,7 +198,7 @@ def _sampling_of(
     return {**values, "n": len(group), "began_at": min(began, default=0.0)}
 
 
-def _settings_of(group: Sequence[CompletionRow]) -> SamplingSettings:
+def _settings_of(group: Sequence[CompletionRow]) -> file_format.SamplingSettings:
     """What the rows themselves say, in a file that does not."""
     first = group[0]
     if first.temperature is None or first.top_p is None or first.top_k is None:
@@ -204,7 +209,7 @@ def _settings_of(group: Sequence[CompletionRow]) -> SamplingSettings:
     params = SamplingParams(
         model="unknown", temperature=first.temperature, top_p=first.top_p, top_k=first.top_k
     )
-    return SamplingSettings(
+    return file_format.SamplingSettings(
         model=params.model,
         temperature=params.temperature,
         top_p=params.top_p,
@@ -237,53 +242,36 @@ def as_messages(prompt: str | ChatMessages) -> ChatMessages:
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 
-def stored_row(completion: CompletionRow) -> dict[str, Any]:
-    """What a row that came from Eval Protocol has kept in `evaluation_row`.
-
-    Raises:
-        FormatError: it is nothing that a conversion writes.
-    """
-    text = completion.evaluation_row or ""
-    try:
-        msgspec.json.decode(text, type=_StoredRow)
-        row: dict[str, Any] = msgspec.json.decode(text)
-    except (msgspec.DecodeError, RecursionError) as error:
-        raise FormatError(
-            f"data row {completion.data_idx}, completion {completion.sample_idx}: evaluation_row "
-            f"is none that `ep-rft convert` wrote: {error}"
-        ) from error
-    return row
-
-
-class Imported(msgspec.Struct, frozen=True, kw_only=True):
-    """What `evaluation_row` says of the record that its row had."""
-
-    keys: list[str]
-    """Which optional keys the record had."""
-    answer: int | None
-    """`sample_idx` of the completion that is the last message, or of the episode that is the row's
-    conversation; None where it is none's."""
-    row_messages: int | None = None
-    """Of an episode: how many messages of that conversation are the row's own."""
-    first: int = 0
-    """`sample_idx` of the first completion of its run of the data row."""
-
-
-class _StoredExtra(msgspec.Struct):
-    rollout_file: Imported | None = None
-    sampling: dict[str, Any] | None = None
-
-
-class _StoredExecution(msgspec.Struct):
-    extra: _StoredExtra | None = None
-
-
-class _StoredRow(msgspec.Struct):
-    """As much of it as is looked at here."""
-
-    execution_metadata: _StoredExecution
-    messages: list[dict[str, Any]] = []
-
-
 def _or(value: Any, default: Any) -> Any:
     return default if value is None else value
+
+
+def by_prompt(group: Sequence[CompletionRow]) -> list[list[CompletionRow]]:
+    """The completions of a data row, apart by the prompt ids that they were sampled behind; in one
+    list where these are the same, which they are unless a chat template that says the date rendered
+    the row again when its job went on. A failure stands with the completions of its prompt, or with
+    the first ones.
+    """
+    parts: dict[bytes | None, list[CompletionRow]] = {}
+    for row in group:
+        if not row.failed:
+            parts.setdefault(_prompt_key(row), [])
+    if len(parts) < 2:
+        return [list(group)]
+    first = next(iter(parts.values()))
+    for row in group:
+        parts.get(_prompt_key(row), first).append(row)
+    return list(parts.values())
+
+
+def by_record(group: Sequence[CompletionRow]) -> list[list[CompletionRow]]:
+    """The completions of a data row, apart by the rollout record that they can be of: as
+    `by_prompt`, and by the run of Eval Protocol that they came from."""
+    runs: dict[str | None, list[CompletionRow]] = {}
+    for row in group:
+        runs.setdefault(row.evaluation_row, []).append(row)
+    return [part for run in runs.values() for part in by_prompt(run)]
+
+
+def _prompt_key(row: CompletionRow) -> bytes | None:
+    return None if row.prompt_ids is None else row.prompt_ids.tobytes()

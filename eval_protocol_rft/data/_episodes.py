@@ -28,15 +28,16 @@ from eval_protocol_rft._segments import (
     lay_out,
     read_segment,
 )
-from eval_protocol_rft.data.rollouts._completion_row import CompletionRow
-from eval_protocol_rft.data.rollouts._format import EPISODE_COLUMNS, SEGMENT_COLUMNS, FormatError
+from eval_protocol_rft.data import _format as file_format
+from eval_protocol_rft.data._format import CompletionRow, FormatError
+from eval_protocol_rft.data.source._types import without_nulls
 from eval_protocol_rft.sampling import FinishReason
 
 EPISODE_KEYS = ("trajectories", "episodes")
 """Keys of a record, lists per completion, that these columns are of."""
-ARRAYS = dict(zip(("tokens", "logprobs", "loss_mask"), SEGMENT_COLUMNS, strict=True))
+ARRAYS = dict(zip(("tokens", "logprobs", "loss_mask"), file_format.SEGMENT_COLUMNS, strict=True))
 """Array of a segment -> its column."""
-_TOLD = [name for name in EPISODE_COLUMNS if name not in SEGMENT_COLUMNS]
+_TOLD = [name for name in file_format.EPISODE_COLUMNS if name not in file_format.SEGMENT_COLUMNS]
 _TEXTS = ("role", "content", "reasoning_content", "name", "tool_call_id")
 _FIELDS = {"id", "type", "function"}
 _QUOTED = tuple(f'"{key}"' for key in EPISODE_KEYS)
@@ -76,7 +77,7 @@ def episode_arrays(rows: Sequence[CompletionRow]) -> dict[str, pa.Array]:
             None if row.segments is None else [segment[name] for segment in row.segments]
             for row in rows
         ]
-        columns[column] = _nested_array(lists, EPISODE_COLUMNS[column])
+        columns[column] = _nested_array(lists, file_format.EPISODE_COLUMNS[column])
     records = [None if row.episode is None else read_episode(row) for row in rows]
     told: dict[str, list[Any]] = {name: [None] * len(rows) for name in _TOLD}
     for i, (row, record) in enumerate(zip(rows, records, strict=True)):
@@ -94,7 +95,9 @@ def episode_arrays(rows: Sequence[CompletionRow]) -> dict[str, pa.Array]:
         )
         for name, value in zip(_TOLD, values, strict=True):
             told[name][i] = value
-    return columns | {name: pa.array(told[name], EPISODE_COLUMNS[name]) for name in _TOLD}
+    return columns | {
+        name: pa.array(told[name], file_format.EPISODE_COLUMNS[name]) for name in _TOLD
+    }
 
 
 def read_episode(row: CompletionRow) -> EpisodeRecord:
@@ -148,7 +151,9 @@ def episodes_in(batch: pa.RecordBatch | pa.Table) -> dict[str, list[Any]]:
     """
     names = set(batch.schema.names)
     size = batch.num_rows
-    segments = _segments_in(batch) if names.issuperset(SEGMENT_COLUMNS) else [None] * size
+    segments = (
+        _segments_in(batch) if names.issuperset(file_format.SEGMENT_COLUMNS) else [None] * size
+    )
     if not names.issuperset(_TOLD):
         return {"segments": list(segments)}
     turns, stop_reasons, first_reasons, rewards, metrics, messages, row_messages = (
@@ -163,7 +168,7 @@ def episodes_in(batch: pa.RecordBatch | pa.Table) -> dict[str, list[Any]]:
             if own is not None:
                 raise FormatError(f"{_named(batch, i)}: it has segments and no turns")
             continue
-        if own is None and names.issuperset(SEGMENT_COLUMNS):
+        if own is None and names.issuperset(file_format.SEGMENT_COLUMNS):
             raise FormatError(f"{_named(batch, i)}: it has turns and no segments")
         if stop_reasons[i] is None or messages[i] is None:
             missing = "stop_reason" if stop_reasons[i] is None else "messages"
@@ -209,7 +214,23 @@ def put_stored(rows: Iterable[CompletionRow]) -> None:
             row.truncated = reason == "length"
 
 
+class Imported(msgspec.Struct, frozen=True, kw_only=True):
+    """What `evaluation_row` says of the record that its row had."""
+
+    keys: list[str]
+    """Which optional keys the record had."""
+    answer: int | None
+    """`sample_idx` of the completion that is the last message, or of the episode that is the row's
+    conversation; None where it is none's."""
+    row_messages: int | None = None
+    """Of an episode: how many messages of that conversation are the row's own."""
+    first: int = 0
+    """`sample_idx` of the first completion of its run of the data row."""
+
+
 class _Extra(msgspec.Struct):
+    rollout_file: Imported | None = None
+    sampling: dict[str, Any] | None = None
     trajectories: dict[str, list[Any]] | None = None
     episodes: dict[str, dict[str, Any]] | None = None
 
@@ -219,7 +240,22 @@ class _Execution(msgspec.Struct):
 
 
 class _Row(msgspec.Struct):
-    execution_metadata: _Execution | None = None
+    """As much of `evaluation_row` as is looked at here."""
+
+    execution_metadata: _Execution
+    messages: list[dict[str, Any]] = []
+
+
+def stored_row(row: CompletionRow) -> dict[str, Any]:
+    """What a row that came from Eval Protocol has kept in `evaluation_row`.
+
+    Raises:
+        FormatError: it is nothing that a conversion writes.
+    """
+    text = row.evaluation_row or ""
+    _decoded(row, text)
+    stored: dict[str, Any] = msgspec.json.decode(text)
+    return stored
 
 
 def _decoded(row: CompletionRow, text: str) -> _Extra:
@@ -229,7 +265,7 @@ def _decoded(row: CompletionRow, text: str) -> _Extra:
         raise FormatError(
             f"{_place(row)}: evaluation_row is none that `ep-rft convert` wrote: {error}"
         ) from error
-    return (execution and execution.extra) or _Extra()
+    return execution.extra or _Extra()
 
 
 def _segments_in(
@@ -241,8 +277,8 @@ def _segments_in(
         counts = {None if arrays is None else len(arrays) for arrays in own}
         if len(counts) > 1:
             raise FormatError(
-                f"{_named(batch, i)}: {', '.join(SEGMENT_COLUMNS)} are of different numbers of "
-                "segments"
+                f"{_named(batch, i)}: {', '.join(file_format.SEGMENT_COLUMNS)} are of different "
+                "numbers of segments"
             )
         tokens = own[0]
         found.append(
@@ -352,15 +388,6 @@ def _message(placed: Mapping[str, Any] | None, batch: Any, i: int) -> dict[str, 
     message: dict[str, Any] = without_nulls(dict(placed or {}))
     other = message.pop("other", None)
     return message if other is None else message | _json(other, "messages.other", batch, i)
-
-
-def without_nulls(value: Any) -> Any:
-    """Messages without the fields that they do not have, also in their tool calls."""
-    if isinstance(value, dict):
-        return {key: without_nulls(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list):
-        return [without_nulls(item) for item in value]
-    return value
 
 
 def _json(text: str, name: str, batch: Any, i: int) -> dict[str, Any]:

@@ -1,15 +1,9 @@
 """Rows of Eval Protocol, one JSON a line: read and written.
 
-Invariant: see `batch.evaluation_rows`. A row whose rollout failed stops the conversion, unless it
-is to be dropped; then it is counted.
-
-A first look at a file of Eval Protocol's rows: what its rollout file has to be like.
-
-Invariant: every row was read whole, so that the second reading fails at nothing but its storage.
-
-Rows from the JSONL files that Eval Protocol writes, one at a time.
-
-Invariant: a line is a row or an error that names file and line; none is skipped but blank ones.
+Invariant: a line is a row or an error that names file and line; none is skipped but blank ones. A
+file is read twice: first every row whole, to see what its rollout file has to be like, so that the
+second reading fails at nothing but its storage. A row whose rollout failed stops the conversion,
+unless it is to be dropped; then it is counted. What a row becomes, and back, says `_to_ep`.
 """
 
 from __future__ import annotations
@@ -25,27 +19,16 @@ import msgspec
 import pyarrow as pa
 
 from eval_protocol_rft._durable import replacing
-from eval_protocol_rft.data._files import JobError, tables_of
+from eval_protocol_rft.data import _format as file_format
+from eval_protocol_rft.data import _from_ep as from_ep
+from eval_protocol_rft.data._files import JobError
+from eval_protocol_rft.data._format import CompletionRow, FileMetadata
+from eval_protocol_rft.data._plain_file import NonFinite, Rollouts, Written, split_note, text_notes
 from eval_protocol_rft.data._progress import Reading
-from eval_protocol_rft.data.conversion._from_ep import (
-    FailedRolloutError,
-    extra_of,
-    from_row,
-    read_file_part,
-    row_id_of,
-)
-from eval_protocol_rft.data.conversion._plain_file import JsonColumn, NonFinite, text_notes
-from eval_protocol_rft.data.conversion._to_ep import FilePart, to_rows
-from eval_protocol_rft.data.conversion._types import Rollouts, Written, split_note
-from eval_protocol_rft.data.rollouts._format import (
-    ORIGINAL_PREFIX,
-    FileMetadata,
-    RewardSettings,
-    SamplingSettings,
-    metadata_of,
-    schema,
-)
-from eval_protocol_rft.data.rollouts._rows import CompletionRow, by_prompt
+from eval_protocol_rft.data._records import by_prompt
+from eval_protocol_rft.data._rows import tables_of
+from eval_protocol_rft.data._to_ep import FilePart, to_rows
+from eval_protocol_rft.data.source._text import column_of, see
 from eval_protocol_rft.record import RecordError, has_record, is_marked
 from eval_protocol_rft.training import TrainingDataError, row_key
 
@@ -101,7 +84,7 @@ def _check_object(value: Any, name: str, where: str) -> None:
         raise TrainingDataError(f"{where}: {name} is {type(value).__name__}, not an object")
 
 
-_HOW_SAMPLED = frozenset(SamplingSettings.__struct_fields__)
+_HOW_SAMPLED = frozenset(file_format.SamplingSettings.__struct_fields__)
 
 
 def numbered_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -162,14 +145,14 @@ class EpScan:
     _file_wide: FileMetadata | None = None
     one_file: bool = True
     """Whether the rows say alike which rollout file they came from, or that from none."""
-    _rewards: dict[str, RewardSettings] = field(default_factory=dict)
+    _rewards: dict[str, file_format.RewardSettings] = field(default_factory=dict)
     _mixed_rewards: set[str] = field(default_factory=set)
-    _sampling: SamplingSettings | None = None
+    _sampling: file_format.SamplingSettings | None = None
     _one_sampling: bool = True
     _episodes: bool = False
     """Whether some completions are episodes."""
-    _original: dict[str, JsonColumn] = field(default_factory=dict)
-    _ground_truth: JsonColumn = field(default_factory=JsonColumn)
+    _kinds: dict[str, set[type]] = field(default_factory=dict)
+    """Column of the data set, or `ground_truth` -> kinds of its values."""
 
     def add(self, index: int, row: Mapping[str, Any]) -> None:
         """Take row `index` into account.
@@ -178,9 +161,9 @@ class EpScan:
             JobError: it is broken, or its rollout failed and is not to be dropped.
         """
         try:
-            completions = from_row(row, index, prompt_kind="messages")
-            part = read_file_part(extra_of(row))
-        except FailedRolloutError as error:
+            completions = from_ep.from_row(row, index, prompt_kind="messages")
+            part = from_ep.read_file_part(from_ep.extra_of(row))
+        except from_ep.FailedRolloutError as error:
             if self.drop_failed_rows:
                 self.dropped.add(index)
                 return
@@ -196,15 +179,13 @@ class EpScan:
         if part is None:
             self._add_run(index, row, completions)
         self._add_part(index, part, completions)
-        if has_record(extra_of(row)):
-            self._add_sampling(extra_of(row))
+        if has_record(from_ep.extra_of(row)):
+            self._add_sampling(from_ep.extra_of(row))
 
     def schema(self) -> pa.Schema:
         """Of the rollout file to be."""
-        columns = self._original.items()
-        json_columns = [ORIGINAL_PREFIX + name for name, column in columns if column.is_json]
-        if self._ground_truth.is_json:
-            json_columns.append("ground_truth")
+        columns = {name: column_of(name, kinds) for name, kinds in self._kinds.items()}
+        json_columns = [name for name, column in columns.items() if column.is_json]
         common = self._file_wide if self.one_file else None
         sampling = self._sampling if self._one_sampling else None
         metadata = FileMetadata(
@@ -215,9 +196,12 @@ class EpScan:
             rewards=self._rewards,
             json_columns=json_columns,
         )
-        types = {name: column.type for name, column in columns}
-        truth = self._ground_truth.type
-        return schema(metadata, types, ground_truth=truth, episodes=self._episodes)
+        types = {name: column.type for name, column in columns.items()}
+        truth = types.pop("ground_truth")
+        original = {
+            name.removeprefix(file_format.ORIGINAL_PREFIX): kind for name, kind in types.items()
+        }
+        return file_format.schema(metadata, original, ground_truth=truth, episodes=self._episodes)
 
     def rows(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """All rows with their numbers, those of a data row together: Eval Protocol writes runs in
@@ -248,15 +232,16 @@ class EpScan:
         return tuple(notes)
 
     def _add_columns(self, first: CompletionRow) -> None:
-        self._ground_truth.add(first.ground_truth)
-        for name, value in first.original.items():
-            self._original.setdefault(name, JsonColumn()).add(value)
+        original = {
+            file_format.ORIGINAL_PREFIX + name: value for name, value in first.original.items()
+        }
+        see({**original, "ground_truth": first.ground_truth}, self._kinds)
 
     def _add_run(
         self, index: int, row: Mapping[str, Any], completions: list[CompletionRow]
     ) -> None:
         """Runs of a data row are completions of it, as in training, where they are one group."""
-        if row_id_of(row) is None:
+        if from_ep.row_id_of(row) is None:
             return
         first = completions[0]
         asked = first.prompt, first.tools, first.ground_truth, first.original
@@ -294,7 +279,7 @@ class EpScan:
         if any(values.get(name) is None for name in ("model", "temperature", "top_p", "top_k")):
             self._one_sampling = False  # another program's row, which does not say
             return
-        settings = msgspec.convert(values, SamplingSettings)
+        settings = msgspec.convert(values, file_format.SamplingSettings)
         self._sampling = self._sampling or settings
         self._one_sampling = self._one_sampling and settings == self._sampling
 
@@ -341,7 +326,7 @@ def write(rollouts: Rollouts, target: Path) -> Written:
 
 
 def _rows(scan: EpScan, schema: pa.Schema, reading: Reading) -> Iterator[CompletionRow]:
-    prompt_kind = metadata_of(schema).prompt_kind
+    prompt_kind = file_format.metadata_of(schema).prompt_kind
     renumbered = scan.renumbered
     group: list[CompletionRow] = []
     for index, row in reading(scan.rows(), lambda row: 1):
@@ -349,7 +334,7 @@ def _rows(scan: EpScan, schema: pa.Schema, reading: Reading) -> Iterator[Complet
             continue
         number = scan.continued.get(index, index)
         first = scan.firsts.get(index, 0)
-        own = from_row(
+        own = from_ep.from_row(
             row, number, prompt_kind=prompt_kind, first=first, keep_row=not scan.one_file
         )
         if number == index:

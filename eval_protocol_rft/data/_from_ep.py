@@ -14,20 +14,10 @@ import msgspec
 import numpy as np
 
 from eval_protocol_rft._segments import Segment, TokenBuffer, episode_traces, turn_payloads
-from eval_protocol_rft.data.conversion._to_ep import (
-    FILE_KEY,
-    FINISHED,
-    INTERNAL,
-    OPTIONAL_KEYS,
-    SHARED_COLUMNS,
-    FilePart,
-    checksum,
-    first_trace,
-)
-from eval_protocol_rft.data.rollouts._episodes import as_arrays, as_read
-from eval_protocol_rft.data.rollouts._format import PromptKind
-from eval_protocol_rft.data.rollouts._records import SAMPLING_BY_PLACE, Imported
-from eval_protocol_rft.data.rollouts._rows import CompletionRow
+from eval_protocol_rft.data import _to_ep as to_ep
+from eval_protocol_rft.data._episodes import Imported, as_arrays, as_read
+from eval_protocol_rft.data._format import CompletionRow, PromptKind
+from eval_protocol_rft.data._records import SAMPLING_BY_PLACE
 from eval_protocol_rft.record import (
     UNSCORED,
     RecordError,
@@ -65,21 +55,21 @@ class FailedRolloutError(RecordError):
     """The rollout of the row failed, or it never had one."""
 
 
-def read_file_part(extra: Mapping[str, Any]) -> FilePart | None:
+def read_file_part(extra: Mapping[str, Any]) -> to_ep.FilePart | None:
     """What `to_row` left in the row of a file; None where it did not, or where the row was rolled
     out anew since.
 
     Raises:
         RecordError: it is broken.
     """
-    if extra.get(FILE_KEY) is None:
+    if extra.get(to_ep.FILE_KEY) is None:
         return None
     try:
-        part = msgspec.convert(extra[FILE_KEY], FilePart)
+        part = msgspec.convert(extra[to_ep.FILE_KEY], to_ep.FilePart)
     except msgspec.ValidationError as error:
-        raise RecordError(f"broken {FILE_KEY!r} in extra: {error}") from error
+        raise RecordError(f"broken {to_ep.FILE_KEY!r} in extra: {error}") from error
     own = (extra["completion_ids"], extra.get("trajectories")) if has_record(extra) else ([], None)
-    return part if checksum(*own) == part.tokens else None
+    return part if to_ep.checksum(*own) == part.tokens else None
 
 
 def from_row(
@@ -177,7 +167,7 @@ def _completions(
 def _survivors(
     record: RolloutRecord,
     segments: Sequence[tuple[Segment, ...]],
-    known: FilePart | None,
+    known: to_ep.FilePart | None,
     episodes: Sequence[dict[str, Any]],
 ) -> list[dict[str, Any]]:
     """The fields of each completion; `episodes` as `extra` has them."""
@@ -237,14 +227,14 @@ def _ids(values: Sequence[int], where: str) -> Any:
         raise RecordError(f"{where}: {max(values, key=abs)} is no token id") from error
 
 
-def _file_scores(known: FilePart, i: int) -> dict[str, Score]:
+def _file_scores(known: to_ep.FilePart, i: int) -> dict[str, Score]:
     try:
         return {
             name: msgspec.convert({**values[i], "score": values[i].get("reward")}, Score)
             for name, values in known.scores.items()
         }
     except msgspec.ValidationError as error:
-        raise RecordError(f"broken {FILE_KEY!r} in extra: scores: {error}") from error
+        raise RecordError(f"broken {to_ep.FILE_KEY!r} in extra: scores: {error}") from error
 
 
 def _main_score(record: RolloutRecord, i: int) -> Score:
@@ -254,7 +244,7 @@ def _main_score(record: RolloutRecord, i: int) -> Score:
     return UNSCORED if record.rewards is None else Score(reward=record.rewards[i])
 
 
-def _failed(record: RolloutRecord | None, known: FilePart | None) -> Iterator[dict[str, Any]]:
+def _failed(record: RolloutRecord | None, known: to_ep.FilePart | None) -> Iterator[dict[str, Any]]:
     if known is not None:
         failed = known.failed
     elif record is not None:
@@ -273,7 +263,7 @@ def _failed(record: RolloutRecord | None, known: FilePart | None) -> Iterator[di
 
 
 def _sampled_with(sampling: SamplingRecord) -> dict[str, Any]:
-    values = {name: getattr(sampling, name) for name in SHARED_COLUMNS}
+    values = {name: getattr(sampling, name) for name in to_ep.SHARED_COLUMNS}
     return {**values, "began_at": sampling.began_at or None}
 
 
@@ -317,7 +307,7 @@ def _rest(
     """The row without what the columns hold, as JSON text. Its own `FILE_KEY` says which optional
     keys the record had, and whose text the last message is."""
     extra = extra_of(row)
-    kept = {k: v for k, v in extra.items() if k not in _DERIVED and k != FILE_KEY}
+    kept = {k: v for k, v in extra.items() if k not in _DERIVED and k != to_ep.FILE_KEY}
     sampling: Mapping[str, Any] | None = extra.get("sampling")
     if record is not None and not is_marked(extra):
         split = _splits_reasoning(row, record) if answered else True
@@ -341,8 +331,8 @@ def _rest(
         payloads = extra.get("assistant_turn_payloads")
         if payloads is not None and payloads != turn_payloads(traces, row.get("messages") or []):
             kept["assistant_turn_payloads"] = payloads
-        kept[FILE_KEY] = Imported(
-            keys=[key for key in OPTIONAL_KEYS if extra.get(key) is not None],
+        kept[to_ep.FILE_KEY] = Imported(
+            keys=[key for key in to_ep.OPTIONAL_KEYS if extra.get(key) is not None],
             answer=first + record.sampling.indices[0] if answered or record.episodes else None,
             row_messages=record.episodes[0].row_messages if record.episodes else None,
             first=first,
@@ -366,7 +356,7 @@ def _odd_episodes(extra: Mapping[str, Any], record: RolloutRecord, first: int) -
 def _own_traces(extra: Mapping[str, Any], record: RolloutRecord) -> list[dict[str, Any]]:
     """The turns of the first completion, as the columns say them."""
     if record.trajectories is None:
-        return [first_trace(extra)]
+        return [to_ep.first_trace(extra)]
     return episode_traces(record.trajectories[0], record.last_finish_reasons[0])
 
 
@@ -396,10 +386,10 @@ def _is_bare(row: Mapping[str, Any]) -> bool:
     return (
         _said(row) <= _OF_A_GENERATED_ROW
         and _said(metadata) <= _OF_ITS_METADATA
-        and _said(metadata["extra"]) <= _DERIVED | {FILE_KEY}
+        and _said(metadata["extra"]) <= _DERIVED | {to_ep.FILE_KEY}
         and (_said(asked) - {"row_id", "dataset_info"} <= {"completion_params"})
         and not asked.get("completion_params")
-        and (row.get("rollout_status") or {}).get("code") in (FINISHED, INTERNAL)
+        and (row.get("rollout_status") or {}).get("code") in (to_ep.FINISHED, to_ep.INTERNAL)
     )
 
 

@@ -23,17 +23,9 @@ from eval_protocol_rft._segments import (
     turn_payloads,
     turn_trace,
 )
-from eval_protocol_rft.data.rollouts._completion_row import CompletionRow, by_record
-from eval_protocol_rft.data.rollouts._episodes import EPISODE_KEYS
-from eval_protocol_rft.data.rollouts._format import FileMetadata
-from eval_protocol_rft.data.rollouts._records import (
-    Tokens,
-    as_messages,
-    failed_message,
-    failure,
-    record_fields,
-    stored_row,
-)
+from eval_protocol_rft.data import _records as records
+from eval_protocol_rft.data._episodes import EPISODE_KEYS, stored_row
+from eval_protocol_rft.data._format import CompletionRow, FileMetadata
 from eval_protocol_rft.record import UNSCORED, RecordError, Score, score_of_result
 from eval_protocol_rft.rollout import chat_finish_reason, recorded_answers
 
@@ -75,19 +67,19 @@ class FilePart(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def to_rows(
-    group: Sequence[CompletionRow], metadata: FileMetadata, *, tokens: Tokens = "lists"
+    group: Sequence[CompletionRow], metadata: FileMetadata, *, tokens: records.Tokens = "lists"
 ) -> Iterator[dict[str, Any]]:
     """The completions of a data row as rows of Eval Protocol: one, or one for each of its runs, and
     for each prompt where they were sampled behind several, as a record has one prompt for all its
     completions. They share their row id, and so are one prompt group. Arguments and errors are
     those of `to_row`.
     """
-    for part in by_record(group):
+    for part in records.by_record(group):
         yield to_row(part, metadata, tokens=tokens)
 
 
 def to_row(
-    group: Sequence[CompletionRow], metadata: FileMetadata, *, tokens: Tokens = "lists"
+    group: Sequence[CompletionRow], metadata: FileMetadata, *, tokens: records.Tokens = "lists"
 ) -> dict[str, Any]:
     """One row of Eval Protocol, as its JSON, of all completions of a data row.
 
@@ -104,7 +96,7 @@ def to_row(
         RecordError: the completions have different prompts, or are of several runs; or nothing says
             at which temperature they were sampled.
     """
-    if len(parts := by_record(group)) > 1:
+    if len(parts := records.by_record(group)) > 1:
         raise RecordError(
             f"row {group[0].row_id!r}: its completions were sampled behind {len(parts)} different"
             " prompts or in as many runs, and a rollout record is of one"
@@ -115,7 +107,9 @@ def to_row(
     imported = stored.pop(FILE_KEY, None)
     first = 0 if imported is None else imported.get("first", 0)
     if survivors:
-        record = record_fields(group, survivors, stored, metadata, first=first, tokens=tokens)
+        record = records.record_fields(
+            group, survivors, stored, metadata, first=first, tokens=tokens
+        )
         extra = {**_as_it_was(record, group, imported, tokens), **_foreign(stored)}
         moved = imported is None or imported["answer"] != survivors[0].sample_idx
         if "trajectories" in extra and (moved or "token_turn_traces" not in stored):
@@ -125,7 +119,7 @@ def to_row(
     else:
         extra = stored
         _take_answer_away(row, extra, imported)
-        message = failed_message(group)
+        message = records.failed_message(group)
         row["rollout_status"] = {"code": INTERNAL, "message": message, "details": []}
     if tokens != "none":
         extra[FILE_KEY] = _file_part(group, survivors, metadata, first, extra.get("trajectories"))
@@ -139,7 +133,7 @@ def asked_row(first: CompletionRow) -> dict[str, Any]:
         return stored_row(first)
     row = {
         # Eval Protocol reads a message without content as one of empty text.
-        "messages": [{"content": None, **message} for message in as_messages(first.prompt)],
+        "messages": [{"content": None, **message} for message in records.as_messages(first.prompt)],
         "input_metadata": {"row_id": first.row_id, "dataset_info": dict(first.original)},
         "execution_metadata": {},
         "rollout_status": {"code": FINISHED, "message": "Rollout finished", "details": []},
@@ -156,7 +150,7 @@ def _as_it_was(
     record: dict[str, Any],
     group: Sequence[CompletionRow],
     imported: Mapping[str, Any] | None,
-    tokens: Tokens,
+    tokens: records.Tokens,
 ) -> dict[str, Any]:
     """The record; of an imported row with those of the optional keys that it had, or that have
     something to say now."""
@@ -189,7 +183,7 @@ def _put_answer(
     first: CompletionRow,
     extra: dict[str, Any],
     imported: Mapping[str, Any] | None,
-    tokens: Tokens,
+    tokens: records.Tokens,
 ) -> None:
     """Let the row's conversation be the first survivor's, and say what was sampled for it. In a row
     that was imported it is, unless the completion, or the episode, that it was is gone."""
@@ -283,7 +277,7 @@ def _file_part(
         has_original=bool(group[0].original),
         tokens=checksum([row.completion_ids for row in survivors], trajectories),
         survived=[_columns_of(row) for row in survivors],
-        failed=[{**failure(row, first), **_columns_of(row)} for row in group if row.failed],
+        failed=[{**records.failure(row, first), **_columns_of(row)} for row in group if row.failed],
         scores={
             name: [_plain_score(row.scores.get(name, UNSCORED)) for row in survivors]
             for name in others

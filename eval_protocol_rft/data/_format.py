@@ -13,10 +13,13 @@ from importlib import metadata as distribution
 from typing import Any, Literal
 
 import msgspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from eval_protocol_rft._errors import EvalProtocolRftError
+from eval_protocol_rft.record import UNSCORED, Score
 
 SCHEMA_VERSION = 2
 READ_VERSIONS = (1, 2)
@@ -112,6 +115,9 @@ SEGMENT_COLUMNS = ("segment_tokens", "segment_logprobs", "segment_loss_mask")
 ARRAY_COLUMNS = ("prompt_ids", "completion_ids", "logprobs", "raw_logprobs", "past_end")
 TOKEN_COLUMNS = (*ARRAY_COLUMNS, *SEGMENT_COLUMNS)
 """Columns that grow with the number of tokens."""
+ROW_GROUP_ROWS = 4096
+ROW_GROUP_TOKENS = 2_000_000
+"""Prompt and sampled tokens: some 30 MB in memory with raw logprobs."""
 
 
 class FormatError(EvalProtocolRftError, ValueError):
@@ -331,3 +337,73 @@ _REWARD_NAME = re.compile("[A-Za-z0-9_]+")
 
 class _Version(msgspec.Struct):
     schema_version: int
+
+
+Ids = NDArray[np.int32]
+Logprobs = NDArray[np.float32]
+ChatMessages = list[dict[str, Any]]
+
+
+class CompletionRow(msgspec.Struct, kw_only=True, eq=False):
+    """One completion that was asked for; docs/format.md says what each field means. Of an episode,
+    what is sampled is its first turn, and how it ended is of its last one."""
+
+    row_id: str
+    data_idx: int
+    sample_idx: int
+    prompt: str | ChatMessages
+    tools: list[dict[str, Any]] | None = None
+    ground_truth: Any = None
+    response: str | None = None
+    message: dict[str, Any] | None = None
+    """The assistant's, where it is not what `response` alone says; see `completion_messages`."""
+    prompt_ids: Ids | None = None
+    completion_ids: Ids | None = None
+    logprobs: Logprobs | None = None
+    raw_logprobs: Logprobs | None = None
+    finish_reason: str | None = None
+    truncated: bool | None = None
+    past_end: Ids | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    max_tokens: int | None = None
+    seed: int | None = None
+    policy_version: str | None = None
+    first_policy_version: str | None = None
+    attempts: int | None = None
+    seconds: float | None = None
+    began_at: float | None = None
+    request_id: str | None = None
+    error: str | None = None
+    """Why there is no completion; None where there is one."""
+    error_kind: str | None = None
+    error_status: int | None = None
+    evaluation_row: str | None = None
+    segments: list[dict[str, Any]] | None = None
+    """Of an episode: `tokens`, `logprobs` and `loss_mask` of each, arrays of int32, float32 and
+    int8; in files of version 1 what JSON text says."""
+    episode: dict[str, Any] | None = None
+    """Of an episode: how it went, as `episodes` of a record says it."""
+    first_finish_reason: str | None = None
+    """Of an episode's first turn."""
+    scores: dict[str, Score] = {}
+    """Reward column -> what it holds here; `reward` is the main one."""
+    original: dict[str, Any] = {}
+    """Columns of the data set."""
+
+    @property
+    def failed(self) -> bool:
+        return self.error is not None
+
+    @property
+    def reward(self) -> float | None:
+        """The main reward."""
+        return self.scores.get("reward", UNSCORED).reward
+
+    @property
+    def num_tokens(self) -> int:
+        """Sampled tokens; of an episode, of all its turns."""
+        if self.segments is not None:
+            return sum(int(np.sum(segment["loss_mask"])) for segment in self.segments)
+        return 0 if self.completion_ids is None else len(self.completion_ids)

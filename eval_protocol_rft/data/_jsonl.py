@@ -36,8 +36,7 @@ import pyarrow.compute as pc
 import pyarrow.types as pt
 
 from eval_protocol_rft._durable import DurableFile, link_target, replacing, write_whole
-from eval_protocol_rft.data.rollouts._format import FormatError, metadata_of, reward_columns
-from eval_protocol_rft.data.rollouts._parquet import ROW_GROUP_ROWS
+from eval_protocol_rft.data._format import ROW_GROUP_ROWS, FormatError, metadata_of, reward_columns
 
 _NAMES = {math.inf: "Infinity", -math.inf: "-Infinity"}
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}

@@ -1,0 +1,443 @@
+"""What a job asks: which column of a data set holds the prompts, whether each can be asked, and the
+selected rows as rendered prompts.
+
+Invariant: a data set's prompts are all text, all message lists or all token ids, and all rows are
+checked before the first one is asked. The same rows as Parquet and as JSONL are the same prompts. A
+prompt that its chat template then fails on is a failure of its completions, and the other rows go
+on.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+
+from eval_protocol_rft import rollout
+from eval_protocol_rft.data._format import CompletionRow, DataSettings, PromptKind
+from eval_protocol_rft.data._sampling_run import Prompt
+from eval_protocol_rft.data.source._types import (
+    Source,
+    SourceRow,
+    listed_columns,
+    type_name,
+    without_nulls,
+)
+from eval_protocol_rft.data.source._urls import SourceError
+from eval_protocol_rft.local import LoadedTokenizer
+from eval_protocol_rft.sampling import TokenIds, derive_seeds
+
+logger = logging.getLogger(__name__)
+
+_TRIED_ROWS = 16
+SourceKind = Literal["text", "messages", "ids"]
+"""What a data set has in its prompt column."""
+
+
+@dataclass(frozen=True, slots=True)
+class Questions:
+    """What is asked. Made by `Questions.check`."""
+
+    source: Source
+    data: DataSettings
+    system: str | None
+    kind: SourceKind
+    """Of the data set's prompts."""
+    count: int
+    """Selected rows."""
+
+    @property
+    def asked_kind(self) -> PromptKind:
+        """Of the prompts as they are asked; ids are stored beside the text that they are of."""
+        if self.kind == "ids":
+            return "text"
+        return self.kind if self.system is None else "messages"
+
+    @classmethod
+    def check(
+        cls,
+        source: Source,
+        *,
+        prompt_key: str | None,
+        system: str | None,
+        limit: int | None,
+        shuffle_seed: int | None,
+        where: str | None,
+    ) -> Questions:
+        """Look at every selected row. `tools` and `ground_truth` are taken from columns that are
+        called so, where the data set has them.
+
+        Raises:
+            SourceError: there is no such column, no row is selected, or a prompt or its tools are
+                wrong.
+        """
+        names = {column.name for column in source.columns}
+        key = prompt_column(source, prompt_key)
+        data = DataSettings(
+            name=source.name,
+            fingerprint=source.fingerprint,
+            num_rows=source.num_rows,
+            prompt_key=key,
+            tools_key="tools" if "tools" in names else None,
+            ground_truth_key="ground_truth" if "ground_truth" in names else None,
+            limit=limit,
+            shuffle_seed=shuffle_seed,
+            where=where,
+        )
+        kind: SourceKind | None = None
+        count = in_text = 0
+        for row in source.rows(limit=limit, shuffle_seed=shuffle_seed, where=where):
+            kind = check_prompt(row, key, kind)
+            in_text += kind == "messages" and isinstance(row.values[key], str)
+            if kind == "messages":
+                _check_parts(row, key)
+            _tools(source, row, data.tools_key)
+            count += 1
+        if kind is None:
+            raise SourceError(f"{source.name}: no row is selected; look at --where and --limit")
+        if kind == "ids" and system is not None:
+            raise SourceError(
+                f"{source.name}: the prompts in {key!r} are sampled from as they are, and a system "
+                "message would not reach them: leave it out, or name a column of text or messages "
+                "with --prompt-key"
+            )
+        if in_text:
+            logger.warning(
+                "%s: %d of %d prompts in %r are lists of messages written as JSON text; they are "
+                "asked as the messages that they hold",
+                source.name,
+                in_text,
+                count,
+                key,
+            )
+        return cls(source, data, system, kind, count)
+
+    def rows(self) -> Iterator[SourceRow]:
+        """The selected rows."""
+        data = self.data
+        return self.source.rows(limit=data.limit, shuffle_seed=data.shuffle_seed, where=data.where)
+
+    def render_first(self, tokenizer: LoadedTokenizer, request: rollout.RolloutRequest) -> None:
+        """Render the first prompts until one succeeds: where none of 16 does, it is the tokenizer
+        that cannot do it.
+
+        Raises:
+            PromptError: none can be rendered exactly; the message is of the first.
+        """
+        first = None
+        for row in itertools.islice(self.rows(), _TRIED_ROWS):
+            ids = self._render(row, tokenizer, request)
+            if not isinstance(ids, rollout.PromptError):
+                return
+            first = first or ids
+        if first is not None:
+            raise first
+
+    def rendered_otherwise(
+        self,
+        stored: Mapping[int, TokenIds],
+        tokenizer: LoadedTokenizer,
+        request: rollout.RolloutRequest,
+    ) -> list[int]:
+        """Those data rows of `stored`, by `data_idx`, whose prompt ids are others now: their chat
+        template says the date, or the tokenizer is another under the same name."""
+        changed: list[int] = []
+        left = len(stored)
+        for row in self.rows():
+            if not left:
+                break
+            if row.data_idx in stored:
+                left -= 1
+                ids = self._render(row, tokenizer, request)
+                if not isinstance(ids, rollout.PromptError) and ids != stored[row.data_idx]:
+                    changed.append(row.data_idx)
+        return changed
+
+    def prompts(
+        self,
+        missing: Callable[[int], list[int]],
+        tokenizer: LoadedTokenizer,
+        request: rollout.RolloutRequest,
+        *,
+        name: str,
+        rendered: bool,
+    ) -> Iterator[Prompt]:
+        """The rows of which completions are missing, by their `data_idx`, rendered one by one if
+        they are to be; `name` goes into their `row_id`.
+
+        Raises:
+            SourceError: a file of the data set has changed meanwhile.
+        """
+        params = request.params
+        for row in self.rows():
+            samples = missing(row.data_idx)
+            if not samples:
+                continue
+            ids: TokenIds | rollout.PromptError | None
+            if rendered:
+                ids = self._render(row, tokenizer, request)
+            else:
+                ids = self._problem(row, tokenizer)
+            shared = CompletionRow(
+                row_id=f"{name}-{row.data_idx}",
+                data_idx=row.data_idx,
+                sample_idx=0,
+                prompt=self._prompt_to_store(row, tokenizer),
+                tools=self._tools(row),
+                ground_truth=row.values.get(self.data.ground_truth_key or ""),
+                prompt_ids=None if not isinstance(ids, tuple) else np.array(ids, np.int32),
+                temperature=params.temperature,
+                top_p=params.top_p,
+                top_k=params.top_k,
+                max_tokens=params.max_tokens,
+                original=row.values,
+            )
+            seeds = derive_seeds(request.seed, str(row.data_idx), request.n)
+            yield Prompt(shared, ids, samples, seeds)
+        # Looks whether the files are still those that were opened.
+        self.source.rows(limit=0)
+
+    def _tools(self, row: SourceRow) -> list[dict[str, Any]] | None:
+        """What is rendered into the prompt."""
+        return None if self.kind == "ids" else _tools(self.source, row, self.data.tools_key)
+
+    def _prompt(self, row: SourceRow, tokenizer: LoadedTokenizer) -> Any:
+        """What is asked: the text, that of the ids, or the messages up to the last that is not the
+        assistant's."""
+        asked = _value(self.source, row, self.data.prompt_key)
+        if self.kind == "ids":
+            return tokenizer.decode(list(rollout.given_prompt(asked, tokenizer)))
+        if self.kind == "text":
+            if self.system is None:
+                return asked
+            messages = [{"role": "user", "content": asked}]
+        else:
+            said = (messages_in(asked) or ()) if isinstance(asked, str) else asked
+            messages = rollout.chat_messages(said, tokenizer)
+            while messages and messages[-1]["role"] == "assistant":
+                messages.pop()
+        if self.system is not None and messages and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": self.system}, *messages]
+        return messages
+
+    def _prompt_to_store(self, row: SourceRow, tokenizer: LoadedTokenizer) -> Any:
+        """The prompt, without messages where they are none that the file could hold."""
+        try:
+            return self._prompt(row, tokenizer)
+        except rollout.PromptError:
+            return "" if self.kind == "ids" else []
+
+    def _problem(self, row: SourceRow, tokenizer: LoadedTokenizer) -> rollout.PromptError | None:
+        """Why its messages cannot be asked; None where they can."""
+        try:
+            self._prompt(row, tokenizer)
+        except rollout.PromptError as error:
+            return rollout.PromptError(f"{row.where}: {error}")
+        return None
+
+    def _render(
+        self, row: SourceRow, tokenizer: LoadedTokenizer, request: rollout.RolloutRequest
+    ) -> TokenIds | rollout.PromptError:
+        try:
+            if self.kind == "ids":
+                if request.chat_template_kwargs:
+                    raise rollout.PromptError(
+                        f"{rollout.PROMPT_IDS_KEY} are sampled from as they are, and "
+                        f"{', '.join(request.chat_template_kwargs)} would reach no chat template: "
+                        "leave it out"
+                    )
+                return rollout.given_prompt(
+                    _value(self.source, row, self.data.prompt_key), tokenizer
+                )
+            prompt = self._prompt(row, tokenizer)
+            if isinstance(prompt, str):
+                prompt = [{"role": "user", "content": prompt}]
+            tools = self._tools(row)
+            return rollout.render_chat(prompt, tools, tokenizer, request.chat_template_kwargs)
+        except rollout.PromptError as error:
+            return rollout.PromptError(f"{row.where}: {error}")
+
+
+def _check_parts(row: SourceRow, key: str) -> None:
+    """Images and sounds are refused here: asked row by row, they would come up after much was paid
+    for."""
+    value = row.values[key]
+    messages = messages_in(value) if isinstance(value, str) else value
+    for i, message in enumerate(messages or ()):
+        try:
+            rollout.text_of(i, message.get("content"))
+        except rollout.PromptError as error:
+            raise SourceError(f"{row.where}: the prompt in {key!r}: {error}") from error
+
+
+def _tools(source: Source, row: SourceRow, key: str | None) -> list[dict[str, Any]] | None:
+    """The tools of a row, in the chat API's form."""
+    if key is None:
+        return None
+    return tools_in(_value(source, row, key), f"{row.where}: {key!r}")
+
+
+def _value(source: Source, row: SourceRow, key: str) -> Any:
+    (column,) = (column for column in source.columns if column.name == key)
+    return without_absent(row.values[key], column.type)
+
+
+PROMPT_COLUMNS = (
+    rollout.PROMPT_IDS_KEY,
+    "prompt",
+    "messages",
+    "question",
+    "problem",
+    "instruction",
+)
+"""What prompt columns are usually called; the first that exists is taken."""
+
+
+def prompt_column(source: Source, key: str | None = None) -> str:
+    """The column that holds the prompt: `key`, or the first of `PROMPT_COLUMNS` that exists.
+
+    Raises:
+        SourceError: there is no such column.
+    """
+    names = [column.name for column in source.columns]
+    if key is not None:
+        if key not in names:
+            raise SourceError(f"{source.name}: no column {key!r}; {listed_columns(names)}")
+        return key
+    for name in PROMPT_COLUMNS:
+        if name in names:
+            return name
+    raise SourceError(
+        f"{source.name}: which column holds the prompt? None is called "
+        f"{', '.join(PROMPT_COLUMNS)}; {listed_columns(names)}. Name it with --prompt-key"
+    )
+
+
+def check_prompt(row: SourceRow, column: str, expected: SourceKind | None) -> SourceKind:
+    """What kind of prompt a row has. A message list written as JSON text is one of messages, unless
+    the rows before have text.
+
+    Args:
+        row: the row.
+        column: the column that holds its prompt.
+        expected: kind of the data set's other prompts; None for the first row.
+
+    Returns:
+        "messages" for a list of objects, each with a `role` and `content` (or, for a call of tools,
+        `tool_calls`); "text" for text; "ids" for a list of token ids, in the column of that name.
+
+    Raises:
+        SourceError: the prompt is empty, of neither kind, or of another kind than `expected`.
+    """
+    prompt = row.values[column]
+    place = f"{row.where}: the prompt in {column!r}"
+    if isinstance(prompt, str) and expected != "text" and column != rollout.PROMPT_IDS_KEY:
+        prompt = messages_in(prompt) or prompt
+    kind: SourceKind
+    if column == rollout.PROMPT_IDS_KEY:
+        if not isinstance(prompt, list) or not all(type(token) is int for token in prompt):
+            raise SourceError(f"{place} is {type_name(prompt)}, not a list of token ids")
+        kind = "ids"
+    elif isinstance(prompt, str):
+        kind = "text"
+    elif isinstance(prompt, list):
+        kind = "messages"
+    else:
+        raise SourceError(f"{place} is {type_name(prompt)}, not text or a list of messages")
+    if not prompt:
+        raise SourceError(f"{place} is empty")
+    if kind == "messages":
+        for i, message in enumerate(prompt):
+            _check_message(message, f"{place}: message {i}")
+    if expected is not None and kind != expected:
+        raise SourceError(
+            f"{place} is {_NAMES[kind]}, but the rows before have {_NAMES[expected]}: a data set "
+            "must be of one kind"
+        )
+    return kind
+
+
+def messages_in(text: str) -> list[dict[str, Any]] | None:
+    """The messages of a list of them that was written as JSON text; None: it is text."""
+    if not text.lstrip().startswith("["):
+        return None
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    is_chat = values and all(
+        isinstance(value, dict)
+        and isinstance(value.get("role"), str)
+        and ("content" in value or "tool_calls" in value)
+        for value in values
+    )
+    return values if is_chat else None
+
+
+def without_absent(value: Any, type_: pa.DataType) -> Any:
+    """A value of an Arrow column without the keys that other rows have. A struct has the fields of
+    all rows, so a key that a row lacks reads as a null; a null that was meant reads the same, and
+    in a message or a schema says as much as no key.
+
+    Args:
+        type_: of the column. What is not nested (JSON's columns are text) stays as it is.
+    """
+    return without_nulls(value) if pa.types.is_nested(type_) else value
+
+
+def tools_in(value: Any, place: str) -> list[dict[str, Any]] | None:
+    """The tools of a row, in the chat API's form: a list of objects, or JSON text of the list or of
+    each of them. None where there are none.
+
+    Raises:
+        SourceError: it is something else; the message begins with `place`.
+    """
+    value = _decoded(value, place)
+    tools = [_decoded(tool, place) for tool in value] if isinstance(value, list) else value
+    if not tools:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise SourceError(f"{place} {_TOOLS}")
+    return tools
+
+
+def _decoded(value: Any, place: str) -> Any:
+    if not isinstance(value, str) or not value.strip():
+        return value or None
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise SourceError(f"{place} {_TOOLS}; its text is no JSON: {error}") from error
+
+
+_TOOLS = "must be a list of tools, objects of the chat API, or the JSON text of one"
+
+_NAMES: dict[SourceKind, str] = {
+    "text": "text",
+    "messages": "a list of messages",
+    "ids": "a list of token ids",
+}
+
+
+def _check_message(message: Any, place: str) -> None:
+    if not isinstance(message, dict):
+        raise SourceError(f"{place} is {type_name(message)}, not an object with role and content")
+    role, content = message.get("role"), message.get("content")
+    if "role" not in message:
+        raise SourceError(f"{place} has no role (its keys: {', '.join(message) or 'none'})")
+    if not isinstance(role, str) or not role:
+        found = "empty" if role == "" else type_name(role)
+        raise SourceError(f"{place} has a role that is {found}, not text like 'user'")
+    if content is None and not message.get("tool_calls"):
+        found = "null as its content" if "content" in message else "no content"
+        raise SourceError(f"{place} has {found}")
+    if content is not None and not isinstance(content, (str, list)):
+        raise SourceError(
+            f"{place} has content that is {type_name(content)}, not text or a list of parts"
+        )
