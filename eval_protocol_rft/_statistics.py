@@ -313,6 +313,14 @@ def percentile(ordered: Array, q: float) -> float:
     return value + (float(ordered[first + 1]) - value) * rest if rest else value
 
 
+def metric_score(metric: Any) -> Any:
+    """The score of a metric: the number itself, or what an object has for `score` unless it says
+    that `is_score_valid` is false."""
+    if not isinstance(metric, Mapping):
+        return metric
+    return None if metric.get("is_score_valid") is False else metric.get("score")
+
+
 class MetricMeans:
     """Metrics of completions go in one by one; their means stay. A mean is over the completions
     that have the metric with a valid, finite score."""
@@ -324,9 +332,7 @@ class MetricMeans:
         """Take the metrics of one completion, or of several with the same: name -> a number, or an
         object with `score` and `is_score_valid`."""
         for name, metric in (metrics or {}).items():
-            score = metric
-            if isinstance(metric, Mapping):
-                score = None if metric.get("is_score_valid") is False else metric.get("score")
+            score = metric_score(metric)
             number = isinstance(score, int | float) and not isinstance(score, bool)
             if number and math.isfinite(score):
                 total, count = self._sums.get(name, (0.0, 0))

@@ -14,6 +14,7 @@ Invariant: options that contradict each other are an error here, not a surprise 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypedDict
@@ -121,43 +122,6 @@ ALGORITHMS: Mapping[str, Algorithm] = {
 }
 
 
-def find_algorithm(name: str) -> Algorithm:
-    """The row of the table, or a TrainingDataError that lists the names."""
-    if name not in ALGORITHMS:
-        raise TrainingDataError(f"unknown algorithm {name!r}; there are {', '.join(ALGORITHMS)}")
-    return ALGORITHMS[name]
-
-
-def is_group_relative(estimator: Estimator) -> bool:
-    """Whether a completion needs others in its group to have an advantage."""
-    function: Any = estimator
-    while isinstance(function, functools.partial):
-        function = function.func
-    return function not in _COUNT_ALONE
-
-
-def merged_config(
-    algorithm: Algorithm, overrides: Mapping[str, ConfigValue] | None
-) -> dict[str, ConfigValue]:
-    """The table's thresholds with the caller's in their place; other keys travel as they are.
-
-    Raises:
-        TrainingDataError: a threshold is no absolute bound around 1.
-    """
-    config: dict[str, ConfigValue] = {**algorithm.loss_fn_config, **(overrides or {})}
-    low, high = config.get("clip_low_threshold"), config.get("clip_high_threshold")
-    for name, value, fits in (
-        ("clip_low_threshold", low, low is None or 0 <= float(low) <= 1),
-        ("clip_high_threshold", high, high is None or float(high) >= 1),
-    ):
-        if not fits:
-            raise TrainingDataError(
-                f"loss_fn_config[{name!r}] is {value}: thresholds are absolute bounds on the "
-                "ratio, so eps_low 0.2 and eps_high 0.28 are 0.8 and 1.28"
-            )
-    return config
-
-
 BiasedSampling = Literal["warn", "refuse"]
 
 
@@ -193,14 +157,16 @@ class BatchOptions:
     pass_threshold: float = 1.0
 
     def __post_init__(self) -> None:
-        merged_config(find_algorithm(self.algorithm), self.loss_fn_config)
-        check_options(self, TrainingDataError)
-        length = self.constant_length
-        wanted = self.normalization == "constant"
-        if wanted != (length is not None) or (length is not None and length < 1):
+        if self.algorithm not in ALGORITHMS:
             raise TrainingDataError(
-                'normalization="constant" and constant_length (L in tokens, at least 1, the same '
-                f"for the whole run) go together; got {self.normalization!r} and {length}"
+                f"unknown algorithm {self.algorithm!r}; there are {', '.join(ALGORITHMS)}"
+            )
+        check_options(self, TrainingDataError)
+        self._check_thresholds()
+        if (self.normalization == "constant") != (self.constant_length is not None):
+            raise TrainingDataError(
+                'normalization="constant" and constant_length (L in tokens, the same for the whole '
+                f"run) go together; got {self.normalization!r} and {self.constant_length}"
             )
         if self.components and self.estimator is None:
             raise TrainingDataError(
@@ -211,22 +177,38 @@ class BatchOptions:
                 "soft_overlong shapes the reward, which an estimator of components does not read"
             )
 
+    def _check_thresholds(self) -> None:
+        for name, low, high in (
+            ("clip_low_threshold", 0.0, 1.0),
+            ("clip_high_threshold", 1.0, math.inf),
+        ):
+            value = self.thresholds.get(name)
+            if value is not None and not low <= float(value) <= high:
+                raise TrainingDataError(
+                    f"loss_fn_config[{name!r}] is {value}: thresholds are absolute bounds on the "
+                    "ratio, so eps_low 0.2 and eps_high 0.28 are 0.8 and 1.28"
+                )
+
     @property
     def advantage(self) -> Estimator:
         """The estimator in force."""
-        return self.estimator or find_algorithm(self.algorithm).estimator
+        return self.estimator or ALGORITHMS[self.algorithm].estimator
 
     @property
     def relative(self) -> bool:
-        """Whether a completion needs others in its group."""
-        return is_group_relative(self.advantage)
+        """Whether a completion needs others in its group to have an advantage."""
+        function: Any = self.advantage
+        while isinstance(function, functools.partial):
+            function = function.func
+        return function not in _COUNT_ALONE
 
     @property
     def loss_fn(self) -> str:
         """The loss on the wire."""
-        return find_algorithm(self.algorithm).loss_fn
+        return ALGORITHMS[self.algorithm].loss_fn
 
     @property
     def thresholds(self) -> dict[str, ConfigValue]:
-        """The loss's configuration in force."""
-        return merged_config(find_algorithm(self.algorithm), self.loss_fn_config)
+        """The loss's configuration in force: the table's thresholds with the caller's in their
+        place; other keys travel as they are."""
+        return {**ALGORITHMS[self.algorithm].loss_fn_config, **(self.loss_fn_config or {})}

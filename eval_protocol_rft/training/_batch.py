@@ -246,7 +246,7 @@ class Collector:
             if not finite.all():
                 g = int(finite.argmin())
                 raise TrainingDataError(
-                    f"the estimator gave {advantages[p, g]} to {_name(kept.trajectories[g])}"
+                    f"the estimator gave {advantages[p, g]} to {kept.trajectories[g].name}"
                     f", with rewards {kept.rewards.tolist()} in its group"
                 )
         return advantages
@@ -282,7 +282,7 @@ class Collector:
         if biased := [t for t in trajectories if t.bias is not None]:
             yield (
                 f"{len(biased)} of {len(trajectories)} completions have biased importance ratios; "
-                f"the first is {_name(biased[0])}: {biased[0].bias}. Sample with temperature > 0, "
+                f"the first is {biased[0].name}: {biased[0].bias}. Sample with temperature > 0, "
                 "top_p=1 and top_k=0"
             )
         if self._cut_off:
@@ -298,10 +298,6 @@ class Collector:
 def target_tokens(left: PromptGroup) -> int:
     """Targets of the datums that a group will give."""
     return sum(map(target_count, (t for t in left.trajectories if t.trains)))
-
-
-def _name(trajectory: Trajectory) -> str:
-    return f"row {trajectory.row_id!r}, completion {trajectory.completion}"
 
 
 def build_batch(

@@ -86,6 +86,11 @@ class TrainingDatum(msgspec.Struct, frozen=True, kw_only=True, eq=False, gc=Fals
     """The further scores that the advantage came from, by name; None where there is none. Empty
     where it came from the reward, and in batches that were read from files."""
 
+    @property
+    def name(self) -> str:
+        """How messages call it."""
+        return f"row {self.row_id!r}, completion {self.completion}"
+
     def __len__(self) -> int:
         """T, the number of targets."""
         return len(self.target_tokens)
@@ -238,16 +243,15 @@ def build_datum(datum: TrainingDatum, inputs: dict[str, NDArray[Any]], types: An
 def _check_dro(datum: TrainingDatum) -> None:
     """-sum(lp * A - beta / 2 (lp - q)^2) has a term without the advantage. Where nothing was
     sampled q is the stand-in 0.0, so it would train the policy to be certain of its prompts."""
-    name = f"row {datum.row_id!r}, completion {datum.completion}"
     if not datum.mask.all():
         raise ExportError(
-            f"{name}: the built-in dro acts on every position and takes no mask, and "
+            f"{datum.name}: the built-in dro acts on every position and takes no mask, and "
             f"{int((~datum.mask).sum())} of {len(datum)} positions were not sampled. Use "
             'forward_backward_custom(to_datums(batch, loss_fn="cross_entropy"), '
             'make_loss("dro", batch.loss_fn_config).for_sdk(batch.datums))'
         )
     if not (datum.weights == 1).all():
         raise ExportError(
-            f"{name}: the built-in dro takes no weights, and its penalty does not scale with the "
-            'advantage: build the batch with normalization="none"'
+            f"{datum.name}: the built-in dro takes no weights, and its penalty does not scale with "
+            'the advantage: build the batch with normalization="none"'
         )

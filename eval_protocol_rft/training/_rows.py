@@ -22,6 +22,7 @@ import numpy as np
 from eval_protocol_rft import record as form
 from eval_protocol_rft._segments import Segment
 from eval_protocol_rft._segments import TokenBuffer as TokenBuffer
+from eval_protocol_rft._statistics import metric_score
 from eval_protocol_rft.record import RolloutRecord, SamplingRecord, Score
 from eval_protocol_rft.training._types import (
     PromptGroup,
@@ -397,9 +398,7 @@ def _components(result: Score | None) -> dict[str, float | None]:
         return {}
     scores: dict[str, float | None] = {}
     for name, metric in result.metrics.items():
-        score = field_of(metric, "score") if isinstance(metric, Mapping) else metric
-        if isinstance(metric, Mapping) and metric.get("is_score_valid") is False:
-            score = None
+        score = metric_score(metric)
         if reward_problem(score) is None:
             scores[name] = score
     return scores

@@ -66,14 +66,18 @@ class Trajectory(Segment, frozen=True, kw_only=True, eq=False, gc=False):
     def __post_init__(self) -> None:
         if self.num_sampled:
             return
-        where = f"row {self.row_id!r}, completion {self.completion}: "
         try:
             Segment.__post_init__(self)
         except RecordError as error:
-            raise TrainingDataError(where + str(error)) from error
+            raise TrainingDataError(f"{self.name}: {error}") from error
         problem = reward_problem(self.reward)
         if problem:
-            raise TrainingDataError(where + problem)
+            raise TrainingDataError(f"{self.name}: {problem}")
+
+    @property
+    def name(self) -> str:
+        """How messages call it."""
+        return f"row {self.row_id!r}, completion {self.completion}"
 
     @property
     def segments(self) -> tuple[Segment, ...]:

@@ -57,7 +57,7 @@ def to_sample(
     """
     if trajectory.more:
         raise ExportError(
-            f"{_name(trajectory)}: its episode has {len(trajectory.segments)} segments, and a "
+            f"{trajectory.name}: its episode has {len(trajectory.segments)} segments, and a "
             "sample is one: use to_run"
         )
     return _sample(trajectory, trajectory, types, text, raw_logprobs)
@@ -72,7 +72,7 @@ def _sample(
 ) -> Any:
     if trajectory.reward is None:
         raise ExportError(
-            f"{_name(trajectory)}: it has no score, and a run without a reward cannot be trained "
+            f"{trajectory.name}: it has no score, and a run without a reward cannot be trained "
             "on; nor is its reward 0"
         )
     return types.sample(
@@ -114,14 +114,14 @@ def to_run(
     for segment in segments[1:]:
         if segment.reward != segments[0].reward:
             raise ExportError(
-                f"{_name(segment)}: a segment with reward {segment.reward} in a run with reward "
+                f"{segment.name}: a segment with reward {segment.reward} in a run with reward "
                 f"{segments[0].reward}; a run has one, on every segment"
             )
     parts = [(t, segment) for t in segments for segment in t.segments]
     for name, values in (("texts", texts), ("raw_logprobs", raw_logprobs)):
         if values and len(values) != len(parts):
             raise ExportError(
-                f"{_name(segments[0])}: {len(values)} {name} for a run of {len(parts)} segments"
+                f"{segments[0].name}: {len(values)} {name} for a run of {len(parts)} segments"
             )
     aligned = zip(
         parts, texts or [""] * len(parts), raw_logprobs or [None] * len(parts), strict=True
@@ -175,13 +175,9 @@ def _aligned(
         return None
     if len(values) != segment.num_sampled:
         raise ExportError(
-            f"{_name(trajectory)}: {len(values)} raw logprobs for {segment.num_sampled} "
+            f"{trajectory.name}: {len(values)} raw logprobs for {segment.num_sampled} "
             "sampled tokens"
         )
     aligned = np.zeros(len(segment))
     aligned[segment.loss_mask != 0] = values
     return aligned.tolist()
-
-
-def _name(trajectory: Trajectory) -> str:
-    return f"row {trajectory.row_id!r}, completion {trajectory.completion}"

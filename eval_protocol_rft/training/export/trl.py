@@ -76,7 +76,7 @@ def _check_segments(group: PromptGroup) -> None:
     for trajectory in group.trajectories:
         if trajectory.more:
             raise ExportError(
-                f"row {trajectory.row_id!r}, completion {trajectory.completion}: its episode has "
+                f"{trajectory.name}: its episode has "
                 f"{len(trajectory.segments)} segments, and TRL takes one sequence per completion. "
                 "Sample with a chat template that does not rewrite history, or train where "
                 "episodes may have several (fireworks, tinker, cookbook)"

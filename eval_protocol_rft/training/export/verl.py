@@ -153,7 +153,7 @@ def _components(datums: list[TrainingDatum], taken: Collection[str]) -> dict[str
         if None in scores:
             datum = datums[scores.index(None)]
             raise ExportError(
-                f"row {datum.row_id!r}, completion {datum.completion}: it has no component {name!r}"
+                f"{datum.name}: it has no component {name!r}"
                 ", and verl has no place for a missing one: let the evaluator give it, or leave "
                 "the completion out"
             )
@@ -165,7 +165,7 @@ def _check_segments(datums: list[TrainingDatum]) -> None:
     for datum in datums:
         if datum.segment:
             raise ExportError(
-                f"row {datum.row_id!r}, completion {datum.completion}: its episode has several "
+                f"{datum.name}: its episode has several "
                 "segments, and verl counts a row of its tensors as a rollout: its group's baseline "
                 "and the means of loss_agg_mode would count this one more than once. Sample with a "
                 "chat template that does not rewrite history, or train where episodes count once "
@@ -179,7 +179,7 @@ def _width(name: str, lengths: list[int], asked: int | None, datums: list[Traini
     if asked is not None and lengths[longest] > asked:
         datum = datums[longest]
         raise ExportError(
-            f"row {datum.row_id!r}, completion {datum.completion}: its {name} has "
+            f"{datum.name}: its {name} has "
             f"{lengths[longest]} tokens, {name}_length is {asked}. Filters(max_sequence_tokens=, "
             "max_completion_tokens=) leave such completions out"
         )
