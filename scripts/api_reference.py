@@ -102,7 +102,7 @@ def _definition(file: Path, name: str) -> tuple[str, str]:
     # The last one: an overloaded function ends with what holds its docstring.
     for node, following in reversed([*zip(body, [*body[1:], None], strict=True)]):
         if isinstance(node, Definition) and node.name == name:
-            return _signature(node), _paragraph(ast.get_docstring(node) or "")
+            return _signature(node, body), _paragraph(ast.get_docstring(node) or "")
         target = node.targets[0] if isinstance(node, ast.Assign) else None
         target = node.target if isinstance(node, ast.AnnAssign) else target
         if isinstance(target, ast.Name) and target.id == name:
@@ -117,7 +117,8 @@ def _definition(file: Path, name: str) -> tuple[str, str]:
     raise SystemExit(f"{file.relative_to(ROOT)} does not define {name}")
 
 
-def _signature(node: Definition) -> str:
+def _signature(node: Definition, body: list[ast.stmt]) -> str:
+    """As it is called; `body` is of the file, which may define what a class is made from."""
     if not isinstance(node, ast.ClassDef):
         answer = "" if node.returns is None else f" -> {ast.unparse(node.returns)}"
         keyword = "async def" if isinstance(node, ast.AsyncFunctionDef) else "def"
@@ -128,14 +129,25 @@ def _signature(node: Definition) -> str:
     made = [n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"]
     if made:
         return _wrapped(f"class {node.name}", _parameters(made[0].args)[1:], "")
-    fields = [
+    return _wrapped(f"class {node.name}", _fields(node, body), "")
+
+
+def _fields(node: ast.ClassDef, body: list[ast.stmt]) -> list[str]:
+    """Those of what it is made from, then its own."""
+    bases = {base.id for base in node.bases if isinstance(base, ast.Name)}
+    inherited = [
+        field
+        for base in body
+        if isinstance(base, ast.ClassDef) and base.name in bases
+        for field in _fields(base, body)
+    ]
+    return inherited + [
         _FACTORY.sub("...", ast.unparse(n))
         for n in node.body
         if isinstance(n, ast.AnnAssign)
         and isinstance(n.target, ast.Name)
         and not n.target.id.startswith("_")
     ]
-    return _wrapped(f"class {node.name}", fields, "")
 
 
 def _parameters(args: ast.arguments) -> list[str]:

@@ -192,8 +192,10 @@ class Reinforce:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Clipped:
-    """A loss whose ratio is held between two absolute thresholds."""
+class PPO:
+    """-min(r A, clamp(r, low, high) A): the clipped surrogate of PPO (arXiv:1707.06347, eq. 7),
+    which GRPO keeps (arXiv:2402.03300, eq. 3). The losses that are made from it have its
+    thresholds."""
 
     clip_low_threshold: float
     clip_high_threshold: float
@@ -207,6 +209,9 @@ class _Clipped:
                 "1.2"
             )
 
+    def __call__(self, tensors: PolicyTensors) -> TokenLoss:
+        return self._surrogate(tensors, bounded_exp(tensors.log_ratio()))
+
     def _surrogate(
         self, tensors: PolicyTensors, ratio: Tensor, dual: float | None = None
     ) -> TokenLoss:
@@ -219,16 +224,8 @@ class _Clipped:
         return TokenLoss(-bounded * advantages, ratio.detach(), clipped)
 
 
-class PPO(_Clipped):
-    """-min(r A, clamp(r, low, high) A): the clipped surrogate of PPO (arXiv:1707.06347, eq. 7),
-    which GRPO keeps (arXiv:2402.03300, eq. 3)."""
-
-    def __call__(self, tensors: PolicyTensors) -> TokenLoss:
-        return self._surrogate(tensors, bounded_exp(tensors.log_ratio()))
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DAPO(_Clipped):
+class DAPO(PPO):
     """PPO's surrogate with bounds chosen apart ("clip higher", arXiv:2503.14476, eq. 8) and, where
     `dual_clip_threshold` c is given, max(that, c A) for A < 0 (dual clip, arXiv:1912.09729),
     so that a bad token grown more than c times as likely stops pushing. DAPO's token-level mean and
@@ -237,7 +234,7 @@ class DAPO(_Clipped):
     dual_clip_threshold: float | None = None
 
     def __post_init__(self) -> None:
-        _Clipped.__post_init__(self)
+        PPO.__post_init__(self)
         dual = self.dual_clip_threshold
         if dual is not None and not 1.0 < dual < math.inf:
             raise LossError(f"dual_clip_threshold bounds the ratio from above 1, got {dual}")
@@ -247,7 +244,7 @@ class DAPO(_Clipped):
         return self._surrogate(tensors, ratio, self.dual_clip_threshold)
 
 
-class GSPO(_Clipped):
+class GSPO(PPO):
     """-min(s A, clamp(s, low, high) A) with the sequence ratio s = exp(mean(lp - q)), the mean over
     sampled tokens only (arXiv:2507.18071, eq. 5). Each token has its own gradient, through
     sg(s) exp(lp - sg(lp)) (the paper's GSPO-token); with equal advantages in a sequence and
@@ -259,7 +256,7 @@ class GSPO(_Clipped):
         return self._surrogate(tensors, sequence_ratio * torch.exp(logprobs - logprobs.detach()))
 
 
-class CISPO(_Clipped):
+class CISPO(PPO):
     """-sg(clamp(r, low, high)) lp A (MiniMax-M1, arXiv:2506.13585, eq. 4): the weight is
     clipped, so no token loses its gradient. The paper leaves the lower bound off: 0."""
 
