@@ -94,7 +94,7 @@ rows = st.tuples(
 @given(st.lists(rows, min_size=1, max_size=6))
 def test_a_mixed_batch_draws_what_the_definitions_say_row_by_row(batch):
     logits_BV = torch.tensor([logits for logits, _, _ in batch])
-    plan = DrawPlan.build([how for _, how, _ in batch], CPU)
+    plan = DrawPlan([how for _, how, _ in batch], CPU)
     uniforms_B = torch.tensor([u for _, _, u in batch], dtype=torch.float64)
 
     drawn = draw(logits_BV, plan, uniforms_B)
@@ -113,9 +113,7 @@ def test_a_mixed_batch_draws_what_the_definitions_say_row_by_row(batch):
 def test_exactly_the_tokens_outside_the_limits_have_no_probability(row):
     logits, how, _ = row
     logits_BV = torch.tensor([logits])
-    sampling_BV = sampling_logprobs(
-        logits_BV, logits_BV.log_softmax(-1), DrawPlan.build([how], CPU)
-    )
+    sampling_BV = sampling_logprobs(logits_BV, logits_BV.log_softmax(-1), DrawPlan([how], CPU))
     kept = torch.isfinite(sampling_BV[0]).nonzero().flatten().tolist()
     assert set(kept) == set(reference_distribution(logits, how))
 
@@ -126,17 +124,17 @@ def test_a_row_draws_the_same_alone_and_in_a_crowd(batch):
     logits_BV = torch.tensor([logits for logits, _, _ in batch])
     settings_B = [how for _, how, _ in batch]
     uniforms_B = torch.tensor([u for _, _, u in batch], dtype=torch.float64)
-    together = draw(logits_BV, DrawPlan.build(settings_B, CPU), uniforms_B)
+    together = draw(logits_BV, DrawPlan(settings_B, CPU), uniforms_B)
     for row, how in enumerate(settings_B):
         one = slice(row, row + 1)
-        alone = draw(logits_BV[one], DrawPlan.build([how], CPU), uniforms_B[one])
+        alone = draw(logits_BV[one], DrawPlan([how], CPU), uniforms_B[one])
         assert alone.tokens_B.tolist() == together.tokens_B[one].tolist()
         assert alone.logprobs_B.tolist() == pytest.approx(together.logprobs_B[one].tolist())
 
 
 def test_temperature_zero_takes_the_first_best_token_and_reports_its_raw_logprob():
     logits_BV = torch.tensor([[0.0, 2.0, 2.0, 1.0], [3.0, 0.0, 0.0, 0.0]])
-    plan = DrawPlan.build([how_to_draw(0.0, 0.5, 3), PLAIN], CPU)
+    plan = DrawPlan([how_to_draw(0.0, 0.5, 3), PLAIN], CPU)
     drawn = draw(logits_BV, plan, torch.tensor([0.99, 0.0], dtype=torch.float64))
     raw = 2 - math.log(1 + 2 * math.exp(2) + math.exp(1))
     assert drawn.tokens_B.tolist() == [1, 0]
@@ -147,7 +145,7 @@ def test_temperature_zero_takes_the_first_best_token_and_reports_its_raw_logprob
 @pytest.mark.parametrize("temperature", [1e-40, 1e-6, 1e6])
 def test_extreme_temperatures_stay_finite(temperature):
     logits_BV = torch.tensor([[50.0, -50.0, 49.0]])
-    plan = DrawPlan.build([how_to_draw(temperature, 1.0, 0)], CPU)
+    plan = DrawPlan([how_to_draw(temperature, 1.0, 0)], CPU)
     drawn = draw(logits_BV, plan, torch.tensor([0.5], dtype=torch.float64))
     assert math.isfinite(drawn.logprobs_B[0])
     if temperature < 1:
@@ -159,13 +157,13 @@ def test_the_largest_uniform_number_still_draws_a_token_that_has_a_probability()
     # The tail underflows to probability 0 and must never be reached.
     logits_BV = torch.tensor([[0.0, 0.0, -1e4, -1e4]])
     largest = torch.tensor([1 - 2.0**-53], dtype=torch.float64)
-    assert draw(logits_BV, DrawPlan.build([PLAIN], CPU), largest).tokens_B.tolist() == [1]
+    assert draw(logits_BV, DrawPlan([PLAIN], CPU), largest).tokens_B.tolist() == [1]
 
 
 def test_tokens_that_the_model_itself_forbids_are_never_drawn():
     logits_BV = torch.tensor([[-math.inf, 0.0, -math.inf, 1.0]]).expand(256, 4)
     seeds_B = np.arange(256, dtype=np.uint64)
-    plan = DrawPlan.build([how_to_draw(0.8, 0.99, 4)] * 256, CPU)
+    plan = DrawPlan([how_to_draw(0.8, 0.99, 4)] * 256, CPU)
     drawn = draw(logits_BV, plan, uniforms(seeds_B, np.zeros_like(seeds_B)))
     assert set(drawn.tokens_B.tolist()) == {1, 3}
 
@@ -179,7 +177,7 @@ def test_draws_come_as_often_as_their_logprobs_say(how):
     seeds_B = np.arange(draws, dtype=np.uint64)
     drawn = draw(
         torch.tensor([logits]).expand(draws, -1),
-        DrawPlan.build([how] * draws, CPU),
+        DrawPlan([how] * draws, CPU),
         uniforms(seeds_B, np.full_like(seeds_B, 3)),
     )
     observed = Counter(drawn.tokens_B.tolist())

@@ -9,10 +9,9 @@ import httpx
 import pytest
 
 from eval_protocol_rft.local._sampler import LOWEST_TEMPERATURE, check_params
-from eval_protocol_rft.local.server._access import Access
 from eval_protocol_rft.local.server._app import create_app
 from eval_protocol_rft.local.server._protocol import MAX_BODY_BYTES, MAX_CHOICES
-from eval_protocol_rft.local.server._run import _greeting
+from eval_protocol_rft.local.server._run import Access, AccessMiddleware, _greeting
 from eval_protocol_rft.sampling._types import Completion, RefusedError, SamplingParams
 from tests.serving import ScriptedSampler, byte_tokenizer, post_and_leave, running
 from tests.waiting import PATIENCE
@@ -35,7 +34,9 @@ def path(request) -> str:
 
 def serving(access: Access | None, tokenizer=None, sampler=None):
     sampler = sampler or ScriptedSampler(one_token)
-    app = create_app(sampler, tokenizer or byte_tokenizer(), model_name="m", access=access)
+    app = create_app(sampler, tokenizer or byte_tokenizer(), model_name="m")
+    if access is not None:
+        app.add_middleware(AccessMiddleware, access=access)
     return running(app)
 
 

@@ -4,6 +4,7 @@ from ._tokenizer import load_tokenizer as load_tokenizer
 
 # For other rooms alone: these may change.
 # isort: split
+from ._cache import spare_threads as spare_threads
 from ._sampler import load_local_sampler as load_local_sampler
 from ._sampler import no_loading_bar as no_loading_bar
 from ._tokenizer import LoadedTokenizer as LoadedTokenizer

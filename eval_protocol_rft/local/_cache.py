@@ -1,11 +1,11 @@
-"""The running batch: the key/value caches of everything that is being sampled right now.
+"""A model and its caches of keys and values: those of the running batch, and those that turns of an
+episode leave behind for the next, by the session's name.
 
 Invariant: rows are right-aligned. Every row ends in the last cache column, a shorter row has
 padding on its left that no query attends to, and positions count a row's own tokens from 0. So
 rows of any length share one step, join between steps, and get the logits they would get alone.
+A model whose state is more than keys and values is refused, never batched approximately.
 Shapes: B rows, W cache columns, V vocabulary entries; a layer's keys are [B, heads, W, head_dim].
-
-What turns of an episode leave behind for the next: keys and values, by the session's name.
 
 Invariant: what is kept was computed by the weights that sample now, and a prompt is given columns
 of exactly the ids that it begins with; so keeping changes no token and, beyond float noise, no
@@ -14,16 +14,99 @@ logprob. What is kept has a bound; the session whose last turn ended longest ago
 
 from __future__ import annotations
 
+import inspect
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from eval_protocol_rft.local._draw import Request
-from eval_protocol_rft.local._model import LocalModel
+from eval_protocol_rft.sampling import RefusedError
+
+
+class LocalModel:
+    """A causal language model, in evaluation mode, and the few facts that decide how it is sampled.
+
+    Raises:
+        RefusedError: it is recurrent or hybrid, or its config names no context length.
+    """
+
+    def __init__(self, module: PreTrainedModel) -> None:
+        config = module.config.get_text_config(decoder=True)
+        cache_layers = DynamicCache(config=config).layers
+        kinds = {type(layer) for layer in cache_layers}
+        if not kinds or kinds - {DynamicLayer, DynamicSlidingWindowLayer}:
+            names = ", ".join(sorted(kind.__name__ for kind in kinds)) or "no cache layers"
+            raise RefusedError(
+                f"{type(module).__name__} has {names}; local sampling batches plain attention "
+                "caches only: serve this model with vLLM and sample over HTTP"
+            )
+        context_length = getattr(config, "max_position_embeddings", None)
+        if not isinstance(context_length, int):
+            raise RefusedError(
+                f"the config of {type(module).__name__} has no max_position_embeddings, so its "
+                "context length is unknown: set it on the config"
+            )
+        module.train(False)
+        self.module = module
+        self.layers = len(cache_layers)
+        """Layers that keep keys and values."""
+        self.vocab_size: int = config.vocab_size
+        self.context_length = context_length
+        """Most tokens that prompt and completion may have together."""
+        self.skips_logits = "logits_to_keep" in inspect.signature(module.forward).parameters
+        """Whether the module can leave out the logits of all positions but the last."""
+
+    @property
+    def device(self) -> torch.device:
+        return self.module.device
+
+    def last_logits(self, ids_BQ: Tensor, lengths_B: Tensor, cache: Cache) -> Tensor:
+        """[B, V] logits that follow the last of Q new right-aligned columns. `lengths_B` counts
+        each row's tokens, new ones included; `cache` takes up the keys and values of the new."""
+        new = ids_BQ.shape[1]
+        width = cache.get_seq_length() + new
+        column_W = torch.arange(width, device=ids_BQ.device)
+        padding_B1 = (width - lengths_B).unsqueeze(1)
+        options: dict[str, Any] = {"logits_to_keep": 1} if self.skips_logits else {}
+        output = self.module(
+            input_ids=ids_BQ,
+            attention_mask=column_W >= padding_B1,
+            position_ids=(column_W[-new:] - padding_B1).clamp(min=0),
+            past_key_values=cache,
+            use_cache=True,
+            **options,
+        )
+        logits_BV: Tensor = output.logits[:, -1]
+        return logits_BV
+
+
+@torch.no_grad()
+def copy_weights(
+    module: PreTrainedModel, weights: Mapping[str, Tensor], *, keep: Collection[str] = ()
+) -> None:
+    """Copy `weights` over those of `module`, all or none; those in `keep` may be missing.
+
+    Raises:
+        RefusedError: they are not this model's.
+    """
+    current = module.state_dict()
+    shared = {value.data_ptr() for name, value in current.items() if name in weights}
+    known = {*weights, *keep}
+    missing = [n for n, v in current.items() if n not in known and v.data_ptr() not in shared]
+    unknown = [name for name in weights if name not in current]
+    misshapen = [n for n, v in weights.items() if n in current and v.shape != current[n].shape]
+    for what, names in (("lack", missing), ("have unknown", unknown), ("misshape", misshapen)):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise RefusedError(f"the new weights {what} {names[0]}{more}: are they of this model?")
+    for name, value in weights.items():
+        current[name].copy_(value)
+
 
 SPARE_COLUMNS = 16
 """Columns that a buffer has in reserve: the caches are copied at most once in so many steps, and
@@ -31,6 +114,17 @@ the reserve stays small beside a prompt."""
 
 Columns = Sequence[tuple[Tensor, Tensor]]
 """One row's keys and values of each layer, [heads, T, head_dim] of T tokens, without padding."""
+
+
+SMALL_MODEL_PARAMETERS = 20_000_000
+"""Below this a step takes less time than waking a second torch thread saves."""
+
+
+def spare_threads(model: torch.nn.Module) -> None:
+    """Called by the thread that runs `model`: on one torch thread, if it is a small one. Torch
+    applies the setting to this thread and to those that start later."""
+    if sum(p.numel() for p in model.parameters()) < SMALL_MODEL_PARAMETERS:
+        torch.set_num_threads(1)
 
 
 class Known(NamedTuple):

@@ -43,22 +43,16 @@ class Drawn(NamedTuple):
     """[B] float32, nats: log-softmax of the untouched logits."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class DrawPlan:
     """The parameters of B rows as tensors, made once for as long as the same rows run together.
-    A field is None where no row asks for it: then its work is skipped."""
+    What no row asks for is None: then its work is skipped."""
 
-    temperature_B1: Tensor | None
-    greedy_B: Tensor | None
-    limited_L: Tensor | None
-    """Which rows have top_k or top_p."""
-    top_k_L1: Tensor
-    top_p_L1: Tensor
+    def __init__(self, params_B: Sequence[SamplingParams], device: torch.device) -> None:
+        """Greedy rows ignore top_p and top_k, which cannot change the best."""
 
-    @classmethod
-    def build(cls, params_B: Sequence[SamplingParams], device: torch.device) -> DrawPlan:
-        """Collect temperature, top_p and top_k; greedy rows ignore the last two, which cannot
-        change the best."""
+        def column(values: Sequence[float]) -> Tensor:
+            return torch.tensor(values, dtype=torch.float64, device=device).unsqueeze(1)
+
         temperature_B = [p.temperature or 1.0 for p in params_B]
         greedy_B = [p.temperature == 0 for p in params_B]
         limited = [
@@ -66,19 +60,16 @@ class DrawPlan:
             for row, p in enumerate(params_B)
             if p.temperature > 0 and (p.top_k > 0 or p.top_p < 1)
         ]
-
-        def column(values: Sequence[float]) -> Tensor:
-            return torch.tensor(values, dtype=torch.float64, device=device).unsqueeze(1)
-
-        return cls(
-            temperature_B1=(
-                column(temperature_B).float() if any(t != 1 for t in temperature_B) else None
-            ),
-            greedy_B=torch.tensor(greedy_B, device=device) if any(greedy_B) else None,
-            limited_L=torch.tensor([r for r, _, _ in limited], device=device) if limited else None,
-            top_k_L1=column([k for _, k, _ in limited]),
-            top_p_L1=column([p for _, _, p in limited]),
+        self.temperature_B1 = (
+            column(temperature_B).float() if any(t != 1 for t in temperature_B) else None
         )
+        self.greedy_B = torch.tensor(greedy_B, device=device) if any(greedy_B) else None
+        self.limited_L = (
+            torch.tensor([r for r, _, _ in limited], device=device) if limited else None
+        )
+        """Which rows have top_k or top_p."""
+        self.top_k_L1 = column([k for _, k, _ in limited])
+        self.top_p_L1 = column([p for _, _, p in limited])
 
 
 def draw(logits_BV: Tensor, plan: DrawPlan, uniforms_B: Tensor) -> Drawn:
@@ -170,7 +161,7 @@ def philox(
     return word_0, word_1
 
 
-Decode = Callable[[Sequence[int]], str]
+Decode = Callable[[list[int]], str]
 
 TAIL_MARGIN = 4
 """Tokens decoded beyond a stop string's bytes: the first ones of a window may decode differently
@@ -270,7 +261,7 @@ class Request:
         )
 
 
-def stop_hit(ids: Sequence[int], stops: Sequence[str], decode: Decode) -> tuple[str, str] | None:
+def stop_hit(ids: list[int], stops: Sequence[str], decode: Decode) -> tuple[str, str] | None:
     """The text before the first stop string, and that string, if the last token completed one.
 
     Only a tail is decoded at each token, long enough for the longest stop string even at one byte

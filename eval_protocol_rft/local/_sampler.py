@@ -22,14 +22,10 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from eval_protocol_rft import sampling
+from eval_protocol_rft.local._tokenizer import LoadedTokenizer
 from eval_protocol_rft.local.models import NoSuchModelError, local_model_folder
-from eval_protocol_rft.sampling import (
-    Completion,
-    Deadline,
-    RefusedError,
-    SamplingError,
-    SamplingParams,
-)
+from eval_protocol_rft.sampling import Completion, RefusedError, SamplingParams
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -160,17 +156,17 @@ class LocalSampler:
         Raises:
             RefusedError: the model's state is more than keys and values.
         """
-        from eval_protocol_rft.local._model import LocalModel
+        from eval_protocol_rft.local._cache import LocalModel
         from eval_protocol_rft.local._worker import Worker
 
         if max_batch_tokens < 1:
             raise ValueError(f"max_batch_tokens is {max_batch_tokens}, must be at least 1")
-        self._model = LocalModel.wrap(model)
+        self._model = LocalModel(model)
         self._tokenizer = tokenizer
         self._eos_token_ids = _eos_token_ids(model, tokenizer)
         self._worker = Worker(
             self._model,
-            _Decoder(tokenizer),
+            LoadedTokenizer.wrap(tokenizer).decode,
             max_batch_tokens=max_batch_tokens,
             policy_version=policy_version,
         )
@@ -264,7 +260,7 @@ class LocalSampler:
             RefusedError: a name or a shape is not the model's, or one is missing. Nothing is
                 changed then.
         """
-        from eval_protocol_rft.local._model import copy_weights
+        from eval_protocol_rft.local._cache import copy_weights
 
         module = self._model.module
         done = self._worker.swap(lambda: copy_weights(module, weights, keep=keep), policy_version)
@@ -316,10 +312,10 @@ class LocalSampler:
         )
         self._worker.submit(request)
         try:
-            async with Deadline(params.timeout):
+            async with sampling.Deadline(params.timeout):
                 return await request.future
         except TimeoutError as error:
-            raise SamplingError(
+            raise sampling.SamplingError(
                 f"no completion within {params.timeout:g} s: {len(request.token_ids)} of at most "
                 f"{request.limit} tokens were drawn",
                 kind="timeout",
@@ -366,19 +362,6 @@ def no_loading_bar() -> Iterator[None]:
     finally:
         if shown:
             bars.enable_progress_bar()
-
-
-class _Decoder:
-    """Ids to text, control tokens included, without clean-up of spaces."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer = tokenizer
-
-    def __call__(self, token_ids: Sequence[int]) -> str:
-        text = self._tokenizer.decode(
-            list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
-        return str(text)
 
 
 def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

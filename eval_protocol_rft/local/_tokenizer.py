@@ -13,7 +13,7 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from eval_protocol_rft._errors import EvalProtocolRftError
 from eval_protocol_rft.local.models import LOCAL_PREFIX, NoSuchModelError, local_model_folder
@@ -136,7 +136,7 @@ class LoadedTokenizer:
     def answer(self, body: str, completion: Completion, params: SamplingParams) -> str:
         """`decode_completion`, from what `decode_body` gave."""
         stop = self._stop(body, completion, params)
-        return body if stop is None else body[: stop.cut]
+        return body if stop is None else body[: stop[0]]
 
     def _end(self, body: str, completion: Completion, params: SamplingParams) -> int | None:
         """How many tokens there are up to the end that the server names; None: all."""
@@ -146,15 +146,18 @@ class LoadedTokenizer:
         if isinstance(named, int):
             return ids.index(named) + 1 if named in ids and ids[-1] != named else None
         stop = self._stop(body, completion, params)
-        if stop is None or stop.end >= len(body):
+        if stop is None or stop[1] >= len(body):
             return None
-        kept = body[: stop.end]
+        kept = body[: stop[1]]
         return bisect_left(
             range(len(ids)), True, lo=1, key=lambda k: self.decode(ids[:k]).startswith(kept)
         )
 
-    def _stop(self, body: str, completion: Completion, params: SamplingParams) -> _Stop | None:
-        """Where in `body` the stop string stands that ended the completion.
+    def _stop(
+        self, body: str, completion: Completion, params: SamplingParams
+    ) -> tuple[int, int] | None:
+        """Where in `body` the answer ends, for the stop string that ended the completion (before
+        it, or behind one that is to be kept), and where the stop string ends.
 
         The server's word goes first: the string that it names, and of several places the one where
         its text ends: before the string, or behind it where the request keeps stop strings. Where
@@ -174,16 +177,16 @@ class LoadedTokenizer:
                 for start, end in places:
                     cut = end if with_stop else start
                     if self._same(text, body[:cut]):
-                        return _Stop(cut, end)
+                        return cut, end
         if named is None and self.ender(completion) is not None:
             return None
         unwatched = self._unwatched(completion, params)
         for start, end in places:
             if end > unwatched:
-                return _Stop(end if kept else start, end)
+                return (end if kept else start), end
         # A pattern that the server matched (SGLang's `stop_regex`).
         matched = named is not None and text and body.startswith(text)
-        return _Stop(len(text), len(body)) if matched and text else None
+        return (len(text), len(body)) if matched and text else None
 
     def _unwatched(self, completion: Completion, params: SamplingParams) -> int:
         """Characters in which servers look for no stop string: those of the first `min_tokens`."""
@@ -305,15 +308,6 @@ def _hub_has(name: str) -> bool:
     except Exception:  # noqa: BLE001
         return False
     return True
-
-
-class _Stop(NamedTuple):
-    """Characters of a completion's text."""
-
-    cut: int
-    """Where the answer ends: before the stop string, or behind one that is to be kept."""
-    end: int
-    """Where the stop string ends."""
 
 
 def _places(body: str, stop: str) -> Iterator[int]:

@@ -20,19 +20,20 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from eval_protocol_rft.local._cache import KEPT_SHARE, Batch, Joining, Prefixes, prefill_groups
+from eval_protocol_rft.local import _cache as cache
+from eval_protocol_rft.local._cache import Batch, Joining, LocalModel, Prefixes
 from eval_protocol_rft.local._draw import Decode, DrawPlan, Request, draw, uniforms
-from eval_protocol_rft.local._model import LocalModel
 from eval_protocol_rft.sampling import Completion, SamplingError
 
 Outcome = tuple[Request, Completion | SamplingError]
 """A request and what it is answered with."""
+Swap = tuple[Callable[[], None], str | None, Future[None]]
+"""What puts new weights in, their name, and who waits for it."""
 
 
 class RunningBatch:
@@ -44,7 +45,7 @@ class RunningBatch:
         self._rows = list(rows)
         """Batch row of each request; requests with one prompt share a row until their first
         tokens are drawn."""
-        self._plan = DrawPlan.build([r.params for r in requests], batch.device)
+        self._plan = DrawPlan([r.params for r in requests], batch.device)
         self._seeds_R = np.array([r.seed for r in requests], dtype=np.uint64)
         self._tokens_R: Tensor
         self._live: list[int] = []
@@ -154,10 +155,6 @@ MAX_PREFILL_TOKENS = 8192
 """Prompt tokens, padding included, that one prefill may run unless a single prompt has more: bounds
 its activations and how long running completions wait for it."""
 
-SMALL_MODEL_PARAMETERS = 20_000_000
-"""Below this a step takes less time than waking a second torch thread saves: sample on one. Torch
-applies the setting to this thread and to those that start later."""
-
 
 class Worker:
     """Owns the thread; it exists only while there is work, and a moment longer."""
@@ -175,7 +172,7 @@ class Worker:
         self._model = model
         self._decode = decode
         self._max_batch_tokens = max_batch_tokens
-        self._prefixes = Prefixes(int(max_batch_tokens * KEPT_SHARE))
+        self._prefixes = Prefixes(int(max_batch_tokens * cache.KEPT_SHARE))
         """Outlives an idle thread: an environment may take longer than that. Belongs to the thread,
         or to who holds the lock while there is none."""
         self._waiting: deque[Request] = deque()
@@ -183,7 +180,7 @@ class Worker:
         self._thread: threading.Thread | None = None
         self._stopping = False
         self._held = 0
-        self._swaps: deque[_Swap] = deque()
+        self._swaps: deque[Swap] = deque()
 
     @property
     def pending(self) -> int:
@@ -215,14 +212,14 @@ class Worker:
 
     def swap(self, change: Callable[[], None], policy_version: str | None) -> Future[None]:
         """Run `change` between two steps, after which the weights are called `policy_version`."""
-        swap = _Swap(change, policy_version, Future())
+        done: Future[None] = Future()
         with self._changed:
             if self._thread is None:
-                self._apply(swap, ())
+                self._apply((change, policy_version, done), ())
             else:
-                self._swaps.append(swap)
+                self._swaps.append((change, policy_version, done))
                 self._changed.notify()
-        return swap.done
+        return done
 
     def stop(self) -> None:
         """Answer everything pending with an error, end the thread and free what was kept; blocks
@@ -240,8 +237,7 @@ class Worker:
 
     @torch.no_grad()
     def _run(self) -> None:
-        if sum(p.numel() for p in self._model.module.parameters()) < SMALL_MODEL_PARAMETERS:
-            torch.set_num_threads(1)
+        cache.spare_threads(self._model.module)
         batch: RunningBatch | None = None
         while (joining := self._next(batch)) is not None:
             batch = self._round(batch, joining)
@@ -274,8 +270,9 @@ class Worker:
     def _has_news(self) -> bool:
         return bool(self._waiting or self._swaps or self._stopping or self._held)
 
-    def _apply(self, swap: _Swap, running: Sequence[Request]) -> None:
-        if not swap.done.set_running_or_notify_cancel():
+    def _apply(self, swap: Swap, running: Sequence[Request]) -> None:
+        change, policy_version, done = swap
+        if not done.set_running_or_notify_cancel():
             return
         # Keys and values of old weights, or partly of them, are no turn's to go on from.
         self._prefixes.clear()
@@ -283,14 +280,14 @@ class Worker:
             request.session = None
         try:
             with torch.no_grad():
-                swap.change()
+                change()
         except BaseException as error:  # noqa: BLE001 - the caller has it
-            swap.done.set_exception(error)
+            done.set_exception(error)
             return
-        self.policy_version = swap.policy_version
+        self.policy_version = policy_version
         for request in running:
-            request.sampled_by(swap.policy_version)
-        swap.done.set_result(None)
+            request.sampled_by(policy_version)
+        done.set_result(None)
 
     def _take_waiting(self, running: Sequence[Request]) -> list[Joining]:
         """Take requests in order while caches and prefill have room. One that would run alone
@@ -325,7 +322,7 @@ class Worker:
             with _failing(batch.requests, outcomes):
                 outcomes += batch.advance(self._decode)
                 parts.append(batch)
-        for group in prefill_groups(joining):
+        for group in cache.prefill_groups(joining):
             with _failing([one.request for one in group], outcomes):
                 joined, ended = RunningBatch.start(self._model, group, self._decode)
                 outcomes += ended
@@ -345,15 +342,6 @@ class Worker:
         except Exception:  # noqa: BLE001 - of the device, when its memory is full
             _log.exception("what sessions had is not kept")
             self._prefixes.clear()
-
-
-@dataclass(frozen=True, slots=True)
-class _Swap:
-    """New weights on their way in."""
-
-    change: Callable[[], None]
-    policy_version: str | None
-    done: Future[None]
 
 
 @contextmanager

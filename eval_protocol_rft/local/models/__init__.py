@@ -18,6 +18,8 @@ BUNDLED = ("arithmetic",)
 
 
 LOCAL_PREFIX = "local/"
+VERSION_KEY = "weight_version"
+"""In the metadata of a file of weights: what to call them. Other readers pass over it."""
 
 
 class NoSuchModelError(EvalProtocolRftError, ValueError):

@@ -1,6 +1,7 @@
 """Any `Sampler` over HTTP in Fireworks' shape, for loopback: `ep-rft serve`. Extra: `serve`.
 
-`_app.create_app` is the ASGI application, `_run` what the command line does around it. `_protocol`
+`_app.create_app` is the ASGI application, `_run` what the command line does around it, `_weights`
+how it is given new weights. `_protocol`
 (requests in) and `_replies` (replies out) are pure.
 """
 

@@ -2,4 +2,3 @@
 # isort: split
 from ._run import ServeError as ServeError
 from ._run import serve_local as serve_local
-from ._weights import VERSION_KEY as VERSION_KEY

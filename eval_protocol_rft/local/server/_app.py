@@ -22,25 +22,15 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import msgspec
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from eval_protocol_rft.local._tokenizer import LoadedTokenizer
 from eval_protocol_rft.local.models import LOCAL_PREFIX
+from eval_protocol_rft.local.server import _protocol as protocol
 from eval_protocol_rft.local.server import _replies as replies
-from eval_protocol_rft.local.server._access import Access, AccessMiddleware
-from eval_protocol_rft.local.server._protocol import (
-    ApiError,
-    CompletionRequest,
-    choice_seed,
-    error_reply,
-    give_memory_back,
-    parse_request,
-    read_json_body,
-)
-from eval_protocol_rft.local.server._replies import spell
+from eval_protocol_rft.local.server._protocol import ApiError, CompletionRequest, json_reply
 from eval_protocol_rft.local.server._weights import ReloadingSampler, WeightEndpoints
 from eval_protocol_rft.sampling import Completion, Sampler, SamplingError
 
@@ -102,7 +92,6 @@ def create_app(
     *,
     model_name: str,
     context_length: int | None = None,
-    access: Access | None = None,
 ) -> Starlette:
     """Serve `sampler` in Fireworks' shape.
 
@@ -115,7 +104,6 @@ def create_app(
         tokenizer: encodes text prompts and spells sampled ids.
         model_name: the one model that requests may name, with or without `local/` in front.
         context_length: most tokens of prompt and completion together, None where unknown.
-        access: what requests must show; None: nothing.
     """
     weights = WeightEndpoints(sampler if isinstance(sampler, ReloadingSampler) else None)
     service = _Service(sampler, LoadedTokenizer.wrap(tokenizer), model_name, context_length)
@@ -142,7 +130,6 @@ def create_app(
             Exception: _answer_error,
         },
         lifespan=lifespan,
-        middleware=[Middleware(AccessMiddleware, access=access)] if access else [],
     )
     app.state.stopping = service.stopping
     return app
@@ -167,7 +154,7 @@ class _Service:
         self.stopping = asyncio.Event()
 
     async def health(self, http: Request) -> Response:
-        return _json({"status": "ok", "model": self._model_name})
+        return json_reply({"status": "ok", "model": self._model_name})
 
     async def models(self, http: Request) -> Response:
         model = {
@@ -178,11 +165,11 @@ class _Service:
             "supports_chat": False,
             "context_length": self._context_length,
         }
-        return _json({"object": "list", "data": [model]})
+        return json_reply({"object": "list", "data": [model]})
 
     async def completions(self, http: Request) -> Response:
         started = time.perf_counter()
-        request = parse_request(await read_json_body(http))
+        request = protocol.parse_request(await protocol.read_json_body(http))
         if not self._serves(request.model):
             raise ApiError.unknown_model(request.model, served=self._model_name)
         self._in_flight += 1
@@ -195,7 +182,7 @@ class _Service:
         finally:
             self._in_flight -= 1
             if not self._in_flight and request.choices() >= _LARGE_REQUEST:
-                asyncio.get_running_loop().run_in_executor(None, give_memory_back)
+                asyncio.get_running_loop().run_in_executor(None, protocol.give_memory_back)
 
     def _serves(self, model: str) -> bool:
         """`local/` is no part of a name: our clients sample what begins with it themselves."""
@@ -244,7 +231,7 @@ class _Service:
         """Sample n completions of each prompt at once, ordered prompt by prompt. The first failure
         cancels the others: a reply has all its choices or none."""
         jobs = [
-            (prompt, choice_seed(request.seed, index))
+            (prompt, protocol.choice_seed(request.seed, index))
             for prompt in prompts
             for index in range(request.n or 1)
         ]
@@ -272,7 +259,7 @@ class _Service:
             replies.Sampled(
                 prompt=prompt,
                 completion=completion,
-                spelling=spell(self._tokenizer, completion, prompt.params),
+                spelling=replies.spell(self._tokenizer, completion, prompt.params),
             )
             for prompt, completion in zip(each, completions, strict=True)
         ]
@@ -291,7 +278,7 @@ class _Service:
                 headers=headers | {"cache-control": "no-cache"},
             )
         headers |= {f"fireworks-{name}": value for name, value in metrics.items()}
-        return _json(replies.whole_reply(head, request, samples, metrics), headers=headers)
+        return json_reply(replies.whole_reply(head, request, samples, metrics), headers=headers)
 
 
 async def _each(events: Iterable[bytes]) -> AsyncIterator[bytes]:
@@ -301,10 +288,6 @@ async def _each(events: Iterable[bytes]) -> AsyncIterator[bytes]:
 
 def _request_id(http: Request) -> dict[str, str]:
     return {"x-request-id": http.headers.get("x-request-id") or uuid.uuid4().hex}
-
-
-def _json(value: Any, *, headers: dict[str, str] | None = None) -> Response:
-    return Response(msgspec.json.encode(value), media_type="application/json", headers=headers)
 
 
 async def _answer_error(http: Request, error: Exception) -> Response:
@@ -322,12 +305,11 @@ async def _answer_error(http: Request, error: Exception) -> Response:
         error = ApiError(
             f"{type(error).__name__} in the server; its log has the traceback",
             status=500,
-            code="INTERNAL_SERVER_ERROR",
         )
         # Starlette raises it on, for the log, and uvicorn then closes the connection: unsaid, that
         # would be under the client's next request.
         headers["connection"] = "close"
-    return error_reply(error, headers)
+    return protocol.error_reply(error, headers)
 
 
 async def _answer_nobody(http: Request, error: Exception) -> Response:

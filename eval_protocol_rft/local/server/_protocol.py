@@ -48,20 +48,21 @@ class ApiError(EvalProtocolRftError):
         message: str,
         *,
         status: int = HTTPStatus.BAD_REQUEST,
-        code: str = "invalid_request_error",
+        code: str | None = None,
         retry_after: float | None = None,
     ) -> None:
+        """`code`: default the status's name; of 400, that of the kind."""
         super().__init__(message)
         self.status = status
-        self.code = code
+        bad = status == HTTPStatus.BAD_REQUEST
+        self.code = code or ("invalid_request_error" if bad else HTTPStatus(status).name)
         self.retry_after = retry_after
 
     @classmethod
     def from_sampling(cls, error: SamplingError) -> ApiError:
         """The reply to a completion that could not be had, by the kind of its failure."""
         status = _STATUS_OF_FAILURE.get(error.kind, HTTPStatus.INTERNAL_SERVER_ERROR)
-        code = "invalid_request_error" if error.kind == "refused" else status.name
-        return cls(str(error), status=status, code=code, retry_after=error.retry_after)
+        return cls(str(error), status=status, retry_after=error.retry_after)
 
     @classmethod
     def unknown_model(cls, model: str, *, served: str) -> ApiError:
@@ -69,7 +70,6 @@ class ApiError(EvalProtocolRftError):
             "Model not found, inaccessible, and/or not deployed: "
             f"{model!r}; this server has {served!r}",
             status=HTTPStatus.NOT_FOUND,
-            code=HTTPStatus.NOT_FOUND.name,
         )
 
     def body(self) -> bytes:
@@ -87,6 +87,11 @@ def error_reply(error: ApiError, headers: Mapping[str, str] | None = None) -> Re
         media_type="application/json",
         headers={**(headers or {}), **retry},
     )
+
+
+def json_reply(value: Any, *, headers: Mapping[str, str] | None = None) -> Response:
+    """Any value as a reply."""
+    return Response(msgspec.json.encode(value), media_type="application/json", headers=headers)
 
 
 MAX_CHOICES = 1024
@@ -317,7 +322,6 @@ async def read_json_body(http: Request) -> bytes:
         raise ApiError(
             "send JSON, with the header 'content-type: application/json'",
             status=HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
-            code=HTTPStatus.UNSUPPORTED_MEDIA_TYPE.name,
         )
     chunks, size = [], 0
     async for chunk in http.stream():

@@ -32,14 +32,13 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from eval_protocol_rft.local._sampler import LocalSampler
-from eval_protocol_rft.local.server._protocol import ApiError, read_json_body
+from eval_protocol_rft.local.models import VERSION_KEY
+from eval_protocol_rft.local.server._protocol import ApiError, json_reply, read_json_body
 from eval_protocol_rft.sampling import Completion, RefusedError, SamplingParams
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-VERSION_KEY = "weight_version"
-"""In a file's metadata: what to call the weights. Readers that do not know it pass over it."""
 _FILE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 
@@ -250,18 +249,18 @@ class WeightEndpoints:
         sampler = self._sampler
         call = await _body(http, _Call)
         await sampler.reload(Path(call.kwargs.weights_path))
-        return _json({"results": [None]})
+        return json_reply({"results": [None]})
 
     async def reset_prefix_cache(self, http: Request) -> Response:
         """Nothing to forget: what sessions keep between turns went when the weights changed."""
         _ = self._sampler
-        return _json({"success": True})
+        return json_reply({"success": True})
 
     async def update_weight_version(self, http: Request) -> Response:
         sampler = self._sampler
         version = (await _body(http, _Name)).new_version
         await sampler.rename(version)
-        return _json({"success": True, "new_version": version})
+        return json_reply({"success": True, "new_version": version})
 
     @property
     def _sampler(self) -> ReloadingSampler:
@@ -269,7 +268,6 @@ class WeightEndpoints:
             raise ApiError(
                 "this server takes no new weights: start it with `ep-rft serve --reloads`",
                 status=HTTPStatus.FORBIDDEN,
-                code=HTTPStatus.FORBIDDEN.name,
             )
         return self._given
 
@@ -285,7 +283,3 @@ async def _body(http: Request, kind: type[_T]) -> _T:
         return msgspec.json.decode(body, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ApiError(f"{http.url.path}: {error}") from error
-
-
-def _json(value: Any) -> Response:
-    return Response(msgspec.json.encode(value), media_type="application/json")
