@@ -1,17 +1,17 @@
-from ._lora import LoraSettings as LoraSettings
 from ._options import LoopOptions as LoopOptions
+from ._options import LoraSettings as LoraSettings
 from ._options import Optimizer as Optimizer
 from ._options import SetupError as SetupError
 from ._rollout_fn import make_group_rollout_fn as make_group_rollout_fn
 from ._rollout_fn import make_rollout_fn as make_rollout_fn
 from ._rollout_fn import recipe_params as recipe_params
-from ._rollouts import NothingToTrainOnError as NothingToTrainOnError
 from ._setup import LocalParts as LocalParts
-from ._step import TrainingStoppedError as TrainingStoppedError
 from ._train import TrainResult as TrainResult
 from ._train import train as train
 from ._trainer import NamedLoss as NamedLoss
 from ._trainer import TrainerError as TrainerError
+from ._watch import NothingToTrainOnError as NothingToTrainOnError
+from ._watch import TrainingStoppedError as TrainingStoppedError
 
 # For other rooms alone: these may change.
 # isort: split

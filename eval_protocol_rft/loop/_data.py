@@ -1,7 +1,6 @@
-"""The rows of an evaluation test, the order in which they are trained on, and which a prompt is of.
+"""The rows of an evaluation test, and which of them a prompt is of.
 
-Invariant: no held-out row is ever trained on. The order follows from the seed alone, so a run that
-is resumed goes on with the very next row.
+Invariant: no held-out row is ever trained on.
 """
 
 from __future__ import annotations
@@ -9,30 +8,22 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 from eval_protocol.common_utils import load_jsonl
-from eval_protocol.human_id import generate_id, num_combinations
 from eval_protocol.models import EPParameters, EvaluationRow, Message
 from pydantic import ValidationError
 
-from eval_protocol_rft.data import (
-    PathOrGlob,
-    Source,
-    SourceRow,
-    messages_in,
-    open_source,
-    type_name,
-)
+from eval_protocol_rft import data as room
 from eval_protocol_rft.episodes import EpisodeRolloutProcessor
 from eval_protocol_rft.loop._options import SetupError
+from eval_protocol_rft.loop._rollouts import give_id
 from eval_protocol_rft.rollout import PROMPT_IDS_KEY, messages_to_answer
 from eval_protocol_rft.scoring import adapt, adapter_of, parameters_of
 
 
 def load_rows(
-    evaluator: Callable[..., Any], data: Sequence[PathOrGlob] | Source | None = None
+    evaluator: Callable[..., Any], data: Sequence[room.PathOrGlob] | room.Source | None = None
 ) -> list[EvaluationRow]:
     """The rows that `@evaluation_test` would run: its data set, adapter and preprocessing.
 
@@ -53,7 +44,7 @@ def load_rows(
             "the evaluator is no @evaluation_test, so it brings no data set: pass one with --data"
         )
     test = test or EPParameters()
-    source = data if data is None or isinstance(data, Source) else open_source(data)
+    source = data if data is None or isinstance(data, room.Source) else room.open_source(data)
     rows = _own_rows(test) if source is None else _rows_of(source, test)
     if test.filtered_row_ids is not None and data is None:
         rows = [row for row in rows if row.input_metadata.row_id in test.filtered_row_ids]
@@ -62,13 +53,11 @@ def load_rows(
     if not rows:
         raise SetupError(f"no rows in {source.name if source else 'the test`s data set'}")
     for row in rows:
-        if row.input_metadata.row_id is None:
-            index = abs(hash(row)) % num_combinations()
-            row.input_metadata.row_id = generate_id(seed=0, index=index)
+        give_id(row)
     return rows
 
 
-def _rows_of(source: Source, test: EPParameters) -> list[EvaluationRow]:
+def _rows_of(source: room.Source, test: EPParameters) -> list[EvaluationRow]:
     """The rows that the test's adapter makes of a data set's."""
     records = list(source.records())
     if adapter_of(test) is not None:
@@ -89,15 +78,15 @@ def _rows_of(source: Source, test: EPParameters) -> list[EvaluationRow]:
     return rows
 
 
-def _listed(source: Source) -> str:
+def _listed(source: room.Source) -> str:
     return f"the columns {', '.join(column.name for column in source.columns)}"
 
 
-def _evaluation_row(record: SourceRow) -> EvaluationRow:
+def _evaluation_row(record: room.SourceRow) -> EvaluationRow:
     values = record.values
     messages = values.get("messages")
     if isinstance(messages, str):
-        values = {**values, "messages": messages_in(messages) or messages}
+        values = {**values, "messages": room.messages_in(messages) or messages}
     try:
         return EvaluationRow(**values)
     except ValidationError as error:
@@ -105,8 +94,8 @@ def _evaluation_row(record: SourceRow) -> EvaluationRow:
         place = ".".join(map(str, first["loc"]))
         raise SetupError(
             f"{record.where}: no row of an evaluation test: {place}: {first['msg']}, not "
-            f"{type_name(first['input'])}. Rows of other data are made by a dataset_adapter of the "
-            "test"
+            f"{room.type_name(first['input'])}. Rows of other data are made by a dataset_adapter "
+            "of the test"
         ) from error
 
 
@@ -216,45 +205,3 @@ def _beside_prompt(row: EvaluationRow) -> Any:
     return _without_nulls(
         [row.ground_truth, row.tools, row.input_metadata.dataset_info, row.evaluation_result]
     )
-
-
-class Draw(NamedTuple):
-    """One turn of one row."""
-
-    place: int
-    """Of the row in the training set."""
-    epoch: int
-    """How often the row came before, which is also the number of its run."""
-
-
-@dataclass(slots=True)
-class RowStream:
-    """Rows in a new random order every epoch."""
-
-    rows: int
-    seed: int
-    epochs: float | None = None
-    """None: without end."""
-    taken: int = 0
-    """Turns given out, those put back not counted."""
-    put_back: list[Draw] = field(default_factory=list)
-    _epoch: int = -1
-    _order: list[int] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        if self.rows < 1:
-            raise SetupError("no rows to train on")
-
-    def next(self) -> Draw | None:
-        """The next turn, None where the epochs are over."""
-        if self.put_back:
-            return self.put_back.pop(0)
-        if self.epochs is not None and self.taken >= round(self.epochs * self.rows):
-            return None
-        epoch, place = divmod(self.taken, self.rows)
-        if epoch != self._epoch:
-            self._epoch = epoch
-            self._order = list(range(self.rows))
-            random.Random(f"{self.seed}/{epoch}").shuffle(self._order)  # noqa: S311
-        self.taken += 1
-        return Draw(self._order[place], epoch)

@@ -1,10 +1,13 @@
-"""`LocalTrainer`: a torch model in this process as a `Trainer`.
+"""`LocalTrainer`: a torch model in this process as a `Trainer`, with or without LoRA adapters.
 
 Invariant: what is trained is a copy of its own; the sampler's weights change in `publish` alone.
 The same calls on the same state give the same bits on one torch thread, and `load` goes back to
-all of the state that `save` wrote. Metrics of several passes are reduced as their names say:
-`name:sum` adds up, `name:max` and `name:min` keep the extreme, and `name:mean` is weighted by
-`tokens:sum`, over which the means are.
+all of the state that `save` wrote.
+
+LoRA adapters (peft) are put on, and merged for sampling: the merged weights, in the base model, are
+the policy in training. So a layer whose weight another one shares takes no adapter: merged into the
+one, it would change the other as well. Merging never touches the weights in training, and copies
+only those that have adapters.
 """
 
 from __future__ import annotations
@@ -13,7 +16,8 @@ import asyncio
 import contextlib
 import copy
 import pickle
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,64 +25,20 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from eval_protocol_rft.local import no_loading_bar
-from eval_protocol_rft.loop._lora import LoraSettings, add_lora, merged_names, merged_weights
-from eval_protocol_rft.loop._options import Optimizer
-from eval_protocol_rft.loop._trainer import (
-    DamagedCheckpointError,
-    ForwardBackward,
-    LossFunction,
-    NamedLoss,
-    TrainerError,
-)
-from eval_protocol_rft.training import FloatArray, TrainingDatum
-from eval_protocol_rft.training.losses import bundled, can_share_prompts, make_loss, token_logprobs
+from eval_protocol_rft.local import no_loading_bar, spare_threads
+from eval_protocol_rft.loop import _trainer as trainer
+from eval_protocol_rft.loop._metrics import reduce_metrics
+from eval_protocol_rft.loop._options import LoraSettings, Optimizer
+from eval_protocol_rft.loop._trainer import ForwardBackward, LossFunction, NamedLoss, TrainerError
+from eval_protocol_rft.training import FloatArray, TrainingDatum, losses
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from eval_protocol_rft.loop._weights import WeightSink
-
-TOKENS = "tokens:sum"
-
-
-def reduce_metrics(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Reduce `parts` to one; a metric that only some have is reduced over those.
-
-    Raises:
-        ValueError: a name has no reduction, or an unknown one.
-    """
-    if len(parts) == 1:
-        return dict(parts[0])
-    names = dict.fromkeys(name for part in parts for name in part)
-    return {name: _reduce(name, [part for part in parts if name in part]) for name in names}
-
-
-def _reduce(name: str, parts: Sequence[Mapping[str, float]]) -> float:
-    values = [part[name] for part in parts]
-    match name.rpartition(":")[2]:
-        case "sum":
-            return sum(values)
-        case "max":
-            return max(values)
-        case "min":
-            return min(values)
-        case "mean":
-            weights = [part.get(TOKENS, 1.0) for part in parts]
-            total = sum(weights)
-            if not total:
-                return sum(values) / len(values)
-            return sum(v * w for v, w in zip(values, weights, strict=True)) / total
-    raise ValueError(f"the metric {name!r} has no reduction: name it {name}:sum, :mean, :max, :min")
-
 
 _T = TypeVar("_T")
 
 _UNREADABLE = (OSError, RuntimeError, ValueError, EOFError, LookupError, pickle.UnpicklingError)
 """What torch raises of files that are cut off, empty or of something else."""
-
-SMALL_MODEL_PARAMETERS = 20_000_000
-"""Below this a second torch thread costs more than it saves."""
 
 
 class LocalTrainer:
@@ -100,7 +60,7 @@ class LocalTrainer:
         self,
         model: PreTrainedModel,
         *,
-        sink: WeightSink,
+        sink: trainer.WeightSink,
         temperature: float = 1.0,
         lora: LoraSettings | None = None,
         optimizer: Optimizer | None = None,
@@ -125,12 +85,14 @@ class LocalTrainer:
         self._max_grad_norm = adam.max_grad_norm or float("inf")
         self._microbatch_tokens = adam.microbatch_tokens
         self._entropies = entropies
-        self._share_prompts = can_share_prompts(self._base)
+        self._share_prompts = losses.can_share_prompts(self._base)
         self._gathered = False
         self._has_published = False
         # A thread of its own, so that the event loop goes on; and always the same one, as torch's
         # number of threads belongs to a thread.
-        self._thread = ThreadPoolExecutor(1, "local-trainer", initializer=self._start)
+        self._thread = ThreadPoolExecutor(
+            1, "local-trainer", initializer=spare_threads, initargs=(self._base,)
+        )
 
     async def forward(
         self,
@@ -140,7 +102,7 @@ class LocalTrainer:
         temperature: float | None = None,
     ) -> list[FloatArray]:
         chosen = self.temperature if temperature is None else temperature
-        return await self._run(lambda: self._forward(datums, reference, chosen))
+        return await self._run(self._forward, datums, reference, chosen)
 
     async def forward_backward(
         self,
@@ -151,11 +113,11 @@ class LocalTrainer:
         reference_logprobs: Sequence[FloatArray] | None = None,
     ) -> ForwardBackward:
         return await self._run(
-            lambda: self._forward_backward(datums, loss, old_logprobs, reference_logprobs)
+            self._forward_backward, datums, loss, old_logprobs, reference_logprobs
         )
 
     async def optim_step(self, *, learning_rate: float) -> dict[str, float]:
-        return await self._run(lambda: self._optim_step(learning_rate))
+        return await self._run(self._optim_step, learning_rate)
 
     async def publish(self, version: int) -> None:
         weights = await self._run(self.weights)
@@ -171,10 +133,10 @@ class LocalTrainer:
         return self._base.state_dict() if self._lora is None else merged_weights(self._module)
 
     async def save(self, folder: Path) -> None:
-        await self._run(lambda: self._save(folder))
+        await self._run(self._save, folder)
 
     async def load(self, folder: Path) -> None:
-        await self._run(lambda: self._load(folder))
+        await self._run(self._load, folder)
 
     async def export(self, folder: Path) -> None:
         """Write the model as transformers reads it, adapters merged in; `local/<folder>` samples
@@ -189,12 +151,8 @@ class LocalTrainer:
     async def aclose(self) -> None:
         await asyncio.to_thread(self._thread.shutdown)
 
-    async def _run(self, work: Callable[[], _T]) -> _T:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
-
-    def _start(self) -> None:
-        if sum(p.numel() for p in self._base.parameters()) < SMALL_MODEL_PARAMETERS:
-            torch.set_num_threads(1)
+    async def _run(self, work: Callable[..., _T], *arguments: Any) -> _T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work, *arguments)
 
     @torch.no_grad()
     def _forward(
@@ -213,7 +171,7 @@ class LocalTrainer:
     ) -> list[FloatArray]:
         by_datum: dict[int, FloatArray] = {}
         for places in self._microbatches(datums):
-            part = token_logprobs(
+            part = losses.token_logprobs(
                 module,
                 [datums[i] for i in places],
                 temperature=temperature,
@@ -235,7 +193,7 @@ class LocalTrainer:
         parts: list[dict[str, float]] = []
         for places in self._microbatches(datums):
             chosen = [datums[i] for i in places]
-            values = token_logprobs(
+            values = losses.token_logprobs(
                 self._module,
                 chosen,
                 temperature=self.temperature,
@@ -290,7 +248,9 @@ class LocalTrainer:
             saved, optimizer = state["parameters"], state["optimizer"]
         except _UNREADABLE as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise DamagedCheckpointError(f"{path} cannot be read ({reason[:200]})") from error
+            raise trainer.DamagedCheckpointError(
+                f"{path} cannot be read ({reason[:200]})"
+            ) from error
         trainable = {n: p for n, p in self._module.named_parameters() if p.requires_grad}
         if trainable.keys() != saved.keys() or any(
             trainable[n].shape != saved[n].shape for n in trainable
@@ -307,7 +267,7 @@ class LocalTrainer:
         """Places of datums that go through the model together: neighbours in length, so that
         little is padding, and prompt by prompt where those are shared."""
         if self._share_prompts:
-            bundles = bundled(datums)
+            bundles = losses.bundled(datums)
         else:
             bundles = [[place] for place in range(len(datums))]
         widths = [_width([datums[i] for i in bundle]) for bundle in bundles]
@@ -336,7 +296,9 @@ def _frozen(model: PreTrainedModel) -> PreTrainedModel:
 def _objective(loss: NamedLoss | LossFunction) -> Callable[..., tuple[Tensor, dict[str, float]]]:
     if not isinstance(loss, NamedLoss):
         return loss
-    return make_loss(loss.loss_fn, loss.config, correction=loss.correction, kl_beta=loss.kl_beta)
+    return losses.make_loss(
+        loss.loss_fn, loss.config, correction=loss.correction, kl_beta=loss.kl_beta
+    )
 
 
 def _decaying(parameters: Sequence[Tensor], weight_decay: float) -> list[dict[str, object]]:
@@ -360,3 +322,108 @@ def _writing(path: Path) -> Iterator[None]:
             f"{path} cannot be written; is there room on its disk? Earlier checkpoints are whole, "
             f"and the same command goes on from the newest of them ({reason})"
         ) from error
+
+
+def add_lora(model: PreTrainedModel, settings: LoraSettings) -> torch.nn.Module:
+    """Put adapters on `model`, which they then share.
+
+    Raises:
+        TrainerError: peft is not installed, or finds no such layers.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise TrainerError("LoRA needs peft: pip install 'eval-protocol-rft[lora]'") from error
+    modules = settings.target_modules
+    try:
+        adapted: Any = get_peft_model(
+            model,
+            LoraConfig(
+                r=settings.rank,
+                lora_alpha=settings.alpha,
+                target_modules=modules if isinstance(modules, str) else list(modules),
+                lora_dropout=0.0,
+                bias="none",
+                task_type="CAUSAL_LM",
+            ),
+        )
+    except ValueError as error:
+        raise TrainerError(f"LoRA on {type(model).__name__}: {error}") from error
+    check_mergeable(adapted)
+    adapted.train(False)
+    return adapted  # type: ignore[no-any-return]
+
+
+def check_mergeable(adapted: torch.nn.Module) -> None:
+    """Whether `merged_weights` of a peft model are the policy in training.
+
+    Raises:
+        TrainerError: an adapted layer shares its weight, or an adapter is no plain LoRA.
+    """
+    base: Any = adapted.get_base_model()  # type: ignore[operator]
+    if tied := _tied_targets(base):
+        raise TrainerError(
+            f"LoRA on {', '.join(tied)}: the weight belongs to another layer of "
+            f"{type(base).__name__} as well (tied embeddings), so what is sampled would not be "
+            "what was trained: leave it out of target_modules, or untie the model "
+            "(tie_word_embeddings=False in its config) first"
+        )
+    layers = _adapted_layers(base)
+    variants = [name for name, layer in layers.items() if getattr(layer, "lora_variant", None)]
+    if variants or not layers:
+        raise TrainerError(
+            f"the adapters of {variants[0] if variants else type(adapted).__name__} are no plain "
+            "LoRA, and others are not merged here: use LoraConfig without use_dora"
+        )
+
+
+@torch.no_grad()
+def merged_weights(adapted: torch.nn.Module) -> dict[str, Tensor]:
+    """The weights of the base model with the adapters added in, by the base model's names. Those
+    without an adapter are the base model's own tensors, no copies."""
+    base: Any = adapted.get_base_model()  # type: ignore[operator]
+    layers = _adapted_layers(base)
+    weights: dict[str, Tensor] = {}
+    for name, value in base.state_dict().items():
+        layer = next((path for path in _parents(name) if path in layers), None)
+        if layer is None:
+            weights[name] = value
+        elif name.startswith(f"{layer}.base_layer."):
+            weights[name.replace(f"{layer}.base_layer.", f"{layer}.", 1)] = value
+    for name, layer in layers.items():
+        for adapter in layer.active_adapters:
+            key = f"{name}.weight"
+            weights[key] = weights[key] + layer.get_delta_weight(adapter).to(weights[key].dtype)
+    return weights
+
+
+def merged_names(adapted: torch.nn.Module) -> frozenset[str]:
+    """Names of the base model's weights that adapters change."""
+    base: Any = adapted.get_base_model()  # type: ignore[operator]
+    return frozenset(f"{name}.weight" for name in _adapted_layers(base))
+
+
+def _adapted_layers(base: torch.nn.Module) -> dict[str, Any]:
+    from peft.tuners.lora import LoraLayer
+
+    return {name: layer for name, layer in base.named_modules() if isinstance(layer, LoraLayer)}
+
+
+def _tied_targets(base: torch.nn.Module) -> list[str]:
+    """Adapted layers whose weight has a second place in the model, under its own name or as the
+    same layer twice."""
+    layers = _adapted_layers(base)
+    places: defaultdict[int, set[str]] = defaultdict(set)
+    for name, parameter in base.named_parameters(remove_duplicate=False):
+        places[parameter.data_ptr()].add(name)
+    return [
+        n
+        for n, layer in layers.items()
+        if len(places[layer.get_base_layer().weight.data_ptr()]) > 1
+    ]
+
+
+def _parents(name: str) -> list[str]:
+    """`a.b.c` of `a`, `a.b`."""
+    parts = name.split(".")
+    return [".".join(parts[:end]) for end in range(1, len(parts))]

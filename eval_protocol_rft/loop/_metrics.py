@@ -4,7 +4,9 @@ lines go besides: TensorBoard, Weights & Biases.
 Invariant: everything outside `seconds` follows from settings, data and seed. A number that does
 not exist (a mean over nothing) is left out, never 0. A sink is told each line of a run once, in
 order, and never decides anything; a run that is continued goes on in the same sink, and steps that
-are done again are not there twice.
+are done again are not there twice. Metrics of several passes are reduced as their names say:
+`name:sum` adds up, `name:max` and `name:min` keep the extreme, and `name:mean` is weighted by
+`tokens:sum`, over which the means are.
 """
 
 from __future__ import annotations
@@ -133,6 +135,39 @@ def component_means(groups: Sequence[PromptGroup]) -> dict[str, float] | None:
                 if score is not None:
                     scores[name].append(score)
     return {name: float(np.mean(scores[name])) for name in sorted(scores)} or None
+
+
+TOKENS = "tokens:sum"
+
+
+def reduce_metrics(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Reduce `parts` to one; a metric that only some have is reduced over those.
+
+    Raises:
+        ValueError: a name has no reduction, or an unknown one.
+    """
+    if len(parts) == 1:
+        return dict(parts[0])
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {name: _reduce(name, [part for part in parts if name in part]) for name in names}
+
+
+def _reduce(name: str, parts: Sequence[Mapping[str, float]]) -> float:
+    values = [part[name] for part in parts]
+    match name.rpartition(":")[2]:
+        case "sum":
+            return sum(values)
+        case "max":
+            return max(values)
+        case "min":
+            return min(values)
+        case "mean":
+            weights = [part.get(TOKENS, 1.0) for part in parts]
+            total = sum(weights)
+            if not total:
+                return sum(values) / len(values)
+            return sum(v * w for v, w in zip(values, weights, strict=True)) / total
+    raise ValueError(f"the metric {name!r} has no reduction: name it {name}:sum, :mean, :max, :min")
 
 
 _NAMES = {

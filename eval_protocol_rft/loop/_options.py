@@ -55,6 +55,16 @@ class Optimizer:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LoraSettings:
+    """Hu et al. 2021 (arXiv:2106.09685): W + alpha / rank * B A."""
+
+    rank: int = 16
+    alpha: int = 32
+    target_modules: str | tuple[str, ...] = "all-linear"
+    """Names of the layers, or peft's word for all of them but the output layer."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LoopOptions:
     """What `train` does. Steps are optimiser steps on one batch each, times `passes`."""
 

@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 from eval_protocol.models import EvaluationRow
 
 from eval_protocol_rft._errors import EvalProtocolRftError
-from eval_protocol_rft.loop._row_runner import RowRunner, RunnerOptions
+from eval_protocol_rft.loop._rollouts import RowRunner, RunnerOptions
 from eval_protocol_rft.training import PromptGroup, TokenBuffer, Trajectory, read_row
 from eval_protocol_rft.training.export.cookbook import DICTS, CookbookTypes, to_run
 

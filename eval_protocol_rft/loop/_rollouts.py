@@ -1,10 +1,10 @@
-"""Rows to scored prompt groups, through the user's own processor and evaluator; and the scores of
-held-out rows.
+"""Rows to scored prompt groups, through a rollout processor and an evaluator, outside a test.
 
-Invariant: a row gives one group, whatever happens to it: what went wrong is in the group, as a
-failure or a failed row. Rows of one wave give the same bits in whatever order their tasks run.
-Every evaluation of a run samples the same rows, in this process with the same seeds, so that a
-change of the score is the policy's. Nothing of it is trained on.
+Invariant: what `@evaluation_test` says holds here too (processor, completion params, data set
+adapter, keyword arguments of the evaluator), the caller's row is never changed, and whatever goes
+wrong is raised by `RowRunner`. `roll_out` gives one group of a row, whatever happens to it: what
+went wrong is in the group, as a failure or a failed row. Rows of one wave give the same bits in
+whatever order their tasks run.
 """
 
 from __future__ import annotations
@@ -12,58 +12,240 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import warnings
+from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
-import numpy as np
+from eval_protocol.human_id import generate_id, num_combinations
+from eval_protocol.models import EPParameters, EvaluationRow, Status
+from eval_protocol.pytest.rollout_processor import RolloutProcessor
+from eval_protocol.pytest.types import RolloutProcessorConfig
 
-from eval_protocol_rft._errors import EvalProtocolRftError
-from eval_protocol_rft.loop._metrics import Line, eval_line
-from eval_protocol_rft.loop._options import LoopOptions
-from eval_protocol_rft.loop._row_runner import RowRunner
-from eval_protocol_rft.sampling import RetryPolicy, RunStoppedError, TokenIds, sample_group
-from eval_protocol_rft.training import (
-    BiasedSamplingWarning,
-    PromptGroup,
-    TrainingDataError,
-    Trajectory,
-    group_rows,
-)
+from eval_protocol_rft import rollout, sampling, scoring, training
+from eval_protocol_rft.loop._setup import merged_params
+from eval_protocol_rft.record import is_failure
 
 if TYPE_CHECKING:
-    from eval_protocol.models import EvaluationRow
-
     from eval_protocol_rft.local import LocalSampler
-    from eval_protocol_rft.loop._setup import Parts
-    from eval_protocol_rft.rollout import FireworksTrainingRolloutProcessor
 
 _T = TypeVar("_T")
 
 PROBE_TOKENS = 32
 """Most tokens of a completion that is sampled for a comparison alone."""
-PROBE_RETRY = RetryPolicy(max_attempts=2, max_seconds=60.0)
+PROBE_RETRY = sampling.RetryPolicy(max_attempts=2, max_seconds=60.0)
 """A step waits for it."""
 GATHERING_SECONDS = 30.0
 """How long a wave waits for the next of its requests to be at the sampler. A row that asks for
 fewer than expected would otherwise keep it waiting."""
+EVALUATION_RUN = 1 << 20
+"""The number of evaluation's runs: no epoch of training has its seeds."""
+
+DEFAULT_CONCURRENCY = 96
+"""Completions in flight; Eval Protocol's own default."""
 
 
-class NothingToTrainOnError(EvalProtocolRftError, RuntimeError):
-    """Rows give no completions, no scores, or none with a gradient; the message says why."""
+class RunnerOptions(TypedDict, total=False):
+    """Options of `RowRunner` as keyword arguments."""
+
+    processor: RolloutProcessor | None
+    completion_params: Mapping[str, Any] | None
+    evaluation_test_kwargs: Mapping[str, Any] | None
+    max_concurrency: int | None
 
 
-def row_runner(evaluator: Callable[..., Any], parts: Parts, **changes: Any) -> RowRunner:
-    """Rolls rows out with `parts`; `changes` are to its completion_params."""
-    return RowRunner(
-        evaluator,
-        processor=parts.processor,
-        completion_params={**parts.params, **changes},
-        max_concurrency=parts.max_concurrency,
-    )
+class RowRunner:
+    """Rolls out and scores rows, one a call; calls may run concurrently.
+
+    Args:
+        evaluator: a function under `@evaluation_test`, or a plain evaluator of `row` or `rows`.
+        processor: in place of the one that the evaluation test names; needed without one. It must
+            leave rollout records, as `FireworksTrainingRolloutProcessor` does.
+        completion_params: joined with those of the evaluation test, and before them. A test with
+            several sets needs them whole.
+        evaluation_test_kwargs: further arguments of the evaluator; default the test's own.
+        max_concurrency: completions in flight; default the test's `max_concurrent_rollouts`.
+
+    Raises:
+        ValueError: an option is missing, wrong, or one of several.
+        EvaluatorError: the function cannot be an evaluator.
+    """
+
+    def __init__(
+        self,
+        evaluator: Callable[..., Any],
+        *,
+        processor: RolloutProcessor | None = None,
+        completion_params: Mapping[str, Any] | None = None,
+        evaluation_test_kwargs: Mapping[str, Any] | None = None,
+        max_concurrency: int | None = None,
+    ) -> None:
+        if max_concurrency is not None and max_concurrency < 1:
+            raise ValueError(f"max_concurrency must be at least 1, got {max_concurrency}")
+        test = scoring.parameters_of(evaluator)
+        self._test = test or EPParameters(max_concurrent_rollouts=DEFAULT_CONCURRENCY)
+        self._evaluator = evaluator
+        self.mode = _mode(evaluator, test)
+        """`pointwise` or `groupwise`."""
+        chosen = processor or self._test.rollout_processor
+        if chosen is None:
+            raise ValueError(
+                "without @evaluation_test there is no rollout processor: pass "
+                "processor=FireworksTrainingRolloutProcessor(...)"
+            )
+        self._processor: RolloutProcessor = chosen
+        self._completion_params = merged_params(evaluator, completion_params)
+        self._kwargs = _kwargs(self._test, evaluation_test_kwargs)
+        request = rollout.parse_completion_params(self._completion_params)
+        if request.tokenizer is None and not getattr(chosen, "names_tokenizer", True):
+            problem = rollout.lost_tokenizer(evaluator, self._test.completion_params)
+            if problem is not None:
+                raise ValueError(problem)
+        self.n = request.n
+        """Completions per row."""
+        if request.params.temperature == 0 or sampling.support_truncated(request.params):
+            warnings.warn(
+                "completion_params sample greedily or from a truncated support (temperature, "
+                "top_p, top_k): importance ratios over such completions are biased",
+                training.BiasedSamplingWarning,
+                stacklevel=3,
+            )
+        stragglers = getattr(chosen, "stragglers", None)
+        if isinstance(stragglers, sampling.StragglerPolicy) and stragglers:
+            warnings.warn(
+                "the rollout processor cancels slow completions (over_sample, straggler_seconds), "
+                "which favours short ones",
+                training.BiasedSamplingWarning,
+                stacklevel=3,
+            )
+        self._slots = max_concurrency or self._test.max_concurrent_rollouts
+        self._semaphore: tuple[asyncio.AbstractEventLoop, asyncio.Semaphore] | None = None
+        self._experiment_id = generate_id()
+        self._calls: Counter[str] = Counter()
+        self._is_set_up = False
+
+    async def __call__(
+        self, row: EvaluationRow | Mapping[str, Any], *, run: int | None = None
+    ) -> EvaluationRow:
+        """Roll out and score a copy of `row`.
+
+        Args:
+            row: an `EvaluationRow`, or a line of the data set, which goes through the evaluation
+                test's `dataset_adapter` and `preprocess_fn`. Calls with one row are its runs,
+                numbered in order of call: each draws its own completions.
+            run: the number of this run, in place of the order of call.
+
+        Returns:
+            The row with its rollout record and a reward per completion.
+
+        Raises:
+            ValueError: the adapter makes other than one row of it, or the processor other than one
+                task.
+            Exception: whatever the processor raises.
+        """
+        if not self._is_set_up:
+            self._processor.setup()
+            self._is_set_up = True
+        prepared = self._prepared(row, run)
+        number = (prepared.execution_metadata.extra or {})["run_index"]
+        tasks = self._processor([prepared], self._config(number))
+        if len(tasks) != 1:
+            raise ValueError(f"the rollout processor made {len(tasks)} tasks of one row")
+        rolled_out = await tasks[0]
+        if not is_failure(rolled_out.rollout_status.code):
+            rolled_out.rollout_status = Status.rollout_finished()
+        scored = await scoring.ascore_rows(
+            [rolled_out],
+            self._evaluator,
+            mode=self.mode,
+            evaluation_test_kwargs=self._kwargs,
+        )
+        return scored[0]
+
+    async def aclose(self) -> None:
+        """Release what the processor holds in this event loop."""
+        # Eval Protocol below 0.3.25 has none.
+        acleanup = getattr(self._processor, "acleanup", None)
+        if acleanup is not None:
+            await acleanup()
+        self._processor.cleanup()
+
+    def _config(self, run: int) -> RolloutProcessorConfig:
+        loop = asyncio.get_running_loop()
+        if self._semaphore is None or self._semaphore[0] is not loop:
+            self._semaphore = (loop, asyncio.Semaphore(self._slots))
+        logger = {} if self._test.logger is None else {"logger": self._test.logger}
+        return RolloutProcessorConfig(
+            completion_params=dict(self._completion_params),
+            mcp_config_path=self._test.mcp_config_path or "",
+            semaphore=self._semaphore[1],
+            server_script_path=self._test.server_script_path,
+            steps=self._test.steps,
+            kwargs={**(self._test.rollout_processor_kwargs or {}), rollout.RUN_KEYWORD: run},
+            exception_handler_config=self._test.exception_handler_config,
+            **logger,
+        )
+
+    def _prepared(self, given: EvaluationRow | Mapping[str, Any], run: int | None) -> EvaluationRow:
+        """A row of our own, with the ids that Eval Protocol would give it."""
+        row = self._adapted(given)
+        row_id = give_id(row)
+        if run is None:
+            run, self._calls[row_id] = self._calls[row_id], self._calls[row_id] + 1
+        row.input_metadata.completion_params = rollout.redact_params(self._completion_params)
+        metadata = row.execution_metadata
+        metadata.experiment_id = self._experiment_id
+        metadata.rollout_id = generate_id()
+        metadata.extra = {**(metadata.extra or {}), "run_index": run}
+        return row
+
+    def _adapted(self, given: EvaluationRow | Mapping[str, Any]) -> EvaluationRow:
+        if isinstance(given, EvaluationRow):
+            return given.model_copy(deep=True)
+        if not isinstance(given, Mapping):
+            raise ValueError(
+                f"a row is an EvaluationRow or a dict of the data set, not {type(given).__name__}"
+            )
+        rows = scoring.adapt(self._test, [given])
+        if self._test.preprocess_fn is not None:
+            rows = self._test.preprocess_fn(rows)
+        if len(rows) != 1:
+            raise ValueError(
+                f"the data set adapter made {len(rows)} rows of one: pass EvaluationRows"
+            )
+        # An adapter may return rows that it keeps.
+        return rows[0].model_copy(deep=True)
 
 
-async def roll_out(runner: RowRunner, row: EvaluationRow, *, run: int) -> PromptGroup:
+def _mode(evaluator: Callable[..., Any], test: EPParameters | None) -> scoring.Mode:
+    parameter = scoring.inner_evaluator(evaluator).parameter
+    if test is not None and test.mode == "all":
+        raise ValueError(
+            'the evaluation test has mode="all": it judges a whole data set in one call, and here '
+            "rows come one at a time"
+        )
+    return "pointwise" if parameter == "row" else "groupwise"
+
+
+def _kwargs(test: EPParameters, given: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    sets = scoring.sets_of(test, "evaluation_test_kwargs")
+    if given is None and len(sets) > 1:
+        raise ValueError(
+            f"the evaluation test has {len(sets)} sets of evaluation_test_kwargs: pass the one to "
+            "score with as evaluation_test_kwargs="
+        )
+    return dict(given if given is not None else sets[0] if sets else {})
+
+
+def give_id(row: EvaluationRow) -> str:
+    """The row's id; a row without one is given the one that Eval Protocol would give it."""
+    if row.input_metadata.row_id is None:
+        index = abs(hash(row)) % num_combinations()
+        row.input_metadata.row_id = generate_id(seed=0, index=index)
+    return row.input_metadata.row_id
+
+
+async def roll_out(runner: RowRunner, row: EvaluationRow, *, run: int) -> training.PromptGroup:
     """Sample and score one row; `run` numbers its repetitions, and is part of the seeds.
 
     Raises:
@@ -72,15 +254,17 @@ async def roll_out(runner: RowRunner, row: EvaluationRow, *, run: int) -> Prompt
     """
     try:
         scored = await runner(row, run=run)
-    except RunStoppedError:
+    except sampling.RunStoppedError:
         raise
     except Exception as error:  # noqa: BLE001 - the user's processor and evaluator raise anything
         message = f"row {row.input_metadata.row_id}: {type(error).__name__}: {error}"
-        return PromptGroup(key=row.input_metadata.row_id, trajectories=(), failed_rows=(message,))
+        return training.PromptGroup(
+            key=row.input_metadata.row_id, trajectories=(), failed_rows=(message,)
+        )
     try:
-        (group,) = group_rows([scored])
-    except TrainingDataError as error:
-        raise TrainingDataError(
+        (group,) = training.group_rows([scored])
+    except training.TrainingDataError as error:
+        raise training.TrainingDataError(
             f"{error} (training needs a processor that leaves rollout records, such as "
             "FireworksTrainingRolloutProcessor)"
         ) from error
@@ -88,10 +272,10 @@ async def roll_out(runner: RowRunner, row: EvaluationRow, *, run: int) -> Prompt
 
 
 async def sample_prompts(
-    processor: FireworksTrainingRolloutProcessor,
+    processor: rollout.FireworksTrainingRolloutProcessor,
     completion_params: Mapping[str, Any],
     prompts: Sequence[Sequence[int]],
-) -> list[Trajectory]:
+) -> list[training.Trajectory]:
     """A short completion of each prompt, unscored, from what `processor` samples from; those that
     fail are left out."""
     request = processor.request_of(completion_params)
@@ -100,9 +284,9 @@ async def sample_prompts(
     try:
         groups = await asyncio.gather(
             *(
-                sample_group(
+                sampling.sample_group(
                     sampler,
-                    TokenIds(prompt),
+                    sampling.TokenIds(prompt),
                     replace(request.params, max_tokens=most),
                     seeds=[None],
                     slots=contextlib.nullcontext(),
@@ -111,52 +295,13 @@ async def sample_prompts(
                 for prompt in prompts
             )
         )
-    except RunStoppedError:
+    except sampling.RunStoppedError:
         return []  # rollouts meet the same server, and say so
     return [
-        Trajectory(
-            tokens=np.array([*prompt, *one.completion.token_ids], np.int64),
-            logprobs=np.array([0.0] * len(prompt) + one.completion.logprobs, np.float32),
-            loss_mask=np.repeat(
-                np.array([0.0, 1.0], np.float32), [len(prompt), len(one.completion.token_ids)]
-            ),
-            reward=None,
-            finish_reason=one.completion.finish_reason,
-            policy_version=one.completion.policy_version,
-            first_policy_version=one.completion.first_policy_version,
-            row_id="of a probe",
-        )
+        training.unscored(prompt, one.completion)
         for prompt, group in zip(prompts, groups, strict=True)
         for one in group.survivors
     ]
-
-
-def why_fruitless(group: PromptGroup) -> str:
-    """Why a completion of `group` could not be had, or has no score: the first reason there is."""
-    if group.failed_rows:
-        return group.failed_rows[0]
-    for trajectory in group.trajectories:
-        if trajectory.reward is None:
-            reason = trajectory.score_error or "the evaluator gave no valid score"
-            return f"row {trajectory.row_id}, completion {trajectory.completion}: {reason}"
-    if group.failures:
-        return f"row {_row_id(group)}: {group.failures[0].kind}: {group.failures[0].message}"
-    return f"row {_row_id(group)}: nothing was sampled"
-
-
-FRUITLESS_ROWS = 64
-"""So many rows in a row of which nothing could be sampled or scored end the run."""
-
-
-def nothing_scored(rows: int, last: PromptGroup) -> NothingToTrainOnError:
-    """The end of a run in which so many rows in a row, `last` the last of them, gave nothing."""
-    return NothingToTrainOnError(
-        f"{rows} rows in a row gave no scored completion; the last: {why_fruitless(last)}"
-    )
-
-
-def _row_id(group: PromptGroup) -> object:
-    return group.key[-1] if isinstance(group.key, tuple) else group.key
 
 
 async def wave(
@@ -169,7 +314,7 @@ async def wave(
         sampler: where it samples in this process, all requests begin as one batch.
         per_row: requests that each makes at once.
     """
-    tasks = [asyncio.ensure_future(rollout) for rollout in rollouts]
+    tasks = [asyncio.ensure_future(one) for one in rollouts]
     try:
         if sampler is not None:
             with sampler.held():
@@ -193,54 +338,3 @@ async def _gathered(
         elif loop.time() > end:
             return
         await asyncio.sleep(0.0005)
-
-
-RUN = 1 << 20
-"""The number of evaluation's runs: no epoch of training has its seeds."""
-
-
-class Evaluation:
-    """Evaluates the policy as it is now on held-out rows; `await evaluation(step)`."""
-
-    def __init__(
-        self,
-        evaluator: Callable[..., Any],
-        rows: Sequence[EvaluationRow],
-        parts: Parts,
-        options: LoopOptions,
-        *,
-        warn: Callable[[str], None] = print,
-    ) -> None:
-        self._rows, self._parts, self._options, self._warn = rows, parts, options, warn
-        n = options.eval_completions
-        with warnings.catch_warnings():
-            # Greedy completions are not trained on.
-            warnings.simplefilter("ignore", BiasedSamplingWarning)
-            self._greedy = row_runner(evaluator, parts, temperature=0.0, n=1)
-            self._sampled = row_runner(evaluator, parts, n=n) if n else None
-
-    async def __call__(self, step: int) -> Line:
-        n = self._options.eval_completions
-        greedy = await self._groups(self._greedy, 1)
-        sampled = [] if self._sampled is None else await self._groups(self._sampled, n)
-        self._require_scores(step, [*greedy, *sampled])
-        return eval_line(step, greedy, sampled, pass_threshold=self._options.pass_threshold)
-
-    def _require_scores(self, step: int, groups: Sequence[PromptGroup]) -> None:
-        """A curve without points is no curve: say so, and why."""
-        if any(t.reward is not None for group in groups for t in group.trajectories):
-            return
-        message = (
-            f"step {step}: nothing of {len(self._rows)} held-out rows could be scored; the first: "
-            f"{why_fruitless(groups[0])}"
-        )
-        if self._options.on_unscored == "stop":
-            raise NothingToTrainOnError(f"{message}. To train all the same: --on-unscored warn")
-        self._warn(message)
-
-    async def _groups(self, runner: RowRunner, per_row: int) -> list[PromptGroup]:
-        return await wave(
-            [roll_out(runner, row, run=RUN) for row in self._rows],
-            sampler=self._parts.sampler,
-            per_row=per_row,
-        )

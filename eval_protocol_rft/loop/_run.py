@@ -1,8 +1,11 @@
-"""The loop itself: start rows, take in groups, take steps, until the steps are done.
+"""The loop itself: start rows, take in groups, take steps, until the steps are done; and between
+them the scores of held-out rows.
 
 Invariant: every group that is started is in a step's batch or in its count of dropped ones. With
 `max_staleness=0` sampling and training take turns, and the run is the same to the last bit however
-tasks are scheduled; otherwise sampling goes on while a step is taken.
+tasks are scheduled; otherwise sampling goes on while a step is taken. Every evaluation of a run
+samples the same rows, in this process with the same seeds, so that a change of the score is the
+policy's. Nothing of it is trained on.
 """
 
 from __future__ import annotations
@@ -10,33 +13,22 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+import warnings
 from collections.abc import Callable, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any
 
-from eval_protocol_rft.loop._data import Draw, RowStream
-from eval_protocol_rft.loop._metrics import Line
+from eval_protocol_rft.loop._metrics import Line, eval_line
 from eval_protocol_rft.loop._options import LoopOptions
-from eval_protocol_rft.loop._rollouts import (
-    FRUITLESS_ROWS,
-    Evaluation,
-    NothingToTrainOnError,
-    nothing_scored,
-    roll_out,
-    wave,
-    why_fruitless,
-)
-from eval_protocol_rft.loop._row_runner import RowRunner
+from eval_protocol_rft.loop._rollouts import EVALUATION_RUN, RowRunner, roll_out, wave
 from eval_protocol_rft.loop._run_directory import RunFolder
-from eval_protocol_rft.loop._scheduler import Scheduler
+from eval_protocol_rft.loop._scheduler import Draw, RowStream, Scheduler
 from eval_protocol_rft.loop._setup import Parts
 from eval_protocol_rft.loop._step import StepRunner
-from eval_protocol_rft.training import PromptGroup, filter_group
+from eval_protocol_rft.loop._watch import NothingToTrainOnError, why_fruitless
+from eval_protocol_rft.training import BiasedSamplingWarning, PromptGroup, filter_group
 
 if TYPE_CHECKING:
     from eval_protocol.models import EvaluationRow
-
-STUCK_STEPS = 20
-"""So many steps' worth of groups in a row without a gradient end the run."""
 
 
 class Run:
@@ -44,26 +36,30 @@ class Run:
 
     def __init__(
         self,
+        evaluator: Callable[..., Any],
         *,
         options: LoopOptions,
         steps: int,
         parts: Parts,
-        runner: RowRunner,
         rows: Sequence[EvaluationRow],
-        step: StepRunner,
-        evaluation: Evaluation | None,
+        held_out: Sequence[EvaluationRow],
         folder: RunFolder,
         on_line: Callable[[Line], None],
+        warn: Callable[[str], None] = print,
     ) -> None:
         """
         Args:
             rows: to train on.
-            evaluation: None: nothing is held out.
+            held_out: to evaluate on; none: nothing is evaluated.
             on_line: called with each line of metrics.
         """
         self.parts, self.folder = parts, folder
-        self._options, self._steps, self._runner, self._rows = options, steps, runner, rows
-        self._step, self._evaluation, self._on_line = step, evaluation, on_line
+        self._options, self._steps, self._rows, self._on_line = options, steps, rows, on_line
+        self._runner = row_runner(evaluator, parts)
+        self._step = StepRunner(parts=parts, options=options, steps=steps, warn=warn)
+        self._evaluation = (
+            Evaluation(evaluator, held_out, parts, options, warn=warn) if held_out else None
+        )
         self._stream = RowStream(len(rows), options.seed, options.epochs)
         self._scheduler = Scheduler(
             options.groups_per_step, options.max_staleness, last_version=steps
@@ -76,8 +72,6 @@ class Run:
         self._evaluated: set[int] = set()
         self._saved = 0
         """Version of the newest checkpoint; there is none of what training begins with."""
-        self._fruitless = self._without_gradient = 0
-        """Groups in a row."""
         self._waited = 0.0
         """Seconds in which no step was under way, since the last one."""
 
@@ -115,7 +109,7 @@ class Run:
             else:
                 await self._by_turns()
             if not self._scheduler.version:
-                raise NothingToTrainOnError(self._why_no_step())
+                raise self._step.watch.no_step()
             await self._save()  # before the last evaluation, which may take long
             if self._scheduler.version not in self._evaluated:
                 await self._evaluate(self._scheduler.version)
@@ -135,14 +129,8 @@ class Run:
 
     async def _by_turns(self) -> None:
         while self._scheduler.version < self._steps:
-            batch = self._scheduler.take()
-            if batch is None:
-                started = self._start_rows()
-                if not started:
-                    if (batch := self._scheduler.take()) is None:
-                        return
-                    await _finished(self._take_step(batch))
-                    continue
+            started = self._start_rows()
+            if started:
                 began = time.perf_counter()
                 groups = await wave(
                     [self._rollout(number) for number in started],
@@ -152,8 +140,11 @@ class Run:
                 self._waited += time.perf_counter() - began
                 for number, group in zip(started, groups, strict=True):
                     self._arrived(number, group)
-            else:
+            batch = self._scheduler.take()
+            if batch is not None:
                 await _finished(self._take_step(batch))
+            elif not started:
+                return
 
     async def _ahead(self) -> None:
         sampling: dict[asyncio.Task[PromptGroup], int] = {}
@@ -203,42 +194,10 @@ class Run:
 
     def _arrived(self, number: int, group: PromptGroup) -> None:
         options = self._options.batch
-        left, _ = filter_group(group, options.filters, relative=options.relative)
-        self._scheduler.sampled(number, trains=left is not None)
-        if left is not None:
-            self._ready[number] = group
-            self._fruitless = self._without_gradient = 0
-            return
-        self._dropped[number] = group
-        self._without_gradient += 1
-        scored = any(t.reward is not None for t in group.trajectories)
-        self._fruitless = 0 if scored else self._fruitless + 1
-        stuck = STUCK_STEPS * self._options.groups_per_step
-        if self._fruitless >= min(FRUITLESS_ROWS, stuck):
-            raise nothing_scored(self._fruitless, group)
-        if self._without_gradient >= stuck:
-            rewards = [t.reward for t in group.trajectories if t.reward is not None]
-            mean = sum(rewards) / len(rewards) if rewards else None
-            raise NothingToTrainOnError(
-                f"{self._without_gradient} groups in a row have nothing to learn from: all "
-                f"completions of a prompt got the same reward (the last {mean}), or filters "
-                "dropped them. Use easier or harder prompts, or more completions per prompt."
-                f"{self._step.watch.stuck(mean)}"
-            )
-
-    def _why_no_step(self) -> str:
-        """The data is used up, and not one group was left to train on."""
-        groups = list(self._dropped.values())
-        rewards = [t.reward for g in groups for t in g.trajectories if t.reward is not None]
-        if rewards:
-            why = (
-                "the completions of each prompt got the same reward (the last "
-                f"{rewards[-1]:g}), or filters dropped them: use easier or harder prompts, or more "
-                "completions per prompt"
-            )
-        else:
-            why = f"none gave a scored completion; the last: {why_fruitless(groups[-1])}"
-        return f"no step was taken on all {len(groups)} groups: {why}"
+        trains = filter_group(group, options.filters, relative=options.relative)[0] is not None
+        self._scheduler.sampled(number, trains=trains)
+        (self._ready if trains else self._dropped)[number] = group
+        self._step.watch.group(group, trains=trains)
 
     async def _take_step(self, taken: list[int]) -> None:
         seconds, self._waited = {"sampling": self._waited}, 0.0
@@ -301,3 +260,60 @@ async def _finished(step: Coroutine[Any, Any, None]) -> None:
     except asyncio.CancelledError:
         await task
         raise
+
+
+def row_runner(evaluator: Callable[..., Any], parts: Parts, **changes: Any) -> RowRunner:
+    """Rolls rows out with `parts`; `changes` are to its completion_params."""
+    return RowRunner(
+        evaluator,
+        processor=parts.processor,
+        completion_params={**parts.params, **changes},
+        max_concurrency=parts.max_concurrency,
+    )
+
+
+class Evaluation:
+    """Evaluates the policy as it is now on held-out rows; `await evaluation(step)`."""
+
+    def __init__(
+        self,
+        evaluator: Callable[..., Any],
+        rows: Sequence[EvaluationRow],
+        parts: Parts,
+        options: LoopOptions,
+        *,
+        warn: Callable[[str], None] = print,
+    ) -> None:
+        self._rows, self._parts, self._options, self._warn = rows, parts, options, warn
+        n = options.eval_completions
+        with warnings.catch_warnings():
+            # Greedy completions are not trained on.
+            warnings.simplefilter("ignore", BiasedSamplingWarning)
+            self._greedy = row_runner(evaluator, parts, temperature=0.0, n=1)
+            self._sampled = row_runner(evaluator, parts, n=n) if n else None
+
+    async def __call__(self, step: int) -> Line:
+        n = self._options.eval_completions
+        greedy = await self._groups(self._greedy, 1)
+        sampled = [] if self._sampled is None else await self._groups(self._sampled, n)
+        self._require_scores(step, [*greedy, *sampled])
+        return eval_line(step, greedy, sampled, pass_threshold=self._options.pass_threshold)
+
+    def _require_scores(self, step: int, groups: Sequence[PromptGroup]) -> None:
+        """A curve without points is no curve: say so, and why."""
+        if any(t.reward is not None for group in groups for t in group.trajectories):
+            return
+        message = (
+            f"step {step}: nothing of {len(self._rows)} held-out rows could be scored; the first: "
+            f"{why_fruitless(groups[0])}"
+        )
+        if self._options.on_unscored == "stop":
+            raise NothingToTrainOnError(f"{message}. To train all the same: --on-unscored warn")
+        self._warn(message)
+
+    async def _groups(self, runner: RowRunner, per_row: int) -> list[PromptGroup]:
+        return await wave(
+            [roll_out(runner, row, run=EVALUATION_RUN) for row in self._rows],
+            sampler=self._parts.sampler,
+            per_row=per_row,
+        )

@@ -28,11 +28,7 @@ import filelock
 
 from eval_protocol_rft._durable import DurableFile, sync_folder, write_whole
 from eval_protocol_rft._errors import EvalProtocolRftError
-from eval_protocol_rft.local.models import (
-    LOCAL_PREFIX,
-    bundled_model_path,
-    model_folder_fingerprint,
-)
+from eval_protocol_rft.local import models
 
 if TYPE_CHECKING:
     from eval_protocol.models import EvaluationRow
@@ -298,11 +294,11 @@ def rows_fingerprint(rows: Sequence[EvaluationRow]) -> str:
 
 def weights_fingerprint(model: str, weights: str | Path | None) -> str | None:
     """Of what training begins with, where it lies in a folder of this machine."""
-    name = model.removeprefix(LOCAL_PREFIX)
+    name = model.removeprefix(models.LOCAL_PREFIX)
     if weights is not None:
         folder = Path(weights)
-    elif model.startswith(LOCAL_PREFIX):
-        folder = bundled_model_path(name) or Path(name)
+    elif model.startswith(models.LOCAL_PREFIX):
+        folder = models.bundled_model_path(name) or Path(name)
     else:
         return None
-    return model_folder_fingerprint(folder)[:_SHOWN] if folder.is_dir() else None
+    return models.model_folder_fingerprint(folder)[:_SHOWN] if folder.is_dir() else None

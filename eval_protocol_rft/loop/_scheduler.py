@@ -1,8 +1,9 @@
-"""Which groups are sampled ahead, and which of them make a step. Pure.
+"""Which rows are sampled next, which groups are sampled ahead, and which of them make a step. Pure.
 
 Invariant: a group trains at most `max_staleness` versions after the one it was started under;
 every group that is started ends trained or dropped, once; and at most
-(max_staleness + 1) * groups_per_step are outstanding, the ones in the step included.
+(max_staleness + 1) * groups_per_step are outstanding, the ones in the step included. The order of
+rows follows from the seed alone, so a run that is resumed goes on with the very next row.
 
 Each step uses up `groups_per_step` groups, so those outstanding have a slot each in this step and
 the next `max_staleness` ones. Which of the ready ones go first is decided by deadline (the last
@@ -12,57 +13,90 @@ leave some deadline more groups than slots.
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import NamedTuple
 
-State = Literal["sampling", "ready", "training"]
+from eval_protocol_rft.loop._options import SetupError
+
+
+class Draw(NamedTuple):
+    """One turn of one row."""
+
+    place: int
+    """Of the row in the training set."""
+    epoch: int
+    """How often the row came before, which is also the number of its run."""
 
 
 @dataclass(slots=True)
-class _Group:
-    version: int
-    """The policy version when it was started."""
-    state: State = "sampling"
+class RowStream:
+    """Rows in a new random order every epoch."""
+
+    rows: int
+    seed: int
+    epochs: float | None = None
+    """None: without end."""
+    taken: int = 0
+    """Turns given out, those put back not counted."""
+    put_back: list[Draw] = field(default_factory=list)
+    _epoch: int = -1
+    _order: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.rows < 1:
+            raise SetupError("no rows to train on")
+
+    def next(self) -> Draw | None:
+        """The next turn, None where the epochs are over."""
+        if self.put_back:
+            return self.put_back.pop(0)
+        if self.epochs is not None and self.taken >= round(self.epochs * self.rows):
+            return None
+        epoch, place = divmod(self.taken, self.rows)
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._order = list(range(self.rows))
+            random.Random(f"{self.seed}/{epoch}").shuffle(self._order)  # noqa: S311
+        self.taken += 1
+        return Draw(self._order[place], epoch)
 
 
-@dataclass(slots=True)
 class Scheduler:
     """Numbers stand for groups, in the order in which they started."""
 
-    groups_per_step: int
-    max_staleness: int = 0
-    version: int = 0
-    """Steps trained and published."""
-    last_version: int | None = None
-    """After so many steps all is over; None: when there is nothing more to start."""
-    exhausted: bool = False
-    """There is nothing more to start: the last steps may be smaller."""
-    _groups: dict[int, _Group] = field(default_factory=dict)
-    _next: int = 0
-
-    def __post_init__(self) -> None:
-        if self.groups_per_step < 1:
-            raise ValueError(f"groups_per_step must be at least 1, got {self.groups_per_step}")
-        if self.max_staleness < 0:
-            raise ValueError(f"max_staleness must not be negative, got {self.max_staleness}")
+    def __init__(
+        self, groups_per_step: int, max_staleness: int = 0, *, last_version: int | None = None
+    ) -> None:
+        """`last_version`: after so many steps all is over; None: when there is nothing more to
+        start."""
+        if groups_per_step < 1:
+            raise ValueError(f"groups_per_step must be at least 1, got {groups_per_step}")
+        if max_staleness < 0:
+            raise ValueError(f"max_staleness must not be negative, got {max_staleness}")
+        self.groups_per_step, self.max_staleness = groups_per_step, max_staleness
+        self.last_version = last_version
+        self.version = 0
+        """Steps trained and published."""
+        self.exhausted = False
+        """There is nothing more to start: the last steps may be smaller."""
+        self._sampling: dict[int, int] = {}
+        """The policy version at the start of each group that is being sampled."""
+        self._ready: dict[int, int] = {}
+        """The same of those that are sampled."""
+        self._training: dict[int, int] = {}
+        """And of those in the step that is under way."""
+        self._next = 0
 
     @property
     def outstanding(self) -> int:
         """Groups started that are neither trained nor dropped."""
-        return len(self._groups)
-
-    @property
-    def sampling(self) -> int:
-        return self._count("sampling")
-
-    @property
-    def ready(self) -> int:
-        return self._count("ready")
+        return len(self._sampling) + len(self._ready) + len(self._training)
 
     @property
     def training(self) -> bool:
         """A step is under way."""
-        return self._count("training") > 0
+        return bool(self._training)
 
     def may_start(self) -> bool:
         """Whether one more group would still be trained in time."""
@@ -76,57 +110,47 @@ class Scheduler:
         if not self.may_start():
             raise ValueError("no group may start now")
         number, self._next = self._next, self._next + 1
-        self._groups[number] = _Group(self.version)
+        self._sampling[number] = self.version
         return number
 
     def sampled(self, number: int, *, trains: bool) -> None:
         """A group is there. `trains`: filters left something of it; else it is dropped here."""
-        group = self._in(number, "sampling")
+        if number not in self._sampling:
+            raise ValueError(f"group {number} is not sampling")
+        version = self._sampling.pop(number)
         if trains:
-            group.state = "ready"
-        else:
-            del self._groups[number]
+            self._ready[number] = version
 
     def staleness(self, number: int) -> int:
-        """Versions between the one it was started under and today's."""
-        return self.version - self._groups[number].version
+        """Versions between the one that a group of this step was started under and today's."""
+        return self.version - self._training[number]
 
     def take(self) -> list[int] | None:
         """The groups of the next step, which begins with this call; None: wait, or all is done."""
-        if self.training:
+        if self._training:
             return None
-        ready = sorted(n for n, group in self._groups.items() if group.state == "ready")
         # By version, and so by deadline: numbers rise with versions.
-        batch = ready[: self.groups_per_step]
+        batch = sorted(self._ready)[: self.groups_per_step]
         full = len(batch) == self.groups_per_step
-        last = self.exhausted and not self.sampling
+        last = self.exhausted and not self._sampling
         if not batch or not (full or last) or not self._in_time_without(set(batch)):
             return None
-        for number in batch:
-            self._groups[number].state = "training"
+        self._training = {number: self._ready.pop(number) for number in batch}
         return batch
 
     def trained(self) -> None:
         """The step that began is done, and its weights are those sampled from."""
-        if not self.training:
+        if not self._training:
             raise ValueError("no step is under way")
-        self._groups = {n: g for n, g in self._groups.items() if g.state != "training"}
+        self._training = {}
         self.version += 1
 
     def _in_time_without(self, batch: set[int]) -> bool:
         """Whether the steps after this one have slots enough before each deadline."""
-        left = sorted(g.version for n, g in self._groups.items() if n not in batch)
+        groups = {**self._sampling, **self._ready}
+        left = sorted(version for number, version in groups.items() if number not in batch)
         for slots_before, version in enumerate(left):
             steps_left = version + self.max_staleness - self.version
             if slots_before >= steps_left * self.groups_per_step:
                 return False
         return True
-
-    def _in(self, number: int, state: State) -> _Group:
-        group = self._groups.get(number)
-        if group is None or group.state != state:
-            raise ValueError(f"group {number} is not {state}")
-        return group
-
-    def _count(self, state: State) -> int:
-        return sum(group.state == state for group in self._groups.values())

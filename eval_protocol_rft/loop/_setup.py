@@ -13,29 +13,23 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
-from eval_protocol_rft import rollout
+from eval_protocol_rft import rollout, sampling
 from eval_protocol_rft.local.models import NoSuchModelError, has_tokenizer, local_model_folder
-from eval_protocol_rft.loop._options import MODEL, Optimizer, SetupError
-from eval_protocol_rft.sampling import RefusedError
+from eval_protocol_rft.loop import _trainer as trainers
+from eval_protocol_rft.loop._options import MODEL, LoopOptions, LoraSettings, Optimizer, SetupError
 from eval_protocol_rft.scoring import parameters_of, sets_of
 
 if TYPE_CHECKING:
     from eval_protocol_rft.local import LocalSampler
-    from eval_protocol_rft.loop._lora import LoraSettings
-    from eval_protocol_rft.loop._options import LoopOptions
-    from eval_protocol_rft.loop._trainer import Trainer
-    from eval_protocol_rft.loop._weights import ServedWeights
-    from eval_protocol_rft.rollout import FireworksTrainingRolloutProcessor, RolloutRequest
-    from eval_protocol_rft.sampling import Endpoint
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parts:
     """Everything that depends on where sampling and training happen."""
 
-    trainer: Trainer
-    processor: FireworksTrainingRolloutProcessor
-    request: RolloutRequest
+    trainer: trainers.Trainer
+    processor: rollout.FireworksTrainingRolloutProcessor
+    request: rollout.RolloutRequest
     params: dict[str, Any]
     """completion_params of training rollouts."""
     sampler: LocalSampler | None = None
@@ -48,9 +42,9 @@ class Parts:
 
 
 def merged_params(
-    evaluator: Callable[..., Any], given: Mapping[str, Any] | None, *, model: str | None
+    evaluator: Callable[..., Any], given: Mapping[str, Any] | None, *, model: str | None = None
 ) -> dict[str, Any]:
-    """completion_params to train with: the test's own, and what the caller changed.
+    """completion_params to sample with: the test's own, and what the caller changed.
 
     Raises:
         SetupError: the test has several sets of completion_params, and none was chosen.
@@ -58,13 +52,14 @@ def merged_params(
     sets = sets_of(parameters_of(evaluator), "completion_params")
     if len(sets) > 1 and given is None and model is None:
         raise SetupError(
-            f"the evaluation test has {len(sets)} sets of completion_params: choose a model"
+            f"the evaluation test has {len(sets)} sets of completion_params: choose a model, or "
+            "pass those to sample with as completion_params="
         )
     params = {**(sets[0] if len(sets) == 1 else {}), **(given or {})}
     return params if model is None else {**params, "model": model}
 
 
-def sampled_request(params: Mapping[str, Any]) -> RolloutRequest:
+def sampled_request(params: Mapping[str, Any]) -> rollout.RolloutRequest:
     """What completion_params to train with ask for.
 
     Raises:
@@ -106,19 +101,17 @@ def rollout_params(
     return params
 
 
-def own_processor(evaluator: Callable[..., Any]) -> FireworksTrainingRolloutProcessor:
+def own_processor(evaluator: Callable[..., Any]) -> rollout.FireworksTrainingRolloutProcessor:
     """The processor of the evaluation test.
 
     Raises:
         SetupError: it is none that can be pointed at the policy in training.
     """
-    from eval_protocol_rft.rollout import FireworksTrainingRolloutProcessor
-
     test = parameters_of(evaluator)
     if test is None:
-        return FireworksTrainingRolloutProcessor()
+        return rollout.FireworksTrainingRolloutProcessor()
     processor = test.rollout_processor
-    if not isinstance(processor, FireworksTrainingRolloutProcessor):
+    if not isinstance(processor, rollout.FireworksTrainingRolloutProcessor):
         raise SetupError(
             f"the evaluation test rolls out with {type(processor).__name__}, which keeps no "
             "tokens: set rollout_processor=FireworksTrainingRolloutProcessor(...) on it"
@@ -175,7 +168,6 @@ class LocalParts:
     ) -> Parts:
         from eval_protocol_rft.local import LocalSampler
         from eval_protocol_rft.loop._local_trainer import LocalTrainer
-        from eval_protocol_rft.loop._weights import SamplerWeights, WeightSink
 
         processor = own_processor(evaluator)
         params, source = first_weights(
@@ -186,9 +178,9 @@ class LocalParts:
         loaded = LocalSampler.from_pretrained(
             source, trust_remote_code=self.trust_remote_code, policy_version="step-0"
         )
-        sink: WeightSink
+        sink: trainers.WeightSink
         if request.endpoint is None:
-            sink = SamplerWeights(loaded)
+            sink = trainers.SamplerWeights(loaded)
             processor = processor.sampling_from(loaded)
         else:
             sink = served_weights(request.endpoint)
@@ -218,7 +210,7 @@ class LocalParts:
 
 def first_weights(
     params: dict[str, Any],
-    processor: FireworksTrainingRolloutProcessor,
+    processor: rollout.FireworksTrainingRolloutProcessor,
     weights: str | os.PathLike[str] | None,
     *,
     hint: str,
@@ -242,7 +234,7 @@ def first_weights(
         try:
             return params, str(local_model_folder(request.params.model))
         except NoSuchModelError as error:
-            raise RefusedError(str(error)) from error
+            raise sampling.RefusedError(str(error)) from error
     if weights is None:
         raise SetupError(
             f"{request.params.model} is sampled from a server: name the folder of its weights "
@@ -254,7 +246,7 @@ def first_weights(
 def with_tokenizer_of(
     weights: str | os.PathLike[str],
     params: dict[str, Any],
-    processor: FireworksTrainingRolloutProcessor,
+    processor: rollout.FireworksTrainingRolloutProcessor,
 ) -> dict[str, Any]:
     """completion_params with the tokenizer that lies beside the weights, where none is named.
 
@@ -271,12 +263,10 @@ def with_tokenizer_of(
     return {**params, "tokenizer": os.fspath(weights)}
 
 
-def served_weights(endpoint: Endpoint) -> ServedWeights:
+def served_weights(endpoint: sampling.Endpoint) -> trainers.ServedWeights:
     """Where the weights of the server at `endpoint` go."""
-    from eval_protocol_rft.loop._weights import ServedWeights
-
     key = {"authorization": f"Bearer {endpoint.api_key}"} if endpoint.api_key else {}
-    return ServedWeights(endpoint.base_url, headers={**key, **dict(endpoint.headers)})
+    return trainers.ServedWeights(endpoint.base_url, headers={**key, **dict(endpoint.headers)})
 
 
 _UNBOUNDED = 1 << 20

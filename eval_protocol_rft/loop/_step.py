@@ -14,40 +14,18 @@ from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from eval_protocol_rft._errors import EvalProtocolRftError
+from eval_protocol_rft import training
 from eval_protocol_rft.loop._metrics import Line, step_line
 from eval_protocol_rft.loop._options import LoopOptions
 from eval_protocol_rft.loop._rollouts import sample_prompts
 from eval_protocol_rft.loop._setup import Parts
 from eval_protocol_rft.loop._trainer import ForwardBackward, NamedLoss
-from eval_protocol_rft.loop._watch import Trouble, Watch
-from eval_protocol_rft.training import (
-    BiasedSamplingWarning,
-    Mismatch,
-    PromptGroup,
-    TrainingBatch,
-    Trajectory,
-    build_batch,
-    comparable,
-    filter_group,
-    looks_shifted,
-    measure,
-    missing_eos,
-    sampled_pairs,
-)
+from eval_protocol_rft.loop._watch import TrainingStoppedError, Trouble, Watch
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 PROBED_PROMPTS = 4
-
-
-class TrainingStoppedError(EvalProtocolRftError, RuntimeError):
-    """Training on would teach the wrong thing; the message says why and what to do."""
-
-    def __init__(self, trouble: Trouble) -> None:
-        super().__init__(trouble.message)
-        self.trouble = trouble
 
 
 @contextmanager
@@ -73,15 +51,15 @@ class StepRunner:
     ) -> None:
         """`steps`: of the whole run, for the learning rate's schedule."""
         self._parts, self._options, self._steps, self._warn = parts, options, steps, warn
-        self.watch = Watch()
-        self._probe: asyncio.Task[list[Trajectory]] | None = None
+        self.watch = Watch(options.groups_per_step)
+        self._probe: asyncio.Task[list[training.Trajectory]] | None = None
         """Completions of the weights in training, for the next step: where sampling runs ahead, a
         batch may hold nothing that they sampled."""
 
     async def __call__(
         self,
         version: int,
-        groups: Sequence[PromptGroup],
+        groups: Sequence[training.PromptGroup],
         staleness: Sequence[int],
         seconds: dict[str, float],
     ) -> Line:
@@ -148,12 +126,12 @@ class StepRunner:
         self.watch.agreed(line.get("mismatch_k3"))
         self.watch.reward(line["step"], line.get("reward_mean"), line.get("learning_rate", 0.0))
 
-    def _batch(self, groups: Sequence[PromptGroup]) -> TrainingBatch:
+    def _batch(self, groups: Sequence[training.PromptGroup]) -> training.TrainingBatch:
         options = self._options.batch
         with warnings.catch_warnings():
             # Said once, when the run began; here it would come with every step.
-            warnings.simplefilter("ignore", BiasedSamplingWarning)
-            return build_batch(
+            warnings.simplefilter("ignore", training.BiasedSamplingWarning)
+            return training.build_batch(
                 groups,
                 algorithm=options.algorithm,
                 loss_fn_config=options.loss_fn_config,
@@ -166,37 +144,41 @@ class StepRunner:
     async def _compare(
         self,
         step: int,
-        batch: TrainingBatch,
+        batch: training.TrainingBatch,
         result: ForwardBackward,
         staleness: Sequence[int],
-    ) -> Mismatch | None:
+    ) -> training.Mismatch | None:
         trainer, sampling = self._parts.trainer, self._parts.request.params
         on_policy = {group for group, behind in enumerate(staleness) if behind == 0}
-        pairs = sampled_pairs(batch.datums, result.logprobs, on_policy)
-        probed = comparable(await self._probed(step))
-        if probed:
-            pairs += sampled_pairs(probed, await trainer.forward(probed), {0})
-        difference = measure(pairs)
+        probed = training.comparable(await self._probed(step))
+
+        async def pairs_of(
+            logprobs: Sequence[training.FloatArray], temperature: float | None
+        ) -> list[tuple[training.FloatArray, training.FloatArray]]:
+            """(sampler, trainer) logprobs of the weights in training."""
+            pairs = training.sampled_pairs(batch.datums, logprobs, on_policy)
+            if probed:
+                also = await trainer.forward(probed, temperature=temperature)
+                pairs += training.sampled_pairs(probed, also, {0})
+            return pairs
+
+        pairs = await pairs_of(result.logprobs, None)
+        difference = training.measure(pairs)
         if difference is None:
             self._say(self.watch.uncompared(step))
-        missing = missing_eos(batch.datums, self._parts.eos_token_ids, stops=bool(sampling.stop))
+        stops = bool(sampling.stop)
+        missing = training.missing_eos(batch.datums, self._parts.eos_token_ids, stops=stops)
         self._say(self.watch.endings(step, missing, len(batch.datums)))
-        if difference is not None and difference.verdict != "pass":
-            raw = None
-            if sampling.temperature != 1.0:
-                logprobs = await trainer.forward(batch.datums, temperature=1.0)
-                raw_pairs = sampled_pairs(batch.datums, logprobs, on_policy)
-                if probed:
-                    logprobs = await trainer.forward(probed, temperature=1.0)
-                    raw_pairs += sampled_pairs(probed, logprobs, {0})
-                raw = measure(raw_pairs)
-            trouble = self.watch.mismatch(step, difference, shifted=looks_shifted(pairs), raw=raw)
-            self._say(trouble)
-        else:
-            self.watch.mismatch(step, difference)
+        differs = difference is not None and difference.verdict != "pass"
+        raw = None
+        if differs and sampling.temperature != 1.0:
+            raw_logprobs = await trainer.forward(batch.datums, temperature=1.0)
+            raw = training.measure(await pairs_of(raw_logprobs, 1.0))
+        shifted = differs and training.looks_shifted(pairs)
+        self._say(self.watch.mismatch(step, difference, shifted=shifted, raw=raw))
         return difference
 
-    async def _probed(self, step: int) -> list[Trajectory]:
+    async def _probed(self, step: int) -> list[training.Trajectory]:
         """What was sampled since the last step published its weights."""
         task, self._probe = self._probe, None
         if task is None:
@@ -206,13 +188,16 @@ class StepRunner:
         return completions
 
     def _check_versions(
-        self, step: int, groups: Sequence[PromptGroup], staleness: Sequence[int]
+        self, step: int, groups: Sequence[training.PromptGroup], staleness: Sequence[int]
     ) -> None:
         """Nothing is older than the sampler's weights were when its row was started."""
         behind = iter(staleness)
         options = self._options.batch
         for group in groups:
-            if filter_group(group, options.filters, relative=options.relative)[0] is not None:
+            if (
+                training.filter_group(group, options.filters, relative=options.relative)[0]
+                is not None
+            ):
                 oldest = step - 1 - next(behind)
                 self._say(self.watch.versions(step, group.trajectories, oldest))
 
@@ -224,13 +209,13 @@ class StepRunner:
         self._warn(trouble.message)
 
 
-def _prompts(groups: Sequence[PromptGroup]) -> list[list[int]]:
+def _prompts(groups: Sequence[training.PromptGroup]) -> list[list[int]]:
     """Token ids of a few prompts."""
     firsts = [group.trajectories[0] for group in groups if group.trajectories]
     return [first.tokens[: first.prompt_length].tolist() for first in firsts[:PROBED_PROMPTS]]
 
 
-def _mismatch_fields(mismatch: Mismatch | None) -> dict[str, float]:
+def _mismatch_fields(mismatch: training.Mismatch | None) -> dict[str, float]:
     if mismatch is None:
         return {"mismatch_tokens": 0}
     return {

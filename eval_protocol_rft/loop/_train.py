@@ -20,16 +20,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 from annotated_types import Ge
 
 from eval_protocol_rft.data import PathOrGlob, Reporter, aopen_source, reporter
+from eval_protocol_rft.loop import _run_directory as directory
 from eval_protocol_rft.loop._metrics import Line, MetricSink, open_sinks, require_sinks
 from eval_protocol_rft.loop._options import EVALUATION, MODEL, RUN, LoopOptions
-from eval_protocol_rft.loop._run_directory import (
-    RunFolder,
-    RunFolderError,
-    rows_fingerprint,
-    weights_fingerprint,
-)
+from eval_protocol_rft.loop._run_directory import RunFolder, RunFolderError
 from eval_protocol_rft.loop._setup import LocalParts, MakeParts, Parts, rollout_params
 from eval_protocol_rft.loop._trainer import DamagedCheckpointError
+from eval_protocol_rft.loop._watch import TrainingStoppedError
 from eval_protocol_rft.rollout import redact_params
 
 if TYPE_CHECKING:
@@ -108,9 +105,7 @@ async def atrain(
     """
     # Eval Protocol takes seconds to import, and the options above are read for `--help`, too.
     from eval_protocol_rft.loop._data import load_rows, split_rows
-    from eval_protocol_rft.loop._rollouts import Evaluation, row_runner
     from eval_protocol_rft.loop._run import Run
-    from eval_protocol_rft.loop._step import StepRunner
     from eval_protocol_rft.scoring.executors import code_fingerprints
 
     require_sinks(log_to)
@@ -128,11 +123,11 @@ async def atrain(
         "completion_params": redact_params(params),
         "train_rows": len(train_rows),
         "eval_rows": len(eval_rows),
-        "rows": await asyncio.to_thread(rows_fingerprint, [*train_rows, *eval_rows]),
+        "rows": await asyncio.to_thread(directory.rows_fingerprint, [*train_rows, *eval_rows]),
         "evaluator": f"{evaluator.__module__}.{evaluator.__name__}",
         "evaluator_code": code_fingerprints(evaluator),
         "initial_weights": await asyncio.to_thread(
-            weights_fingerprint, params["model"], chosen.settings().get("weights")
+            directory.weights_fingerprint, params["model"], chosen.settings().get("weights")
         ),
     }
     RunFolder.check(Path(output), settings, overwrite=overwrite)
@@ -148,28 +143,26 @@ async def atrain(
     stopped: str | None = None
     readable = True
     try:
+        latest = folder.latest()
+        done = latest[0] if latest else 0
         with (
             contextlib.ExitStack() as closing,
-            reporter("train", steps, done=_done(folder), show=progress, every=_LINE_EVERY) as shown,
+            reporter("train", steps, done=done, show=progress, every=_LINE_EVERY) as shown,
         ):
             state = await _load_newest(assembled, folder, warn)
             sinks = await asyncio.to_thread(_sinks, log_to, folder, state)
             for sink in sinks:
                 closing.callback(sink.close)
             run = Run(
+                evaluator,
                 options=options,
                 steps=steps,
                 parts=assembled,
-                runner=row_runner(evaluator, assembled),
                 rows=train_rows,
-                step=StepRunner(parts=assembled, options=options, steps=steps, warn=warn),
-                evaluation=(
-                    Evaluation(evaluator, eval_rows, assembled, options, warn=warn)
-                    if eval_rows
-                    else None
-                ),
+                held_out=eval_rows,
                 folder=folder,
                 on_line=_Log(folder, shown, on_line, sinks),
+                warn=warn,
             )
             await _resume(run, state)
             await run()
@@ -264,18 +257,11 @@ def _report(folder: RunFolder, stopped: str | None, warn: Callable[[str], None])
 
 def _why_stopped(error: BaseException) -> str:
     """For the page, which may be published: other messages may quote servers and users' code."""
-    from eval_protocol_rft.loop._step import TrainingStoppedError
-
     if isinstance(error, asyncio.CancelledError):
         return "from outside (Ctrl-C, or a signal)"
     if isinstance(error, TrainingStoppedError):
         return str(error)
     return f"{type(error).__name__}, see what the command printed"
-
-
-def _done(folder: RunFolder) -> int:
-    latest = folder.latest()
-    return latest[0] if latest else 0
 
 
 async def _export(parts: Parts, folder: RunFolder) -> None:

@@ -1,22 +1,31 @@
-"""Is this run still learning what it should? Says what is wrong, and why. Pure.
+"""Is this run still learning what it should? Says what is wrong, and why; and when nothing more can
+come of it. Pure.
 
-Invariant: a warning names its cause and what to do about it, and comes once per cause.
+Invariant: a warning names its cause and what to do about it, and comes once per cause. A run is
+hopeless where too many groups in a row teach nothing, or its data is used up before a step.
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from eval_protocol_rft.loop._weights import named_version
-from eval_protocol_rft.training import FAIL_K3, WARN_K3, Mismatch, Trajectory
+from eval_protocol_rft._errors import EvalProtocolRftError
+from eval_protocol_rft.loop._trainer import named_version
+from eval_protocol_rft.training import FAIL_K3, WARN_K3, Mismatch, PromptGroup, Trajectory
 
 WINDOW = 5
 """Steps over which rewards are averaged."""
 COLLAPSED = 0.5
 """A mean reward below this share of the best one is a collapse."""
+
+UNSCORED_GROUPS = 64
+"""So many groups in a row of which nothing could be sampled or scored end the run."""
+STUCK_STEPS = 20
+"""So many steps' worth of groups in a row without a gradient do."""
 
 Cause = Literal[
     "stale_weights",
@@ -71,10 +80,33 @@ class Trouble:
     message: str
 
 
-class Watch:
-    """Told of every step, in order."""
+class TrainingStoppedError(EvalProtocolRftError, RuntimeError):
+    """Training on would teach the wrong thing; the message says why and what to do."""
 
-    def __init__(self) -> None:
+    def __init__(self, trouble: Trouble) -> None:
+        super().__init__(trouble.message)
+        self.trouble = trouble
+
+
+class NothingToTrainOnError(EvalProtocolRftError, RuntimeError):
+    """Rows give no completions, no scores, or none with a gradient; the message says why."""
+
+
+class Watch:
+    """Told of every group and of every step, in order.
+
+    Args:
+        groups_per_step: None: what has no gradient is not this run's to judge.
+    """
+
+    def __init__(self, groups_per_step: int | None = None) -> None:
+        self._stuck = math.inf if groups_per_step is None else STUCK_STEPS * groups_per_step
+        self._barren = self._unscored = 0
+        """Groups in a row that taught nothing; and that have no score either."""
+        self._last: PromptGroup | None = None
+        """The last of those that taught nothing."""
+        self._last_reward: float | None = None
+        """Of one that taught nothing."""
         self._agreed = False
         """Sampler and trainer agreed at some step."""
         self._rewards: deque[float] = deque(maxlen=WINDOW)
@@ -190,7 +222,46 @@ class Watch:
             )
         return None
 
-    def stuck(self, mean: float | None) -> str:
+    def group(self, group: PromptGroup, *, trains: bool) -> None:
+        """A group has come in. `trains`: there is something to learn from in it.
+
+        Raises:
+            NothingToTrainOnError: there was nothing in too many in a row, this the last of them.
+        """
+        if trains:
+            self._barren = self._unscored = 0
+            return
+        rewards = [t.reward for t in group.trajectories if t.reward is not None]
+        self._last = group
+        self._barren += 1
+        self._unscored = 0 if rewards else self._unscored + 1
+        self._last_reward = rewards[-1] if rewards else self._last_reward
+        if self._unscored >= min(UNSCORED_GROUPS, self._stuck):
+            raise nothing_scored(self._unscored, group)
+        if self._barren >= self._stuck:
+            mean = sum(rewards) / len(rewards) if rewards else None
+            raise NothingToTrainOnError(
+                f"{self._barren} groups in a row have nothing to learn from: all "
+                f"completions of a prompt got the same reward (the last {mean}), or filters "
+                "dropped them. Use easier or harder prompts, or more completions per prompt."
+                f"{self._after_better_times(mean)}"
+            )
+
+    def no_step(self) -> NothingToTrainOnError:
+        """The data is used up, and not one group was left to train on."""
+        if self._last_reward is not None:
+            why = (
+                "the completions of each prompt got the same reward (the last "
+                f"{self._last_reward:g}), or filters dropped them: use easier or harder prompts, "
+                "or more completions per prompt"
+            )
+        elif self._last is not None:
+            why = f"none gave a scored completion; the last: {why_fruitless(self._last)}"
+        else:
+            why = "there were none"
+        return NothingToTrainOnError(f"no step was taken on all {self._barren} groups: {why}")
+
+    def _after_better_times(self, mean: float | None) -> str:
         """What may be behind prompts that all give the same reward: a policy that lost what it
         knew, or nothing that is known here."""
         if mean is None or mean >= COLLAPSED * self._highest:
@@ -202,3 +273,24 @@ class Watch:
             return None
         self._warned.add((cause, fatal))
         return Trouble(cause, fatal, f"{what}: {_ADVICE[cause]}")
+
+
+def why_fruitless(group: PromptGroup) -> str:
+    """Why a completion of `group` could not be had, or has no score: the first reason there is."""
+    if group.failed_rows:
+        return group.failed_rows[0]
+    for trajectory in group.trajectories:
+        if trajectory.reward is None:
+            reason = trajectory.score_error or "the evaluator gave no valid score"
+            return f"row {trajectory.row_id}, completion {trajectory.completion}: {reason}"
+    row_id = group.key[-1] if isinstance(group.key, tuple) else group.key
+    if group.failures:
+        return f"row {row_id}: {group.failures[0].kind}: {group.failures[0].message}"
+    return f"row {row_id}: nothing was sampled"
+
+
+def nothing_scored(rows: int, last: PromptGroup) -> NothingToTrainOnError:
+    """The end of a run in which so many rows in a row, `last` the last of them, gave nothing."""
+    return NothingToTrainOnError(
+        f"{rows} rows in a row gave no scored completion; the last: {why_fruitless(last)}"
+    )

@@ -33,37 +33,21 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from eval_protocol.models import EvaluationRow
 
-from eval_protocol_rft.loop._data import load_rows, prompt_key, prompt_of, rows_by_prompt
+from eval_protocol_rft import training
+from eval_protocol_rft.loop import _data as data
+from eval_protocol_rft.loop import _setup as setup
+from eval_protocol_rft.loop import _watch as watching
 from eval_protocol_rft.loop._options import SetupError
-from eval_protocol_rft.loop._rollouts import FRUITLESS_ROWS, RUN, nothing_scored, roll_out
-from eval_protocol_rft.loop._row_runner import RowRunner
-from eval_protocol_rft.loop._setup import (
-    first_weights,
-    merged_params,
-    own_processor,
-    sampled_request,
-    served_weights,
-)
-from eval_protocol_rft.loop._step import TrainingStoppedError
-from eval_protocol_rft.loop._watch import Trouble, Watch
-from eval_protocol_rft.loop._weights import SamplerWeights, WeightSink, version_name
+from eval_protocol_rft.loop._rollouts import EVALUATION_RUN, RowRunner, roll_out
+from eval_protocol_rft.loop._trainer import SamplerWeights, WeightSink, version_name
+from eval_protocol_rft.rollout import FireworksTrainingRolloutProcessor, RolloutRequest
 from eval_protocol_rft.scoring import adapt, parameters_of
-from eval_protocol_rft.training import (
-    Mismatch,
-    MissingPackageError,
-    comparable,
-    looks_shifted,
-    measure,
-    require,
-    sampled_pairs,
-)
 from eval_protocol_rft.training.export.trl import recorded_reward, rollout_result
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from eval_protocol_rft.local import LocalSampler
-    from eval_protocol_rft.training import FloatArray, PromptGroup, TrainingDatum, Trajectory
 
 _T = TypeVar("_T")
 
@@ -110,23 +94,23 @@ def trl_rollouts(
     _require_trl()
     test = parameters_of(evaluator)
     if rows is None:
-        chosen = load_rows(evaluator)
+        chosen = data.load_rows(evaluator)
     else:
         chosen = [
             row
             for given in rows
             for row in ([given] if isinstance(given, EvaluationRow) else adapt(test, [given]))
         ]
-    params = merged_params(evaluator, completion_params, model=model)
-    request = sampled_request(params)
-    processor = own_processor(evaluator)
-    params, source = first_weights(
+    params = setup.merged_params(evaluator, completion_params, model=model)
+    request = setup.sampled_request(params)
+    processor = setup.own_processor(evaluator)
+    params, source = setup.first_weights(
         params, processor, weights, hint="(weights=), which TRL trains and which are"
     )
     sampler: LocalSampler | None = None
     sink: WeightSink
     if request.endpoint is not None:
-        sink = served_weights(request.endpoint)
+        sink = setup.served_weights(request.endpoint)
     else:
         from eval_protocol_rft.local import LocalSampler
 
@@ -134,19 +118,15 @@ def trl_rollouts(
         sampler = LocalSampler.from_pretrained(source, trust_remote_code=trust_remote_code)
         processor, sink = processor.sampling_from(sampler), SamplerWeights(sampler)
         params.setdefault("seed", seed)
-    drop = processor.drop_trailing_assistant_messages
-    prompts = [prompt_of(row, drop_trailing_assistant=drop) for row in chosen]
     return TrlRollouts(
-        rows=rows_by_prompt(chosen, prompts),
-        prompts=prompts,
-        runner=lambda n: RowRunner(
-            evaluator, processor=processor, completion_params={**params, "n": n}
-        ),
+        evaluator,
+        chosen,
+        processor=processor,
+        params=params,
+        request=request,
         sink=sink,
         sampler=sampler,
         model=source,
-        temperature=request.params.temperature,
-        max_tokens=request.params.max_tokens,
         warn=warn,
     )
 
@@ -157,44 +137,45 @@ class TrlRollouts:
 
     def __init__(
         self,
+        evaluator: Callable[..., Any],
+        rows: Sequence[EvaluationRow],
         *,
-        rows: Mapping[str, EvaluationRow],
-        prompts: Sequence[list[dict[str, Any]]],
-        runner: Callable[[int], RowRunner],
+        processor: FireworksTrainingRolloutProcessor,
+        params: Mapping[str, Any],
+        request: RolloutRequest,
         sink: WeightSink,
         sampler: LocalSampler | None,
         model: str,
-        temperature: float,
-        max_tokens: int | None,
         warn: Callable[[str], None],
     ) -> None:
         self.model = model
         """Folder or hub id of the weights that training begins with."""
-        self.temperature = temperature
+        self.temperature = request.params.temperature
         """The one sampled with, for `GRPOConfig(temperature=...)`."""
-        self.last: Mismatch | None = None
+        self.last: training.Mismatch | None = None
         """Sampler against trainer on the last batch of training."""
-        self._rows = rows
-        self._prompts = prompts
-        self._make_runner = runner
+        drop = processor.drop_trailing_assistant_messages
+        self._prompts = [data.prompt_of(row, drop_trailing_assistant=drop) for row in rows]
+        self._rows = data.rows_by_prompt(rows, self._prompts)
+        self._evaluator, self._processor, self._params = evaluator, processor, params
         self._runners: dict[int, RowRunner] = {}
+        """By the number of completions."""
         self._sink = sink
         self._sampler = sampler
-        self._max_tokens = max_tokens
+        self._max_tokens = request.params.max_tokens
         self._warn = warn
-        self._watch = Watch()
+        self._watch = watching.Watch()
         self._trainer: Any = None
         self._published: tuple[int, int] | None = None
         self._step = -1
         self._turns: Counter[str] = Counter()
         """Of each row within a step."""
-        self._fruitless = 0
         self._thread = _LoopThread()
 
     @property
     def dataset(self) -> Any:
         """The prompts of all rows, for `GRPOTrainer(train_dataset=...)`: a `datasets.Dataset`."""
-        datasets = require("datasets", install="datasets")
+        datasets = training.require("datasets", install="datasets")
         return datasets.Dataset.from_list([{"prompt": prompt} for prompt in self._prompts])
 
     def __call__(self, prompts: Sequence[Any], trainer: Any) -> dict[str, list[Any]]:
@@ -289,7 +270,7 @@ class TrlRollouts:
     def _find(self, prompts: Sequence[Any], count: int) -> list[EvaluationRow]:
         """Rows behind `prompts`, one for each `count` repetitions."""
         rows: list[EvaluationRow] = []
-        for key, same in groupby(prompt_key(prompt) for prompt in prompts):
+        for key, same in groupby(data.prompt_key(prompt) for prompt in prompts):
             times = len(list(same))
             row = self._rows.get(key)
             if row is None:
@@ -318,7 +299,7 @@ class TrlRollouts:
 
     async def _sample(
         self, rows: Sequence[EvaluationRow], count: int, step: int, *, training: bool
-    ) -> list[PromptGroup]:
+    ) -> list[training.PromptGroup]:
         if step != self._step:
             self._step = step
             self._turns.clear()
@@ -328,33 +309,35 @@ class TrlRollouts:
 
     def _runner(self, count: int) -> RowRunner:
         if count not in self._runners:
-            self._runners[count] = self._make_runner(count)
+            params = {**self._params, "n": count}
+            self._runners[count] = RowRunner(
+                self._evaluator, processor=self._processor, completion_params=params
+            )
         return self._runners[count]
 
     def _run(self, row: EvaluationRow, training: bool) -> int:
         """Number of a row's run: new in training, always the same one in evaluation."""
         if not training:
-            return RUN
+            return EVALUATION_RUN
         key = str(row.input_metadata.row_id)
         self._turns[key] += 1
         return (self._step + 2) * _RUNS_PER_STEP + self._turns[key]
 
-    def _require_scores(self, groups: Sequence[PromptGroup]) -> None:
-        for group in groups:
-            scored = any(t.reward is not None for t in group.trajectories)
-            self._fruitless = 0 if scored else self._fruitless + 1
-        everything = self._fruitless == len(groups) and self.last is None
-        if everything or self._fruitless >= FRUITLESS_ROWS:
-            raise nothing_scored(self._fruitless, groups[-1])
+    def _require_scores(self, groups: Sequence[training.PromptGroup]) -> None:
+        scored = [any(t.reward is not None for t in group.trajectories) for group in groups]
+        if self.last is None and not any(scored):
+            raise watching.nothing_scored(len(groups), groups[-1])
+        for group, trains in zip(groups, scored, strict=True):
+            self._watch.group(group, trains=trains)
 
-    def _require_version(self, step: int, completions: Sequence[Trajectory]) -> None:
+    def _require_version(self, step: int, completions: Sequence[training.Trajectory]) -> None:
         """Where the sampler names its weights, they are those that were published."""
         expected = version_name(step)
         for completion in completions:
             for version in (completion.policy_version, completion.first_policy_version):
                 if version not in (None, expected):
-                    raise TrainingStoppedError(
-                        Trouble(
+                    raise watching.TrainingStoppedError(
+                        watching.Trouble(
                             "stale_weights",
                             True,
                             f"step {step}: completion {completion.completion} of row "
@@ -363,18 +346,22 @@ class TrlRollouts:
                         )
                     )
 
-    def _compare(self, trainer: Any, step: int, completions: Sequence[Trajectory]) -> None:
+    def _compare(self, trainer: Any, step: int, completions: Sequence[training.Trajectory]) -> None:
         """Sampler against trainer on completions from all over the batch."""
         stride = max(1, len(completions) // COMPARED)
-        datums = comparable(completions[::stride][:COMPARED])
-        pairs = sampled_pairs(datums, _logprobs(trainer, datums, self.temperature), {0})
-        self.last = difference = measure(pairs)
+        datums = training.comparable(completions[::stride][:COMPARED])
+        pairs = training.sampled_pairs(datums, _logprobs(trainer, datums, self.temperature), {0})
+        self.last = difference = training.measure(pairs)
         raw = None
         if difference is not None and difference.verdict != "pass" and self.temperature != 1.0:
-            raw = measure(sampled_pairs(datums, _logprobs(trainer, datums, 1.0), {0}))
-        trouble = self._watch.mismatch(step, difference, shifted=looks_shifted(pairs), raw=raw)
+            raw = training.measure(
+                training.sampled_pairs(datums, _logprobs(trainer, datums, 1.0), {0})
+            )
+        trouble = self._watch.mismatch(
+            step, difference, shifted=training.looks_shifted(pairs), raw=raw
+        )
         if trouble is not None and trouble.fatal:
-            raise TrainingStoppedError(trouble)
+            raise watching.TrainingStoppedError(trouble)
         if trouble is not None:
             self._warn(trouble.message)
 
@@ -384,9 +371,11 @@ def _require_trl() -> None:
     try:
         version = metadata.version("trl")
     except metadata.PackageNotFoundError as error:
-        raise MissingPackageError(f"TRL is not installed: pip install '{INSTALL}'") from error
+        raise training.MissingPackageError(
+            f"TRL is not installed: pip install '{INSTALL}'"
+        ) from error
     if int(version.split(".")[0]) < 1:
-        raise MissingPackageError(
+        raise training.MissingPackageError(
             f"trl {version} is installed, and GRPOTrainer's rollout_func is another one before "
             f"1.0: pip install '{INSTALL}'"
         )
@@ -396,15 +385,15 @@ def _own_weights(model: Any) -> tuple[Any, dict[str, Tensor]]:
     """A transformers model and its weights by its own names, adapters merged in."""
     if not hasattr(model, "peft_config"):
         return model, model.state_dict()
-    from eval_protocol_rft.loop._lora import check_mergeable, merged_weights
+    from eval_protocol_rft.loop._local_trainer import check_mergeable, merged_weights
 
     check_mergeable(model)
     return model.get_base_model(), merged_weights(model)
 
 
 def _logprobs(
-    trainer: Any, datums: Sequence[TrainingDatum], temperature: float
-) -> list[FloatArray]:
+    trainer: Any, datums: Sequence[training.TrainingDatum], temperature: float
+) -> list[training.FloatArray]:
     """[T_i] logprobs (nats) by the trainer's model, without dropout."""
     import torch
 

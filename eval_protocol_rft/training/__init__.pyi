@@ -35,6 +35,7 @@ from ._mismatch import looks_shifted as looks_shifted
 from ._mismatch import measure as measure
 from ._mismatch import missing_eos as missing_eos
 from ._mismatch import sampled_pairs as sampled_pairs
+from ._mismatch import unscored as unscored
 from ._rows import TokenBuffer as TokenBuffer
 from ._rows import group_of as group_of
 from ._rows import group_rows as group_rows

@@ -16,6 +16,7 @@ from typing import Literal
 import msgspec
 import numpy as np
 
+from eval_protocol_rft.sampling import Completion
 from eval_protocol_rft.training._datums import TrainingDatum, pack
 from eval_protocol_rft.training._types import FloatArray, Trajectory
 
@@ -59,6 +60,21 @@ def measure(pairs: Sequence[tuple[FloatArray, FloatArray]]) -> Mismatch | None:
         k1=float(-difference.mean()),
         k3=float(k3.mean()),
         max_difference=float(np.abs(difference).max()),
+    )
+
+
+def unscored(prompt: Sequence[int], completion: Completion) -> Trajectory:
+    """A completion that is compared and not trained on."""
+    sampled = np.repeat(np.array([0.0, 1.0], np.float32), [len(prompt), len(completion.token_ids)])
+    return Trajectory(
+        tokens=np.array([*prompt, *completion.token_ids], np.int64),
+        logprobs=np.array([0.0] * len(prompt) + completion.logprobs, np.float32),
+        loss_mask=sampled,
+        reward=None,
+        finish_reason=completion.finish_reason,
+        policy_version=completion.policy_version,
+        first_policy_version=completion.first_policy_version,
+        row_id="of a probe",
     )
 
 

@@ -8,8 +8,8 @@ from typing import Any
 from eval_protocol.models import EvaluateResult, EvaluationRow, InputMetadata, Message
 
 from eval_protocol_rft import FireworksTrainingRolloutProcessor
+from eval_protocol_rft.loop.fireworks import StepReport, StepSettings
 from eval_protocol_rft.loop.fireworks._iterate import iterate
-from eval_protocol_rft.loop.fireworks._run_state import StepReport, StepSettings
 from tests.emulator.account import BASE_MODEL
 from tests.emulator.clients import client
 from tests.emulator.server import arithmetic

@@ -9,11 +9,9 @@ from typing import Any
 
 import pytest
 
-from eval_protocol_rft.loop._rollouts import NothingToTrainOnError
 from eval_protocol_rft.loop._run_directory import RunFolderError
 from eval_protocol_rft.loop._setup import Parts
-from eval_protocol_rft.loop._step import TrainingStoppedError
-from eval_protocol_rft.loop._watch import Watch
+from eval_protocol_rft.loop._watch import NothingToTrainOnError, TrainingStoppedError, Watch
 from eval_protocol_rft.sampling._types import Completion
 from tests.loop.runs import altered, options, run
 

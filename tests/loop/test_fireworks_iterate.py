@@ -12,7 +12,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("fireworks", reason="needs the extra `fireworks`")
 
-from eval_protocol_rft.loop.fireworks._run_state import StepReport  # noqa: E402
+from eval_protocol_rft.loop.fireworks._iterate import StepReport  # noqa: E402
 from tests.emulator.account import BASE_MODEL, Account  # noqa: E402
 from tests.emulator.server import KEY, arithmetic, emulated_control_plane  # noqa: E402
 from tests.emulator.sums_run import run_sums, sums  # noqa: E402

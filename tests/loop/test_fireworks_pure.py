@@ -12,12 +12,15 @@ from hypothesis import strategies as st
 from eval_protocol_rft.loop._options import Optimizer
 from eval_protocol_rft.loop._run_directory import RunFolderError
 from eval_protocol_rft.loop._trainer import TrainerError
-from eval_protocol_rft.loop.fireworks._control_plane import deployment_verdict, job_verdict
+from eval_protocol_rft.loop.fireworks._control_plane import (
+    StepSettings,
+    deployment_verdict,
+    job_verdict,
+)
 from eval_protocol_rft.loop.fireworks._hot_load import SnapshotChain, replicas_verdict
-from eval_protocol_rft.loop.fireworks._run_state import (
+from eval_protocol_rft.loop.fireworks._iterate import (
     RunState,
     StepReport,
-    StepSettings,
     check_run_name,
     read_state,
     write_state,

@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from eval_protocol_rft.loop._local_trainer import LocalTrainer
-from eval_protocol_rft.loop._trainer import NamedLoss
-from eval_protocol_rft.loop._weights import SamplerWeights
+from eval_protocol_rft.loop._trainer import NamedLoss, SamplerWeights
 from eval_protocol_rft.sampling._types import Completion, RefusedError, SamplingParams
 from tests.loop.policies import arithmetic_sampler
 

@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from eval_protocol_rft.loop._local_trainer import LocalTrainer
-from eval_protocol_rft.loop._lora import LoraSettings, add_lora, merged_names, merged_weights
-from eval_protocol_rft.loop._options import Optimizer
-from eval_protocol_rft.loop._trainer import NamedLoss, Trainer, TrainerError
-from eval_protocol_rft.loop._weights import SamplerWeights
+from eval_protocol_rft.loop._local_trainer import (
+    LocalTrainer,
+    add_lora,
+    merged_names,
+    merged_weights,
+)
+from eval_protocol_rft.loop._options import LoraSettings, Optimizer
+from eval_protocol_rft.loop._trainer import NamedLoss, SamplerWeights, Trainer, TrainerError
 from tests.loop.policies import (
     KeptWeights,
     arithmetic_sampler,

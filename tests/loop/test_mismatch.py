@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from eval_protocol_rft.loop._local_trainer import reduce_metrics
+from eval_protocol_rft.loop._metrics import reduce_metrics
 from eval_protocol_rft.loop._watch import WINDOW, Watch
 from eval_protocol_rft.training._mismatch import Mismatch, looks_shifted, measure
 

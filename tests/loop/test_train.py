@@ -12,10 +12,10 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from eval_protocol_rft.loop._options import Optimizer
-from eval_protocol_rft.loop._rollouts import NothingToTrainOnError
 from eval_protocol_rft.loop._run_directory import RunFolder, RunFolderError
 from eval_protocol_rft.loop._setup import LocalParts
 from eval_protocol_rft.loop._train import atrain
+from eval_protocol_rft.loop._watch import NothingToTrainOnError
 from eval_protocol_rft.sampling._types import RefusedError
 from examples.arithmetic import test_arithmetic as example
 from tests.loop.runs import options, run, sums_file, without_times

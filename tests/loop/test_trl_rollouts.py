@@ -17,9 +17,8 @@ from transformers import AutoTokenizer
 from eval_protocol_rft.local.models import bundled_model_path
 from eval_protocol_rft.loop import trl as loop_trl
 from eval_protocol_rft.loop._options import SetupError
-from eval_protocol_rft.loop._rollouts import NothingToTrainOnError
-from eval_protocol_rft.loop._step import TrainingStoppedError
 from eval_protocol_rft.loop._trainer import TrainerError
+from eval_protocol_rft.loop._watch import NothingToTrainOnError, TrainingStoppedError
 from eval_protocol_rft.loop.trl import TrlRollouts, trl_rollouts
 from eval_protocol_rft.rollout import FireworksTrainingRolloutProcessor
 from eval_protocol_rft.training._types import MissingPackageError, require

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from eval_protocol_rft.loop._options import LoopOptions, Optimizer
 from eval_protocol_rft.loop._setup import LocalParts
 from eval_protocol_rft.loop._train import atrain
-from eval_protocol_rft.loop._weights import ServedWeights
+from eval_protocol_rft.loop._trainer import ServedWeights
 from tests.loop import digit_sums
 
 URL = os.environ.get("EP_RFT_VLLM_URL", "")

@@ -2,9 +2,9 @@ from ._connecting import FireworksParts as FireworksParts
 from ._connecting import connect as connect
 from ._control_plane import ControlPlaneError as ControlPlaneError
 from ._control_plane import JobFailedError as JobFailedError
+from ._control_plane import StepSettings as StepSettings
+from ._iterate import StepReport as StepReport
 from ._iterate import iterate as iterate
-from ._run_state import StepReport as StepReport
-from ._run_state import StepSettings as StepSettings
 from ._trainer import FireworksTrainer as FireworksTrainer
 
 # For other rooms alone: these may change.

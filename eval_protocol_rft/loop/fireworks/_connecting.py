@@ -12,6 +12,7 @@ import asyncio
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Annotated, Any
 
 import httpx
@@ -106,7 +107,9 @@ async def connect(
                 poll_seconds=poll_seconds,
             ),
             lora=lora_rank > 0,
-            make_reference=(lambda: _reference(service, client)) if reference else None,
+            make_reference=partial(service.create_reference_client, policy_client=client)
+            if reference
+            else None,
             trainer_job=service.trainer_job_id,
             close=service.close,
         )
@@ -126,10 +129,6 @@ async def connect(
         if isinstance(error, TrainerError) or not isinstance(error, refused):
             raise
         raise TrainerError(f"cannot train {base_model} on Fireworks: {error}") from error
-
-
-def _reference(service: Any, client: Any) -> Any:
-    return service.create_reference_client(policy_client=client)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

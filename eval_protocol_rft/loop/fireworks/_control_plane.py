@@ -15,10 +15,12 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Gt
 
 from eval_protocol_rft._errors import EvalProtocolRftError
-from eval_protocol_rft.loop.fireworks._run_state import StepSettings
+from eval_protocol_rft._options import check_options
 from eval_protocol_rft.training import require
 
 Verdict = Literal["wait", "done", "failed", "stopped"]
@@ -112,6 +114,28 @@ def service_errors() -> Any:
 MAX_UPLOAD_BYTES = 150 * 10**6
 """Of one request to `:upload`, as documented."""
 UPLOAD_SECONDS = 600.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepSettings:
+    """How one reinforcement fine-tuning step trains: what its job is created with."""
+
+    learning_rate: Annotated[float, Gt(0)]
+    lora_rank: Annotated[int, Ge(1)]
+    """At least 1: the next step starts from an adapter, and so does the deployment."""
+    epochs: Annotated[int, Ge(1)] = 1
+    """Passes over the step's data. After the first the data is no longer of the policy."""
+    loss_method: Literal["GRPO", "DAPO", "GSPO_TOKEN"] = "GRPO"
+    kl_beta: Annotated[float | None, Ge(0)] = None
+    """Penalty to the reference; None leaves it to the method (GRPO is documented with 0.001)."""
+    max_context_length: Annotated[int | None, Ge(1)] = None
+    """Tokens of the longest sample; None leaves it to the server."""
+    batch_size: Annotated[int | None, Ge(1)] = None
+    """Tokens of a packed batch; None leaves it to the server."""
+    node_count: Annotated[int, Ge(1)] = 1
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,115 +1,162 @@
-"""`iterate`: sample, score, fine-tune a step, switch to the new model, again: on the control plane.
+r"""`iterate`: on the control plane sample, score, fine-tune a step, switch to the new model, again.
 
 Invariant: a run can be stopped anywhere, killed included, and started again with the same
 arguments: no step trains twice, no data set stays behind, and what was generated is not generated
-again (`_run_state.py` says how). What a phase leaves (a file, a data set, a job, a model) is there
-before the state says that the next one has begun, and every completion that was asked for is in the
-lines of the data set or counted in the report.
+again. What a phase leaves (a file, a data set, a job, a model) is there before the state says that
+the next one has begun, and every completion that was asked for is in the lines of the data set or
+counted in the report.
+
+So a phase is written down before its first request is made, and left after its last was answered;
+each can be repeated from its beginning without doing anything twice, and a process that dies
+anywhere goes on where the file says. `RunState` is that file, and a pure state machine over it:
+
+    serve -> generate -> upload -> train -> clean -> serve (next step), or done
+                                     \-> failed -> upload (another attempt)
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import msgspec
+from eval_protocol.models import EvaluationRow
+from eval_protocol.pytest.rollout_processor import RolloutProcessor
 
 from eval_protocol_rft._durable import write_whole
+from eval_protocol_rft.loop._rollouts import RowRunner
 from eval_protocol_rft.loop._run_directory import RunFolderError
-from eval_protocol_rft.loop.fireworks._control_plane import (
-    ControlPlane,
-    ControlPlaneError,
-    JobFailedError,
-    service_errors,
-)
-from eval_protocol_rft.loop.fireworks._run_state import (
-    RunState,
-    StepReport,
-    StepSettings,
-    check_run_name,
-    read_state,
-    write_state,
-)
+from eval_protocol_rft.loop.fireworks import _control_plane as control
+from eval_protocol_rft.loop.fireworks._control_plane import ControlPlane, StepSettings
+from eval_protocol_rft.rollout import RolloutError
 from eval_protocol_rft.training.export import rl_step
 
-if TYPE_CHECKING:
-    from eval_protocol.models import EvaluationRow
-    from eval_protocol.pytest.rollout_processor import RolloutProcessor
-
-    from eval_protocol_rft.loop._row_runner import RowRunner
-
+Phase = Literal["serve", "generate", "upload", "train", "clean", "failed", "done"]
+SCHEMA = 1
+STATE_FILE = "run.json"
+_NAME = re.compile(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?")
 Failures = Literal["raise", "drop"]
+POLL_SECONDS = 15.0
+TIMEOUT_SECONDS = 24 * 3600.0
 
 
-async def generate(
-    evaluator: Callable[..., Any],
-    rows: Sequence[EvaluationRow | Mapping[str, Any]],
-    *,
-    step: int,
-    completion_params: Mapping[str, Any],
-    processor: RolloutProcessor | None,
-    failures: Failures,
-) -> tuple[bytes, StepReport]:
-    """Sample and score `rows`; return the lines of the data set, and what is in them.
+class StepReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What one step saw and made."""
+
+    step: int
+    """From 0."""
+    model: str
+    """What was sampled from, as requests name it."""
+    groups: int
+    """Prompt groups that were trained on."""
+    completions: int
+    """Completions that were trained on."""
+    mean_score: float
+    """Over those completions, before the step."""
+    dropped: dict[str, int]
+    """Reason -> completions, or whole rows (`failed_row`), that were left out."""
+    output_model: str | None = None
+    """The model that the step made; None until it has."""
+
+
+class RunState(msgspec.Struct, frozen=True, kw_only=True):
+    """All that a run must remember."""
+
+    schema: int = SCHEMA
+    run: str
+    """Its name; resources are named after it."""
+    settings: dict[str, str | int | float | None]
+    """What may not change while the run goes on."""
+    step: int = 0
+    phase: Phase = "serve"
+    attempt: int = 0
+    """Of this step's job: 0, and one more after each that failed."""
+    model: str | None = None
+    """The adapter to sample from and to start the next step from; None: the base model."""
+    reports: list[StepReport] = []
+    """One per step that has generated, the current one included."""
+    failure: str | None = None
+    """Why the phase is `failed`."""
+
+    @property
+    def name(self) -> str:
+        """Of this step's data set, job and model: the same after any restart."""
+        again = f"-try{self.attempt}" if self.attempt else ""
+        return f"{self.run}-step{self.step}{again}"
+
+    def entered(self, phase: Phase) -> RunState:
+        return msgspec.structs.replace(self, phase=phase)
+
+    def generated(self, report: StepReport) -> RunState:
+        return msgspec.structs.replace(self, phase="upload", reports=[*self.reports, report])
+
+    def trained(self, output_model: str) -> RunState:
+        """The job is done. What it trained on is still to be deleted."""
+        report = msgspec.structs.replace(self.reports[-1], output_model=output_model)
+        return msgspec.structs.replace(
+            self, phase="clean", model=output_model, reports=[*self.reports[:-1], report]
+        )
+
+    def cleaned(self, steps: int) -> RunState:
+        """The step left nothing behind; on to the next of `steps`."""
+        done = self.step + 1
+        return msgspec.structs.replace(
+            self, step=done, attempt=0, phase="serve" if done < steps else "done"
+        )
+
+    def failed(self, why: str) -> RunState:
+        return msgspec.structs.replace(self, phase="failed", failure=why)
+
+    def retried(self) -> RunState:
+        """Train again on the data that the failed job had, under another name."""
+        return msgspec.structs.replace(self, phase="upload", attempt=self.attempt + 1, failure=None)
+
+
+def check_run_name(run: str) -> None:
+    """Raise a ValueError unless `run` can begin the id of a resource."""
+    if not _NAME.fullmatch(run):
+        raise ValueError(
+            f"run is {run!r}: it begins the ids of resources, so at most 40 lower-case letters, "
+            "digits and hyphens, a letter first and no hyphen last"
+        )
+
+
+def write_state(folder: Path, state: RunState) -> None:
+    """Put `state` in the place of the one before, on disk when this returns."""
+    write_whole(folder / STATE_FILE, msgspec.json.format(msgspec.json.encode(state)) + b"\n")
+
+
+def read_state(folder: Path, fresh: RunState) -> RunState | None:
+    """The state in `folder`, which must be of the run that began with `fresh`; None: there is none.
 
     Raises:
-        Exception: whatever a row raises, unless it is one that failed and may be dropped.
-        TrainingDataError: a completion has no score, unless it may be dropped.
-        EmptyBatchError: nothing is left.
+        RunFolderError: it is not readable, or of a run with another name or other settings.
     """
-    from eval_protocol_rft.loop._row_runner import RowRunner
-
-    params = dict(completion_params)
-    if params.get("seed") is not None:
-        # Or every step would draw its completions with the same random numbers.
-        params["seed"] += step
-    runner = RowRunner(evaluator, processor=processor, completion_params=params)
+    path = folder / STATE_FILE
     try:
-        scored = await _roll_out(runner, rows, failures)
-    finally:
-        await runner.aclose()
-    done = [row for row in scored if row is not None]
-    unscored: rl_step.Unscored = "drop" if failures == "drop" else "error"
-    data = rl_step.to_lines(done, unscored=unscored)
-    scores = [sample["evals"]["score"] for line in data.lines for sample in line["samples"]]
-    dropped = Counter(data.dropped)
-    dropped["failed_row"] += len(scored) - len(done)
-    report = StepReport(
-        step=step,
-        model=params["model"],
-        groups=len(data.lines),
-        completions=len(scores),
-        mean_score=sum(scores) / len(scores),
-        dropped=dict(+dropped),
-    )
-    return b"".join(msgspec.json.encode(line) + b"\n" for line in data.lines), report
-
-
-async def _roll_out(
-    runner: RowRunner, rows: Sequence[EvaluationRow | Mapping[str, Any]], failures: Failures
-) -> list[EvaluationRow | None]:
-    """The scored rows in their order; None for one that failed. The first error ends the rest."""
-    from eval_protocol_rft.rollout import RolloutError
-
-    async def one(row: EvaluationRow | Mapping[str, Any]) -> EvaluationRow | None:
-        try:
-            return await runner(row)
-        except RolloutError:
-            if failures == "drop":
-                return None
-            raise
-
-    try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(one(row)) for row in rows]
-    except ExceptionGroup as errors:
-        raise errors.exceptions[0] from None
-    return [task.result() for task in tasks]
+        state = msgspec.json.decode(path.read_bytes(), type=RunState)
+    except FileNotFoundError:
+        return None
+    except msgspec.DecodeError as error:
+        raise RunFolderError(f"{path} is no state of a run: {error}") from error
+    if state.schema != SCHEMA:
+        raise RunFolderError(f"{path} has layout {state.schema}, this version reads {SCHEMA}")
+    for name, ours, theirs in (
+        ("run", fresh.run, state.run),
+        *((name, value, state.settings.get(name)) for name, value in fresh.settings.items()),
+    ):
+        if ours != theirs:
+            raise RunFolderError(
+                f"{path} is of a run with {name}={theirs!r}, and this is {name}={ours!r}: take "
+                "another folder, or the same value"
+            )
+    return state
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,7 +195,7 @@ class Run:
             state = self._enter(fresh)
         if state.phase == "failed":
             if not retry_failed:
-                raise JobFailedError(
+                raise control.JobFailedError(
                     f"{state.failure}. Its data is {self._data(state)}; start again with "
                     "retry_failed=True to train on it once more, or take another run and folder",
                     job=state.name,
@@ -195,6 +242,13 @@ class Run:
             await self.plane.put_adapter(self.deployment, state.model)
 
     async def _generate(self, state: RunState) -> RunState:
+        """Sample and score the rows, and write the lines of the data set.
+
+        Raises:
+            Exception: whatever a row raises, unless it is one that failed and may be dropped.
+            TrainingDataError: a completion has no score, unless it may be dropped.
+            EmptyBatchError: nothing is left.
+        """
         client = self.plane.client
         params = {
             "api_base": f"{str(client.base_url).rstrip('/')}/inference/v1",
@@ -202,16 +256,50 @@ class Run:
             **self.completion_params,
             "model": self._sampled_model(state),
         }
-        data, report = await generate(
-            self.evaluator,
-            self.rows,
+        if params.get("seed") is not None:
+            # Or every step would draw its completions with the same random numbers.
+            params["seed"] += state.step
+        runner = RowRunner(self.evaluator, processor=self.processor, completion_params=params)
+        try:
+            scored = await self._roll_out(runner)
+        finally:
+            await runner.aclose()
+        done = [row for row in scored if row is not None]
+        unscored: rl_step.Unscored = "drop" if self.failures == "drop" else "error"
+        data = rl_step.to_lines(done, unscored=unscored)
+        scores = [sample["evals"]["score"] for line in data.lines for sample in line["samples"]]
+        dropped = Counter(data.dropped)
+        dropped["failed_row"] += len(scored) - len(done)
+        report = StepReport(
             step=state.step,
-            completion_params=params,
-            processor=self.processor,
-            failures=self.failures,
+            model=params["model"],
+            groups=len(data.lines),
+            completions=len(scores),
+            mean_score=sum(scores) / len(scores),
+            dropped=dict(+dropped),
         )
-        write_whole(self._data(state), data)
+        lines = b"".join(msgspec.json.encode(line) + b"\n" for line in data.lines)
+        write_whole(self._data(state), lines)
         return state.generated(report)
+
+    async def _roll_out(self, runner: RowRunner) -> list[EvaluationRow | None]:
+        """The scored rows in their order; None for one that failed. The first error ends the
+        rest."""
+
+        async def one(row: EvaluationRow | Mapping[str, Any]) -> EvaluationRow | None:
+            try:
+                return await runner(row)
+            except RolloutError:
+                if self.failures == "drop":
+                    return None
+                raise
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(one(row)) for row in self.rows]
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+        return [task.result() for task in tasks]
 
     def _sampled_model(self, state: RunState) -> str:
         """An adapter is asked for by name: a deployment that does not hold it answers 404, where
@@ -227,7 +315,7 @@ class Run:
         )
         try:
             model = await self.plane.train(state.name, start=start, settings=self.settings)
-        except JobFailedError as error:
+        except control.JobFailedError as error:
             # First: were it to happen after the state is written, it might not happen at all.
             await self.plane.delete_dataset(state.name)
             self._enter(state.failed(str(error)))
@@ -243,12 +331,10 @@ def _named(what: str) -> Iterator[None]:
     """Say during what the service refused."""
     try:
         yield
-    except service_errors().APIError as error:
-        raise ControlPlaneError(f"{what}: {error}. Start again to go on from here") from error
-
-
-POLL_SECONDS = 15.0
-TIMEOUT_SECONDS = 24 * 3600.0
+    except control.service_errors().APIError as error:
+        raise control.ControlPlaneError(
+            f"{what}: {error}. Start again to go on from here"
+        ) from error
 
 
 async def iterate(

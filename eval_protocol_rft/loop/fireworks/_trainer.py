@@ -24,16 +24,11 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
+from eval_protocol_rft import training
 from eval_protocol_rft._durable import write_whole
 from eval_protocol_rft.loop._trainer import ForwardBackward, LossFunction, NamedLoss, TrainerError
 from eval_protocol_rft.loop.fireworks._hot_load import HotLoad, SnapshotChain
-from eval_protocol_rft.training import (
-    FloatArray,
-    TrainingDatum,
-    build_datum,
-    loss_fn_inputs,
-    require,
-)
+from eval_protocol_rft.training import FloatArray, TrainingDatum
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -99,6 +94,7 @@ prompt too; over which tokens gspo takes its mean, what reinforce multiplies, an
 ppo is not documented."""
 
 SERVER_LOSS = "loss:sum"
+_LOCAL = "eval-protocol-rft[local]"
 
 SdkLoss = Callable[[Sequence[Any], Sequence["Tensor"]], "tuple[Tensor, dict[str, float]]"]
 
@@ -121,12 +117,12 @@ def built_in_data(
     which must be one [T_i] array per datum; None: against the sampler's own."""
     data = []
     for i, datum in enumerate(datums):
-        inputs = loss_fn_inputs(datum, loss_fn)
+        inputs = training.loss_fn_inputs(datum, loss_fn)
         if old_logprobs is not None:
             # The server takes exp(current - this) at every position, the prompt's too.
             old = np.where(datum.mask, old_logprobs[i], np.float32(0.0))
             inputs = {**inputs, "logprobs": old.astype(np.float32)}
-        data.append(build_datum(datum, inputs, types))
+        data.append(training.build_datum(datum, inputs, types))
     return data
 
 
@@ -137,34 +133,28 @@ def objective_of(loss: NamedLoss) -> Objective:
         LossError: unknown name, unknown or missing option, or a value out of range.
         MissingPackageError: torch is not installed.
     """
-    losses = require("eval_protocol_rft.training.losses", install="eval-protocol-rft[local]")
+    losses = training.require("eval_protocol_rft.training.losses", install=_LOCAL)
     objective: Objective = losses.make_loss(
         loss.loss_fn, loss.config, correction=loss.correction, kl_beta=loss.kl_beta
     )
     return objective
 
 
-def value_of(
+def metrics_of(
     objective: Objective,
     datums: Sequence[TrainingDatum],
     logprobs: Sequence[FloatArray],
+    server: Mapping[str, float],
     *,
     old_logprobs: Sequence[FloatArray] | None,
-) -> tuple[float, dict[str, float]]:
-    """The loss and its metrics at [T_i] logprobs per datum, without gradient."""
-    torch = require("torch", install="eval-protocol-rft[local]")
+) -> dict[str, float]:
+    """The server's metrics and ours, made of its [T_i] logprobs per datum; and how far its loss is
+    from ours, where it tells."""
+    torch = training.require("torch", install=_LOCAL)
     tensors = [torch.from_numpy(values) for values in logprobs]
     loss, metrics = objective(datums, tensors, old_logprobs=old_logprobs)
-    return float(loss), metrics
-
-
-def with_difference(
-    server: Mapping[str, float], ours: tuple[float, dict[str, float]]
-) -> dict[str, float]:
-    """The server's metrics and ours, and how far its loss is from ours, where it tells."""
-    loss, metrics = ours
     if SERVER_LOSS in server:
-        metrics = {**metrics, "server_loss_difference:max": abs(server[SERVER_LOSS] - loss)}
+        metrics = {**metrics, "server_loss_difference:max": abs(server[SERVER_LOSS] - float(loss))}
     return {**server, **metrics}
 
 
@@ -180,8 +170,8 @@ def custom_loss(
         return objective_of(loss).for_sdk(
             datums, old_logprobs=old_logprobs, reference_logprobs=reference_logprobs
         )
-    losses = require("eval_protocol_rft.training.losses", install="eval-protocol-rft[local]")
-    torch = require("torch", install="eval-protocol-rft[local]")
+    losses = training.require("eval_protocol_rft.training.losses", install=_LOCAL)
+    torch = training.require("torch", install=_LOCAL)
     closure = loss
 
     def loss_fn(data: Sequence[Any], logprobs: Sequence[Tensor]) -> tuple[Tensor, dict[str, float]]:
@@ -271,10 +261,10 @@ class FireworksTrainer:
         self._close = close
         self._chain = SnapshotChain(lora=lora)
         self._published: dict[int, int] = {}
-        self._types = require(
+        self._types = training.require(
             "fireworks.training.sdk.types", install="eval-protocol-rft[fireworks]"
         )
-        sdk = require("fireworks.training.sdk", install="eval-protocol-rft[fireworks]")
+        sdk = training.require("fireworks.training.sdk", install="eval-protocol-rft[fireworks]")
         self._sdk_error: type[Exception] = sdk.TrainingError
 
     async def forward(
@@ -322,8 +312,8 @@ class FireworksTrainer:
             "forward_backward", lambda: self._client.forward_backward(data, built_in, config)
         )
         logprobs = read_logprobs(result, datums)
-        ours = value_of(objective, datums, logprobs, old_logprobs=old_logprobs)
-        return ForwardBackward(logprobs, with_difference(result.metrics, ours))
+        metrics = metrics_of(objective, datums, logprobs, result.metrics, old_logprobs=old_logprobs)
+        return ForwardBackward(logprobs, metrics)
 
     async def optim_step(self, *, learning_rate: float) -> dict[str, float]:
         adam = self._optimizer
@@ -389,7 +379,10 @@ class FireworksTrainer:
     def _cross_entropy_data(self, datums: Sequence[TrainingDatum]) -> list[Any]:
         if not datums:
             raise TrainerError("no datums: there is nothing to run the model on")
-        return [build_datum(d, loss_fn_inputs(d, "cross_entropy"), self._types) for d in datums]
+        return [
+            training.build_datum(d, training.loss_fn_inputs(d, "cross_entropy"), self._types)
+            for d in datums
+        ]
 
     async def _reference_client(self) -> Any:
         if self._reference is None:
