@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from eval_protocol_rft.doctor._contact import ask_echo
+from eval_protocol_rft.doctor._probe import ask_echo
 from eval_protocol_rft.episodes._calling import call
 from eval_protocol_rft.sampling import _http as bodies
 from eval_protocol_rft.sampling._clock import LONGEST_PASS, Deadline, loop_clock, sampling_time

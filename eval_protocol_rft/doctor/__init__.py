@@ -1,8 +1,8 @@
 """`ep-rft doctor`: whether a setup (tokenizer, template, server, weights) is fit to train with.
 
 Invariant: a check is pure: numbers in, `Finding` out, with what was measured and the bar that it
-was held to. `_probe`, `_contact` and `_trainer_checks` alone do I/O; `_examination` puts them in
-order. A check that could not be made says so; it never passes.
+was held to. `_probe` alone asks the server; `_examination` puts the checks in order. A check that
+could not be made says so; it never passes.
 """
 
 import lazy_loader

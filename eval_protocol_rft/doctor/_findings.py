@@ -59,7 +59,19 @@ def p_value_verdict(p_value: float) -> Verdict:
     return "warn" if p_value >= FAIL_LEVEL else "fail"
 
 
-P_VALUE_BAR = f"p >= {WARN_LEVEL:g}; fails below {FAIL_LEVEL:g}"
+def p_value_finding(
+    name: str, p_value: float, *, measured: str, advice: str, numbers: Mapping[str, float]
+) -> Finding:
+    """What a statistical test found. `advice`: where it does not pass."""
+    verdict = p_value_verdict(p_value)
+    return Finding(
+        name=name,
+        verdict=verdict,
+        measured=measured,
+        bar=f"p >= {WARN_LEVEL:g}; fails below {FAIL_LEVEL:g}",
+        advice="" if verdict == "pass" else advice,
+        numbers=numbers,
+    )
 
 
 def unfit(findings: Sequence[Finding]) -> bool:

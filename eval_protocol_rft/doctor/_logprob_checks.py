@@ -1,32 +1,38 @@
-"""Whether tokens come as often as their logprobs say. Pure.
+"""Checks of logprobs.
 
-A G-test of goodness of fit, made valid for a distribution that is told only where it was sampled.
-The first third of a prompt's draws tells which tokens there are and their probabilities; the rest
-is counted in those cells, and in one more for everything else, whose probability is what is left.
-Cells are fixed before the counted draws are looked at, so under truthful logprobs the counts are
-multinomial. The p-value is that of a Monte Carlo test (Barnard 1963; Davison and Hinkley,
-"Bootstrap Methods", 4.2): exact at its level for any counts, with no large-sample approximation.
+Whether tokens come as often as their logprobs say: a G-test of goodness of fit, made valid for a
+distribution that is told only where it was sampled. The first third of a prompt's draws tells which
+tokens there are and their probabilities; the rest is counted in those cells, and in one more for
+everything else, whose probability is what is left. Cells are fixed before the counted draws are
+looked at, so under truthful logprobs the counts are multinomial. The p-value is that of a Monte
+Carlo test (Barnard 1963; Davison and Hinkley, "Bootstrap Methods", 4.2): exact at its level for any
+counts, with no large-sample approximation.
 
-And of which kind a server's logprobs are, with the exact setting.
+Of which kind a server's logprobs are, with the exact setting.
+
+How far the trainer's policy is from the one that sampled, on the same weights: with
+r = trainer / sampler per token, k1 = -log r and k3 = r - 1 - log r, both unbiased estimates of
+KL(sampler || trainer) (Schulman, "Approximating KL Divergence", 2020), and Kish's effective sample
+fraction (sum r)^2 / (n sum r^2). Noise of standard deviation s in log r gives k3 = s^2 / 2 and a
+fraction of exp(-s^2): the bars below are those of s = 0.06 and s = 0.17. Torch is imported where
+there are weights at hand, and not before; all else is pure.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from eval_protocol_rft.doctor._findings import P_VALUE_BAR, Finding, p_value_verdict, skipped
-from eval_protocol_rft.sampling import (
-    LOWER_TEMPERATURE,
-    TOLERANCE,
-    FirstTokens,
-    KindMeasured,
-    LogprobsMode,
-)
+from eval_protocol_rft import sampling, training
+from eval_protocol_rft.doctor import _findings as findings
+from eval_protocol_rft.doctor._findings import Finding, Verdict, skipped
+from eval_protocol_rft.local import no_loading_bar
+from eval_protocol_rft.sampling import Completion, FirstTokens, LogprobsMode, TokenIds
 
 FREQUENCY = "token frequency"
 SIMULATIONS = 20_000
@@ -128,29 +134,32 @@ def frequency_finding(measured: FrequencyMeasured, *, temperature: float) -> Fin
         )
     if not measured.draws:
         return skipped(FREQUENCY, "no completion came back")
-    verdict = p_value_verdict(measured.p_value)
-    if measured.elsewhere < 1.0 and verdict == "pass":
+    finding = findings.p_value_finding(
+        FREQUENCY,
+        measured.p_value,
+        measured=f"p = {measured.p_value:.2g} (G-test, {measured.draws} draws in "
+        f"{measured.cells} cells, temperature {temperature:g})",
+        advice=advice,
+        numbers=numbers,
+    )
+    if measured.elsewhere < 1.0 and finding.verdict == "pass":
         return skipped(
             FREQUENCY,
             "the first tokens are certain",
             "Nothing could be tested: try a higher --temperature.",
         )
-    return Finding(
-        name=FREQUENCY,
-        verdict=verdict,
-        measured=f"p = {measured.p_value:.2g} (G-test, {measured.draws} draws in "
-        f"{measured.cells} cells, temperature {temperature:g})",
-        bar=P_VALUE_BAR,
-        advice="" if verdict == "pass" else advice,
-        numbers=numbers,
-    )
+    return finding
 
 
 KIND = "logprob kind"
 
 
 def kind_finding(
-    measured: KindMeasured, *, named: bool, named_mode: LogprobsMode | None, temperature: float
+    measured: sampling.KindMeasured,
+    *,
+    named: bool,
+    named_mode: LogprobsMode | None,
+    temperature: float,
 ) -> Finding:
     """The verdict, and the exact setting.
 
@@ -161,8 +170,8 @@ def kind_finding(
     """
     naming = "named as such" if named else "unnamed"
     errors = (
-        f"{measured.tokens} tokens at temperatures 1 and {LOWER_TEMPERATURE:g} differ from "
-        f"sampling logprobs by {measured.sampling_error:.2g} nats, from raw ones by "
+        f"{measured.tokens} tokens at temperatures 1 and {sampling.LOWER_TEMPERATURE:g} differ "
+        f"from sampling logprobs by {measured.sampling_error:.2g} nats, from raw ones by "
         f"{measured.raw_error:.2g}"
     )
     numbers = {"tokens": float(measured.tokens)}
@@ -177,7 +186,7 @@ def kind_finding(
         name=KIND,
         verdict=verdict,
         measured=f"{measured.kind}, {naming}: {errors}",
-        bar=f"sampling within {TOLERANCE:g} nats, or raw at temperature 1",
+        bar=f"sampling within {sampling.TOLERANCE:g} nats, or raw at temperature 1",
         advice=advice,
         numbers=numbers,
     )
@@ -193,7 +202,7 @@ _START_PROCESSED = (
 
 def _kind_verdict(
     kind: str, *, named: bool, named_mode: LogprobsMode | None, temperature: float
-) -> tuple[Literal["pass", "warn", "fail", "skipped"], str]:
+) -> tuple[Verdict, str]:
     at_one = temperature == 1.0
     if kind == "neither":
         return "fail", (
@@ -204,16 +213,10 @@ def _kind_verdict(
     if kind == "unknown":
         if at_one or named:
             return "skipped", "At temperature 1 the two are equal." if at_one else ""
-        return (
-            "warn",
-            f"They may be raw: sample at temperature 1, or {_START_PROCESSED}.",
-        )
+        return "warn", f"They may be raw: sample at temperature 1, or {_START_PROCESSED}."
     if kind == "sampling":
         if named_mode == "raw_logprobs":
-            return (
-                "fail",
-                f"raw_logprobs is wrong of this server: pass {_SAY_PROCESSED}.",
-            )
+            return "fail", f"raw_logprobs is wrong of this server: pass {_SAY_PROCESSED}."
         if named or named_mode == "processed_logprobs":
             return "pass", ""
         return ("pass" if at_one else "warn"), f"For any temperature but 1 pass {_SAY_PROCESSED}."
@@ -228,8 +231,143 @@ def _kind_verdict(
             f"at temperature 1, or {_START_PROCESSED}."
         )
     if at_one:
-        return (
-            "pass",
-            f"Right at temperature 1. For any other {_START_PROCESSED}.",
-        )
+        return "pass", f"Right at temperature 1. For any other {_START_PROCESSED}."
     return "fail", f"Sample at temperature 1, or {_START_PROCESSED}."
+
+
+K1, K3, LARGEST, SAMPLE_SIZE = (
+    "trainer: mean k1",
+    "trainer: mean k3",
+    "trainer: max |dlogp|",
+    "trainer: effective sample",
+)
+
+K1_WARN, K1_FAIL = 1e-2, 5e-2
+LARGEST_WARN, LARGEST_FAIL = 0.5, 3.0
+"""Nats, of one token: half precision reaches 0.05, a rare token more; a wrong template or wrong
+weights reach tens."""
+LOSS_WARN, LOSS_FAIL = 0.05, 0.2
+"""Share of the sample that the weights cost."""
+
+_AT_ONCE = 8
+"""Sequences per forward."""
+
+_ADVICE = (
+    "Trainer and sampler compute different policies. Check, in this order: the same weights and "
+    "the same temperature on both sides; float32 logits and lm_head on the server (vLLM: --dtype "
+    "float32, or bfloat16 on both); no quantised weights or KV cache. What is left correct with "
+    "truncated importance sampling."
+)
+_OTHER_WEIGHTS = "Name a folder of the sampled model's weights."
+
+Pairs = Sequence[tuple[training.FloatArray, training.FloatArray]]
+"""(sampler, trainer) logprobs of sampled tokens, nats."""
+
+
+def trainer_checks(
+    weights: str | Path | None,
+    samples: Sequence[tuple[TokenIds, Completion]],
+    *,
+    temperature: float,
+    trust_remote_code: bool = False,
+) -> list[Finding]:
+    """Compare the sampler's logprobs with those under the weights in a folder, in float32. Blocks.
+
+    Args:
+        weights: what a trainer would load; None: nothing is known of it.
+        samples: prompts, and what was sampled behind them.
+        temperature: of both sides.
+        trust_remote_code: let the folder run its own code.
+    """
+    if weights is None:
+        advice = "Give the folder that the server loaded: --weights FOLDER."
+        return _skipped("no weights at hand", advice)
+    try:
+        import torch
+        from transformers import AutoModelForCausalLM
+    except ImportError:
+        return _skipped("torch is missing", "pip install 'eval-protocol-rft[local]'")
+    try:
+        with no_loading_bar():
+            model = AutoModelForCausalLM.from_pretrained(
+                weights, dtype=torch.float32, trust_remote_code=trust_remote_code
+            )
+    except (OSError, ValueError) as error:
+        return _skipped(f"cannot load {str(weights)!r}: {error}", _OTHER_WEIGHTS)
+    size = model.get_input_embeddings().num_embeddings
+    for prompt, completion in samples:
+        highest = max(*prompt, *completion.token_ids)
+        if highest >= size:
+            return _skipped(
+                f"id {highest} is outside the vocabulary of {str(weights)!r} ({size} ids): these "
+                "are weights of another model",
+                _OTHER_WEIGHTS,
+            )
+    return trainer_findings(_pairs(model, samples, temperature), temperature=temperature)
+
+
+def trainer_findings(pairs: Pairs, *, temperature: float) -> list[Finding]:
+    """Judge how far trainer and sampler are apart."""
+    difference = training.measure(pairs)
+    if difference is None:
+        return _skipped("no tokens were sampled")
+    log_ratio = np.concatenate([trainer - sampler for sampler, trainer in pairs])
+    scaled = np.exp(log_ratio.astype(np.float64) - log_ratio.max())
+    fraction = float(scaled.mean() ** 2 / np.square(scaled).mean())
+
+    def finding(
+        name: str, value: float, shown: str, bars: tuple[float, float], bar: str
+    ) -> Finding:
+        verdict = findings.verdict_on(value, warn_above=bars[0], fail_above=bars[1])
+        return Finding(
+            name=name,
+            verdict=verdict,
+            measured=shown,
+            bar=bar,
+            advice="" if verdict == "pass" else _ADVICE,
+            numbers={"value": value, "tokens": difference.tokens},
+        )
+
+    k1, k3, largest = difference.k1, difference.k3, difference.max_difference
+    k3_warn, k3_fail = training.WARN_K3, training.FAIL_K3
+    return [
+        finding(
+            K1, abs(k1),
+            f"{k1:.2g} nats ({difference.tokens} tokens, temperature {temperature:g})",
+            (K1_WARN, K1_FAIL), f"|k1| up to {K1_WARN:g}; fails above {K1_FAIL:g}",
+        ),
+        finding(
+            K3, k3, f"{k3:.2g} nats", (k3_warn, k3_fail),
+            f"up to {k3_warn:g}; fails above {k3_fail:g}",
+        ),
+        finding(
+            LARGEST, largest, f"{largest:.2g} nats", (LARGEST_WARN, LARGEST_FAIL),
+            f"up to {LARGEST_WARN:g}; fails above {LARGEST_FAIL:g}",
+        ),
+        finding(
+            SAMPLE_SIZE, 1.0 - fraction, f"{fraction:.4%} of the tokens", (LOSS_WARN, LOSS_FAIL),
+            f"at least {1 - LOSS_WARN:.0%}; fails below {1 - LOSS_FAIL:.0%}",
+        ),
+    ]  # fmt: skip
+
+
+def _skipped(why: str, advice: str = "") -> list[Finding]:
+    """One finding for all four."""
+    return [skipped("sampler against trainer", why, advice)]
+
+
+def _pairs(model: Any, samples: Sequence[tuple[TokenIds, Completion]], temperature: float) -> Pairs:
+    """Of each sample, by a teacher-forced forward: the one that a training step makes."""
+    import torch
+
+    from eval_protocol_rft.training.losses import token_logprobs
+
+    datums = training.comparable([training.unscored(*sample) for sample in samples])
+    logprobs: list[training.FloatArray] = []
+    model.train(False)
+    with torch.no_grad():
+        for start in range(0, len(datums), _AT_ONCE):
+            part = datums[start : start + _AT_ONCE]
+            values = token_logprobs(model, part, temperature=temperature).logprobs
+            logprobs += [value.numpy() for value in values]
+    return training.sampled_pairs(datums, logprobs, {0})

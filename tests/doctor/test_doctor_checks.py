@@ -7,13 +7,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eval_protocol_rft.doctor._completion_checks import (
-    different_seeds,
-    end_of_turn,
-    equal_seeds,
-    prompt_echo,
-    repeats_p_value,
-)
 from eval_protocol_rft.doctor._findings import (
     FAIL_LEVEL,
     Finding,
@@ -21,8 +14,18 @@ from eval_protocol_rft.doctor._findings import (
     unfit,
     verdict_on,
 )
-from eval_protocol_rft.doctor._logprob_checks import frequency_finding, measure_frequency
-from eval_protocol_rft.doctor._trainer_checks import log_ratios, trainer_findings
+from eval_protocol_rft.doctor._logprob_checks import (
+    frequency_finding,
+    measure_frequency,
+    trainer_findings,
+)
+from eval_protocol_rft.doctor._token_checks import (
+    different_seeds,
+    end_of_turn,
+    equal_seeds,
+    prompt_echo,
+    repeats_p_value,
+)
 from eval_protocol_rft.sampling._logprob_kind import FirstTokens, measure_kind
 from eval_protocol_rft.sampling._types import Completion
 
@@ -295,15 +298,19 @@ def test_independent_completions_do_not_fail(logits, seed):
 # Sampler against trainer
 
 
+def apart(log_ratio: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(sampler, trainer) logprobs that are so far apart."""
+    return [(np.full(len(log_ratio), -1.0), log_ratio - 1.0)]
+
+
 def trainer_numbers(log_ratio: np.ndarray) -> dict[str, float]:
-    found = trainer_findings(log_ratio, temperature=1.0)
+    found = trainer_findings(apart(log_ratio), temperature=1.0)
     return {finding.name: finding.numbers["value"] for finding in found}
 
 
 def test_equal_policies_are_zero_apart():
-    found = trainer_findings(
-        log_ratios([[-1.0, -2.0], [-3.0]], [[-1.0, -2.0], [-3.0]]), temperature=1.0
-    )
+    same = [np.array([-1.0, -2.0]), np.array([-3.0])]
+    found = trainer_findings([(values, values) for values in same], temperature=1.0)
     assert {finding.verdict for finding in found} == {"pass"}
     assert [finding.numbers["value"] for finding in found] == pytest.approx([0, 0, 0, 0])
 
@@ -323,7 +330,7 @@ def test_noise_meets_the_bars_where_its_variance_says(deviation, verdict):
     """k3 of Gaussian noise of deviation s is s^2 / 2, and 1 - ESS is 1 - exp(-s^2)."""
     noise = np.random.default_rng(4).normal(size=20_000) * deviation
     noise -= deviation**2 / 2  # so that the ratio is 1 on average, as that of two policies is
-    found = {f.name: f for f in trainer_findings(noise, temperature=1.0)}
+    found = {f.name: f for f in trainer_findings(apart(noise), temperature=1.0)}
     k3 = found["trainer: mean k3"]
     assert k3.numbers["value"] == pytest.approx(deviation**2 / 2, rel=0.05)
     assert k3.verdict == verdict
@@ -332,6 +339,6 @@ def test_noise_meets_the_bars_where_its_variance_says(deviation, verdict):
 
 
 def test_a_ratio_beyond_all_bounds_is_a_number_and_fails():
-    found = trainer_findings(np.array([800.0, 0.0]), temperature=1.0)
+    found = trainer_findings(apart(np.array([800.0, 0.0])), temperature=1.0)
     assert all(np.isfinite(finding.numbers["value"]) for finding in found)
     assert {finding.verdict for finding in found} == {"fail"}
