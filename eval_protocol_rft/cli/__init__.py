@@ -17,10 +17,9 @@ from typer.core import TyperGroup
 
 from eval_protocol_rft._text import visible_lines
 from eval_protocol_rft.cli._common import fail, open_closed_streams, say
-from eval_protocol_rft.cli._derive import convert, datums, filter  # noqa: A004 - its name
 from eval_protocol_rft.cli._flags import for_typer, help_text
 from eval_protocol_rft.cli._inspection import report, show, sql, stats
-from eval_protocol_rft.cli._jobs import generate, score
+from eval_protocol_rft.cli._jobs import convert, datums, filter, generate, score  # noqa: A004
 from eval_protocol_rft.cli._models import WRONG, doctor, serve, train
 
 COMMANDS: dict[str, Callable[..., None]] = {

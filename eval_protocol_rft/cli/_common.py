@@ -136,6 +136,13 @@ def say_json(data: bytes) -> None:
     typer.echo(text)
 
 
+def say_table(table: object) -> None:
+    """Print what rich renders."""
+    from rich.console import Console
+
+    Console().print(table)
+
+
 def fail(message: str, *, code: int = 1) -> NoReturn:
     """Say what is wrong and end."""
     say(f"ep-rft: {message}", err=True)

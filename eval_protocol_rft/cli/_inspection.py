@@ -5,7 +5,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from itertools import chain, islice
+from json import dumps
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +16,8 @@ from annotated_types import Ge
 from eval_protocol_rft import data
 from eval_protocol_rft import report as room
 from eval_protocol_rft._options import Flag
-from eval_protocol_rft.cli._common import Input, fail, reason_of, rollout_file, say, say_json
+from eval_protocol_rft.cli import _common as common
+from eval_protocol_rft.cli._common import Input, fail, rollout_file, say
 from eval_protocol_rft.cli._flags import Takes
 
 
@@ -29,9 +32,6 @@ def show(paths: list[Input], options: Annotated[dict[str, Any], Takes(room.rollo
       EP_OUTPUT_DIR=results pytest examples/arithmetic && ep-rft show results
       ep-rft show rollouts.parquet --limit 50
     """
-    from rich.console import Console
-
-    console = Console()
     for path in paths:
         place = data.one_place(path)
         with place.here(data.METADATA_SUFFIX) as here:
@@ -42,7 +42,7 @@ def show(paths: list[Input], options: Annotated[dict[str, Any], Takes(room.rollo
             if not file.is_file():
                 text = "the job is not finished: this is what is stored of it so far"
                 say(f"{path}: {text}", err=True)
-        console.print(room.rollout_table(rows, **options))
+        common.say_table(room.rollout_table(rows, **options))
 
 
 def stats(
@@ -64,19 +64,15 @@ def stats(
       ep-rft stats rollouts.parquet --reward style --pass-threshold 0.5
       ep-rft stats rollouts.parquet --json | jq '.pass_at_k'
     """
-    import dataclasses
-
     import msgspec
 
     with rollout_file(file, progress=options["progress"]) as path:
         statistics = data.rollout_stats(path, **options)
-    statistics = dataclasses.replace(statistics, path=data.shown(file))
+    statistics = replace(statistics, path=data.shown(file))
     if json:
-        say_json(msgspec.json.format(msgspec.json.encode(statistics), indent=2))
+        common.say_json(msgspec.json.format(msgspec.json.encode(statistics), indent=2))
         return
-    from rich.console import Console
-
-    Console().print(room.stats_table(statistics, limit_groups=limit_groups))
+    common.say_table(room.stats_table(statistics, limit_groups=limit_groups))
 
 
 def sql(
@@ -126,11 +122,9 @@ def sql(
 
 
 def _print_json(names: list[str], rows: Iterable[tuple[object, ...]]) -> None:
-    from json import dumps
-
     for row in rows:
         values = dict(zip(names, row, strict=True))
-        say_json(dumps(values, ensure_ascii=False, allow_nan=False).encode())
+        common.say_json(dumps(values, ensure_ascii=False, allow_nan=False).encode())
 
 
 def _print_csv(names: list[str], rows: Iterable[tuple[object, ...]]) -> None:
@@ -145,7 +139,6 @@ def _print_csv(names: list[str], rows: Iterable[tuple[object, ...]]) -> None:
 
 def _print_table(names: list[str], rows: Iterable[tuple[object, ...]], limit: int) -> None:
     """A line a row; where that would be too wide, a line a value."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -162,7 +155,7 @@ def _print_table(names: list[str], rows: Iterable[tuple[object, ...]], limit: in
         table.add_column(Text(visible(name)))
     for row in islice(rows, limit):
         table.add_row(*map(shown, row))
-    Console().print(room.WideTable(table, len(names) * _NARROWEST_COLUMN))
+    common.say_table(room.WideTable(table, len(names) * _NARROWEST_COLUMN))
     if next(rows, None) is not None:
         say("... and more rows: --limit shows more, --json and --csv all of them")
 
@@ -172,8 +165,6 @@ _NARROWEST_COLUMN = 10
 
 
 def _cell(value: object) -> str:
-    from json import dumps
-
     if value is None:
         return ""
     return value if isinstance(value, str) else dumps(value, ensure_ascii=False)
@@ -215,7 +206,7 @@ def report(
         try:
             written = room.write_report(dataset, output, **options)
         except OSError as error:
-            fail(f"cannot write {output}: {reason_of(error)}")
+            fail(f"cannot write {output}: {common.reason_of(error)}")
     for problem in written.problems:
         say(f"ep-rft: tokens are shown as ids: {problem}", err=True)
     if written.shown_prompts < written.prompts:
@@ -233,7 +224,7 @@ def _report_run(folder: Path, output: Path | None) -> None:
     try:
         written = room.write_training_report(folder, output)
     except OSError as error:
-        fail(f"cannot write {output or folder / 'report.html'}: {reason_of(error)}")
+        fail(f"cannot write {output or folder / 'report.html'}: {common.reason_of(error)}")
     curve = "" if written.curve is None else f", {written.curve}"
     say(
         f"Report of {written.steps:,} steps and {written.evaluations:,} evaluations: "

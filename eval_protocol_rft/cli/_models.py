@@ -11,7 +11,7 @@ from annotated_types import Ge, Le
 from eval_protocol_rft import doctor as doctor_room
 from eval_protocol_rft import loop, rollout, sampling, training
 from eval_protocol_rft._options import Flag
-from eval_protocol_rft.cli._common import fail, say, say_json
+from eval_protocol_rft.cli._common import fail, say, say_json, say_table
 from eval_protocol_rft.cli._flags import Takes, Unset
 from eval_protocol_rft.loop import fireworks
 
@@ -126,15 +126,10 @@ def doctor(
     if json:
         say_json(doctor_room.diagnosis_json(diagnosis))
     else:
-        from rich.console import Console
-
-        Console().print(doctor_room.diagnosis_table(diagnosis))
+        say_table(doctor_room.diagnosis_table(diagnosis))
         say(doctor_room.summary(diagnosis))
     if doctor_room.unfit(diagnosis.findings):
         raise typer.Exit(1)
-
-
-_PLACE = {"base_model": Unset("--model"), "deployment": None}
 
 
 _THE_TESTS = {"temperature": Unset("the test's"), "max_tokens": Unset("the test's")}
