@@ -280,10 +280,10 @@ async def _answer(
         ):
             if response.status != 200:
                 status = response.status
-                raise sampling.ConnectionFailedError(f"HTTP {status}", status=status)
+                raise sampling.SamplingError(f"HTTP {status}", kind="connection", status=status)
             return await sampling.read_body(response, limit=limit)
     except (aiohttp.ClientError, OSError, TimeoutError) as error:
-        raise sampling.ConnectionFailedError(type(error).__name__) from None
+        raise sampling.SamplingError(type(error).__name__, kind="connection") from None
 
 
 EXACT_REPLY = "exact replies"
