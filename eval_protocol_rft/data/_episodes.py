@@ -18,16 +18,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from eval_protocol_rft._segments import (
-    EpisodeRecord,
-    RecordError,
-    Segment,
-    TokenBuffer,
-    beginning_problem,
-    episode_problem,
-    lay_out,
-    read_segment,
-)
+from eval_protocol_rft import _segments
+from eval_protocol_rft._segments import EpisodeRecord, RecordError, Segment, TokenBuffer
 from eval_protocol_rft.data import _format as file_format
 from eval_protocol_rft.data._format import CompletionRow, FormatError
 from eval_protocol_rft.data.source._types import without_nulls
@@ -125,18 +117,18 @@ def checked_episode(row: CompletionRow) -> tuple[EpisodeRecord, list[Segment]]:
         raise RecordError(f"episode: {error}") from error
     held: Sequence[Any] = row.segments or ()
     first: FinishReason = "length" if row.first_finish_reason == "length" else "stop"
-    if problem := episode_problem(record, len(held), first):
+    if problem := _segments.episode_problem(record, len(held), first):
         raise RecordError(problem)
     segments = []
     for k, segment in enumerate(held):
         try:
-            segments.append(read_segment(segment, TokenBuffer(0)))
+            segments.append(_segments.read_segment(segment, TokenBuffer(0)))
         except RecordError as error:
             raise RecordError(f"segment {k}: {error}") from error
-    [first_turn] = lay_out(
+    [first_turn] = _segments.lay_out(
         row.prompt_ids, [row.completion_ids], [row.logprobs], TokenBuffer(0), ["first turn"]
     )
-    if problem := beginning_problem(segments[0], first_turn):
+    if problem := _segments.beginning_problem(segments[0], first_turn):
         raise RecordError(f"segment 0: {problem}")
     return record, segments
 

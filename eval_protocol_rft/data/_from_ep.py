@@ -13,23 +13,13 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from eval_protocol_rft import record as rollout_record
 from eval_protocol_rft._segments import Segment, TokenBuffer, episode_traces, turn_payloads
 from eval_protocol_rft.data import _to_ep as to_ep
 from eval_protocol_rft.data._episodes import Imported, as_arrays, as_read
 from eval_protocol_rft.data._format import CompletionRow, PromptKind
 from eval_protocol_rft.data._records import SAMPLING_BY_PLACE
-from eval_protocol_rft.record import (
-    UNSCORED,
-    RecordError,
-    RolloutRecord,
-    SamplingRecord,
-    Score,
-    has_record,
-    is_failure,
-    is_marked,
-    read_record,
-    score_of_result,
-)
+from eval_protocol_rft.record import UNSCORED, RecordError, RolloutRecord, SamplingRecord, Score
 from eval_protocol_rft.rollout import answer_fields
 
 _DERIVED = frozenset(RolloutRecord.__struct_fields__)
@@ -68,7 +58,11 @@ def read_file_part(extra: Mapping[str, Any]) -> to_ep.FilePart | None:
         part = msgspec.convert(extra[to_ep.FILE_KEY], to_ep.FilePart)
     except msgspec.ValidationError as error:
         raise RecordError(f"broken {to_ep.FILE_KEY!r} in extra: {error}") from error
-    own = (extra["completion_ids"], extra.get("trajectories")) if has_record(extra) else ([], None)
+    own = (
+        (extra["completion_ids"], extra.get("trajectories"))
+        if rollout_record.has_record(extra)
+        else ([], None)
+    )
     return part if to_ep.checksum(*own) == part.tokens else None
 
 
@@ -116,12 +110,14 @@ def _completions(
 ) -> list[CompletionRow]:
     extra = extra_of(row)
     asked, status = row.get("input_metadata") or {}, row.get("rollout_status") or {}
-    failed = is_failure(status.get("code"))
+    failed = rollout_record.is_failure(status.get("code"))
     known = read_file_part(extra)
     first = first if known is None else known.first
     record = None
-    if has_record(extra) and not failed:
-        record, segments = read_record(extra, asked.get("completion_params"), TokenBuffer())
+    if rollout_record.has_record(extra) and not failed:
+        record, segments = rollout_record.read_record(
+            extra, asked.get("completion_params"), TokenBuffer()
+        )
         own = _survivors(record, segments, known, extra.get("episodes") or ())
         result = row.get("evaluation_result")
         if (
@@ -129,7 +125,7 @@ def _completions(
             and len(own) == 1
             and not (record.rewards is not None or record.completion_results is not None)
         ):
-            own[0]["scores"]["reward"] = score_of_result(result)
+            own[0]["scores"]["reward"] = rollout_record.score_of_result(result)
     elif known is None or not failed or known.survived:
         raise FailedRolloutError(
             f"it has no rollout; its rollout status is {status.get('message')!r}"
@@ -309,7 +305,7 @@ def _rest(
     extra = extra_of(row)
     kept = {k: v for k, v in extra.items() if k not in _DERIVED and k != to_ep.FILE_KEY}
     sampling: Mapping[str, Any] | None = extra.get("sampling")
-    if record is not None and not is_marked(extra):
+    if record is not None and not rollout_record.is_marked(extra):
         split = _splits_reasoning(row, record) if answered else True
         sampling = {**msgspec.to_builtins(record.sampling), "split_reasoning": split}
     if sampling is not None:

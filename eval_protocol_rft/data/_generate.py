@@ -205,11 +205,10 @@ async def agenerate(
             questions,
             request,
             own_tokenizer,
+            seed=secrets.randbits(31) if backends.seeds_are_free(request) else None,
             overwrite=overwrite,
             episodes=None if episodes_job is None else episodes_job.settings,
         )
-        if output_job.known is None and request.seed is None and backends.seeds_are_free(request):
-            output_job = output_job.seeded(secrets.randbits(31))
         if isinstance(chosen, sampling.HttpSampler) and sampling.needs_check(request.params):
             await sampling.check_logprobs_mode(
                 chosen,

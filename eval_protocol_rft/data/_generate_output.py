@@ -49,7 +49,7 @@ def job_schema(
     tokenizer: LoadedTokenizer,
     *,
     seed_given: bool,
-    episodes: file_format.EpisodeSettings | None = None,
+    episodes: file_format.EpisodeSettings | None,
 ) -> pa.Schema:
     """Schema and metadata of the file that the job writes.
 
@@ -164,8 +164,6 @@ class OutputJob:
     request: RolloutRequest
     """With the seed of the job."""
     tokenizer: LoadedTokenizer
-    known: pa.Schema | None
-    """Of what is there of the job; None: nothing."""
     base: RolloutDataset | None
     """The job's finished file, where there is one."""
     anew: bool
@@ -188,14 +186,6 @@ class OutputJob:
         """What the data set was called when the job began: row ids are made of it."""
         data = file_format.metadata_of(self.schema).data
         return self.questions.source.name if data is None else data.name
-
-    def seeded(self, seed: int) -> OutputJob:
-        """The job, new, with a seed that was drawn for it."""
-        request = replace(self.request, seed=seed)
-        schema = job_schema(
-            self.questions, request, self.tokenizer, seed_given=False, episodes=self.episodes
-        )
-        return replace(self, request=request, schema=schema)
 
     @contextlib.contextmanager
     def open(self) -> Iterator[Output]:
@@ -296,8 +286,9 @@ def find_job(
     request: RolloutRequest,
     tokenizer: LoadedTokenizer,
     *,
+    seed: int | None,
     overwrite: bool,
-    episodes: file_format.EpisodeSettings | None = None,
+    episodes: file_format.EpisodeSettings | None,
 ) -> OutputJob:
     """What is there of the job.
 
@@ -306,6 +297,7 @@ def find_job(
         questions: what is asked.
         request: how it is sampled. Without a seed, that of the job which is there is taken.
         tokenizer: what rendered the prompts.
+        seed: drawn for a new job that has none; None where it needs none.
         overwrite: let the job take the place of another.
         episodes: what its completions are like where they are episodes.
 
@@ -313,8 +305,8 @@ def find_job(
         JobError: there is another job, or something else.
     """
     version = _version(target)
-    seed_given = request.seed is not None
-    asked = job_schema(questions, request, tokenizer, seed_given=seed_given, episodes=episodes)
+    given = request.seed is not None
+    asked = job_schema(questions, request, tokenizer, seed_given=given, episodes=episodes)
     folder = job_store.parts_folder(target)
     begun = _same_job(folder, job_store.read_schema(folder), asked, overwrite=overwrite)
     finished = None
@@ -333,13 +325,15 @@ def find_job(
         sampling = file_format.metadata_of(there).sampling
         assert sampling is not None  # noqa: S101 - differences() compared it
         request = replace(request, seed=sampling.seed)
+    elif seed is not None and not given:
+        request = replace(request, seed=seed)
+        asked = job_schema(questions, request, tokenizer, seed_given=False, episodes=episodes)
     return OutputJob(
         target=target,
         schema=asked if there is None else there,
         questions=questions,
         request=request,
         tokenizer=tokenizer,
-        known=there,
         base=None if base is None else finished,
         anew=begun is None,
         version=version,

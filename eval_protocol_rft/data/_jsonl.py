@@ -37,6 +37,7 @@ import pyarrow.types as pt
 
 from eval_protocol_rft._durable import DurableFile, link_target, replacing, write_whole
 from eval_protocol_rft.data._format import ROW_GROUP_ROWS, FormatError, metadata_of, reward_columns
+from eval_protocol_rft.data.source._arrow import parts_of
 
 _NAMES = {math.inf: "Infinity", -math.inf: "-Infinity"}
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
@@ -57,12 +58,12 @@ def from_json_values(values: list[Any], kind: pa.DataType) -> pa.Array:
     Raises:
         pa.ArrowInvalid, pa.ArrowTypeError, ValueError, TypeError: a value does not fit.
     """
-    if any(_is_spelled(part) for part in _parts(kind)):
+    if any(_is_spelled(part) for part in parts_of(kind)):
         return pa.array([_read_types(value, kind) for value in values], kind)
     try:
         return pa.array(values, kind)
     except pa.ArrowInvalid:
-        if not any(pt.is_floating(part) for part in _parts(kind)):
+        if not any(pt.is_floating(part) for part in parts_of(kind)):
             raise
         return pa.array([_read_types(value, kind) for value in values], kind)
 
@@ -171,17 +172,10 @@ def _all_finite(column: pa.ChunkedArray | pa.Array) -> bool:
     if pt.is_struct(kind):
         return all(_all_finite(pc.struct_field(column, i)) for i in range(kind.num_fields))
     if pt.is_map(kind):
-        return not any(pt.is_floating(part) for part in _parts(kind))
+        return not any(pt.is_floating(part) for part in parts_of(kind))
     if pt.is_nested(kind):
         return _all_finite(pc.list_flatten(column))
     return True
-
-
-def _parts(kind: pa.DataType) -> Iterator[pa.DataType]:
-    """A type and everything nested in it."""
-    yield kind
-    for i in range(kind.num_fields):
-        yield from _parts(kind.field(i).type)
 
 
 _TABLE_BYTES = 16 * 2**20

@@ -25,7 +25,7 @@ from eval_protocol_rft._durable import DurableFile, replacing
 from eval_protocol_rft.data import _format as file_format
 from eval_protocol_rft.data._files import JobError
 from eval_protocol_rft.data._format import CompletionRow, FileMetadata
-from eval_protocol_rft.data._rows import from_record_batch, tables_of
+from eval_protocol_rft.data._rows import from_record_batch, in_row_groups, tables_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,15 +212,7 @@ def _write_parquet(file: DurableFile, schema: pa.Schema, tables: Iterable[pa.Tab
 
 
 def _tables(rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> Iterator[pa.Table]:
-    held: list[Mapping[str, Any]] = []
-    tokens = 0
-    for row in rows:
-        held.append(row)
-        tokens += sum(map(_count_tokens, row.values()))
-        if len(held) >= file_format.ROW_GROUP_ROWS or tokens >= file_format.ROW_GROUP_TOKENS:
-            yield pa.Table.from_pylist(held, schema)
-            held, tokens = [], 0
-    if held:
+    for held in in_row_groups(rows, lambda row: sum(map(_count_tokens, row.values()))):
         yield pa.Table.from_pylist(held, schema)
 
 

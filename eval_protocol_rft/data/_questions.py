@@ -31,6 +31,7 @@ from eval_protocol_rft.data.source._types import (
 )
 from eval_protocol_rft.data.source._urls import SourceError
 from eval_protocol_rft.local import LoadedTokenizer
+from eval_protocol_rft.rollout import PromptError, RolloutRequest
 from eval_protocol_rft.sampling import TokenIds, derive_seeds
 
 logger = logging.getLogger(__name__)
@@ -123,7 +124,7 @@ class Questions:
         data = self.data
         return self.source.rows(limit=data.limit, shuffle_seed=data.shuffle_seed, where=data.where)
 
-    def render_first(self, tokenizer: LoadedTokenizer, request: rollout.RolloutRequest) -> None:
+    def render_first(self, tokenizer: LoadedTokenizer, request: RolloutRequest) -> None:
         """Render the first prompts until one succeeds: where none of 16 does, it is the tokenizer
         that cannot do it.
 
@@ -133,7 +134,7 @@ class Questions:
         first = None
         for row in itertools.islice(self.rows(), _TRIED_ROWS):
             ids = self._render(row, tokenizer, request)
-            if not isinstance(ids, rollout.PromptError):
+            if not isinstance(ids, PromptError):
                 return
             first = first or ids
         if first is not None:
@@ -143,7 +144,7 @@ class Questions:
         self,
         stored: Mapping[int, TokenIds],
         tokenizer: LoadedTokenizer,
-        request: rollout.RolloutRequest,
+        request: RolloutRequest,
     ) -> list[int]:
         """Those data rows of `stored`, by `data_idx`, whose prompt ids are others now: their chat
         template says the date, or the tokenizer is another under the same name."""
@@ -155,7 +156,7 @@ class Questions:
             if row.data_idx in stored:
                 left -= 1
                 ids = self._render(row, tokenizer, request)
-                if not isinstance(ids, rollout.PromptError) and ids != stored[row.data_idx]:
+                if not isinstance(ids, PromptError) and ids != stored[row.data_idx]:
                     changed.append(row.data_idx)
         return changed
 
@@ -163,7 +164,7 @@ class Questions:
         self,
         missing: Callable[[int], list[int]],
         tokenizer: LoadedTokenizer,
-        request: rollout.RolloutRequest,
+        request: RolloutRequest,
         *,
         name: str,
         rendered: bool,
@@ -179,16 +180,20 @@ class Questions:
             samples = missing(row.data_idx)
             if not samples:
                 continue
-            ids: TokenIds | rollout.PromptError | None
-            if rendered:
-                ids = self._render(row, tokenizer, request)
-            else:
-                ids = self._problem(row, tokenizer)
+            # Without messages where they are none that the file could hold.
+            asked: Any = "" if self.kind == "ids" else []
+            ids: TokenIds | PromptError | None = None
+            try:
+                asked = self._prompt(row, tokenizer)
+                if rendered:
+                    ids = self._ids(row, asked, tokenizer, request)
+            except PromptError as error:
+                ids = PromptError(f"{row.where}: {error}")
             shared = CompletionRow(
                 row_id=f"{name}-{row.data_idx}",
                 data_idx=row.data_idx,
                 sample_idx=0,
-                prompt=self._prompt_to_store(row, tokenizer),
+                prompt=asked,
                 tools=self._tools(row),
                 ground_truth=row.values.get(self.data.ground_truth_key or ""),
                 prompt_ids=None if not isinstance(ids, tuple) else np.array(ids, np.int32),
@@ -226,42 +231,29 @@ class Questions:
             messages = [{"role": "system", "content": self.system}, *messages]
         return messages
 
-    def _prompt_to_store(self, row: SourceRow, tokenizer: LoadedTokenizer) -> Any:
-        """The prompt, without messages where they are none that the file could hold."""
-        try:
-            return self._prompt(row, tokenizer)
-        except rollout.PromptError:
-            return "" if self.kind == "ids" else []
-
-    def _problem(self, row: SourceRow, tokenizer: LoadedTokenizer) -> rollout.PromptError | None:
-        """Why its messages cannot be asked; None where they can."""
-        try:
-            self._prompt(row, tokenizer)
-        except rollout.PromptError as error:
-            return rollout.PromptError(f"{row.where}: {error}")
-        return None
-
     def _render(
-        self, row: SourceRow, tokenizer: LoadedTokenizer, request: rollout.RolloutRequest
-    ) -> TokenIds | rollout.PromptError:
+        self, row: SourceRow, tokenizer: LoadedTokenizer, request: RolloutRequest
+    ) -> TokenIds | PromptError:
         try:
-            if self.kind == "ids":
-                if request.chat_template_kwargs:
-                    raise rollout.PromptError(
-                        f"{rollout.PROMPT_IDS_KEY} are sampled from as they are, and "
-                        f"{', '.join(request.chat_template_kwargs)} would reach no chat template: "
-                        "leave it out"
-                    )
-                return rollout.given_prompt(
-                    _value(self.source, row, self.data.prompt_key), tokenizer
+            return self._ids(row, self._prompt(row, tokenizer), tokenizer, request)
+        except PromptError as error:
+            return PromptError(f"{row.where}: {error}")
+
+    def _ids(
+        self, row: SourceRow, asked: Any, tokenizer: LoadedTokenizer, request: RolloutRequest
+    ) -> TokenIds:
+        """The ids of the prompt that `_prompt` said."""
+        options = request.chat_template_kwargs
+        if self.kind == "ids":
+            if options:
+                raise PromptError(
+                    f"{rollout.PROMPT_IDS_KEY} are sampled from as they are, and "
+                    f"{', '.join(options)} would reach no chat template: leave it out"
                 )
-            prompt = self._prompt(row, tokenizer)
-            if isinstance(prompt, str):
-                prompt = [{"role": "user", "content": prompt}]
-            tools = self._tools(row)
-            return rollout.render_chat(prompt, tools, tokenizer, request.chat_template_kwargs)
-        except rollout.PromptError as error:
-            return rollout.PromptError(f"{row.where}: {error}")
+            value = _value(self.source, row, self.data.prompt_key)
+            return rollout.given_prompt(value, tokenizer)
+        messages = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
+        return rollout.render_chat(messages, self._tools(row), tokenizer, options)
 
 
 def _check_parts(row: SourceRow, key: str) -> None:
@@ -272,7 +264,7 @@ def _check_parts(row: SourceRow, key: str) -> None:
     for i, message in enumerate(messages or ()):
         try:
             rollout.text_of(i, message.get("content"))
-        except rollout.PromptError as error:
+        except PromptError as error:
             raise SourceError(f"{row.where}: the prompt in {key!r}: {error}") from error
 
 

@@ -6,9 +6,9 @@ float32 there and here. A row group is small enough to be read whole wherever ro
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import pyarrow as pa
@@ -21,6 +21,7 @@ from eval_protocol_rft.data._format import CompletionRow, FileMetadata, FormatEr
 from eval_protocol_rft.data.source._types import without_nulls
 from eval_protocol_rft.record import UNSCORED, Score
 
+T = TypeVar("T")
 _PLAIN = (
     "row_id", "data_idx", "sample_idx", "response", "finish_reason", "truncated", "temperature",
     "top_p", "top_k", "max_tokens", "seed", "policy_version", "first_policy_version", "attempts",
@@ -337,14 +338,23 @@ def _leaves(path: str, kind: pa.DataType) -> Iterator[str]:
 
 def tables_of(rows: Iterable[CompletionRow], schema: pa.Schema) -> Iterator[pa.Table]:
     """Rows as tables that each fit a row group."""
-    held: list[CompletionRow] = []
+    for held in in_row_groups(rows, _tokens_of):
+        yield pa.Table.from_batches([to_record_batch(held, schema)])
+
+
+def _tokens_of(row: CompletionRow) -> int:
+    return row.num_tokens + (0 if row.prompt_ids is None else len(row.prompt_ids))
+
+
+def in_row_groups(rows: Iterable[T], tokens_of: Callable[[T], int]) -> Iterator[list[T]]:
+    """Rows of any kind in lists that each fit a row group."""
+    held: list[T] = []
     tokens = 0
     for row in rows:
-        prompt = 0 if row.prompt_ids is None else len(row.prompt_ids)
         held.append(row)
-        tokens += row.num_tokens + prompt
+        tokens += tokens_of(row)
         if len(held) >= file_format.ROW_GROUP_ROWS or tokens >= file_format.ROW_GROUP_TOKENS:
-            yield pa.Table.from_batches([to_record_batch(held, schema)])
+            yield held
             held, tokens = [], 0
     if held:
-        yield pa.Table.from_batches([to_record_batch(held, schema)])
+        yield held

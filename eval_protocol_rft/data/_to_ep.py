@@ -16,13 +16,8 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from eval_protocol_rft._segments import (
-    EpisodeRecord,
-    Segment,
-    episode_traces,
-    turn_payloads,
-    turn_trace,
-)
+from eval_protocol_rft import _segments
+from eval_protocol_rft._segments import EpisodeRecord, Segment
 from eval_protocol_rft.data import _records as records
 from eval_protocol_rft.data._episodes import EPISODE_KEYS, stored_row
 from eval_protocol_rft.data._format import CompletionRow, FileMetadata
@@ -205,7 +200,7 @@ def _put_answer(
     if "assistant_turn_payloads" in extra and answer in (None, first.sample_idx):
         return  # what it said was not what its turns say
     traces = extra.get("token_turn_traces") or [first_trace(extra)]
-    extra["assistant_turn_payloads"] = turn_payloads(traces, row["messages"])
+    extra["assistant_turn_payloads"] = _segments.turn_payloads(traces, row["messages"])
 
 
 def _put_traces(extra: dict[str, Any]) -> None:
@@ -213,7 +208,7 @@ def _put_traces(extra: dict[str, Any]) -> None:
     if "token_turn_traces" in extra:
         episode = msgspec.convert(extra["episodes"][0], EpisodeRecord)
         read = [Segment(**segment) for segment in extra["trajectories"][0]]
-        extra["token_turn_traces"] = episode_traces(read, episode.last_finish_reason)
+        extra["token_turn_traces"] = _segments.episode_traces(read, episode.last_finish_reason)
 
 
 def _put_messages(
@@ -316,4 +311,4 @@ def _columns_of(row: CompletionRow) -> dict[str, Any]:
 def first_trace(extra: Mapping[str, Any]) -> dict[str, Any]:
     """The turn that the first completion was."""
     ids, logprobs = extra["completion_ids"][0], extra["inference_logprobs"][0]
-    return turn_trace(extra["prompt_ids"], ids, logprobs, extra["finish_reasons"][0])
+    return _segments.turn_trace(extra["prompt_ids"], ids, logprobs, extra["finish_reasons"][0])

@@ -77,10 +77,10 @@ def _plain_field(field: pa.Field) -> pa.Field:
 
 
 def _is_lossless(type_: pa.DataType, plain: pa.DataType) -> bool:
-    if any(pa.types.is_union(t) or t == pa.time64("ns") for t in _parts(plain)):
+    if any(pa.types.is_union(t) or t == pa.time64("ns") for t in parts_of(plain)):
         # Python's time of day has microseconds, and a union forgets which of its types it was.
         return False
-    if any(map(_is_list_view, _parts(type_))):
+    if any(map(_is_list_view, parts_of(type_))):
         # A cast of a slice of them fails, and inside another type it loses values (Arrow 26).
         return False
     try:
@@ -96,10 +96,11 @@ def _is_list_view(type_: pa.DataType) -> bool:
     return bool(pa.types.is_list_view(type_) or pa.types.is_large_list_view(type_))
 
 
-def _parts(type_: pa.DataType) -> list[pa.DataType]:
+def parts_of(type_: pa.DataType) -> Iterator[pa.DataType]:
     """A type and everything nested in it."""
-    inner = [type_.field(i).type for i in range(type_.num_fields)]
-    return [type_, *(part for each in inner for part in _parts(each))]
+    yield type_
+    for i in range(type_.num_fields):
+        yield from parts_of(type_.field(i).type)
 
 
 BATCH_ROWS = 512
