@@ -26,7 +26,7 @@ from eval_protocol_rft.data._sampling_run import Ask, Fill
 from eval_protocol_rft.data._to_ep import asked_row
 from eval_protocol_rft.local import LoadedTokenizer
 from eval_protocol_rft.rollout import RolloutRequest
-from eval_protocol_rft.sampling import Failure, SamplingParams, Survivor, TokenIds, derive_seeds
+from eval_protocol_rft.sampling import Failure, SamplingParams, Survivor, TokenIds
 from eval_protocol_rft.scoring import executors, parameters_of
 
 Factory = Callable[[], episodes.Environment]
@@ -154,12 +154,20 @@ class RowEpisodes:
         slots: asyncio.Semaphore,
         row: CompletionRow,
     ) -> None:
-        self._job = job
-        self._params = request.params
-        self._context_length = context_length
+        asked = EvaluationRow.model_validate(asked_row(row))
+        self._row_id = asked.input_metadata.row_id
         self._slots = slots
-        self._row = EvaluationRow.model_validate(asked_row(row))
-        self._openings = episodes.Openings(tokenizer, request.chat_template_kwargs)
+        self._episodes = episodes.Episodes(
+            asked,
+            asked.messages,
+            tokenizer,
+            request.chat_template_kwargs,
+            environment=job.environment,
+            params=request.params,
+            limits=job.limits,
+            on_rewrite=job.on_rewrite,
+            context_length=context_length,
+        )
         self._first: tuple[int, TokenIds] | None = None
         """Place and prompt of the first episode that began."""
 
@@ -174,32 +182,23 @@ class RowEpisodes:
 
     async def _run(self, index: int, seed: int | None, ask: Ask) -> episodes.Episode | Failure:
         """Run one, from before its environment is made until that is closed."""
-        job, row_id = self._job, self._row.input_metadata.row_id
-        session = hashlib.blake2b(f"{row_id}\0{seed}\0{index}".encode(), digest_size=8)
+        session = hashlib.blake2b(f"{self._row_id}\0{seed}\0{index}".encode(), digest_size=8)
 
         async def sample(
-            turn: int, prompt: TokenIds, params: SamplingParams, on_start: Callable[[], None]
+            turn: int,
+            prompt: TokenIds,
+            params: SamplingParams,
+            turn_seed: int | None,
+            on_start: Callable[[], None],
         ) -> Survivor | Failure:
             if not turn and (problem := self._other_prompt(index, prompt)) is not None:
                 return problem
-            # The first turn has the seed that a single completion would have.
-            (own,) = [seed] if not turn else derive_seeds(seed, f"turn {turn}", 1)
-            return await ask(prompt, params, own, on_start)
+            return await ask(prompt, params, turn_seed, on_start)
 
         async with self._slots:
-            run_episode = episodes.EpisodeRun(
-                index=index,
-                environment=job.environment,
-                row=self._row,
-                messages=self._row.messages,
-                openings=self._openings,
-                params=replace(self._params, session=session.hexdigest()),
-                limits=job.limits,
-                context_length=self._context_length,
-                on_rewrite=job.on_rewrite,
-                sample=sample,
+            return await self._episodes.run(
+                index, seed=seed, session=session.hexdigest(), sample=sample
             )
-            return await run_episode()
 
     def _other_prompt(self, index: int, prompt: TokenIds) -> Failure | None:
         """Completions of a data row are compared, so they must answer one prompt."""

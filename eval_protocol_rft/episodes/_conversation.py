@@ -270,35 +270,6 @@ class Conversation:
         return sum(len(segment.turns) for segment in self._segments)
 
 
-class Openings:
-    """Conversations with one tokenizer; what begins alike one after the other is rendered once."""
-
-    def __init__(self, tokenizer: LoadedTokenizer, template_kwargs: Mapping[str, Any]) -> None:
-        self.tokenizer = tokenizer
-        self._kwargs = template_kwargs
-        self._asked: tuple[Any, ...] = ()
-        self._begun: Conversation | None = None
-
-    def of(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        tools: Sequence[Mapping[str, Any]] | None,
-        on_rewrite: OnRewrite,
-    ) -> Conversation:
-        """`Conversation.start`.
-
-        Raises:
-            PromptError: as it does.
-        """
-        asked = rollout.chat_messages(messages, self.tokenizer), tools, on_rewrite
-        if self._begun is None or asked != self._asked:
-            self._begun = Conversation.start(
-                asked[0], tools, self.tokenizer, self._kwargs, on_rewrite=on_rewrite
-            )
-            self._asked = asked
-        return self._begun.begun_again()
-
-
 def _as_sampled(text: str, prompt: str, tokenizer: LoadedTokenizer) -> dict[str, Any]:
     """The sampled text as a message that a template is most likely to render as it was."""
     if rollout.tool_format(tokenizer) == "harmony":

@@ -1,8 +1,12 @@
-"""`Environment`: what a user writes, `Step`, what it answers, and how long an episode may get; and
-two that are ready-made.
+"""`Environment`: what a user writes, `Step`, what it answers, and how long an episode may get; two
+that are ready-made; and how an episode sees them.
 
 Invariant: one object per episode, made anew for each, so that nothing leaks from one into another.
 A limit ends an episode with a stop reason; it never shortens what was said.
+
+Whatever an environment does, an episode gets a `Step` with messages and plain metrics within
+bounds, or an `EnvironmentFaultError` that says what was wrong. The record says what was said,
+whatever an environment does to the messages it is shown.
 
 `ToolLoop`: plain Python functions as tools, until the model answers without calling one. Whatever
 goes wrong with a call (unknown tool, arguments that are no JSON or do not fit, an exception, a call
@@ -18,13 +22,17 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+import logging
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from numbers import Real
 from typing import TYPE_CHECKING, Annotated, Any
 
 from annotated_types import Ge, Gt
 
 from eval_protocol_rft._options import Flag, check_options
+from eval_protocol_rft._text import well_formed_json
 from eval_protocol_rft.episodes._calling import EnvironmentFaultError, call
 from eval_protocol_rft.sampling import sampling_time
 
@@ -32,6 +40,8 @@ if TYPE_CHECKING:
     from eval_protocol.models import EvaluationRow, Message
 
     from eval_protocol_rft.record import Score
+
+logger = logging.getLogger(__name__)
 
 Messages = Sequence["Message | Mapping[str, Any]"]
 """Messages of Eval Protocol, or dicts of the chat API."""
@@ -273,3 +283,151 @@ class RetryWithFeedback(Environment):
             return Step(done=True, reward=result.reward)
         feedback = {"role": "user", "content": self._say(result)}
         return Step(messages=[feedback], reward=result.reward)
+
+
+class CheckedEnvironment:
+    """Calls an environment and checks what it answers. Make one with `made`."""
+
+    def __init__(self, environment: Environment, limits: EpisodeLimits) -> None:
+        self.environment, self.limits = environment, limits
+
+    @classmethod
+    async def made(
+        cls, factory: Callable[[], Environment], limits: EpisodeLimits
+    ) -> CheckedEnvironment:
+        """The environment of one episode.
+
+        Raises:
+            EnvironmentFaultError: the factory raised, hung, or made something else.
+        """
+        name = f"{getattr(factory, '__name__', type(factory).__name__)}()"
+
+        async def without_thread() -> Environment:
+            return factory()
+
+        # A class that does nothing of its own when it is made takes no time either.
+        is_quick = getattr(factory, "__init__", None) is object.__init__
+        make = without_thread if is_quick else factory
+        environment = await call(make, what=name, seconds=limits.step_seconds)
+        if not callable(getattr(environment, "step", None)):
+            raise EnvironmentFaultError(f"{name} made a {type(environment).__name__} without step")
+        return cls(environment, limits)
+
+    async def reset(self, row: EvaluationRow) -> list[Message]:
+        """Begin; the messages to put behind the row's own.
+
+        Raises:
+            EnvironmentFaultError: it raised, hung, or returned what are no messages.
+        """
+        if not _does_something(self.environment.reset):
+            return []
+        began = await self._call("reset", row.model_copy(deep=True))
+        return as_messages(began or ())
+
+    async def step(self, history: Sequence[Message], assistant: Message) -> Step:
+        """Its answer to an assistant turn; it says something unless it is done.
+
+        Raises:
+            EnvironmentFaultError: it raised, hung, or returned what is no such step.
+        """
+        answer = await self._call("step", history, assistant)
+        if not isinstance(answer, Step):
+            raise EnvironmentFaultError(f"step() returned {type(answer).__name__}, not a Step")
+        if not answer.done and not answer.messages:
+            raise EnvironmentFaultError(f"{self._name}.step() is not done and says nothing")
+        return replace(answer, reward=_reward(answer.reward), metrics=self._metrics(answer.metrics))
+
+    async def close(self, row_id: str | None) -> None:
+        """End it; a fault is logged, for the episode is over."""
+        if not _does_something(self.environment.close):
+            return
+        try:
+            await self._call("close")
+        except EnvironmentFaultError as error:
+            logger.warning("row %s: %s", row_id, error)
+
+    def too_long(self, messages: Sequence[Message]) -> bool:
+        """Whether these are more characters than may be said at once."""
+        return sum(len(str(m.content or "")) for m in messages) > self.limits.observation_characters
+
+    @property
+    def _name(self) -> str:
+        return type(self.environment).__name__
+
+    def _metrics(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
+        if isinstance(metrics, dict) and not metrics:
+            return {}
+        try:
+            text = json.dumps(dict(metrics), allow_nan=False)
+            plain: dict[str, Any] = well_formed_json(json.loads(text))
+        except (TypeError, ValueError, RecursionError) as error:
+            raise EnvironmentFaultError(f"the metrics of a step are no JSON: {error}") from error
+        if len(text) > self.limits.observation_characters:
+            raise EnvironmentFaultError(f"the metrics of a step are {len(text)} characters of JSON")
+        return plain
+
+    async def _call(self, method: str, *arguments: Any) -> Any:
+        function, what = getattr(self.environment, method), f"{self._name}.{method}()"
+        return await call(function, *arguments, what=what, seconds=self.limits.step_seconds)
+
+
+def _reward(reward: Any) -> float | None:
+    if reward is None:
+        return None
+    if not isinstance(reward, Real) or not math.isfinite(reward):
+        raise EnvironmentFaultError(
+            f"the reward of a step is {reward!r}: a finite number, or None where there is none"
+        )
+    return float(reward)
+
+
+def _does_something(method: Callable[..., Any]) -> bool:
+    """Whether it is overridden: what an `Environment` does by itself takes no thread, and no copy
+    of a row."""
+    return getattr(method, "__func__", None) not in (Environment.reset, Environment.close)
+
+
+class Transcript:
+    """The conversation so far: `shown` to the environment, and `kept` for the record."""
+
+    def __init__(self, messages: Iterable[Message]) -> None:
+        """`messages` are others' too: the environment is shown copies."""
+        self.shown: list[Message] = []
+        self.kept: list[dict[str, Any]] = []
+        self.add([message.model_copy(deep=True) for message in messages])
+
+    def add(self, messages: Iterable[Message]) -> list[dict[str, Any]]:
+        """Append `messages`; returns them as they are kept."""
+        added = list(messages)
+        kept = [message.model_dump(exclude_none=True) for message in added]
+        # A new list: the environment may still have the last one.
+        self.shown = [*self.shown, *added]
+        self.kept += kept
+        return kept
+
+
+def as_messages(messages: Any) -> list[Message]:
+    """What an environment said, as messages; of text that is no UTF-8, a character is lost.
+
+    Raises:
+        EnvironmentFaultError: they are none.
+    """
+    from eval_protocol.models import Message
+
+    if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
+        raise EnvironmentFaultError(
+            f"messages must be a list of messages, not {type(messages).__name__}"
+        )
+    try:
+        return [
+            _well_formed(m if isinstance(m, Message) else Message(**well_formed_json(m)))
+            for m in messages
+        ]
+    except (TypeError, ValueError) as error:
+        raise EnvironmentFaultError(f"a message is no message: {error}") from error
+
+
+def _well_formed(message: Message) -> Message:
+    values = message.model_dump(exclude_none=True)
+    mended = well_formed_json(values)
+    return message if mended == values else type(message)(**mended)

@@ -3,195 +3,35 @@
 Invariant: an episode that ends, however it ends, has all that was sampled in it, exactly as it was
 sampled, and a stop reason. One that cannot be had (a request that fails for good, an environment
 that raises or hangs, a history that the template rewrites under `reject`) is a `Failure`.
-
-A user's environment as an episode sees it.
-
-Invariant: whatever the environment does, an episode gets a `Step` with messages and plain metrics
-within bounds, or an `EnvironmentFaultError` that says what was wrong. The record says what was
-said, whatever an environment does to the messages it is shown.
 """
 
 from __future__ import annotations
 
-import json
-import logging
-import math
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from numbers import Real
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from eval_protocol_rft import sampling
 from eval_protocol_rft._segments import EpisodeRecord, Segment
-from eval_protocol_rft._text import well_formed_json
-from eval_protocol_rft.episodes._calling import EnvironmentFaultError, call
-from eval_protocol_rft.episodes._conversation import Conversation, OnRewrite, Openings
+from eval_protocol_rft.episodes import _environment as environments
+from eval_protocol_rft.episodes._calling import EnvironmentFaultError
+from eval_protocol_rft.episodes._conversation import Conversation, OnRewrite
 from eval_protocol_rft.episodes._environment import Environment, EpisodeLimits, Step
 from eval_protocol_rft.episodes._rendering import ConversationError
-from eval_protocol_rft.rollout import AnswerReader, PromptError, as_message
+from eval_protocol_rft.local import LoadedTokenizer
+from eval_protocol_rft.rollout import AnswerReader, PromptError, as_message, chat_messages
 
 if TYPE_CHECKING:
     from eval_protocol.models import EvaluationRow, Message
 
-logger = logging.getLogger(__name__)
-
-
-class CheckedEnvironment:
-    """Calls an environment and checks what it answers. Make one with `made`."""
-
-    def __init__(self, environment: Environment, limits: EpisodeLimits) -> None:
-        self.environment, self.limits = environment, limits
-
-    @classmethod
-    async def made(
-        cls, factory: Callable[[], Environment], limits: EpisodeLimits
-    ) -> CheckedEnvironment:
-        """The environment of one episode.
-
-        Raises:
-            EnvironmentFaultError: the factory raised, hung, or made something else.
-        """
-        name = f"{getattr(factory, '__name__', type(factory).__name__)}()"
-
-        async def without_thread() -> Environment:
-            return factory()
-
-        # A class that does nothing of its own when it is made takes no time either.
-        is_quick = getattr(factory, "__init__", None) is object.__init__
-        make = without_thread if is_quick else factory
-        environment = await call(make, what=name, seconds=limits.step_seconds)
-        if not callable(getattr(environment, "step", None)):
-            raise EnvironmentFaultError(f"{name} made a {type(environment).__name__} without step")
-        return cls(environment, limits)
-
-    async def reset(self, row: EvaluationRow) -> list[Message]:
-        """Begin; the messages to put behind the row's own.
-
-        Raises:
-            EnvironmentFaultError: it raised, hung, or returned what are no messages.
-        """
-        if not _does_something(self.environment.reset):
-            return []
-        began = await self._call("reset", row.model_copy(deep=True))
-        return as_messages(began or ())
-
-    async def step(self, history: Sequence[Message], assistant: Message) -> Step:
-        """Its answer to an assistant turn; it says something unless it is done.
-
-        Raises:
-            EnvironmentFaultError: it raised, hung, or returned what is no such step.
-        """
-        answer = await self._call("step", history, assistant)
-        if not isinstance(answer, Step):
-            raise EnvironmentFaultError(f"step() returned {type(answer).__name__}, not a Step")
-        if not answer.done and not answer.messages:
-            raise EnvironmentFaultError(f"{self._name}.step() is not done and says nothing")
-        return replace(answer, reward=_reward(answer.reward), metrics=self._metrics(answer.metrics))
-
-    async def close(self, row_id: str | None) -> None:
-        """End it; a fault is logged, for the episode is over."""
-        if not _does_something(self.environment.close):
-            return
-        try:
-            await self._call("close")
-        except EnvironmentFaultError as error:
-            logger.warning("row %s: %s", row_id, error)
-
-    def too_long(self, messages: Sequence[Message]) -> bool:
-        """Whether these are more characters than may be said at once."""
-        return sum(len(str(m.content or "")) for m in messages) > self.limits.observation_characters
-
-    @property
-    def _name(self) -> str:
-        return type(self.environment).__name__
-
-    def _metrics(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
-        if isinstance(metrics, dict) and not metrics:
-            return {}
-        try:
-            text = json.dumps(dict(metrics), allow_nan=False)
-            plain: dict[str, Any] = well_formed_json(json.loads(text))
-        except (TypeError, ValueError, RecursionError) as error:
-            raise EnvironmentFaultError(f"the metrics of a step are no JSON: {error}") from error
-        if len(text) > self.limits.observation_characters:
-            raise EnvironmentFaultError(f"the metrics of a step are {len(text)} characters of JSON")
-        return plain
-
-    async def _call(self, method: str, *arguments: Any) -> Any:
-        function, what = getattr(self.environment, method), f"{self._name}.{method}()"
-        return await call(function, *arguments, what=what, seconds=self.limits.step_seconds)
-
-
-def _reward(reward: Any) -> float | None:
-    if reward is None:
-        return None
-    if not isinstance(reward, Real) or not math.isfinite(reward):
-        raise EnvironmentFaultError(
-            f"the reward of a step is {reward!r}: a finite number, or None where there is none"
-        )
-    return float(reward)
-
-
-def _does_something(method: Callable[..., Any]) -> bool:
-    """Whether it is overridden: what an `Environment` does by itself takes no thread, and no copy
-    of a row."""
-    return getattr(method, "__func__", None) not in (Environment.reset, Environment.close)
-
-
-class Transcript:
-    """The conversation so far: `shown` to the environment, and `kept` for the record."""
-
-    def __init__(self, messages: Iterable[Message]) -> None:
-        """`messages` are others' too: the environment is shown copies."""
-        self.shown: list[Message] = []
-        self.kept: list[dict[str, Any]] = []
-        self.add([message.model_copy(deep=True) for message in messages])
-
-    def add(self, messages: Iterable[Message]) -> list[dict[str, Any]]:
-        """Append `messages`; returns them as they are kept."""
-        added = list(messages)
-        kept = [message.model_dump(exclude_none=True) for message in added]
-        # A new list: the environment may still have the last one.
-        self.shown = [*self.shown, *added]
-        self.kept += kept
-        return kept
-
-
-def as_messages(messages: Any) -> list[Message]:
-    """What an environment said, as messages; of text that is no UTF-8, a character is lost.
-
-    Raises:
-        EnvironmentFaultError: they are none.
-    """
-    from eval_protocol.models import Message
-
-    if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
-        raise EnvironmentFaultError(
-            f"messages must be a list of messages, not {type(messages).__name__}"
-        )
-    try:
-        return [
-            _well_formed(m if isinstance(m, Message) else Message(**well_formed_json(m)))
-            for m in messages
-        ]
-    except (TypeError, ValueError) as error:
-        raise EnvironmentFaultError(f"a message is no message: {error}") from error
-
-
-def _well_formed(message: Message) -> Message:
-    values = message.model_dump(exclude_none=True)
-    mended = well_formed_json(values)
-    return message if mended == values else type(message)(**mended)
-
-
 SampleTurn = Callable[
-    [int, sampling.TokenIds, sampling.SamplingParams, Callable[[], None]],
+    [int, sampling.TokenIds, sampling.SamplingParams, int | None, Callable[[], None]],
     Awaitable[sampling.Survivor | sampling.Failure],
 ]
-"""Turn number, prompt and parameters in, and what to call when the first request leaves; what came
-of it out."""
+"""Turn number, prompt, parameters and seed in, and what to call when the first request leaves; what
+came of it out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -209,61 +49,118 @@ class Episode:
     sampled_tokens: int
 
 
-@dataclass(slots=True, kw_only=True)
-class EpisodeRun:
-    """Runs one episode; `await run()` once."""
+class Episodes:
+    """The episodes of one row, which begin alike. Each is run once, by `run`.
 
-    index: int
-    environment: Callable[[], Environment]
-    """Makes it."""
-    row: EvaluationRow
-    messages: Sequence[Message]
-    openings: Openings
-    """Shared by the episodes of a row, which begin alike."""
-    params: sampling.SamplingParams
-    limits: EpisodeLimits
-    context_length: int | None
-    """The model's, where the sampler knows it."""
-    on_rewrite: OnRewrite
-    sample: SampleTurn
-    split_reasoning: bool = True
-    """Show thinking as `reasoning_content`, not in the content."""
-    _began: float = field(default_factory=sampling.sampling_time)
-    _deadline: float | None = None
-    _waiting: sampling.Deadline | None = None
-    _survivors: list[sampling.Survivor] = field(default_factory=list)
-    _rewards: list[float | None] = field(default_factory=list)
-    _metrics: dict[str, Any] = field(default_factory=dict)
+    Args:
+        row: what the environments are shown.
+        messages: before the first turn, without what an environment says at its reset.
+        tokenizer: the model's.
+        template_kwargs: passed to its chat template.
+        environment: makes the environment of an episode.
+        params: of every turn; `max_tokens` is less where the limits leave less room.
+        limits: how long an episode may get.
+        on_rewrite: see `Conversation.start`.
+        context_length: the model's, where the sampler knows it.
+        split_reasoning: show thinking as `reasoning_content`, not in the content.
+    """
 
-    async def __call__(self) -> Episode | sampling.Failure:
+    def __init__(
+        self,
+        row: EvaluationRow,
+        messages: Sequence[Message],
+        tokenizer: LoadedTokenizer,
+        template_kwargs: Mapping[str, Any],
+        *,
+        environment: Callable[[], Environment],
+        params: sampling.SamplingParams,
+        limits: EpisodeLimits,
+        on_rewrite: OnRewrite,
+        context_length: int | None,
+        split_reasoning: bool = True,
+    ) -> None:
+        self.row, self.messages = row, messages
+        self.tokenizer, self._template_kwargs = tokenizer, template_kwargs
+        self.environment, self.params, self.limits = environment, params, limits
+        self.on_rewrite, self.context_length = on_rewrite, context_length
+        self.split_reasoning = split_reasoning
+        self._asked: tuple[Any, ...] = ()
+        self._begun: Conversation | None = None
+        """The last conversation that was begun, with `_asked`, its messages and tools."""
+
+    async def run(
+        self, index: int, *, seed: int | None, session: str, sample: SampleTurn
+    ) -> Episode | sampling.Failure:
+        """Run one.
+
+        Args:
+            index: its place among those of the row.
+            seed: that a single completion would have; the turns' seeds come from it.
+            session: one name for all its requests.
+            sample: gets a turn.
+        """
         with sampling.loop_clock().runs():
-            return await self._run_in_world()
+            return await _Run(self, index, seed, session, sample).in_world()
 
-    async def _run_in_world(self) -> Episode | sampling.Failure:
+    def begin(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None
+    ) -> Conversation:
+        """`Conversation.start`; what begins alike one after the other is rendered once.
+
+        Raises:
+            PromptError: as it does.
+        """
+        asked = chat_messages(messages, self.tokenizer), tools
+        if self._begun is None or asked != self._asked:
+            self._begun = Conversation.start(
+                *asked, self.tokenizer, self._template_kwargs, on_rewrite=self.on_rewrite
+            )
+            self._asked = asked
+        return self._begun.begun_again()
+
+
+class _Run:
+    """One episode on its way."""
+
+    def __init__(
+        self, of: Episodes, index: int, seed: int | None, session: str, sample: SampleTurn
+    ) -> None:
+        self._of, self._index, self._seed, self._sample = of, index, seed, sample
+        self._params = replace(of.params, session=session)
+        self._began = sampling.sampling_time()
+        self._deadline: float | None = None
+        self._waiting: sampling.Deadline | None = None
+        self._survivors: list[sampling.Survivor] = []
+        self._rewards: list[float | None] = []
+        self._metrics: dict[str, Any] = {}
+
+    async def in_world(self) -> Episode | sampling.Failure:
         try:
-            world = await CheckedEnvironment.made(self.environment, self.limits)
+            world = await environments.CheckedEnvironment.made(
+                self._of.environment, self._of.limits
+            )
             try:
                 return await self._run(world)
             finally:
-                await world.close(self.row.input_metadata.row_id)
+                await world.close(self._of.row.input_metadata.row_id)
         except (EnvironmentFaultError, ConversationError, PromptError) as error:
             kind = "prompt" if isinstance(error, PromptError) else "internal"
             return self._failure(kind, str(error))
 
-    async def _run(self, world: CheckedEnvironment) -> Episode | sampling.Failure:
-        more = await world.reset(self.row)
+    async def _run(self, world: environments.CheckedEnvironment) -> Episode | sampling.Failure:
+        more = await world.reset(self._of.row)
         if world.too_long(more):
             raise PromptError(
-                f"reset() said more than {self.limits.observation_characters} characters"
+                f"reset() said more than {self._of.limits.observation_characters} characters"
             )
-        transcript = Transcript(self.messages)
+        transcript = environments.Transcript(self._of.messages)
         transcript.add(more)
         tools = world.environment.tools
         if tools is None:
-            tools = self.row.tools
-        talk = self.openings.of(transcript.kept, tools, self.on_rewrite)
-        first_prompt, tokenizer = talk.prompt_ids, self.openings.tokenizer
-        most = min(self.limits.tokens, self.context_length or self.limits.tokens)
+            tools = self._of.row.tools
+        talk = self._of.begin(transcript.kept, tools)
+        first_prompt, tokenizer = talk.prompt_ids, self._of.tokenizer
+        most = min(self._of.limits.tokens, self._of.context_length or self._of.limits.tokens)
 
         def end(reason: str) -> Episode:
             return self._ended(talk, first_prompt, tools, transcript, reason)
@@ -271,16 +168,18 @@ class EpisodeRun:
         while True:
             room = most - len(talk.prompt_ids)
             if room < 1 and not self._survivors:
-                which = "EpisodeLimits.tokens" if most == self.limits.tokens else "model's context"
+                which = (
+                    "EpisodeLimits.tokens" if most == self._of.limits.tokens else "model's context"
+                )
                 raise PromptError(
                     f"the prompt has {len(talk.prompt_ids)} tokens, and the {which} is {most}: "
                     "nothing can be sampled behind it"
                 )
             if room < 1:
                 return end("tokens")
-            asked = self.params.max_tokens
+            asked = self._params.max_tokens
             limited = asked is None or asked > room
-            params = replace(self.params, max_tokens=room) if limited else self.params
+            params = replace(self._params, max_tokens=room) if limited else self._params
             outcome = await self._sampled(talk.prompt_ids, params)
             if outcome is None:
                 return end("seconds")
@@ -290,7 +189,7 @@ class EpisodeRun:
             completion = outcome.completion
             talk.sampled(completion)
             reader = AnswerReader(
-                talk.prompt_ids, tokenizer, tools=tools, split_reasoning=self.split_reasoning
+                talk.prompt_ids, tokenizer, tools=tools, split_reasoning=self._of.split_reasoning
             )
             answer = reader.read(completion.text or "")
             assistant, problem = as_message(answer.message), answer.problem
@@ -306,9 +205,9 @@ class EpisodeRun:
             self._metrics.update(step.metrics)
             if step.done:
                 return end("done")
-            if len(self._survivors) >= self.limits.turns:
+            if len(self._survivors) >= self._of.limits.turns:
                 return end("turns")
-            observation = as_messages(step.messages)
+            observation = environments.as_messages(step.messages)
             if world.too_long(observation):
                 return end("observation")
             talk.append(transcript.add(observation))
@@ -322,25 +221,27 @@ class EpisodeRun:
             return None
         try:
             async with sampling.Deadline(left) as self._waiting:
-                turn = len(self._survivors)
-                return await self.sample(turn, prompt_ids, params, self._starts)
+                turn, seed = len(self._survivors), self._seed
+                if turn:  # the first one has the seed that a single completion would have
+                    (seed,) = sampling.derive_seeds(seed, f"turn {turn}", 1)
+                return await self._sample(turn, prompt_ids, params, seed, self._starts)
         except TimeoutError:
             assert self._waiting is not None  # noqa: S101 - narrows the type
             if not self._waiting.expired():
                 raise
         if self._survivors:
             return None
-        message = f"the first turn took longer than the {self.limits.seconds:g} s of an episode"
+        message = f"the first turn took longer than the {self._of.limits.seconds:g} s of an episode"
         return sampling.Failure(
-            index=self.index, kind="timeout", message=message, attempts=1, seconds=self._seconds
+            index=self._index, kind="timeout", message=message, attempts=1, seconds=self._seconds
         )
 
     def _starts(self) -> None:
         """A request leaves: from the first on the episode's seconds count."""
         if self._deadline is None:
-            self._deadline = sampling.sampling_time() + self.limits.seconds
+            self._deadline = sampling.sampling_time() + self._of.limits.seconds
             if self._waiting is not None:
-                self._waiting.restart(self.limits.seconds)
+                self._waiting.restart(self._of.limits.seconds)
 
     @property
     def _seconds(self) -> float:
@@ -351,7 +252,7 @@ class EpisodeRun:
         talk: Conversation,
         first_prompt: sampling.TokenIds,
         tools: Sequence[Mapping[str, Any]] | None,
-        transcript: Transcript,
+        transcript: environments.Transcript,
         reason: str,
     ) -> Episode:
         first = replace(
@@ -370,7 +271,7 @@ class EpisodeRun:
                 step_rewards=self._rewards,
                 metrics={**self._metrics, **_splits(talk)},
                 messages=transcript.kept,
-                row_messages=len(self.messages),
+                row_messages=len(self._of.messages),
             ),
             segments=talk.segments(),
             talk=talk,
@@ -384,7 +285,7 @@ class EpisodeRun:
     ) -> sampling.Failure:
         turn = len(self._survivors)
         return sampling.Failure(
-            index=self.index,
+            index=self._index,
             kind=kind,
             message=f"turn {turn}: {message}",
             attempts=sum(s.attempts for s in self._survivors) + (of.attempts if of else 0),

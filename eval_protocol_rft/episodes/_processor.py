@@ -13,7 +13,6 @@ import contextlib
 import hashlib
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -21,9 +20,9 @@ from eval_protocol.models import EvaluationRow, Message
 from eval_protocol.pytest.types import RolloutProcessorConfig
 
 from eval_protocol_rft import rollout, sampling
-from eval_protocol_rft.episodes._conversation import OnRewrite, Openings
+from eval_protocol_rft.episodes._conversation import OnRewrite
 from eval_protocol_rft.episodes._environment import Environment, EpisodeLimits
-from eval_protocol_rft.episodes._episode import Episode, EpisodeRun
+from eval_protocol_rft.episodes._episode import Episode, Episodes
 
 
 class EpisodeRolloutProcessor(rollout.FireworksTrainingRolloutProcessor):
@@ -78,9 +77,20 @@ class EpisodeRolloutProcessor(rollout.FireworksTrainingRolloutProcessor):
         async with rollout.RowSlot(rows_ahead) as row_slot:
             job = await self._prepare(row, config, state, run)
             row_slot.expect(len(job.seeds))
-            openings = Openings(job.tokenizer, job.request.chat_template_kwargs)
+            of_row = Episodes(
+                row,
+                job.messages,
+                job.tokenizer,
+                job.request.chat_template_kwargs,
+                environment=self.environment,
+                params=job.request.params,
+                limits=self.limits,
+                on_rewrite=self.on_rewrite,
+                context_length=getattr(job.sampler, "context_length", None),
+                split_reasoning=self.split_reasoning,
+            )
             tasks = [
-                asyncio.ensure_future(self._episode(row, job, config, index, row_slot, openings))
+                asyncio.ensure_future(self._episode(of_row, job, config, index, row_slot))
                 for index in range(len(job.seeds))
             ]
             try:
@@ -140,22 +150,21 @@ class EpisodeRolloutProcessor(rollout.FireworksTrainingRolloutProcessor):
 
     async def _episode(
         self,
-        row: EvaluationRow,
+        of_row: Episodes,
         job: rollout.RowJob,
         config: RolloutProcessorConfig,
         index: int,
         row_slot: rollout.RowSlot,
-        openings: Openings,
     ) -> Episode | sampling.Failure:
-        seed = job.seeds[index]
         # Both: a caller's rollouts may all have one id, and its runs numbers given twice.
-        rollout_id = f"{row.execution_metadata.rollout_id or ''}\0{job.run}"
+        rollout_id = f"{of_row.row.execution_metadata.rollout_id or ''}\0{job.run}"
         session = hashlib.blake2b(f"{job.row_key}\0{rollout_id}\0{index}".encode(), digest_size=8)
 
         async def sample(
             turn: int,
             prompt: sampling.TokenIds,
             params: sampling.SamplingParams,
+            seed: int | None,
             on_start: Callable[[], None],
         ) -> sampling.Survivor | sampling.Failure:
             def starts() -> None:
@@ -163,15 +172,13 @@ class EpisodeRolloutProcessor(rollout.FireworksTrainingRolloutProcessor):
                     row_slot.started()
                 on_start()
 
-            # The first turn has the seed that a single completion would have.
-            (turn_seed,) = [seed] if not turn else sampling.derive_seeds(seed, f"turn {turn}", 1)
             return await sampling.sample_one(
                 job.sampler,
                 prompt,
                 params,
                 index=index,
-                seed=turn_seed,
-                slots=contextlib.nullcontext(),  # the episode's turn_seed holds for its requests
+                seed=seed,
+                slots=contextlib.nullcontext(),  # the episode's slot holds for its requests
                 retry=self.retry,
                 limiter=job.limiter,
                 prompt=job.row_key,
@@ -181,20 +188,9 @@ class EpisodeRolloutProcessor(rollout.FireworksTrainingRolloutProcessor):
             )
 
         async with config.semaphore:
-            run_episode = EpisodeRun(
-                index=index,
-                environment=self.environment,
-                row=row,
-                messages=job.messages,
-                openings=openings,
-                params=replace(job.request.params, session=session.hexdigest()),
-                limits=self.limits,
-                context_length=getattr(job.sampler, "context_length", None),
-                on_rewrite=self.on_rewrite,
-                sample=sample,
-                split_reasoning=self.split_reasoning,
+            return await of_row.run(
+                index, seed=job.seeds[index], session=session.hexdigest(), sample=sample
             )
-            return await run_episode()
 
 
 def _require_one_prompt(row: EvaluationRow, episodes: list[Episode]) -> None:
