@@ -21,12 +21,10 @@ from ._convert_ep import read_rows as read_rows
 from ._episodes import checked_episode as checked_episode
 from ._files import output_path as output_path
 from ._files import same_file as same_file
-from ._files import write_rows as write_rows
 from ._filter import REASONS as REASONS
 from ._filter import parse_band as parse_band
 from ._format import ChatMessages as ChatMessages
 from ._format import CompletionRow as CompletionRow
-from ._format import DataSettings as DataSettings
 from ._format import FileMetadata as FileMetadata
 from ._format import SamplingSettings as SamplingSettings
 from ._job_store import parts_folder as parts_folder

@@ -1,8 +1,9 @@
 """`convert`: rollout files into what others read, and back.
 
 Invariant: nothing is lost in silence. What the target has no place for is in the summary's notes,
-or the conversion is refused; text is never made into tokens. The source is only read, is of a
-format only if nothing else would look like it, and the target appears when it is complete.
+or the conversion is refused; text is never made into tokens, and token data that goes by can be
+trained on. The source is only read, and is of a format only if nothing else would look like it; the
+target appears when it is complete.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
 """`RolloutDataset`: a rollout file, read lazily.
 
-Invariant: rows come in file order and the completions of a data row stand together, whatever the
-file's format and whether its job was finished. Only what is being looked at is in memory.
+Invariant: rows come in file order, no completion twice, and the completions of a data row stand
+together, whatever the file's format and whether its job was finished; else a `FormatError` names
+file and row. Only what is being looked at is in memory, and it is checked table by table, without a
+Python loop per row unless something is wrong.
 """
 
 from __future__ import annotations

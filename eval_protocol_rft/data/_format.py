@@ -1,7 +1,9 @@
-"""The rollout file: its columns and what its metadata says. docs/format.md is the specification.
+"""The rollout file: its columns, what its metadata says, and a row of it as an object.
+docs/format.md is the specification.
 
 Invariant: one row per completion that was asked for, failed ones included, and no two rows with the
-same (`data_idx`, `sample_idx`). What a column holds follows from the file alone: its Arrow type,
+same (`data_idx`, `sample_idx`). One that did not fail has its own prompt ids, sampled ids and
+logprobs. What a column holds follows from the file alone: its Arrow type,
 and for columns of JSON text the list in the metadata.
 """
 

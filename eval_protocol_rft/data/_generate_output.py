@@ -386,7 +386,7 @@ _MISSING, _DONE, _FAILED = 0, 1, 2
 
 
 class DoneIndex:
-    """The state of every completion.
+    """Which completions a job has: one byte for each, whatever they hold.
 
     Args:
         num_rows: of the data set.

@@ -31,7 +31,7 @@ from eval_protocol_rft.data.source._types import (
 )
 from eval_protocol_rft.data.source._urls import SourceError
 from eval_protocol_rft.local import LoadedTokenizer
-from eval_protocol_rft.rollout import PromptError, RolloutRequest
+from eval_protocol_rft.rollout import PROMPT_IDS_KEY, PromptError, RolloutRequest, text_of
 from eval_protocol_rft.sampling import TokenIds, derive_seeds
 
 logger = logging.getLogger(__name__)
@@ -247,7 +247,7 @@ class Questions:
         if self.kind == "ids":
             if options:
                 raise PromptError(
-                    f"{rollout.PROMPT_IDS_KEY} are sampled from as they are, and "
+                    f"{PROMPT_IDS_KEY} are sampled from as they are, and "
                     f"{', '.join(options)} would reach no chat template: leave it out"
                 )
             value = _value(self.source, row, self.data.prompt_key)
@@ -263,7 +263,7 @@ def _check_parts(row: SourceRow, key: str) -> None:
     messages = messages_in(value) if isinstance(value, str) else value
     for i, message in enumerate(messages or ()):
         try:
-            rollout.text_of(i, message.get("content"))
+            text_of(i, message.get("content"))
         except PromptError as error:
             raise SourceError(f"{row.where}: the prompt in {key!r}: {error}") from error
 
@@ -281,7 +281,7 @@ def _value(source: Source, row: SourceRow, key: str) -> Any:
 
 
 PROMPT_COLUMNS = (
-    rollout.PROMPT_IDS_KEY,
+    PROMPT_IDS_KEY,
     "prompt",
     "messages",
     "question",
@@ -329,10 +329,10 @@ def check_prompt(row: SourceRow, column: str, expected: SourceKind | None) -> So
     """
     prompt = row.values[column]
     place = f"{row.where}: the prompt in {column!r}"
-    if isinstance(prompt, str) and expected != "text" and column != rollout.PROMPT_IDS_KEY:
+    if isinstance(prompt, str) and expected != "text" and column != PROMPT_IDS_KEY:
         prompt = messages_in(prompt) or prompt
     kind: SourceKind
-    if column == rollout.PROMPT_IDS_KEY:
+    if column == PROMPT_IDS_KEY:
         if not isinstance(prompt, list) or not all(type(token) is int for token in prompt):
             raise SourceError(f"{place} is {type_name(prompt)}, not a list of token ids")
         kind = "ids"
