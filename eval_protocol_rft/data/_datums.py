@@ -19,6 +19,7 @@ import itertools
 import os
 import shutil
 import tempfile
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -125,21 +126,26 @@ def write_rl_step(path: Path, rows: Iterable[dict[str, Any]]) -> DatumsSummary:
     """
     groups = samples = 0
     dropped: Counter[str] = Counter()
+    models: Counter[str] = Counter()
     with replacing(path) as file:
-        for data in _by_group(rows):
+        for model, data in _by_group(rows):
             dropped.update(data.dropped)
             groups += len(data.lines)
             for line in data.lines:
                 samples += len(line["samples"])
+                models.update([model] * len(line["samples"]) if model else ())
                 file.write(msgspec.json.encode(line) + b"\n")
         if not groups:
             raise training.EmptyBatchError(dropped)
+    if problem := training.several_models(models):
+        warnings.warn(problem, training.BiasedSamplingWarning, stacklevel=3)
     return DatumsSummary(
         files=[path], groups=groups, datums=samples, sampled_tokens=None, dropped=dropped
     )
 
 
-def _by_group(rows: Iterable[dict[str, Any]]) -> Iterator[RLStepData]:
+def _by_group(rows: Iterable[dict[str, Any]]) -> Iterator[tuple[str | None, RLStepData]]:
+    """The lines of each prompt group, and whose samples they are."""
     seen: set[int] = set()  # hashes, as in `iter_groups`
     for key, group in itertools.groupby(rows, key=training.row_key):
         if hash(key) in seen:
@@ -149,9 +155,9 @@ def _by_group(rows: Iterable[dict[str, Any]]) -> Iterator[RLStepData]:
             )
         seen.add(hash(key))
         try:
-            yield to_lines(group, unscored="drop")
+            yield key[2], to_lines(group, unscored="drop")
         except training.EmptyBatchError as nothing:
-            yield RLStepData([], nothing.dropped)
+            yield key[2], RLStepData([], nothing.dropped)
 
 
 def _scored_groups(

@@ -46,3 +46,4 @@ from ._rows import read_row as read_row
 from ._rows import row_key as row_key
 from ._types import FloatArray as FloatArray
 from ._types import require as require
+from ._types import several_models as several_models

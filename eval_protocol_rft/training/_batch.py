@@ -34,6 +34,7 @@ from eval_protocol_rft.training._types import (
     PromptGroup,
     TrainingDataError,
     Trajectory,
+    several_models,
 )
 
 
@@ -271,14 +272,8 @@ class Collector:
 
     def _biases(self, trajectories: list[Trajectory]) -> Iterator[str]:
         """Why what was sampled is no fair draw from the policy, each reason once."""
-        models = Counter(t.model for t in trajectories if t.model is not None)
-        if len(models) > 1:
-            yield (
-                f"the completions of this batch are of {len(models)} models, "
-                f"{', '.join(f'{n} of {model!r}' for model, n in models.items())}: a batch trains "
-                "one, and what another one sampled is no sample of its policy. Keep the rows of "
-                "one model"
-            )
+        if problem := several_models(Counter(t.model for t in trajectories if t.model)):
+            yield problem
         if biased := [t for t in trajectories if t.bias is not None]:
             yield (
                 f"{len(biased)} of {len(trajectories)} completions have biased importance ratios; "

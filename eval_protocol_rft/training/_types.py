@@ -168,6 +168,17 @@ class BiasedSamplingWarning(UserWarning):
     were cancelled, so that short ones are too many; or several models sampled them."""
 
 
+def several_models(counts: Mapping[str, int]) -> str | None:
+    """Why completions of these models (name -> how many) are no samples of one policy, or None."""
+    if len(counts) < 2:
+        return None
+    listed = ", ".join(f"{count} of {model!r}" for model, count in counts.items())
+    return (
+        f"the completions are of {len(counts)} models, {listed}: one is trained, and what another "
+        "one sampled is no sample of its policy. Keep the rows of one model"
+    )
+
+
 class ExportError(TrainingDataError):
     """Data that this consumer cannot be given exactly, or a file that does not hold it."""
 

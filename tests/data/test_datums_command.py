@@ -26,6 +26,7 @@ from eval_protocol_rft.training.export import rl_step
 from eval_protocol_rft.training.export.files import load_npz, load_safetensors
 from tests.data.servers import ep_rft
 from tests.scored_files import FAILED, METADATA, SCHEMA, Sampled, rows_of, write
+from tests.scored_rows import answered
 
 GROUPS = [
     [Sampled(1.0, (1, 2, 3)), Sampled(0.0, (4,)), FAILED],
@@ -265,6 +266,24 @@ def test_the_command_warns_of_biased_sampling_in_one_line(file: Path):
     assert result.exit_code == 0, result.output
     assert result.stderr.startswith("ep-rft: warning: 6 of 6 completions have biased")
     assert result.stderr.count("\n") == 1
+
+
+def test_the_command_warns_of_completions_of_several_models(tmp_path: Path):
+    rows = []
+    for model, texts in (("m", ["4", "5"]), ("other", ["6", "7", "8"])):
+        row = answered(*texts)
+        row.input_metadata.row_id = "row"
+        row.input_metadata.completion_params = {"model": model}
+        assert row.execution_metadata.extra is not None
+        row.execution_metadata.extra["sampling"]["model"] = model
+        row.execution_metadata.extra["rewards"] = [float(i) for i in range(len(texts))]
+        rows.append(row.model_dump_json() + "\n")
+    (tmp_path / "rows.jsonl").write_text("".join(rows))
+    for output, more in (("d.npz", []), ("s.jsonl", ["--format", "rl-step"])):
+        result = ep_rft("datums", str(tmp_path / "rows.jsonl"), "-o", str(tmp_path / output), *more)
+        assert result.exit_code == 0, result.output
+        warning = "ep-rft: warning: the completions are of 2 models, 2 of 'm', 3 of 'other': one"
+        assert result.stderr.startswith(warning)
 
 
 def _tables(file: Path) -> list[pa.Table]:

@@ -167,7 +167,7 @@ def test_biased_sampling_warns_or_is_refused(sampling, reason):
 
 def test_completions_of_several_models_in_one_batch_are_warned_of_or_refused():
     rows = [scored("a", 1.0, 0.0), scored("b", 1.0, 0.0, 0.0, model="other")]
-    message = "completions of this batch are of 2 models, 2 of 'm', 3 of 'other': .*rows of one"
+    message = "completions are of 2 models, 2 of 'm', 3 of 'other': .*rows of one"
     with pytest.warns(BiasedSamplingWarning, match=message) as caught:
         batch = build_batch(rows)
     assert (caught[0].filename, len(batch)) == (__file__, 5)

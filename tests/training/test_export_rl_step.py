@@ -9,7 +9,11 @@ from typing import Any
 import pytest
 from eval_protocol.models import EvaluateResult, EvaluationRow, Message
 
-from eval_protocol_rft.training._types import EmptyBatchError, TrainingDataError
+from eval_protocol_rft.training._types import (
+    BiasedSamplingWarning,
+    EmptyBatchError,
+    TrainingDataError,
+)
 from eval_protocol_rft.training.export import rl_step
 from tests.scored_rows import answered
 from tests.training_rows import failed_row, scored
@@ -110,6 +114,15 @@ def test_a_group_without_a_scored_completion_has_no_line() -> None:
     rows = [evaluated("4", rewards=[1.0]), evaluated("5", rewards=[None], row_id="b")]
     lines, dropped = rl_step.to_lines(rows, unscored="drop")
     assert (len(lines), dropped) == (1, {"unscored": 1})
+
+
+def test_samples_of_several_models_are_warned_of() -> None:
+    rows = [evaluated("4", "5", rewards=[1.0, 0.0]), evaluated("6", rewards=[1.0], row_id="b")]
+    assert rows[1].execution_metadata.extra is not None
+    rows[1].execution_metadata.extra["sampling"]["model"] = "other"
+    with pytest.warns(BiasedSamplingWarning, match="2 models, 2 of 'm', 1 of 'other'") as caught:
+        rl_step.to_lines(rows)
+    assert caught[0].filename == __file__
 
 
 def test_nothing_left_is_an_error_with_the_counts(tmp_path: Path) -> None:

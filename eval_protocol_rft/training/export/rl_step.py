@@ -15,6 +15,7 @@ episode of several turns has no such text and is refused.
 from __future__ import annotations
 
 import os
+import warnings
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping
 from typing import Any, Literal, NamedTuple
@@ -26,10 +27,12 @@ from eval_protocol_rft._segments import TokenBuffer
 from eval_protocol_rft.training import _rows as reading
 from eval_protocol_rft.training._rows import GroupKey, Row, field_of
 from eval_protocol_rft.training._types import (
+    BiasedSamplingWarning,
     EmptyBatchError,
     ExportError,
     PromptGroup,
     TrainingDataError,
+    several_models,
 )
 
 Unscored = Literal["error", "drop"]
@@ -64,6 +67,7 @@ def to_lines(
     groups: dict[Hashable, list[dict[str, Any]]] = {}
     prompts: dict[Hashable, list[dict[str, Any]]] = {}
     dropped: Counter[str] = Counter()
+    models: Counter[str] = Counter()
     for row in rows:
         rollout = reading.read_row(row, TokenBuffer(0))
         dropped.update(
@@ -73,6 +77,7 @@ def to_lines(
         )
         if not rollout.trajectories:
             continue
+        models.update(t.model for t in rollout.trajectories if t.model)
         _check_turns(row, rollout)
         group_key = (key or reading.row_key)(row)
         prompt = _prompt(row, rollout)
@@ -85,6 +90,8 @@ def to_lines(
     lines = [{"samples": samples} for samples in groups.values() if samples]
     if not lines:
         raise EmptyBatchError(+dropped)
+    if problem := several_models(models):
+        warnings.warn(problem, BiasedSamplingWarning, stacklevel=2)
     return RLStepData(lines, dict(+dropped))
 
 
