@@ -20,18 +20,9 @@ from dataclasses import dataclass
 
 import msgspec
 
+from eval_protocol_rft.scoring.executors import _messages
 from eval_protocol_rft.scoring.executors._fork_server import END, SUPERVISOR
-from eval_protocol_rft.scoring.executors._messages import (
-    LOADING,
-    Frames,
-    Message,
-    RubbishError,
-    ScoringError,
-    ScoringItem,
-    Setup,
-    frame,
-    longest_answer,
-)
+from eval_protocol_rft.scoring.executors._messages import LOADING, Message, longest_answer
 
 _CHUNK = 1 << 20
 _DECODER: msgspec.json.Decoder[Message] = msgspec.json.Decoder(Message)
@@ -43,7 +34,7 @@ _BURIAL_SECONDS = 5.0
 class Call:
     """An item on its way to a result."""
 
-    item: ScoringItem
+    item: _messages.ScoringItem
     losses: int = 0
     """Workers that died, or hung, with it."""
     began: float = 0.0
@@ -53,7 +44,7 @@ class Call:
 class WorkerProcess:
     """A worker and the calls that it has."""
 
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, setup: _messages.Setup) -> None:
         key = secrets.token_bytes(32)
         self.channel, channel_theirs = socket.socketpair()
         self.life, life_theirs = socket.socketpair()
@@ -73,7 +64,7 @@ class WorkerProcess:
         """Whether it is to have no other call beside the one that it has."""
         self.seen = 0.0
         """When it last said something, or got a call while it had none, on the monotonic clock."""
-        self._frames = Frames(key)
+        self._frames = _messages.Frames(key)
         self._reports = bytearray()
         """By the supervisor."""
         self._is_buried = False
@@ -81,7 +72,7 @@ class WorkerProcess:
         self._has_ended = False
         """Nothing more will come through the channel."""
         body = msgspec.msgpack.encode(msgspec.structs.replace(setup, key=key))
-        self._unsent = bytearray(frame(b"", LOADING, body))
+        self._unsent = bytearray(_messages.frame(b"", LOADING, body))
         self.send()
 
     @property
@@ -104,7 +95,7 @@ class WorkerProcess:
             self.seen = call.began
         self.given += 1
         self.calls[self.given] = call
-        self._unsent += frame(b"", self.given, msgspec.msgpack.encode(call.item.views))
+        self._unsent += _messages.frame(b"", self.given, msgspec.msgpack.encode(call.item.views))
         self.send()
 
     def send(self) -> None:
@@ -138,7 +129,7 @@ class WorkerProcess:
         try:
             message = _DECODER.decode(body)
         except (msgspec.DecodeError, RecursionError) as error:
-            raise RubbishError from error
+            raise _messages.RubbishError from error
         self.seen = time.monotonic()
         return number, message
 
@@ -242,7 +233,9 @@ class _ForkServer:
                     return
                 except OSError:
                     self.stop()
-        raise ScoringError("the process that grading workers are forked from dies at once")
+        raise _messages.ScoringError(
+            "the process that grading workers are forked from dies at once"
+        )
 
     def _start(self) -> None:
         self.stop()

@@ -36,31 +36,10 @@ from pydantic import ValidationError
 from eval_protocol_rft._text import end_copy_of
 from eval_protocol_rft.record import Score
 from eval_protocol_rft.sampling import Deadline
-from eval_protocol_rft.scoring import (
-    BoundCall,
-    EvaluatorError,
-    Place,
-    inner_evaluator,
-    read_result,
-    sort_answers,
-    unscored,
-)
-from eval_protocol_rft.scoring.executors._loading import (
-    EvaluatorNotFoundError,
-    LoadedEvaluator,
-    load_evaluator,
-)
-from eval_protocol_rft.scoring.executors._messages import (
-    LOADING,
-    Alive,
-    Answer,
-    Ended,
-    Ready,
-    Setup,
-    WorkerChannel,
-    late,
-    send,
-)
+from eval_protocol_rft.scoring._evaluator import BoundCall, EvaluatorError, inner_evaluator
+from eval_protocol_rft.scoring._results import Place, read_result, sort_answers, unscored
+from eval_protocol_rft.scoring.executors import _loading, _messages
+from eval_protocol_rft.scoring.executors._messages import LOADING, Ended, Setup, WorkerChannel, send
 
 LAST_SECONDS = 1.0
 """How long a call that is late may take to clean up before it is answered for."""
@@ -93,7 +72,7 @@ def work(ours: socket.socket, running: memoryview) -> None:
         _reseed()
         call = _load(channel, setup)
         if call is not None:
-            send(channel, LOADING, Ready())
+            send(channel, LOADING, _messages.Ready())
             if call.evaluator.is_async:
                 answer_calls_in_loop(channel, call, setup.timeout, running)
             else:
@@ -126,8 +105,8 @@ def _load(channel: WorkerChannel, setup: Setup) -> BoundCall | None:
     spec = os.fsdecode(setup.spec)
     try:
         os.chdir(setup.cwd)
-        loaded = load_evaluator(spec)
-    except (EvaluatorNotFoundError, EvaluatorError, OSError) as error:
+        loaded = _loading.load_evaluator(spec)
+    except (_loading.EvaluatorNotFoundError, EvaluatorError, OSError) as error:
         send(channel, LOADING, Ended(f"a worker cannot load the evaluator: {error}"))
         return None
     if loaded.fingerprint != setup.fingerprint:
@@ -136,7 +115,7 @@ def _load(channel: WorkerChannel, setup: Setup) -> BoundCall | None:
     return _call_of(loaded)
 
 
-def _call_of(loaded: LoadedEvaluator) -> BoundCall:
+def _call_of(loaded: _loading.LoadedEvaluator) -> BoundCall:
     """The call of an evaluator as `load_evaluator` gave it; its row or rows are put in later."""
     inner = inner_evaluator(loaded.function)
     return inner.bind(**{inner.parameter: None}, **loaded.kwargs)
@@ -211,7 +190,7 @@ def _answer_calls(channel: WorkerChannel, call: BoundCall) -> None:
         except pytest.exit.Exception as error:
             send(channel, number, Ended(f"the evaluator ended the run: {error}"))
             return
-        answer = Answer(results, time.monotonic() - began, is_sound)
+        answer = _messages.Answer(results, time.monotonic() - began, is_sound)
         send(channel, number, answer, views=len(views))
     _end_now(0)
 
@@ -250,7 +229,7 @@ async def _score_in_time(
     except TimeoutError:
         call.cancel()
         await asyncio.wait({call}, timeout=LAST_SECONDS)
-        return (unscored(late(limit)),) * len(views), True
+        return (unscored(_messages.late(limit)),) * len(views), True
     except asyncio.CancelledError:
         call.cancel()
         raise
@@ -347,12 +326,12 @@ class _Calls:
                 raise
             # An evaluator cancels what is not its own: nobody else would answer for this call.
             os._exit(1)
-        answer = Answer(results, time.monotonic() - began, is_sound)
+        answer = _messages.Answer(results, time.monotonic() - began, is_sound)
         send(self._channel, number, answer, views=len(views))
 
     def _say_alive(self, seconds: float) -> None:
         if self._tasks:
-            send(self._channel, LOADING, Alive())
+            send(self._channel, LOADING, _messages.Alive())
         self._loop.call_later(seconds, self._say_alive, seconds)
 
 
