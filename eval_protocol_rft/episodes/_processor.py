@@ -63,6 +63,7 @@ class EpisodeRolloutProcessor(rollout.FireworksTrainingRolloutProcessor):
     async def _roll_out(
         self,
         row: EvaluationRow,
+        messages: list[Message],
         config: RolloutProcessorConfig,
         state: rollout.LoopState,
         rows_ahead: asyncio.Semaphore,
@@ -75,7 +76,7 @@ class EpisodeRolloutProcessor(rollout.FireworksTrainingRolloutProcessor):
                 "the row messages"
             )
         async with rollout.RowSlot(rows_ahead) as row_slot:
-            job = await self._prepare(row, config, state, run)
+            job = await self._prepare(row, messages, config, state, run)
             row_slot.expect(len(job.seeds))
             of_row = Episodes(
                 row,

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from eval_protocol.models import EvaluationRow
+from eval_protocol.models import EvaluationRow, Message
 from eval_protocol.pytest.rollout_processor import RolloutProcessor
 from eval_protocol.pytest.types import RolloutProcessorConfig
 
@@ -174,7 +174,7 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
                 row, drop_trailing_assistant=self.drop_trailing_assistant_messages
             )
             run = self._runs.of(row, messages, config)
-            return await self._roll_out(row, config, state, rows_ahead, run)
+            return await self._roll_out(row, messages, config, state, rows_ahead, run)
         except Exception as error:
             if isinstance(error, ValueError | RuntimeError) and not isinstance(error, OSError):
                 raise
@@ -187,13 +187,14 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
     async def _roll_out(
         self,
         row: EvaluationRow,
+        messages: list[Message],
         config: RolloutProcessorConfig,
         state: LoopState,
         rows_ahead: asyncio.Semaphore,
         run: int | str,
     ) -> EvaluationRow:
         async with _loop_states.RowSlot(rows_ahead) as row_slot:
-            job = await self._prepare(row, config, state, run)
+            job = await self._prepare(row, messages, config, state, run)
             prompt = self._render(row, job)
             row_slot.expect(len(job.seeds))
             group = await sampling.sample_group(
@@ -231,6 +232,7 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
     async def _prepare(
         self,
         row: EvaluationRow,
+        messages: list[Message],
         config: RolloutProcessorConfig,
         state: LoopState,
         run: int | str,
@@ -244,9 +246,6 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
             if request.tokenizer is None and is_replacement(config.completion_params):
                 raise TokenizerError(f"{error} ({REPLACED})") from error
             raise
-        messages = messages_to_answer(
-            row, drop_trailing_assistant=self.drop_trailing_assistant_messages
-        )
         began_at, began = time.time(), time.perf_counter()
         if request.seed is None and self._backends.seeds_are_free(request):
             # Of this call alone: given again, it draws this again.
