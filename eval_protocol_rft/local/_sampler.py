@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from eval_protocol_rft import sampling
 from eval_protocol_rft.local._tokenizer import LoadedTokenizer
 from eval_protocol_rft.local.models import NoSuchModelError, local_model_folder
-from eval_protocol_rft.sampling import Completion, RefusedError, SamplingParams
+from eval_protocol_rft.sampling import Completion, Deadline, RefusedError, SamplingParams
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -312,7 +312,7 @@ class LocalSampler:
         )
         self._worker.submit(request)
         try:
-            async with sampling.Deadline(params.timeout):
+            async with Deadline(params.timeout):
                 return await request.future
         except TimeoutError as error:
             raise sampling.SamplingError(

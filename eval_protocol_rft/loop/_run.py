@@ -11,16 +11,17 @@ policy's. Nothing of it is trained on.
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 import warnings
 from collections.abc import Callable, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from eval_protocol_rft.loop._metrics import Line, eval_line
 from eval_protocol_rft.loop._options import LoopOptions
 from eval_protocol_rft.loop._rollouts import EVALUATION_RUN, RowRunner, roll_out, wave
-from eval_protocol_rft.loop._run_directory import RunFolder
+from eval_protocol_rft.loop._run_directory import STATE_FILE, LoopState, RunFolder
 from eval_protocol_rft.loop._scheduler import Draw, RowStream, Scheduler
 from eval_protocol_rft.loop._setup import Parts
 from eval_protocol_rft.loop._step import StepRunner
@@ -86,11 +87,11 @@ class Run:
         elif line["kind"] == "step":
             self._step.seen(line)
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def restore(self, state: LoopState) -> None:
         """Go on from a checkpoint's state."""
-        self._scheduler.version = self._saved = state["version"]
-        self._stream.taken = state["taken"]
-        self._stream.put_back = [Draw(*draw) for draw in state["put_back"]]
+        self._scheduler.version = self._saved = state.version
+        self._stream.taken = state.taken
+        self._stream.put_back = list(state.put_back)
 
     async def __call__(self) -> None:
         """Take all steps.
@@ -240,16 +241,9 @@ class Run:
         self._saved = version
         with self.folder.checkpoint(version, keep=self._options.keep_checkpoints) as unfinished:
             await self.parts.trainer.save(unfinished)
-            (unfinished / "state.json").write_text(json.dumps(self._state()) + "\n")
-
-    def _state(self) -> dict[str, Any]:
-        """Enough to go on with the very rows that come next; those that are outstanding are
-        sampled again."""
-        return {
-            "version": self._scheduler.version,
-            "taken": self._stream.taken,
-            "put_back": [*self._draws.values(), *self._stream.put_back],
-        }
+            outstanding = [*self._draws.values(), *self._stream.put_back]
+            state = LoopState(version, self._stream.taken, outstanding)
+            (unfinished / STATE_FILE).write_bytes(msgspec.json.encode(state) + b"\n")
 
 
 async def _finished(step: Coroutine[Any, Any, None]) -> None:

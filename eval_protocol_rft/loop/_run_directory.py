@@ -22,19 +22,36 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import filelock
+import msgspec
+from msgspec import Meta
 
 from eval_protocol_rft._durable import DurableFile, sync_folder, write_whole
 from eval_protocol_rft._errors import EvalProtocolRftError
 from eval_protocol_rft.local import models
+from eval_protocol_rft.loop._scheduler import Draw
 
 if TYPE_CHECKING:
     from eval_protocol.models import EvaluationRow
 
 _PREFIX = "step-"
 _LOCK = ".lock"
+
+
+STATE_FILE = "state.json"
+
+
+class LoopState(msgspec.Struct, frozen=True):
+    """Where a run is: enough to go on with the very rows that come next."""
+
+    version: Annotated[int, Meta(ge=0)]
+    """Steps trained and published."""
+    taken: Annotated[int, Meta(ge=0)]
+    """Turns of rows given out, those put back not counted."""
+    put_back: list[Draw]
+    """Those that were outstanding: they are sampled again."""
 
 
 class RunFolderError(EvalProtocolRftError, ValueError):
@@ -124,32 +141,21 @@ class RunFolder:
         """Step and folder of the newest checkpoint."""
         return next(iter(self.checkpoints()), None)
 
-    def state(self, checkpoint: Path) -> dict[str, Any]:
+    def state(self, checkpoint: Path) -> LoopState:
         """The loop's own state in a checkpoint.
 
         Raises:
             RunFolderError: it is missing or damaged.
         """
-        path = checkpoint / "state.json"
+        path = checkpoint / STATE_FILE
         try:
-            state = json.loads(path.read_bytes())
+            return msgspec.json.decode(path.read_bytes(), type=LoopState)
         except OSError as error:
             raise RunFolderError(f"{path} cannot be read ({error.strerror})") from error
+        except msgspec.ValidationError as error:
+            raise RunFolderError(f"{path} is not what a checkpoint holds ({error})") from error
         except (ValueError, RecursionError) as error:
             raise RunFolderError(f"{path} is no JSON") from error
-        counts = isinstance(state, dict) and [state.get(k) for k in ("version", "taken")]
-        draws = isinstance(state, dict) and state.get("put_back")
-        if not (
-            counts
-            and all(isinstance(count, int) and count >= 0 for count in counts)
-            and isinstance(draws, list)
-            and all(
-                isinstance(draw, list) and len(draw) == 2 and all(isinstance(n, int) for n in draw)
-                for draw in draws
-            )
-        ):
-            raise RunFolderError(f"{path} is not what a checkpoint holds")
-        return state  # type: ignore[no-any-return]
 
     def set_aside(self, step: int) -> None:
         """Checkpoints newer than `step` are damaged: keep them under names that count no more."""

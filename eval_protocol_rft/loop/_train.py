@@ -23,7 +23,7 @@ from eval_protocol_rft.data import PathOrGlob, Reporter, aopen_source, reporter
 from eval_protocol_rft.loop import _run_directory as directory
 from eval_protocol_rft.loop._metrics import Line, MetricSink, open_sinks, require_sinks
 from eval_protocol_rft.loop._options import EVALUATION, MODEL, RUN, LoopOptions
-from eval_protocol_rft.loop._run_directory import RunFolder, RunFolderError
+from eval_protocol_rft.loop._run_directory import LoopState, RunFolder, RunFolderError
 from eval_protocol_rft.loop._setup import LocalParts, MakeParts, Parts, rollout_params
 from eval_protocol_rft.loop._trainer import DamagedCheckpointError
 from eval_protocol_rft.loop._watch import TrainingStoppedError
@@ -190,7 +190,7 @@ async def _release(parts: Parts) -> None:
 
 async def _load_newest(
     parts: Parts, folder: RunFolder, warn: Callable[[str], None]
-) -> dict[str, Any] | None:
+) -> LoopState | None:
     """Load the newest checkpoint that is whole, and return the loop's own state in it, which
     `Run.restore` takes; None where there is no checkpoint at all.
 
@@ -219,7 +219,7 @@ async def _load_newest(
     return None
 
 
-async def _resume(run: Run, state: dict[str, Any] | None) -> None:
+async def _resume(run: Run, state: LoopState | None) -> None:
     """Go on from what was loaded, or evaluate what training begins with."""
     trainer = run.parts.trainer
     if state is None:
@@ -228,18 +228,16 @@ async def _resume(run: Run, state: dict[str, Any] | None) -> None:
             await trainer.publish(0)
         await run.begin()
         return
-    run.folder.cut(state["version"])
-    await trainer.publish(state["version"])
+    run.folder.cut(state.version)
+    await trainer.publish(state.version)
     run.restore(state)
     for line in run.folder.lines():
         run.seen(line)
 
 
-def _sinks(
-    names: Sequence[str], folder: RunFolder, state: dict[str, Any] | None
-) -> list[MetricSink]:
+def _sinks(names: Sequence[str], folder: RunFolder, state: LoopState | None) -> list[MetricSink]:
     """Loggers, told of the lines that the run goes on from."""
-    lines = [] if state is None else [n for n in folder.lines() if n["step"] <= state["version"]]
+    lines = [] if state is None else [n for n in folder.lines() if n["step"] <= state.version]
     settings = json.loads((folder.path / "settings.json").read_text())
     return open_sinks(names, folder.path, settings=settings, lines=lines)
 
