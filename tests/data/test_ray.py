@@ -19,7 +19,7 @@ import pytest
 
 from eval_protocol_rft.data._dataset import RolloutDataset
 from eval_protocol_rft.data._format import CompletionRow
-from eval_protocol_rft.data._job_store import parts_folder
+from eval_protocol_rft.data._job_store import count_stored, parts_folder, read_schema
 from eval_protocol_rft.scoring.executors._ray import (
     MOST_START_DEATHS,
     NodeActors,
@@ -116,7 +116,8 @@ def wait_for(what: Callable[[], Any], seconds: float = 120.0) -> Any:
 
 
 def has_stored(output: Path) -> bool:
-    return sum(f.stat().st_size for f in parts_folder(output).glob("*") if f.is_file()) > 20_000
+    folder = parts_folder(output)
+    return read_schema(folder) is not None and count_stored(folder) > 0
 
 
 @pytest.mark.ray
