@@ -12,7 +12,6 @@ import io
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sized
-from types import TracebackType
 from typing import TextIO, TypeVar, cast
 
 from rich import progress
@@ -35,12 +34,7 @@ class Reporter:
     def __enter__(self) -> Reporter:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         pass
 
     def update(self, done: int, *, detail: str, now: bool = False) -> None:
@@ -63,16 +57,17 @@ def reporter(
         what: what is being done: "generate".
         total: how much there is to do; None where nobody knows.
         done: how much of it was done before.
-        opening: a line that is said first.
+        opening: a line that is said at once, where anything is.
         every: seconds between lines.
         show: False for none; None for what stderr can show; True for lines where it is no terminal.
         stays: leave the bar on the terminal at the end.
     """
-    if show is False:
+    on_terminal = sys.stderr.isatty()
+    if show is False or not (show or on_terminal):
         return Reporter()
-    if sys.stderr.isatty():
-        return _Bar(what, total, done, stays, opening)
-    return _Lines(what, total, every, opening) if show else Reporter()
+    if opening:
+        _say(opening)
+    return _Bar(what, total, done, stays) if on_terminal else _Lines(what, total, every)
 
 
 class Reading:
@@ -97,14 +92,9 @@ class Reading:
     def __enter__(self) -> Reading:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._reporter is not None:
-            self._reporter.__exit__(kind, error, trace)
+            self._reporter.__exit__(*error)
 
     def __call__(self, items: Iterable[T], size: Callable[[T], int] = len) -> Iterator[T]:
         """The same items; each is read once the next one is asked for.
@@ -148,8 +138,7 @@ async def repeating(tell: Callable[[], None]) -> AsyncIterator[None]:
 
 
 class _Bar(Reporter):
-    def __init__(self, what: str, total: int | None, done: int, stays: bool, opening: str) -> None:
-        self._opening = opening
+    def __init__(self, what: str, total: int | None, done: int, stays: bool) -> None:
         self._progress = progress.Progress(
             progress.SpinnerColumn(),
             progress.TextColumn(what),
@@ -165,16 +154,10 @@ class _Bar(Reporter):
         self._task = self._progress.add_task(what, total=total, completed=done, detail="")
 
     def __enter__(self) -> Reporter:
-        _say(self._opening)
         self._progress.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._progress.stop()
 
     def update(self, done: int, *, detail: str, now: bool = False) -> None:
@@ -182,16 +165,11 @@ class _Bar(Reporter):
 
 
 class _Lines(Reporter):
-    def __init__(self, what: str, total: int | None, every: float, opening: str) -> None:
-        self._opening = opening
+    def __init__(self, what: str, total: int | None, every: float) -> None:
         self._what = what
         self._total = total
         self._every = every
         self._last = time.monotonic()
-
-    def __enter__(self) -> Reporter:
-        _say(self._opening)
-        return self
 
     def update(self, done: int, *, detail: str, now: bool = False) -> None:
         moment = time.monotonic()
@@ -202,8 +180,7 @@ class _Lines(Reporter):
 
 
 def _say(line: str) -> None:
-    if line:
-        print(visible(line).rstrip(), file=_Stderr(), flush=True)
+    print(visible(line).rstrip(), file=_Stderr(), flush=True)
 
 
 class _Stderr(io.TextIOBase):

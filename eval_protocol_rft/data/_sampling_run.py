@@ -20,8 +20,9 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import msgspec
 import numpy as np
 
 from eval_protocol_rft import sampling
@@ -153,7 +154,7 @@ class SamplingRun:
 
     async def _one(self, prompt: Prompt, sample_idx: int, run_episode: RunEpisode | None) -> None:
         seed = prompt.seeds[sample_idx]
-        row = _copy(prompt.row, sample_idx=sample_idx, seed=seed)
+        row = msgspec.structs.replace(prompt.row, sample_idx=sample_idx, seed=seed, scores={})
 
         async def ask(
             ids: TokenIds,
@@ -268,12 +269,6 @@ def _first(errors: BaseExceptionGroup[BaseException]) -> BaseException:
     """The first error that is no group."""
     error = errors.exceptions[0]
     return _first(error) if isinstance(error, BaseExceptionGroup) else error
-
-
-def _copy(row: CompletionRow, **changes: Any) -> CompletionRow:
-    """A copy that shares what the completions of a data row have in common."""
-    fields = {name: getattr(row, name) for name in CompletionRow.__struct_fields__}
-    return CompletionRow(**{**fields, "scores": {}, **changes})
 
 
 @dataclass(slots=True)
