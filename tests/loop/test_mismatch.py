@@ -12,7 +12,7 @@ from hypothesis.extra.numpy import arrays
 
 from eval_protocol_rft.loop._metrics import reduce_metrics
 from eval_protocol_rft.loop._watch import WINDOW, Watch
-from eval_protocol_rft.training._mismatch import Mismatch, looks_shifted, measure
+from eval_protocol_rft.training._datums import Mismatch, looks_shifted, measure
 
 LOGPROBS = arrays(np.float32, st.integers(1, 30), elements=st.floats(-8, 0, width=32))
 
