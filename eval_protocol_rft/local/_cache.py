@@ -127,12 +127,18 @@ def spare_threads(model: torch.nn.Module) -> None:
         torch.set_num_threads(1)
 
 
-class Known(NamedTuple):
-    """What an earlier batch computed of a prompt's beginning."""
+class Joining(NamedTuple):
+    """A request that joins the batch, and what an earlier one computed of its prompt's start."""
 
-    length: int
+    request: Request
+    known: int = 0
     """Tokens of the prompt, fewer than it has, that the first columns are of."""
-    columns: Columns
+    columns: Columns = ()
+
+    @property
+    def new(self) -> int:
+        """Tokens of the prompt that must be run."""
+        return len(self.request.prompt_ids) - self.known
 
 
 class Batch:
@@ -153,22 +159,20 @@ class Batch:
         return self._lengths_B.device
 
     @classmethod
-    def prefill(
-        cls, model: LocalModel, prompts: Sequence[Sequence[int]], known: Sequence[Known] = ()
-    ) -> tuple[Batch, Tensor]:
+    def prefill(cls, model: LocalModel, joining: Sequence[Joining]) -> tuple[Batch, Tensor]:
         """Run prompts of any lengths; return their batch and the [B, V] logits that follow them.
 
-        With what is `known` of every prompt, only the last Q columns are run, Q being the most that
-        a prompt needs. Each row then takes up what it has on their left, known or not needed: a
-        prompt of up to Q tokens is run as a whole.
+        Where something is known of every prompt, only the last Q columns are run, Q being the most
+        that a prompt needs. Each row then takes up what it has on their left, known or not needed:
+        a prompt of up to Q tokens is run as a whole.
         """
-        lengths = [one.length for one in known] or [0] * len(prompts)
-        new = max(len(p) - length for p, length in zip(prompts, lengths, strict=True))
+        prompts = [one.request.prompt_ids for one in joining]
+        new = max(one.new for one in joining)
         ids_BQ = torch.tensor([[0] * (new - len(p)) + [*p[-new:]] for p in prompts])
         lengths_B = torch.tensor([len(p) for p in prompts], device=model.device)
         taken = [max(0, len(p) - new) for p in prompts]
         if any(taken):
-            layers = _restore([one.columns for one in known], taken, room=new)
+            layers = _restore([one.columns for one in joining], taken, room=new)
         else:
             layers = [_layer() for _ in range(model.layers)]
         batch = cls(model, layers, lengths_B)
@@ -334,18 +338,18 @@ class Prefixes:
         """Tokens whose keys and values are kept, of all sessions."""
         return self._tokens
 
-    def known(self, request: Request) -> Known | None:
-        """What its prompt begins with, if that is kept.
+    def joining(self, request: Request) -> Joining:
+        """With what its prompt begins with, if that is kept.
 
         Only a prompt longer than what is kept continues it. A shorter one begins the episode anew:
         given the columns of a former run, it would not be sampled to the last bit as that was.
         """
         session = request.session
         if session is None or session not in self._kept:
-            return None
+            return Joining(request)
         ids, columns = self._kept[session]
         length = _common(ids, request.prompt_ids)
-        return Known(length, columns) if length else None
+        return Joining(request, length, columns) if length else Joining(request)
 
     def fits(self, length: int) -> bool:
         """Whether so many tokens can be kept at all."""
@@ -364,18 +368,6 @@ class Prefixes:
         """Forget everything: the weights change, or nobody samples any more."""
         self._kept.clear()
         self._tokens = 0
-
-
-class Joining(NamedTuple):
-    """A request that joins the batch, and what is known of its prompt."""
-
-    request: Request
-    known: Known | None
-
-    @property
-    def new(self) -> int:
-        """Tokens of the prompt that must be run."""
-        return len(self.request.prompt_ids) - (self.known.length if self.known else 0)
 
 
 def prefill_groups(joining: Iterable[Joining]) -> list[list[Joining]]:

@@ -185,8 +185,8 @@ class LocalSampler:
         """Load a model and its tokenizer in float32 on the CPU, from a folder or by hub id.
 
         Raises:
-            RefusedError: torch is not installed, or there is no such model.
-            RefusedError: the model's state is more than keys and values.
+            RefusedError: torch is not installed, there is no such model, or its state is more than
+                keys and values.
         """
         try:
             import torch
@@ -335,8 +335,8 @@ def load_local_sampler(name: str, *, trust_remote_code: bool = False) -> LocalSa
     name, safe to call from any thread. Blocks while it loads: call it in `asyncio.to_thread`.
 
     Raises:
-        RefusedError: torch is not installed, or there is no such model.
-        RefusedError: the model's state is more than keys and values.
+        RefusedError: torch is not installed, there is no such model, or its state is more than
+            keys and values.
     """
     with _LOADING:
         key = (name, trust_remote_code)

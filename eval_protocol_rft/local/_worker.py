@@ -60,10 +60,12 @@ class RunningBatch:
         """Prefill, each distinct prompt once, and draw every request's first token. Something is
         known of every prompt, or of none."""
         requests = [one.request for one in joining]
-        row_of: dict[tuple[int, ...], int] = {}
-        rows = [row_of.setdefault(request.prompt_ids, len(row_of)) for request in requests]
-        known = [joining[rows.index(row)].known for row in range(len(row_of))]
-        batch, logits_BV = Batch.prefill(model, list(row_of), [one for one in known if one])
+        first: dict[tuple[int, ...], Joining] = {}
+        for one in joining:
+            first.setdefault(one.request.prompt_ids, one)
+        batch, logits_BV = Batch.prefill(model, list(first.values()))
+        row_of = {prompt: row for row, prompt in enumerate(first)}
+        rows = [row_of[request.prompt_ids] for request in requests]
         running = cls(batch, requests, rows)
         return running, running._draw(logits_BV[rows], decode)
 
@@ -301,7 +303,7 @@ class Worker:
             if not request.dropped:
                 rows = len(running) + len(taken) + 1
                 widest = max(widest, request.most_tokens)
-                one = Joining(request, self._prefixes.known(request))
+                one = self._prefixes.joining(request)
                 longest = max(longest, one.new)
                 prompts.add((request.prompt_ids, one.new))
                 if rows > 1 and rows * widest > self._max_batch_tokens:

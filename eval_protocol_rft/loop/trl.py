@@ -87,8 +87,8 @@ def trl_rollouts(
 
     Raises:
         MissingPackageError: TRL is not installed, or older than 1.0.
-        SetupError: there are no rows, or two with one prompt and different answers.
-        SetupError, ParamsError: sampling cannot be set up so.
+        SetupError, ParamsError: sampling cannot be set up so; there are no rows, or two with one
+            prompt and different answers.
         RefusedError: there is no such local model.
     """
     _require_trl()
@@ -182,8 +182,8 @@ class TrlRollouts:
         """Roll out and score what TRL asks for, with the weights that it holds now.
 
         Raises:
-            SetupError: the trainer's settings contradict how is sampled.
-            SetupError: there is no row with such a prompt.
+            SetupError: the trainer's settings contradict how is sampled; or there is no row with
+                such a prompt.
             TrainerError: the weights did not reach the sampler.
             TrainingStoppedError: the sampler has other weights than the trainer.
             NothingToTrainOnError: nothing could be scored.
