@@ -237,7 +237,10 @@ async def agenerate(
                 getattr(chosen, "context_length", None),
                 asyncio.Semaphore(concurrency or DEFAULT_CONCURRENCY),
             )
-        bound, highest = _limit(DEFAULT_CONCURRENCY if own and concurrency is None else concurrency)
+        most = concurrency or (DEFAULT_CONCURRENCY if own else None)
+        bound: sampling.ConcurrencyLimit = sampling.AdaptiveLimit()
+        if most is not None:
+            bound = sampling.FixedLimit(most)
         async with sampling.polling(None if own else request.endpoint, bound):
             return await _run(
                 output_job,
@@ -248,7 +251,7 @@ async def agenerate(
                     params=request.params,
                     retry=retry or RetryPolicy(),
                     limit=bound,
-                    highest=highest,
+                    highest=most or sampling.HIGHEST,
                     episodes=run_episodes,
                 ),
                 retry_failed=retry_failed,
@@ -260,13 +263,6 @@ async def agenerate(
             await remote.aclose()
         for client in clients.values():
             await client.aclose()
-
-
-def _limit(concurrency: int | None) -> tuple[sampling.ConcurrencyLimit, int]:
-    """The limit, and the most that it ever is."""
-    if concurrency is not None:
-        return sampling.FixedLimit(concurrency), concurrency
-    return sampling.AdaptiveLimit(), sampling.HIGHEST
 
 
 async def _run(

@@ -2,10 +2,9 @@
 them, and their rewards on their way into a new column.
 
 Invariant: a view is what the evaluator would have been given had it run right after the rollout:
-see `scoring.views`; token data is not read for it. What `store_scores` was given is on disk after
-one wait for the disk, also where a judge takes minutes for the next result; however it ends, all of
-it is stored. Every other value of
-the file stays as it is, and the rows keep their order.
+see `completion_views`; token data is not read for it. What `store_scores` was given is on disk
+after one wait for the disk, also where a judge takes minutes for the next result; however it ends,
+all of it is stored. Every other value of the file stays as it is, and the rows keep their order.
 """
 
 from __future__ import annotations
