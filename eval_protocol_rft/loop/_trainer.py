@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
+from eval_protocol_rft import sampling
 from eval_protocol_rft._errors import EvalProtocolRftError
 from eval_protocol_rft.local.models import VERSION_KEY
 from eval_protocol_rft.training import ConfigValue, FloatArray, TrainingDatum
@@ -235,15 +236,15 @@ class ServedWeights:
         """As `WeightSink.publish`; a server reads all of them, changed or not."""
         import aiohttp
 
-        from eval_protocol_rft.sampling import NO_CLOCKS, TrustingConnector
-
         name = version_name(version)
         folder = await asyncio.to_thread(self._make_folder, name)
         try:
             await asyncio.to_thread(_write_untied, model, weights, folder, name)
             # A session per version: servers close idle connections while a step is taken.
             async with aiohttp.ClientSession(
-                connector=TrustingConnector(), timeout=NO_CLOCKS, headers=self._headers
+                connector=sampling.TrustingConnector(),
+                timeout=sampling.NO_CLOCKS,
+                headers=self._headers,
             ) as session:
                 await self._reload(session, folder)
                 await self._forget_prefixes(session)
@@ -298,24 +299,23 @@ class ServedWeights:
     async def _post(self, session: aiohttp.ClientSession, path: str, body: Any) -> tuple[int, str]:
         import aiohttp
 
-        from eval_protocol_rft.sampling import Deadline, error_text, proxy_for, short
-
         try:
             async with (
-                Deadline(RELOAD_SECONDS),
+                sampling.Deadline(RELOAD_SECONDS),
                 session.post(
                     self._url + path,
                     json=body,
                     allow_redirects=False,
-                    proxy=proxy_for(self._url),
+                    proxy=sampling.proxy_for(self._url),
                 ) as response,
             ):
                 return response.status, await response.text(errors="replace")
         except (aiohttp.ClientError, TimeoutError) as error:
+            reason = sampling.short(sampling.error_text(error))
             raise TrainerError(
                 f"{self._url}{path}: no answer, so the sampler may have the old weights "
-                f"({short(error_text(error))}); is the server running, and for how long does "
-                f"it read weights? After {RELOAD_SECONDS:g} s it is given up"
+                f"({reason}); is the server running, and for how long does it read weights? "
+                f"After {RELOAD_SECONDS:g} s it is given up"
             ) from error
 
 
