@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
+import pty
 import re
 import shlex
 import signal
@@ -14,9 +17,10 @@ from importlib import metadata
 
 import httpx
 import pytest
+import typer
 from typer.testing import CliRunner
 
-from eval_protocol_rft.cli import app
+from eval_protocol_rft.cli import _common, app
 from tests.waiting import PATIENCE
 
 EP_RFT = [sys.executable, "-c", "from eval_protocol_rft.cli import app; app(prog_name='ep-rft')"]
@@ -157,3 +161,34 @@ def test_ctrl_c_while_a_command_is_imported_is_one_line(monkeypatch):
     monkeypatch.setattr("eval_protocol_rft.cli._with_flags", interrupted)
     result = CliRunner().invoke(app, ["stats", "rollouts.parquet"])
     assert (result.exit_code, result.stderr) == (130, "ep-rft: stopped\n")
+
+
+def test_where_the_terminal_of_stderr_is_gone_nobody_is_told():
+    ours, theirs = pty.openpty()
+    os.close(ours)
+    with open(theirs, "wb", buffering=0) as file:
+        gone = io.TextIOWrapper(file, write_through=True)
+        with contextlib.redirect_stderr(gone):
+            _common.say("stopped", err=True)
+        with contextlib.redirect_stdout(gone), pytest.raises(OSError, match="Input/output error"):
+            _common.say("a table that somebody wants")
+
+
+@pytest.mark.parametrize("ignored", [True, False])
+def test_the_end_of_the_terminal_ends_what_was_not_started_with_nohup(ignored):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    went_on = False
+
+    @_common.one_line
+    def command() -> None:
+        nonlocal went_on
+        signal.raise_signal(signal.SIGHUP)
+        went_on = True
+
+    try:
+        with contextlib.nullcontext() if ignored else pytest.raises(typer.Exit) as end:
+            command()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert went_on == ignored
+    assert ignored or end.value.exit_code == 129

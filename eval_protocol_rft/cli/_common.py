@@ -4,10 +4,11 @@ what a test of Eval Protocol wrote.
 
 Invariant: whatever models, servers and evaluators wrote, and whatever a file is called, no terminal
 takes it for a command; nothing here prints in another way. What is wrong with files and settings is
-one line in every command; a traceback is left to mistakes of this package. SIGTERM ends a command
-as Ctrl-C does, so what it was about to store is stored. Where standard streams are closed (`2>&-`,
-a service without any), nothing is read or shown, and no file that a command opens gets the number
-of one of them, where whatever is printed would be written into it.
+one line in every command; a traceback is left to mistakes of this package. SIGTERM and the end of
+the terminal (SIGHUP) end a command as Ctrl-C does, so what it was about to store is stored. Where
+standard streams are closed (`2>&-`, a service without any), nothing is read or shown, and no file
+that a command opens gets the number of one of them, where whatever is printed would be written into
+it.
 """
 
 from __future__ import annotations
@@ -47,22 +48,23 @@ def open_closed_streams() -> None:
 
 
 @contextlib.contextmanager
-def _sigterm_interrupts() -> Iterator[list[signal.Signals]]:
-    """Within, SIGTERM does what Ctrl-C does; the last of the list is the one that came."""
-    came = [signal.SIGINT]
+def _signals_interrupt() -> Iterator[list[int]]:
+    """Within, SIGTERM and SIGHUP do what Ctrl-C does; the last of the list is the one that came."""
+    came: list[int] = [signal.SIGINT]
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        came.append(signal.SIGTERM)
+        came.append(number)
         if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
             # So it is in a script's background job, which Ctrl-C is not meant for.
             raise KeyboardInterrupt
         signal.raise_signal(signal.SIGINT)
 
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
+    with contextlib.ExitStack() as restored:
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            # Whoever starts a command with `nohup` wants it to go on.
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                restored.callback(signal.signal, number, signal.signal(number, interrupt))
         yield came
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 P = ParamSpec("P")
@@ -74,12 +76,12 @@ _ATTEMPTS = "eval_protocol_rft.attempts"
 
 def one_line(command: Callable[P, None]) -> Callable[P, None]:
     """`command`, ending with one line on stderr and exit code 1 where its files or settings are
-    wrong, and with one line where Ctrl-C or SIGTERM ends it."""
+    wrong, and with one line where Ctrl-C, SIGTERM or SIGHUP ends it."""
 
     @functools.wraps(command)
     def run(*args: P.args, **named: P.kwargs) -> None:
         try:
-            with _no_log_of_attempts(), _sigterm_interrupts() as came:
+            with _no_log_of_attempts(), _signals_interrupt() as came:
                 command(*args, **named)
         except BrokenPipeError:
             raise  # whoever read our output has gone, which typer deals with
@@ -126,8 +128,12 @@ def _no_log_of_attempts() -> Iterator[None]:
 
 
 def say(text: object, *, err: bool = False) -> None:
-    """Print text, of others too."""
-    typer.echo(visible_lines(str(text)), err=err)
+    """Print text, of others too. Where stderr's reader or terminal is gone, nobody is told."""
+    try:
+        typer.echo(visible_lines(str(text)), err=err)
+    except OSError:
+        if not err:
+            raise
 
 
 def say_json(data: bytes) -> None:

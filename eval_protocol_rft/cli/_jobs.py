@@ -7,6 +7,7 @@ Invariant: however one is stopped, what is stored is kept, and the user is told 
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -291,8 +292,13 @@ def datums(
         warnings.simplefilter("ignore")
         warnings.simplefilter("always", training.BiasedSamplingWarning)
         summary = room.write_datums(source, output, **options, **batch)
-    for warning in seen[:1]:
-        say(f"ep-rft: warning: {warning.message}", err=True)
+    told = set()
+    for warning in seen:
+        # Each batch has its own counts; what is wrong is told once.
+        kind = re.sub(r"\d+", "", str(warning.message))
+        if kind not in told:
+            say(f"ep-rft: warning: {warning.message}", err=True)
+        told.add(kind)
     if summary.sampled_tokens is None:
         say(f"{summary.datums} samples of {summary.groups} prompts")
     else:

@@ -268,14 +268,18 @@ def test_the_command_warns_of_biased_sampling_in_one_line(file: Path):
     assert result.stderr.count("\n") == 1
 
 
-def test_the_command_warns_of_completions_of_several_models(tmp_path: Path):
+def test_the_command_warns_of_completions_of_several_models_and_of_all_that_is_wrong(tmp_path):
     rows = []
     for model, texts in (("m", ["4", "5"]), ("other", ["6", "7", "8"])):
         row = answered(*texts)
         row.input_metadata.row_id = "row"
         row.input_metadata.completion_params = {"model": model}
         assert row.execution_metadata.extra is not None
-        row.execution_metadata.extra["sampling"]["model"] = model
+        row.execution_metadata.extra["sampling"] |= {
+            "model": model,
+            "top_k": 5,
+            "support_truncated": True,
+        }
         row.execution_metadata.extra["rewards"] = [float(i) for i in range(len(texts))]
         rows.append(row.model_dump_json() + "\n")
     (tmp_path / "rows.jsonl").write_text("".join(rows))
@@ -283,7 +287,8 @@ def test_the_command_warns_of_completions_of_several_models(tmp_path: Path):
         result = ep_rft("datums", str(tmp_path / "rows.jsonl"), "-o", str(tmp_path / output), *more)
         assert result.exit_code == 0, result.output
         warning = "ep-rft: warning: the completions are of 2 models, 2 of 'm', 3 of 'other': one"
-        assert result.stderr.startswith(warning)
+        assert warning in result.stderr
+        assert ("5 of 5 completions have biased" in result.stderr) == (output == "d.npz")
 
 
 def _tables(file: Path) -> list[pa.Table]:

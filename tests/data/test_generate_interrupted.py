@@ -101,7 +101,9 @@ def test_killed_at_any_moment_it_goes_on_with_exactly_what_is_missing(
         assert order == pairs(PROMPTS, N)
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
 def test_stopped_it_says_where_things_are_and_has_stored_all_that_was_answered(
     number, status, zygote, data, output, server, tokenizer_folder, whole
 ):
