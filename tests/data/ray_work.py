@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import multiprocessing
 import os
 import signal
 import time
+from pathlib import Path
 from typing import Any
 
 
@@ -41,6 +41,11 @@ def bomb_or_length(row: Any) -> float:
     """The length of the completion; a bomb ends the process that started the grading worker."""
     text = row.messages[-1].content
     if text == "bomb":
-        os.kill(multiprocessing.parent_process().pid, signal.SIGKILL)
+        # The worker's parent is its supervisor, and that one's the fork server.
+        os.kill(_parent(_parent(os.getppid())), signal.SIGKILL)
         time.sleep(600)
     return float(len(text))
+
+
+def _parent(process: int) -> int:
+    return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
