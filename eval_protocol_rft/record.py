@@ -148,7 +148,7 @@ class RolloutRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Fal
     sampling: SamplingRecord
     completion_messages: list[dict[str, Any] | None] | None = None
     """[G] the assistant's message (content, `reasoning_content`, `tool_calls`), read when the
-    completion came; None where it is what `prompts.answer_fields` reads out of the text. Left out
+    completion came; None where it is what `rollout.answer_fields` reads out of the text. Left out
     where that is so of all of them."""
     failures: list[Failure] = []
     """Completions that could not be had, each with its place among those asked for."""

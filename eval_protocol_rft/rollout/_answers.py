@@ -354,7 +354,7 @@ def answer_fields(text: str, *, split_reasoning: bool) -> dict[str, Any]:
     """An assistant message of the completion's text alone, where nothing is known of its prompt.
     With `split_reasoning` a closed `<think>...</think>` block at its start (opened in the text, or
     by the prompt as some templates do) goes to `reasoning_content`; a block that was never closed
-    stays in the content. `conversation.read_answer` knows more.
+    stays in the content. `AnswerReader` knows more.
     """
     if split_reasoning:
         before, closed, after = text.partition("</think>")

@@ -28,6 +28,8 @@ from eval_protocol_rft.rollout._evaluation_run import watched
 from eval_protocol_rft.rollout._params import RolloutRequest
 from eval_protocol_rft.rollout._vocabulary import VocabularyWitness
 
+logger = logging.getLogger(__name__)
+
 ROWS_AHEAD = 8
 """Rows whose prompt is rendered while their completions still wait for a slot: enough to keep every
 slot busy, few enough that the first request does not wait for the whole data set's rendering."""
@@ -88,8 +90,6 @@ class RowJob:
     seeds: list[int | None] = field(default_factory=list)
     """One per completion that is asked for."""
 
-
-logger = logging.getLogger(__name__)
 
 CLEANS_UP_AFTER_EACH_RUN = [
     int(part) for part in re.findall(r"\d+", version("eval-protocol"))[:3]
