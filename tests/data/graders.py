@@ -4,6 +4,7 @@ import asyncio
 import atexit
 import builtins
 import ctypes
+import gzip
 import os
 import resource
 import shutil
@@ -14,6 +15,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import IO
 
 import pytest
 from eval_protocol.models import EvaluateResult, EvaluationRow
@@ -153,9 +155,17 @@ def child_and_hang(row: EvaluationRow) -> float:
     return 1.0
 
 
+files: list[IO[str]] = []
+
+
 def last_words(row: EvaluationRow) -> float:
-    """Has something to do yet when its process ends, as loggers and clients have."""
+    """Has something to do yet when its process ends, as loggers and clients have, and files open
+    that hold back what was written to them."""
     atexit.register(Path("at exit").write_text, "done")
+    files.append(open("in a file", "w"))  # noqa: SIM115
+    files.append(gzip.open("in a compressed file", "wt"))  # noqa: SIM115
+    for file in files:
+        file.write("done")
     threading.Thread(
         target=lambda: (time.sleep(0.3), Path("in a thread").write_text("done"))
     ).start()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import os
 import time
 
@@ -172,7 +173,9 @@ def test_workers_have_the_folder_and_the_environment_of_the_caller(tmp_path, mon
 def test_a_worker_ends_as_any_program_does(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert scores(outcomes("last_words", one_each(["a"]), workers=1)["a"]) == [1.0]
-    assert {file.name for file in tmp_path.iterdir()} == {"at exit", "in a thread"}
+    assert gzip.decompress((tmp_path / "in a compressed file").read_bytes()) == b"done"
+    for name in ("at exit", "in a thread", "in a file"):
+        assert (tmp_path / name).read_text() == "done"
 
 
 def test_keys_stay_here_and_may_be_anything():
