@@ -129,6 +129,7 @@ async def test_what_a_proxy_refuses_is_said_to_be_the_proxys(
         monkeypatch.setenv("HTTPS_PROXY", proxy)
         error = await asyncio.wait_for(outcome_of(Endpoint("https://far.invalid/v1")), PATIENCE)
     assert error.kind == kind
+    assert isinstance(error, RefusedError) == (kind == "refused")
     assert f"the proxy answered {status.decode()}" in str(error)
     assert "pass-word" not in str(error)
 

@@ -166,6 +166,7 @@ def test_any_retry_after_is_read_or_ignored(value):
 def test_an_error_inside_a_reply(body, kind):
     error = error_in_body(body)
     assert (error.kind if error else None) == kind
+    assert isinstance(error, RefusedError) == (kind == "refused")
     assert error is None or not error.loading
 
 

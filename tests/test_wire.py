@@ -19,6 +19,7 @@ from eval_protocol_rft.sampling._replies import status_error
 from eval_protocol_rft.sampling._types import (
     Completion,
     ContractError,
+    RefusedError,
     SamplingError,
     SamplingParams,
     TokenIds,
@@ -206,6 +207,8 @@ def test_every_recorded_reply_is_its_completion_or_the_right_error(recorded: Rec
         with pytest.raises(SamplingError, match=words) as caught:
             recorded.decode()
         assert caught.value.kind == kind
+        own_class = {"contract": ContractError, "refused": RefusedError}.get(kind, SamplingError)
+        assert type(caught.value) is own_class
 
 
 def test_no_recorded_reply_is_left_out() -> None:
