@@ -150,6 +150,16 @@ def test_every_algorithm_of_the_batch_builder_has_its_loss_here(name: str) -> No
     assert loss.requires_grad
 
 
+@pytest.mark.parametrize("name", ["reinforce", "importance_sampling", "gspo", "dro"])
+def test_losses_of_one_configuration_are_equal_and_say_what_they_are(name: str) -> None:
+    config, _ = REFERENCES[name]
+    one, other = (make_loss(name, config) for _ in range(2))
+    assert one == other
+    assert hash(one) == hash(other)
+    shown = ", ".join(f"{key}={value}" for key, value in config.items())
+    assert f"policy_loss={type(one.policy_loss).__name__}({shown})" in repr(one)
+
+
 def test_dapo_without_a_dual_clip_is_ppo() -> None:
     loss, metrics = make_loss("ppo", PPO)(make_datums(), current_logprobs())
     for config in (PPO, {**PPO, "dual_clip_threshold": None}):

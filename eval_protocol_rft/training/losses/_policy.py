@@ -172,6 +172,7 @@ class TokenLoss(NamedTuple):
 PolicyLoss = Callable[[PolicyTensors], TokenLoss]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ImportanceSampling:
     """-r A: unbiased off-policy policy gradient, unclipped."""
 
@@ -180,6 +181,7 @@ class ImportanceSampling:
         return TokenLoss(-ratio * tensors.masked(tensors.advantages), ratio.detach(), None)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Reinforce:
     """-lp A: the score function estimator (Williams 1992), which takes the data as on-policy.
 
