@@ -294,8 +294,9 @@ def datums(
         summary = room.write_datums(source, output, **options, **batch)
     told = set()
     for warning in seen:
-        # Each batch has its own counts; what is wrong is told once.
-        kind = re.sub(r"\d+", "", str(warning.message))
+        # Each batch has its own numbers and names its own rows. What is wrong stands before them,
+        # and is told once.
+        kind = re.sub(r"\d+", "", re.split("[,;]", str(warning.message))[0])
         if kind not in told:
             say(f"ep-rft: warning: {warning.message}", err=True)
         told.add(kind)

@@ -291,5 +291,22 @@ def test_the_command_warns_of_completions_of_several_models_and_of_all_that_is_w
         assert ("5 of 5 completions have biased" in result.stderr) == (output == "d.npz")
 
 
+def test_the_command_says_once_what_is_wrong_with_many_batches(tmp_path: Path) -> None:
+    rows = []
+    for row_id in ("calm", "bright", "quick"):
+        row = answered("4", "5")
+        row.input_metadata.row_id = row_id
+        assert row.execution_metadata.extra is not None
+        row.execution_metadata.extra["sampling"] |= {"top_k": 5, "support_truncated": True}
+        row.execution_metadata.extra["rewards"] = [0.0, 1.0]
+        rows.append(row.model_dump_json() + "\n")
+    (tmp_path / "rows.jsonl").write_text("".join(rows))
+    output = ["-o", str(tmp_path / "d.npz"), "--max-groups", "1"]
+    result = ep_rft("datums", str(tmp_path / "rows.jsonl"), *output)
+    assert "in 3 batches" in result.stdout
+    assert result.stderr.startswith("ep-rft: warning: 2 of 2 completions have biased")
+    assert result.stderr.count("\n") == 1
+
+
 def _tables(file: Path) -> list[pa.Table]:
     return list(RolloutDataset(file).tables())
