@@ -22,6 +22,7 @@ LIGHT = [
     "import eval_protocol_rft.data._dataset",
     "import eval_protocol_rft.loop.fireworks",
     "import eval_protocol_rft.loop._scheduler",
+    "from eval_protocol_rft.loop import LoopOptions, LoraSettings, NothingToTrainOnError, train",
     "from eval_protocol_rft import SamplingParams, RetryPolicy, RolloutRecord",
 ]
 HEAVY = ("eval_protocol", "litellm", "torch", "transformers", "matplotlib")

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from annotated_types import Ge
 
-from eval_protocol_rft.data import PathOrGlob, Reporter, aopen_source, reporter
+from eval_protocol_rft.data import PathOrGlob, Reporter, reporter
 from eval_protocol_rft.loop import _run_directory as directory
 from eval_protocol_rft.loop._metrics import Line, MetricSink, open_sinks, require_sinks
 from eval_protocol_rft.loop._options import EVALUATION, MODEL, RUN, LoopOptions
@@ -27,7 +27,6 @@ from eval_protocol_rft.loop._run_directory import LoopState, RunFolder, RunFolde
 from eval_protocol_rft.loop._setup import LocalParts, MakeParts, Parts, rollout_params
 from eval_protocol_rft.loop._trainer import DamagedCheckpointError
 from eval_protocol_rft.loop._watch import TrainingStoppedError
-from eval_protocol_rft.rollout import redact_params
 
 if TYPE_CHECKING:
     from eval_protocol_rft.loop._run import Run
@@ -103,9 +102,12 @@ async def atrain(
         NothingToTrainOnError: rows give no completions, or none with a gradient.
         TrainingStoppedError: sampler and trainer disagree; nothing learnt would be right.
     """
-    # Eval Protocol takes seconds to import, and the options above are read for `--help`, too.
+    # These take long to import (Eval Protocol takes seconds), and the options above are read for
+    # `--help`, too.
+    from eval_protocol_rft.data import aopen_source
     from eval_protocol_rft.loop._data import load_rows, split_rows
     from eval_protocol_rft.loop._run import Run
+    from eval_protocol_rft.rollout import redact_params
     from eval_protocol_rft.scoring.executors import code_fingerprints
 
     require_sinks(log_to)
