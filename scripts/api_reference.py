@@ -98,7 +98,7 @@ def _offered(room: Path) -> Iterator[tuple[Path, str]]:
 
 def _definition(file: Path, name: str) -> tuple[str, str]:
     """Signature and first paragraph of what `file` defines by that name."""
-    body = ast.parse(file.read_text()).body
+    body = _without_siblings(ast.parse(file.read_text())).body
     # The last one: an overloaded function ends with what holds its docstring.
     for node, following in reversed([*zip(body, [*body[1:], None], strict=True)]):
         if isinstance(node, Definition) and node.name == name:
@@ -115,6 +115,28 @@ def _definition(file: Path, name: str) -> tuple[str, str]:
                 (ROOT / (node.module or "").replace(".", "/")).with_suffix(".py"), name
             )
     raise SystemExit(f"{file.relative_to(ROOT)} does not define {name}")
+
+
+def _without_siblings(module: ast.Module) -> ast.Module:
+    """`policy.PPO` as `PPO`, where `policy` is what the file calls a private module: a reader of
+    the page cannot know it."""
+    siblings = {
+        alias.asname
+        for node in module.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+        if alias.asname and alias.name.startswith("_")
+    }
+
+    class Bare(ast.NodeTransformer):
+        def visit_Attribute(self, node: ast.Attribute) -> ast.expr:
+            self.generic_visit(node)
+            if isinstance(node.value, ast.Name) and node.value.id in siblings:
+                return ast.Name(node.attr)
+            return node
+
+    Bare().visit(module)
+    return module
 
 
 def _signature(node: Definition, body: list[ast.stmt]) -> str:

@@ -43,6 +43,9 @@ def test_signatures_are_written_as_in_the_source(tmp_path: Path) -> None:
         "class Broken(ValueError):\n"
         '    """It is."""\n'
         'KINDS = ("a",)\n"""All\nkinds."""\n'
+        "from package.room import _sibling as sibling\n"
+        "from package import room\n"
+        "def g(a: sibling.Own, b: room.Other) -> sibling.Own: ...\n"
     )
     assert api_reference._definition(source, "f") == (
         "async def f(a, /, b: int = 1, *, c: str, **more: int) -> None",
@@ -50,3 +53,5 @@ def test_signatures_are_written_as_in_the_source(tmp_path: Path) -> None:
     )
     assert api_reference._definition(source, "Broken") == ("class Broken()", "It is.")
     assert api_reference._definition(source, "KINDS") == ("KINDS = ('a',)", "All kinds.")
+    # What the file calls a private module is no name for a reader.
+    assert api_reference._definition(source, "g")[0] == "def g(a: Own, b: room.Other) -> Own"
