@@ -327,7 +327,10 @@ class TrlRollouts:
         scored = [any(t.reward is not None for t in group.trajectories) for group in groups]
         if self.last is None and not any(scored):
             raise watching.nothing_scored(len(groups), groups[-1])
-        for group, trains in zip(groups, scored, strict=True):
+        # They were sampled at once: failures in a row are those behind the last score, and those of
+        # the next batches.
+        last = max((i for i, one in enumerate(scored) if one), default=0)
+        for group, trains in zip(groups[last:], scored[last:], strict=True):
             self._watch.group(group, trains=trains)
 
     def _require_version(self, step: int, completions: Sequence[training.Trajectory]) -> None:

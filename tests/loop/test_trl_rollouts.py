@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from eval_protocol.models import EvaluationRow, Message
+from eval_protocol.models import EvaluateResult, EvaluationRow, Message
 from eval_protocol.pytest import evaluation_test
 from transformers import AutoTokenizer
 
@@ -18,7 +18,11 @@ from eval_protocol_rft.local.models import bundled_model_path
 from eval_protocol_rft.loop import trl as loop_trl
 from eval_protocol_rft.loop._options import SetupError
 from eval_protocol_rft.loop._trainer import TrainerError
-from eval_protocol_rft.loop._watch import NothingToTrainOnError, TrainingStoppedError
+from eval_protocol_rft.loop._watch import (
+    UNSCORED_GROUPS,
+    NothingToTrainOnError,
+    TrainingStoppedError,
+)
 from eval_protocol_rft.loop.trl import TrlRollouts, trl_rollouts
 from eval_protocol_rft.rollout import FireworksTrainingRolloutProcessor
 from eval_protocol_rft.training._types import MissingPackageError, require
@@ -200,6 +204,28 @@ def test_nothing_scored_ends_the_run() -> None:
         pytest.raises(NothingToTrainOnError, match="KeyError"),
     ):
         made([prompt(12, 34)] * G, grpo_trainer(made))
+
+
+def test_a_batch_with_scores_behind_many_failures_is_no_end() -> None:
+    """Its rows are sampled at once: what stands first in it did not come first."""
+    known = UNSCORED_GROUPS + 1
+
+    def scores_the_last(row: EvaluationRow) -> EvaluationRow:
+        if int(str(row.ground_truth)) != known:
+            raise KeyError("ground_truth")
+        row.evaluation_result = EvaluateResult(score=1.0)
+        return row
+
+    params = {"model": "local/arithmetic", "max_tokens": 8}
+    asked = [(number, 0) for number in range(1, known + 1)]
+    with trl_rollouts(scores_the_last, rows(*asked), completion_params=params) as made:
+        trainer = grpo_trainer(made, num_generations=1)
+        result = made([prompt(*pair) for pair in asked], trainer)
+        assert result["reward"] == [None] * UNSCORED_GROUPS + [1.0]
+        # Behind the last score they count, over batches too.
+        made([prompt(*pair) for pair in asked[:40]], trainer)
+        with pytest.raises(NothingToTrainOnError, match="64 rows in a row"):
+            made([prompt(*pair) for pair in asked[:40]], trainer)
 
 
 def test_what_can_not_be_set_up_is_refused_at_once() -> None:
