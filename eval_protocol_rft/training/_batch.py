@@ -305,7 +305,7 @@ def build_batch(
 
     Args:
         rows: scored rows, or the prompt groups that `group_rows` made of them.
-        key: names the group of a row; default experiment id and row id.
+        key: names the group of a row; default experiment id, row id and model.
         algorithm: a name in `ALGORITHMS`: advantage estimator, loss and thresholds. Default
             "grpo".
         estimator: advantages in place of the algorithm's own, such as
@@ -360,7 +360,7 @@ def iter_batches(
             one with more is a batch by itself.
         completions_per_group: completions per row times runs; needed where the rows of one group
             do not stand together. See `iter_groups`.
-        key: names the group of a row; default experiment id and row id.
+        key: names the group of a row; default experiment id, row id and model.
         **options: as for `build_batch`.
 
     Raises:

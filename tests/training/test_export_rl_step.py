@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -116,13 +117,21 @@ def test_a_group_without_a_scored_completion_has_no_line() -> None:
     assert (len(lines), dropped) == (1, {"unscored": 1})
 
 
-def test_samples_of_several_models_are_warned_of() -> None:
+def test_samples_of_several_models_are_warned_of(tmp_path: Path) -> None:
     rows = [evaluated("4", "5", rewards=[1.0, 0.0]), evaluated("6", rewards=[1.0], row_id="b")]
-    assert rows[1].execution_metadata.extra is not None
-    rows[1].execution_metadata.extra["sampling"]["model"] = "other"
-    with pytest.warns(BiasedSamplingWarning, match="2 models, 2 of 'm', 1 of 'other'") as caught:
-        rl_step.to_lines(rows)
-    assert caught[0].filename == __file__
+    rows += [evaluated("7", rewards=[None], row_id="c")]
+    for row, model in zip(rows, ("m", "other", "unscored"), strict=True):
+        assert row.execution_metadata.extra is not None
+        row.execution_metadata.extra["sampling"]["model"] = model
+    message = "2 models, 2 of 'm', 1 of 'other':"
+    with pytest.warns(BiasedSamplingWarning, match=message) as caught:
+        rl_step.to_lines(rows, unscored="drop")
+    with pytest.warns(BiasedSamplingWarning, match=message) as written:
+        rl_step.write_jsonl(rows, tmp_path / "step.jsonl", unscored="drop")
+    assert [caught[0].filename, written[0].filename] == [__file__] * 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # what is dropped is no sample
+        rl_step.to_lines([rows[0], rows[2]], unscored="drop")
 
 
 def test_nothing_left_is_an_error_with_the_counts(tmp_path: Path) -> None:

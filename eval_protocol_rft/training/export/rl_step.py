@@ -56,14 +56,27 @@ def to_lines(
         rows: as for `group_rows`.
         unscored: what a completion without a valid score is: an error, or dropped and counted.
             Completions and rows that failed are always dropped and counted.
-        key: names the group of a row; default experiment id and row id.
+        key: names the group of a row; default experiment id, row id and model.
 
     Raises:
         TrainingDataError: a row is wrong, as for `group_rows`; an unscored completion, if asked
             for; rows of one group that differ in their prompt (with the default key).
         ExportError: an episode of several turns.
         EmptyBatchError: no completion is left.
+
+    Warns:
+        BiasedSamplingWarning: the samples are of several models.
     """
+    data, problem = _read(rows, unscored, key)
+    if problem:
+        warnings.warn(problem, BiasedSamplingWarning, stacklevel=2)
+    return data
+
+
+def _read(
+    rows: Iterable[Row], unscored: Unscored, key: GroupKey | None
+) -> tuple[RLStepData, str | None]:
+    """The lines, and why they are no samples of one policy, where they are not."""
     groups: dict[Hashable, list[dict[str, Any]]] = {}
     prompts: dict[Hashable, list[dict[str, Any]]] = {}
     dropped: Counter[str] = Counter()
@@ -77,7 +90,8 @@ def to_lines(
         )
         if not rollout.trajectories:
             continue
-        models.update(t.model for t in rollout.trajectories if t.model)
+        scored = (t for t in rollout.trajectories if t.reward is not None)
+        models.update(t.model for t in scored if t.model)
         _check_turns(row, rollout)
         group_key = (key or reading.row_key)(row)
         prompt = _prompt(row, rollout)
@@ -90,9 +104,7 @@ def to_lines(
     lines = [{"samples": samples} for samples in groups.values() if samples]
     if not lines:
         raise EmptyBatchError(+dropped)
-    if problem := several_models(models):
-        warnings.warn(problem, BiasedSamplingWarning, stacklevel=2)
-    return RLStepData(lines, dict(+dropped))
+    return RLStepData(lines, dict(+dropped)), several_models(models)
 
 
 def write_jsonl(
@@ -103,7 +115,9 @@ def write_jsonl(
     key: GroupKey | None = None,
 ) -> RLStepData:
     """Write `to_lines(rows)` as a JSONL file, in place of one that is there, and return it."""
-    data = to_lines(rows, unscored=unscored, key=key)
+    data, problem = _read(rows, unscored, key)
+    if problem:
+        warnings.warn(problem, BiasedSamplingWarning, stacklevel=2)
     with replacing(path) as unfinished:
         for line in data.lines:
             unfinished.write(msgspec.json.encode(line) + b"\n")
