@@ -283,7 +283,8 @@ def why_fruitless(group: PromptGroup) -> str:
         if trajectory.reward is None:
             reason = trajectory.score_error or "the evaluator gave no valid score"
             return f"row {trajectory.row_id}, completion {trajectory.completion}: {reason}"
-    row_id = group.key[-1] if isinstance(group.key, tuple) else group.key
+    # The default key, or what is made of a row that raised.
+    row_id = group.key[1] if isinstance(group.key, tuple) else group.key
     if group.failures:
         return f"row {row_id}: {group.failures[0].kind}: {group.failures[0].message}"
     return f"row {row_id}: nothing was sampled"

@@ -100,7 +100,7 @@ class PromptGroup:
     """One prompt and everything sampled for it, failures and unscored completions included."""
 
     key: Hashable
-    """What its rows have in common: (experiment id, row id), or the caller's own key."""
+    """What its rows have in common: (experiment id, row id, model), or the caller's own key."""
     trajectories: tuple[Trajectory, ...]
     """[G] completions that were sampled, scored or not."""
     failures: tuple[Failure, ...] = ()

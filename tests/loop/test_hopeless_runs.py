@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+import pytest
 
 from eval_protocol_rft.loop._watch import (
     STUCK_STEPS,
@@ -24,7 +27,7 @@ def group(reward: float | None, *, error: str | None = None) -> PromptGroup:
         score_error=error,
         row_id="r",
     )
-    return PromptGroup(key=("experiment", "r"), trajectories=(one, one))
+    return PromptGroup(key=("experiment", "r", "local/model"), trajectories=(one, one))
 
 
 def groups_until_the_end(watch: Watch, each: PromptGroup) -> tuple[int, str]:
@@ -65,10 +68,11 @@ def test_without_steps_of_its_own_only_scores_count() -> None:
     assert groups_until_the_end(watch, group(None))[0] == UNSCORED_GROUPS
 
 
-def test_data_that_is_used_up_before_a_step_says_why() -> None:
+@pytest.mark.parametrize("key", ["r", ("experiment", "r", "local/model")])
+def test_data_that_is_used_up_before_a_step_says_why(key: Any) -> None:
     watch = Watch(groups_per_step=8)
     failed = PromptGroup(
-        key="r",
+        key=key,
         trajectories=(),
         failures=(Failure(index=0, kind="timeout", message="after 5 s", attempts=1, seconds=5.0),),
     )
