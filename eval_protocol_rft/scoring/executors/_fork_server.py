@@ -128,29 +128,31 @@ def main(*, decorated: bool = True) -> None:
 
 
 def _leave() -> None:
-    """End with exit code 0 and all files closed, without taking the interpreter apart: after a fork
-    this copies every page that it touches, for more than a second where much was imported."""
+    """End with exit code 0 and nothing held back by open files, without taking the interpreter
+    apart: after a fork this copies every page that it touches, for more than a second where much
+    was imported."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):
             stream.flush()
     with contextlib.suppress(Exception):
-        for file in _files_opened_since():
-            with contextlib.suppress(Exception):
-                file.close()
+        _write_out_files()
     os._exit(0)
 
 
-def _files_opened_since() -> list[io.IOBase]:
-    """Files that were opened since the fork and may hold back what was written to them; those that
-    write into another one (text, what compresses) come before it."""
+def _write_out_files() -> None:
+    """Of what was opened since the fork. Text goes first, then what compresses, which has an end to
+    write: both write into files that are there too. No other is closed: a thread that waits to read
+    from it would hold its lock."""
     objects = gc.get_objects()
     kinds = set(map(type, objects))
-    kinds = {kind for kind in kinds if issubclass(kind, io.TextIOBase | io.BufferedIOBase)}
-    files = [each for each in objects if type(each) in kinds]
-    return sorted(
-        files,
-        key=lambda file: (not isinstance(file, io.TextIOBase), type(file).__module__ == "_io"),
-    )
+    texts = {kind for kind in kinds if issubclass(kind, io.TextIOBase)}
+    buffers = {kind for kind in kinds if issubclass(kind, io.BufferedIOBase)}
+    plain = {kind for kind in buffers if kind.__module__ == "_io"}
+    for some, finish in ((texts, "flush"), (buffers - plain, "close"), (plain, "flush")):
+        for file in (each for each in objects if type(each) in some):
+            with contextlib.suppress(Exception):
+                if file.writable():
+                    getattr(file, finish)()
 
 
 def _preload(decorated: bool) -> None:
