@@ -31,7 +31,7 @@ from eval_protocol_rft.data._format import CompletionRow, FileMetadata, Sampling
 from eval_protocol_rft.record import Score
 from eval_protocol_rft.training._batch import build_batch
 from eval_protocol_rft.training._filters import Filters
-from eval_protocol_rft.training._rows import group_rows
+from eval_protocol_rft.training._prompt_groups import group_rows
 from eval_protocol_rft.training._types import PromptGroup, Trajectory
 
 PROMPT = 200

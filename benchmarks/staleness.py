@@ -50,7 +50,7 @@ def measure(staleness: int, arguments: argparse.Namespace, seed: int) -> dict[st
     """One run."""
     from test_sums import test_sums
 
-    from eval_protocol_rft.loop._options import LoopOptions
+    from eval_protocol_rft.loop._run_options import LoopOptions
     from eval_protocol_rft.loop._setup import LocalParts, Parts
     from eval_protocol_rft.loop._train import train
 

@@ -33,7 +33,7 @@ from eval_protocol_rft.data._dataset import RolloutDataset
 from eval_protocol_rft.data._files import write_file, write_rows
 from eval_protocol_rft.data._format import ARRAY_COLUMNS, CompletionRow, FileMetadata, schema
 from eval_protocol_rft.data._job_store import JobStore, parts_folder, row_keys
-from eval_protocol_rft.data._rows import tables_of, to_record_batch
+from eval_protocol_rft.data._row_groups import tables_of, to_record_batch
 
 SCHEMA = schema(FileMetadata(), {})
 COMPLETIONS, TOKENS, PROMPT = 8, 500, 150

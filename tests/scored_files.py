@@ -19,7 +19,7 @@ from eval_protocol_rft.data._format import (
     SamplingSettings,
     schema,
 )
-from eval_protocol_rft.data._rows import to_record_batch
+from eval_protocol_rft.data._row_groups import to_record_batch
 from eval_protocol_rft.record import Score
 
 METADATA = FileMetadata(

@@ -14,7 +14,7 @@ from starlette.applications import Starlette
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from eval_protocol_rft.local.server._run import Server
+from eval_protocol_rft.local.server._serving import Server
 from eval_protocol_rft.sampling._types import Completion, SamplingParams
 from tests.waiting import PATIENCE
 

@@ -13,7 +13,7 @@ import pytest
 from eval_protocol_rft._durable import check_replaceable, replacing, write_whole
 from eval_protocol_rft.data._convert import convert
 from eval_protocol_rft.data._dataset import RolloutDataset
-from eval_protocol_rft.data._datums import write_datums
+from eval_protocol_rft.data._datum_files import write_datums
 from eval_protocol_rft.data._files import JobError
 from eval_protocol_rft.data._filter import FilterRules, filter_rollouts
 from eval_protocol_rft.data._score import score

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eval_protocol_rft.record import RecordError, RolloutRecord
-from eval_protocol_rft.training._rows import group_rows
+from eval_protocol_rft.training._prompt_groups import group_rows
 from eval_protocol_rft.training._types import TrainingDataError
 from tests.training_episodes import TWO_SEGMENTS, episodes_extra, shapes
 from tests.training_rows import row

@@ -26,13 +26,13 @@ from eval_protocol_rft.episodes._environment import (
     Step,
     ToolLoop,
 )
-from eval_protocol_rft.episodes._processor import EpisodeRolloutProcessor
+from eval_protocol_rft.episodes._episode_processor import EpisodeRolloutProcessor
 from eval_protocol_rft.local._tokenizer import load_tokenizer
 from eval_protocol_rft.local.models import bundled_model_path
 from eval_protocol_rft.record import RolloutRecord
 from eval_protocol_rft.rollout._processor import RolloutError
 from eval_protocol_rft.sampling._types import Completion, SamplingParams, TokenIds
-from eval_protocol_rft.scoring._rows import completion_views
+from eval_protocol_rft.scoring._scored_rows import completion_views
 from eval_protocol_rft.scoring._scorer import ascore_rows
 from eval_protocol_rft.training._batch import build_batch
 from tests.waiting import PATIENCE

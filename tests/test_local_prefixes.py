@@ -19,7 +19,7 @@ torch = pytest.importorskip("torch")
 import transformers  # noqa: E402
 from transformers import AutoModelForCausalLM, PreTrainedModel  # noqa: E402
 
-from eval_protocol_rft.local import _worker as local_worker  # noqa: E402
+from eval_protocol_rft.local import _sampling_thread as local_worker  # noqa: E402
 from eval_protocol_rft.local._cache import (  # noqa: E402
     KEPT_SHARE,
     Batch,

@@ -20,7 +20,7 @@ torch = pytest.importorskip("torch")
 import transformers  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
-from eval_protocol_rft.local import _worker as local_worker  # noqa: E402
+from eval_protocol_rft.local import _sampling_thread as local_worker  # noqa: E402
 from eval_protocol_rft.local._draw import stop_hit  # noqa: E402
 from eval_protocol_rft.local._sampler import (  # noqa: E402
     LocalSampler,

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from eval_protocol_rft import FireworksTrainingRolloutProcessor
 from eval_protocol_rft.data._generate import agenerate
 from eval_protocol_rft.local.models import bundled_model_path
-from eval_protocol_rft.loop._options import LoopOptions
+from eval_protocol_rft.loop._run_options import LoopOptions
 from eval_protocol_rft.loop._setup import LocalParts
 from eval_protocol_rft.loop._train import atrain
 from eval_protocol_rft.sampling._limits import RunStoppedError

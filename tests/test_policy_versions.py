@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from eval_protocol_rft.record import RecordError, RolloutRecord
 from eval_protocol_rft.sampling._exactness import decode_reply, decode_stream
 from eval_protocol_rft.sampling._types import Completion, SamplingParams, TokenIds
-from eval_protocol_rft.training._rows import group_rows
+from eval_protocol_rft.training._prompt_groups import group_rows
 from tests.rollouts import params_for, record_of_row, roll_out, row_of, scripted
 from tests.stub_server import Seen, Status, reply_to, sampled
 from tests.training_rows import scored

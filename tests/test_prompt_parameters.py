@@ -13,7 +13,7 @@ from eval_protocol_rft import FireworksTrainingRolloutProcessor
 from eval_protocol_rft.data._dataset import RolloutDataset
 from eval_protocol_rft.data._generate import generate
 from eval_protocol_rft.episodes._environment import RetryWithFeedback
-from eval_protocol_rft.episodes._processor import EpisodeRolloutProcessor
+from eval_protocol_rft.episodes._episode_processor import EpisodeRolloutProcessor
 from eval_protocol_rft.local._tokenizer import LoadedTokenizer
 from eval_protocol_rft.rollout._prompts import PromptError, render_chat
 from tests.data.servers import write_jsonl

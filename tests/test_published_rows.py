@@ -15,13 +15,13 @@ from rich.console import Console
 from eval_protocol_rft.data._convert import convert
 from eval_protocol_rft.data._dataset import RolloutDataset
 from eval_protocol_rft.episodes._environment import EpisodeLimits, RetryWithFeedback
-from eval_protocol_rft.episodes._processor import EpisodeRolloutProcessor
+from eval_protocol_rft.episodes._episode_processor import EpisodeRolloutProcessor
 from eval_protocol_rft.record import RecordError
 from eval_protocol_rft.report._reading import read_rows as read_stored
 from eval_protocol_rft.report._terminal import rollout_table
 from eval_protocol_rft.scoring._scorer import score_rows
 from eval_protocol_rft.training._batch import TrainingBatch, build_batch
-from eval_protocol_rft.training._rows import group_rows
+from eval_protocol_rft.training._prompt_groups import group_rows
 from eval_protocol_rft.training._types import TrainingDataError
 from tests.rollouts import chat_tokenizer, params_for, roll_out, row_of
 from tests.serving import EOS

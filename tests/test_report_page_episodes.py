@@ -21,7 +21,7 @@ from eval_protocol_rft.data._episodes import as_lists
 from eval_protocol_rft.data._files import write_rows
 from eval_protocol_rft.data._format import EpisodeSettings, FormatError
 from eval_protocol_rft.episodes._environment import Environment, EpisodeLimits, Step
-from eval_protocol_rft.episodes._processor import EpisodeRolloutProcessor
+from eval_protocol_rft.episodes._episode_processor import EpisodeRolloutProcessor
 from eval_protocol_rft.local._tokenizer import LoadedTokenizer
 from eval_protocol_rft.report._html import ReportError
 from eval_protocol_rft.report._page import write_report

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from eval_protocol_rft.local._tokenizer import LoadedTokenizer
 from eval_protocol_rft.local.server._app import create_app
 from eval_protocol_rft.local.server._protocol import choice_seed
-from eval_protocol_rft.local.server._replies import spell
+from eval_protocol_rft.local.server._reply_bodies import spell
 from eval_protocol_rft.sampling._types import (
     Completion,
     ContractError,

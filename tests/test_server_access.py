@@ -11,7 +11,7 @@ import pytest
 from eval_protocol_rft.local._sampler import LOWEST_TEMPERATURE, check_params
 from eval_protocol_rft.local.server._app import create_app
 from eval_protocol_rft.local.server._protocol import MAX_BODY_BYTES, MAX_CHOICES
-from eval_protocol_rft.local.server._run import Access, AccessMiddleware, _greeting
+from eval_protocol_rft.local.server._serving import Access, AccessMiddleware, _greeting
 from eval_protocol_rft.sampling._types import Completion, RefusedError, SamplingParams
 from tests.serving import ScriptedSampler, byte_tokenizer, post_and_leave, running
 from tests.waiting import PATIENCE

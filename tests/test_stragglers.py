@@ -29,7 +29,7 @@ from eval_protocol_rft.sampling._types import (
     SamplingParams,
 )
 from eval_protocol_rft.training._batch import build_batch, iter_batches
-from eval_protocol_rft.training._rows import group_rows, iter_groups
+from eval_protocol_rft.training._prompt_groups import group_rows, iter_groups
 from eval_protocol_rft.training._types import BiasedSamplingWarning, TrainingDataError
 from tests.rollouts import (
     assert_is_what_the_server_sampled,

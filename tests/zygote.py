@@ -39,7 +39,7 @@ import transformers
 import uvicorn
 
 import eval_protocol_rft.doctor._examination
-import eval_protocol_rft.local.server._run
+import eval_protocol_rft.local.server._serving
 import eval_protocol_rft.loop._setup
 import eval_protocol_rft.loop._train
 import eval_protocol_rft.scoring.executors._worker
@@ -52,7 +52,7 @@ assert transformers.AutoTokenizer
 assert transformers.AutoModelForCausalLM
 assert torch.nn
 assert uvicorn.Server
-assert eval_protocol_rft.local.server._run.Server
+assert eval_protocol_rft.local.server._serving.Server
 assert graders.evaluation_test
 assert eval_protocol_rft.scoring.executors._worker.work
 assert pyarrow.pandas_compat._pandas_api.is_series(None) is False

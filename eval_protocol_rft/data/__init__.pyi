@@ -1,7 +1,7 @@
 from ._convert import ConvertSummary as ConvertSummary
 from ._convert import convert as convert
 from ._dataset import RolloutDataset as RolloutDataset
-from ._datums import write_datums as write_datums
+from ._datum_files import write_datums as write_datums
 from ._files import JobError as JobError
 from ._filter import FilterRules as FilterRules
 from ._filter import filter_rollouts as filter_rollouts
@@ -39,14 +39,14 @@ from ._sql import plain_rows as plain_rows
 from ._sql import run_query as run_query
 from ._stats import PromptStats as PromptStats
 from ._to_ep import to_rows as to_rows
+from .source._columns import Source as Source
+from .source._columns import SourceRow as SourceRow
+from .source._columns import type_name as type_name
 from .source._opening import aopen_source as aopen_source
 from .source._opening import open_source as open_source
 from .source._places import called as called
 from .source._places import one_place as one_place
 from .source._places import plain_name as plain_name
-from .source._types import Source as Source
-from .source._types import SourceRow as SourceRow
-from .source._types import type_name as type_name
 from .source._urls import PathOrGlob as PathOrGlob
 from .source._urls import is_url as is_url
 from .source._urls import shown as shown

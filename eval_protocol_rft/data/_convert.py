@@ -30,7 +30,7 @@ from eval_protocol_rft.data._job_store import parts_folder
 from eval_protocol_rft.data._jsonl import METADATA_SUFFIX, count_lines, metadata_path
 from eval_protocol_rft.data._plain_file import Rollouts, Written, is_parquet, read_parquet_schema
 from eval_protocol_rft.data._progress import Reading
-from eval_protocol_rft.data._rows import from_record_batch
+from eval_protocol_rft.data._row_groups import from_record_batch
 from eval_protocol_rft.data.source._places import one_place
 from eval_protocol_rft.data.source._urls import shown
 from eval_protocol_rft.record import RecordError

@@ -26,9 +26,9 @@ from eval_protocol_rft.data._format import CompletionRow, FileMetadata
 from eval_protocol_rft.data._plain_file import NonFinite, Rollouts, Written, split_note, text_notes
 from eval_protocol_rft.data._progress import Reading
 from eval_protocol_rft.data._records import by_prompt
-from eval_protocol_rft.data._rows import tables_of
+from eval_protocol_rft.data._row_groups import tables_of
 from eval_protocol_rft.data._to_ep import FilePart, to_rows
-from eval_protocol_rft.data.source._text import column_of, see
+from eval_protocol_rft.data.source._text_files import column_of, see
 from eval_protocol_rft.record import RecordError, has_record, is_marked
 from eval_protocol_rft.training import TrainingDataError, row_key
 

@@ -28,7 +28,7 @@ from eval_protocol_rft.data import _jsonl as jsonl
 from eval_protocol_rft.data._format import CompletionRow, FileMetadata, FormatError
 from eval_protocol_rft.data._jsonl import METADATA_SUFFIX
 from eval_protocol_rft.data._records import prompt_groups
-from eval_protocol_rft.data._rows import from_record_batch, open_parquet, read_row_groups
+from eval_protocol_rft.data._row_groups import from_record_batch, open_parquet, read_row_groups
 from eval_protocol_rft.data._to_ep import to_rows
 from eval_protocol_rft.data.source._arrow import plain_type
 from eval_protocol_rft.data.source._places import called, one_place

@@ -22,7 +22,7 @@ from eval_protocol_rft import _segments
 from eval_protocol_rft._segments import EpisodeRecord, RecordError, Segment, TokenBuffer
 from eval_protocol_rft.data import _format as file_format
 from eval_protocol_rft.data._format import CompletionRow, FormatError
-from eval_protocol_rft.data.source._types import without_nulls
+from eval_protocol_rft.data.source._columns import without_nulls
 from eval_protocol_rft.sampling import FinishReason
 
 EPISODE_KEYS = ("trajectories", "episodes")

@@ -27,7 +27,7 @@ from eval_protocol_rft._errors import EvalProtocolRftError
 from eval_protocol_rft.data import _jsonl as jsonl
 from eval_protocol_rft.data._format import ORIGINAL_PREFIX, CompletionRow, FormatError, metadata_of
 from eval_protocol_rft.data._jsonl import is_jsonl, metadata_path
-from eval_protocol_rft.data._rows import tables_of, write_tables
+from eval_protocol_rft.data._row_groups import tables_of, write_tables
 from eval_protocol_rft.data.source._places import one_place
 from eval_protocol_rft.data.source._urls import is_url, shown
 

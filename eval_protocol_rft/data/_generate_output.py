@@ -30,7 +30,7 @@ from eval_protocol_rft.data._files import JobError, check_room, write_file
 from eval_protocol_rft.data._format import FileMetadata, FormatError
 from eval_protocol_rft.data._job_store import JobStore
 from eval_protocol_rft.data._questions import Questions
-from eval_protocol_rft.data.source._types import SourceColumn
+from eval_protocol_rft.data.source._columns import SourceColumn
 from eval_protocol_rft.data.source._urls import SourceError
 from eval_protocol_rft.local import LoadedTokenizer, models
 from eval_protocol_rft.rollout import RolloutRequest, redact_params

@@ -25,7 +25,7 @@ from eval_protocol_rft._durable import DurableFile, replacing
 from eval_protocol_rft.data import _format as file_format
 from eval_protocol_rft.data._files import JobError
 from eval_protocol_rft.data._format import CompletionRow, FileMetadata
-from eval_protocol_rft.data._rows import from_record_batch, in_row_groups, tables_of
+from eval_protocol_rft.data._row_groups import from_record_batch, in_row_groups, tables_of
 
 
 @dataclass(frozen=True, slots=True)

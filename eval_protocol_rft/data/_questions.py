@@ -22,7 +22,7 @@ import pyarrow as pa
 from eval_protocol_rft import rollout
 from eval_protocol_rft.data._format import CompletionRow, DataSettings, PromptKind
 from eval_protocol_rft.data._sampling_run import Prompt
-from eval_protocol_rft.data.source._types import (
+from eval_protocol_rft.data.source._columns import (
     Source,
     SourceRow,
     listed_columns,

@@ -28,7 +28,7 @@ import numpy as np
 from eval_protocol_rft import sampling
 from eval_protocol_rft.data._format import CompletionRow
 from eval_protocol_rft.data._job_store import JobStore
-from eval_protocol_rft.data._rows import to_record_batch
+from eval_protocol_rft.data._row_groups import to_record_batch
 from eval_protocol_rft.local import LoadedTokenizer
 from eval_protocol_rft.local.models import LOCAL_PREFIX
 from eval_protocol_rft.rollout import AnswerReader, PromptError, RolloutRequest, VocabularyWitness

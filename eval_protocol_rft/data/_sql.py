@@ -31,7 +31,7 @@ from eval_protocol_rft.data._format import ORIGINAL_PREFIX
 from eval_protocol_rft.data._job_store import KEY_COLUMNS
 from eval_protocol_rft.data._jsonl import is_jsonl, to_json_values
 from eval_protocol_rft.data._progress import Reading
-from eval_protocol_rft.data._rows import open_parquet
+from eval_protocol_rft.data._row_groups import open_parquet
 from eval_protocol_rft.data._stats import SAMPLED_COLUMNS, numbers_of_groups, read_numbers
 from eval_protocol_rft.training import MissingPackageError
 

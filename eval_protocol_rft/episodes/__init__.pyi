@@ -5,7 +5,7 @@ from ._environment import EpisodeLimits as EpisodeLimits
 from ._environment import RetryWithFeedback as RetryWithFeedback
 from ._environment import Step as Step
 from ._environment import ToolLoop as ToolLoop
-from ._processor import EpisodeRolloutProcessor as EpisodeRolloutProcessor
+from ._episode_processor import EpisodeRolloutProcessor as EpisodeRolloutProcessor
 from ._rendering import ConversationError as ConversationError
 from ._rendering import HistoryRewrittenError as HistoryRewrittenError
 from ._template_report import TemplateReport as TemplateReport

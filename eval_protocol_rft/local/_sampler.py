@@ -157,7 +157,7 @@ class LocalSampler:
             RefusedError: the model's state is more than keys and values.
         """
         from eval_protocol_rft.local._cache import LocalModel
-        from eval_protocol_rft.local._worker import Worker
+        from eval_protocol_rft.local._sampling_thread import Worker
 
         if max_batch_tokens < 1:
             raise ValueError(f"max_batch_tokens is {max_batch_tokens}, must be at least 1")

@@ -1,10 +1,10 @@
-from ._options import LoopOptions as LoopOptions
-from ._options import LoraSettings as LoraSettings
-from ._options import Optimizer as Optimizer
-from ._options import SetupError as SetupError
 from ._rollout_fn import make_group_rollout_fn as make_group_rollout_fn
 from ._rollout_fn import make_rollout_fn as make_rollout_fn
 from ._rollout_fn import recipe_params as recipe_params
+from ._run_options import LoopOptions as LoopOptions
+from ._run_options import LoraSettings as LoraSettings
+from ._run_options import Optimizer as Optimizer
+from ._run_options import SetupError as SetupError
 from ._setup import LocalParts as LocalParts
 from ._train import TrainResult as TrainResult
 from ._train import train as train
@@ -15,7 +15,7 @@ from ._watch import TrainingStoppedError as TrainingStoppedError
 
 # For other rooms alone: these may change.
 # isort: split
-from ._options import MODEL as MODEL
-from ._options import RUN as RUN
+from ._run_options import MODEL as MODEL
+from ._run_options import RUN as RUN
 from ._setup import MakeParts as MakeParts
 from ._train import atrain as atrain

@@ -16,8 +16,8 @@ from pydantic import ValidationError
 
 from eval_protocol_rft import data as room
 from eval_protocol_rft.episodes import EpisodeRolloutProcessor
-from eval_protocol_rft.loop._options import SetupError
 from eval_protocol_rft.loop._rollouts import give_id
+from eval_protocol_rft.loop._run_options import SetupError
 from eval_protocol_rft.rollout import PROMPT_IDS_KEY, messages_to_answer
 from eval_protocol_rft.scoring import adapt, adapter_of, parameters_of
 

@@ -28,7 +28,7 @@ from torch import Tensor
 from eval_protocol_rft.local import no_loading_bar, spare_threads
 from eval_protocol_rft.loop import _trainer as trainer
 from eval_protocol_rft.loop._metrics import reduce_metrics
-from eval_protocol_rft.loop._options import LoraSettings, Optimizer
+from eval_protocol_rft.loop._run_options import LoraSettings, Optimizer
 from eval_protocol_rft.loop._trainer import ForwardBackward, LossFunction, NamedLoss, TrainerError
 from eval_protocol_rft.training import FloatArray, TrainingDatum, losses
 

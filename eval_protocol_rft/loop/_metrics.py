@@ -23,7 +23,7 @@ import numpy as np
 
 from eval_protocol_rft._durable import write_whole
 from eval_protocol_rft._statistics import count_passes, mean_pass_at_k, powers_of_two
-from eval_protocol_rft.loop._options import SetupError
+from eval_protocol_rft.loop._run_options import SetupError
 from eval_protocol_rft.loop._trainer import ForwardBackward
 from eval_protocol_rft.training import PromptGroup, TrainingBatch
 

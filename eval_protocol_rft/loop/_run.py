@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from eval_protocol_rft.loop._metrics import Line, eval_line
-from eval_protocol_rft.loop._options import LoopOptions
 from eval_protocol_rft.loop._rollouts import EVALUATION_RUN, RowRunner, roll_out, wave
 from eval_protocol_rft.loop._run_directory import STATE_FILE, LoopState, RunFolder
+from eval_protocol_rft.loop._run_options import LoopOptions
 from eval_protocol_rft.loop._scheduler import Draw, RowStream, Scheduler
 from eval_protocol_rft.loop._setup import Parts
 from eval_protocol_rft.loop._step import StepRunner

@@ -17,7 +17,7 @@ import random
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from eval_protocol_rft.loop._options import SetupError
+from eval_protocol_rft.loop._run_options import SetupError
 
 
 class Draw(NamedTuple):

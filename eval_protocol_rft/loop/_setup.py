@@ -16,7 +16,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Protocol
 from eval_protocol_rft import rollout, sampling
 from eval_protocol_rft.local.models import NoSuchModelError, has_tokenizer, local_model_folder
 from eval_protocol_rft.loop import _trainer as trainers
-from eval_protocol_rft.loop._options import MODEL, LoopOptions, LoraSettings, Optimizer, SetupError
+from eval_protocol_rft.loop._run_options import (
+    MODEL,
+    LoopOptions,
+    LoraSettings,
+    Optimizer,
+    SetupError,
+)
 from eval_protocol_rft.scoring import parameters_of, sets_of
 
 if TYPE_CHECKING:

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 
 from eval_protocol_rft import training
 from eval_protocol_rft.loop._metrics import Line, step_line
-from eval_protocol_rft.loop._options import LoopOptions
 from eval_protocol_rft.loop._rollouts import sample_prompts
+from eval_protocol_rft.loop._run_options import LoopOptions
 from eval_protocol_rft.loop._setup import Parts
 from eval_protocol_rft.loop._trainer import ForwardBackward, NamedLoss
 from eval_protocol_rft.loop._watch import TrainingStoppedError, Trouble, Watch

@@ -22,8 +22,8 @@ from annotated_types import Ge
 from eval_protocol_rft.data import PathOrGlob, Reporter, reporter
 from eval_protocol_rft.loop import _run_directory as directory
 from eval_protocol_rft.loop._metrics import Line, MetricSink, open_sinks, require_sinks
-from eval_protocol_rft.loop._options import EVALUATION, MODEL, RUN, LoopOptions
 from eval_protocol_rft.loop._run_directory import LoopState, RunFolder, RunFolderError
+from eval_protocol_rft.loop._run_options import EVALUATION, MODEL, RUN, LoopOptions
 from eval_protocol_rft.loop._setup import LocalParts, MakeParts, Parts, rollout_params
 from eval_protocol_rft.loop._trainer import DamagedCheckpointError
 from eval_protocol_rft.loop._watch import TrainingStoppedError

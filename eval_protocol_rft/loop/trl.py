@@ -37,8 +37,8 @@ from eval_protocol_rft import training
 from eval_protocol_rft.loop import _data as data
 from eval_protocol_rft.loop import _setup as setup
 from eval_protocol_rft.loop import _watch as watching
-from eval_protocol_rft.loop._options import SetupError
 from eval_protocol_rft.loop._rollouts import EVALUATION_RUN, RowRunner, roll_out
+from eval_protocol_rft.loop._run_options import SetupError
 from eval_protocol_rft.loop._trainer import SamplerWeights, WeightSink, version_name
 from eval_protocol_rft.rollout import FireworksTrainingRolloutProcessor, RolloutRequest
 from eval_protocol_rft.scoring import adapt, parameters_of

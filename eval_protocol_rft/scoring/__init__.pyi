@@ -21,7 +21,7 @@ from ._results import Place as Place
 from ._results import read_result as read_result
 from ._results import sort_answers as sort_answers
 from ._results import unscored as unscored
-from ._rows import ScoringOptions as ScoringOptions
-from ._rows import completion_views as completion_views
+from ._scored_rows import ScoringOptions as ScoringOptions
+from ._scored_rows import completion_views as completion_views
 from ._scorer import OPTIONS_ATTRIBUTE as OPTIONS_ATTRIBUTE
 from ._scorer import several_models_problem as several_models_problem

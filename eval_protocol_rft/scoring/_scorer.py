@@ -20,10 +20,10 @@ from typing import Any, TypeVar, cast, overload
 
 from eval_protocol.models import EvaluationRow
 
-from eval_protocol_rft.scoring import _evaluator, _rows
+from eval_protocol_rft.scoring import _evaluator, _scored_rows
 from eval_protocol_rft.scoring._evaluator import BoundCall, Evaluator, EvaluatorError, Mode
 from eval_protocol_rft.scoring._results import Place, lay_out, read_result, sort_answers
-from eval_protocol_rft.scoring._rows import Aggregation, ScoringOptions
+from eval_protocol_rft.scoring._scored_rows import Aggregation, ScoringOptions
 
 T = TypeVar("T")
 
@@ -82,15 +82,18 @@ class Scorer:
         called on what it was given, because no row has a record or failed."""
         if self.evaluator.parameter == "row":
             row: EvaluationRow = call.given
-            if _rows.rollout_failed(row):
-                return [], lambda _: _rows.commit_failed_rollout(row)
-            views_of_row = _rows.completion_views(row)
+            if _scored_rows.rollout_failed(row):
+                return [], lambda _: _scored_rows.commit_failed_rollout(row)
+            views_of_row = _scored_rows.completion_views(row)
             if views_of_row is None:
                 return None
             return list(views_of_row), lambda outcomes: self._commit(row, outcomes)
         rows: list[EvaluationRow] = call.given
         _refuse_several_models(rows)
-        views = [[] if _rows.rollout_failed(row) else _rows.completion_views(row) for row in rows]
+        views = [
+            [] if _scored_rows.rollout_failed(row) else _scored_rows.completion_views(row)
+            for row in rows
+        ]
         if all(row_views is None for row_views in views):
             return None
         layout = lay_out(rows, views)
@@ -98,7 +101,9 @@ class Scorer:
         return calls, lambda outcomes: self._settle(rows, layout, outcomes[0] if outcomes else [])
 
     def _commit(self, row: EvaluationRow, outcomes: Sequence[Any]) -> EvaluationRow:
-        _rows.commit_scores(row, [read_result(outcome) for outcome in outcomes], self.options)
+        _scored_rows.commit_scores(
+            row, [read_result(outcome) for outcome in outcomes], self.options
+        )
         return row
 
     def _settle(
@@ -112,10 +117,10 @@ class Scorer:
         for i, row in enumerate(rows):
             if (i, None) in layout:
                 settled.extend(passed[i])
-            elif _rows.rollout_failed(row):
-                settled.append(_rows.commit_failed_rollout(row))
+            elif _scored_rows.rollout_failed(row):
+                settled.append(_scored_rows.commit_failed_rollout(row))
             else:
-                _rows.commit_scores(row, results.get(i, []), self.options)
+                _scored_rows.commit_scores(row, results.get(i, []), self.options)
                 settled.append(row)
         if isinstance(returned, _evaluator.CallFailed) and passed:
             raise returned.error

@@ -27,7 +27,7 @@ from eval_protocol_rft import _statistics as statistics
 from eval_protocol_rft.training._algorithms import BatchArguments, BatchOptions, ConfigValue
 from eval_protocol_rft.training._datums import Normalization, TrainingDatum, pack, target_count
 from eval_protocol_rft.training._filters import filter_group
-from eval_protocol_rft.training._rows import GroupKey, Row, group_rows, iter_groups
+from eval_protocol_rft.training._prompt_groups import GroupKey, Row, group_rows, iter_groups
 from eval_protocol_rft.training._types import (
     BiasedSamplingWarning,
     EmptyBatchError,

@@ -27,7 +27,7 @@ from eval_protocol_rft.data._job_store import (
     row_keys,
     split_keys,
 )
-from eval_protocol_rft.data._rows import to_record_batch
+from eval_protocol_rft.data._row_groups import to_record_batch
 from eval_protocol_rft.record import Score
 from tests.data.traced import KILLED, Fate, run_in_child
 

@@ -13,7 +13,7 @@ import pytest
 
 from eval_protocol_rft.data._dataset import RolloutDataset, in_order
 from eval_protocol_rft.data._format import FileMetadata, FormatError, RewardSettings, schema
-from eval_protocol_rft.data._rows import to_record_batch
+from eval_protocol_rft.data._row_groups import to_record_batch
 from eval_protocol_rft.record import Score
 from tests.data import score_graders
 from tests.data.rollout_files import completion_row, write_rollouts

@@ -31,11 +31,11 @@ from eval_protocol_rft.data._format import (
     schema,
 )
 from eval_protocol_rft.data._job_store import JobStore, parts_folder, row_keys
-from eval_protocol_rft.data._rows import to_record_batch
+from eval_protocol_rft.data._row_groups import to_record_batch
 from eval_protocol_rft.data._score import score
 from eval_protocol_rft.data._stats import rollout_stats
 from eval_protocol_rft.training._batch import build_batch
-from eval_protocol_rft.training._rows import group_rows
+from eval_protocol_rft.training._prompt_groups import group_rows
 from eval_protocol_rft.training._types import TrainingDataError
 from tests.convert_rows import (
     REWARD_B,

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pytest
 
 from eval_protocol_rft.data._dataset import RolloutDataset
-from eval_protocol_rft.data._datums import write_datums
+from eval_protocol_rft.data._datum_files import write_datums
 from eval_protocol_rft.data._files import JobError, write_file, write_rows
 from eval_protocol_rft.data._format import METADATA_KEY, FormatError
 from eval_protocol_rft.record import Score

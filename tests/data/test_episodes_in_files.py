@@ -23,7 +23,7 @@ from eval_protocol_rft.data._files import JobError, write_rows
 from eval_protocol_rft.data._filter import FilterRules, filter_rollouts
 from eval_protocol_rft.data._format import FileMetadata, schema
 from eval_protocol_rft.data._from_ep import extra_of, from_row
-from eval_protocol_rft.data._rows import from_record_batch, to_record_batch
+from eval_protocol_rft.data._row_groups import from_record_batch, to_record_batch
 from eval_protocol_rft.data._sql import run_query
 from eval_protocol_rft.data._stats import rollout_stats
 from eval_protocol_rft.data._to_ep import to_row

@@ -16,7 +16,7 @@ from typer.testing import Result
 from eval_protocol_rft.data import _files as target
 from eval_protocol_rft.data import _job_store as job_store
 from eval_protocol_rft.data import _sampling_run as sampling_run
-from eval_protocol_rft.data._datums import numbered_path
+from eval_protocol_rft.data._datum_files import numbered_path
 from eval_protocol_rft.data._files import amount, room_warning, write_file
 from tests.data.servers import at, ep_rft, succeed, texts, write_jsonl
 from tests.scored_files import SCHEMA, Sampled, table_of, write

@@ -13,7 +13,7 @@ import pytest
 
 from eval_protocol_rft.data._dataset import RolloutDataset
 from eval_protocol_rft.data._job_store import JobStore, parts_folder, row_keys
-from eval_protocol_rft.data._rows import to_record_batch
+from eval_protocol_rft.data._row_groups import to_record_batch
 from tests.data.servers import at, refused, sampled, succeed, texts, write_jsonl
 from tests.stub_server import Status, StubServer
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from eval_protocol_rft.data._convert import convert
 from eval_protocol_rft.data._dataset import RolloutDataset
-from eval_protocol_rft.data._datums import write_datums
+from eval_protocol_rft.data._datum_files import write_datums
 from eval_protocol_rft.data._files import write_rows
 from eval_protocol_rft.data._format import CompletionRow, FileMetadata, schema
 from eval_protocol_rft.data._to_ep import to_row

@@ -19,7 +19,7 @@ from eval_protocol_rft.data._dataset import RolloutDataset
 from eval_protocol_rft.data._files import write_file, write_rows
 from eval_protocol_rft.data._format import CompletionRow, FileMetadata, FormatError, schema
 from eval_protocol_rft.data._jsonl import metadata_path
-from eval_protocol_rft.data._rows import from_record_batch, to_record_batch
+from eval_protocol_rft.data._row_groups import from_record_batch, to_record_batch
 from tests.data.servers import refused
 from tests.data.strategies import RolloutFile, exactly, rollout_files
 

@@ -22,7 +22,7 @@ from eval_protocol_rft.data._format import CompletionRow, FileMetadata, reward_c
 from eval_protocol_rft.data._from_ep import from_row
 from eval_protocol_rft.data._job_file import BusyError
 from eval_protocol_rft.data._job_store import JobStore, parts_folder, row_keys
-from eval_protocol_rft.data._rows import to_record_batch
+from eval_protocol_rft.data._row_groups import to_record_batch
 from eval_protocol_rft.data._score import score
 from tests.data.rollout_files import SCHEMA, write_rollouts
 from tests.data.servers import (

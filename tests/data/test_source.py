@@ -20,8 +20,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from eval_protocol_rft.data.source._columns import Source
 from eval_protocol_rft.data.source._opening import open_source
-from eval_protocol_rft.data.source._types import Source
 from eval_protocol_rft.data.source._urls import SourceError
 from tests.data.servers import refused
 from tests.scored_files import Sampled

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eval_protocol_rft.data.source._types import Filter, FilterError
+from eval_protocol_rft.data.source._columns import Filter, FilterError
 
 ROW: dict[str, Any] = {
     "level": 3,

@@ -19,7 +19,7 @@ from eval_protocol_rft.data._format import FileMetadata, RewardSettings, schema
 from eval_protocol_rft.data._job_file import BusyError
 from eval_protocol_rft.data._job_store import JobStore, parts_folder
 from eval_protocol_rft.data._jsonl import metadata_path
-from eval_protocol_rft.data._rows import to_record_batch
+from eval_protocol_rft.data._row_groups import to_record_batch
 from eval_protocol_rft.record import Score
 from tests.data.store_crashes import ASKED, KEYS_OF, SCHEMA, check, live, row
 from tests.data.traced import ENDS, End, Fate, needs_tracing, run_in_child

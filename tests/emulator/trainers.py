@@ -6,10 +6,10 @@ from typing import Any
 
 from fireworks.training import sdk
 
-from eval_protocol_rft.loop._options import Optimizer
+from eval_protocol_rft.loop._run_options import Optimizer
 from eval_protocol_rft.loop._trainer import NamedLoss
+from eval_protocol_rft.loop.fireworks._fireworks_trainer import FireworksTrainer
 from eval_protocol_rft.loop.fireworks._hot_load import HotLoad
-from eval_protocol_rft.loop.fireworks._trainer import FireworksTrainer
 from tests.emulator.server import KEY, TrainingEmulator
 
 BASE = "accounts/fireworks/models/arithmetic"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from eval_protocol_rft.loop._options import LoopOptions
+from eval_protocol_rft.loop._run_options import LoopOptions
 from eval_protocol_rft.loop._setup import LocalParts, Parts
 from eval_protocol_rft.loop._train import TrainResult, atrain
 from eval_protocol_rft.sampling._types import Completion, SamplingParams

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eval_protocol_rft.loop._options import Optimizer
 from eval_protocol_rft.loop._run_directory import RunFolderError
+from eval_protocol_rft.loop._run_options import Optimizer
 from eval_protocol_rft.loop._trainer import TrainerError
 from eval_protocol_rft.loop.fireworks._control_plane import (
     StepSettings,

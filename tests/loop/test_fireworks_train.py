@@ -12,7 +12,7 @@ pytest.importorskip("torch")
 pytest.importorskip("fireworks.training.sdk", reason="needs the extra `fireworks`")
 
 from eval_protocol_rft.local.models import bundled_model_path
-from eval_protocol_rft.loop._options import Optimizer, SetupError
+from eval_protocol_rft.loop._run_options import Optimizer, SetupError
 from eval_protocol_rft.loop._train import atrain
 from eval_protocol_rft.loop.fireworks import _connecting as fireworks
 from examples.arithmetic import test_arithmetic as example

@@ -19,7 +19,7 @@ from fireworks.training.sdk import FiretitanServiceClient as Service  # noqa: E4
 
 from eval_protocol_rft.loop._trainer import TrainerError  # noqa: E402
 from eval_protocol_rft.loop.fireworks._connecting import connect  # noqa: E402
-from eval_protocol_rft.loop.fireworks._trainer import FireworksTrainer  # noqa: E402
+from eval_protocol_rft.loop.fireworks._fireworks_trainer import FireworksTrainer  # noqa: E402
 from tests.emulator.server import (  # noqa: E402
     KEY,
     TrainingEmulator,

@@ -15,7 +15,7 @@ from eval_protocol_rft.loop._local_trainer import (
     merged_names,
     merged_weights,
 )
-from eval_protocol_rft.loop._options import LoraSettings, Optimizer
+from eval_protocol_rft.loop._run_options import LoraSettings, Optimizer
 from eval_protocol_rft.loop._trainer import NamedLoss, SamplerWeights, Trainer, TrainerError
 from tests.loop.policies import (
     KeptWeights,

@@ -15,10 +15,10 @@ import pytest
 from eval_protocol.models import EPParameters, EvaluationRow, Message
 
 from eval_protocol_rft.data.source._urls import SourceError
-from eval_protocol_rft.episodes._processor import EpisodeRolloutProcessor
+from eval_protocol_rft.episodes._episode_processor import EpisodeRolloutProcessor
 from eval_protocol_rft.loop._data import load_rows
-from eval_protocol_rft.loop._options import SetupError
 from eval_protocol_rft.loop._run_directory import rows_fingerprint
+from eval_protocol_rft.loop._run_options import SetupError
 
 CALL = {"id": "1", "type": "function", "function": {"name": "look", "arguments": "{}"}}
 RECORDS: list[dict[str, Any]] = [

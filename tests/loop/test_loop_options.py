@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from eval_protocol_rft.data.source._urls import SourceError
 from eval_protocol_rft.loop._data import load_rows, split_rows
-from eval_protocol_rft.loop._options import LoopOptions, SetupError
+from eval_protocol_rft.loop._run_options import LoopOptions, SetupError
 from eval_protocol_rft.loop._scheduler import Draw, RowStream
 from examples.arithmetic import test_arithmetic as example
 

@@ -15,8 +15,8 @@ from eval_protocol_rft import FireworksTrainingRolloutProcessor
 from eval_protocol_rft.cli._models import show_result
 from eval_protocol_rft.data._progress import reporter
 from eval_protocol_rft.local.models import bundled_model_path
-from eval_protocol_rft.loop._options import SetupError
 from eval_protocol_rft.loop._run_directory import RunFolder, RunFolderError, weights_fingerprint
+from eval_protocol_rft.loop._run_options import SetupError
 from eval_protocol_rft.loop._setup import LocalParts, with_tokenizer_of
 from eval_protocol_rft.loop._train import TrainResult, atrain
 from eval_protocol_rft.loop._watch import NothingToTrainOnError

@@ -12,7 +12,7 @@ import pytest
 
 from eval_protocol_rft.loop import _metrics as sinks
 from eval_protocol_rft.loop._metrics import open_sinks, require_sinks, scalars
-from eval_protocol_rft.loop._options import SetupError
+from eval_protocol_rft.loop._run_options import SetupError
 from tests.loop.runs import options, run
 
 

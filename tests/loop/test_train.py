@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
-from eval_protocol_rft.loop._options import Optimizer
 from eval_protocol_rft.loop._run_directory import RunFolder, RunFolderError
+from eval_protocol_rft.loop._run_options import Optimizer
 from eval_protocol_rft.loop._setup import LocalParts
 from eval_protocol_rft.loop._train import atrain
 from eval_protocol_rft.loop._watch import NothingToTrainOnError

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 
 from eval_protocol_rft.local.models import bundled_model_path
 from eval_protocol_rft.loop import trl as loop_trl
-from eval_protocol_rft.loop._options import SetupError
+from eval_protocol_rft.loop._run_options import SetupError
 from eval_protocol_rft.loop._trainer import TrainerError
 from eval_protocol_rft.loop._watch import (
     UNSCORED_GROUPS,

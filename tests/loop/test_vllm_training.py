@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
-from eval_protocol_rft.loop._options import LoopOptions, Optimizer
+from eval_protocol_rft.loop._run_options import LoopOptions, Optimizer
 from eval_protocol_rft.loop._setup import LocalParts
 from eval_protocol_rft.loop._train import atrain
 from eval_protocol_rft.loop._trainer import ServedWeights

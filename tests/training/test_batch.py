@@ -20,7 +20,7 @@ from eval_protocol_rft.training import advantages
 from eval_protocol_rft.training._algorithms import ALGORITHMS, BatchArguments, BatchOptions
 from eval_protocol_rft.training._batch import build_batch, iter_batches
 from eval_protocol_rft.training._filters import Filters, SoftOverlong
-from eval_protocol_rft.training._rows import group_rows
+from eval_protocol_rft.training._prompt_groups import group_rows
 from eval_protocol_rft.training._types import (
     BiasedSamplingWarning,
     EmptyBatchError,

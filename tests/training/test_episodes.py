@@ -15,7 +15,7 @@ from eval_protocol_rft.record import RecordError
 from eval_protocol_rft.training._batch import build_batch, iter_batches
 from eval_protocol_rft.training._datums import TrainingDatum
 from eval_protocol_rft.training._filters import Filters, SoftOverlong
-from eval_protocol_rft.training._rows import group_rows
+from eval_protocol_rft.training._prompt_groups import group_rows
 from eval_protocol_rft.training._types import Segment, Trajectory
 from tests.training_episodes import TWO_SEGMENTS, episodes_extra, episodes_row, shapes
 from tests.training_rows import row

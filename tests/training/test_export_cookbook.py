@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from eval_protocol_rft.training._rows import group_rows
+from eval_protocol_rft.training._prompt_groups import group_rows
 from eval_protocol_rft.training._types import ExportError, PromptGroup, Trajectory
 from eval_protocol_rft.training.export.cookbook import CookbookTypes, to_rollout, to_run, to_sample
 from tests.training_batches import prompt_groups

@@ -11,7 +11,7 @@ import pytest
 
 from eval_protocol_rft.training._batch import build_batch
 from eval_protocol_rft.training._datums import loss_fn_inputs
-from eval_protocol_rft.training._rows import group_rows
+from eval_protocol_rft.training._prompt_groups import group_rows
 from eval_protocol_rft.training._types import ExportError
 from eval_protocol_rft.training.export import files, fireworks, rl_step, trl, verl
 from eval_protocol_rft.training.export.cookbook import to_rollout, to_run, to_sample

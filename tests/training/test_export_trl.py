@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import eval_protocol_rft
-from eval_protocol_rft.training._rows import group_rows
+from eval_protocol_rft.training._prompt_groups import group_rows
 from eval_protocol_rft.training._types import ExportError, PromptGroup, Trajectory
 from eval_protocol_rft.training.export import trl
 from tests.training_batches import prompt_groups

@@ -16,7 +16,7 @@ from eval_protocol_rft.training._filters import (
     SoftOverlong,
     filter_group,
 )
-from eval_protocol_rft.training._rows import group_rows as read
+from eval_protocol_rft.training._prompt_groups import group_rows as read
 from eval_protocol_rft.training._types import PromptGroup, TrainingDataError
 from tests.training_rows import completion, failed_row, scored
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from eval_protocol_rft.training._rows import group_rows, iter_groups
+from eval_protocol_rft.training._prompt_groups import group_rows, iter_groups
 from eval_protocol_rft.training._types import TrainingDataError
 from tests.training_rows import completion, contents_of, failed_row, record, row, scored
 

@@ -27,7 +27,7 @@ def test_files_are_read_one_after_the_other(tmp_path: Path) -> None:
 
 
 def test_what_eval_protocol_dumps_reads_back_as_the_same_group(tmp_path: Path) -> None:
-    from eval_protocol_rft.training._rows import group_rows
+    from eval_protocol_rft.training._prompt_groups import group_rows
 
     row = EvaluationRow.model_validate(scored("a", 1.0, 0.5))
     path = tmp_path / "rows.jsonl"

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from eval_protocol_rft._segments import TokenBuffer, lay_out
 from eval_protocol_rft.record import RecordError, RolloutRecord
 from eval_protocol_rft.training._batch import build_batch
-from eval_protocol_rft.training._rows import group_rows
+from eval_protocol_rft.training._prompt_groups import group_rows
 from eval_protocol_rft.training._types import Segment, TrainingDataError
 from tests.training_episodes import episodes_extra
 from tests.training_rows import completion, contents_of, record, row, scored

@@ -20,8 +20,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from eval_protocol_rft.data.source._columns import Source, SourceColumn, SourceRow, without_nulls
 from eval_protocol_rft.data.source._places import Place
-from eval_protocol_rft.data.source._types import Source, SourceColumn, SourceRow, without_nulls
 from eval_protocol_rft.data.source._urls import SourceError
 
 

@@ -23,9 +23,9 @@ import msgspec
 
 from eval_protocol_rft._text import well_formed
 from eval_protocol_rft.data.source._arrow import ArrowFile, ArrowSource
+from eval_protocol_rft.data.source._columns import Source
 from eval_protocol_rft.data.source._places import COMPRESSED, Place, places, plain_name
-from eval_protocol_rft.data.source._text import TextFile, open_csv, open_json
-from eval_protocol_rft.data.source._types import Source
+from eval_protocol_rft.data.source._text_files import TextFile, open_csv, open_json
 from eval_protocol_rft.data.source._urls import PathOrGlob, SourceError, shown
 
 FORMATS = (".parquet", ".jsonl", ".ndjson", ".csv", ".tsv", ".json")

@@ -1,8 +1,8 @@
 """Any `Sampler` over HTTP in Fireworks' shape, for loopback: `ep-rft serve`. Extra: `serve`.
 
-`_app.create_app` is the ASGI application, `_run` what the command line does around it, `_weights`
-how it is given new weights. `_protocol`
-(requests in) and `_replies` (replies out) are pure.
+`_app.create_app` is the ASGI application, `_serving` what the command line does around it,
+`_weights` how it is given new weights. `_protocol` (requests in) and `_reply_bodies` (replies out)
+are pure.
 """
 
 import lazy_loader

@@ -1,4 +1,4 @@
 # For other rooms alone: these may change.
 # isort: split
-from ._run import ServeError as ServeError
-from ._run import serve_local as serve_local
+from ._serving import ServeError as ServeError
+from ._serving import serve_local as serve_local

@@ -29,7 +29,7 @@ from starlette.routing import Route
 from eval_protocol_rft.local._tokenizer import LoadedTokenizer
 from eval_protocol_rft.local.models import LOCAL_PREFIX
 from eval_protocol_rft.local.server import _protocol as protocol
-from eval_protocol_rft.local.server import _replies as replies
+from eval_protocol_rft.local.server import _reply_bodies as replies
 from eval_protocol_rft.local.server._protocol import ApiError, CompletionRequest, json_reply
 from eval_protocol_rft.local.server._weights import ReloadingSampler, WeightEndpoints
 from eval_protocol_rft.sampling import Completion, Sampler, SamplingError

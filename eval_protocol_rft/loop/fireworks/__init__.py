@@ -3,10 +3,10 @@
     trainer = await connect(base_model=..., deployment=..., temperature=1.0, optimizer=Optimizer())
     reports = await iterate(evaluator, rows, client=AsyncFireworks(), run=..., ...)
 
-`_trainer` holds `FireworksTrainer` and which loss the server computes, `_hot_load` how new weights
-reach a deployment, `_connecting` the way in. `_iterate` is the loop over the control plane;
-`_control_plane` says what is asked of the service and what its answers mean. Extra `fireworks`;
-losses need torch (extra `local`) too.
+`_fireworks_trainer` holds `FireworksTrainer` and which loss the server computes, `_hot_load` how
+new weights reach a deployment, `_connecting` the way in. `_iterate` is the loop over the control
+plane; `_control_plane` says what is asked of the service and what its answers mean. Extra
+`fireworks`; losses need torch (extra `local`) too.
 """
 
 import lazy_loader

@@ -3,9 +3,9 @@ from ._connecting import connect as connect
 from ._control_plane import ControlPlaneError as ControlPlaneError
 from ._control_plane import JobFailedError as JobFailedError
 from ._control_plane import StepSettings as StepSettings
+from ._fireworks_trainer import FireworksTrainer as FireworksTrainer
 from ._iterate import StepReport as StepReport
 from ._iterate import iterate as iterate
-from ._trainer import FireworksTrainer as FireworksTrainer
 
 # For other rooms alone: these may change.
 # isort: split

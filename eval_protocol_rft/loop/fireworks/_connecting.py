@@ -19,11 +19,11 @@ import httpx
 from annotated_types import Ge
 
 from eval_protocol_rft import rollout
-from eval_protocol_rft.loop._options import FIREWORKS, MODEL, LoopOptions, Optimizer, SetupError
+from eval_protocol_rft.loop._run_options import FIREWORKS, MODEL, LoopOptions, Optimizer, SetupError
 from eval_protocol_rft.loop._setup import Parts, own_processor
 from eval_protocol_rft.loop._trainer import TrainerError
+from eval_protocol_rft.loop.fireworks._fireworks_trainer import FireworksTrainer, check_temperature
 from eval_protocol_rft.loop.fireworks._hot_load import POLL_SECONDS, HotLoad
-from eval_protocol_rft.loop.fireworks._trainer import FireworksTrainer, check_temperature
 from eval_protocol_rft.training import require
 
 FIREWORKS_URL = "https://api.fireworks.ai"

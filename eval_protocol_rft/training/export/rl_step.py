@@ -24,8 +24,8 @@ import msgspec
 
 from eval_protocol_rft._durable import replacing
 from eval_protocol_rft._segments import TokenBuffer
-from eval_protocol_rft.training import _rows as reading
-from eval_protocol_rft.training._rows import GroupKey, Row, field_of
+from eval_protocol_rft.training import _prompt_groups as reading
+from eval_protocol_rft.training._prompt_groups import GroupKey, Row, field_of
 from eval_protocol_rft.training._types import (
     BiasedSamplingWarning,
     EmptyBatchError,

@@ -18,7 +18,7 @@ from eval_protocol_rft._durable import DurableFile
 from eval_protocol_rft.data import _episodes as episodes
 from eval_protocol_rft.data import _format as file_format
 from eval_protocol_rft.data._format import CompletionRow, FileMetadata, FormatError
-from eval_protocol_rft.data.source._types import without_nulls
+from eval_protocol_rft.data.source._columns import without_nulls
 from eval_protocol_rft.record import UNSCORED, Score
 
 T = TypeVar("T")

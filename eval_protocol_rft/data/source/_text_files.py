@@ -30,8 +30,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from eval_protocol_rft.data.source._columns import Source, SourceColumn, SourceRow
 from eval_protocol_rft.data.source._places import Place, plain_name
-from eval_protocol_rft.data.source._types import Source, SourceColumn, SourceRow
 from eval_protocol_rft.data.source._urls import SourceError
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"

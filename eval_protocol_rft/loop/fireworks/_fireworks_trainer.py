@@ -33,7 +33,7 @@ from eval_protocol_rft.training import FloatArray, TrainingDatum
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from eval_protocol_rft.loop._options import Optimizer
+    from eval_protocol_rft.loop._run_options import Optimizer
     from eval_protocol_rft.training.losses import Objective
 
 
