@@ -14,6 +14,7 @@ import sys
 import tempfile
 import threading
 import time
+import zipfile
 from pathlib import Path
 from typing import IO
 
@@ -156,6 +157,7 @@ def child_and_hang(row: EvaluationRow) -> float:
 
 
 files: list[IO[str]] = []
+others: list[object] = []
 
 
 def last_words(row: EvaluationRow) -> float:
@@ -166,6 +168,9 @@ def last_words(row: EvaluationRow) -> float:
     files.append(gzip.open("in a compressed file", "wt"))  # noqa: SIM115
     for file in files:
         file.write("done")
+    archive = zipfile.ZipFile("in an archive", "w")
+    archive.writestr("what", "done")
+    others.extend([archive, tempfile.NamedTemporaryFile(dir=".")])  # noqa: SIM115
     threading.Thread(
         target=lambda: (time.sleep(0.3), Path("in a thread").write_text("done"))
     ).start()

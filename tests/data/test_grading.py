@@ -6,6 +6,7 @@ import dataclasses
 import gzip
 import os
 import time
+import zipfile
 
 import pytest
 from hypothesis import given, settings
@@ -174,8 +175,10 @@ def test_a_worker_ends_as_any_program_does(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert scores(outcomes("last_words", one_each(["a"]), workers=1)["a"]) == [1.0]
     assert gzip.decompress((tmp_path / "in a compressed file").read_bytes()) == b"done"
+    assert zipfile.ZipFile(tmp_path / "in an archive").read("what") == b"done"
     for name in ("at exit", "in a thread", "in a file"):
         assert (tmp_path / name).read_text() == "done"
+    assert len(list(tmp_path.iterdir())) == 5  # a temporary file is gone
 
 
 def test_keys_stay_here_and_may_be_anything():

@@ -28,7 +28,10 @@ import signal
 import socket
 import struct
 import sys
+import tarfile
+import tempfile
 import warnings
+import zipfile
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, TextIO
@@ -139,19 +142,24 @@ def _leave() -> None:
     os._exit(0)
 
 
+_ENDING = (tempfile._TemporaryFileWrapper, zipfile.ZipFile, tarfile.TarFile)
+"""What does something at its end and is no `BufferedIOBase`."""
+
+
 def _write_out_files() -> None:
-    """Of what was opened since the fork. Text goes first, then what compresses, which has an end to
-    write: both write into files that are there too. No other is closed: a thread that waits to read
-    from it would hold its lock."""
+    """Of what was opened since the fork. Text goes first; then what has something to do at its end
+    (temporary files to remove, archives and compressed files to end); then the rest, which these
+    write into. No other is closed: a thread that waits to read from it would hold its lock."""
     objects = gc.get_objects()
     kinds = set(map(type, objects))
     texts = {kind for kind in kinds if issubclass(kind, io.TextIOBase)}
     buffers = {kind for kind in kinds if issubclass(kind, io.BufferedIOBase)}
     plain = {kind for kind in buffers if kind.__module__ == "_io"}
-    for some, finish in ((texts, "flush"), (buffers - plain, "close"), (plain, "flush")):
+    ending = {kind for kind in kinds if issubclass(kind, _ENDING)} | buffers - plain
+    for some, finish in ((texts, "flush"), (ending, "close"), (plain, "flush")):
         for file in (each for each in objects if type(each) in some):
             with contextlib.suppress(Exception):
-                if file.writable():
+                if isinstance(file, _ENDING) or file.writable():
                     getattr(file, finish)()
 
 
