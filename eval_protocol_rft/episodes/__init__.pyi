@@ -13,9 +13,9 @@ from ._template_report import template_report as template_report
 
 # For other rooms alone: these may change.
 # isort: split
-from ._conversation import OnRewrite as OnRewrite
 from ._conversation import Segment as Segment
 from ._episode import Episode as Episode
 from ._episode import Episodes as Episodes
 from ._rendering import Rewrite as Rewrite
 from ._template_report import TemplateCase as TemplateCase
+from ._turns import OnRewrite as OnRewrite

@@ -17,9 +17,10 @@ from eval_protocol_rft import sampling
 from eval_protocol_rft._segments import EpisodeRecord, Segment
 from eval_protocol_rft.episodes import _environment as environments
 from eval_protocol_rft.episodes._calling import EnvironmentFaultError
-from eval_protocol_rft.episodes._conversation import Conversation, OnRewrite
+from eval_protocol_rft.episodes._conversation import Conversation
 from eval_protocol_rft.episodes._environment import Environment, EpisodeLimits, Step
 from eval_protocol_rft.episodes._rendering import ConversationError
+from eval_protocol_rft.episodes._turns import OnRewrite
 from eval_protocol_rft.local import LoadedTokenizer
 from eval_protocol_rft.rollout import AnswerReader, PromptError, as_message, chat_messages
 

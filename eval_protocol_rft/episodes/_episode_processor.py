@@ -20,9 +20,9 @@ from eval_protocol.models import EvaluationRow, Message
 from eval_protocol.pytest.types import RolloutProcessorConfig
 
 from eval_protocol_rft import rollout, sampling
-from eval_protocol_rft.episodes._conversation import OnRewrite
 from eval_protocol_rft.episodes._environment import Environment, EpisodeLimits
 from eval_protocol_rft.episodes._episode import Episode, Episodes
+from eval_protocol_rft.episodes._turns import OnRewrite
 
 
 class EpisodeRolloutProcessor(rollout.FireworksTrainingRolloutProcessor):

@@ -268,7 +268,7 @@ def test_an_unknown_policy_is_refused():
 
 def test_a_control_token_that_its_own_text_does_not_spell_is_an_error():
     talk = begun()
-    tokenizer = talk._chat.tokenizer
+    tokenizer = talk._prompt.chat.tokenizer
     talk.sampled(said("20", END))
     tokenizer.tokenizer.split_special_tokens = True
     with pytest.raises(PromptError, match=r"reads '<\|im_end\|>'.* cannot be joined"):

@@ -157,7 +157,7 @@ def test_segments_are_exactly_what_went_over_the_wire(name, data):
     family, tokenizer = {**FAMILIES, **REAL}[name], tokenizer_of(name)
     episode = data.draw(steps(family, tokenizer))
     talk = begin(data, family, tokenizer)
-    tools = talk._chat.tools
+    tools = talk._prompt.chat.tools
     wire: list[tuple[list[int], Completion]] = []
     said: list[str] = []
     splits: list[int] = []
