@@ -17,8 +17,8 @@ from eval_protocol_rft.episodes.gateway._protocol import (
     Count,
     Effort,
     Sampling,
-    StopText,
     check_tool_choice,
+    check_type,
     event,
     json_schema_format,
     openai_error_body,
@@ -65,7 +65,6 @@ class _Function(Struct):
 
 class _Tool(Struct):
     function: _Function
-    type: Literal["function"]
 
 
 class _CalledFunction(Struct):
@@ -129,7 +128,6 @@ class _Request(Sampling, kw_only=True):
     n: Count | None = None
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
-    stop: StopText | list[StopText] | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
     reasoning_effort: Effort | None = None
@@ -156,7 +154,6 @@ def read_call(body: bytes) -> ModelCall:
         include_usage=bool(options.include_usage),
         n=request.n or 1,
         max_tokens=_max_tokens(request),
-        stop=(request.stop,) if isinstance(request.stop, str) else tuple(request.stop or ()),
         logprobs=bool(request.logprobs),
         tool_choice=_tool_choice(request.tool_choice, tools),
         parallel_tool_calls=request.parallel_tool_calls,
@@ -203,6 +200,8 @@ def _message(message: _Message, where: str) -> dict[str, Any]:
 
 def _tools(tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The tools as the request has them, for a template may show each of their fields."""
+    for index, tool in enumerate(tools):
+        check_type(tool, f"tools[{index}]", "function")
     read_shape(tools, list[_Tool], "tools")
     return [{"type": "function", "function": without_nulls(tool["function"])} for tool in tools]
 

@@ -83,6 +83,8 @@ ENGINE_IGNORED = frozenset(
 )
 """What those know that changes no token."""
 
+UNKNOWN = "no such field is known here; leave it out"
+
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 Count = Annotated[int, Meta(ge=1)]
 StopText = Annotated[str, Meta(min_length=1)]
@@ -97,6 +99,7 @@ class Sampling(Struct, kw_only=True):
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
     top_k: Annotated[int, Meta(ge=-1)] | None = None
     seed: int | None = None
+    stop: StopText | list[StopText] | None = None
 
     def settings(self) -> dict[str, Any]:
         """These fields as `ModelCall` has them."""
@@ -107,6 +110,7 @@ class Sampling(Struct, kw_only=True):
             "top_p": self.top_p,
             "top_k": self.top_k,
             "seed": self.seed,
+            "stop": (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
         }
 
 
@@ -194,11 +198,23 @@ def _shape_refusal(error: msgspec.ValidationError, where: str = "") -> CallError
     """The error of a wrong type or value, which names its place as `$.messages[0].role`."""
     reason, _, place = str(error).partition(" - at `$")
     path = (where + place.removesuffix("`")).removeprefix(".")
-    if missing := re.fullmatch(r"Object missing required field `(\w+)`", reason):
-        path, reason = f"{path}.{missing[1]}".removeprefix("."), "this field is required"
+    if named := re.fullmatch(r"Object (missing required|contains unknown) field `(.*)`", reason):
+        path = f"{path}.{named[2]}".removeprefix(".")
+        reason = "this field is required" if named[1].startswith("missing") else UNKNOWN
     if not path:
         reason = f"the body of the request is not a JSON object: {reason}"
     return refusal(path or None, reason.replace("`", "").replace(" | null", ""))
+
+
+def check_type(fields: Mapping[str, Any], where: str, *known: str | None) -> None:
+    """Refuse what is of another type than these.
+
+    Raises:
+        CallError: with the place of the type.
+    """
+    if (kind := fields.get("type")) not in known:
+        names = ", ".join(name for name in known if name)
+        raise refusal(f"{where}.type", f"{kind!r} is not supported here, only {names}")
 
 
 def text_content(
@@ -234,6 +250,54 @@ def joined_text(content: Content, where: str, kinds: Collection[str] = ("text",)
 def without_nulls(fields: Mapping[str, Any]) -> dict[str, Any]:
     """The fields that say something."""
     return {name: value for name, value in fields.items() if value is not None}
+
+
+class MessageList:
+    """Messages in the chat API's form, of a protocol that spreads a turn over several items.
+
+    A turn is what was thought, then a text, then calls: what comes in another order, or twice, is
+    the next turn, so the order of the request is kept.
+    """
+
+    def __init__(self) -> None:
+        self.messages: list[dict[str, Any]] = []
+        self._turn: dict[str, Any] | None = None
+
+    def add(self, message: dict[str, Any]) -> None:
+        """A message of any other role; it ends the turn."""
+        self.end_turn()
+        self.messages.append(message)
+
+    def end_turn(self) -> None:
+        """What the assistant says next is another message."""
+        self._turn = None
+
+    def think(self, text: str) -> None:
+        """More of what was thought."""
+        turn = self._turn_without("content", "tool_calls")
+        turn["reasoning_content"] = turn.get("reasoning_content", "") + text
+
+    def say(self, text: str) -> None:
+        """More of the text."""
+        turn = self._turn_without("tool_calls")
+        turn["content"] = turn.get("content", "") + text
+
+    def call(self, call_id: str, name: str, arguments: str) -> None:
+        """One more call."""
+        function = {"name": name, "arguments": arguments}
+        calls = self._turn_without().setdefault("tool_calls", [])
+        calls.append({"id": call_id, "type": "function", "function": function})
+
+    def has_text(self) -> bool:
+        """Whether the turn that goes on has a text."""
+        return self._turn is not None and "content" in self._turn
+
+    def _turn_without(self, *names: str) -> dict[str, Any]:
+        """The turn that goes on, or the next where it has one of these fields already."""
+        if self._turn is None or any(name in self._turn for name in names):
+            self._turn = {"role": "assistant"}
+            self.messages.append(self._turn)
+        return self._turn
 
 
 def function_tool(
