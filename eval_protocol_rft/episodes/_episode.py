@@ -20,7 +20,7 @@ from eval_protocol_rft.episodes._calling import EnvironmentFaultError
 from eval_protocol_rft.episodes._conversation import Conversation
 from eval_protocol_rft.episodes._environment import Environment, EpisodeLimits, Step
 from eval_protocol_rft.episodes._rendering import ConversationError
-from eval_protocol_rft.episodes._turns import OnRewrite
+from eval_protocol_rft.episodes._turns import OnRewrite, with_versions
 from eval_protocol_rft.local import LoadedTokenizer
 from eval_protocol_rft.rollout import AnswerReader, PromptError, as_message, chat_messages
 
@@ -258,7 +258,7 @@ class _Run:
     ) -> Episode:
         first = replace(
             self._survivors[0],
-            completion=_with_versions([s.completion for s in self._survivors]),
+            completion=with_versions([s.completion for s in self._survivors]),
             attempts=sum(survivor.attempts for survivor in self._survivors),
             seconds=self._seconds,
             causes=tuple(cause for survivor in self._survivors for cause in survivor.causes),
@@ -294,14 +294,6 @@ class _Run:
             seed=of.seed if of else None,
             status=of.status if of else None,
         )
-
-
-def _with_versions(completions: Sequence[sampling.Completion]) -> sampling.Completion:
-    """The first turn's, with the versions of the weights that sampled all turns."""
-    last = completions[-1].policy_version
-    every = [v for c in completions for v in (c.first_policy_version, c.policy_version)]
-    first = next((version for version in every if version not in (None, last)), None)
-    return replace(completions[0], policy_version=last, first_policy_version=first)
 
 
 def _splits(talk: Conversation) -> dict[str, Any]:

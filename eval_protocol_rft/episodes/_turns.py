@@ -13,6 +13,7 @@ ids of a whole prompt are made again from the chain where an old turn gets anoth
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -265,6 +266,14 @@ def _segment(trained: Sequence[Turn], last: Turn) -> Segment:
         logprobs[sampled] = turn.completion.logprobs
         mask[sampled] = 1.0
     return Segment(tokens=tokens, logprobs=logprobs, loss_mask=mask)
+
+
+def with_versions(completions: Sequence[Completion]) -> Completion:
+    """The first turn's, with the versions of the weights that sampled all turns."""
+    last = completions[-1].policy_version
+    every = [v for c in completions for v in (c.first_policy_version, c.policy_version)]
+    first = next((version for version in every if version not in (None, last)), None)
+    return replace(completions[0], policy_version=last, first_policy_version=first)
 
 
 def _as_sampled(text: str, prompt: str, tokenizer: LoadedTokenizer) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from ._json_calls import ParseProblem as ParseProblem
 from ._loop_states import LoopState as LoopState
 from ._loop_states import RowJob as RowJob
 from ._loop_states import RowSlot as RowSlot
+from ._params import DEFAULT_MAX_TOKENS as DEFAULT_MAX_TOKENS
 from ._params import RolloutRequest as RolloutRequest
 from ._params import parse_completion_params as parse_completion_params
 from ._prompts import PROMPT_IDS_KEY as PROMPT_IDS_KEY
@@ -38,9 +39,12 @@ from ._prompts import as_template_reads as as_template_reads
 from ._prompts import chat_messages as chat_messages
 from ._prompts import fields_read as fields_read
 from ._prompts import given_prompt as given_prompt
+from ._prompts import knows_later_system as knows_later_system
 from ._prompts import prompt_ids_of as prompt_ids_of
 from ._prompts import render_chat as render_chat
+from ._prompts import rendered_otherwise as rendered_otherwise
 from ._prompts import text_of as text_of
+from ._prompts import variables_read as variables_read
 from ._prompts import with_one_call as with_one_call
 from ._tagged_calls import ToolFormat as ToolFormat
 from ._tagged_calls import read_harmony as read_harmony

@@ -142,6 +142,22 @@ def _knows_developer(tokenizer: LoadedTokenizer) -> bool:
         return False
 
 
+@lru_cache(maxsize=16)
+def knows_later_system(tokenizer: LoadedTokenizer) -> bool:
+    """Whether the chat template renders a system message that is not the first."""
+    words = "Speak plainly."
+    chat = [
+        {"role": "user", "content": "Hi."},
+        {"role": "assistant", "content": "Hello."},
+        {"role": "system", "content": words},
+        {"role": "user", "content": "Go on."},
+    ]
+    try:
+        return words in tokenizer.decode(_apply(tokenizer, chat, None, {}))
+    except PromptError:
+        return False
+
+
 def render_chat(
     messages: Sequence[Mapping[str, Any]],
     tools: Sequence[Mapping[str, Any]] | None,

@@ -3,27 +3,17 @@ start, the stop.
 
 Invariant: what can go wrong before the first request (the port is taken, the model does not load)
 is one `ServeError` that says what to do, and the port is claimed before the model is loaded.
-
-Programs that know the server's address and its key may talk to it, and no web page: what is refused
-here reaches no endpoint. A page in a browser on this machine can send requests to loopback under a
-name of its own that was rebound to 127.0.0.1; it cannot choose the `Host` and `Origin` that the
-browser sends along.
 """
 
 from __future__ import annotations
 
 import errno
-import hmac
-import ipaddress
 import os
 import shlex
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass
-from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
 import msgspec
 import uvicorn
@@ -35,6 +25,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from eval_protocol_rft._errors import EvalProtocolRftError
 from eval_protocol_rft.local._sampler import LocalSampler, load_local_sampler
 from eval_protocol_rft.local.models import LOCAL_PREFIX, NoSuchModelError, local_model_folder
+from eval_protocol_rft.local.server._access import Access, is_loopback
 from eval_protocol_rft.local.server._app import create_app
 from eval_protocol_rft.local.server._protocol import ApiError, error_reply
 from eval_protocol_rft.local.server._weights import FIRST_VERSION, ReloadingSampler
@@ -42,56 +33,6 @@ from eval_protocol_rft.sampling import SamplingError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-_OPEN_PATHS = frozenset({"/health"})
-"""Answered without the key: load balancers have none."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Access:
-    """What a request must show."""
-
-    loopback_only: bool
-    """The server listens on loopback alone, so its callers know it by a name of loopback."""
-    api_key: str | None = None
-    """Asked for as `Authorization: Bearer KEY`; None: anyone may call."""
-
-    def problem(self, path: str, headers: Headers) -> ApiError | None:
-        """Why a request is refused; None where it is not."""
-        host = headers.get("host", "")
-        if self.loopback_only and not is_loopback(_name(host)):
-            return ApiError(
-                f"Host {host!r} is no name of this machine's loopback interface, on which alone "
-                "this server listens: ask for 127.0.0.1 or localhost, or start it with --host",
-                status=HTTPStatus.FORBIDDEN,
-            )
-        origin = headers.get("origin")
-        if origin is not None and not self._is_own(origin, host):
-            return ApiError(
-                f"requests of web pages of {origin!r} are not answered, whatever they send",
-                status=HTTPStatus.FORBIDDEN,
-            )
-        if self.api_key is not None and path not in _OPEN_PATHS:
-            scheme, _, key = headers.get("authorization", "").partition(" ")
-            if scheme.lower() != "bearer" or not hmac.compare_digest(
-                key.strip().encode(), self.api_key.encode()
-            ):
-                return ApiError(
-                    "the API key is missing or wrong: send the server's --api-key as "
-                    "'Authorization: Bearer KEY'",
-                    status=HTTPStatus.UNAUTHORIZED,
-                )
-        return None
-
-    def _is_own(self, origin: str, host: str) -> bool:
-        """Whether a page of `origin` is this machine's or this server's own."""
-        try:
-            place = urlsplit(origin).netloc
-        except ValueError:
-            return False
-        return bool(place) and (
-            is_loopback(_name(place)) if self.loopback_only else place.lower() == host.lower()
-        )
 
 
 class AccessMiddleware:
@@ -105,28 +46,10 @@ class AccessMiddleware:
         if scope["type"] == "http":
             problem = self._access.problem(scope["path"], Headers(scope=scope))
             if problem is not None:
-                await error_reply(problem)(scope, receive, send)
+                status, reason = problem
+                await error_reply(ApiError(reason, status=status))(scope, receive, send)
                 return
         await self._app(scope, receive, send)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether `host` (a name or an address, no port) always means this machine."""
-    name = host.lower().rstrip(".")
-    if name == "localhost" or name.endswith(".localhost"):
-        return True
-    try:
-        return ipaddress.ip_address(name).is_loopback
-    except ValueError:
-        return False
-
-
-def _name(place: str) -> str:
-    """`host:port` without the port, and an IPv6 address without its brackets."""
-    try:
-        return urlsplit(f"//{place}").hostname or ""
-    except ValueError:
-        return ""
 
 
 _SECONDS_TO_FINISH = 5

@@ -1,0 +1,391 @@
+"""The gateway: a server on loopback for agents' model calls, each agent in a session of its own.
+
+    async with Gateway(sampler, tokenizer) as gateway:
+        session = gateway.session("row 1")
+        await run_my_agent(base_url=session.base_url, api_key=session.api_key)
+        done = await session.finish()              # done.segments, done.record
+
+Invariant: a request reaches the session that its key and its address name, or none. A stream never
+just ends: it is whole, or its last event is an error. What a client does (leaves, floods, sends
+what is no request) ends its own request at most.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import logging
+import secrets
+import socket
+from collections.abc import AsyncIterator, Mapping
+from http import HTTPStatus
+from types import ModuleType
+from typing import Any, cast
+
+import msgspec
+from aiohttp import web
+
+from eval_protocol_rft import rollout, sampling
+from eval_protocol_rft._text import text_of
+from eval_protocol_rft.episodes.gateway import _chat_api
+from eval_protocol_rft.episodes.gateway._call import CallError, Reply
+from eval_protocol_rft.episodes.gateway._protocol import keep_alive
+from eval_protocol_rft.episodes.gateway._session import PendingCall, Sample, Session
+from eval_protocol_rft.episodes.gateway._settings import SessionSettings
+from eval_protocol_rft.local import LoadedTokenizer
+from eval_protocol_rft.local.server import Access, is_loopback
+
+logger = logging.getLogger(__name__)
+
+REQUEST_BYTES = 32 * 2**20
+"""Most bytes of one request: a history of some million tokens."""
+KEEP_ALIVE_SECONDS = 10.0
+"""Between the comments of a stream whose answer is still being sampled."""
+REWARD_HEADER = "x-rft-reward"
+"""Of a call: what the answer before it was worth."""
+
+_PROTOCOLS: dict[str, ModuleType] = {
+    "/chat/completions": _chat_api,
+}
+_PREFIXES = ("", "/v1", "/v1/v1")
+"""What clients put before a path: some expect `/v1` in their base URL, and some add it."""
+_SESSION_PATH = "/s/{session}"
+
+
+class Gateway:
+    """Answers agents' model calls from a sampler. Belongs to one event loop.
+
+    Args:
+        sampler: samples; the caller's to close.
+        tokenizer: the model's; its chat template renders.
+        settings: how calls are answered, for sessions that have no other.
+        host: address to listen on.
+        port: 0 finds a free one.
+        retry: budget of attempts per completion.
+    """
+
+    def __init__(
+        self,
+        sampler: sampling.Sampler,
+        tokenizer: Any,
+        *,
+        settings: SessionSettings | None = None,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        retry: sampling.RetryPolicy | None = None,
+    ) -> None:
+        self.tokenizer = (
+            tokenizer if isinstance(tokenizer, LoadedTokenizer) else LoadedTokenizer.wrap(tokenizer)
+        )
+        self.settings = settings or SessionSettings(
+            params=sampling.SamplingParams(model="policy", max_tokens=rollout.DEFAULT_MAX_TOKENS),
+            context_length=getattr(sampler, "context_length", None),
+        )
+        self._sampler = sampler
+        self._host, self._port = host, port
+        self._retry = retry or sampling.RetryPolicy()
+        self._limiter = sampling.RunLimiter(patience_seconds=self._retry.max_seconds)
+        self._access = Access(loopback_only=is_loopback(host))
+        self._sessions: dict[str, Session] = {}
+        """By the last part of their address."""
+        self._by_key: dict[bytes, Session] = {}
+        """By the hash of their key, so that looking one up takes as long for a wrong one."""
+        self._runner: web.AppRunner | None = None
+        self.url = ""
+        """`http://HOST:PORT`, once it listens."""
+
+    async def __aenter__(self) -> Gateway:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    async def start(self) -> None:
+        """Listen.
+
+        Raises:
+            OSError: the address cannot be used.
+        """
+        runner = web.AppRunner(self.app(), handler_cancellation=True, access_log=None)
+        await runner.setup()
+        family = socket.AF_INET6 if ":" in self._host else socket.AF_INET
+        listener = socket.create_server((self._host, self._port), family=family, backlog=2048)
+        await web.SockSite(runner, listener, shutdown_timeout=1.0).start()
+        self._runner = runner
+        host = f"[{self._host}]" if ":" in self._host else self._host
+        self.url = f"http://{host}:{listener.getsockname()[1]}"
+
+    async def aclose(self) -> None:
+        """End all sessions and listen no more. Idempotent."""
+        sessions = list(self._sessions.values())
+        self._sessions.clear()
+        self._by_key.clear()
+        await asyncio.gather(*(session.end("closed") for session in sessions))
+        runner, self._runner = self._runner, None
+        if runner is not None:
+            await runner.cleanup()
+
+    def session(
+        self,
+        name: str = "",
+        *,
+        settings: SessionSettings | None = None,
+        sample: Sample | None = None,
+        seed: int | None = None,
+        salt: str | None = None,
+    ) -> Session:
+        """A new session, for one rollout.
+
+        Args:
+            name: what errors and logs call it.
+            settings: other than the gateway's.
+            sample: gets a completion, in place of the gateway's sampler.
+            seed: what the seeds of its completions are derived from; None: none are sent.
+            salt: makes the ids of its calls and replies; None: they are random.
+        """
+        path, key = secrets.token_urlsafe(9), f"sk-rft-{secrets.token_urlsafe(24)}"
+        session = Session(
+            name or path,
+            settings=settings or self.settings,
+            tokenizer=self.tokenizer,
+            sample=sample or self._sample,
+            seed=seed,
+            salt=salt if salt is not None else secrets.token_hex(8),
+        )
+        session.anthropic_url = f"{self.url}/s/{path}"
+        session.base_url, session.api_key = f"{session.anthropic_url}/v1", key
+        self._sessions[path] = self._by_key[_hashed(key)] = session
+        session.on_end = lambda: self._forget(path, key)
+        return session
+
+    def _forget(self, path: str, key: str) -> None:
+        self._sessions.pop(path, None)
+        self._by_key.pop(_hashed(key), None)
+
+    async def _sample(
+        self, ids: sampling.TokenIds, params: sampling.SamplingParams, seed: int | None
+    ) -> sampling.Survivor | sampling.Failure:
+        return await sampling.sample_one(
+            self._sampler,
+            ids,
+            params,
+            index=0,
+            seed=seed,
+            slots=contextlib.nullcontext(),
+            retry=self._retry,
+            limiter=self._limiter,
+            prompt=params.session,
+            observe=rollout.observe_attempt,
+            read=lambda completion: self.tokenizer.read(completion, params),
+        )
+
+    def app(self) -> web.Application:
+        """The server's application."""
+        app = web.Application(client_max_size=REQUEST_BYTES, middlewares=[self._guard])
+        for where in ("", _SESSION_PATH):
+            for prefix in _PREFIXES:
+                for path in _PROTOCOLS:
+                    app.router.add_post(f"{where}{prefix}{path}", self._call)
+                app.router.add_get(f"{where}{prefix}/models", self._models)
+                app.router.add_post(f"{where}{prefix}/reward", self._reward)
+        app.router.add_get("/health", _health)
+        return app
+
+    @web.middleware
+    async def _guard(self, request: web.Request, handler: Any) -> web.StreamResponse:
+        """Errors in the shape of the protocol that the address names."""
+        api = _protocol_of(request.path)
+        try:
+            problem = self._access.problem(request.path, request.headers)
+            if problem is not None:
+                raise CallError(problem[1], status=problem[0])
+            return cast("web.StreamResponse", await handler(request))
+        except CallError as error:
+            return _error_response(api, error)
+        except web.HTTPRequestEntityTooLarge:
+            message = f"a request has at most {REQUEST_BYTES} bytes"
+            return _error_response(api, CallError(message, status=413, code="request_too_large"))
+        except web.HTTPException as error:
+            if error.status < HTTPStatus.BAD_REQUEST:
+                raise
+            message = f"{error.reason}: {request.method} {request.path}. {_ADDRESSES}"
+            return _error_response(api, CallError(message, status=error.status))
+
+    def _session_of(self, request: web.Request) -> Session:
+        """The session that a request's key and address name.
+
+        Raises:
+            CallError: 401, they name none, or two.
+        """
+        session = self._by_key.get(_hashed(_key(request.headers)))
+        path = request.match_info.get("session")
+        if session is None or (path is not None and self._sessions.get(path) is not session):
+            raise CallError(
+                "the API key is missing, or not this session's, or the session is over: send the "
+                "key that belongs to this base URL",
+                status=HTTPStatus.UNAUTHORIZED,
+                code="invalid_api_key",
+            )
+        return session
+
+    async def _call(self, request: web.Request) -> web.StreamResponse:
+        session = self._session_of(request)
+        session.arrived(request.content_length or 0)
+        body = await request.read()
+        api = _protocol_of(request.path)
+        if (reward := request.headers.get(REWARD_HEADER)) is not None:
+            session.reward(_number(reward))
+        call = api.read_call(body)
+        digest = hashlib.blake2b(body, digest_size=16, key=api.__name__.encode()[-16:]).digest()
+        is_retry = request.headers.get("x-stainless-retry-count", "0") != "0"
+        pending = session.call(call, digest, is_retry=is_retry)
+        with pending.fetched():
+            if call.stream:
+                return await _stream(request, api, call, pending)
+            reply = await _reply_to(pending)
+            response = web.Response(
+                body=msgspec.json.encode(api.reply_body(call, reply)),
+                content_type="application/json",
+            )
+            await response.prepare(request)
+            await response.write_eof()
+            pending.is_answered = True
+            return response
+
+    async def _models(self, request: web.Request) -> web.Response:
+        model = self._session_of(request).settings.params.model
+        entry = {"id": model, "object": "model", "created": 0, "owned_by": "policy"}
+        return web.json_response({"object": "list", "data": [entry]})
+
+    async def _reward(self, request: web.Request) -> web.Response:
+        session = self._session_of(request)
+        try:
+            said = msgspec.json.decode(await request.read(), type=_Reward)
+        except msgspec.MsgspecError as error:
+            raise CallError(f'a reward is {{"reward": 1.0, "id": ...}}: {error}') from error
+        session.reward(said.reward, said.id)
+        return web.json_response({})
+
+
+class _Reward(msgspec.Struct, forbid_unknown_fields=True):
+    reward: float
+    id: str | None = None
+
+
+async def _reply_to(pending: PendingCall) -> Reply:
+    """Its answer, which is sampled to the end although this client may leave.
+
+    Raises:
+        CallError: there is none.
+    """
+    try:
+        return await asyncio.shield(pending.task)
+    except asyncio.CancelledError:
+        if pending.task.cancelled():
+            raise CallError("this session is over", status=403, code="session_over") from None
+        raise
+    except CallError:
+        raise
+    except Exception as error:
+        logger.exception("a call of an agent failed")
+        raise CallError(
+            f"the gateway failed: {type(error).__name__}: {text_of(error)}",
+            status=HTTPStatus.INTERNAL_SERVER_ERROR,
+        ) from error
+
+
+async def _stream(
+    request: web.Request, api: ModuleType, call: Any, pending: PendingCall
+) -> web.StreamResponse:
+    """The answer as events; comments until it is there. An error before the first byte is a status
+    of HTTP, as clients expect."""
+    await asyncio.wait({pending.task}, timeout=KEEP_ALIVE_SECONDS)
+    if pending.task.done():
+        reply = await _reply_to(pending)
+        response = await _begin_stream(request)
+    else:
+        response = await _begin_stream(request)
+        while not pending.task.done():
+            await response.write(keep_alive)
+            await asyncio.wait({pending.task}, timeout=KEEP_ALIVE_SECONDS)
+        try:
+            reply = await _reply_to(pending)
+        except CallError as error:
+            await response.write(api.error_event(error))
+            await response.write_eof()
+            return response
+    async for part in _batched(api, call, reply):
+        await response.write(part)
+    await response.write_eof()
+    pending.is_answered = True
+    return response
+
+
+async def _begin_stream(request: web.Request) -> web.StreamResponse:
+    response = web.StreamResponse(
+        headers={"content-type": "text/event-stream", "cache-control": "no-cache"}
+    )
+    await response.prepare(request)
+    return response
+
+
+async def _batched(api: ModuleType, call: Any, reply: Reply) -> AsyncIterator[bytes]:
+    """Events, several to a write: each write is a system call and a chunk."""
+    waiting: list[bytes] = []
+    size = 0
+    for event in api.reply_events(call, reply):
+        waiting.append(event)
+        size += len(event)
+        if size > _WRITE_BYTES:
+            yield b"".join(waiting)
+            waiting, size = [], 0
+    yield b"".join(waiting)
+
+
+_WRITE_BYTES = 16_384
+_ADDRESSES = (
+    "OpenAI clients take a base URL that ends in /v1, Anthropic's one without it; there are "
+    "/chat/completions, /responses, /messages and /models"
+)
+
+
+def _protocol_of(path: str) -> ModuleType:
+    ending = next((ending for ending in _PROTOCOLS if path.endswith(ending)), "/chat/completions")
+    return _PROTOCOLS[ending]
+
+
+def _error_response(api: ModuleType, error: CallError) -> web.Response:
+    headers = {}
+    if error.retry_after is not None:
+        headers["retry-after"] = f"{error.retry_after:g}"
+    elif error.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+        headers["x-should-retry"] = "false"  # all attempts that the run allows were made
+    return web.Response(
+        status=error.status,
+        body=msgspec.json.encode(api.error_body(error)),
+        content_type="application/json",
+        headers=headers,
+    )
+
+
+def _key(headers: Mapping[str, str]) -> str:
+    """Of OpenAI's clients, and of Anthropic's old and new ones."""
+    scheme, _, key = headers.get("authorization", "").partition(" ")
+    return key.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "").strip()
+
+
+def _hashed(key: str) -> bytes:
+    return hashlib.blake2b(key.encode(errors="surrogateescape"), digest_size=32).digest()
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise CallError(f"{REWARD_HEADER}: {text!r} is no number", param=REWARD_HEADER) from error
+
+
+async def _health(_: web.Request) -> web.Response:
+    return web.json_response({"status": "ok"})

@@ -1,0 +1,496 @@
+"""One agent's rollout: its calls, answered one by one and kept as a tree.
+
+Invariant: every completion that was sampled for a session is in its trajectory, whatever became of
+the agent, and no other session sees it. A call that a client sends again because it never had its
+answer gets the completion that was sampled for it. A call that fails changes nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import msgspec
+
+from eval_protocol_rft import rollout, sampling
+from eval_protocol_rft._segments import EpisodeRecord, Segment
+from eval_protocol_rft.episodes._rendering import ConversationError, Rewrite
+from eval_protocol_rft.episodes._turns import Turn, answered, with_versions
+from eval_protocol_rft.episodes.gateway import _trajectory as trajectory
+from eval_protocol_rft.episodes.gateway._call import CallError, ModelCall, Reply, ReplyChoice
+from eval_protocol_rft.episodes.gateway._settings import Departure, SessionSettings, settings_of
+from eval_protocol_rft.episodes.gateway._tree import CallTree, Edit, Node, Place
+from eval_protocol_rft.local import LoadedTokenizer
+
+Sample = Callable[
+    [sampling.TokenIds, sampling.SamplingParams, int | None],
+    Awaitable[sampling.Survivor | sampling.Failure],
+]
+"""Prompt, parameters and seed in; what came of it out."""
+
+
+class PendingCall:
+    """A call and its answer, which may be fetched again while no client has had it."""
+
+    __slots__ = ("clients", "is_answered", "task")
+
+    def __init__(self, task: asyncio.Task[Reply]) -> None:
+        self.task = task
+        self.clients = 0
+        """Connections that wait for it now."""
+        self.is_answered = False
+        """Whether a client had all of it."""
+
+    @contextlib.contextmanager
+    def fetched(self) -> Iterator[None]:
+        """A client waits for it."""
+        self.clients += 1
+        try:
+            yield
+        finally:
+            self.clients -= 1
+
+    @property
+    def is_interrupted(self) -> bool:
+        """Whether its client went away without it."""
+        return not self.clients and not self.is_answered and not self._failed
+
+    @property
+    def _failed(self) -> bool:
+        return self.task.done() and (self.task.cancelled() or self.task.exception() is not None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionRecord:
+    """What became of a session."""
+
+    segments: list[Segment]
+    """Empty where nothing was sampled."""
+    record: EpisodeRecord
+    first: sampling.Survivor | None
+    """The first turn that is trained, with the attempts of all calls; None where there is none."""
+    first_prompt: sampling.TokenIds
+    path: list[Turn]
+    """The conversation of the last call."""
+    tools: Sequence[dict[str, Any]] | None
+    """Of that conversation."""
+    sent_tokens: int
+    """Of all calls, each with its whole prompt."""
+    sampled_tokens: int
+    failure: sampling.Failure | None
+    """A call that got no completion, and was not answered later: what the agent did then says
+    nothing of the policy."""
+
+
+@dataclass(slots=True, kw_only=True)
+class _Counts:
+    """What a session used up."""
+
+    calls: int = 0
+    bytes: int = 0
+    tokens: int = 0
+    sent: int = 0
+    attempts: int = 0
+    causes: list[str] = field(default_factory=list)
+
+
+class Session:
+    """Made by `Gateway.session`. An agent is given `base_url` (or `anthropic_url`) and `api_key`,
+    and nothing else.
+
+    Args:
+        name: for the record's reader.
+        settings: how calls are answered.
+        tokenizer: the model's.
+        sample: gets a completion.
+        seed: what the seeds of all completions are derived from; None: they have none.
+        salt: makes the ids of calls and replies, so that they are the same in a run that is
+            repeated.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        settings: SessionSettings,
+        tokenizer: LoadedTokenizer,
+        sample: Sample,
+        seed: int | None,
+        salt: str,
+    ) -> None:
+        self.name, self.settings = name, settings
+        self.base_url = self.anthropic_url = self.api_key = ""
+        self._tokenizer, self._sample, self._seed, self._salt = tokenizer, sample, seed, salt
+        self._tree = CallTree(tokenizer, on_rewrite=settings.on_rewrite)
+        self._pending: dict[bytes, list[PendingCall]] = {}
+        self._slots = asyncio.Semaphore(settings.limits.concurrent_calls)
+        self._counts = _Counts()
+        self._asked: Counter[str] = Counter()
+        """Prompts, by their ids."""
+        self._edits: list[Edit] = []
+        self._departures: Counter[bytes] = Counter()
+        self._notes: dict[str, None] = {}
+        self._failures: dict[bytes, sampling.Failure] = {}
+        """Of calls that were not answered later, by what they asked."""
+        self._survivors: dict[int, sampling.Survivor] = {}
+        """By the turn."""
+        self._rewards: dict[int, float] = {}
+        self._replies: dict[str, Node] = {}
+        """The first answer of each reply."""
+        self._last: Node | None = None
+        self._tools: dict[int, Any] = {}
+        self._began = sampling.sampling_time()
+        self._deadline: float | None = None
+        self.ended_by: str | None = None
+        """The limit that a call met, or what `end` was told."""
+        self._is_over = False
+        self.on_end: Callable[[], None] = lambda: None
+        """Called once it is over."""
+
+    @property
+    def has_turns(self) -> bool:
+        return bool(self._tree.turns)
+
+    def arrived(self, size: int) -> None:
+        """A request of `size` bytes has come, and is read if this returns.
+
+        Raises:
+            CallError: a limit of the session is met, or it is over.
+        """
+        limits, counts = self.settings.limits, self._counts
+        if self._is_over:
+            raise CallError("this session is over", status=403, code="session_over")
+        now = sampling.sampling_time()
+        if self._deadline is None:
+            self._deadline = now + limits.seconds
+        counts.calls += 1
+        counts.bytes += size
+        if counts.calls > limits.turns:
+            self._refuse("turns", f"{limits.turns} calls")
+        if counts.bytes > limits.bytes:
+            self._refuse("bytes", f"{limits.bytes} bytes of requests")
+        if counts.tokens >= limits.tokens:
+            self._refuse("tokens", f"{limits.tokens} tokens")
+        if now >= self._deadline:
+            self._refuse("seconds", f"{limits.seconds:g} s")
+
+    def _refuse(self, limit: str, shown: str) -> None:
+        self.ended_by = self.ended_by or limit
+        raise CallError(f"this session may have {shown}, and has had them", code="session_limit")
+
+    def call(self, call: ModelCall, digest: bytes, *, is_retry: bool) -> PendingCall:
+        """Begin to answer a call, or find the one that it asks for again.
+
+        Args:
+            call: what is asked.
+            digest: of the request, the same for the same bytes.
+            is_retry: whether the client says that it sends it again.
+        """
+        same = self._pending.setdefault(digest, [])
+        found = next((one for one in same if one.is_interrupted), None)
+        if found is None and is_retry and same and not same[-1]._failed:
+            found = same[-1]
+        if found is None:
+            found = PendingCall(asyncio.ensure_future(self._answer(call, digest)))
+            found.task.add_done_callback(_seen)
+            same.append(found)
+        return found
+
+    async def _answer(self, call: ModelCall, digest: bytes) -> Reply:
+        asked = settings_of(call, self.settings, self._tokenizer)
+        place = self._locate(call, asked.template_kwargs)
+        params = self._with_room(asked.params, place)
+        self._departures.update(msgspec.json.encode(one) for one in asked.departures)
+        self._notes.update(dict.fromkeys(place.notes))
+        if place.edit is not None:
+            self._edits.append(place.edit)
+        outcomes = await self._sampled(place, params, call)
+        failure = next((one for one in outcomes if isinstance(one, sampling.Failure)), None)
+        if failure is None:
+            self._failures.pop(digest, None)
+        else:
+            self._failures[digest] = failure
+        choices = []
+        nodes = []
+        for outcome in outcomes:
+            if isinstance(outcome, sampling.Survivor):
+                choice, node = self._keep(outcome, place, call, reads_calls=asked.reads_calls)
+                choices.append(choice)
+                nodes.append(node)
+        if failure is not None:
+            raise _as_error(failure)
+        reply = Reply(
+            id=self._hash("reply", len(self._replies)),
+            created=int(time.time()),
+            model=call.model,
+            choices=choices,
+            prompt_tokens=place.prompt.size,
+            completion_tokens=sum(len(one.token_ids) for one in choices),
+        )
+        self._replies[reply.id] = self._last = nodes[0]
+        return reply
+
+    def _locate(self, call: ModelCall, template_kwargs: dict[str, Any]) -> Place:
+        messages = call.messages
+        if call.previous_response_id is not None:
+            behind = self._replies.get(call.previous_response_id.removeprefix("resp_"))
+            if behind is None:
+                raise CallError(
+                    f"no response {call.previous_response_id!r} in this session: send the whole "
+                    "history",
+                    param="previous_response_id",
+                    code="previous_response_not_found",
+                )
+            before = [node.message for node in behind.path()]
+            if messages and messages[0]["role"] == "system":
+                before = before[before[0]["role"] == "system" :]
+                before, messages = [messages[0], *before], messages[1:]
+            messages = [*before, *messages]
+        try:
+            return self._tree.locate(
+                messages,
+                call.tools,
+                template_kwargs,
+                thinking_returns=call.protocol == "messages",
+            )
+        except (rollout.PromptError, ConversationError) as error:
+            field = "input" if call.protocol == "responses" else "messages"
+            raise CallError(str(error), param=field) from error
+
+    def _with_room(self, params: sampling.SamplingParams, place: Place) -> sampling.SamplingParams:
+        """`max_tokens` no larger than what the context has room for."""
+        context, size = self.settings.context_length, place.prompt.size
+        if context is None:
+            return params
+        if size >= context:
+            self.ended_by = self.ended_by or "context"
+            raise CallError(
+                f"the prompt has {size} tokens, and the model's context is {context}: nothing can "
+                "be sampled behind it. Shorten the conversation",
+                param="messages",
+                code="context_length_exceeded",
+            )
+        room = context - size
+        asked = params.max_tokens
+        return replace(params, max_tokens=room if asked is None else min(asked, room))
+
+    async def _sampled(
+        self, place: Place, params: sampling.SamplingParams, call: ModelCall
+    ) -> list[sampling.Survivor | sampling.Failure]:
+        ids = place.prompt.ids
+        self._counts.tokens += len(place.prompt.new_ids)
+        self._counts.sent += len(ids) * call.n
+        key = ids.affinity
+        turn = self._asked[key]
+        self._asked[key] += 1
+        if call.seed is not None:
+            seeds = sampling.derive_seeds(call.seed, key, call.n)
+        else:
+            seeds = sampling.derive_seeds(self._seed, f"{key} {turn}", call.n)
+        params = replace(params, session=self._salt)
+        assert self._deadline is not None  # noqa: S101 - a call has arrived
+        left = self._deadline - sampling.sampling_time()
+        deadline = sampling.Deadline(max(left, 0.001))
+        try:
+            async with deadline, self._slots:
+                return list(
+                    await asyncio.gather(*(self._sample(ids, params, seed) for seed in seeds))
+                )
+        except sampling.RunStoppedError as error:
+            stopped = sampling.Failure(
+                index=0, kind="unavailable", message=str(error), attempts=0, seconds=0.0
+            )
+            return [stopped]
+        except TimeoutError:
+            if not deadline.expired():
+                raise
+        self._refuse("seconds", f"{self.settings.limits.seconds:g} s")
+        raise AssertionError  # not reached: _refuse raises
+
+    def _keep(
+        self,
+        survivor: sampling.Survivor,
+        place: Place,
+        call: ModelCall,
+        *,
+        reads_calls: bool,
+    ) -> tuple[ReplyChoice, Node]:
+        completion, tokenizer = survivor.completion, self._tokenizer
+        turn = answered(place.prompt, completion)
+        reader = rollout.AnswerReader(
+            place.prompt.ids,
+            tokenizer,
+            tools=call.tools if reads_calls else None,
+            split_reasoning=self.settings.split_reasoning,
+        )
+        message = reader.read(completion.text or "").message
+        number = len(self._tree.turns)
+        for index, one in enumerate(message.get("tool_calls", ())):
+            one["id"] = self._call_id(number, index)
+        node = self._tree.answered(place, turn, message)
+        counts = self._counts
+        counts.tokens += len(completion.token_ids)
+        counts.attempts += survivor.attempts
+        counts.causes += survivor.causes
+        self._survivors[id(turn)] = survivor
+        self._tools[id(turn)] = call.tools
+        named = completion.stop_reason
+        return (
+            ReplyChoice(
+                content=message["content"],
+                reasoning=message.get("reasoning_content"),
+                tool_calls=message.get("tool_calls", ()),
+                finish_reason=completion.finish_reason,
+                token_texts=[tokenizer.decode([token]) for token in completion.token_ids]
+                if call.logprobs
+                else (),
+                token_ids=completion.token_ids,
+                logprobs=completion.logprobs,
+                stop_sequence=named if isinstance(named, str) and named in call.stop else None,
+            ),
+            node,
+        )
+
+    def _call_id(self, turn: int, index: int) -> str:
+        # Templates of Mistral refuse ids that are not nine letters or digits.
+        digest = self._hash("call", turn, index)
+        is_short = rollout.tool_format(self._tokenizer) == "mistral"
+        return digest[:9] if is_short else f"call_{digest}"
+
+    def _hash(self, *parts: object) -> str:
+        key = "\0".join(map(str, (self._salt, *parts)))
+        return hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
+
+    def reward(self, value: float, reply_id: str | None = None) -> None:
+        """Say what an answer is worth; it stands in `step_rewards`, for the evaluator.
+
+        Args:
+            value: a finite number.
+            reply_id: that the client was given with the answer; None: the last one.
+
+        Raises:
+            CallError: there is no such answer, or the value is no finite number.
+        """
+        bare = None if reply_id is None else reply_id.rpartition("_")[2].rpartition("-")[2]
+        node = self._last if bare is None else self._replies.get(bare)
+        if node is None or node.turn is None:
+            raise CallError("there is no such answer in this session", status=404, param="id")
+        if not isinstance(value, int | float) or value != value or abs(value) == float("inf"):
+            raise CallError(f"a reward is a finite number, not {value!r}", param="reward")
+        self._rewards[id(node.turn)] = float(value)
+
+    async def end(self, stop_reason: str | None = None) -> None:
+        """No further call is answered; those that run are cancelled."""
+        self._is_over = True
+        self.ended_by = self.ended_by or stop_reason
+        tasks = [one.task for same in self._pending.values() for one in same]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self.on_end()
+
+    async def finish(self, stop_reason: str = "done") -> SessionRecord:
+        """End it, and say what was sampled.
+
+        Args:
+            stop_reason: of the trajectory, unless a limit ended it.
+        """
+        await self.end()
+        return self.record(stop_reason)
+
+    def record(
+        self, stop_reason: str = "done", *, row_messages: int | None = None
+    ) -> SessionRecord:
+        """What was sampled until now, as one trajectory."""
+        turns = [turn for turn, _ in self._tree.turns]
+        shared = self.settings.shared
+        branches = trajectory.trained_branches(turns, shared)
+        path = [] if self._last is None or self._last.turn is None else self._last.turn.path()
+        first = branches[0][0] if branches else None
+        messages = [] if self._last is None else [node.message for node in self._last.path()]
+        return SessionRecord(
+            segments=trajectory.segments_in(branches, shared),
+            record=EpisodeRecord(
+                turns=len({id(turn) for path in branches for turn in path}),
+                stop_reason=self.ended_by or stop_reason,
+                finish_reason=branches[-1][-1].completion.finish_reason if branches else None,
+                step_rewards=self._step_rewards(branches),
+                metrics=self._metrics(turns, branches),
+                messages=messages,
+                row_messages=row_messages,
+            ),
+            first=None if first is None else self._first_survivor(first, turns),
+            first_prompt=sampling.TokenIds() if first is None else first.prompt.ids,
+            path=path,
+            tools=self._tools.get(id(path[-1])) if path else None,
+            sent_tokens=self._counts.sent,
+            sampled_tokens=sum(len(turn.completion.token_ids) for turn in turns),
+            failure=next(iter(self._failures.values()), None),
+        )
+
+    def _first_survivor(self, first: Turn, turns: Sequence[Turn]) -> sampling.Survivor:
+        counts = self._counts
+        return replace(
+            self._survivors[id(first)],
+            completion=with_versions(
+                [first.completion, *(turn.completion for turn in turns if turn is not first)]
+            ),
+            attempts=counts.attempts,
+            seconds=sampling.sampling_time() - self._began,
+            causes=tuple(counts.causes),
+        )
+
+    def _step_rewards(self, branches: Sequence[Sequence[Turn]]) -> list[float | None]:
+        if not self._rewards:
+            return []
+        turns = {id(turn): None for path in branches for turn in path}
+        return [self._rewards.get(turn) for turn in turns]
+
+    def _metrics(self, turns: Sequence[Turn], branches: Sequence[Sequence[Turn]]) -> dict[str, Any]:
+        undelivered = sum(one.is_interrupted for same in self._pending.values() for one in same)
+        rewrites: dict[int, Rewrite] = {
+            id(turn.prompt.rewrite): turn.prompt.rewrite
+            for turn in turns
+            if turn.prompt.rewrite is not None
+        }
+        departures = [
+            {**msgspec.to_builtins(msgspec.json.decode(one, type=Departure)), "calls": count}
+            for one, count in self._departures.items()
+        ]
+        told: dict[str, Any] = {
+            "history_rewrites": [msgspec.to_builtins(one) for one in rewrites.values()],
+            "client_edits": [msgspec.to_builtins(one) for one in self._edits],
+            "departures": departures,
+            "rendered_as": list(self._notes),
+            "undelivered": undelivered,
+        }
+        return {
+            "calls": self._counts.calls,
+            "branches": len(branches),
+            "shared": self.settings.shared,
+            **{name: value for name, value in told.items() if value},
+        }
+
+
+def _as_error(failure: sampling.Failure) -> CallError:
+    """A completion that could not be had, in the words of HTTP. It was tried as often as the run's
+    budget says, so the client is told not to try again."""
+    if failure.kind in ("refused", "prompt"):
+        return CallError(failure.message, code="refused_by_engine")
+    return CallError(
+        f"no completion after {failure.attempts} attempts: {failure.message}",
+        status=502,
+        code="sampling_failed",
+    )
+
+
+def _seen(task: asyncio.Task[Reply]) -> None:
+    """An error that no client waits for any more is not asyncio's to complain of."""
+    if not task.cancelled():
+        task.exception()
