@@ -233,7 +233,7 @@ async def agenerate(
                 RowEpisodes,
                 episodes_job,
                 own_tokenizer,
-                request,
+                output_job.request,
                 getattr(chosen, "context_length", None),
                 asyncio.Semaphore(concurrency or DEFAULT_CONCURRENCY),
             )

@@ -167,6 +167,7 @@ class RowEpisodes:
             limits=job.limits,
             on_rewrite=job.on_rewrite,
             context_length=context_length,
+            group_seed=episodes.group_seed(request.seed, str(row.data_idx)),
         )
         self._first: tuple[int, TokenIds] | None = None
         """Place and prompt of the first episode that began."""

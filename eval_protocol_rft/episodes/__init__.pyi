@@ -16,6 +16,7 @@ from ._template_report import template_report as template_report
 from ._conversation import Segment as Segment
 from ._episode import Episode as Episode
 from ._episode import Episodes as Episodes
+from ._episode import group_seed as group_seed
 from ._rendering import Rewrite as Rewrite
 from ._template_report import TemplateCase as TemplateCase
 from ._turns import OnRewrite as OnRewrite

@@ -11,7 +11,7 @@ import inspect
 import os
 import threading
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 from eval_protocol_rft._errors import EvalProtocolRftError
@@ -29,8 +29,21 @@ class EnvironmentFaultError(EvalProtocolRftError, RuntimeError):
     """The environment raised, hung, or answered what is no step. Its episode is a failure."""
 
 
-async def call(function: Callable[..., Any], *arguments: Any, what: str, seconds: float) -> Any:
+async def call(
+    function: Callable[..., Any],
+    *arguments: Any,
+    what: str,
+    seconds: float,
+    too_late: Callable[[Any], None] | None = None,
+) -> Any:
     """What `function` returns, awaited if need be.
+
+    Args:
+        function, arguments: what to call; where it is not async, in a thread.
+        what: how errors name it.
+        seconds: it may take.
+        too_late: called in a thread with what a function that is not async returned when nobody
+            waited for it any more.
 
     Raises:
         EnvironmentFaultError: it raised, or took longer than `seconds`.
@@ -40,7 +53,7 @@ async def call(function: Callable[..., Any], *arguments: Any, what: str, seconds
         async with limit:
             if inspect.iscoroutinefunction(function):
                 return await _awaited(function(*arguments))
-            result = await _THREADS.run(function, arguments)
+            result = await _THREADS.run(function, arguments, too_late)
             return await _awaited(result) if inspect.isawaitable(result) else result
     except Exception as error:
         if limit.expired():
@@ -49,6 +62,21 @@ async def call(function: Callable[..., Any], *arguments: Any, what: str, seconds
         if len(message) > _SHOWN:
             message = f"{message[:_SHOWN]}... ({len(message)} characters)"
         raise EnvironmentFaultError(message) from error
+
+
+async def to_its_end(work: Coroutine[Any, Any, None]) -> None:
+    """Await `work`, which ends by itself. Whoever is cancelled meanwhile waits for it all the same,
+    and is cancelled then."""
+    task = asyncio.ensure_future(work)
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        raise cancelled
+    task.result()
 
 
 async def _awaited(pending: Awaitable[Any]) -> Any:
@@ -69,11 +97,18 @@ def _no_exit(error: BaseException) -> Exception:
 class _Call:
     __slots__ = (
         "arguments", "function", "future", "is_abandoned", "is_running", "is_started", "loop",
+        "too_late",
     )  # fmt: skip
 
-    def __init__(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        arguments: tuple[Any, ...],
+        too_late: Callable[[Any], None] | None,
+    ) -> None:
         self.function = function
         self.arguments = arguments
+        self.too_late = too_late
         self.loop = asyncio.get_running_loop()
         self.future: asyncio.Future[Any] = self.loop.create_future()
         self.is_started = False
@@ -92,11 +127,17 @@ class _Call:
             outcome, error = None, raised
         end_copy_of(process)
         try:
-            self.loop.call_soon_threadsafe(_answer, self.future, outcome, error)
+            self.loop.call_soon_threadsafe(_answer, self, outcome, error)
         except RuntimeError:
             # A closed loop has no one left who waits.
             if not self.loop.is_closed():
                 raise
+            self.leave(outcome, error)
+
+    def leave(self, outcome: Any, error: BaseException | None) -> None:
+        """Nobody waited for it any more."""
+        if self.too_late is not None and error is None:
+            threading.Thread(target=self.too_late, args=(outcome,), daemon=True).start()
 
 
 class _Threads:
@@ -116,8 +157,13 @@ class _Threads:
         """Threads that will take what waits; not those with a call that is abandoned."""
         self._idle = 0
 
-    async def run(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-        call = _Call(function, arguments)
+    async def run(
+        self,
+        function: Callable[..., Any],
+        arguments: tuple[Any, ...],
+        too_late: Callable[[Any], None] | None = None,
+    ) -> Any:
+        call = _Call(function, arguments, too_late)
         with self._lock:
             is_worked_on = self._working > 0
             if not is_worked_on:
@@ -170,10 +216,11 @@ class _Threads:
                 call.make()
 
 
-def _answer(future: asyncio.Future[Any], outcome: Any, error: BaseException | None) -> None:
+def _answer(call: _Call, outcome: Any, error: BaseException | None) -> None:
+    future = call.future
     if future.done():
-        return
-    if error is None:
+        call.leave(outcome, error)
+    elif error is None:
         future.set_result(outcome)
     elif isinstance(error, Exception) and not isinstance(error, StopIteration):
         future.set_exception(error)

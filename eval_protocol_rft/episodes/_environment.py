@@ -20,11 +20,13 @@ on record as a step reward.
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import inspect
 import json
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Real
 from typing import TYPE_CHECKING, Annotated, Any
@@ -32,8 +34,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from annotated_types import Ge, Gt
 
 from eval_protocol_rft._options import Flag, check_options
-from eval_protocol_rft._text import well_formed_json
-from eval_protocol_rft.episodes._calling import EnvironmentFaultError, call
+from eval_protocol_rft._text import text_of, well_formed_json
+from eval_protocol_rft.episodes._calling import EnvironmentFaultError, call, to_its_end
 from eval_protocol_rft.sampling import sampling_time
 
 if TYPE_CHECKING:
@@ -70,7 +72,20 @@ class Environment:
     """Tools that the prompt describes, in the chat API's form; None: those of the row."""
 
     def reset(self, row: EvaluationRow) -> Any:
-        """Begin. Messages (or an awaitable of them) to put behind the row's own; None: nothing."""
+        """Begin. Messages (or an awaitable of them) to put behind the row's own; None: nothing.
+
+        Args:
+            row: a copy of the data set's, with the tools that the prompt describes.
+
+        It may declare keywords, and is given those that it declares:
+
+            index: which of the row's episodes this is, from 0.
+            seed: of this episode alone.
+            group_seed: the same in all episodes of the row. What the first prompt depends on must
+                come from it, as the episodes of a row answer one prompt.
+
+        Both seeds are in [0, 2^31), come from the seed of the run, and are in the record.
+        """
         return None
 
     def step(self, messages: Sequence[Message], assistant: Message) -> Any:
@@ -308,21 +323,33 @@ class CheckedEnvironment:
         # A class that does nothing of its own when it is made takes no time either.
         is_quick = getattr(factory, "__init__", None) is object.__init__
         make = without_thread if is_quick else factory
-        environment = await call(make, what=name, seconds=limits.step_seconds)
+        environment = await call(
+            make, what=name, seconds=limits.step_seconds, too_late=_close_unused
+        )
         if not callable(getattr(environment, "step", None)):
             raise EnvironmentFaultError(f"{name} made a {type(environment).__name__} without step")
         return cls(environment, limits)
 
-    async def reset(self, row: EvaluationRow) -> list[Message]:
-        """Begin; the messages to put behind the row's own.
+    def tools(self, row: EvaluationRow) -> list[dict[str, Any]] | None:
+        """What the prompt describes: its own tools, or the row's."""
+        own = self.environment.tools
+        return row.tools if own is None else [dict(tool) for tool in own]
+
+    async def reset(
+        self, row: EvaluationRow, facts: Mapping[str, int]
+    ) -> tuple[list[Message], dict[str, int]]:
+        """Begin; the messages to put behind the row's own, and those of `facts` that it was told.
 
         Raises:
             EnvironmentFaultError: it raised, hung, or returned what are no messages.
         """
-        if not _does_something(self.environment.reset):
-            return []
-        began = await self._call("reset", row.model_copy(deep=True))
-        return as_messages(began or ())
+        reset = self.environment.reset
+        if not _does_something(reset):
+            return [], {}
+        keywords = {name: facts[name] for name in _accepted(reset, facts)}
+        shown = row.model_copy(update={"tools": self.tools(row)}).model_copy(deep=True)
+        began = await self._call("reset", shown, **keywords)
+        return as_messages(began or ()), keywords
 
     async def step(self, history: Sequence[Message], assistant: Message) -> Step:
         """Its answer to an assistant turn; it says something unless it is done.
@@ -338,9 +365,12 @@ class CheckedEnvironment:
         return replace(answer, reward=_reward(answer.reward), metrics=self._metrics(answer.metrics))
 
     async def close(self, row_id: str | None) -> None:
-        """End it; a fault is logged, for the episode is over."""
-        if not _does_something(self.environment.close):
-            return
+        """End it, even where the episode is being cancelled; a fault is logged, for the episode is
+        over."""
+        if _does_something(self.environment.close):
+            await to_its_end(self._close(row_id))
+
+    async def _close(self, row_id: str | None) -> None:
         try:
             await self._call("close")
         except EnvironmentFaultError as error:
@@ -366,8 +396,10 @@ class CheckedEnvironment:
             raise EnvironmentFaultError(f"the metrics of a step are {len(text)} characters of JSON")
         return plain
 
-    async def _call(self, method: str, *arguments: Any) -> Any:
+    async def _call(self, method: str, *arguments: Any, **keywords: Any) -> Any:
         function, what = getattr(self.environment, method), f"{self._name}.{method}()"
+        if keywords:
+            function = functools.partial(function, **keywords)
         return await call(function, *arguments, what=what, seconds=self.limits.step_seconds)
 
 
@@ -379,6 +411,36 @@ def _reward(reward: Any) -> float | None:
             f"the reward of a step is {reward!r}: a finite number, or None where there is none"
         )
     return float(reward)
+
+
+def _accepted(method: Callable[..., Any], names: Iterable[str]) -> list[str]:
+    """Those of `names` that a method takes as keywords behind its first argument."""
+    try:
+        parameters = list(inspect.signature(method).parameters.values())
+    except (TypeError, ValueError):  # it has no signature that Python knows
+        return []
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return list(names)
+    declared = {
+        parameter.name
+        for parameter in parameters[1:]
+        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+    }
+    return [name for name in names if name in declared]
+
+
+def _close_unused(environment: Any) -> None:
+    """Close an environment that was made after its episode had ended."""
+    try:
+        closing = environment.close()
+        if inspect.isawaitable(closing):
+            asyncio.run(_done(closing))
+    except Exception as error:  # noqa: BLE001 - the user's, and nobody waits for it
+        logger.warning("%s.close(): %s", type(environment).__name__, text_of(error))
+
+
+async def _done(pending: Awaitable[Any]) -> None:
+    await pending
 
 
 def _does_something(method: Callable[..., Any]) -> bool:

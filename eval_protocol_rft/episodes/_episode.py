@@ -35,6 +35,10 @@ SampleTurn = Callable[
 came of it out."""
 
 
+RESET_KEY = "reset"
+"""Among an episode's metrics: what its `reset` was told beside the row."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Episode:
     """What became of one episode."""
@@ -63,6 +67,7 @@ class Episodes:
         limits: how long an episode may get.
         on_rewrite: see `Conversation.start`.
         context_length: the model's, where the sampler knows it.
+        group_seed: what the seeds of the environments come from, see `group_seed`.
         split_reasoning: show thinking as `reasoning_content`, not in the content.
     """
 
@@ -78,8 +83,10 @@ class Episodes:
         limits: EpisodeLimits,
         on_rewrite: OnRewrite,
         context_length: int | None,
+        group_seed: int,
         split_reasoning: bool = True,
     ) -> None:
+        self._group_seed = group_seed
         self.row, self.messages = row, messages
         self.tokenizer, self._template_kwargs = tokenizer, template_kwargs
         self.environment, self.params, self.limits = environment, params, limits
@@ -88,6 +95,13 @@ class Episodes:
         self._asked: tuple[Any, ...] = ()
         self._begun: Conversation | None = None
         """The last conversation that was begun, with `_asked`, its messages and tools."""
+
+    def world_seeds(self, index: int) -> dict[str, int]:
+        """Seeds of the environment of an episode."""
+        return {
+            "seed": _derived(self._group_seed, f"episode {index}"),
+            "group_seed": self._group_seed,
+        }
 
     async def run(
         self, index: int, *, seed: int | None, session: str, sample: SampleTurn
@@ -120,6 +134,18 @@ class Episodes:
         return self._begun.begun_again()
 
 
+def group_seed(seed: int | None, row_key: str, run: int | str = 0) -> int:
+    """What the environments of a row's episodes are seeded with: the same for the same seed, row
+    and run. Environments have seeds where a server takes none."""
+    return _derived(seed or 0, f"world/{row_key}", run)
+
+
+def _derived(seed: int, name: str, run: int | str = 0) -> int:
+    (derived,) = sampling.derive_seeds(seed, name, 1, run=run)
+    assert derived is not None  # noqa: S101 - there is a seed
+    return derived
+
+
 class _Run:
     """One episode on its way."""
 
@@ -134,6 +160,7 @@ class _Run:
         self._survivors: list[sampling.Survivor] = []
         self._rewards: list[float | None] = []
         self._metrics: dict[str, Any] = {}
+        self._told: dict[str, Any] = {}
 
     async def in_world(self) -> Episode | sampling.Failure:
         try:
@@ -149,16 +176,16 @@ class _Run:
             return self._failure(kind, str(error))
 
     async def _run(self, world: environments.CheckedEnvironment) -> Episode | sampling.Failure:
-        more = await world.reset(self._of.row)
+        facts = {"index": self._index, **self._of.world_seeds(self._index)}
+        more, told = await world.reset(self._of.row, facts)
+        self._told = {RESET_KEY: told} if told else {}
         if world.too_long(more):
             raise PromptError(
                 f"reset() said more than {self._of.limits.observation_characters} characters"
             )
         transcript = environments.Transcript(self._of.messages)
         transcript.add(more)
-        tools = world.environment.tools
-        if tools is None:
-            tools = self._of.row.tools
+        tools = world.tools(self._of.row)
         talk = self._of.begin(transcript.kept, tools)
         first_prompt, tokenizer = talk.prompt_ids, self._of.tokenizer
         most = min(self._of.limits.tokens, self._of.context_length or self._of.limits.tokens)
@@ -270,7 +297,7 @@ class _Run:
                 stop_reason=reason,
                 finish_reason=self._survivors[-1].completion.finish_reason,
                 step_rewards=self._rewards,
-                metrics={**self._metrics, **_splits(talk)},
+                metrics={**self._metrics, **self._told, **_splits(talk)},
                 messages=transcript.kept,
                 row_messages=len(self._of.messages),
             ),

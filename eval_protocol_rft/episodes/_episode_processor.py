@@ -21,7 +21,7 @@ from eval_protocol.pytest.types import RolloutProcessorConfig
 
 from eval_protocol_rft import rollout, sampling
 from eval_protocol_rft.episodes._environment import Environment, EpisodeLimits
-from eval_protocol_rft.episodes._episode import Episode, Episodes
+from eval_protocol_rft.episodes._episode import Episode, Episodes, group_seed
 from eval_protocol_rft.episodes._turns import OnRewrite
 
 
@@ -42,6 +42,8 @@ class EpisodeRolloutProcessor(rollout.FireworksTrainingRolloutProcessor):
     (turns, stop reason, step rewards, messages), and of each episode the first turn where a single
     completion would be. The row's messages are those of the first episode.
     """
+
+    has_environments = True
 
     def __init__(
         self,
@@ -88,6 +90,7 @@ class EpisodeRolloutProcessor(rollout.FireworksTrainingRolloutProcessor):
                 limits=self.limits,
                 on_rewrite=self.on_rewrite,
                 context_length=getattr(job.sampler, "context_length", None),
+                group_seed=group_seed(job.request.seed, job.row_key, job.run),
                 split_reasoning=self.split_reasoning,
             )
             tasks = [

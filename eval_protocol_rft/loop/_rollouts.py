@@ -23,7 +23,7 @@ from eval_protocol.pytest.rollout_processor import RolloutProcessor
 from eval_protocol.pytest.types import RolloutProcessorConfig
 
 from eval_protocol_rft import rollout, sampling, scoring, training
-from eval_protocol_rft.loop._setup import merged_params
+from eval_protocol_rft.loop._setup import Slots, merged_params
 from eval_protocol_rft.record import is_failure
 
 if TYPE_CHECKING:
@@ -64,7 +64,8 @@ class RowRunner:
         completion_params: joined with those of the evaluation test, and before them. A test with
             several sets needs them whole.
         evaluation_test_kwargs: further arguments of the evaluator; default the test's own.
-        max_concurrency: completions in flight; default the test's `max_concurrent_rollouts`.
+        max_concurrency: completions in flight, and environments alive; default the test's
+            `max_concurrent_rollouts`. `Slots` are shared with others.
 
     Raises:
         ValueError: an option is missing, wrong, or one of several.
@@ -78,9 +79,9 @@ class RowRunner:
         processor: RolloutProcessor | None = None,
         completion_params: Mapping[str, Any] | None = None,
         evaluation_test_kwargs: Mapping[str, Any] | None = None,
-        max_concurrency: int | None = None,
+        max_concurrency: int | Slots | None = None,
     ) -> None:
-        if max_concurrency is not None and max_concurrency < 1:
+        if isinstance(max_concurrency, int) and max_concurrency < 1:
             raise ValueError(f"max_concurrency must be at least 1, got {max_concurrency}")
         test = scoring.parameters_of(evaluator)
         self._test = test or EPParameters(max_concurrent_rollouts=DEFAULT_CONCURRENCY)
@@ -118,8 +119,8 @@ class RowRunner:
                 training.BiasedSamplingWarning,
                 stacklevel=3,
             )
-        self._slots = max_concurrency or self._test.max_concurrent_rollouts
-        self._semaphore: tuple[asyncio.AbstractEventLoop, asyncio.Semaphore] | None = None
+        slots = max_concurrency or self._test.max_concurrent_rollouts
+        self._slots = slots if isinstance(slots, Slots) else Slots(slots)
         self._experiment_id = generate_id()
         self._calls: Counter[str] = Counter()
         self._is_set_up = False
@@ -171,14 +172,11 @@ class RowRunner:
         self._processor.cleanup()
 
     def _config(self, run: int) -> RolloutProcessorConfig:
-        loop = asyncio.get_running_loop()
-        if self._semaphore is None or self._semaphore[0] is not loop:
-            self._semaphore = (loop, asyncio.Semaphore(self._slots))
         logger = {} if self._test.logger is None else {"logger": self._test.logger}
         return RolloutProcessorConfig(
             completion_params=dict(self._completion_params),
             mcp_config_path=self._test.mcp_config_path or "",
-            semaphore=self._semaphore[1],
+            semaphore=self._slots.semaphore(),
             server_script_path=self._test.server_script_path,
             steps=self._test.steps,
             kwargs={**(self._test.rollout_processor_kwargs or {}), rollout.RUN_KEYWORD: run},
@@ -305,7 +303,11 @@ async def sample_prompts(
 
 
 async def wave(
-    rollouts: Sequence[Coroutine[Any, Any, _T]], *, sampler: LocalSampler | None, per_row: int
+    rollouts: Sequence[Coroutine[Any, Any, _T]],
+    *,
+    sampler: LocalSampler | None,
+    per_row: int,
+    slots: int | Slots | None = None,
 ) -> list[_T]:
     """Run all of `rollouts` and return what they return, in order.
 
@@ -313,12 +315,14 @@ async def wave(
         rollouts: one per row.
         sampler: where it samples in this process, all requests begin as one batch.
         per_row: requests that each makes at once.
+        slots: so many of all these requests can be made at once.
     """
+    most = slots.size if isinstance(slots, Slots) else slots or len(rollouts) * per_row
     tasks = [asyncio.ensure_future(one) for one in rollouts]
     try:
         if sampler is not None:
             with sampler.held():
-                await _gathered(tasks, sampler, per_row)
+                await _gathered(tasks, sampler, per_row, most)
         return await asyncio.gather(*tasks)
     finally:
         for task in tasks:
@@ -327,12 +331,12 @@ async def wave(
 
 
 async def _gathered(
-    tasks: Sequence[asyncio.Task[Any]], sampler: LocalSampler, per_row: int
+    tasks: Sequence[asyncio.Task[Any]], sampler: LocalSampler, per_row: int, most: int
 ) -> None:
-    """Wait until every row that still runs has its requests at the sampler."""
+    """Wait until every row that still runs has its requests at the sampler, or `most` are there."""
     loop = asyncio.get_running_loop()
     seen, end = -1, 0.0
-    while sampler.pending < per_row * sum(not task.done() for task in tasks):
+    while sampler.pending < min(most, per_row * sum(not task.done() for task in tasks)):
         if sampler.pending != seen:
             seen, end = sampler.pending, loop.time() + GATHERING_SECONDS
         elif loop.time() > end:

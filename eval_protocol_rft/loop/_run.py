@@ -14,18 +14,26 @@ import asyncio
 import time
 import warnings
 from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from eval_protocol_rft.loop._metrics import Line, eval_line
-from eval_protocol_rft.loop._rollouts import EVALUATION_RUN, RowRunner, roll_out, wave
+from eval_protocol_rft.loop._rollouts import (
+    DEFAULT_CONCURRENCY,
+    EVALUATION_RUN,
+    RowRunner,
+    roll_out,
+    wave,
+)
 from eval_protocol_rft.loop._run_directory import STATE_FILE, LoopState, RunFolder
 from eval_protocol_rft.loop._run_options import LoopOptions
 from eval_protocol_rft.loop._scheduler import Draw, RowStream, Scheduler
-from eval_protocol_rft.loop._setup import Parts
+from eval_protocol_rft.loop._setup import Parts, Slots
 from eval_protocol_rft.loop._step import StepRunner
 from eval_protocol_rft.loop._watch import NothingToTrainOnError, why_fruitless
+from eval_protocol_rft.scoring import parameters_of
 from eval_protocol_rft.training import BiasedSamplingWarning, PromptGroup, filter_group
 
 if TYPE_CHECKING:
@@ -54,7 +62,8 @@ class Run:
             held_out: to evaluate on; none: nothing is evaluated.
             on_line: called with each line of metrics.
         """
-        self.parts, self.folder = parts, folder
+        self.parts = parts = _with_slots(parts, evaluator)
+        self.folder = folder
         self._options, self._steps, self._rows, self._on_line = options, steps, rows, on_line
         self._runner = row_runner(evaluator, parts)
         self._step = StepRunner(parts=parts, options=options, steps=steps, warn=warn)
@@ -137,6 +146,7 @@ class Run:
                     [self._rollout(number) for number in started],
                     sampler=self.parts.sampler,
                     per_row=self.parts.request.n,
+                    slots=self.parts.max_concurrency,
                 )
                 self._waited += time.perf_counter() - began
                 for number, group in zip(started, groups, strict=True):
@@ -256,6 +266,16 @@ async def _finished(step: Coroutine[Any, Any, None]) -> None:
         raise
 
 
+def _with_slots(parts: Parts, evaluator: Callable[..., Any]) -> Parts:
+    """Where rollouts have environments, training and evaluation have as many together as the
+    evaluation test allows."""
+    if not parts.processor.has_environments:
+        return parts
+    test = parameters_of(evaluator)
+    slots = Slots(DEFAULT_CONCURRENCY if test is None else test.max_concurrent_rollouts)
+    return replace(parts, max_concurrency=slots)
+
+
 def row_runner(evaluator: Callable[..., Any], parts: Parts, **changes: Any) -> RowRunner:
     """Rolls rows out with `parts`; `changes` are to its completion_params."""
     return RowRunner(
@@ -306,8 +326,12 @@ class Evaluation:
         self._warn(message)
 
     async def _groups(self, runner: RowRunner, per_row: int) -> list[PromptGroup]:
+        slots, sampler = self._parts.max_concurrency, self._parts.sampler
+        if isinstance(slots, Slots) and self._options.max_staleness:
+            sampler = None  # those who train hold slots, and must be sampled to give them back
         return await wave(
             [roll_out(runner, row, run=EVALUATION_RUN) for row in self._rows],
-            sampler=self._parts.sampler,
+            sampler=sampler,
             per_row=per_row,
+            slots=slots,
         )

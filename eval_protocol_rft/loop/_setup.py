@@ -29,6 +29,21 @@ if TYPE_CHECKING:
     from eval_protocol_rft.local import LocalSampler
 
 
+class Slots:
+    """So many at once in an event loop, over all who share it."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._semaphore: tuple[asyncio.AbstractEventLoop, asyncio.Semaphore] | None = None
+
+    def semaphore(self) -> asyncio.Semaphore:
+        """Of the running loop."""
+        loop = asyncio.get_running_loop()
+        if self._semaphore is None or self._semaphore[0] is not loop:
+            self._semaphore = (loop, asyncio.Semaphore(self.size))
+        return self._semaphore[1]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parts:
     """Everything that depends on where sampling and training happen."""
@@ -40,7 +55,7 @@ class Parts:
     """completion_params of training rollouts."""
     sampler: LocalSampler | None = None
     eos_token_ids: Collection[int] = ()
-    max_concurrency: int | None = None
+    max_concurrency: int | Slots | None = None
     publish_first: bool = False
     """The sampler may hold other weights than the trainer when a run begins."""
     tokenizer: Any = None

@@ -86,6 +86,10 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
             its ids. No further row asks it.
     """
 
+    has_environments = False
+    """Whether a rollout holds more than requests: what runs at once is bounded by the user's word
+    even where the sampler has a queue of its own."""
+
     def __init__(
         self,
         *,
