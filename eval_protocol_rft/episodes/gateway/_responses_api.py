@@ -157,8 +157,8 @@ def read_call(body: bytes) -> ModelCall:
     """
     request, ignored = read_request(body, _Request, ignored=IGNORED, unsupported=UNSUPPORTED)
     tools = [_tool(tool, f"tools[{i}]") for i, tool in enumerate(request.tools or [])]
-    text = read_shape(request.text or {}, _Text, "text")
-    reasoning = read_shape(request.reasoning or {}, _ReasoningSettings, "reasoning")
+    text = read_shape(without_nulls(request.text or {}), _Text, "text")
+    reasoning = read_shape(without_nulls(request.reasoning or {}), _ReasoningSettings, "reasoning")
     if request.top_logprobs:
         raise refusal("top_logprobs", "only the logprobs of sampled tokens are known; send 0")
     # The answer repeats what was asked for.

@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 from hypothesis import strategies as st
+from msgspec.json import encode
 
 from eval_protocol_rft.episodes.gateway._call import CallError, ModelCall, Reply, ReplyChoice
 
@@ -90,21 +91,19 @@ class ProtocolServer:
     answers: list[Reply | CallError]
     url: str = ""
     calls: list[ModelCall] = field(default_factory=list)
-    refusals: list[CallError] = field(default_factory=list)
 
     def answer(self, body: bytes) -> tuple[int, str, list[bytes]]:
         """Status, content type and body of the answer."""
         try:
             call = self.api.read_call(body)
         except CallError as error:
-            self.refusals.append(error)
-            return error.status, "application/json", [_json(self.api.error_body(error))]
+            return error.status, "application/json", [encode(self.api.error_body(error))]
         self.calls.append(call)
         answer = self.answers.pop(0)
         if isinstance(answer, CallError) and not call.stream:
-            return answer.status, "application/json", [_json(self.api.error_body(answer))]
+            return answer.status, "application/json", [encode(self.api.error_body(answer))]
         if not call.stream:
-            return 200, "application/json", [_json(self.api.reply_body(call, answer))]
+            return 200, "application/json", [encode(self.api.reply_body(call, answer))]
         events = (
             [self.api.error_event(answer)]
             if isinstance(answer, CallError)
@@ -113,10 +112,6 @@ class ProtocolServer:
         comments = itertools.repeat(self.api.keep_alive)
         pairs = itertools.chain.from_iterable(zip(comments, events, strict=False))
         return 200, "text/event-stream", list(pairs)
-
-
-def _json(body: dict[str, Any]) -> bytes:
-    return json.dumps(body).encode()
 
 
 @contextmanager
