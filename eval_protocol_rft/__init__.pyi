@@ -1,5 +1,6 @@
 from ._errors import EvalProtocolRftError as EvalProtocolRftError
 from .episodes import EpisodeRolloutProcessor as EpisodeRolloutProcessor
+from .episodes.gateway import AgentRolloutProcessor as AgentRolloutProcessor
 from .local import LocalSampler as LocalSampler
 from .loop import make_group_rollout_fn as make_group_rollout_fn
 from .loop import make_rollout_fn as make_rollout_fn

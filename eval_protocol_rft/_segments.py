@@ -351,6 +351,9 @@ class EpisodeRecord(msgspec.Struct, frozen=True, kw_only=True):
     """The whole conversation, the row's own messages included."""
     row_messages: int | None = None
     """How many of them are the row's own; the environment's first ones come behind."""
+    prompt_ids: list[int] | None = None
+    """What its first turn was sampled behind, where that is not the `prompt_ids` of the record: an
+    agent may say something else each time."""
 
     @property
     def last_finish_reason(self) -> sampling.FinishReason:

@@ -288,14 +288,12 @@ def segments_of(record: RolloutRecord, buffer: TokenBuffer) -> list[tuple[Segmen
     """
     names = [f"completion {index}" for index in record.sampling.indices]
     trajectories = record.trajectories
-    # Of an episode, the first turn is only compared with what the first segment begins with.
-    first_turns = _segments.lay_out(
-        record.prompt_ids,
-        record.completion_ids,
-        record.inference_logprobs,
-        buffer if trajectories is None else TokenBuffer(0),
-        names,
-    )
+    if trajectories is None:
+        first_turns = _segments.lay_out(
+            record.prompt_ids, record.completion_ids, record.inference_logprobs, buffer, names
+        )
+    else:
+        first_turns = _first_turns(record, names)
     for raw, ids, name in zip(
         record.raw_logprobs or (), record.completion_ids, names, strict=False
     ):
@@ -316,6 +314,21 @@ def segments_of(record: RolloutRecord, buffer: TokenBuffer) -> list[tuple[Segmen
         read.append(tuple(segments))
     force_setattr(record, "trajectories", [list(segments) for segments in read])
     return read
+
+
+def _first_turns(record: RolloutRecord, names: Sequence[str]) -> list[Segment]:
+    """[G] of each episode the first turn, which is only compared with what its first segment begins
+    with."""
+    ids, logprobs = record.completion_ids, record.inference_logprobs
+    prompts = [episode.prompt_ids for episode in record.episodes or ()]
+    if not any(prompts):
+        return _segments.lay_out(record.prompt_ids, ids, logprobs, TokenBuffer(0), names)
+    return [
+        _segments.lay_out(
+            prompt or record.prompt_ids, ids[i : i + 1], logprobs[i : i + 1], TokenBuffer(0), [name]
+        )[0]
+        for i, (prompt, name) in enumerate(zip(prompts, names, strict=True))
+    ]
 
 
 def has_record(extra: Mapping[str, Any] | None) -> bool:

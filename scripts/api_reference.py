@@ -22,6 +22,7 @@ FOR_ROOMS = "# For other rooms alone: these may change."
 SECTIONS = (
     ("rollout", "Rollouts in Eval Protocol"),
     ("episodes", "Episodes: environments and tools"),
+    ("episodes/gateway", "Agents through the gateway"),
     ("scoring", "Scoring"),
     ("record", "The rollout record"),
     ("training", "Training data"),

@@ -173,6 +173,7 @@ def episodes_in(batch: pa.RecordBatch | pa.Table) -> dict[str, list[Any]]:
             "metrics": _json(metrics[i], "episode_metrics", batch, i) if metrics[i] else {},
             "messages": [_message(message, batch, i) for message in messages[i]],
             "row_messages": row_messages[i],
+            "prompt_ids": None,  # each row has its own
         }
     return {"segments": segments, "episode": episodes, "first_finish_reason": first_reasons}
 

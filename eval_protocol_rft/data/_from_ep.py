@@ -167,8 +167,8 @@ def _survivors(
     episodes: Sequence[dict[str, Any]],
 ) -> list[dict[str, Any]]:
     """The fields of each completion; `episodes` as `extra` has them."""
-    sampling, first = record.sampling, len(record.prompt_ids)
-    prompt_ids = np.array(record.prompt_ids, np.int32)
+    sampling = record.sampling
+    shared = np.array(record.prompt_ids, np.int32)
     lists: dict[str, Sequence[Any] | None] = {
         "sample_idx": sampling.indices,
         "response": record.completions_text,
@@ -184,6 +184,9 @@ def _survivors(
     }
     rows = []
     for i, (segment, *further) in enumerate(segments):
+        own = record.episodes[i].prompt_ids if record.episodes is not None else None
+        prompt_ids = shared if own is None else np.array(own, np.int32)
+        first = len(prompt_ids)
         stop = first + len(record.completion_ids[i])
         raw = record.raw_logprobs[i] if record.raw_logprobs is not None else None
         past_end = sampling.past_end[i] if sampling.past_end else []
@@ -199,7 +202,7 @@ def _survivors(
                 **(
                     {
                         "segments": as_arrays([segment, *further]),
-                        "episode": episodes[i],
+                        "episode": episodes[i] | {"prompt_ids": None},
                         "first_finish_reason": record.finish_reasons[i],
                     }
                     if record.episodes is not None

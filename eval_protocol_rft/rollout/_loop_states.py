@@ -111,6 +111,8 @@ class LoopState:
         """Whether nobody needs it once these have ended."""
         self.checks: dict[tuple[sampling.Endpoint | None, str], asyncio.Task[None]] = {}
         """Of what the user says of a model's logprobs."""
+        self.services: dict[Any, Any] = {}
+        """Whatever else is open for this loop and has `aclose`; it closes before the clients."""
         self.witnesses: dict[tuple[sampling.Endpoint | None, str, str], VocabularyWitness] = {}
         """By server, model and tokenizer."""
 
@@ -153,8 +155,8 @@ async def _close(state: LoopState) -> None:
     for witness in state.witnesses.values() if watched() is None else ():
         if witness.doubt is not None:
             logger.warning("%s", witness.doubt)
-    for client in state.clients.values():
-        await client.aclose()
+    for one in (*state.services.values(), *state.clients.values()):
+        await one.aclose()
 
 
 class LoopStates:

@@ -1,3 +1,5 @@
+from ._agent_processor import AgentRolloutProcessor as AgentRolloutProcessor
+from ._agents import Command as Command
 from ._call import CallError as CallError
 from ._server import Gateway as Gateway
 from ._session import Session as Session

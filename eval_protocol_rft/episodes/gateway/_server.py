@@ -15,10 +15,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import hmac
 import logging
 import secrets
 import socket
 from collections.abc import AsyncIterator, Mapping
+from dataclasses import replace
 from http import HTTPStatus
 from types import ModuleType
 from typing import Any, cast
@@ -28,10 +30,10 @@ from aiohttp import web
 
 from eval_protocol_rft import rollout, sampling
 from eval_protocol_rft._text import text_of
-from eval_protocol_rft.episodes.gateway import _chat_api
+from eval_protocol_rft.episodes.gateway import _chat_api, _responses_api
 from eval_protocol_rft.episodes.gateway._call import CallError, Reply
 from eval_protocol_rft.episodes.gateway._protocol import keep_alive
-from eval_protocol_rft.episodes.gateway._session import PendingCall, Sample, Session
+from eval_protocol_rft.episodes.gateway._session import KEY_MARK, PendingCall, Sample, Session
 from eval_protocol_rft.episodes.gateway._settings import SessionSettings
 from eval_protocol_rft.local import LoadedTokenizer
 from eval_protocol_rft.local.server import Access, is_loopback
@@ -47,6 +49,7 @@ REWARD_HEADER = "x-rft-reward"
 
 _PROTOCOLS: dict[str, ModuleType] = {
     "/chat/completions": _chat_api,
+    "/responses": _responses_api,
 }
 _PREFIXES = ("", "/v1", "/v1/v1")
 """What clients put before a path: some expect `/v1` in their base URL, and some add it."""
@@ -92,6 +95,9 @@ class Gateway:
         self._by_key: dict[bytes, Session] = {}
         """By the hash of their key, so that looking one up takes as long for a wrong one."""
         self._runner: web.AppRunner | None = None
+        self.api_key = f"sk-rft-{secrets.token_urlsafe(24)}"
+        """Of clients that name their session in the model, see `Session.model_name`."""
+        self.started = asyncio.Event()
         self.url = ""
         """`http://HOST:PORT`, once it listens."""
 
@@ -116,6 +122,7 @@ class Gateway:
         self._runner = runner
         host = f"[{self._host}]" if ":" in self._host else self._host
         self.url = f"http://{host}:{listener.getsockname()[1]}"
+        self.started.set()
 
     async def aclose(self) -> None:
         """End all sessions and listen no more. Idempotent."""
@@ -156,6 +163,7 @@ class Gateway:
         )
         session.anthropic_url = f"{self.url}/s/{path}"
         session.base_url, session.api_key = f"{session.anthropic_url}/v1", key
+        session.shared_url, session.shared_key = f"{self.url}/v1", self.api_key
         self._sessions[path] = self._by_key[_hashed(key)] = session
         session.on_end = lambda: self._forget(path, key)
         return session
@@ -213,13 +221,13 @@ class Gateway:
             message = f"{error.reason}: {request.method} {request.path}. {_ADDRESSES}"
             return _error_response(api, CallError(message, status=error.status))
 
-    def _session_of(self, request: web.Request) -> Session:
+    def _session_of(self, request: web.Request, key: str) -> Session:
         """The session that a request's key and address name.
 
         Raises:
             CallError: 401, they name none, or two.
         """
-        session = self._by_key.get(_hashed(_key(request.headers)))
+        session = self._by_key.get(_hashed(key))
         path = request.match_info.get("session")
         if session is None or (path is not None and self._sessions.get(path) is not session):
             raise CallError(
@@ -231,13 +239,17 @@ class Gateway:
         return session
 
     async def _call(self, request: web.Request) -> web.StreamResponse:
-        session = self._session_of(request)
+        api, key, call = _protocol_of(request.path), _key(request.headers), None
+        if hmac.compare_digest(key.encode(errors="replace"), self.api_key.encode()):
+            call = api.read_call(await request.read())
+            model, _, key = call.model.rpartition(KEY_MARK)
+            call = replace(call, model=model)
+        session = self._session_of(request, key)
         session.arrived(request.content_length or 0)
         body = await request.read()
-        api = _protocol_of(request.path)
         if (reward := request.headers.get(REWARD_HEADER)) is not None:
             session.reward(_number(reward))
-        call = api.read_call(body)
+        call = api.read_call(body) if call is None else call
         digest = hashlib.blake2b(body, digest_size=16, key=api.__name__.encode()[-16:]).digest()
         is_retry = request.headers.get("x-stainless-retry-count", "0") != "0"
         pending = session.call(call, digest, is_retry=is_retry)
@@ -255,12 +267,12 @@ class Gateway:
             return response
 
     async def _models(self, request: web.Request) -> web.Response:
-        model = self._session_of(request).settings.params.model
+        model = self._session_of(request, _key(request.headers)).settings.params.model
         entry = {"id": model, "object": "model", "created": 0, "owned_by": "policy"}
         return web.json_response({"object": "list", "data": [entry]})
 
     async def _reward(self, request: web.Request) -> web.Response:
-        session = self._session_of(request)
+        session = self._session_of(request, _key(request.headers))
         try:
             said = msgspec.json.decode(await request.read(), type=_Reward)
         except msgspec.MsgspecError as error:

@@ -35,6 +35,10 @@ Sample = Callable[
 """Prompt, parameters and seed in; what came of it out."""
 
 
+KEY_MARK = "@"
+"""Between the name of a model and the key of a session."""
+
+
 class PendingCall:
     """A call and its answer, which may be fetched again while no client has had it."""
 
@@ -126,6 +130,8 @@ class Session:
     ) -> None:
         self.name, self.settings = name, settings
         self.base_url = self.anthropic_url = self.api_key = ""
+        self.shared_url = self.shared_key = ""
+        """Of all sessions of the gateway, for clients that say `model_name` as their model."""
         self._tokenizer, self._sample, self._seed, self._salt = tokenizer, sample, seed, salt
         self._tree = CallTree(tokenizer, on_rewrite=settings.on_rewrite)
         self._pending: dict[bytes, list[PendingCall]] = {}
@@ -153,9 +159,25 @@ class Session:
         self.on_end: Callable[[], None] = lambda: None
         """Called once it is over."""
 
-    @property
-    def has_turns(self) -> bool:
-        return bool(self._tree.turns)
+    def openai(self) -> Any:
+        """A client of the `openai` package: `AsyncOpenAI` inside a coroutine, else `OpenAI`."""
+        import openai
+
+        client = openai.AsyncOpenAI if _in_event_loop() else openai.OpenAI
+        return client(base_url=self.base_url, api_key=self.api_key)
+
+    def anthropic(self) -> Any:
+        """A client of the `anthropic` package: `AsyncAnthropic` inside a coroutine, else
+        `Anthropic`."""
+        import anthropic
+
+        client = anthropic.AsyncAnthropic if _in_event_loop() else anthropic.Anthropic
+        return client(base_url=self.anthropic_url, api_key=self.api_key)
+
+    def model_name(self, model: str) -> str:
+        """A name of `model` that says which session a call is of, for clients of which many share
+        one base URL and key (those of the gateway)."""
+        return f"{model}{KEY_MARK}{self.api_key}"
 
     def arrived(self, size: int) -> None:
         """A request of `size` bytes has come, and is read if this returns.
@@ -488,6 +510,14 @@ def _as_error(failure: sampling.Failure) -> CallError:
         status=502,
         code="sampling_failed",
     )
+
+
+def _in_event_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
 
 
 def _seen(task: asyncio.Task[Reply]) -> None:

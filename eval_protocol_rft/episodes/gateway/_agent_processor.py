@@ -1,0 +1,294 @@
+"""`AgentRolloutProcessor`: an `EvaluationRow` in, the same row with n rollouts of an agent, whose
+model calls went through the gateway.
+
+Invariant: as for episodes: a row is changed in one step or not at all, and a rollout keeps its
+place and its seeds. What an agent sampled before it failed is kept, with its stop reason; where the
+model could not be sampled the rollout is a failure, whatever the agent made of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import msgspec
+from eval_protocol.models import EvaluationRow, Message
+from eval_protocol.pytest.types import RolloutProcessorConfig
+
+from eval_protocol_rft import rollout, sampling
+from eval_protocol_rft._segments import EpisodeRecord
+from eval_protocol_rft.episodes._conversation import traces_of
+from eval_protocol_rft.episodes._turns import OnRewrite
+from eval_protocol_rft.episodes.gateway import _agents as agents
+from eval_protocol_rft.episodes.gateway._server import Gateway
+from eval_protocol_rft.episodes.gateway._session import Sample, Session, SessionRecord
+from eval_protocol_rft.episodes.gateway._settings import (
+    PINNABLE,
+    SessionLimits,
+    SessionSettings,
+    Shared,
+)
+
+
+class AgentRolloutProcessor(rollout.FireworksTrainingRolloutProcessor):
+    """Runs an agent n times per row, in any framework or language, through a gateway that keeps its
+    model calls exact to the token.
+
+    Args:
+        agent: a function of `(row, session)`, `async` or not, which is given `session.base_url`,
+            `session.api_key`, `session.openai()` and `session.anthropic()`; or a command line
+            (`["node", "agent.mjs"]`, or a `Command`); or a rollout processor of Eval Protocol's,
+            which is run as it is.
+        limits: how long a session may get; `seconds` is also what the agent may take in all.
+        on_rewrite: what to do where the chat template renders earlier turns anew: `split` begins a
+            new segment with the same reward, `reject` refuses the call.
+        shared: tokens that several branches of a session have are trained in the `first`, in
+            `each`, or the branch with the most sampled tokens alone is trained (`longest`).
+        on_other_sampling: what to do with a call that asks for another temperature, top_p or top_k
+            than the completion_params name: `override` it, on record, or `refuse` it.
+        strict: refuse what cannot be honoured exactly (`tool_choice: "required"`, strict schemas,
+            `response_format` without guided decoding); else it is let through, on record.
+        guided_decoding: whether the engine keeps to `response_format`; None: Fireworks does.
+        **options: as for `FireworksTrainingRolloutProcessor`; over-sampling and straggler deadlines
+            are not for agents.
+
+    Of each rollout the record holds what an episode's does (`trajectories`, `episodes`), with what
+    its client changed, and what was not honoured, in `episodes[i].metrics`.
+    """
+
+    def __init__(
+        self,
+        agent: Any,
+        *,
+        limits: SessionLimits | None = None,
+        on_rewrite: OnRewrite = "split",
+        shared: Shared = "first",
+        on_other_sampling: Literal["override", "refuse"] = "override",
+        strict: bool = False,
+        guided_decoding: bool | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        if self.stragglers:
+            raise ValueError("over_sample and straggler_seconds are not for agents")
+        is_command = isinstance(agent, Sequence) and not isinstance(agent, str)
+        self.agent = agents.Command(agent) if is_command else agent
+        self.guided_decoding = guided_decoding
+        self._settings = SessionSettings(
+            params=sampling.SamplingParams(model=""),
+            on_other_sampling=on_other_sampling,
+            strict=strict,
+            on_rewrite=on_rewrite,
+            shared=shared,
+            split_reasoning=self.split_reasoning,
+            limits=limits or SessionLimits(),
+        )
+        agents.runner_of(self.agent, _NO_CONFIG, "")  # said at once where it is none
+
+    async def _roll_out(
+        self,
+        row: EvaluationRow,
+        messages: list[Message],
+        config: RolloutProcessorConfig,
+        state: rollout.LoopState,
+        rows_ahead: asyncio.Semaphore,
+        run: int | str,
+    ) -> EvaluationRow:
+        if rollout.prompt_ids_of(row) is not None:
+            raise rollout.PromptError(
+                f"row {row.input_metadata.row_id}: it brings its prompt as "
+                f"{rollout.PROMPT_IDS_KEY}, and an agent sends messages: give the row messages"
+            )
+        async with rollout.RowSlot(rows_ahead) as row_slot:
+            job = await self._prepare(row, messages, config, state, run)
+            row_slot.expect(len(job.seeds))
+            gateway = await _gateway_of(state, job)
+            settings = self._settings_of(job, config)
+            tasks = [
+                asyncio.ensure_future(
+                    self._run_agent(row, job, config, gateway, settings, index, row_slot)
+                )
+                for index in range(len(job.seeds))
+            ]
+            try:
+                outcomes = await asyncio.gather(*tasks)
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+        sessions = [outcome for outcome in outcomes if isinstance(outcome, SessionRecord)]
+        group = sampling.Group(
+            survivors=[done.first for done in sessions if done.first is not None],
+            failures=[outcome for outcome in outcomes if isinstance(outcome, sampling.Failure)],
+        )
+        self._require_survivors(row, job.request, group)
+        self._commit(row, job, group, sessions)
+        return row
+
+    def _request(self, config: RolloutProcessorConfig) -> rollout.RolloutRequest:
+        # MCP servers and environments are the agent's, where it is a processor of Eval Protocol's.
+        return super()._request(replace(config, mcp_config_path="", server_script_path=None))
+
+    def _settings_of(self, job: rollout.RowJob, config: RolloutProcessorConfig) -> SessionSettings:
+        named = config.completion_params or {}
+        endpoint = job.request.endpoint
+        guided = self.guided_decoding
+        return replace(
+            self._settings,
+            params=job.request.params,
+            pinned=frozenset(name for name in PINNABLE if named.get(name) is not None),
+            guided_decoding=bool(endpoint and endpoint.is_fireworks) if guided is None else guided,
+            template_kwargs=job.request.chat_template_kwargs,
+            context_length=getattr(job.sampler, "context_length", None),
+        )
+
+    async def _run_agent(
+        self,
+        row: EvaluationRow,
+        job: rollout.RowJob,
+        config: RolloutProcessorConfig,
+        gateway: Gateway,
+        settings: SessionSettings,
+        index: int,
+        row_slot: rollout.RowSlot,
+    ) -> SessionRecord | sampling.Failure:
+        # Both: a caller's rollouts may all have one id, and its runs numbers given twice.
+        rollout_id = f"{row.execution_metadata.rollout_id or ''}\0{job.run}"
+        salt = hashlib.blake2b(f"{job.row_key}\0{rollout_id}\0{index}".encode(), digest_size=8)
+        async with config.semaphore:
+            row_slot.started()
+            session = gateway.session(
+                f"row {row.input_metadata.row_id}, rollout {index}",
+                settings=settings,
+                sample=self._sample_of(job, index),
+                seed=job.seeds[index],
+                salt=salt.hexdigest(),
+            )
+            shown = row.model_copy(deep=True)
+            shown.messages = [message.model_copy(deep=True) for message in job.messages]
+            run = agents.runner_of(self.agent, config, settings.params.model)
+            began = time.perf_counter()
+            try:
+                outcome = await run(shown, session, settings.limits.seconds)
+            finally:
+                await session.end()
+            return _result(session, outcome, index, time.perf_counter() - began)
+
+    def _sample_of(self, job: rollout.RowJob, index: int) -> Sample:
+        async def sample(
+            ids: sampling.TokenIds, params: sampling.SamplingParams, seed: int | None
+        ) -> sampling.Survivor | sampling.Failure:
+            return await sampling.sample_one(
+                job.sampler,
+                ids,
+                params,
+                index=index,
+                seed=seed,
+                slots=contextlib.nullcontext(),  # the rollout's slot holds for its requests
+                retry=self.retry,
+                limiter=job.limiter,
+                prompt=job.row_key,
+                observe=rollout.observe_attempt,
+                read=lambda completion: job.tokenizer.read(completion, params, job.witness.look),
+            )
+
+        return sample
+
+    def _commit(
+        self,
+        row: EvaluationRow,
+        job: rollout.RowJob,
+        group: sampling.Group,
+        sessions: Sequence[SessionRecord],
+    ) -> None:
+        """Put rollouts on their row. The row's messages become those of the first one."""
+        first = sessions[0]
+        record = rollout.build_record(
+            group,
+            first.first_prompt,
+            job.request,
+            job.tokenizer,
+            reader=None,
+            asked=(),
+            split_reasoning=self.split_reasoning,
+            began_at=job.began_at,
+        )
+        record = msgspec.structs.replace(
+            record,
+            trajectories=[done.segments for done in sessions],
+            episodes=[_episode(done, first.first_prompt) for done in sessions],
+            token_turn_traces=traces_of(first.path),
+        )
+        messages = [Message(**{"content": None, **m}) for m in first.record.messages]
+        row.tools = None if first.tools is None else [dict(tool) for tool in first.tools]
+        rollout.put_on_row(
+            row,
+            record,
+            messages,
+            prompt_tokens=sum(done.sent_tokens for done in sessions),
+            completion_tokens=sum(done.sampled_tokens for done in sessions),
+            finish_reason=first.path[-1].completion.finish_reason,
+            tool_calls=sum(len(message.tool_calls or []) for message in messages),
+            seconds=time.perf_counter() - job.began,
+        )
+
+
+_NO_CONFIG: Any = object()
+"""For looking at an agent that is not run."""
+
+
+async def _gateway_of(state: rollout.LoopState, job: rollout.RowJob) -> Gateway:
+    """The gateway of this event loop for the job's tokenizer; it closes with the loop's clients."""
+    key = ("gateway", id(job.tokenizer.tokenizer))
+    gateway: Gateway | None = state.services.get(key)
+    if gateway is None:
+        gateway = state.services[key] = Gateway(job.sampler, job.tokenizer)
+        await gateway.start()
+    await gateway.started.wait()
+    return gateway
+
+
+def _result(
+    session: Session, outcome: agents.Outcome, index: int, seconds: float
+) -> SessionRecord | sampling.Failure:
+    reason = "seconds" if outcome.is_late else "done" if outcome.error is None else "crashed"
+    done = session.record(reason)
+    if done.failure is not None:
+        return replace(done.failure, index=index)
+    if done.first is None:
+        what = (
+            f"the agent took longer than {seconds:.0f} s and made no model call"
+            if outcome.is_late
+            else outcome.error
+            or "the agent ended without a model call that was answered: does it use the base URL "
+            "and the key that it is given (session.base_url, OPENAI_BASE_URL, ...)?"
+        )
+        message = f"{what}{_output(outcome.metrics)}"
+        return sampling.Failure(
+            index=index, kind="internal", message=message, attempts=0, seconds=seconds
+        )
+    told = {**done.record.metrics, **outcome.metrics}
+    if outcome.error is not None:
+        told["agent_error"] = outcome.error
+    return replace(
+        done,
+        record=msgspec.structs.replace(done.record, metrics=told),
+        first=replace(done.first, index=index),
+    )
+
+
+def _episode(done: SessionRecord, prompt: sampling.TokenIds) -> EpisodeRecord:
+    """How a rollout went; agents of a row may begin with other prompts than `prompt`."""
+    if done.first_prompt == prompt:
+        return done.record
+    return msgspec.structs.replace(done.record, prompt_ids=list(done.first_prompt))
+
+
+def _output(metrics: Mapping[str, Any]) -> str:
+    output = str(metrics.get("output") or "").strip()
+    return f"; it printed: {output[-500:]}" if output else ""
