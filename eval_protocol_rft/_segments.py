@@ -1,5 +1,5 @@
-"""Token data as arrays: `Segment`, a row's completions laid out in few large blocks, and what was
-sampled turn by turn: how an episode went, and its turns as public readers have them.
+"""Token data as arrays: `Segment`, a row's completions laid out in few large blocks, and how an
+episode of them went.
 
 Invariant: what is stored is what was given. Lists and arrays are read alike, without a Python loop
 per token; a value of the wrong type is an error, never a cast that loses something; nothing is
@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
-from itertools import groupby
+from collections.abc import Mapping, Sequence, Sized
 from typing import Any
 
 import msgspec
@@ -63,6 +62,9 @@ class Segment(msgspec.Struct, frozen=True, kw_only=True, eq=False, gc=False):
     has checked a whole buffer of token data gives both, and this one is not checked again."""
     num_sampled: int = 0
     """Tokens of this segment that the policy sampled, over all its turns."""
+    routing_matrices: Sequence[str] | None = None
+    """[N] base64, how a mixture of experts routed the prediction of each token, as the sampler said
+    it; "" where it said nothing. None: it said nothing of any."""
 
     def __post_init__(self) -> None:
         if self.num_sampled:
@@ -71,6 +73,8 @@ class Segment(msgspec.Struct, frozen=True, kw_only=True, eq=False, gc=False):
         logprobs = _array("logprobs", self.logprobs, "iuf", np.dtype(np.float32))
         mask = _array("loss_mask", self.loss_mask, "iubf", np.dtype(np.float32))
         _check_segment(tokens, logprobs, mask)
+        if self.routing_matrices is not None:
+            check_routing(self.routing_matrices, len(tokens), "routing_matrices")
         for name, value in (
             ("tokens", tokens),
             ("logprobs", logprobs),
@@ -86,19 +90,24 @@ class Segment(msgspec.Struct, frozen=True, kw_only=True, eq=False, gc=False):
 
     def __eq__(self, other: object) -> bool:
         """Whether both hold the same numbers."""
-        return isinstance(other, Segment) and all(
-            np.array_equal(getattr(self, name), getattr(other, name)) for name in _ARRAYS
+        return (
+            isinstance(other, Segment)
+            and all(np.array_equal(getattr(self, name), getattr(other, name)) for name in _ARRAYS)
+            and list(self.routing_matrices or ()) == list(other.routing_matrices or ())
         )
 
     __hash__ = None  # type: ignore[assignment]
 
     def to_json(self) -> dict[str, list[Any]]:
         """As `trajectories` of a record has it: lists, the loss mask of integers."""
-        return {
+        values: dict[str, list[Any]] = {
             "tokens": self.tokens.tolist(),
             "logprobs": self.logprobs.tolist(),
             "loss_mask": self.loss_mask.astype(np.int8).tolist(),
         }
+        if self.routing_matrices is not None:
+            values["routing_matrices"] = list(self.routing_matrices)
+        return values
 
 
 _ARRAYS = ("tokens", "logprobs", "loss_mask")
@@ -205,7 +214,12 @@ def read_segment(value: Any, buffer: TokenBuffer) -> Segment:
     _store(value["tokens"], tokens, "tokens")
     _store(value["logprobs"], logprobs, "logprobs")
     _store(value["loss_mask"], mask, "loss_mask", kinds="iubf")
-    return Segment(tokens=tokens, logprobs=logprobs, loss_mask=mask)
+    return Segment(
+        tokens=tokens,
+        logprobs=logprobs,
+        loss_mask=mask,
+        routing_matrices=value.get("routing_matrices"),
+    )
 
 
 def beginning_problem(segment: Segment, first_turn: Segment) -> str | None:
@@ -225,6 +239,20 @@ def beginning_problem(segment: Segment, first_turn: Segment) -> str | None:
     return None
 
 
+def read_ids(values: Any, where: str) -> IntArray:
+    """[N] token ids, as an array of their own.
+
+    Raises:
+        RecordError: they are none, or none at all; the message begins with `where`.
+    """
+    ids = np.empty(_size(values, where), np.int64)
+    _store(values, ids, where)
+    _check_ids(ids, where)
+    if not len(ids):
+        raise RecordError(f"{where} is empty: a turn has one at least")
+    return ids
+
+
 def check_logprobs(values: Any, size: int, where: str) -> None:
     """Refuse what are not `size` logprobs of sampled tokens.
 
@@ -236,6 +264,20 @@ def check_logprobs(values: Any, size: int, where: str) -> None:
     numbers = np.empty(count, np.float64)
     _store(values, numbers, where)
     _check_logprobs(numbers, where)
+
+
+def check_routing(values: Any, size: int, where: str) -> None:
+    """Refuse what are not `size` texts, one for each token.
+
+    Raises:
+        RecordError: their number or type is wrong; the message begins with `where`.
+    """
+    if not isinstance(values, (list, tuple)) or len(values) != size:
+        count = len(values) if isinstance(values, Sized) else type(values).__name__
+        raise RecordError(f"{where}: {count} for {size} tokens, it must be a list of as many")
+    for index, value in enumerate(values):
+        if not isinstance(value, str):
+            raise RecordError(f"{where}[{index}] is {type(value).__name__}, not base64 text")
 
 
 def _size(values: Any, where: str) -> int:
@@ -388,16 +430,6 @@ def episode_problem(
     return None
 
 
-def turn_runs(loss_mask: Iterable[float]) -> Iterator[tuple[bool, int, int]]:
-    """(sampled, start, stop) of each run of tokens that were all sampled, or all not. Something is
-    always said between two turns, so a run that was sampled is one turn."""
-    start = 0
-    for sampled, run in groupby(loss_mask):
-        stop = start + sum(1 for _ in run)
-        yield bool(sampled), start, stop
-        start = stop
-
-
 def turn_trace(
     prompt_ids: Sequence[int],
     completion_ids: Sequence[int],
@@ -411,40 +443,3 @@ def turn_trace(
         "completion_logprobs": logprobs,
         "finish_reason": finish_reason,
     }
-
-
-def episode_traces(
-    segments: Sequence[Segment], last: sampling.FinishReason
-) -> list[dict[str, Any]]:
-    """`token_turn_traces` of an episode: each run of sampled tokens, behind all of its segment
-    before it. `last` is the finish reason of its last turn."""
-    traces = []
-    for segment in segments:
-        tokens, logprobs = segment.tokens.tolist(), segment.logprobs.tolist()
-        for sampled, start, stop in turn_runs(segment.loss_mask.tolist()):
-            if sampled:
-                trace = turn_trace(tokens[:start], tokens[start:stop], logprobs[start:stop], "stop")
-                traces.append(trace)
-    traces[-1]["finish_reason"] = last
-    return traces
-
-
-def turn_payloads(
-    traces: Sequence[Mapping[str, Any]], messages: Sequence[Any]
-) -> list[dict[str, Any]]:
-    """`assistant_turn_payloads` of turns whose answers are the last assistant messages of a row.
-
-    Args:
-        traces: the turns, in order, as in `token_turn_traces`.
-        messages: of the row, as objects or as JSON.
-    """
-    roles = [m.get("role") if isinstance(m, Mapping) else m.role for m in messages]
-    first = max(roles.count("assistant") - len(traces), 0)
-    return [
-        {
-            "assistant_turn_index": index,
-            "completion_ids": trace["completion_ids"],
-            "completion_logprobs": trace["completion_logprobs"],
-        }
-        for index, trace in enumerate(traces, start=first)
-    ]

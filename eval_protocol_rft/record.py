@@ -102,8 +102,12 @@ class SamplingRecord(msgspec.Struct, frozen=True, kw_only=True):
     straggler_seconds: float | None = None
     """Deadline, counted from the first request. What it cut off is a failure of kind `cancelled`,
     with the same bias."""
-    logprobs: Literal["sampling"] = "sampling"
-    """What `inference_logprobs` holds: the values the sampler drew with."""
+    logprobs: Literal["sampling", "unknown"] = "sampling"
+    """What `inference_logprobs` holds: the values the sampler drew with. Unknown: the proxy that
+    they came from does not say whether these or the model's own, which are the same at temperature
+    1 and over the whole vocabulary."""
+    prompts: Literal["row", "agent"] = "row"
+    """Who made the prompts. An agent's may differ from one rollout of a row to the next."""
     support_truncated: bool = False
     """True where top_p, top_k or another setting kept part of the vocabulary from being drawn."""
     split_reasoning: bool = True
@@ -376,10 +380,17 @@ def score_of_result(result: Mapping[str, Any]) -> Score:
 def _marked(extra: Mapping[str, Any], params: Mapping[str, Any] | None) -> dict[str, Any]:
     """The published keys, and what is known beside them, as a record of ours."""
     size = len(extra["completion_ids"]) if isinstance(extra["completion_ids"], Sized) else 0
-    nothing: list[None] = [None] * size
     published = {key: extra[key] for key in (*PUBLISHED_KEYS, *_BESIDE) if key in extra}
-    params = _with_body(params or {})
-    sampling = {
+    sampling = sampling_of_params(with_body(params or {}), size)
+    return {**published, "rft_schema": SCHEMA_VERSION, "sampling": sampling}
+
+
+def sampling_of_params(params: Mapping[str, Any], size: int) -> dict[str, Any]:
+    """`sampling` of a record of so many completions, where the row's completion params are all that
+    says how they were sampled."""
+    nothing: list[None] = [None] * size
+    top_p, top_k = params.get("top_p"), params.get("top_k")
+    return {
         **{key: params.get(key) for key in _HOW_SAMPLED},
         "n": size,
         "indices": list(range(size)),
@@ -388,13 +399,11 @@ def _marked(extra: Mapping[str, Any], params: Mapping[str, Any] | None) -> dict[
         "request_ids": nothing,
         "attempts": [1] * size,
         "seconds": [0.0] * size,
+        "support_truncated": top_p not in (None, 1) or top_k not in (None, 0, -1),
     }
-    top_p, top_k = sampling["top_p"], sampling["top_k"]
-    sampling["support_truncated"] = top_p not in (None, 1) or top_k not in (None, 0, -1)
-    return {**published, "rft_schema": SCHEMA_VERSION, "sampling": sampling}
 
 
-def _with_body(params: Mapping[str, Any]) -> Mapping[str, Any]:
+def with_body(params: Mapping[str, Any]) -> Mapping[str, Any]:
     """Completion params with what their `extra_body` says, an object or its JSON."""
     body = params.get("extra_body")
     with contextlib.suppress(msgspec.DecodeError):

@@ -52,6 +52,7 @@ def convert(
     from_format: Annotated[Literal["auto"] | Format | None, Flag("--from", only=True)] = "auto",
     to_format: Annotated[Format, Flag("--to", only=True)] = "rollouts",
     drop_failed_rows: Annotated[bool, Flag()] = False,
+    tokenizer: Annotated[str | None, Flag(unset="what completion_params name")] = None,
     data_source: Annotated[str | None, Flag(unset="the data set's name")] = None,
     overwrite: Annotated[bool, Flag()] = False,
     progress: bool | None = None,
@@ -65,6 +66,7 @@ def convert(
         from_format: format of the first file; auto: by its content.
         to_format: format of the second file.
         drop_failed_rows: leave out Eval Protocol rows without a rollout, instead of refusing them.
+        tokenizer: folder or hub id, for Eval Protocol rows that its remote processors brought back.
         data_source: for verl: what it chooses its reward function by.
         overwrite: replace an output that is there.
         progress: show a bar where it takes long; None: where stderr is a terminal.
@@ -84,7 +86,13 @@ def convert(
             from_format = detect_format(path)
         found: Format = from_format
         with Reading("convert", lambda: _rows_about(path, found), show=progress) as reading:
-            rollouts = _read(path, found, drop_failed_rows=drop_failed_rows, reading=reading)
+            rollouts = _read(
+                path,
+                found,
+                drop_failed_rows=drop_failed_rows,
+                tokenizer=tokenizer,
+                reading=reading,
+            )
             if to_format == "ep":
                 data_rows, completions, notes = ep.write(rollouts, output)
             elif to_format == "verl":
@@ -106,11 +114,20 @@ def convert(
     )
 
 
-def _read(path: Path, found: Format, *, drop_failed_rows: bool, reading: Reading) -> Rollouts:
+def _read(
+    path: Path,
+    found: Format,
+    *,
+    drop_failed_rows: bool,
+    tokenizer: str | None,
+    reading: Reading,
+) -> Rollouts:
     """The rollouts of a file; what cannot be trained on is an error where it is read."""
     where = str(path)
     if found == "ep":
-        rollouts = ep.read(path, drop_failed_rows=drop_failed_rows, reading=reading)
+        rollouts = ep.read(
+            path, drop_failed_rows=drop_failed_rows, tokenizer=tokenizer, reading=reading
+        )
     elif found == "verl":
         rollouts = trainers.read_verl(path)
     elif found == "trl":

@@ -30,6 +30,7 @@ from eval_protocol_rft.data._row_groups import tables_of
 from eval_protocol_rft.data._to_ep import FilePart, to_rows
 from eval_protocol_rft.data.source._text_files import column_of, see
 from eval_protocol_rft.record import RecordError, has_record, is_marked
+from eval_protocol_rft.rollout import RemoteRows
 from eval_protocol_rft.training import TrainingDataError, row_key
 
 
@@ -123,6 +124,8 @@ class EpScan:
 
     path: Path
     drop_failed_rows: bool
+    remote: RemoteRows = field(default_factory=RemoteRows)
+    """Gives a record to rows that Eval Protocol's remote processors brought back."""
     num_rows: int = 0
     dropped: set[int] = field(default_factory=set)
     """Numbers of the rows whose rollout failed."""
@@ -161,6 +164,7 @@ class EpScan:
             JobError: it is broken, or its rollout failed and is not to be dropped.
         """
         try:
+            row = self.remote.read(row)
             completions = from_ep.from_row(row, index, prompt_kind="messages")
             part = from_ep.read_file_part(from_ep.extra_of(row))
         except from_ep.FailedRolloutError as error:
@@ -208,9 +212,9 @@ class EpScan:
         the order in which they end."""
         heads = [self.continued.get(i, i) for i in range(self.num_rows + len(self.dropped))]
         order = sorted(range(len(heads)), key=heads.__getitem__)
-        if order == list(range(len(heads))):
-            return numbered_rows(self.path)
-        return rows_in_order(self.path, order)
+        in_order = order == list(range(len(heads)))
+        rows = numbered_rows(self.path) if in_order else rows_in_order(self.path, order)
+        return ((index, self.remote.read(row)) for index, row in rows)
 
     @property
     def renumbered(self) -> bool:
@@ -244,7 +248,11 @@ class EpScan:
         if from_ep.row_id_of(row) is None:
             return
         first = completions[0]
-        asked = first.prompt, first.tools, first.ground_truth, first.original
+        extra = from_ep.extra_of(row)
+        sampling = extra["sampling"] if is_marked(extra) else {}
+        # An agent makes its prompts and tools of the row, maybe others in each run.
+        shown = () if sampling.get("prompts") == "agent" else (first.prompt, first.tools)
+        asked = *shown, first.ground_truth, first.original
         text = msgspec.json.encode((row_key(row), asked), enc_hook=str)
         known = self._runs.setdefault(hashlib.blake2b(text, digest_size=16).digest(), [index, 0])
         head, count = known
@@ -284,14 +292,17 @@ class EpScan:
         self._one_sampling = self._one_sampling and settings == self._sampling
 
 
-def read(path: Path, *, drop_failed_rows: bool, reading: Reading) -> Rollouts:
+def read(
+    path: Path, *, drop_failed_rows: bool, tokenizer: str | None, reading: Reading
+) -> Rollouts:
     """The completions of all rows. Reads the file once here, and once each time they are read.
+    `tokenizer` is for rows of remote processors, see `read_remote_rows`.
 
     Raises:
         JobError: a row is broken or its rollout failed; the message names the line.
         TrainingDataError: a line is no row.
     """
-    scan = EpScan(path, drop_failed_rows)
+    scan = EpScan(path, drop_failed_rows, RemoteRows(tokenizer))
     for index, row in reading(numbered_rows(path), lambda row: 1):
         scan.add(index, row)
     if not scan.num_rows:

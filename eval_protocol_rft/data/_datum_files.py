@@ -114,6 +114,8 @@ def write_datums_jsonl(path: Path, batches: Iterable[TrainingBatch]) -> None:
 def _line(batch: int, datum: training.TrainingDatum) -> dict[str, Any]:
     values = {name: getattr(datum, name) for name in _VALUES}
     arrays = {name: getattr(datum, name).tolist() for name in _ARRAYS}
+    if datum.routing_matrices is not None:
+        arrays["routing_matrices"] = list(datum.routing_matrices)
     return {"batch": batch, **values, **arrays}
 
 

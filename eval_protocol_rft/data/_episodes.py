@@ -32,7 +32,7 @@ ARRAYS = dict(zip(("tokens", "logprobs", "loss_mask"), file_format.SEGMENT_COLUM
 _TOLD = [name for name in file_format.EPISODE_COLUMNS if name not in file_format.SEGMENT_COLUMNS]
 _TEXTS = ("role", "content", "reasoning_content", "name", "tool_call_id")
 _FIELDS = {"id", "type", "function"}
-_QUOTED = tuple(f'"{key}"' for key in EPISODE_KEYS)
+_QUOTED = tuple(f'"{key}"' for key in (*EPISODE_KEYS, "routing_matrices"))
 
 
 def as_arrays(segments: Iterable[Segment]) -> list[dict[str, NDArray[Any]]]:
@@ -180,7 +180,7 @@ def episodes_in(batch: pa.RecordBatch | pa.Table) -> dict[str, list[Any]]:
 
 def put_stored(rows: Iterable[CompletionRow]) -> None:
     """Give rows the episodes that `evaluation_row` holds: all of them in a file of version 1, later
-    those of which the columns do not hold all.
+    those of which the columns do not hold all, and the routing of segments.
 
     Raises:
         FormatError: it holds what is no episode; the message names row and completion.
@@ -205,6 +205,13 @@ def put_stored(rows: Iterable[CompletionRow]) -> None:
             reason = read_episode(row).last_finish_reason
             row.first_finish_reason, row.finish_reason = row.finish_reason, reason
             row.truncated = reason == "length"
+        imported = extra.rollout_file
+        routing = (imported.routing_matrices or {}) if imported is not None else {}
+        for segment, held_routing in zip(
+            row.segments or (), routing.get(str(row.sample_idx), ()), strict=False
+        ):
+            if held_routing is not None:
+                segment["routing_matrices"] = held_routing
 
 
 class Imported(msgspec.Struct, frozen=True, kw_only=True):
@@ -219,6 +226,8 @@ class Imported(msgspec.Struct, frozen=True, kw_only=True):
     """Of an episode: how many messages of that conversation are the row's own."""
     first: int = 0
     """`sample_idx` of the first completion of its run of the data row."""
+    routing_matrices: dict[str, list[list[str] | None]] | None = None
+    """By `sample_idx`, those of each segment; None where no segment has any."""
 
 
 class _Extra(msgspec.Struct):

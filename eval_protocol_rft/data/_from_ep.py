@@ -14,7 +14,8 @@ import msgspec
 import numpy as np
 
 from eval_protocol_rft import record as rollout_record
-from eval_protocol_rft._segments import Segment, TokenBuffer, episode_traces, turn_payloads
+from eval_protocol_rft._segments import Segment, TokenBuffer
+from eval_protocol_rft._turn_payloads import episode_traces, turn_payloads
 from eval_protocol_rft.data import _to_ep as to_ep
 from eval_protocol_rft.data._episodes import Imported, as_arrays, as_read
 from eval_protocol_rft.data._format import CompletionRow, PromptKind
@@ -335,9 +336,19 @@ def _rest(
             answer=first + record.sampling.indices[0] if answered or record.episodes else None,
             row_messages=record.episodes[0].row_messages if record.episodes else None,
             first=first,
+            routing_matrices=_routing(record, places),
         )
     metadata = {**(row.get("execution_metadata") or {}), "extra": kept}
     return msgspec.json.encode({**row, "execution_metadata": metadata}).decode()
+
+
+def _routing(record: RolloutRecord, places: Sequence[str]) -> dict[str, Any] | None:
+    """By place, the routing matrices of each segment; None where there are none."""
+    routing = {
+        place: [segment.routing_matrices for segment in segments]
+        for place, segments in zip(places, record.trajectories or (), strict=False)
+    }
+    return {place: held for place, held in routing.items() if any(held)} or None
 
 
 def _odd_episodes(extra: Mapping[str, Any], record: RolloutRecord, first: int) -> dict[str, Any]:

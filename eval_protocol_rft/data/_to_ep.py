@@ -18,6 +18,7 @@ import numpy as np
 
 from eval_protocol_rft import _segments
 from eval_protocol_rft._segments import EpisodeRecord, Segment
+from eval_protocol_rft._turn_payloads import episode_traces, turn_payloads
 from eval_protocol_rft.data import _records as records
 from eval_protocol_rft.data._episodes import EPISODE_KEYS, stored_row
 from eval_protocol_rft.data._format import CompletionRow, FileMetadata
@@ -200,7 +201,7 @@ def _put_answer(
     if "assistant_turn_payloads" in extra and answer in (None, first.sample_idx):
         return  # what it said was not what its turns say
     traces = extra.get("token_turn_traces") or [first_trace(extra)]
-    extra["assistant_turn_payloads"] = _segments.turn_payloads(traces, row["messages"])
+    extra["assistant_turn_payloads"] = turn_payloads(traces, row["messages"])
 
 
 def _put_traces(extra: dict[str, Any]) -> None:
@@ -208,7 +209,7 @@ def _put_traces(extra: dict[str, Any]) -> None:
     if "token_turn_traces" in extra:
         episode = msgspec.convert(extra["episodes"][0], EpisodeRecord)
         read = [Segment(**segment) for segment in extra["trajectories"][0]]
-        extra["token_turn_traces"] = _segments.episode_traces(read, episode.last_finish_reason)
+        extra["token_turn_traces"] = episode_traces(read, episode.last_finish_reason)
 
 
 def _put_messages(

@@ -18,7 +18,8 @@ from typing import Any, Literal
 import msgspec
 import numpy as np
 
-from eval_protocol_rft._segments import EpisodeRecord, RecordError, Segment, turn_runs
+from eval_protocol_rft._segments import EpisodeRecord, RecordError, Segment
+from eval_protocol_rft._turn_payloads import turn_runs
 from eval_protocol_rft.data import ChatMessages, CompletionRow, checked_episode
 from eval_protocol_rft.local import LoadedTokenizer, load_tokenizer
 from eval_protocol_rft.record import Score

@@ -22,6 +22,7 @@ from eval_protocol_rft import record as form
 from eval_protocol_rft._statistics import LARGEST, Array
 from eval_protocol_rft.record import RecordError, RolloutRecord
 from eval_protocol_rft.report._html import ReportError
+from eval_protocol_rft.rollout import RemoteRows
 from eval_protocol_rft.training import row_key
 
 
@@ -80,11 +81,12 @@ def read_rows(file: Path) -> Iterator[ReportRow]:
     if is_rollouts(file):
         yield from _rollouts(file)
         return
+    remote = RemoteRows()
     with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 try:
-                    yield _row(msgspec.json.decode(line))
+                    yield _row(*_with_record(msgspec.json.decode(line), remote))
                 except (ValueError, RecursionError) as error:
                     raise ReportError(f"{file}:{number}: {error}") from error
 
@@ -103,7 +105,15 @@ def _rollouts(file: Path) -> Iterator[ReportRow]:
         raise ReportError(f"{file}: row {row_id!r}: {error}") from error
 
 
-def _row(value: Any) -> ReportRow:
+def _with_record(value: Any, remote: RemoteRows) -> tuple[Any, str | None]:
+    """A row that a remote processor brought back with its record, or why it has none."""
+    try:
+        return (remote.read(value) if isinstance(value, dict) else value), None
+    except RecordError as error:
+        return value, str(error)
+
+
+def _row(value: Any, why: str | None = None) -> ReportRow:
     messages = _at(value, "messages", list[dict[str, Any]])
     if messages is None:
         raise ReportError("no row of Eval Protocol: it has no messages")
@@ -114,7 +124,7 @@ def _row(value: Any) -> ReportRow:
         asked = record.episodes[0].row_messages if record.episodes else -1
         messages = messages[:asked]
     else:
-        error = _at(value, "rollout_status.message", str) or "no rollout record"
+        error = why or _at(value, "rollout_status.message", str) or "no rollout record"
     return ReportRow(
         group=row_key(value) if _at(value, "input_metadata.row_id", str) else None,
         prompt=_text(messages[-1]) if messages else "",

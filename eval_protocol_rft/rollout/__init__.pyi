@@ -2,6 +2,7 @@ from ._evaluation_run import SlimLogger as SlimLogger
 from ._processor import FireworksTrainingRolloutProcessor as FireworksTrainingRolloutProcessor
 from ._processor import RolloutError as RolloutError
 from ._prompts import PromptError as PromptError
+from ._remote_rows import read_remote_rows as read_remote_rows
 
 # For other rooms alone: these may change.
 # isort: split
@@ -46,6 +47,7 @@ from ._prompts import rendered_otherwise as rendered_otherwise
 from ._prompts import text_of as text_of
 from ._prompts import variables_read as variables_read
 from ._prompts import with_one_call as with_one_call
+from ._remote_rows import RemoteRows as RemoteRows
 from ._tagged_calls import ToolFormat as ToolFormat
 from ._tagged_calls import read_harmony as read_harmony
 from ._vocabulary import VocabularyWitness as VocabularyWitness

@@ -206,6 +206,14 @@ class Backends:
             self._local[request.params.model] = wrapped
         return local, await self._tokenizer_for(request, self._local[request.params.model])
 
+    async def tokenizer(self, request: RolloutRequest) -> LoadedTokenizer:
+        """The tokenizer for `request`, where nothing is to be sampled.
+
+        Raises:
+            TokenizerError: there is none, or it cannot be loaded.
+        """
+        return await self._tokenizer_for(request, None)
+
     async def _tokenizer_for(
         self, request: RolloutRequest, sampler_tokenizer: Any
     ) -> LoadedTokenizer:

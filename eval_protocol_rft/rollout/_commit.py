@@ -15,7 +15,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from eval_protocol_rft import sampling
-from eval_protocol_rft._segments import turn_payloads, turn_trace
+from eval_protocol_rft._segments import turn_trace
+from eval_protocol_rft._turn_payloads import turn_payloads
 from eval_protocol_rft.local import LoadedTokenizer
 from eval_protocol_rft.record import RecordError, RolloutRecord, SamplingRecord
 from eval_protocol_rft.rollout import _answers

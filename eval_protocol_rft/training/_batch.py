@@ -18,7 +18,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Unpack, cast
+from typing import Any, Unpack, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -299,6 +299,7 @@ def build_batch(
     rows: Iterable[Row] | Iterable[PromptGroup],
     *,
     key: GroupKey | None = None,
+    tokenizer: Any = None,
     **options: Unpack[BatchArguments],
 ) -> TrainingBatch:
     """One batch from all of `rows`.
@@ -306,6 +307,9 @@ def build_batch(
     Args:
         rows: scored rows, or the prompt groups that `group_rows` made of them.
         key: names the group of a row; default experiment id, row id and model.
+        tokenizer: folder, hub id or tokenizer of the model, for rows that Eval Protocol's remote
+            processors brought back: what was sampled is compared with what the agent got. Default:
+            what a row's completion_params name; see `rollout.read_remote_rows`.
         algorithm: a name in `ALGORITHMS`: advantage estimator, loss and thresholds. Default
             "grpo".
         estimator: advantages in place of the algorithm's own, such as
@@ -334,7 +338,7 @@ def build_batch(
         TrainingDataError: rows or options are wrong; the message names the row.
     """
     collector = Collector(BatchOptions(**options))
-    for group in _groups(rows, functools.partial(group_rows, key=key)):
+    for group in _groups(rows, functools.partial(group_rows, key=key, tokenizer=tokenizer)):
         collector.add(group, *collector.filtered(group))
     return collector.batch()
 
@@ -346,6 +350,7 @@ def iter_batches(
     max_tokens: int | None = None,
     completions_per_group: int | None = None,
     key: GroupKey | None = None,
+    tokenizer: Any = None,
     **options: Unpack[BatchArguments],
 ) -> Iterator[TrainingBatch]:
     """Batches from more rows than fit in memory: holds one batch, and groups still incomplete.
@@ -361,6 +366,7 @@ def iter_batches(
         completions_per_group: completions per row times runs; needed where the rows of one group
             do not stand together. See `iter_groups`.
         key: names the group of a row; default experiment id, row id and model.
+        tokenizer: as for `build_batch`.
         **options: as for `build_batch`.
 
     Raises:
@@ -375,7 +381,9 @@ def iter_batches(
         if limit is not None and limit < 1:
             raise TrainingDataError(f"{name} must be at least 1, got {limit}")
     chosen = BatchOptions(**options)
-    grouping = functools.partial(iter_groups, key=key, completions_per_group=completions_per_group)
+    grouping = functools.partial(
+        iter_groups, key=key, tokenizer=tokenizer, completions_per_group=completions_per_group
+    )
     return _batches(_groups(rows, grouping), chosen, max_groups=max_groups, max_tokens=max_tokens)
 
 

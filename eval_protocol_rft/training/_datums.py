@@ -94,6 +94,9 @@ class TrainingDatum(msgspec.Struct, frozen=True, kw_only=True, eq=False, gc=Fals
     components: Mapping[str, float | None] = NO_COMPONENTS
     """The further scores that the advantage came from, by name; None where there is none. Empty
     where it came from the reward, and in batches that were read from files."""
+    routing_matrices: Sequence[str] | None = None
+    """[T] base64, how a mixture of experts routed the prediction of each target when it was
+    sampled, for router replay; "" where that is not known. None: not known of any."""
 
     @property
     def name(self) -> str:
@@ -153,6 +156,7 @@ def pack(
         assert trajectory.reward is not None  # noqa: S101 - filters leave what is scored
         named = {name: trajectory.components.get(name) for name in components} or NO_COMPONENTS
         for place, segment in enumerate(trajectory.segments):
+            routing = segment.routing_matrices
             start, stop = stop, stop + len(segment.tokens) - 1
             if normalization != "none":
                 spread(factor, segment, weights[start:stop])
@@ -174,6 +178,7 @@ def pack(
                     completion=trajectory.completion,
                     segment=place,
                     components=named,
+                    routing_matrices=None if routing is None else list(routing[1:]),
                 )
             )
     return datums
@@ -243,9 +248,14 @@ def loss_fn_inputs(datum: TrainingDatum, loss_fn: str) -> dict[str, NDArray[Any]
 
 
 def build_datum(datum: TrainingDatum, inputs: dict[str, NDArray[Any]], types: Any) -> Any:
-    """`types.Datum` of the SDK whose module `types` is."""
+    """`types.Datum` of the SDK whose module `types` is. Routing matrices are in its `ModelInput`,
+    where that has a place for them, as Fireworks' has."""
+    fields: dict[str, Any] = {}
+    if datum.routing_matrices is not None and "routing_matrices" in types.ModelInput.model_fields:
+        fields["routing_matrices"] = list(datum.routing_matrices)
     return types.Datum(
-        model_input=types.ModelInput.from_ints(datum.input_tokens.tolist()), loss_fn_inputs=inputs
+        model_input=types.ModelInput.from_ints(datum.input_tokens.tolist(), **fields),
+        loss_fn_inputs=inputs,
     )
 
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from eval_protocol_rft import record as form
+from eval_protocol_rft import rollout
 from eval_protocol_rft._segments import Segment
 from eval_protocol_rft._segments import TokenBuffer as TokenBuffer
 from eval_protocol_rft._statistics import metric_score
@@ -40,7 +41,7 @@ GroupKey = Callable[[Row], Hashable]
 
 
 def group_rows(
-    rows: Iterable[Row | PromptGroup], *, key: GroupKey | None = None
+    rows: Iterable[Row | PromptGroup], *, key: GroupKey | None = None, tokenizer: Any = None
 ) -> list[PromptGroup]:
     """Read all rows and put together what belongs to one prompt, in order of appearance.
 
@@ -49,13 +50,15 @@ def group_rows(
             as `RolloutDataset.prompt_groups` reads them, which have a key already.
         key: names the group of a row. Default: experiment id, row id and model. Rows with identical
             content have the same row id, and so share a group.
+        tokenizer: of the model, for rows that Eval Protocol's remote processors brought back; see
+            `rollout.read_remote_rows`.
 
     Raises:
         TrainingDataError: a row without an id, record or rewards, or with invalid ones; rows of
             one group that differ in tokenizer, or in what they ask (with the default key).
     """
     groups: dict[Hashable, list[PromptGroup]] = {}
-    for part in _parts(rows, key):
+    for part in _parts(rows, key, tokenizer):
         groups.setdefault(part.key, []).append(part)
     return [_joined(parts, same_prompt=key is None) for parts in groups.values()]
 
@@ -64,6 +67,7 @@ def iter_groups(
     rows: Iterable[Row | PromptGroup],
     *,
     key: GroupKey | None = None,
+    tokenizer: Any = None,
     completions_per_group: int | None = None,
 ) -> Iterator[PromptGroup]:
     """As `group_rows`, lazily: holds the groups that are not complete yet, and nothing else.
@@ -72,6 +76,7 @@ def iter_groups(
         rows: as for `group_rows`. Without `completions_per_group`, those of one group stand
             together.
         key: names the group of a row.
+        tokenizer: as for `group_rows`.
         completions_per_group: a group is complete when that many completions were asked for,
             failed ones included, the surplus of over-sampling not; its rows may then stand
             anywhere. Groups that are still incomplete at the end come last.
@@ -86,7 +91,7 @@ def iter_groups(
         complete.add(hash(group_key))
         return _joined(incomplete.pop(group_key), same_prompt=key is None)
 
-    for part in _parts(rows, key):
+    for part in _parts(rows, key, tokenizer):
         if hash(part.key) in complete:
             raise TrainingDataError(_came_late(part, completions_per_group))
         if completions_per_group is None:
@@ -100,13 +105,19 @@ def iter_groups(
         yield close(group_key)
 
 
-def _parts(rows: Iterable[Row | PromptGroup], key: GroupKey | None) -> Iterator[PromptGroup]:
-    buffer = TokenBuffer()
+def _parts(
+    rows: Iterable[Row | PromptGroup], key: GroupKey | None, tokenizer: Any
+) -> Iterator[PromptGroup]:
+    buffer, remote = TokenBuffer(), rollout.RemoteRows(tokenizer)
     for row in rows:
         if isinstance(row, PromptGroup):
             yield row
-        else:
-            yield read_row(row, buffer, key=(key or row_key)(row))
+            continue
+        try:
+            exact = remote.read(row)
+        except form.RecordError as error:
+            raise TrainingDataError(str(error)) from error
+        yield read_row(exact, buffer, key=(key or row_key)(row))
 
 
 def _came_late(part: PromptGroup, completions_per_group: int | None) -> str:
@@ -287,6 +298,7 @@ def group_of(
                 row_id=row_id,
                 completion=sampling.indices[i],
                 bias=bias,
+                routing_matrices=first.routing_matrices,
                 prompt_length=first.prompt_length,
                 num_sampled=first.num_sampled,
             )
@@ -311,7 +323,13 @@ def question_of(messages: Sequence[Any], tools: Any, sampling: SamplingRecord) -
         tools: that were rendered into the prompt.
         sampling: says by which chat template.
     """
+    if sampling.prompts == "agent":
+        return _ASKED_BY_AGENT
     return messages, tools, sampling.chat_template_hash, sampling.chat_template_kwargs
+
+
+_ASKED_BY_AGENT = ([{"role": "agent"}], None, None, None)
+"""What an agent asks, it makes of the row anew each time: one question, as the row is one."""
 
 
 def same_question(one: tuple[Any, ...] | None, other: tuple[Any, ...] | None) -> bool:
@@ -409,4 +427,9 @@ def _bias(sampling: SamplingRecord) -> str | None:
         return "temperature=0: greedy completions are no samples"
     if sampling.support_truncated:
         return f"truncated support (top_p={sampling.top_p}, top_k={sampling.top_k})"
+    if sampling.logprobs == "unknown" and sampling.temperature not in (None, 1):
+        return (
+            f"temperature={sampling.temperature}, and the proxy that the logprobs came from does "
+            "not say whether it is in them"
+        )
     return None

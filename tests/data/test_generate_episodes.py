@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from eval_protocol_rft import EpisodeRolloutProcessor, data
-from eval_protocol_rft._segments import turn_runs
+from eval_protocol_rft._turn_payloads import turn_runs
 from eval_protocol_rft.data._dataset import RolloutDataset
 from eval_protocol_rft.data._files import JobError
 from eval_protocol_rft.data._generate_episodes import episode_job

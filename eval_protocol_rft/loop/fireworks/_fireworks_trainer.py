@@ -277,7 +277,13 @@ class FireworksTrainer:
         if temperature is not None:
             check_temperature(temperature)
         client = await self._reference_client() if reference else self._client
-        data = self._cross_entropy_data(datums)
+        # The routing on record is that of the policy's weights: a reference routes by itself.
+        routed = (
+            [msgspec.structs.replace(d, routing_matrices=None) for d in datums]
+            if reference
+            else datums
+        )
+        data = self._cross_entropy_data(routed)
         result = await self._done("forward", lambda: client.forward(data, "cross_entropy"))
         return read_logprobs(result, datums)
 

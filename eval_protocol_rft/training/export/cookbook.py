@@ -75,7 +75,11 @@ def _sample(
             f"{trajectory.name}: it has no score, and a run without a reward cannot be trained "
             "on; nor is its reward 0"
         )
+    routing = segment.routing_matrices
+    # As the recipes align them: one for each input position. A key that older ones do not know.
+    replay = {} if routing is None else {"routing_matrices": list(routing[1:])}
     return types.sample(
+        **replay,
         tokens=segment.tokens.tolist(),
         logprobs=segment.logprobs.tolist(),
         loss_mask=segment.loss_mask.astype(int).tolist(),

@@ -8,8 +8,8 @@ Both formats hold the same arrays, for D datums with T_i targets each, laid end 
 `input_tokens`, `target_tokens` [sum T_i] int64; `logprobs`, `advantages`, `weights` [sum T_i]
 float32; `offsets` [D+1] int64, so that datum i is `offsets[i]:offsets[i+1]`; `prompt_lengths`,
 `groups`, `completions`, `segments` [D] int64; `rewards` [D] float64; `truncated` [D] bool. The rest
-is JSON: in NPZ the bytes of the array `metadata`, in safetensors the metadata entry
-`eval_protocol_rft`.
+is JSON, routing matrices too: in NPZ the bytes of the array `metadata`, in safetensors the metadata
+entry `eval_protocol_rft`.
 
 What a training batch holds besides arrays, as JSON and back.
 
@@ -52,12 +52,16 @@ class _Metadata(msgspec.Struct, frozen=True, kw_only=True):
     tokenizer: str | None
     row_ids: list[str | None]
     """[D] per datum."""
+    routing_matrices: list[list[str] | None] | None = None
+    """[D][T_i], where a datum has some."""
 
 
 def write_metadata(batch: TrainingBatch) -> bytes:
     """The JSON of a batch's scalars and its datums' row ids."""
     stats = {name: getattr(batch.stats, name) for name in BatchStats.__slots__}
     versions = stats.pop("policy_versions")
+    matrices = [datum.routing_matrices for datum in batch.datums]
+    routing = [None if held is None else list(held) for held in matrices]
     return msgspec.json.encode(
         _Metadata(
             training_batch=SCHEMA,
@@ -70,15 +74,16 @@ def write_metadata(batch: TrainingBatch) -> bytes:
             policy_versions=list(versions.items()),
             tokenizer=batch.tokenizer,
             row_ids=[datum.row_id for datum in batch.datums],
+            routing_matrices=routing if any(routing) else None,
         )
     )
 
 
-def read_metadata(data: bytes, *, where: str) -> tuple[TrainingBatch, list[str | None]]:
+def read_metadata(data: bytes, *, where: str) -> tuple[TrainingBatch, list[dict[str, Any]]]:
     """Read what `write_metadata` gave.
 
     Returns:
-        The batch, still without datums, and the row ids of those.
+        The batch, still without datums, and the fields of those that it holds.
 
     Raises:
         ExportError: it is not that; the message begins with `where`.
@@ -107,7 +112,12 @@ def read_metadata(data: bytes, *, where: str) -> tuple[TrainingBatch, list[str |
         stats=stats,
         tokenizer=read.tokenizer,
     )
-    return batch, read.row_ids
+    routing = read.routing_matrices or [None] * len(read.row_ids)
+    fields = [
+        {"row_id": row_id, "routing_matrices": matrices}
+        for row_id, matrices in zip(read.row_ids, routing, strict=False)
+    ]
+    return batch, fields
 
 
 METADATA_KEY = "eval_protocol_rft"
@@ -202,15 +212,15 @@ def _arrays(batch: TrainingBatch) -> dict[str, NDArray[Any]]:
 
 
 def _batch(arrays: Arrays, metadata: bytes, path: str | os.PathLike[str]) -> TrainingBatch:
-    batch, row_ids = read_metadata(metadata, where=str(path))
-    _check(arrays, len(row_ids), path)
+    batch, held = read_metadata(metadata, where=str(path))
+    _check(arrays, len(held), path)
     starts = arrays["offsets"].tolist()
     columns = {field: arrays[name].tolist() for name, (field, _) in _PER_DATUM.items()}
     datums: list[TrainingDatum] = []
-    for i, row_id in enumerate(row_ids):
-        fields: dict[str, Any] = {field: values[i] for field, values in columns.items()}
+    for i, own in enumerate(held):
+        fields: dict[str, Any] = {field: values[i] for field, values in columns.items()} | own
         fields |= {name: arrays[name][starts[i] : starts[i + 1]] for name in _PER_TOKEN}
-        datums.append(TrainingDatum(**fields, row_id=row_id))
+        datums.append(TrainingDatum(**fields))
     return replace(batch, datums=datums)
 
 

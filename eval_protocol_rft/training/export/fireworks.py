@@ -6,6 +6,9 @@
 
 The server adds up raw sums and divides in `optim_step`. With `batch.normalization == "none"` say
 there how; with anything else the division is in the data, and the argument must be None.
+
+Routing matrices (router replay, R3) travel in the `ModelInput`, one text for each input position:
+that of the token which is predicted there, "" where nothing is known.
 """
 
 from __future__ import annotations

@@ -1,0 +1,393 @@
+"""Rows that Eval Protocol's remote processors brought back (`RemoteRolloutProcessor` with
+`include_payloads=True`), given the record of an episode: one trajectory, exact to the token.
+
+Invariant: a turn is trained on where its ids are those of the message that the agent got, and the
+row is refused otherwise. Eval Protocol puts traces and messages together by their number of
+assistant messages alone, so a client's retry, or a sub-agent, can hand a message the ids of another
+answer: what the ids decode to is therefore read as a chat server reads it, and compared with what
+the message says and calls. Without the tokenizer that cannot be done, and the row is refused too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from bisect import bisect_left
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import msgspec
+
+from eval_protocol_rft import record as form
+from eval_protocol_rft import sampling
+from eval_protocol_rft._segments import EpisodeRecord, turn_trace
+from eval_protocol_rft._turn_payloads import (
+    PAYLOADS_KEY,
+    REMOTE_KEYS,
+    RemoteTurn,
+    has_remote_turns,
+    remote_segments,
+    remote_turns,
+)
+from eval_protocol_rft.local import LoadedTokenizer, TokenizerError
+from eval_protocol_rft.record import RecordError, RolloutRecord, SamplingRecord
+from eval_protocol_rft.rollout import _answers
+from eval_protocol_rft.rollout._backends import Backends
+from eval_protocol_rft.rollout._params import RolloutRequest, model_name
+
+if TYPE_CHECKING:
+    from eval_protocol.models import EvaluationRow
+
+Row = TypeVar("Row", bound="EvaluationRow | Mapping[str, Any]")
+RowMessages = Callable[[Any], int]
+
+
+def read_remote_rows(
+    rows: Iterable[Row],
+    *,
+    tokenizer: Any = None,
+    row_messages: int | RowMessages | None = None,
+) -> Iterator[Row]:
+    """Rows with a rollout record where Eval Protocol's remote processors left payloads; others, and
+    those whose rollout failed, as they are. `build_batch` and `ep-rft convert` do this by
+    themselves.
+
+    Args:
+        rows: as objects, or as dicts of Eval Protocol's JSONL; they are not changed.
+        tokenizer: folder, hub id or tokenizer of the model; or a mapping from the names of models
+            to them. Default: "tokenizer" of a row's completion_params, or what their "model" has.
+        row_messages: how many of a row's messages were there before the rollout, or a function of
+            the row that says so; needed where there are assistant messages among them. Default:
+            those before its first assistant message.
+
+    Raises:
+        RecordError: a turn is missing, doubled, out of order, not whole, or not that of the
+            message; or the tokenizer is not known. The message names row, turn and token.
+    """
+    yield from map(RemoteRows(tokenizer, row_messages=row_messages).read, rows)
+
+
+class RemoteRows:
+    """`read_remote_rows`, row by row; tokenizers are looked up once."""
+
+    def __init__(
+        self, tokenizer: Any = None, *, row_messages: int | RowMessages | None = None
+    ) -> None:
+        self._backends = Backends(tokenizer=tokenizer, sampler=None, trust_remote_code=False)
+        self._row_messages = row_messages
+        self._tokenizers: dict[tuple[str, str | None], LoadedTokenizer] = {}
+
+    def read(self, row: Row) -> Row:
+        """The row with its record; itself where it has none to get."""
+        metadata = _field(row, "execution_metadata")
+        extra = _field(metadata, "extra")
+        if form.has_record(extra) or not has_remote_turns(extra):
+            return row
+        if form.is_failure(_field(_field(row, "rollout_status"), "code")):
+            return row
+        try:
+            record = self._record(row, extra)
+        except RecordError as error:
+            raise RecordError(f"{_name(row, extra)}, {error}") from error
+        foreign = {k: v for k, v in extra.items() if k not in (*REMOTE_KEYS, PAYLOADS_KEY)}
+        read = {**foreign, **record.to_extra()}
+        return cast("Row", _with_extra(row, metadata, read))
+
+    def _record(self, row: Any, extra: Mapping[str, Any]) -> RolloutRecord:
+        messages = [_plain(message) for message in _field(row, "messages") or ()]
+        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        asked = self._asked(row, messages)
+        first = sum(place < asked for place in answers)
+        turns = remote_turns(extra, first=first, messages=len(answers))
+        params = form.with_body(_field(_field(row, "input_metadata"), "completion_params") or {})
+        tokenizer = self._tokenizer(params)
+        reader = _TurnReader(tokenizer, _field(row, "tools"), _stops(params))
+        readings = [reader.read(turn, messages[answers[turn.index]]) for turn in turns]
+        return _as_record(turns, readings, messages, asked, _sampled_with(params, tokenizer))
+
+    def _asked(self, row: Any, messages: Sequence[Mapping[str, Any]]) -> int:
+        """How many messages were there before the rollout."""
+        if self._row_messages is None:
+            roles = [message["role"] for message in messages]
+            return roles.index("assistant") if "assistant" in roles else len(roles)
+        return (
+            self._row_messages if isinstance(self._row_messages, int) else self._row_messages(row)
+        )
+
+    def _tokenizer(self, params: Mapping[str, Any]) -> LoadedTokenizer:
+        model, named = model_name(str(params.get("model") or "")), params.get("tokenizer")
+        key = model, named
+        if key not in self._tokenizers:
+            request = RolloutRequest(
+                params=sampling.SamplingParams(model=model),
+                n=1,
+                tokenizer=named,
+                endpoint=_fireworks(model) if named is None else None,
+            )
+            try:
+                self._tokenizers[key] = _in_thread(self._backends.tokenizer(request))
+            except TokenizerError as error:
+                raise RecordError(
+                    "its ids cannot be compared with its messages, as EP matches both by number "
+                    f"alone: {error}; or give tokenizer= here"
+                ) from error
+        return self._tokenizers[key]
+
+
+def _with_extra(row: Any, metadata: Any, extra: dict[str, Any]) -> Any:
+    """The row, an object or its JSON, with another `extra`."""
+    if isinstance(row, Mapping):
+        return {**row, "execution_metadata": {**metadata, "extra": extra}}
+    changed = metadata.model_copy(update={"extra": extra})
+    return row.model_copy(update={"execution_metadata": changed})
+
+
+def _fireworks(model: str) -> sampling.Endpoint | None:
+    """Who can be asked for the tokenizer of a model of Fireworks."""
+    asks = model.startswith("accounts/") and os.environ.get("FIREWORKS_API_KEY")
+    return sampling.resolve_endpoint(model, {}, env=os.environ) if asks else None
+
+
+def _in_thread(work: Coroutine[Any, Any, LoadedTokenizer]) -> LoadedTokenizer:
+    """What a coroutine returns, also where a loop is running."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, work).result()
+
+
+class _TurnReader:
+    """Compares what a turn's ids say with its message."""
+
+    def __init__(
+        self,
+        tokenizer: LoadedTokenizer,
+        tools: Sequence[Mapping[str, Any]] | None,
+        stops: Sequence[str],
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._tools = tools
+        self._stops = stops
+
+    def read(self, turn: RemoteTurn, message: Mapping[str, Any]) -> _Reading:
+        """The turn's text, its message in full, and how it ended.
+
+        Raises:
+            RecordError: the message is of other ids.
+        """
+        text, reason = self._text(turn)
+        readings = list(self._readings(turn, text, calls=bool(message.get("tool_calls"))))
+        for reading in readings:
+            if self._same(reading, message):
+                return _Reading(text, reading, reason)
+        raise RecordError(self._difference(turn, text, readings, message))
+
+    def _text(self, turn: RemoteTurn) -> tuple[str, sampling.FinishReason]:
+        ids = turn.completion_ids.tolist()
+        completion = sampling.Completion(
+            token_ids=ids, logprobs=turn.logprobs, finish_reason="stop"
+        )
+        body = self._tokenizer.decode_body(completion)
+        if self._tokenizer.ender(completion) is not None:
+            return body, "stop"
+        known = len(self._tokenizer.decode(ids[:-1]))
+        for stop in self._stops:  # one that the last token completes
+            at = body.find(stop, max(0, known - len(stop) + 1))
+            if at >= 0:
+                return body[:at], "stop"
+        return body, "length"
+
+    def _readings(self, turn: RemoteTurn, text: str, *, calls: bool) -> Iterator[dict[str, Any]]:
+        """What chat servers make of it, with the parsers that they may be started with."""
+        prompt = turn.prompt_ids.tolist()
+        known = _answers.tool_format(self._tokenizer) is not None
+        # Rows of some proxies have no tools; a message that calls some tells that there were.
+        tools = (self._tools or ([{}] if calls else None)) if known else None
+        for offered in dict.fromkeys((bool(tools), False)):
+            for split in (True, False):
+                reader = _answers.AnswerReader(
+                    prompt,
+                    self._tokenizer,
+                    tools=tools if offered else None,
+                    split_reasoning=split,
+                )
+                yield reader.read(text).message
+        yield {"role": "assistant", "content": text}
+
+    def _same(self, reading: Mapping[str, Any], message: Mapping[str, Any]) -> bool:
+        thought = message.get("reasoning_content")
+        return (
+            self._shown(reading) == self._shown(message)
+            and _calls(reading) == _calls(message)
+            and (not thought or thought.strip() == (reading.get("reasoning_content") or "").strip())
+        )
+
+    def _shown(self, message: Mapping[str, Any]) -> str:
+        """The content without what servers and clients leave out: control tokens, the blanks around
+        it, and the rest of a character that was cut in two."""
+        content = _text_of(message.get("content"))
+        for token in self._tokenizer.special_texts:
+            content = content.replace(token, "")
+        return content.strip().rstrip("\ufffd").rstrip()
+
+    def _difference(
+        self,
+        turn: RemoteTurn,
+        text: str,
+        readings: Sequence[Mapping[str, Any]],
+        message: Mapping[str, Any],
+    ) -> str:
+        said, called = _text_of(message.get("content")), _calls(message)
+        nearest = next((r for r in readings if _calls(r) == called), None)
+        reason = "its client's retry, or another conversation, had as many messages before it"
+        if nearest is None:
+            known = _answers.tool_format(self._tokenizer) is not None
+            shown = json.dumps(message.get("tool_calls"))[:160]
+            if not known:
+                return f"{turn.name}: {_answers.unknown_format(self._tokenizer.name)}"
+            return (
+                f"{turn.name}: its ids decode to {text[:160]!r}, which does not read as the calls "
+                f"of its message, {shown}: {reason}?"
+            )
+        other = _text_of(nearest.get("content"))
+        at = next(
+            (i for i, (a, b) in enumerate(zip(other, said, strict=False)) if a != b),
+            min(len(other), len(said)),
+        )
+        token = self._token_at(turn, text, text.find(other) + at if other in text else at)
+        return (
+            f"{turn.name}: completion_token_ids[{token}] is not of its message: the ids say "
+            f"{_around(other, at)}, the message {_around(said, at)}: {reason}?"
+        )
+
+    def _token_at(self, turn: RemoteTurn, text: str, at: int) -> int:
+        """The token that the character `at` of the text is of."""
+        ids = turn.completion_ids.tolist()
+        shared = text[: at + 1]
+        count = bisect_left(
+            range(len(ids)),
+            True,
+            lo=1,
+            key=lambda k: self._tokenizer.decode(ids[:k]).startswith(shared),
+        )
+        return min(count, len(ids)) - 1
+
+
+class _Reading(msgspec.Struct, frozen=True):
+    """A turn as text."""
+
+    text: str
+    message: dict[str, Any]
+    finish_reason: sampling.FinishReason
+
+
+def _around(text: str, at: int) -> str:
+    start = max(0, at - 20)
+    return f"{'...' if start else ''}{text[start : at + 40]!r}"
+
+
+def _as_record(
+    turns: Sequence[RemoteTurn],
+    readings: Sequence[_Reading],
+    messages: list[dict[str, Any]],
+    asked: int,
+    sampled_with: SamplingRecord,
+) -> RolloutRecord:
+    first, reading, last = turns[0], readings[0], readings[-1].finish_reason
+    plain = _answers.answer_fields(reading.text, split_reasoning=True)
+    return RolloutRecord(
+        prompt_ids=first.prompt_ids.tolist(),
+        completion_ids=[first.completion_ids.tolist()],
+        inference_logprobs=[first.logprobs],
+        completions_text=[reading.text],
+        completion_messages=None if reading.message == plain else [reading.message],
+        truncated=[reading.finish_reason == "length"],
+        finish_reasons=[reading.finish_reason],
+        sampling=sampled_with,
+        token_turn_traces=[
+            turn_trace(
+                turn.prompt_ids.tolist(),
+                turn.completion_ids.tolist(),
+                turn.logprobs,
+                r.finish_reason,
+            )
+            for turn, r in zip(turns, readings, strict=True)
+        ],
+        trajectories=[remote_segments(turns)],
+        episodes=[
+            EpisodeRecord(
+                turns=len(turns),
+                stop_reason="length" if last == "length" else "done",
+                finish_reason=last,
+                messages=messages,
+                row_messages=asked,
+            )
+        ],
+    )
+
+
+def _sampled_with(params: Mapping[str, Any], tokenizer: LoadedTokenizer) -> SamplingRecord:
+    """As the row's completion_params say it; the payloads do not."""
+    fields = {
+        **form.sampling_of_params(params, 1),
+        "tokenizer": tokenizer.name,
+        "chat_template_hash": tokenizer.chat_template_hash,
+        "stop": _stops(params),
+        "logprobs": "unknown",
+        "prompts": "agent",
+    }
+    try:
+        return msgspec.convert(fields, SamplingRecord)
+    except msgspec.ValidationError as error:
+        raise RecordError(
+            f"its completion_params do not say how it was sampled: {error}"
+        ) from error
+
+
+def _stops(params: Mapping[str, Any]) -> list[str]:
+    stop = params.get("stop")
+    return [stop] if isinstance(stop, str) else [s for s in stop or () if isinstance(s, str) and s]
+
+
+def _field(value: Any, name: str) -> Any:
+    return value.get(name) if isinstance(value, Mapping) else getattr(value, name, None)
+
+
+def _name(row: Any, extra: Mapping[str, Any]) -> str:
+    run = extra.get("run_index")
+    row_id = _field(_field(row, "input_metadata"), "row_id")
+    return f"row {row_id!r}" + (f", run {run}" if run is not None else "")
+
+
+def _plain(message: Any) -> dict[str, Any]:
+    """A message as plain JSON, without the token data that Eval Protocol copies into it."""
+    fields = message if isinstance(message, Mapping) else message.model_dump(mode="json")
+    kept = {k: v for k, v in fields.items() if v is not None and k != "logprobs"}
+    return {"role": kept.pop("role", None), "content": kept.pop("content", None), **kept}
+
+
+def _text_of(content: Any) -> str:
+    if isinstance(content, list):
+        return "".join(str(part.get("text", "")) for part in content if isinstance(part, Mapping))
+    return content if isinstance(content, str) else ""
+
+
+def _calls(message: Mapping[str, Any]) -> list[tuple[Any, Any]]:
+    """Names and arguments: these by their meaning, as clients write them anew."""
+    functions = [call.get("function") or {} for call in message.get("tool_calls") or ()]
+    return [(f.get("name"), _meaning(f.get("arguments"))) for f in functions]
+
+
+def _meaning(arguments: Any) -> Any:
+    """JSON text with its numbers and keys in one way; what is none, as it is."""
+    try:
+        value = json.loads(arguments, parse_float=_number)
+        return json.dumps(value, sort_keys=True)
+    except (ValueError, TypeError, RecursionError):
+        return arguments
+
+
+def _number(text: str) -> float:
+    """JavaScript writes 1.0 as 1."""
+    value = float(text)
+    return int(value) if value.is_integer() else value
