@@ -19,6 +19,7 @@ from ._answers import tool_format as tool_format
 from ._backends import Backends as Backends
 from ._backends import lost_tokenizer as lost_tokenizer
 from ._backends import untold_tokenizer as untold_tokenizer
+from ._commit import ASKED_KEY as ASKED_KEY
 from ._commit import build_record as build_record
 from ._commit import messages_to_answer as messages_to_answer
 from ._commit import put_on_row as put_on_row

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from eval_protocol.models import EvaluationRow, Message
 
 _T = TypeVar("_T")
+ASKED_KEY = "row_messages"
+"""In `extra`: the row's own messages, where an agent's conversation stands in their place that does
+not begin with them."""
 _OWN_KEYS = frozenset(RolloutRecord.__struct_fields__)
 
 
@@ -146,12 +149,15 @@ def messages_to_answer(row: EvaluationRow, *, drop_trailing_assistant: bool) -> 
 def _before_episodes(row: EvaluationRow) -> list[Message]:
     """The row's messages without the episode that an earlier rollout put behind them."""
     messages = list(row.messages)
-    episodes = (row.execution_metadata.extra or {}).get("episodes")
+    extra = row.execution_metadata.extra or {}
+    episodes = extra.get("episodes")
     if not episodes or not isinstance(episodes, list) or not isinstance(episodes[0], dict):
         return messages
     first = episodes[0]
     if len(first.get("messages") or ()) != len(messages):
         return messages  # the caller has put others there
+    if extra.get(ASKED_KEY):
+        return [type(messages[0])(**message) for message in extra[ASKED_KEY]]
     return messages[: first.get("row_messages")]
 
 

@@ -218,13 +218,18 @@ class AgentRolloutProcessor(rollout.FireworksTrainingRolloutProcessor):
             split_reasoning=self.split_reasoning,
             began_at=job.began_at,
         )
+        messages = [Message(**{"content": None, **m}) for m in first.record.messages]
+        begins = len(job.messages) <= len(messages) and all(map(_is_same, job.messages, messages))
+        episodes = [_episode(done, first.first_prompt) for done in sessions]
+        if begins:
+            own = len(job.messages)
+            episodes = [msgspec.structs.replace(one, row_messages=own) for one in episodes]
         record = msgspec.structs.replace(
             record,
             trajectories=[done.segments for done in sessions],
-            episodes=[_episode(done, first.first_prompt) for done in sessions],
+            episodes=episodes,
             token_turn_traces=traces_of(first.path),
         )
-        messages = [Message(**{"content": None, **m}) for m in first.record.messages]
         row.tools = None if first.tools is None else [dict(tool) for tool in first.tools]
         rollout.put_on_row(
             row,
@@ -236,6 +241,12 @@ class AgentRolloutProcessor(rollout.FireworksTrainingRolloutProcessor):
             tool_calls=sum(len(message.tool_calls or []) for message in messages),
             seconds=time.perf_counter() - job.began,
         )
+        # For a rollout of this row again: its conversation need not begin with its own messages.
+        extra = row.execution_metadata.extra
+        assert extra is not None  # noqa: S101 - a record was put there
+        extra.pop(rollout.ASKED_KEY, None)
+        if not begins:
+            extra[rollout.ASKED_KEY] = [m.model_dump(exclude_none=True) for m in job.messages]
 
 
 _NO_CONFIG: Any = object()
@@ -287,6 +298,10 @@ def _episode(done: SessionRecord, prompt: sampling.TokenIds) -> EpisodeRecord:
     if done.first_prompt == prompt:
         return done.record
     return msgspec.structs.replace(done.record, prompt_ids=list(done.first_prompt))
+
+
+def _is_same(message: Message, other: Message) -> bool:
+    return message.role == other.role and rollout.text_of(0, message.content) == other.content
 
 
 def _output(metrics: Mapping[str, Any]) -> str:

@@ -30,7 +30,7 @@ from aiohttp import web
 
 from eval_protocol_rft import rollout, sampling
 from eval_protocol_rft._text import text_of
-from eval_protocol_rft.episodes.gateway import _chat_api, _responses_api
+from eval_protocol_rft.episodes.gateway import _chat_api, _messages_api, _responses_api
 from eval_protocol_rft.episodes.gateway._call import CallError, Reply
 from eval_protocol_rft.episodes.gateway._protocol import keep_alive
 from eval_protocol_rft.episodes.gateway._session import KEY_MARK, PendingCall, Sample, Session
@@ -50,6 +50,7 @@ REWARD_HEADER = "x-rft-reward"
 _PROTOCOLS: dict[str, ModuleType] = {
     "/chat/completions": _chat_api,
     "/responses": _responses_api,
+    "/messages": _messages_api,
 }
 _PREFIXES = ("", "/v1", "/v1/v1")
 """What clients put before a path: some expect `/v1` in their base URL, and some add it."""
