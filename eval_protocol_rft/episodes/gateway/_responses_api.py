@@ -359,8 +359,8 @@ def reply_events(call: ModelCall, reply: Reply) -> Iterator[bytes]:
 
     The last event is `response.completed`, also where the answer was cut off: its response says
     `incomplete` and why, as without `stream`. Behind a `response.incomplete` instead, the client's
-    own stream helper and the Agents SDK raise, and one and the same answer would end an agent that
-    streams and not one that does not.
+    own stream helper has no response to return, and the Agents SDK ends the agent. (Without
+    `stream` that SDK ends the agent for the status, which is the truth.)
     """
     numbers = itertools.count()
 

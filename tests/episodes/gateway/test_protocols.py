@@ -13,7 +13,14 @@ from hypothesis import strategies as st
 
 from eval_protocol_rft.episodes.gateway import _chat_api, _messages_api, _responses_api
 from eval_protocol_rft.episodes.gateway._call import CallError, ModelCall
-from tests.episodes.gateway.protocol_server import ADD, FIRST
+from tests.episodes.gateway.protocol_server import (
+    ADD,
+    FIRST,
+    choice,
+    events_of,
+    reply,
+    tool_call,
+)
 
 SCHEMA = {"name": "x", "schema": ADD, "strict": True}
 TEXT = [{"type": "text", "text": "a"}]
@@ -150,3 +157,16 @@ def test_bytes_that_are_no_request_are_refused(api, body):
     with pytest.raises(CallError) as caught:
         api.read_call(body)
     assert caught.value.status == 400
+
+
+@APIS
+def test_no_text_ends_a_line_of_a_stream(api):
+    """httpx, and litellm with it, splits lines at more characters than a stream's standard does."""
+    text = "a\r\nb\x0bc\x0cd\x1ce\x85f\u2028g\u2029h" * 9
+    arguments = json.dumps({"a": text}, ensure_ascii=False)
+    answer = reply(choice(text, tool_call(arguments), reasoning=text))
+    call = api.read_call(json.dumps(REQUESTS[api]).encode())
+    stream = b"".join(api.reply_events(call, answer)).decode()
+    assert {line.partition(": ")[0] for line in stream.splitlines()} <= {"event", "data", ""}
+    told = "".join(json.dumps(data, ensure_ascii=False) for _, data in events_of([stream.encode()]))
+    assert "\u2028" in told
