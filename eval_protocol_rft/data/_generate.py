@@ -236,6 +236,7 @@ async def agenerate(
                 output_job.request,
                 getattr(chosen, "context_length", None),
                 asyncio.Semaphore(concurrency or DEFAULT_CONCURRENCY),
+                not output_job.is_scored,
             )
         most = concurrency or (DEFAULT_CONCURRENCY if own else None)
         bound: sampling.ConcurrencyLimit = sampling.AdaptiveLimit()

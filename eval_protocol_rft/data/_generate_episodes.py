@@ -39,6 +39,8 @@ class EpisodeJob:
     environment: Factory
     limits: episodes.EpisodeLimits
     on_rewrite: episodes.OnRewrite
+    score: episodes.AliveScorer | None
+    """The processor's."""
     settings: EpisodeSettings
     """What the file says of it."""
 
@@ -73,7 +75,9 @@ def episode_job(
                 "episodes are those of an EpisodeRolloutProcessor"
             )
     own_limits, own_rewrite, factory = episodes.EpisodeLimits(), "split", value
+    score: episodes.AliveScorer | None = None
     if isinstance(value, episodes.EpisodeRolloutProcessor):
+        score = value.score
         own_limits, own_rewrite, factory = value.limits, value.on_rewrite, value.environment
         if not value.split_reasoning:
             raise JobError(f"{name}: split_reasoning=False is not for a rollout file")
@@ -86,8 +90,12 @@ def episode_job(
         environment=factory,
         limits=limits,
         on_rewrite=rewrite,
+        score=score,
         settings=EpisodeSettings(
-            environment=name, code=_code_of(factory), limits=asdict(limits), on_rewrite=rewrite
+            environment=name,
+            code=_code_of(factory, score),
+            limits=asdict(limits),
+            on_rewrite=rewrite,
         ),
     )
 
@@ -124,9 +132,13 @@ def _name_of(value: Any) -> str:
     return f"{getattr(value, '__module__', None) or '?'}:{name}"
 
 
-def _code_of(factory: Any) -> dict[str, str]:
+def _code_of(factory: Any, score: episodes.AliveScorer | None) -> dict[str, str]:
     plain = _plain(factory)
-    return executors.code_fingerprints(plain) if hasattr(plain, "__qualname__") else {}
+    code = executors.code_fingerprints(plain) if hasattr(plain, "__qualname__") else {}
+    if score is not None:
+        scores = executors.code_fingerprints(score.function)
+        code |= {f"{name} (score)": fingerprint for name, fingerprint in scores.items()}
+    return code
 
 
 def _plain(factory: Any) -> Any:
@@ -142,6 +154,7 @@ class RowEpisodes:
         job, tokenizer, request: what all episodes of a run have in common.
         context_length: the model's, where the sampler knows it.
         slots: so many episodes, and environments, of a run are alive at once.
+        keeps_scores: an episode's score while its environment was alive is its reward.
         row: what the episodes of the data row have in common.
     """
 
@@ -152,11 +165,12 @@ class RowEpisodes:
         request: RolloutRequest,
         context_length: int | None,
         slots: asyncio.Semaphore,
+        keeps_scores: bool,
         row: CompletionRow,
     ) -> None:
         asked = EvaluationRow.model_validate(asked_row(row))
         self._row_id = asked.input_metadata.row_id
-        self._slots = slots
+        self._slots, self._keeps_scores = slots, keeps_scores
         self._episodes = episodes.Episodes(
             asked,
             asked.messages,
@@ -167,6 +181,7 @@ class RowEpisodes:
             limits=job.limits,
             on_rewrite=job.on_rewrite,
             context_length=context_length,
+            score=job.score,
             group_seed=episodes.group_seed(request.seed, str(row.data_idx)),
         )
         self._first: tuple[int, TokenIds] | None = None
@@ -180,6 +195,9 @@ class RowEpisodes:
         else:
             fill(row, outcome.first, outcome.first_prompt)
             _put_episode(row, outcome)
+            score = episodes.alive_score(outcome.record)
+            if score is not None and self._keeps_scores:
+                row.scores = {"reward": score}
 
     async def _run(self, index: int, seed: int | None, ask: Ask) -> episodes.Episode | Failure:
         """Run one, from before its environment is made until that is closed."""

@@ -182,6 +182,11 @@ class OutputJob:
         return file_format.metadata_of(self.schema).episodes
 
     @property
+    def is_scored(self) -> bool:
+        """Whether the rewards of the file that is there are an evaluator's."""
+        return "reward" in file_format.metadata_of(self.schema).rewards
+
+    @property
     def data_name(self) -> str:
         """What the data set was called when the job began: row ids are made of it."""
         data = file_format.metadata_of(self.schema).data

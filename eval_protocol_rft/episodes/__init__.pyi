@@ -13,6 +13,8 @@ from ._template_report import template_report as template_report
 
 # For other rooms alone: these may change.
 # isort: split
+from ._alive import AliveScorer as AliveScorer
+from ._alive import alive_score as alive_score
 from ._conversation import Segment as Segment
 from ._episode import Episode as Episode
 from ._episode import Episodes as Episodes

@@ -97,6 +97,15 @@ class Environment:
         """
         raise NotImplementedError(f"{type(self).__name__} has no step()")
 
+    def score(self, row: EvaluationRow) -> Any:
+        """The episode's score, asked for after its last turn and before `close`: a number, an
+        `EvaluateResult` (or an awaitable of one), or None for none.
+
+        Args:
+            row: the episode as an evaluator sees it.
+        """
+        return None
+
     def close(self) -> Any:
         """The episode is over, however it ended."""
         return None
@@ -364,6 +373,14 @@ class CheckedEnvironment:
             raise EnvironmentFaultError(f"{self._name}.step() is not done and says nothing")
         return replace(answer, reward=_reward(answer.reward), metrics=self._metrics(answer.metrics))
 
+    @property
+    def score(self) -> tuple[Callable[[EvaluationRow], Any], str] | None:
+        """What scores the episode, and its name; None where it does not."""
+        method = getattr(self.environment, "score", None)
+        if not callable(method) or not _does_something(method) or not _takes_one(method):
+            return None
+        return method, f"{self._name}.score()"
+
     async def close(self, row_id: str | None) -> None:
         """End it, even where the episode is being cancelled; a fault is logged, for the episode is
         over."""
@@ -446,7 +463,22 @@ async def _done(pending: Awaitable[Any]) -> None:
 def _does_something(method: Callable[..., Any]) -> bool:
     """Whether it is overridden: what an `Environment` does by itself takes no thread, and no copy
     of a row."""
-    return getattr(method, "__func__", None) not in (Environment.reset, Environment.close)
+    return getattr(method, "__func__", None) not in (
+        Environment.reset,
+        Environment.score,
+        Environment.close,
+    )
+
+
+def _takes_one(method: Callable[..., Any]) -> bool:
+    """Whether it can be called with a row: an environment may have a `score` of its own."""
+    try:
+        inspect.signature(method).bind(None)
+    except TypeError:
+        return False
+    except ValueError:  # it has no signature that Python knows
+        pass
+    return True
 
 
 class Transcript:

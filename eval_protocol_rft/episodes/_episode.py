@@ -16,6 +16,7 @@ import msgspec
 from eval_protocol_rft import sampling
 from eval_protocol_rft._segments import EpisodeRecord, Segment
 from eval_protocol_rft.episodes import _environment as environments
+from eval_protocol_rft.episodes._alive import AliveScorer, score_alive
 from eval_protocol_rft.episodes._calling import EnvironmentFaultError
 from eval_protocol_rft.episodes._conversation import Conversation
 from eval_protocol_rft.episodes._environment import Environment, EpisodeLimits, Step
@@ -23,6 +24,7 @@ from eval_protocol_rft.episodes._rendering import ConversationError
 from eval_protocol_rft.episodes._turns import OnRewrite, with_versions
 from eval_protocol_rft.local import LoadedTokenizer
 from eval_protocol_rft.rollout import AnswerReader, PromptError, as_message, chat_messages
+from eval_protocol_rft.scoring import ALIVE_KEY
 
 if TYPE_CHECKING:
     from eval_protocol.models import EvaluationRow, Message
@@ -67,6 +69,8 @@ class Episodes:
         limits: how long an episode may get.
         on_rewrite: see `Conversation.start`.
         context_length: the model's, where the sampler knows it.
+        score: what scores an episode while its environment is alive, in place of the environment's
+            own `score`.
         group_seed: what the seeds of the environments come from, see `group_seed`.
         split_reasoning: show thinking as `reasoning_content`, not in the content.
     """
@@ -84,9 +88,11 @@ class Episodes:
         on_rewrite: OnRewrite,
         context_length: int | None,
         group_seed: int,
+        score: AliveScorer | None = None,
         split_reasoning: bool = True,
     ) -> None:
         self._group_seed = group_seed
+        self.score = None if score is None else (score, score.name)
         self.row, self.messages = row, messages
         self.tokenizer, self._template_kwargs = tokenizer, template_kwargs
         self.environment, self.params, self.limits = environment, params, limits
@@ -168,7 +174,10 @@ class _Run:
                 self._of.environment, self._of.limits
             )
             try:
-                return await self._run(world)
+                ended = await self._run(world)
+                if isinstance(ended, Episode):
+                    ended = await self._scored(world, ended)
+                return ended
             finally:
                 await world.close(self._of.row.input_metadata.row_id)
         except (EnvironmentFaultError, ConversationError, PromptError) as error:
@@ -240,6 +249,17 @@ class _Run:
                 return end("observation")
             talk.append(transcript.add(observation))
 
+    async def _scored(self, world: environments.CheckedEnvironment, episode: Episode) -> Episode:
+        """The episode with its score, where it is scored while its environment is alive."""
+        score = self._of.score or world.score
+        if score is None:
+            return episode
+        row = self._of.row.model_copy(update={"tools": world.tools(self._of.row)})
+        record = await score_alive(
+            *score, row, self._index, episode.record, seconds=self._of.limits.step_seconds
+        )
+        return replace(episode, record=record)
+
     async def _sampled(
         self, prompt_ids: sampling.TokenIds, params: sampling.SamplingParams
     ) -> sampling.Survivor | sampling.Failure | None:
@@ -283,6 +303,7 @@ class _Run:
         transcript: environments.Transcript,
         reason: str,
     ) -> Episode:
+        self._metrics.pop(ALIVE_KEY, None)  # that is not for an environment to say
         first = replace(
             self._survivors[0],
             completion=with_versions([s.completion for s in self._survivors]),

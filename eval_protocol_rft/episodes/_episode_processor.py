@@ -20,9 +20,11 @@ from eval_protocol.models import EvaluationRow, Message
 from eval_protocol.pytest.types import RolloutProcessorConfig
 
 from eval_protocol_rft import rollout, sampling
+from eval_protocol_rft.episodes._alive import AliveScorer, alive_score
 from eval_protocol_rft.episodes._environment import Environment, EpisodeLimits
 from eval_protocol_rft.episodes._episode import Episode, Episodes, group_seed
 from eval_protocol_rft.episodes._turns import OnRewrite
+from eval_protocol_rft.record import UNSCORED
 
 
 class EpisodeRolloutProcessor(rollout.FireworksTrainingRolloutProcessor):
@@ -35,6 +37,8 @@ class EpisodeRolloutProcessor(rollout.FireworksTrainingRolloutProcessor):
         on_rewrite: what to do where the chat template renders earlier turns anew once more is said:
             `split` begins a new segment with the same reward, `reject` fails the episode. See
             `template_report` for what a template does.
+        score: an evaluator of `row` that scores each episode while its environment is alive, in
+            place of the environment's own `score`.
         **options: as for `FireworksTrainingRolloutProcessor`; over-sampling and straggler deadlines
             are not for episodes.
 
@@ -51,6 +55,7 @@ class EpisodeRolloutProcessor(rollout.FireworksTrainingRolloutProcessor):
         *,
         limits: EpisodeLimits | None = None,
         on_rewrite: OnRewrite = "split",
+        score: Callable[..., Any] | None = None,
         **options: Any,
     ) -> None:
         if on_rewrite not in ("split", "reject"):
@@ -61,6 +66,7 @@ class EpisodeRolloutProcessor(rollout.FireworksTrainingRolloutProcessor):
         self.environment = environment
         self.limits = limits or EpisodeLimits()
         self.on_rewrite: OnRewrite = on_rewrite
+        self.score = None if score is None else AliveScorer(score)
 
     async def _roll_out(
         self,
@@ -90,6 +96,7 @@ class EpisodeRolloutProcessor(rollout.FireworksTrainingRolloutProcessor):
                 limits=self.limits,
                 on_rewrite=self.on_rewrite,
                 context_length=getattr(job.sampler, "context_length", None),
+                score=self.score,
                 group_seed=group_seed(job.request.seed, job.row_key, job.run),
                 split_reasoning=self.split_reasoning,
             )
@@ -139,6 +146,12 @@ class EpisodeRolloutProcessor(rollout.FireworksTrainingRolloutProcessor):
             episodes=[episode.record for episode in episodes],
             token_turn_traces=first.talk.turns(),
         )
+        alive = [alive_score(episode.record) for episode in episodes]
+        if any(score is not None for score in alive):
+            scores = [score or UNSCORED for score in alive]
+            record = msgspec.structs.replace(
+                record, rewards=[score.reward for score in scores], completion_results=scores
+            )
         messages = [Message(**{"content": None, **m}) for m in first.record.messages]
         row.tools = None if first.tools is None else [dict(tool) for tool in first.tools]
         rollout.put_on_row(

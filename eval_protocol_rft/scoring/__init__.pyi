@@ -5,6 +5,7 @@ from ._scorer import score_rows as score_rows
 
 # For other rooms alone: these may change.
 # isort: split
+from ._evaluator import ALIVE_KEY as ALIVE_KEY
 from ._evaluator import BoundCall as BoundCall
 from ._evaluator import Evaluator as Evaluator
 from ._evaluator import Mode as Mode
@@ -23,5 +24,6 @@ from ._results import sort_answers as sort_answers
 from ._results import unscored as unscored
 from ._scored_rows import ScoringOptions as ScoringOptions
 from ._scored_rows import completion_views as completion_views
+from ._scored_rows import episode_view as episode_view
 from ._scorer import OPTIONS_ATTRIBUTE as OPTIONS_ATTRIBUTE
 from ._scorer import several_models_problem as several_models_problem

@@ -97,6 +97,19 @@ def sampled_sets(item: Any) -> list[Any]:
     return [params["completion_params"] for params in calls if "completion_params" in params]
 
 
+ALIVE_KEY = "scored_alive"
+"""Among an episode's metrics: what was said of it while its environment was alive, a `Score` as
+JSON, and `by` whom."""
+
+
+def scored_alive(extra: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """What the `extra` of an episode's view says of its score while its environment was alive."""
+    value = (extra or {}).get("episode")
+    for key in ("metrics", ALIVE_KEY):
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value if isinstance(value, Mapping) and "by" in value else None
+
+
 Parameter = Literal["row", "rows"]
 
 _PASSED_THROUGH = (
@@ -131,6 +144,13 @@ class Evaluator:
     code: CodeType
     """Where the user wrote it."""
     is_async: bool
+
+    @property
+    def name(self) -> str:
+        """`file.py::name`, however it was imported; of a lambda with its line."""
+        name = self.code.co_qualname
+        line = f":{self.code.co_firstlineno}" if name.endswith("<lambda>") else ""
+        return f"{Path(self.code.co_filename).name}::{name}{line}"
 
     @classmethod
     def of(cls, function: Callable[..., Any]) -> Evaluator:
@@ -181,6 +201,8 @@ class BoundCall:
 
     def attempt(self, value: Any) -> Any:
         """What the evaluator returns for `value`, or a `CallFailed`."""
+        if self._has_scored(value):
+            return value
         process = os.getpid()
         try:
             return self(value)
@@ -193,12 +215,22 @@ class BoundCall:
 
     async def attempt_async(self, value: Any) -> Any:
         """What the async evaluator returns for `value`, or a `CallFailed`."""
+        if self._has_scored(value):
+            return value
         try:
             return await _InOneProcess(self(value))
         except _PASSED_THROUGH:
             raise
         except BaseException as error:  # noqa: BLE001
             return self._failed(error)
+
+    def _has_scored(self, value: Any) -> bool:
+        """Whether `value` is an episode that this evaluator scored while its environment was alive.
+        What it looked at then is gone, so its result on the row stands."""
+        if self.evaluator.parameter != "row":
+            return False
+        alive = scored_alive(value.execution_metadata.extra)
+        return alive is not None and alive["by"] == self.evaluator.name
 
     def _failed(self, error: BaseException) -> CallFailed:
         """Name the last line in the evaluator's own file, where most users need to look."""

@@ -23,6 +23,7 @@ from eval_protocol_rft._segments import EpisodeRecord
 from eval_protocol_rft._statistics import mean_pass_at_k, powers_of_two
 from eval_protocol_rft.record import RecordError, Score
 from eval_protocol_rft.rollout import as_message, chat_finish_reason, recorded_answers
+from eval_protocol_rft.scoring._evaluator import scored_alive
 from eval_protocol_rft.scoring._results import STEP_OUTPUTS
 
 HIDDEN_KEYS = frozenset(
@@ -63,7 +64,8 @@ def completion_views(row: EvaluationRow) -> list[EvaluationRow] | None:
     A view is the row with the completion as its last message, no evaluation_result, that
     completion's finish reason, and an `extra` that has `completion_index` and `finish_reason` but
     none of `HIDDEN_KEYS`. The other fields are deep copies of the row's. Of an episode it has all
-    messages, and `extra["episode"]` with its turns, stop reason, step rewards and metrics.
+    messages, and `extra["episode"]` with its turns, stop reason, step rewards and metrics; and the
+    evaluation_result of one that was scored while its environment was alive.
 
     Raises:
         RecordError: the record is unreadable, or the row's last message is not its first
@@ -96,22 +98,49 @@ def _episode_views(
     row: EvaluationRow, extra: dict[str, Any], episodes: list[EpisodeRecord]
 ) -> list[EvaluationRow]:
     template = _template(row, extra)
-    template.messages = []
-    views = []
-    for index, episode in enumerate(episodes):
-        messages = [Message(**message) for message in episode.messages]
-        called = messages[-1].tool_calls if messages else None
-        last = chat_finish_reason(episode.last_finish_reason, called)
-        view = _view(template, index, messages, last)
-        about = {
-            "turns": episode.turns,
-            "stop_reason": episode.stop_reason,
-            "step_rewards": list(episode.step_rewards),
-            "metrics": dict(episode.metrics),
-        }
-        view.execution_metadata.extra = {**(view.execution_metadata.extra or {}), "episode": about}
-        views.append(view)
-    return views
+    return [_episode_view(template, index, episode) for index, episode in enumerate(episodes)]
+
+
+def episode_view(row: EvaluationRow, index: int, episode: EpisodeRecord) -> EvaluationRow:
+    """The view of an episode that is not yet on its row."""
+    return _episode_view(_template(row, row.execution_metadata.extra or {}), index, episode)
+
+
+def _episode_view(template: EvaluationRow, index: int, episode: EpisodeRecord) -> EvaluationRow:
+    messages = [Message(**message) for message in episode.messages]
+    called = messages[-1].tool_calls if messages else None
+    last = chat_finish_reason(episode.last_finish_reason, called)
+    view = _view(template.model_copy(update={"messages": []}), index, messages, last)
+    about = {
+        "turns": episode.turns,
+        "stop_reason": episode.stop_reason,
+        "step_rewards": list(episode.step_rewards),
+        "metrics": dict(episode.metrics),
+    }
+    extra = {**(view.execution_metadata.extra or {}), "episode": about}
+    view.execution_metadata.extra = extra
+    if (alive := scored_alive(extra)) is not None:
+        view.evaluation_result = _result(alive)
+    return view
+
+
+def _result(alive: Mapping[str, Any]) -> EvaluateResult | None:
+    """What was said of an episode while its environment was alive; None where it says nothing that
+    can be read."""
+    try:
+        score = msgspec.convert({k: v for k, v in alive.items() if k != "by"}, Score)
+        metrics = dict(score.metrics or {})
+        steps = metrics.pop(STEP_OUTPUTS, None)
+        return EvaluateResult(
+            score=score.reward or 0.0,
+            is_score_valid=score.reward is not None,
+            reason=score.reason,
+            metrics={name: MetricResult.model_validate(one) for name, one in metrics.items()},
+            error=score.error,
+            step_outputs=None if steps is None else [StepOutput.model_validate(s) for s in steps],
+        )
+    except (msgspec.ValidationError, ValueError, TypeError):
+        return None
 
 
 def _splits_reasoning(row: EvaluationRow, part: _ScoredPart) -> bool:
