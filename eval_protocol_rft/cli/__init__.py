@@ -20,7 +20,7 @@ from eval_protocol_rft.cli._common import fail, open_closed_streams, say
 from eval_protocol_rft.cli._flags import for_typer, help_text
 from eval_protocol_rft.cli._inspection import report, show, sql, stats
 from eval_protocol_rft.cli._jobs import convert, datums, filter, generate, score  # noqa: A004
-from eval_protocol_rft.cli._models import WRONG, doctor, serve, train
+from eval_protocol_rft.cli._models import WRONG, doctor, gateway, serve, train
 
 COMMANDS: dict[str, Callable[..., None]] = {
     command.__name__: command
@@ -35,6 +35,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
         convert,
         show,
         serve,
+        gateway,
         doctor,
         train,
     )

@@ -13,6 +13,7 @@ from eval_protocol_rft import loop, rollout, sampling, training
 from eval_protocol_rft._options import Flag
 from eval_protocol_rft.cli._common import fail, say, say_json, say_table
 from eval_protocol_rft.cli._flags import Takes, Unset
+from eval_protocol_rft.episodes import gateway as agents
 from eval_protocol_rft.loop import fireworks
 
 if TYPE_CHECKING:
@@ -63,6 +64,63 @@ def serve(
         served_model_name=served_model_name,
         reloads=reloads,
         api_key=api_key,
+        say=say,
+    )
+
+
+def gateway(
+    params: Annotated[dict[str, Any], Takes(sampling.SamplingParams)],
+    request: Annotated[dict[str, Any], Takes(rollout.RolloutRequest, {"n": ...})],
+    server: Annotated[dict[str, Any], Takes(sampling.Endpoint, {"base_url": None})],
+    settings: Annotated[dict[str, Any], Takes(agents.SessionSettings)],
+    limits: agents.SessionLimits,
+    *,
+    output: Annotated[Path | None, Flag("-o", unset="rows are only returned")] = None,
+    host: str = "127.0.0.1",
+    port: Annotated[int, Ge(0), Le(65535)] = 8100,
+    gateway_key: Annotated[str | None, Flag(env="EP_RFT_GATEWAY_KEY", unset="made anew")] = None,
+) -> None:
+    r"""Let agents in any framework or language call a model, and keep each rollout exact to the
+    token.
+
+    Speaks OpenAI's Chat Completions and Responses and Anthropic's Messages. Each agent has a
+    session, named in its base URL; a session that is finished becomes a row that `ep-rft convert`
+    and `build_batch` read.
+
+    Args:
+        output: A .jsonl file that rows are appended to.
+        host: Address to listen on.
+        port: Port to listen on; 0 takes a free one.
+        gateway_key: What opens sessions, as 'Authorization: Bearer KEY'.
+
+    Examples:
+      ep-rft gateway --model local/arithmetic -o sessions.jsonl
+      ep-rft gateway --model Qwen/Qwen3-8B --base-url http://localhost:8000 \
+        --temperature 1.0 -o sessions.jsonl
+      ep-rft gateway --model accounts/fireworks/models/qwen3-8b \
+        --tokenizer Qwen/Qwen3-8B --on-other-sampling refuse
+    """
+    if output is not None and output.suffix != ".jsonl":
+        fail(f"-o: {output} must end with .jsonl", code=WRONG)
+    if "extra" in params:
+        params["extra_body"] = params.pop("extra")
+    asked = rollout.parse_completion_params({**params, **request, **server})
+    endpoint = asked.endpoint
+    if endpoint is not None and endpoint.is_fireworks:
+        settings.setdefault("guided_decoding", True)
+    agents.serve_gateway(
+        asked,
+        settings=agents.SessionSettings(
+            params=asked.params,
+            pinned=frozenset(agents.PINNABLE) & params.keys(),
+            template_kwargs=asked.chat_template_kwargs,
+            limits=limits,
+            **settings,
+        ),
+        host=host,
+        port=port,
+        api_key=gateway_key,
+        output=output,
         say=say,
     )
 

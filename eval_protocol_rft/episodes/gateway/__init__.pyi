@@ -6,3 +6,9 @@ from ._session import Session as Session
 from ._session import SessionRecord as SessionRecord
 from ._settings import SessionLimits as SessionLimits
 from ._settings import SessionSettings as SessionSettings
+
+# For other rooms alone: these may change.
+# isort: split
+from ._settings import PINNABLE as PINNABLE
+from ._standalone import GatewayError as GatewayError
+from ._standalone import serve_gateway as serve_gateway

@@ -21,10 +21,9 @@ from eval_protocol.models import EvaluationRow, Message
 from eval_protocol.pytest.types import RolloutProcessorConfig
 
 from eval_protocol_rft import rollout, sampling
-from eval_protocol_rft._segments import EpisodeRecord
-from eval_protocol_rft.episodes._conversation import traces_of
 from eval_protocol_rft.episodes._turns import OnRewrite
 from eval_protocol_rft.episodes.gateway import _agents as agents
+from eval_protocol_rft.episodes.gateway._rows import put_on_row
 from eval_protocol_rft.episodes.gateway._server import Gateway
 from eval_protocol_rft.episodes.gateway._session import Sample, Session, SessionRecord
 from eval_protocol_rft.episodes.gateway._settings import (
@@ -127,7 +126,17 @@ class AgentRolloutProcessor(rollout.FireworksTrainingRolloutProcessor):
             failures=[outcome for outcome in outcomes if isinstance(outcome, sampling.Failure)],
         )
         self._require_survivors(row, job.request, group)
-        self._commit(row, job, group, sessions)
+        put_on_row(
+            row,
+            group,
+            sessions,
+            request=job.request,
+            tokenizer=job.tokenizer,
+            asked=job.messages,
+            split_reasoning=self.split_reasoning,
+            began_at=job.began_at,
+            seconds=time.perf_counter() - job.began,
+        )
         return row
 
     def _request(self, config: RolloutProcessorConfig) -> rollout.RolloutRequest:
@@ -199,55 +208,6 @@ class AgentRolloutProcessor(rollout.FireworksTrainingRolloutProcessor):
 
         return sample
 
-    def _commit(
-        self,
-        row: EvaluationRow,
-        job: rollout.RowJob,
-        group: sampling.Group,
-        sessions: Sequence[SessionRecord],
-    ) -> None:
-        """Put rollouts on their row. The row's messages become those of the first one."""
-        first = sessions[0]
-        record = rollout.build_record(
-            group,
-            first.first_prompt,
-            job.request,
-            job.tokenizer,
-            reader=None,
-            asked=(),
-            split_reasoning=self.split_reasoning,
-            began_at=job.began_at,
-        )
-        messages = [Message(**{"content": None, **m}) for m in first.record.messages]
-        begins = len(job.messages) <= len(messages) and all(map(_is_same, job.messages, messages))
-        episodes = [_episode(done, first.first_prompt) for done in sessions]
-        if begins:
-            own = len(job.messages)
-            episodes = [msgspec.structs.replace(one, row_messages=own) for one in episodes]
-        record = msgspec.structs.replace(
-            record,
-            trajectories=[done.segments for done in sessions],
-            episodes=episodes,
-            token_turn_traces=traces_of(first.path),
-        )
-        row.tools = None if first.tools is None else [dict(tool) for tool in first.tools]
-        rollout.put_on_row(
-            row,
-            record,
-            messages,
-            prompt_tokens=sum(done.sent_tokens for done in sessions),
-            completion_tokens=sum(done.sampled_tokens for done in sessions),
-            finish_reason=first.path[-1].completion.finish_reason,
-            tool_calls=sum(len(message.tool_calls or []) for message in messages),
-            seconds=time.perf_counter() - job.began,
-        )
-        # For a rollout of this row again: its conversation need not begin with its own messages.
-        extra = row.execution_metadata.extra
-        assert extra is not None  # noqa: S101 - a record was put there
-        extra.pop(rollout.ASKED_KEY, None)
-        if not begins:
-            extra[rollout.ASKED_KEY] = [m.model_dump(exclude_none=True) for m in job.messages]
-
 
 _NO_CONFIG: Any = object()
 """For looking at an agent that is not run."""
@@ -291,17 +251,6 @@ def _result(
         record=msgspec.structs.replace(done.record, metrics=told),
         first=replace(done.first, index=index),
     )
-
-
-def _episode(done: SessionRecord, prompt: sampling.TokenIds) -> EpisodeRecord:
-    """How a rollout went; agents of a row may begin with other prompts than `prompt`."""
-    if done.first_prompt == prompt:
-        return done.record
-    return msgspec.structs.replace(done.record, prompt_ids=list(done.first_prompt))
-
-
-def _is_same(message: Message, other: Message) -> bool:
-    return message.role == other.role and rollout.text_of(0, message.content) == other.content
 
 
 def _output(metrics: Mapping[str, Any]) -> str:

@@ -71,7 +71,6 @@ class ModelCall:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     logprobs: bool = False
-    top_logprobs: int = 0
     tool_choice: str | None = None
     """`auto`, `none`, `required`, or `function:NAME`; None as `auto`."""
     parallel_tool_calls: bool | None = None
@@ -79,6 +78,8 @@ class ModelCall:
     """As the chat API has it: `{"type": "json_schema", "json_schema": {...}}` or
     `{"type": "json_object"}`; None for text."""
     reasoning_effort: str | None = None
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Variables of the chat template (`chat_template_kwargs`)."""
     previous_response_id: str | None = None
     """Responses: the answer that `messages` come behind (instructions are not carried over)."""
     echo: dict[str, Any] = field(default_factory=dict)

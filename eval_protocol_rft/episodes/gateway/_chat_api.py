@@ -131,6 +131,7 @@ class _Request(Sampling, kw_only=True):
     logprobs: bool | None = None
     top_logprobs: int | None = None
     reasoning_effort: Effort | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
 
 def read_call(body: bytes) -> ModelCall:
@@ -159,6 +160,7 @@ def read_call(body: bytes) -> ModelCall:
         parallel_tool_calls=request.parallel_tool_calls,
         response_format=_response_format(request.response_format),
         reasoning_effort=request.reasoning_effort,
+        template_kwargs=request.chat_template_kwargs or {},
         ignored=ignored,
     )
 

@@ -139,6 +139,7 @@ class Gateway:
         self,
         name: str = "",
         *,
+        path: str | None = None,
         settings: SessionSettings | None = None,
         sample: Sample | None = None,
         seed: int | None = None,
@@ -148,12 +149,13 @@ class Gateway:
 
         Args:
             name: what errors and logs call it.
+            path: names it in its address; None: nobody can guess it.
             settings: other than the gateway's.
             sample: gets a completion, in place of the gateway's sampler.
             seed: what the seeds of its completions are derived from; None: none are sent.
             salt: makes the ids of its calls and replies; None: they are random.
         """
-        path, key = secrets.token_urlsafe(9), f"sk-rft-{secrets.token_urlsafe(24)}"
+        path, key = path or secrets.token_urlsafe(9), f"sk-rft-{secrets.token_urlsafe(24)}"
         session = Session(
             name or path,
             settings=settings or self.settings,
@@ -221,6 +223,11 @@ class Gateway:
                 raise
             message = f"{error.reason}: {request.method} {request.path}. {_ADDRESSES}"
             return _error_response(api, CallError(message, status=error.status))
+        except (asyncio.CancelledError, ConnectionError):
+            raise  # the client is gone
+        except Exception as error:
+            logger.exception("a request of an agent failed")
+            return _error_response(api, _own_fault(error))
 
     def _session_of(self, request: web.Request, key: str) -> Session:
         """The session that a request's key and address name.
@@ -228,8 +235,11 @@ class Gateway:
         Raises:
             CallError: 401, they name none, or two.
         """
-        session = self._by_key.get(_hashed(key))
         path = request.match_info.get("session")
+        if self._is_own_key(key):
+            session = self.named_session(path or "default")
+        else:
+            session = self._by_key.get(_hashed(key))
         if session is None or (path is not None and self._sessions.get(path) is not session):
             raise CallError(
                 "the API key is missing, or not this session's, or the session is over: send the "
@@ -239,12 +249,21 @@ class Gateway:
             )
         return session
 
+    def named_session(self, name: str) -> Session | None:
+        """The session of that name, for those who have the gateway's own key; None where there is
+        none, and the gateway makes none by name."""
+        return self._sessions.get(name)
+
+    def _is_own_key(self, key: str) -> bool:
+        return hmac.compare_digest(key.encode(errors="replace"), self.api_key.encode())
+
     async def _call(self, request: web.Request) -> web.StreamResponse:
         api, key, call = _protocol_of(request.path), _key(request.headers), None
-        if hmac.compare_digest(key.encode(errors="replace"), self.api_key.encode()):
+        if self._is_own_key(key) and "session" not in request.match_info:
             call = api.read_call(await request.read())
-            model, _, key = call.model.rpartition(KEY_MARK)
-            call = replace(call, model=model)
+            model, mark, key = call.model.rpartition(KEY_MARK)
+            call = replace(call, model=model) if mark else call
+            key = key if mark else self.api_key
         session = self._session_of(request, key)
         session.arrived(request.content_length or 0)
         body = await request.read()
@@ -299,14 +318,6 @@ async def _reply_to(pending: PendingCall) -> Reply:
         if pending.task.cancelled():
             raise CallError("this session is over", status=403, code="session_over") from None
         raise
-    except CallError:
-        raise
-    except Exception as error:
-        logger.exception("a call of an agent failed")
-        raise CallError(
-            f"the gateway failed: {type(error).__name__}: {text_of(error)}",
-            status=HTTPStatus.INTERNAL_SERVER_ERROR,
-        ) from error
 
 
 async def _stream(
@@ -325,7 +336,10 @@ async def _stream(
             await asyncio.wait({pending.task}, timeout=KEEP_ALIVE_SECONDS)
         try:
             reply = await _reply_to(pending)
-        except CallError as error:
+        except Exception as error:
+            if not isinstance(error, CallError):
+                logger.exception("a call of an agent failed")
+                error = _own_fault(error)
             await response.write(api.error_event(error))
             await response.write_eof()
             return response
@@ -380,6 +394,13 @@ def _error_response(api: ModuleType, error: CallError) -> web.Response:
         body=msgspec.json.encode(api.error_body(error)),
         content_type="application/json",
         headers=headers,
+    )
+
+
+def _own_fault(error: Exception) -> CallError:
+    return CallError(
+        f"the gateway failed: {type(error).__name__}: {text_of(error)}",
+        status=HTTPStatus.INTERNAL_SERVER_ERROR,
     )
 
 

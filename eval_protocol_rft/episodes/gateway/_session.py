@@ -142,6 +142,8 @@ class Session:
         self._edits: list[Edit] = []
         self._departures: Counter[bytes] = Counter()
         self._notes: dict[str, None] = {}
+        self._ignored: dict[str, None] = {}
+        """Fields of requests that change no token."""
         self._failures: dict[bytes, sampling.Failure] = {}
         """Of calls that were not answered later, by what they asked."""
         self._survivors: dict[int, sampling.Survivor] = {}
@@ -230,6 +232,7 @@ class Session:
         params = self._with_room(asked.params, place)
         self._departures.update(msgspec.json.encode(one) for one in asked.departures)
         self._notes.update(dict.fromkeys(place.notes))
+        self._ignored.update(dict.fromkeys(call.ignored))
         if place.edit is not None:
             self._edits.append(place.edit)
         outcomes = await self._sampled(place, params, call)
@@ -426,9 +429,7 @@ class Session:
         await self.end()
         return self.record(stop_reason)
 
-    def record(
-        self, stop_reason: str = "done", *, row_messages: int | None = None
-    ) -> SessionRecord:
+    def record(self, stop_reason: str = "done") -> SessionRecord:
         """What was sampled until now, as one trajectory."""
         turns = [turn for turn, _ in self._tree.turns]
         shared = self.settings.shared
@@ -445,7 +446,6 @@ class Session:
                 step_rewards=self._step_rewards(branches),
                 metrics=self._metrics(turns, branches),
                 messages=messages,
-                row_messages=row_messages,
             ),
             first=None if first is None else self._first_survivor(first, turns),
             first_prompt=sampling.TokenIds() if first is None else first.prompt.ids,
@@ -490,6 +490,7 @@ class Session:
             "client_edits": [msgspec.to_builtins(one) for one in self._edits],
             "departures": departures,
             "rendered_as": list(self._notes),
+            "ignored_fields": sorted(self._ignored),
             "undelivered": undelivered,
         }
         return {

@@ -6,6 +6,7 @@ which the record holds. Nothing else happens to it.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
@@ -26,8 +27,11 @@ PINNABLE = ("temperature", "top_p", "top_k")
 """Settings of the policy that is trained; an agent's own would sample from another one."""
 
 
+_SESSIONS = functools.partial(Flag, panel="Sessions")
+
+
 def _flag(name: str) -> Flag:
-    return Flag(name, only=True, panel="Sessions")
+    return _SESSIONS(name, only=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,21 +72,26 @@ class SessionSettings:
     """Of the run; what a request does not say is so."""
     pinned: frozenset[str] = frozenset()
     """Settings of `params` (`PINNABLE`) that no request changes."""
-    on_other_sampling: Literal["override", "refuse"] = "override"
-    """What becomes of a request that asks for another value of a pinned setting."""
-    strict: bool = False
-    """Refuse what would be a departure."""
-    guided_decoding: bool = False
-    """Whether the engine takes `response_format` with a completion and keeps to it."""
+    on_other_sampling: Annotated[Literal["override", "refuse"], _SESSIONS()] = "override"
+    """A request that asks for another temperature, top_p or top_k than the run's: override it, on
+    record, or refuse it."""
+    strict: Annotated[bool, _SESSIONS()] = False
+    """Refuse what cannot be honoured exactly; else it is let through, on record.
+
+    `tool_choice: "required"`, strict schemas, `response_format` without guided decoding."""
+    guided_decoding: Annotated[bool, _SESSIONS()] = False
+    """The engine takes `response_format` with a completion and keeps to it."""
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    on_rewrite: OnRewrite = "split"
-    shared: Shared = "first"
-    """Tokens that several branches have: trained in the `first`, in `each`, or the branch with the
-    most sampled tokens alone counts (`longest`)."""
+    on_rewrite: Annotated[OnRewrite, _SESSIONS()] = "split"
+    """What to do where the chat template renders earlier turns anew: split begins a new segment,
+    reject refuses the call."""
+    shared: Annotated[Shared, _SESSIONS()] = "first"
+    """Tokens that several branches of a session have are trained in the first, in each, or the
+    branch with the most sampled tokens alone is trained (longest)."""
     split_reasoning: bool = True
     limits: SessionLimits = field(default_factory=SessionLimits)
-    context_length: int | None = None
-    """Of the model, in tokens, where it is known."""
+    context_length: Annotated[int | None, Ge(2), _SESSIONS(unset="local: the model's")] = None
+    """Of the model, in tokens; what no longer fits is refused in the agent's protocol."""
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -158,7 +167,7 @@ def settings_of(call: ModelCall, run: SessionSettings, tokenizer: LoadedTokenize
             changes["extra"] = extra
         else:
             depart("response_format", call.response_format.get("type"))
-    template_kwargs = dict(run.template_kwargs)
+    template_kwargs = {**run.template_kwargs, **call.template_kwargs}
     if call.reasoning_effort is not None:
         said = _effort(call.reasoning_effort, tokenizer)
         template_kwargs |= said

@@ -383,7 +383,6 @@ REFUSED = [
     ({"functions": [{"name": "f"}]}, "functions"),
     ({"best_of": 2}, "best_of"),
     ({"min_p": 0.1}, "min_p"),
-    ({"chat_template_kwargs": {"enable_thinking": False}}, "chat_template_kwargs"),
     ({"something_unheard_of": 1}, "something_unheard_of"),
     ({"top_logprobs": 3, "logprobs": True}, "top_logprobs"),
     ({"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens"),

@@ -1,0 +1,100 @@
+"""Sessions on their row: the record of each rollout, and the conversation of the first one.
+
+Invariant: as for single completions: everything is built before the row is changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from eval_protocol_rft import rollout, sampling
+from eval_protocol_rft._segments import EpisodeRecord
+from eval_protocol_rft.episodes._conversation import traces_of
+from eval_protocol_rft.episodes.gateway._session import SessionRecord
+from eval_protocol_rft.local import LoadedTokenizer
+
+if TYPE_CHECKING:
+    from eval_protocol.models import EvaluationRow, Message
+
+
+def put_on_row(
+    row: EvaluationRow,
+    group: sampling.Group,
+    sessions: Sequence[SessionRecord],
+    *,
+    request: rollout.RolloutRequest,
+    tokenizer: LoadedTokenizer,
+    asked: Sequence[Message],
+    split_reasoning: bool,
+    began_at: float,
+    seconds: float,
+) -> None:
+    """Put rollouts on their row.
+
+    Args:
+        row: whose messages become the conversation of the first rollout.
+        group: the first turn of each, and the rollouts that failed.
+        sessions: [G] those that did not, in the same order.
+        request: what the model was asked with.
+        tokenizer: the model's.
+        asked: the row's own messages.
+        split_reasoning: whether thinking stands in a field of its own.
+        began_at: Unix seconds.
+        seconds: that all took.
+    """
+    from eval_protocol.models import Message
+
+    first = sessions[0]
+    record = rollout.build_record(
+        group,
+        first.first_prompt,
+        request,
+        tokenizer,
+        reader=None,
+        asked=(),
+        split_reasoning=split_reasoning,
+        began_at=began_at,
+    )
+    messages = [Message(**{"content": None, **m}) for m in first.record.messages]
+    begins = len(asked) <= len(messages) and all(map(_is_same, asked, messages))
+    own = len(asked) if begins else None
+    record = msgspec.structs.replace(
+        record,
+        trajectories=[done.segments for done in sessions],
+        episodes=[_episode(done, first.first_prompt, own) for done in sessions],
+        token_turn_traces=traces_of(first.path),
+    )
+    row.tools = None if first.tools is None else [dict(tool) for tool in first.tools]
+    rollout.put_on_row(
+        row,
+        record,
+        messages,
+        prompt_tokens=sum(done.sent_tokens for done in sessions),
+        completion_tokens=sum(done.sampled_tokens for done in sessions),
+        finish_reason=first.path[-1].completion.finish_reason,
+        tool_calls=sum(len(message.tool_calls or []) for message in messages),
+        seconds=seconds,
+    )
+    # For a rollout of this row again: its conversation need not begin with its own messages.
+    extra = row.execution_metadata.extra
+    assert extra is not None  # noqa: S101 - a record was put there
+    extra.pop(rollout.ASKED_KEY, None)
+    if not begins:
+        extra[rollout.ASKED_KEY] = [m.model_dump(exclude_none=True) for m in asked]
+
+
+def _episode(done: SessionRecord, prompt: sampling.TokenIds, own: int | None) -> EpisodeRecord:
+    """How a rollout went; agents of a row may begin with other prompts than `prompt`."""
+    is_same = done.first_prompt == prompt
+    return msgspec.structs.replace(
+        done.record,
+        row_messages=own,
+        prompt_ids=None if is_same else list(done.first_prompt),
+    )
+
+
+def _is_same(message: Message, other: Message) -> bool:
+    return message.role == other.role and rollout.text_of(0, message.content) == other.content
