@@ -48,6 +48,7 @@ from ._prompts import rendered_otherwise as rendered_otherwise
 from ._prompts import text_of as text_of
 from ._prompts import variables_read as variables_read
 from ._prompts import with_one_call as with_one_call
+from ._remote_rows import GATEWAY_KEY as GATEWAY_KEY
 from ._remote_rows import RemoteRows as RemoteRows
 from ._tagged_calls import ToolFormat as ToolFormat
 from ._tagged_calls import read_harmony as read_harmony

@@ -40,6 +40,9 @@ from eval_protocol_rft.rollout._params import RolloutRequest, model_name
 if TYPE_CHECKING:
     from eval_protocol.models import EvaluationRow
 
+GATEWAY_KEY = "gateway"
+"""Of `extra`: what our gateway says of the session, as an episode's metrics."""
+
 Row = TypeVar("Row", bound="EvaluationRow | Mapping[str, Any]")
 RowMessages = Callable[[Any], int]
 
@@ -91,7 +94,8 @@ class RemoteRows:
             record = self._record(row, extra)
         except RecordError as error:
             raise RecordError(f"{_name(row, extra)}, {error}") from error
-        foreign = {k: v for k, v in extra.items() if k not in (*REMOTE_KEYS, PAYLOADS_KEY)}
+        read_keys = {*REMOTE_KEYS, PAYLOADS_KEY, GATEWAY_KEY}
+        foreign = {key: value for key, value in extra.items() if key not in read_keys}
         read = {**foreign, **record.to_extra()}
         return cast("Row", _with_extra(row, metadata, read))
 
@@ -105,7 +109,10 @@ class RemoteRows:
         tokenizer = self._tokenizer(params)
         reader = _TurnReader(tokenizer, _field(row, "tools"), _stops(params))
         readings = [reader.read(turn, messages[answers[turn.index]]) for turn in turns]
-        return _as_record(turns, readings, messages, asked, _sampled_with(params, tokenizer))
+        told = extra.get(GATEWAY_KEY)
+        metrics = dict(told) if isinstance(told, Mapping) else {}
+        how = _sampled_with(params, tokenizer, is_ours=GATEWAY_KEY in extra)
+        return _as_record(turns, readings, messages, asked, how, metrics)
 
     def _asked(self, row: Any, messages: Sequence[Mapping[str, Any]]) -> int:
         """How many messages were there before the rollout."""
@@ -292,6 +299,7 @@ def _as_record(
     messages: list[dict[str, Any]],
     asked: int,
     sampled_with: SamplingRecord,
+    metrics: dict[str, Any],
 ) -> RolloutRecord:
     first, reading, last = turns[0], readings[0], readings[-1].finish_reason
     plain = _answers.answer_fields(reading.text, split_reasoning=True)
@@ -319,6 +327,7 @@ def _as_record(
                 turns=len(turns),
                 stop_reason="length" if last == "length" else "done",
                 finish_reason=last,
+                metrics=metrics,
                 messages=messages,
                 row_messages=asked,
             )
@@ -326,14 +335,17 @@ def _as_record(
     )
 
 
-def _sampled_with(params: Mapping[str, Any], tokenizer: LoadedTokenizer) -> SamplingRecord:
-    """As the row's completion_params say it; the payloads do not."""
+def _sampled_with(
+    params: Mapping[str, Any], tokenizer: LoadedTokenizer, *, is_ours: bool
+) -> SamplingRecord:
+    """As the row's completion_params say it; the payloads do not. Our gateway's logprobs are those
+    of sampling."""
     fields = {
         **form.sampling_of_params(params, 1),
         "tokenizer": tokenizer.name,
         "chat_template_hash": tokenizer.chat_template_hash,
         "stop": _stops(params),
-        "logprobs": "unknown",
+        "logprobs": "sampling" if is_ours else "unknown",
         "prompts": "agent",
     }
     try:

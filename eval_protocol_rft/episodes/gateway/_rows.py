@@ -63,6 +63,7 @@ def put_on_row(
     own = len(asked) if begins else None
     record = msgspec.structs.replace(
         record,
+        sampling=msgspec.structs.replace(record.sampling, prompts="agent"),
         trajectories=[done.segments for done in sessions],
         episodes=[_episode(done, first.first_prompt, own) for done in sessions],
         token_turn_traces=traces_of(first.path),

@@ -35,6 +35,7 @@ from eval_protocol_rft.episodes.gateway._call import CallError, Reply
 from eval_protocol_rft.episodes.gateway._protocol import keep_alive
 from eval_protocol_rft.episodes.gateway._session import KEY_MARK, PendingCall, Sample, Session
 from eval_protocol_rft.episodes.gateway._settings import SessionSettings
+from eval_protocol_rft.episodes.gateway._tracing_routes import TracingRoutes
 from eval_protocol_rft.local import LoadedTokenizer
 from eval_protocol_rft.local.server import Access, is_loopback
 
@@ -55,6 +56,8 @@ _PROTOCOLS: dict[str, ModuleType] = {
 _PREFIXES = ("", "/v1", "/v1/v1")
 """What clients put before a path: some expect `/v1` in their base URL, and some add it."""
 _SESSION_PATH = "/s/{session}"
+_NAMED = {"session", "rollout_id"}
+"""What an address may say of the session that a call is of."""
 
 
 class Gateway:
@@ -67,6 +70,7 @@ class Gateway:
         host: address to listen on.
         port: 0 finds a free one.
         retry: budget of attempts per completion.
+        tracing: offer what Eval Protocol's tracing proxy offers, for its remote processors.
     """
 
     def __init__(
@@ -78,6 +82,7 @@ class Gateway:
         host: str = "127.0.0.1",
         port: int = 0,
         retry: sampling.RetryPolicy | None = None,
+        tracing: bool = False,
     ) -> None:
         self.tokenizer = (
             tokenizer if isinstance(tokenizer, LoadedTokenizer) else LoadedTokenizer.wrap(tokenizer)
@@ -95,6 +100,15 @@ class Gateway:
         """By the last part of their address."""
         self._by_key: dict[bytes, Session] = {}
         """By the hash of their key, so that looking one up takes as long for a wrong one."""
+        self._tracing = (
+            TracingRoutes(
+                begin=self.begin_rollout,
+                is_own_key=lambda request: self._is_own_key(_key(request.headers)),
+                is_open=is_loopback(host),
+            )
+            if tracing
+            else None
+        )
         self._runner: web.AppRunner | None = None
         self.api_key = f"sk-rft-{secrets.token_urlsafe(24)}"
         """Of clients that name their session in the model, see `Session.model_name`."""
@@ -131,6 +145,8 @@ class Gateway:
         self._sessions.clear()
         self._by_key.clear()
         await asyncio.gather(*(session.end("closed") for session in sessions))
+        if self._tracing is not None:
+            await self._tracing.aclose()
         runner, self._runner = self._runner, None
         if runner is not None:
             await runner.cleanup()
@@ -171,6 +187,19 @@ class Gateway:
         session.on_end = lambda: self._forget(path, key)
         return session
 
+    def begin_rollout(self, rollout_id: str, attempt: int) -> Session:
+        """The session of a rollout of Eval Protocol's, which is found by its ids alone. `attempt`
+        counts those of the same id before it."""
+        seed = self.seed_of(rollout_id, attempt)
+        session = self.session(f"rollout {rollout_id}", seed=seed)
+        session.on_end()
+        session.on_end = lambda: None
+        return session
+
+    def seed_of(self, name: str, run: int) -> int | None:
+        """Of a session that a client begins by naming it; None: no seeds are sent."""
+        return None
+
     def _forget(self, path: str, key: str) -> None:
         self._sessions.pop(path, None)
         self._by_key.pop(_hashed(key), None)
@@ -202,6 +231,11 @@ class Gateway:
                 app.router.add_get(f"{where}{prefix}/models", self._models)
                 app.router.add_post(f"{where}{prefix}/reward", self._reward)
         app.router.add_get("/health", _health)
+        if self._tracing is not None:
+            handlers: dict[str, Any] = dict.fromkeys(_PROTOCOLS, self._call)
+            handlers["/reward"] = self._reward
+            under = {f"{prefix}{path}": handlers[path] for prefix in _PREFIXES for path in handlers}
+            self._tracing.add_to(app, under)
         return app
 
     @web.middleware
@@ -235,6 +269,8 @@ class Gateway:
         Raises:
             CallError: 401, they name none, or two.
         """
+        if self._tracing is not None and (session := self._tracing.session_of(request)):
+            return session
         path = request.match_info.get("session")
         if self._is_own_key(key):
             session = self.named_session(path or "default")
@@ -259,7 +295,7 @@ class Gateway:
 
     async def _call(self, request: web.Request) -> web.StreamResponse:
         api, key, call = _protocol_of(request.path), _key(request.headers), None
-        if self._is_own_key(key) and "session" not in request.match_info:
+        if self._is_own_key(key) and not _NAMED & request.match_info.keys():
             call = api.read_call(await request.read())
             model, mark, key = call.model.rpartition(KEY_MARK)
             call = replace(call, model=model) if mark else call

@@ -153,6 +153,8 @@ class Session:
         """The first answer of each reply."""
         self._last: Node | None = None
         self._tools: dict[int, Any] = {}
+        self._answered_at: dict[int, float] = {}
+        """By the turn, Unix seconds."""
         self._began = sampling.sampling_time()
         self._deadline: float | None = None
         self.ended_by: str | None = None
@@ -262,10 +264,16 @@ class Session:
         return reply
 
     def _locate(self, call: ModelCall, template_kwargs: dict[str, Any]) -> Place:
-        messages = [self._told(message) for message in call.messages]
+        messages = call.messages
         if call.previous_response_id is not None:
-            reply_id = call.previous_response_id.removeprefix("resp_")
-            behind = self._reply(reply_id, "previous_response_id", "previous_response_not_found")
+            behind = self._replies.get(call.previous_response_id.removeprefix("resp_"))
+            if behind is None:
+                raise CallError(
+                    f"no response {call.previous_response_id!r} in this session: send the whole "
+                    "history",
+                    param="previous_response_id",
+                    code="previous_response_not_found",
+                )
             before = [node.message for node in behind.path()]
             if messages and messages[0]["role"] == "system":
                 before = before[before[0]["role"] == "system" :]
@@ -281,25 +289,6 @@ class Session:
         except (rollout.PromptError, ConversationError) as error:
             field = "input" if call.protocol == "responses" else "messages"
             raise CallError(str(error), param=field) from error
-
-    def _reply(self, reply_id: str, param: str, code: str) -> Node:
-        """An earlier answer, by its id, which the field `param` names."""
-        if reply_id not in self._replies:
-            message = f"no answer {reply_id!r} in this session: send the whole history"
-            raise CallError(message, param=param, code=code)
-        return self._replies[reply_id]
-
-    def _told(self, message: dict[str, Any]) -> dict[str, Any]:
-        """A message whole, also where the client names parts of an answer alone."""
-        if "reply_id" not in message:
-            return message
-        answer = self._reply(message["reply_id"], "input", "item_not_found").message
-        told = {name: value for name, value in message.items() if name not in ("reply_id", "parts")}
-        told |= {name: answer[name] for name in message["parts"] if name in answer}
-        calls = dict(enumerate(answer.get("tool_calls", ())))
-        if named := [calls[part] for part in message["parts"] if part in calls]:
-            told["tool_calls"] = [*named, *told.get("tool_calls", ())]
-        return told
 
     def _with_room(self, params: sampling.SamplingParams, place: Place) -> sampling.SamplingParams:
         """`max_tokens` no larger than what the context has room for."""
@@ -378,6 +367,7 @@ class Session:
         counts.causes += survivor.causes
         self._survivors[id(turn)] = survivor
         self._tools[id(turn)] = call.tools
+        self._answered_at[id(turn)] = time.time()
         named = completion.stop_reason
         return (
             ReplyChoice(
@@ -422,6 +412,24 @@ class Session:
         if not isinstance(value, int | float) or value != value or abs(value) == float("inf"):
             raise CallError(f"a reward is a finite number, not {value!r}", param="reward")
         self._rewards[id(node.turn)] = float(value)
+
+    def conversation(self) -> list[Node]:
+        """The messages of the last call that was answered, and its answer."""
+        return [] if self._last is None else self._last.path()
+
+    def asked_with(self, node: Node) -> tuple[list[dict[str, Any]] | None, float]:
+        """The tools of the call that an answer was sampled for, and when that was, in Unix
+        seconds."""
+        return self._tools[id(node.turn)], self._answered_at[id(node.turn)]
+
+    def depart(self, departure: Departure) -> None:
+        """Put on record what was not honoured."""
+        self._departures[msgspec.json.encode(departure)] += 1
+
+    def metrics(self) -> dict[str, Any]:
+        """What an episode's record says of the session until now, in `metrics`."""
+        turns = [turn for turn, _ in self._tree.turns]
+        return self._metrics(turns, trajectory.trained_branches(turns, self.settings.shared))
 
     async def end(self, stop_reason: str | None = None) -> None:
         """No further call is answered; those that run are cancelled."""

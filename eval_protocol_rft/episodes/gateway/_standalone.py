@@ -74,7 +74,7 @@ class StandaloneGateway(Gateway):
         say: Callable[[str], None],
         **options: Any,
     ) -> None:
-        super().__init__(sampler, tokenizer, **options)
+        super().__init__(sampler, tokenizer, tracing=True, **options)
         self._request, self._output, self._say = request, output, say
         self.api_key = api_key or self.api_key
         self._row_ids: dict[str, str] = {}
@@ -100,6 +100,10 @@ class StandaloneGateway(Gateway):
         session = self.session(path, path=path, seed=own)
         self._row_ids[path], self._began[path] = row_id, time.time()
         return session
+
+    def seed_of(self, name: str, run: int) -> int | None:
+        (seed,) = sampling.derive_seeds(self._request.seed, name, 1, run=run)
+        return seed
 
     async def _open(self, request: web.Request) -> web.Response:
         if not self._is_own_key(_key(request.headers)):
@@ -293,10 +297,14 @@ async def _serve(
 
 
 def _greeting(gateway: StandaloneGateway, model: str) -> str:
+    port = gateway.url.rpartition(":")[2]
     return (
         f"Gateway to {model} on {gateway.url} (Ctrl-C stops it). For one agent:\n"
         f"  export OPENAI_BASE_URL={gateway.url}/s/NAME/v1 OPENAI_API_KEY={gateway.api_key}\n"
         f"  export ANTHROPIC_BASE_URL={gateway.url}/s/NAME ANTHROPIC_API_KEY={gateway.api_key}\n"
         f"and when it is done: curl -X POST {gateway.url}/s/NAME/finish "
-        f"-H 'authorization: Bearer {gateway.api_key}' -d '{{\"reward\": 1.0}}'"
+        f"-H 'authorization: Bearer {gateway.api_key}' -d '{{\"reward\": 1.0}}'\n"
+        "For Eval Protocol's RemoteRolloutProcessor(include_payloads=True):\n"
+        f"  export EP_MODEL_BASE_URL=http://localhost:{port} EP_REMOTE_API_KEY={gateway.api_key}\n"
+        f"and where the agent's server runs: export FW_TRACING_GATEWAY_BASE_URL={gateway.url}"
     )

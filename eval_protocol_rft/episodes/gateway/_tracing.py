@@ -1,0 +1,281 @@
+"""What Eval Protocol's tracing proxy offers, by a gateway: model calls under the five ids of a
+rollout, its logs and status, and its calls as traces with token data. So Eval Protocol's own
+`RemoteRolloutProcessor(include_payloads=True)` brings back rows to train on, unmodified.
+
+Invariant: a rollout's traces are the calls on the path of its last answer, in order, and no others:
+Eval Protocol puts traces and messages together by their number alone, so a retry or a sub-agent
+among them would hand a message the ids of another answer. A rollout that is rolled out again under
+the same id begins anew. However many rollouts there are, those that are kept are bounded.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import msgspec
+
+from eval_protocol_rft.episodes.gateway._call import CallError
+from eval_protocol_rft.episodes.gateway._payloads import encode_payloads
+from eval_protocol_rft.episodes.gateway._session import Session
+from eval_protocol_rft.episodes.gateway._tree import Node
+from eval_protocol_rft.rollout import GATEWAY_KEY
+
+IDS = ("rollout_id", "invocation_id", "experiment_id", "run_id", "row_id")
+"""Of a rollout, in the order in which its address has them."""
+
+MOST_ROLLOUTS = 4096
+"""Kept at once; then the one is dropped that was fetched, or else used, the longest ago."""
+MOST_FETCHED = 64
+"""Of those whose traces were fetched: Eval Protocol does so once, when a rollout is over."""
+IDLE_SECONDS = 4 * 3600.0
+"""A rollout that nothing was heard of for so long is dropped."""
+MOST_LOGS = 256
+"""Log entries of a rollout; the oldest go first."""
+MOST_LOG_BYTES = 64 * 1024
+"""Of one entry; what is longer is refused."""
+
+_RUNNING = 101
+_SUCCESSES = frozenset({0, 100, 102})
+"""Codes of `Status` that end a rollout well. At others the processor raises, and Eval Protocol may
+roll the row out again."""
+
+
+class _Status(msgspec.Struct):
+    code: int
+    message: str | None = None
+    details: list[Any] = []
+
+
+class _Log(msgspec.Struct):
+    """An entry, as `FireworksTracingHttpHandler` sends it. Further fields are passed over."""
+
+    tags: list[str]
+    message: str = ""
+    status: _Status | None = None
+    extras: dict[str, Any] | None = None
+    severity: str | None = None
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Rollout:
+    """What is known of one rollout."""
+
+    rollout_id: str
+    tags: tuple[str, ...]
+    """`NAME:ID` of all ids that were told."""
+    session: Session | None = None
+    """None where no model call has come yet."""
+    logs: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=MOST_LOGS))
+    code: int | None = None
+    """Of the newest status that was logged."""
+    is_told: bool = False
+    """Whether that code, an end, was handed out."""
+    attempts: int = 0
+    """That failed before."""
+    touched: float = 0.0
+
+
+class RolloutStore:
+    """The rollouts that a gateway keeps for Eval Protocol. Reads no clock: `now` is in seconds, of
+    any one."""
+
+    def __init__(self) -> None:
+        self._rollouts: OrderedDict[str, Rollout] = OrderedDict()
+        """The one that was heard of the longest ago first."""
+        self._fetched: OrderedDict[str, None] = OrderedDict()
+        self._dropped: list[Session] = []
+
+    def __len__(self) -> int:
+        return len(self._rollouts)
+
+    def close(self) -> None:
+        """Keep nothing any more."""
+        for rollout_id in list(self._rollouts):
+            self._drop(rollout_id)
+
+    def dropped(self) -> list[Session]:
+        """Sessions that are no longer kept, each told once: to be ended."""
+        dropped, self._dropped = self._dropped, []
+        return dropped
+
+    def session(
+        self, ids: Mapping[str, str], begin: Callable[[str, int], Session], *, now: float
+    ) -> Session:
+        """The session of a rollout, which begins with its first call. `begin` makes one of its id
+        and the number of attempts at it before this one."""
+        rollout = self._heard(ids["rollout_id"], now)
+        if rollout.session is None:
+            rollout.session = begin(rollout.rollout_id, rollout.attempts)
+        rollout.tags = tuple(f"{name}:{ids[name]}" for name in IDS)
+        return rollout.session
+
+    def log(self, body: bytes, *, now: float) -> None:
+        """Take a log entry in, for each rollout that its tags name; without one it is not kept.
+
+        Raises:
+            CallError: it is none, or too long.
+        """
+        if len(body) > MOST_LOG_BYTES:
+            raise CallError(f"a log entry has at most {MOST_LOG_BYTES} bytes", status=413)
+        try:
+            log = msgspec.json.decode(body, type=_Log)
+        except msgspec.MsgspecError as error:
+            raise CallError(f"no log entry: {error}") from error
+        entry = {
+            "timestamp": (log.extras or {}).get("timestamp") or _timestamp(time.time()),
+            "severity": log.severity or (log.extras or {}).get("level") or "INFO",
+            **{name: getattr(log, name) for name in ("message", "tags", "status", "extras")},
+        }
+        for rollout_id in dict.fromkeys(_named(log.tags, "rollout_id")):
+            rollout = self._heard(rollout_id, now)
+            rollout.logs.appendleft(entry)
+            rollout.tags = tuple(dict.fromkeys((*rollout.tags, *_own_tags(log.tags, rollout_id))))
+            if log.status is not None:
+                rollout.code, rollout.is_told = log.status.code, False
+
+    def status(self, rollout_id: str, *, now: float) -> dict[str, Any]:
+        """What `GET /v1/status` answers: null while nothing was logged, 101 while it runs."""
+        rollout = self._rollouts.get(rollout_id)
+        code = None
+        if rollout is not None:
+            self._heard(rollout_id, now)
+            code, rollout.is_told = rollout.code, rollout.code not in (None, _RUNNING)
+        status = None if code is None else {"code": code}
+        return {"rollout_id": rollout_id, "status": status, "extras": None}
+
+    def entries(self, tags: Sequence[str], *, limit: int = 100) -> list[dict[str, Any]]:
+        """What `GET /logs` answers, the newest first: entries that have all of `tags`. Where one
+        ends a rollout, its extras hold what the gateway has to say of that, under `GATEWAY_KEY`:
+        Eval Protocol puts extras on the row.
+
+        A failure that was told, and is looked up now, has been heard of: the processor raises, and
+        Eval Protocol may roll the row out again under the same id. It must not hear the same status
+        again, so the rollout begins anew.
+        """
+        found = []
+        for rollout in self._with(tags):
+            own = [entry for entry in rollout.logs if set(tags) <= set(entry["tags"])]
+            found += [_with_metrics(entry, rollout.session) for entry in own]
+            if rollout.is_told and rollout.code not in _SUCCESSES:
+                self._restart(rollout)
+        return found[: max(limit, 0)]
+
+    def paths(self, tags: Sequence[str], *, now: float) -> list[tuple[Rollout, list[Node]]]:
+        """The rollouts that have all of `tags`, each with the conversation of its last answer. They
+        count as fetched from then on."""
+        found = []
+        for rollout in self._with(tags):
+            self._heard(rollout.rollout_id, now)
+            path = rollout.session.conversation() if rollout.session is not None else []
+            if path:
+                found.append((rollout, path))
+                self._fetched[rollout.rollout_id] = None
+                self._fetched.move_to_end(rollout.rollout_id)
+        self._bound(now)
+        return found
+
+    def _with(self, tags: Sequence[str]) -> list[Rollout]:
+        """Those that have all tags; one of these names the rollout, or all are looked through."""
+        wanted = set(tags)
+        if not wanted:
+            return []
+        named = list(_named(tags, "rollout_id"))
+        among: Iterable[Rollout] = self._rollouts.values()
+        if named:
+            among = filter(None, map(self._rollouts.get, named[:1]))
+        return [rollout for rollout in among if wanted <= set(rollout.tags)]
+
+    def _heard(self, rollout_id: str, now: float) -> Rollout:
+        rollout = self._rollouts.get(rollout_id)
+        if rollout is None:
+            rollout = Rollout(rollout_id=rollout_id, tags=(f"rollout_id:{rollout_id}",))
+            self._rollouts[rollout_id] = rollout
+        rollout.touched = now
+        self._rollouts.move_to_end(rollout_id)
+        self._bound(now)
+        return rollout
+
+    def _bound(self, now: float) -> None:
+        while len(self._fetched) > MOST_FETCHED:
+            self._drop(next(iter(self._fetched)))
+        while len(self._rollouts) > MOST_ROLLOUTS:
+            self._drop(next(iter(self._fetched), next(iter(self._rollouts))))
+        while self._rollouts:
+            oldest = next(iter(self._rollouts.values()))
+            if now - oldest.touched <= IDLE_SECONDS:
+                break
+            self._drop(oldest.rollout_id)
+
+    def _drop(self, rollout_id: str) -> None:
+        self._fetched.pop(rollout_id, None)
+        rollout = self._rollouts.pop(rollout_id, None)
+        if rollout is not None and rollout.session is not None:
+            self._dropped.append(rollout.session)
+
+    def _restart(self, rollout: Rollout) -> None:
+        if rollout.session is not None:
+            self._dropped.append(rollout.session)
+        rollout.session, rollout.code, rollout.is_told = None, None, False
+        rollout.attempts += 1
+
+
+def traces_of(rollout: Rollout, path: Sequence[Node]) -> list[dict[str, Any]]:
+    """A conversation as traces, one for each answer that was sampled, in order.
+
+    Args:
+        rollout: that it is of.
+        path: its messages.
+    """
+    session = rollout.session
+    assert session is not None  # noqa: S101 - there is a conversation
+    messages: list[dict[str, Any]] = []
+    traces: list[dict[str, Any]] = []
+    for node in path:
+        message = {"content": None, **node.message}
+        if node.turn is not None:
+            turn, completion = node.turn, node.turn.completion
+            tools, answered_at = session.asked_with(node)
+            traces.append(
+                {
+                    "id": f"{rollout.rollout_id}-{len(traces)}",
+                    "name": "chat",
+                    "tags": list(rollout.tags),
+                    "timestamp": _timestamp(answered_at),
+                    "input": {"messages": list(messages), "tools": tools},
+                    "output": message,
+                    "observations": [],
+                    "payloads": encode_payloads(
+                        turn.prompt.ids, completion.token_ids, completion.logprobs
+                    ),
+                }
+            )
+        messages.append(message)
+    return traces
+
+
+def _with_metrics(entry: dict[str, Any], session: Session | None) -> dict[str, Any]:
+    status = entry["status"]
+    if session is None or status is None or status.code == _RUNNING:
+        return entry
+    extras = {**(entry["extras"] or {}), GATEWAY_KEY: session.metrics()}
+    return {**entry, "extras": extras}
+
+
+def _named(tags: Sequence[str], name: str) -> Iterable[str]:
+    return (tag.partition(":")[2] for tag in tags if tag.partition(":")[0] == name)
+
+
+def _own_tags(tags: Sequence[str], rollout_id: str) -> list[str]:
+    """Of a log entry for several rollouts, the tags that are this one's."""
+    own = f"rollout_id:{rollout_id}"
+    return [tag for tag in tags if tag == own or not tag.startswith("rollout_id:")]
+
+
+def _timestamp(seconds: float) -> str:
+    """Unix seconds in the form that Eval Protocol writes."""
+    return datetime.fromtimestamp(seconds, UTC).isoformat()
