@@ -24,9 +24,9 @@ from eval_protocol_rft.episodes._environment import (
     EpisodeLimits,
     RetryWithFeedback,
     Step,
-    ToolLoop,
 )
 from eval_protocol_rft.episodes._episode_processor import EpisodeRolloutProcessor
+from eval_protocol_rft.episodes._tool_loop import ToolLoop
 from eval_protocol_rft.local._tokenizer import load_tokenizer
 from eval_protocol_rft.local.models import bundled_model_path
 from eval_protocol_rft.record import RolloutRecord

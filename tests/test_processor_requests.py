@@ -256,6 +256,8 @@ async def test_the_servers_meaning_of_its_logprobs_can_be_told(server):
 async def test_what_has_no_use_here_is_refused_by_name_before_anything_is_sampled(
     server, field, message, episodes
 ):
+    if episodes and "mcp_config_path" in field:
+        pytest.skip("there it has a use")
     options = {"tokenizer": chat_tokenizer()}
     processor = (
         EpisodeRolloutProcessor(Environment, **options)

@@ -13,8 +13,9 @@ from eval_protocol.pytest import evaluation_test
 
 from eval_protocol_rft import data, score_each_completion
 from eval_protocol_rft.data._dataset import RolloutDataset
-from eval_protocol_rft.episodes._environment import Environment, EpisodeLimits, Step, ToolLoop
+from eval_protocol_rft.episodes._environment import Environment, EpisodeLimits, Step
 from eval_protocol_rft.episodes._episode_processor import EpisodeRolloutProcessor
+from eval_protocol_rft.episodes._tool_loop import ToolLoop
 from eval_protocol_rft.loop._train import atrain
 from eval_protocol_rft.record import RolloutRecord
 from eval_protocol_rft.scoring._scorer import ascore_rows

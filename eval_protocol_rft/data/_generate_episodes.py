@@ -13,6 +13,7 @@ import hashlib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -66,9 +67,10 @@ def episode_job(
     except executors.EvaluatorNotFoundError as error:
         raise JobError(str(error)) from error
     name = named if isinstance(named, str) else _name_of(value)
+    mcp_config_path = None
     test = parameters_of(value)
     if test is not None:
-        value = test.rollout_processor
+        value, mcp_config_path = test.rollout_processor, test.mcp_config_path
         if not isinstance(value, episodes.EpisodeRolloutProcessor):
             raise JobError(
                 f"{name}: the evaluation test's rollout_processor is a {type(value).__name__}, and "
@@ -79,9 +81,16 @@ def episode_job(
     if isinstance(value, episodes.EpisodeRolloutProcessor):
         score = value.score
         own_limits, own_rewrite, factory = value.limits, value.on_rewrite, value.environment
+        if factory is None and not mcp_config_path:
+            raise JobError(f"{name}: the processor has no environment: name {_MAKERS}")
         if not value.split_reasoning:
             raise JobError(f"{name}: split_reasoning=False is not for a rollout file")
-    _check_factory(factory, name)
+    if factory is not None:
+        _check_factory(factory, name)
+    code = _code_of(factory, score)
+    if mcp_config_path:
+        code["mcp_config_path"] = _file_fingerprint(mcp_config_path)
+        factory = episodes.with_mcp(factory, mcp_config_path)
     if isinstance(limits, Mapping):
         limits = replace(own_limits, **limits)
     limits = limits or own_limits
@@ -93,7 +102,7 @@ def episode_job(
         score=score,
         settings=EpisodeSettings(
             environment=name,
-            code=_code_of(factory, score),
+            code=code,
             limits=asdict(limits),
             on_rewrite=rewrite,
         ),
@@ -139,6 +148,13 @@ def _code_of(factory: Any, score: episodes.AliveScorer | None) -> dict[str, str]
         scores = executors.code_fingerprints(score.function)
         code |= {f"{name} (score)": fingerprint for name, fingerprint in scores.items()}
     return code
+
+
+def _file_fingerprint(path: str) -> str:
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    except OSError as error:
+        raise JobError(f"the evaluation test's mcp_config_path cannot be read: {error}") from error
 
 
 def _plain(factory: Any) -> Any:

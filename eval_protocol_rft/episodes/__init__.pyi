@@ -4,12 +4,14 @@ from ._environment import Environment as Environment
 from ._environment import EpisodeLimits as EpisodeLimits
 from ._environment import RetryWithFeedback as RetryWithFeedback
 from ._environment import Step as Step
-from ._environment import ToolLoop as ToolLoop
 from ._episode_processor import EpisodeRolloutProcessor as EpisodeRolloutProcessor
+from ._mcp import McpServerError as McpServerError
+from ._mcp import McpServers as McpServers
 from ._rendering import ConversationError as ConversationError
 from ._rendering import HistoryRewrittenError as HistoryRewrittenError
 from ._template_report import TemplateReport as TemplateReport
 from ._template_report import template_report as template_report
+from ._tool_loop import ToolLoop as ToolLoop
 
 # For other rooms alone: these may change.
 # isort: split
@@ -21,4 +23,5 @@ from ._episode import Episodes as Episodes
 from ._episode import group_seed as group_seed
 from ._rendering import Rewrite as Rewrite
 from ._template_report import TemplateCase as TemplateCase
+from ._tool_loop import with_mcp as with_mcp
 from ._turns import OnRewrite as OnRewrite

@@ -1,5 +1,5 @@
-"""`Environment`: what a user writes, `Step`, what it answers, and how long an episode may get; two
-that are ready-made; and how an episode sees them.
+"""`Environment`: what a user writes, `Step`, what it answers, and how long an episode may get; one
+that is ready-made; and how an episode sees them.
 
 Invariant: one object per episode, made anew for each, so that nothing leaks from one into another.
 A limit ends an episode with a stop reason; it never shortens what was said.
@@ -7,11 +7,6 @@ A limit ends an episode with a stop reason; it never shortens what was said.
 Whatever an environment does, an episode gets a `Step` with messages and plain metrics within
 bounds, or an `EnvironmentFaultError` that says what was wrong. The record says what was said,
 whatever an environment does to the messages it is shown.
-
-`ToolLoop`: plain Python functions as tools, until the model answers without calling one. Whatever
-goes wrong with a call (unknown tool, arguments that are no JSON or do not fit, an exception, a call
-that takes too long, an answer that is too long or no JSON) is told to the model as the tool's
-answer; the model may try again.
 
 `RetryWithFeedback`: the user's own evaluator judges each answer, and the model may try again. What
 the model is told is the evaluator's reason (or what `say` makes of it), and every answer's score is
@@ -36,7 +31,6 @@ from annotated_types import Ge, Gt
 from eval_protocol_rft._options import Flag, check_options
 from eval_protocol_rft._text import text_of, well_formed_json
 from eval_protocol_rft.episodes._calling import EnvironmentFaultError, call, to_its_end
-from eval_protocol_rft.sampling import sampling_time
 
 if TYPE_CHECKING:
     from eval_protocol.models import EvaluationRow, Message
@@ -110,6 +104,12 @@ class Environment:
         """The episode is over, however it ended."""
         return None
 
+    async def _open_tools(self) -> None:
+        """Before `reset`."""
+
+    async def _close_tools(self) -> None:
+        """After `close`."""
+
 
 def _flag(name: str) -> Flag:
     return Flag(name, only=True, panel="Episodes")
@@ -138,130 +138,6 @@ class EpisodeLimits:
 
     def __post_init__(self) -> None:
         check_options(self)
-
-
-TOOL_SECONDS = 30.0
-TOOL_CHARACTERS = 100_000
-"""More than most contexts have room for."""
-
-
-class ToolLoop(Environment):
-    """Runs the tools that the model calls.
-
-    Args:
-        functions: plain functions, sync or async. Name, docstring and annotated parameters make
-            the schema that the prompt describes; arguments are checked against it.
-        seconds: the calls of one turn may take together; less than `step_seconds` of
-            `EpisodeLimits`, which fails the episode.
-        characters: an answer may have.
-    """
-
-    def __init__(
-        self,
-        *functions: Callable[..., Any],
-        seconds: float = TOOL_SECONDS,
-        characters: int = TOOL_CHARACTERS,
-    ) -> None:
-        if not functions:
-            raise ValueError("no tools: pass at least one function")
-        self._tools = {function.__name__: _Tool(function) for function in functions}
-        self._seconds = seconds
-        self._characters = characters
-        self.tools = [tool.schema for tool in self._tools.values()]
-
-    async def step(self, messages: Sequence[Message], assistant: Message) -> Step:
-        calls = assistant.tool_calls or []
-        if not calls:
-            return Step(done=True)
-        deadline = sampling_time() + self._seconds
-        results = [
-            {
-                "role": "tool",
-                "tool_call_id": one.id,
-                "name": one.function.name,
-                "content": await self._run(one.function.name, one.function.arguments, deadline),
-            }
-            for one in calls
-        ]
-        return Step(messages=results, metrics={"tool_calls": len(results)})
-
-    async def _run(self, name: str, arguments: str, deadline: float) -> str:
-        left = deadline - sampling_time()
-        if left <= 0:
-            return f"Error: not called: the calls before it took {self._seconds:g} s"
-        tool = self._tools.get(name)
-        if tool is None:
-            return f"Error: there is no tool {name!r}; there are {', '.join(self._tools)}"
-        try:
-            given = tool.arguments(arguments)
-        except ValueError as error:
-            return f"Error: {error}"
-        try:
-            result = await call(lambda: tool.function(**given), what=f"{name}()", seconds=left)
-            answer = result if isinstance(result, str) else json.dumps(result, default=str)
-        except EnvironmentFaultError as error:
-            return f"Error: {error}"
-        except (TypeError, ValueError, RecursionError) as error:
-            return f"Error: what {name}() returned is no JSON: {error}"
-        if len(answer) > self._characters:
-            return (
-                f"Error: {name}() returned {len(answer)} characters, more than the "
-                f"{self._characters} that can be shown: ask for less"
-            )
-        return answer
-
-
-class _Tool:
-    """A function and its parameters as a schema."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        import pydantic
-
-        self.function = function
-        fields: dict[str, Any] = {}
-        for name, parameter in inspect.signature(function, eval_str=True).parameters.items():
-            if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
-                raise ValueError(
-                    f"{function.__name__}({parameter}): a tool's parameters have names"
-                )
-            annotation = Any if parameter.annotation is parameter.empty else parameter.annotation
-            default = ... if parameter.default is parameter.empty else parameter.default
-            fields[name] = (annotation, default)
-        self._model = pydantic.create_model(
-            function.__name__, __config__=pydantic.ConfigDict(extra="forbid"), **fields
-        )
-        parameters = self._model.model_json_schema()
-        parameters.pop("title", None)
-        parameters.pop("additionalProperties", None)
-        for described in parameters.get("properties", {}).values():
-            described.pop("title", None)
-        parameters.setdefault("properties", {})
-        self.schema: Mapping[str, Any] = {
-            "type": "function",
-            "function": {
-                "name": function.__name__,
-                "description": inspect.getdoc(function) or "",
-                "parameters": parameters,
-            },
-        }
-
-    def arguments(self, text: str) -> dict[str, Any]:
-        """The call's arguments as the function takes them.
-
-        Raises:
-            ValueError: no JSON object, or one that does not fit; in words for the model.
-        """
-        from pydantic import ValidationError
-
-        try:
-            given = self._model.model_validate_json(text or "{}")
-        except ValidationError as error:
-            problems = "; ".join(
-                f"{'.'.join(map(str, one['loc'])) or 'arguments'}: {one['msg']}"
-                for one in error.errors(include_url=False)
-            )
-            raise ValueError(f"wrong arguments: {problems}") from error
-        return {name: getattr(given, name) for name in type(given).model_fields}
 
 
 def _reason(result: Score) -> str:
@@ -337,7 +213,17 @@ class CheckedEnvironment:
         )
         if not callable(getattr(environment, "step", None)):
             raise EnvironmentFaultError(f"{name} made a {type(environment).__name__} without step")
-        return cls(environment, limits)
+        world = cls(environment, limits)
+        if world._has("_open_tools"):
+            try:
+                await world._call("_open_tools")
+            except BaseException:
+                await world.close(None)
+                raise
+        return world
+
+    def _has(self, method: str) -> bool:
+        return _does_something(getattr(self.environment, method, Environment.close))
 
     def tools(self, row: EvaluationRow) -> list[dict[str, Any]] | None:
         """What the prompt describes: its own tools, or the row's."""
@@ -384,14 +270,16 @@ class CheckedEnvironment:
     async def close(self, row_id: str | None) -> None:
         """End it, even where the episode is being cancelled; a fault is logged, for the episode is
         over."""
-        if _does_something(self.environment.close):
-            await to_its_end(self._close(row_id))
+        methods = [name for name in ("close", "_close_tools") if self._has(name)]
+        if methods:
+            await to_its_end(self._close(methods, row_id))
 
-    async def _close(self, row_id: str | None) -> None:
-        try:
-            await self._call("close")
-        except EnvironmentFaultError as error:
-            logger.warning("row %s: %s", row_id, error)
+    async def _close(self, methods: Sequence[str], row_id: str | None) -> None:
+        for method in methods:
+            try:
+                await self._call(method)
+            except EnvironmentFaultError as error:
+                logger.warning("row %s: %s", row_id, error)
 
     def too_long(self, messages: Sequence[Message]) -> bool:
         """Whether these are more characters than may be said at once."""
@@ -414,10 +302,15 @@ class CheckedEnvironment:
         return plain
 
     async def _call(self, method: str, *arguments: Any, **keywords: Any) -> Any:
-        function, what = getattr(self.environment, method), f"{self._name}.{method}()"
+        function = getattr(self.environment, method)
+        what = _TOOLS.get(method, "{}." + method + "()").format(self._name)
         if keywords:
             function = functools.partial(function, **keywords)
         return await call(function, *arguments, what=what, seconds=self.limits.step_seconds)
+
+
+_TOOLS = {"_open_tools": "opening the tools of {}", "_close_tools": "closing the tools of {}"}
+"""What is not a user's method, in words."""
 
 
 def _reward(reward: Any) -> float | None:
@@ -463,11 +356,8 @@ async def _done(pending: Awaitable[Any]) -> None:
 def _does_something(method: Callable[..., Any]) -> bool:
     """Whether it is overridden: what an `Environment` does by itself takes no thread, and no copy
     of a row."""
-    return getattr(method, "__func__", None) not in (
-        Environment.reset,
-        Environment.score,
-        Environment.close,
-    )
+    function = getattr(method, "__func__", method)
+    return getattr(Environment, getattr(function, "__name__", ""), None) is not function
 
 
 def _takes_one(method: Callable[..., Any]) -> bool:

@@ -23,6 +23,7 @@ from eval_protocol_rft import rollout, sampling
 from eval_protocol_rft.episodes._alive import AliveScorer, alive_score
 from eval_protocol_rft.episodes._environment import Environment, EpisodeLimits
 from eval_protocol_rft.episodes._episode import Episode, Episodes, group_seed
+from eval_protocol_rft.episodes._tool_loop import with_mcp
 from eval_protocol_rft.episodes._turns import OnRewrite
 from eval_protocol_rft.record import UNSCORED
 
@@ -32,7 +33,8 @@ class EpisodeRolloutProcessor(rollout.FireworksTrainingRolloutProcessor):
 
     Args:
         environment: makes an environment, for each episode its own: a class, or a function of
-            nothing.
+            nothing. None: a `ToolLoop` with the servers of the evaluation test's `mcp_config_path`;
+            one that makes a `ToolLoop` gets them too.
         limits: how long an episode may get.
         on_rewrite: what to do where the chat template renders earlier turns anew once more is said:
             `split` begins a new segment with the same reward, `reject` fails the episode. See
@@ -48,10 +50,11 @@ class EpisodeRolloutProcessor(rollout.FireworksTrainingRolloutProcessor):
     """
 
     has_environments = True
+    takes_mcp = True
 
     def __init__(
         self,
-        environment: Callable[[], Environment],
+        environment: Callable[[], Environment] | None = None,
         *,
         limits: EpisodeLimits | None = None,
         on_rewrite: OnRewrite = "split",
@@ -67,6 +70,21 @@ class EpisodeRolloutProcessor(rollout.FireworksTrainingRolloutProcessor):
         self.limits = limits or EpisodeLimits()
         self.on_rewrite: OnRewrite = on_rewrite
         self.score = None if score is None else AliveScorer(score)
+
+    def world(self, mcp_config_path: str | None) -> Callable[[], Environment]:
+        """What makes environments, under an evaluation test with this `mcp_config_path`.
+
+        Raises:
+            ValueError: there is nothing that does.
+        """
+        if mcp_config_path:
+            return with_mcp(self.environment, mcp_config_path)
+        if self.environment is None:
+            raise ValueError(
+                "EpisodeRolloutProcessor() has no environment: name one, or MCP servers as "
+                "@evaluation_test(mcp_config_path=...)"
+            )
+        return self.environment
 
     async def _roll_out(
         self,
@@ -91,7 +109,7 @@ class EpisodeRolloutProcessor(rollout.FireworksTrainingRolloutProcessor):
                 job.messages,
                 job.tokenizer,
                 job.request.chat_template_kwargs,
-                environment=self.environment,
+                environment=self.world(config.mcp_config_path),
                 params=job.request.params,
                 limits=self.limits,
                 on_rewrite=self.on_rewrite,

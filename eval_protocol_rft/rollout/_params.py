@@ -165,8 +165,8 @@ def refuse_unused(
         if value:
             raise ParamsError(
                 f"@evaluation_test({name}=...) is not used by this rollout processor, so the model "
-                "would not have its tools: give EpisodeRolloutProcessor a ToolLoop with the tools, "
-                f"or leave {name} away"
+                "would not have its tools: give EpisodeRolloutProcessor a ToolLoop with the tools "
+                f"(it takes mcp_config_path too), or leave {name} away"
             )
     if steps not in (SINGLE_STEP, DEFAULT_STEPS):
         raise ParamsError(

@@ -90,6 +90,9 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
     """Whether a rollout holds more than requests: what runs at once is bounded by the user's word
     even where the sampler has a queue of its own."""
 
+    takes_mcp = False
+    """Whether `mcp_config_path` of `@evaluation_test` is for it."""
+
     def __init__(
         self,
         *,
@@ -280,7 +283,7 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
 
     def _request(self, config: RolloutProcessorConfig) -> _params.RolloutRequest:
         _params.refuse_unused(
-            mcp_config_path=config.mcp_config_path,
+            mcp_config_path=None if self.takes_mcp else config.mcp_config_path,
             server_script_path=config.server_script_path,
             steps=config.steps,
         )

@@ -18,7 +18,8 @@ from eval_protocol_rft.data._dataset import RolloutDataset
 from eval_protocol_rft.data._files import JobError
 from eval_protocol_rft.data._generate_episodes import episode_job
 from eval_protocol_rft.data._job_store import parts_folder
-from eval_protocol_rft.episodes._environment import Environment, EpisodeLimits, Step, ToolLoop
+from eval_protocol_rft.episodes._environment import Environment, EpisodeLimits, Step
+from eval_protocol_rft.episodes._tool_loop import ToolLoop
 from tests.data.servers import at, pairs, refused, rows_by_pair, stored, succeed, texts, write_jsonl
 from tests.programs import Program, Zygote
 from tests.stub_server import Late, StubServer, sampled

@@ -55,7 +55,10 @@ class ModelCall:
     """In the chat API's form, as the request has them: content is text or a list of text parts,
     arguments of tool calls are text, what was thought is `reasoning_content`. A system prompt that
     stands elsewhere in the request is the first message. Null fields and unknown ones are left out;
-    items of one turn (Responses: reasoning, message, calls) are one assistant message. Of Anthropic
+    items of one turn (Responses: reasoning, message, calls) are one assistant message. Where a
+    client names items of an earlier answer and does not tell them again, the message has the
+    `reply_id` and the `parts` of it: "reasoning_content", "content", and numbers of calls, from 0.
+    Of Anthropic
     the signature of a thinking block is left out, and arguments are the JSON text of their object.
     """
     tools: list[dict[str, Any]] | None = None

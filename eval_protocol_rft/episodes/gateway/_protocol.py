@@ -288,16 +288,30 @@ class MessageList:
         calls = self._turn_without().setdefault("tool_calls", [])
         calls.append({"id": call_id, "type": "function", "function": function})
 
+    def refer(self, reply_id: str, part: str | int) -> None:
+        """One more part of an answer that is named and not told again, see `ModelCall`."""
+        if self._turn is not None and self._turn.get("reply_id", reply_id) != reply_id:
+            self.end_turn()
+        behind = {"reasoning_content": ("content", "tool_calls"), "content": ("tool_calls",)}
+        turn = self._turn_without(*behind.get(str(part), ()))
+        turn["reply_id"] = reply_id
+        turn.setdefault("parts", []).append(part)
+
     def has_text(self) -> bool:
         """Whether the turn that goes on has a text."""
-        return self._turn is not None and "content" in self._turn
+        return self._turn is not None and _has(self._turn, "content")
 
     def _turn_without(self, *names: str) -> dict[str, Any]:
         """The turn that goes on, or the next where it has one of these fields already."""
-        if self._turn is None or any(name in self._turn for name in names):
+        if self._turn is None or any(_has(self._turn, name) for name in names):
             self._turn = {"role": "assistant"}
             self.messages.append(self._turn)
         return self._turn
+
+
+def _has(turn: Mapping[str, Any], name: str) -> bool:
+    """Whether a turn has this field, told or named."""
+    return name in turn or name in turn.get("parts", ())
 
 
 def function_tool(

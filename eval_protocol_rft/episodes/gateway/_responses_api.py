@@ -75,6 +75,8 @@ ECHOED = (
 )
 TEXT_PARTS = ("input_text", "output_text", "text")
 LOGPROBS = "message.output_text.logprobs"
+ITEM_ID = re.compile(r"(rs|msg|fc)_([0-9a-f]{32})(?:_(\d+))?")
+"""Of the items that `_items` makes: what it is, of which answer, and which call of it."""
 THINKING = re.compile(r"<think>\n(.*)\n</think>", re.DOTALL)
 """How Pydantic AI sends back what was thought: as the text of an assistant's message of its own."""
 
@@ -203,8 +205,11 @@ def _messages(request: _Request) -> list[dict[str, Any]]:
 
 def _read_item(item: dict[str, Any], where: str, read: MessageList) -> None:
     """Add what one item says. Status, annotations and ids of items mean nothing to a model."""
-    check_type(item, where, "message", "reasoning", "function_call", "function_call_output", None)
+    kinds = "message", "reasoning", "function_call", "function_call_output", "item_reference", None
+    check_type(item, where, *kinds)
     match item.get("type"):
+        case "item_reference":
+            _refer(item.get("id"), f"{where}.id", read)
         case "reasoning":
             thought = read_shape(item, _Reasoning, where)
             if text := _thought(thought):
@@ -218,6 +223,16 @@ def _read_item(item: dict[str, Any], where: str, read: MessageList) -> None:
             read.add({"role": "tool", "tool_call_id": result.call_id, "content": output})
         case _:
             _read_message(read_shape(item, _Message, where), f"{where}.content", read)
+
+
+def _refer(item_id: Any, where: str, read: MessageList) -> None:
+    """Add an item of an earlier answer that is named alone."""
+    found = ITEM_ID.fullmatch(item_id) if isinstance(item_id, str) else None
+    if found is None:
+        raise refusal(where, f"no item {item_id!r} was answered here: send the whole item")
+    kind, reply_id, number = found.groups()
+    part = {"rs": "reasoning_content", "msg": "content"}.get(kind) or int(number or 0)
+    read.refer(reply_id, part)
 
 
 def _thought(item: _Reasoning) -> str:

@@ -264,16 +264,10 @@ class Session:
         return reply
 
     def _locate(self, call: ModelCall, template_kwargs: dict[str, Any]) -> Place:
-        messages = call.messages
+        messages = [self._told(message) for message in call.messages]
         if call.previous_response_id is not None:
-            behind = self._replies.get(call.previous_response_id.removeprefix("resp_"))
-            if behind is None:
-                raise CallError(
-                    f"no response {call.previous_response_id!r} in this session: send the whole "
-                    "history",
-                    param="previous_response_id",
-                    code="previous_response_not_found",
-                )
+            reply_id = call.previous_response_id.removeprefix("resp_")
+            behind = self._reply(reply_id, "previous_response_id", "previous_response_not_found")
             before = [node.message for node in behind.path()]
             if messages and messages[0]["role"] == "system":
                 before = before[before[0]["role"] == "system" :]
@@ -289,6 +283,25 @@ class Session:
         except (rollout.PromptError, ConversationError) as error:
             field = "input" if call.protocol == "responses" else "messages"
             raise CallError(str(error), param=field) from error
+
+    def _reply(self, reply_id: str, param: str, code: str) -> Node:
+        """An earlier answer, by its id, which the field `param` names."""
+        if reply_id not in self._replies:
+            message = f"no answer {reply_id!r} in this session: send the whole history"
+            raise CallError(message, param=param, code=code)
+        return self._replies[reply_id]
+
+    def _told(self, message: dict[str, Any]) -> dict[str, Any]:
+        """A message whole, also where the client names parts of an answer alone."""
+        if "reply_id" not in message:
+            return message
+        answer = self._reply(message["reply_id"], "input", "item_not_found").message
+        told = {name: value for name, value in message.items() if name not in ("reply_id", "parts")}
+        told |= {name: answer[name] for name in message["parts"] if name in answer}
+        calls = dict(enumerate(answer.get("tool_calls", ())))
+        if named := [calls[part] for part in message["parts"] if part in calls]:
+            told["tool_calls"] = [*named, *told.get("tool_calls", ())]
+        return told
 
     def _with_room(self, params: sampling.SamplingParams, place: Place) -> sampling.SamplingParams:
         """`max_tokens` no larger than what the context has room for."""

@@ -405,7 +405,7 @@ REFUSED = [
     ({"input": None}, "input"),
     ({"input": []}, "input"),
     ({"input": [3]}, "input[0]"),
-    ({"input": [{"type": "item_reference", "id": "msg_1"}]}, "input[0].type"),
+    ({"input": [{"type": "item_reference", "id": "msg_1"}]}, "input[0].id"),
     ({"input": [USER, {"type": "web_search_call", "id": "ws"}]}, "input[1].type"),
     ({"input": [{"role": "critic", "content": "x"}]}, "input[0].role"),
     ({"input": [{"role": "user"}]}, "input[0].content"),
@@ -466,3 +466,35 @@ def test_a_call_may_be_cut_off_too():
     cut = choice("", tool_call(), finish_reason="length")
     (called,) = _responses_api.reply_body(read(), reply(cut))["output"]
     assert (called["type"], called["status"]) == ("function_call", "incomplete")
+
+
+def test_an_answers_text_may_be_named_where_its_calls_are_told():
+    text = {"type": "item_reference", "id": f"msg_{ID}"}
+    calls = [
+        {"type": "function_call", "call_id": f"call_{i}", "name": "add", "arguments": "{}"}
+        for i in range(2)
+    ]
+    call = read(input=[USER, text, *calls, *OUTPUTS])
+    named, (first, second) = call.messages[1], call.messages[1]["tool_calls"]
+    assert (named["reply_id"], named["parts"]) == (ID, ["content"])
+    assert (first["id"], second["id"]) == ("call_0", "call_1")
+    assert call.messages[2:] == RESULTS
+
+
+def test_items_of_one_answer_that_are_named_alone_are_one_message_of_its_parts():
+    other = "f" * 32
+    named = [f"rs_{ID}", f"msg_{ID}", f"fc_{ID}_0", f"fc_{ID}_1", f"msg_{other}"]
+    call = read(input=[USER, *({"type": "item_reference", "id": one} for one in named), USER])
+    assert call.messages == [
+        USER,
+        {"role": "assistant", "reply_id": ID, "parts": ["reasoning_content", "content", 0, 1]},
+        {"role": "assistant", "reply_id": other, "parts": ["content"]},
+        USER,
+    ]
+
+
+@pytest.mark.parametrize("item_id", ["msg_abc", f"resp_{ID}", 7, None])
+def test_an_item_that_was_not_answered_here_is_refused_by_its_id(item_id):
+    with pytest.raises(CallError, match="send the whole item") as refused:
+        read(input=[USER, {"type": "item_reference", "id": item_id}])
+    assert refused.value.param == "input[1].id"
