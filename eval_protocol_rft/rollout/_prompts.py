@@ -120,12 +120,10 @@ def rendered_otherwise(
 ) -> list[str]:
     """What `chat_messages` wrote in another way than it stands in `messages`, for the record."""
     notes = []
-    for i, (message, chat) in enumerate(
-        zip(messages, chat_messages(messages, tokenizer), strict=True)
-    ):
+    for i, message in enumerate(messages):
         role, content = _field(message, "role"), _field(message, "content")
-        if role != chat["role"]:
-            notes.append(f"messages[{i}]: the role {role} as {chat['role']}")
+        if role == "developer" and not _knows_developer(tokenizer):
+            notes.append(f"messages[{i}]: the role developer as system")
         if isinstance(content, list) and len(content) > 1:
             notes.append(f"messages[{i}]: {len(content)} text parts, joined by line breaks")
     return notes
@@ -282,6 +280,9 @@ def _apply(
 
 def _chat_message(index: int, message: Message | Mapping[str, Any]) -> dict[str, Any]:
     """One message with the fields that templates read."""
+    # Most messages of a long history, which agents send anew with every call.
+    if type(message) is dict and len(message) == 2 and type(message.get("content")) is str:
+        return {"role": message.get("role"), "content": message["content"]}
     fields = {name: _field(message, name) for name in _MESSAGE_FIELDS}
     role, content, calls = fields["role"], fields["content"], fields["tool_calls"]
     if fields["function_call"] is not None:
@@ -315,7 +316,9 @@ _MESSAGE_FIELDS = (
 
 
 def _field(value: Any, name: str) -> Any:
-    return value.get(name) if isinstance(value, Mapping) else getattr(value, name, None)
+    if type(value) is dict or isinstance(value, Mapping):
+        return value.get(name)
+    return getattr(value, name, None)
 
 
 def _plain(value: Any) -> Any:

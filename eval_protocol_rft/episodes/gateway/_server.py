@@ -30,6 +30,7 @@ from aiohttp import web
 
 from eval_protocol_rft import rollout, sampling
 from eval_protocol_rft._text import text_of
+from eval_protocol_rft.episodes._rendering import ChatText
 from eval_protocol_rft.episodes.gateway import _chat_api, _messages_api, _responses_api
 from eval_protocol_rft.episodes.gateway._call import CallError, Reply
 from eval_protocol_rft.episodes.gateway._protocol import keep_alive
@@ -109,6 +110,7 @@ class Gateway:
             if tracing
             else None
         )
+        self._chats: dict[str, ChatText] = {}
         self._runner: web.AppRunner | None = None
         self.api_key = f"sk-rft-{secrets.token_urlsafe(24)}"
         """Of clients that name their session in the model, see `Session.model_name`."""
@@ -179,6 +181,7 @@ class Gateway:
             sample=sample or self._sample,
             seed=seed,
             salt=salt if salt is not None else secrets.token_hex(8),
+            chats=self._chats,
         )
         session.anthropic_url = f"{self.url}/s/{path}"
         session.base_url, session.api_key = f"{session.anthropic_url}/v1", key

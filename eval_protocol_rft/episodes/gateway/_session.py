@@ -20,7 +20,7 @@ import msgspec
 
 from eval_protocol_rft import rollout, sampling
 from eval_protocol_rft._segments import EpisodeRecord, Segment
-from eval_protocol_rft.episodes._rendering import ConversationError, Rewrite
+from eval_protocol_rft.episodes._rendering import ChatText, ConversationError, Rewrite
 from eval_protocol_rft.episodes._turns import Turn, answered, with_versions
 from eval_protocol_rft.episodes.gateway import _trajectory as trajectory
 from eval_protocol_rft.episodes.gateway._call import CallError, ModelCall, Reply, ReplyChoice
@@ -116,6 +116,7 @@ class Session:
         seed: what the seeds of all completions are derived from; None: they have none.
         salt: makes the ids of calls and replies, so that they are the same in a run that is
             repeated.
+        chats: see `CallTree`.
     """
 
     def __init__(
@@ -127,13 +128,14 @@ class Session:
         sample: Sample,
         seed: int | None,
         salt: str,
+        chats: dict[str, ChatText] | None = None,
     ) -> None:
         self.name, self.settings = name, settings
         self.base_url = self.anthropic_url = self.api_key = ""
         self.shared_url = self.shared_key = ""
         """Of all sessions of the gateway, for clients that say `model_name` as their model."""
         self._tokenizer, self._sample, self._seed, self._salt = tokenizer, sample, seed, salt
-        self._tree = CallTree(tokenizer, on_rewrite=settings.on_rewrite)
+        self._tree = CallTree(tokenizer, on_rewrite=settings.on_rewrite, chats=chats)
         self._pending: dict[bytes, list[PendingCall]] = {}
         self._slots = asyncio.Semaphore(settings.limits.concurrent_calls)
         self._counts = _Counts()

@@ -27,6 +27,8 @@ from eval_protocol_rft.episodes._turns import OnRewrite, Prompt, Turn, begin, fo
 from eval_protocol_rft.local import LoadedTokenizer
 
 Message = dict[str, Any]
+MOST_CHATS = 256
+"""Renderers that are kept: agents whose tools are others in each session make one each time."""
 
 
 class Node:
@@ -136,11 +138,6 @@ class Place:
     notes: list[str] = field(default_factory=list)
     """What was rendered otherwise than it was sent."""
 
-    @property
-    def key(self) -> tuple[int, int]:
-        """The same for calls with the same messages, tools and template arguments."""
-        return id(self.node), id(self.prompt.chat)
-
 
 class CallTree:
     """The calls of one session.
@@ -148,11 +145,20 @@ class CallTree:
     Args:
         tokenizer: its chat template renders.
         on_rewrite: as for `Conversation.start`.
+        chats: renderers by tools and template arguments, which sessions share: each looks once what
+            its template drops.
     """
 
-    def __init__(self, tokenizer: LoadedTokenizer, *, on_rewrite: OnRewrite = "split") -> None:
+    def __init__(
+        self,
+        tokenizer: LoadedTokenizer,
+        *,
+        on_rewrite: OnRewrite = "split",
+        chats: dict[str, ChatText] | None = None,
+    ) -> None:
         self._tokenizer = tokenizer
         self._on_rewrite = on_rewrite
+        self._chats = {} if chats is None else chats
         self._roots: dict[str, tuple[Node, ChatText]] = {}
         """By tools and template arguments, which stand before or between all messages."""
         self._calls = 0
@@ -183,10 +189,7 @@ class CallTree:
         """
         chat_messages, notes = self._chat(messages)
         key = msgspec.json.encode((tools, kwargs), order="deterministic").decode()
-        root, chat = self._roots.get(key) or (
-            Node(None, {}),
-            ChatText(self._tokenizer, tools, dict(kwargs)),
-        )
+        root, chat = self._roots.get(key) or (Node(None, {}), self._chat_text(key, tools, kwargs))
         node, matched, answer, behind = root, 0, None, 0
         for number, message in enumerate(chat_messages, start=1):
             child = node.find(message, thinking_returns=thinking_returns)
@@ -214,9 +217,18 @@ class CallTree:
         self.turns.append((turn, node))
         return node
 
+    def _chat_text(
+        self, key: str, tools: Sequence[Mapping[str, Any]] | None, kwargs: Mapping[str, Any]
+    ) -> ChatText:
+        if len(self._chats) > MOST_CHATS:
+            self._chats.clear()
+        if key not in self._chats:
+            self._chats[key] = ChatText(self._tokenizer, tools, dict(kwargs))
+        return self._chats[key]
+
     def _chat(self, messages: Sequence[Mapping[str, Any]]) -> tuple[list[Message], list[str]]:
         """Messages as the template is given them, and what of them is written otherwise."""
-        filled = [{"content": "", **message} for message in messages]
+        filled = [one if "content" in one else {"content": "", **one} for one in messages]
         chat = rollout.chat_messages(filled, self._tokenizer)
         notes = rollout.rendered_otherwise(filled, self._tokenizer)
         for index, message in enumerate(chat[1:], start=1):
