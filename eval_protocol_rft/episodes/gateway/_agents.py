@@ -12,6 +12,7 @@ import contextlib
 import copy
 import inspect
 import json
+import logging
 import os
 import shutil
 import signal
@@ -35,6 +36,8 @@ OUTPUT_CHARACTERS = 4000
 """Of what a command printed, from its end, that go on record."""
 _OUTPUT_BYTES = 1 << 20
 """That are held of it."""
+_HTTP_CLIENTS = ("httpx", "httpx2")
+"""They tell each request at INFO, which Eval Protocol has the root logger show."""
 _GRACE_SECONDS = 2.0
 """For a command to end after SIGTERM."""
 
@@ -86,6 +89,9 @@ class _FunctionAgent:
         self._is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
             called
         )
+        for client in _HTTP_CLIENTS:
+            if (logger := logging.getLogger(client)).level == logging.NOTSET:
+                logger.setLevel(logging.WARNING)
 
     async def __call__(self, row: EvaluationRow, session: Session, seconds: float) -> Outcome:
         own_loop = _OwnLoop(self._function)

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import aiohttp
 import openai
 import pytest
 
-from eval_protocol_rft.episodes.gateway import Gateway, Session, SessionLimits, SessionSettings
+from eval_protocol_rft.episodes.gateway import (
+    AgentRolloutProcessor,
+    Gateway,
+    Session,
+    SessionLimits,
+    SessionSettings,
+)
 from eval_protocol_rft.sampling import RefusedError, RetryPolicy, SamplingError, SamplingParams
 from tests.episodes.gateway.models import CALL, Model, tool_model
 from tests.rollouts import TOOLS
@@ -383,3 +391,26 @@ async def test_keys_are_in_no_record(http: aiohttp.ClientSession) -> None:
         done = await session.finish()
     assert done.record.turns == 1
     assert session.api_key not in repr(done.record)
+
+
+async def test_a_sessions_clients_load_no_certificates_for_plain_http(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    broken = tmp_path / "certificates.pem"
+    broken.write_text("none")
+    monkeypatch.setenv("SSL_CERT_FILE", str(broken))
+    async with gateway_of(tool_model()) as gateway:
+        session = gateway.session()
+        async with session.openai() as client, session.anthropic():
+            reply = await client.chat.completions.create(model="m", messages=ASK)
+        assert reply.choices[0].finish_reason == "stop"
+        for make in (session.openai, session.anthropic):
+            (await asyncio.to_thread(make)).close()
+
+
+async def test_requests_of_an_agent_in_this_process_are_not_told_one_by_one() -> None:
+    told = [logging.getLogger(name) for name in ("httpx", "httpx2")]
+    for logger in told:
+        logger.setLevel(logging.NOTSET)
+    AgentRolloutProcessor(lambda row, session: None)
+    assert [logger.level for logger in told] == [logging.WARNING] * 2
