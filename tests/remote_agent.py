@@ -3,19 +3,34 @@ rollout, whose model calls go to the base URL that it is given. A program that p
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import os
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
-from eval_protocol.log_utils.fireworks_tracing_http_handler import FireworksTracingHttpHandler
-from eval_protocol.models import Status
 from openai import OpenAI
 
 LOGGER = logging.getLogger("agent")
+
+
+def log_handler(url: str) -> logging.Handler:
+    """Eval Protocol's own, without what importing all of Eval Protocol costs."""
+    package = importlib.util.find_spec("eval_protocol")
+    assert package is not None
+    assert package.origin is not None
+    path = Path(package.origin).parent / "log_utils" / "fireworks_tracing_http_handler.py"
+    spec = importlib.util.spec_from_file_location("fireworks_tracing_http_handler", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    handler: logging.Handler = module.FireworksTracingHttpHandler(url)
+    return handler
 
 
 def roll_out(request: dict[str, Any]) -> None:
@@ -35,9 +50,9 @@ def roll_out(request: dict[str, Any]) -> None:
                 numbers = json.loads(call.function.arguments)
                 result = str(numbers["a"] + numbers["b"])
                 messages.append({"role": "tool", "tool_call_id": call.id, "content": result})
-        status, extras = Status.rollout_finished(), {"answer": message.content}
+        status, extras = {"code": 100, "message": "done"}, {"answer": message.content}
     except Exception as error:  # noqa: BLE001 - an agent that fails says so
-        status, extras = Status.rollout_internal_error(str(error)), {}
+        status, extras = {"code": 13, "message": str(error)}, {}
     LOGGER.info(
         "rollout ended", extra={"status": status, "rollout_id": rollout_id, "extras": extras}
     )
@@ -58,7 +73,7 @@ class Handler(BaseHTTPRequestHandler):
 
 def main() -> None:
     LOGGER.setLevel(logging.INFO)
-    LOGGER.addHandler(FireworksTracingHttpHandler(os.environ["FW_TRACING_GATEWAY_BASE_URL"]))
+    LOGGER.addHandler(log_handler(os.environ["FW_TRACING_GATEWAY_BASE_URL"]))
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     print(server.server_port, flush=True)
     threading.Thread(target=server.serve_forever, daemon=True).start()

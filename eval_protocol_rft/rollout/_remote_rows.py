@@ -86,17 +86,20 @@ class RemoteRows:
         """The row with its record; itself where it has none to get."""
         metadata = _field(row, "execution_metadata")
         extra = _field(metadata, "extra")
-        if form.has_record(extra) or not has_remote_turns(extra):
+        if not has_remote_turns(extra):
             return row
         if form.is_failure(_field(_field(row, "rollout_status"), "code")):
             return row
-        try:
-            record = self._record(row, extra)
-        except RecordError as error:
-            raise RecordError(f"{_name(row, extra)}, {error}") from error
+        has_record = form.has_record(extra)
+        if has_record and GATEWAY_KEY not in extra:
+            return row
         read_keys = {*REMOTE_KEYS, PAYLOADS_KEY, GATEWAY_KEY}
-        foreign = {key: value for key, value in extra.items() if key not in read_keys}
-        read = {**foreign, **record.to_extra()}
+        read = {key: value for key, value in extra.items() if key not in read_keys}
+        if not has_record:  # with which our gateway sends all that is in payloads, and more
+            try:
+                read |= self._record(row, extra).to_extra()
+            except RecordError as error:
+                raise RecordError(f"{_name(row, extra)}, {error}") from error
         return cast("Row", _with_extra(row, metadata, read))
 
     def _record(self, row: Any, extra: Mapping[str, Any]) -> RolloutRecord:

@@ -6,7 +6,8 @@ Invariant: as for single completions: everything is built before the row is chan
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from itertools import takewhile
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -15,6 +16,7 @@ from eval_protocol_rft._segments import EpisodeRecord
 from eval_protocol_rft.episodes._conversation import traces_of
 from eval_protocol_rft.episodes.gateway._session import SessionRecord
 from eval_protocol_rft.local import LoadedTokenizer
+from eval_protocol_rft.record import RolloutRecord
 
 if TYPE_CHECKING:
     from eval_protocol.models import EvaluationRow, Message
@@ -48,25 +50,16 @@ def put_on_row(
     from eval_protocol.models import Message
 
     first = sessions[0]
-    record = rollout.build_record(
-        group,
-        first.first_prompt,
-        request,
-        tokenizer,
-        reader=None,
-        asked=(),
-        split_reasoning=split_reasoning,
-        began_at=began_at,
-    )
     messages = [Message(**{"content": None, **m}) for m in first.record.messages]
     begins = len(asked) <= len(messages) and all(map(_is_same, asked, messages))
-    own = len(asked) if begins else None
-    record = msgspec.structs.replace(
-        record,
-        sampling=msgspec.structs.replace(record.sampling, prompts="agent"),
-        trajectories=[done.segments for done in sessions],
-        episodes=[_episode(done, first.first_prompt, own) for done in sessions],
-        token_turn_traces=traces_of(first.path),
+    record = record_of(
+        group,
+        sessions,
+        request=request,
+        tokenizer=tokenizer,
+        own=len(asked) if begins else None,
+        split_reasoning=split_reasoning,
+        began_at=began_at,
     )
     row.tools = None if first.tools is None else [dict(tool) for tool in first.tools]
     rollout.put_on_row(
@@ -85,6 +78,43 @@ def put_on_row(
     extra.pop(rollout.ASKED_KEY, None)
     if not begins:
         extra[rollout.ASKED_KEY] = [m.model_dump(exclude_none=True) for m in asked]
+
+
+def record_of(
+    group: sampling.Group,
+    sessions: Sequence[SessionRecord],
+    *,
+    request: rollout.RolloutRequest,
+    tokenizer: LoadedTokenizer,
+    own: int | None,
+    split_reasoning: bool,
+    began_at: float,
+) -> RolloutRecord:
+    """The record of rollouts of one row; `own` is how many messages of the first one are the
+    row's, None where it does not begin with these."""
+    first = sessions[0]
+    record = rollout.build_record(
+        group,
+        first.first_prompt,
+        request,
+        tokenizer,
+        reader=None,
+        asked=(),
+        split_reasoning=split_reasoning,
+        began_at=began_at,
+    )
+    return msgspec.structs.replace(
+        record,
+        sampling=msgspec.structs.replace(record.sampling, prompts="agent"),
+        trajectories=[done.segments for done in sessions],
+        episodes=[_episode(done, first.first_prompt, own) for done in sessions],
+        token_turn_traces=traces_of(first.path),
+    )
+
+
+def asked_first(done: SessionRecord) -> list[dict[str, Any]]:
+    """What the conversation begins with, up to its first answer."""
+    return list(takewhile(lambda message: message["role"] != "assistant", done.record.messages))
 
 
 def _episode(done: SessionRecord, prompt: sampling.TokenIds, own: int | None) -> EpisodeRecord:

@@ -34,6 +34,7 @@ from eval_protocol_rft.episodes._rendering import ChatText
 from eval_protocol_rft.episodes.gateway import _chat_api, _messages_api, _responses_api
 from eval_protocol_rft.episodes.gateway._call import CallError, Reply
 from eval_protocol_rft.episodes.gateway._protocol import keep_alive
+from eval_protocol_rft.episodes.gateway._rows import asked_first, record_of
 from eval_protocol_rft.episodes.gateway._session import KEY_MARK, PendingCall, Sample, Session
 from eval_protocol_rft.episodes.gateway._settings import SessionSettings
 from eval_protocol_rft.episodes.gateway._tracing_routes import TracingRoutes
@@ -57,6 +58,7 @@ _PROTOCOLS: dict[str, ModuleType] = {
 _PREFIXES = ("", "/v1", "/v1/v1")
 """What clients put before a path: some expect `/v1` in their base URL, and some add it."""
 _SESSION_PATH = "/s/{session}"
+_IN_TRACES = frozenset({"token_turn_traces", "assistant_turn_payloads"})
 _NAMED = {"session", "rollout_id"}
 """What an address may say of the session that a call is of."""
 
@@ -92,6 +94,8 @@ class Gateway:
             params=sampling.SamplingParams(model="policy", max_tokens=rollout.DEFAULT_MAX_TOKENS),
             context_length=getattr(sampler, "context_length", None),
         )
+        self.request = rollout.RolloutRequest(params=self.settings.params, n=1)
+        """What records say of how was sampled."""
         self._sampler = sampler
         self._host, self._port = host, port
         self._retry = retry or sampling.RetryPolicy()
@@ -104,6 +108,7 @@ class Gateway:
         self._tracing = (
             TracingRoutes(
                 begin=self.begin_rollout,
+                tell=self.rollout_extra,
                 is_own_key=lambda request: self._is_own_key(_key(request.headers)),
                 is_open=is_loopback(host),
             )
@@ -200,6 +205,25 @@ class Gateway:
         session.on_end()
         session.on_end = lambda: None
         return session
+
+    def rollout_extra(self, session: Session) -> dict[str, Any]:
+        """What Eval Protocol is to put on the row of a rollout that ended: its record, with what
+        is in no trace (sub-agents, retries, answers that the agent wrote anew). The turns of the
+        conversation alone, each with its whole prompt, come with its traces."""
+        done = session.record()
+        if done.first is None:
+            return {}
+        record = record_of(
+            sampling.Group(survivors=[done.first], failures=[]),
+            [done],
+            request=self.request,
+            tokenizer=self.tokenizer,
+            own=len(asked_first(done)),
+            split_reasoning=session.settings.split_reasoning,
+            began_at=session.began_at,
+        )
+        extra = record.to_extra()
+        return {key: value for key, value in extra.items() if key not in _IN_TRACES}
 
     def seed_of(self, name: str, run: int) -> int | None:
         """Of a session that a client begins by naming it; None: no seeds are sent."""

@@ -158,6 +158,8 @@ class Session:
         self._answered_at: dict[int, float] = {}
         """By the turn, Unix seconds."""
         self._began = sampling.sampling_time()
+        self.began_at = time.time()
+        """Unix seconds."""
         self._deadline: float | None = None
         self.ended_by: str | None = None
         """The limit that a call met, or what `end` was told."""
@@ -439,6 +441,11 @@ class Session:
         """Put on record what was not honoured."""
         self._departures[msgspec.json.encode(departure)] += 1
 
+    @property
+    def failure(self) -> sampling.Failure | None:
+        """A call that got no completion, and was not answered later."""
+        return next(iter(self._failures.values()), None)
+
     def metrics(self) -> dict[str, Any]:
         """What an episode's record says of the session until now, in `metrics`."""
         turns = [turn for turn, _ in self._tree.turns]
@@ -487,7 +494,7 @@ class Session:
             tools=self._tools.get(id(path[-1])) if path else None,
             sent_tokens=self._counts.sent,
             sampled_tokens=sum(len(turn.completion.token_ids) for turn in turns),
-            failure=next(iter(self._failures.values()), None),
+            failure=self.failure,
         )
 
     def _first_survivor(self, first: Turn, turns: Sequence[Turn]) -> sampling.Survivor:

@@ -12,9 +12,8 @@ import contextlib
 import os
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from eval_protocol_rft import rollout, sampling
 from eval_protocol_rft._errors import EvalProtocolRftError
 from eval_protocol_rft._text import text_of
 from eval_protocol_rft.episodes.gateway._call import CallError
-from eval_protocol_rft.episodes.gateway._rows import put_on_row
+from eval_protocol_rft.episodes.gateway._rows import asked_first, put_on_row
 from eval_protocol_rft.episodes.gateway._server import Gateway, _key
 from eval_protocol_rft.episodes.gateway._session import Session, SessionRecord
 from eval_protocol_rft.episodes.gateway._settings import SessionSettings
@@ -75,7 +74,8 @@ class StandaloneGateway(Gateway):
         **options: Any,
     ) -> None:
         super().__init__(sampler, tokenizer, tracing=True, **options)
-        self._request, self._output, self._say = request, output, say
+        self._output, self._say = output, say
+        self.request = request
         self.api_key = api_key or self.api_key
         self._row_ids: dict[str, str] = {}
         """Of sessions that are open, by their address."""
@@ -92,7 +92,7 @@ class StandaloneGateway(Gateway):
 
     def named_session(self, name: str) -> Session | None:
         """The session of that name; it begins with its first call."""
-        return super().named_session(name) or self._begin(name, name, self._request.seed)
+        return super().named_session(name) or self._begin(name, name, self.request.seed)
 
     def _begin(self, path: str, row_id: str, seed: int | None) -> Session:
         run = self._counts[row_id] = self._counts.get(row_id, -1) + 1
@@ -102,7 +102,7 @@ class StandaloneGateway(Gateway):
         return session
 
     def seed_of(self, name: str, run: int) -> int | None:
-        (seed,) = sampling.derive_seeds(self._request.seed, name, 1, run=run)
+        (seed,) = sampling.derive_seeds(self.request.seed, name, 1, run=run)
         return seed
 
     async def _open(self, request: web.Request) -> web.Response:
@@ -114,7 +114,7 @@ class StandaloneGateway(Gateway):
         path = asked.name or secrets.token_urlsafe(9)
         if not path.isascii() or not path.replace("-", "").replace("_", "").isalnum():
             raise CallError("a name has letters, digits, - and _", param="name")
-        seed = self._request.seed if asked.seed is None else asked.seed
+        seed = self.request.seed if asked.seed is None else asked.seed
         session = self._begin(path, asked.row_id or path, seed)
         return web.json_response(
             {
@@ -182,9 +182,9 @@ class StandaloneGateway(Gateway):
             row,
             sampling.Group(survivors=[done.first], failures=[]),
             [done],
-            request=self._request,
+            request=self.request,
             tokenizer=self.tokenizer,
-            asked=[Message(**message) for message in _asked(done)],
+            asked=[Message(**message) for message in asked_first(done)],
             split_reasoning=self.settings.split_reasoning,
             began_at=began,
             seconds=seconds,
@@ -205,11 +205,6 @@ class StandaloneGateway(Gateway):
             file.write(msgspec.json.encode(row) + b"\n")
             file.flush()
             os.fsync(file.fileno())
-
-
-def _asked(done: SessionRecord) -> Iterator[dict[str, Any]]:
-    """What the conversation begins with."""
-    return takewhile(lambda message: message["role"] != "assistant", done.record.messages)
 
 
 def _read(body: bytes, shape: type[Any]) -> Any:

@@ -24,12 +24,14 @@ from eval_protocol_rft.episodes.gateway._payloads import encode_payloads
 from eval_protocol_rft.episodes.gateway._session import Session
 from eval_protocol_rft.episodes.gateway._tree import Node
 from eval_protocol_rft.rollout import GATEWAY_KEY
+from eval_protocol_rft.sampling import Failure
 
 IDS = ("rollout_id", "invocation_id", "experiment_id", "run_id", "row_id")
 """Of a rollout, in the order in which its address has them."""
 
 MOST_ROLLOUTS = 4096
-"""Kept at once; then the one is dropped that was fetched, or else used, the longest ago."""
+"""Kept at once; then one is dropped that was fetched, or that only logs told of, or else the one
+that was heard of the longest ago."""
 MOST_FETCHED = 64
 """Of those whose traces were fetched: Eval Protocol does so once, when a rollout is over."""
 IDLE_SECONDS = 4 * 3600.0
@@ -40,6 +42,7 @@ MOST_LOG_BYTES = 64 * 1024
 """Of one entry; what is longer is refused."""
 
 _RUNNING = 101
+_UNAVAILABLE = 14
 _SUCCESSES = frozenset({0, 100, 102})
 """Codes of `Status` that end a rollout well. At others the processor raises, and Eval Protocol may
 roll the row out again."""
@@ -88,6 +91,8 @@ class RolloutStore:
         self._rollouts: OrderedDict[str, Rollout] = OrderedDict()
         """The one that was heard of the longest ago first."""
         self._fetched: OrderedDict[str, None] = OrderedDict()
+        self._bare: OrderedDict[str, None] = OrderedDict()
+        """Those that only logs told of, for which no key is needed."""
         self._dropped: list[Session] = []
 
     def __len__(self) -> int:
@@ -111,6 +116,7 @@ class RolloutStore:
         rollout = self._heard(ids["rollout_id"], now)
         if rollout.session is None:
             rollout.session = begin(rollout.rollout_id, rollout.attempts)
+            self._bare.pop(rollout.rollout_id, None)
         rollout.tags = tuple(f"{name}:{ids[name]}" for name in IDS)
         return rollout.session
 
@@ -139,19 +145,29 @@ class RolloutStore:
                 rollout.code, rollout.is_told = log.status.code, False
 
     def status(self, rollout_id: str, *, now: float) -> dict[str, Any]:
-        """What `GET /v1/status` answers: null while nothing was logged, 101 while it runs."""
+        """What `GET /v1/status` answers: null while nothing was logged, 101 while it runs.
+
+        A rollout with a call that got no completion has failed, whatever its agent made of it: what
+        the agent did then says nothing of the policy.
+        """
         rollout = self._rollouts.get(rollout_id)
         code = None
         if rollout is not None:
             self._heard(rollout_id, now)
+            failure = rollout.session.failure if rollout.session is not None else None
+            if failure is not None and rollout.code in _SUCCESSES:
+                rollout.code = _UNAVAILABLE
+                rollout.logs.appendleft(_failed(rollout, failure))
             code, rollout.is_told = rollout.code, rollout.code not in (None, _RUNNING)
         status = None if code is None else {"code": code}
         return {"rollout_id": rollout_id, "status": status, "extras": None}
 
-    def entries(self, tags: Sequence[str], *, limit: int = 100) -> list[dict[str, Any]]:
-        """What `GET /logs` answers, the newest first: entries that have all of `tags`. Where one
-        ends a rollout, its extras hold what the gateway has to say of that, under `GATEWAY_KEY`:
-        Eval Protocol puts extras on the row.
+    def entries(
+        self, tags: Sequence[str], tell: Callable[[Session], Mapping[str, Any]], *, limit: int = 100
+    ) -> list[dict[str, Any]]:
+        """What `GET /logs` answers, the newest first: entries that have all of `tags`. Where the
+        newest status ends a rollout well, its extras hold what `tell` says of the session, and its
+        metrics under `GATEWAY_KEY`: Eval Protocol puts extras on the row.
 
         A failure that was told, and is looked up now, has been heard of: the processor raises, and
         Eval Protocol may roll the row out again under the same id. It must not hear the same status
@@ -160,20 +176,28 @@ class RolloutStore:
         found = []
         for rollout in self._with(tags):
             own = [entry for entry in rollout.logs if set(tags) <= set(entry["tags"])]
-            found += [_with_metrics(entry, rollout.session) for entry in own]
+            last = next((entry for entry in own if entry["status"] is not None), None)
+            if last is not None and rollout.session is not None and rollout.code in _SUCCESSES:
+                told = {**tell(rollout.session), GATEWAY_KEY: rollout.session.metrics()}
+                whole = {**last, "extras": {**(last["extras"] or {}), **told}}
+                own = [whole if entry is last else entry for entry in own]
+            found += own
             if rollout.is_told and rollout.code not in _SUCCESSES:
                 self._restart(rollout)
         return found[: max(limit, 0)]
 
-    def paths(self, tags: Sequence[str], *, now: float) -> list[tuple[Rollout, list[Node]]]:
-        """The rollouts that have all of `tags`, each with the conversation of its last answer. They
-        count as fetched from then on."""
+    def paths(
+        self, tags: Sequence[str], *, is_final: bool, now: float
+    ) -> list[tuple[Rollout, list[Node]]]:
+        """The rollouts that have all of `tags`, each with the conversation of its last answer. With
+        `is_final` they count as fetched from then on."""
         found = []
         for rollout in self._with(tags):
             self._heard(rollout.rollout_id, now)
             path = rollout.session.conversation() if rollout.session is not None else []
             if path:
                 found.append((rollout, path))
+            if path and is_final:
                 self._fetched[rollout.rollout_id] = None
                 self._fetched.move_to_end(rollout.rollout_id)
         self._bound(now)
@@ -193,18 +217,20 @@ class RolloutStore:
     def _heard(self, rollout_id: str, now: float) -> Rollout:
         rollout = self._rollouts.get(rollout_id)
         if rollout is None:
+            self._bound(now, room=1)
             rollout = Rollout(rollout_id=rollout_id, tags=(f"rollout_id:{rollout_id}",))
             self._rollouts[rollout_id] = rollout
+            self._bare[rollout_id] = None
         rollout.touched = now
         self._rollouts.move_to_end(rollout_id)
-        self._bound(now)
         return rollout
 
-    def _bound(self, now: float) -> None:
+    def _bound(self, now: float, *, room: int = 0) -> None:
         while len(self._fetched) > MOST_FETCHED:
             self._drop(next(iter(self._fetched)))
-        while len(self._rollouts) > MOST_ROLLOUTS:
-            self._drop(next(iter(self._fetched), next(iter(self._rollouts))))
+        while len(self._rollouts) > MOST_ROLLOUTS - room:
+            some = (next(iter(kind), None) for kind in (self._fetched, self._bare, self._rollouts))
+            self._drop(next(filter(None, some)))
         while self._rollouts:
             oldest = next(iter(self._rollouts.values()))
             if now - oldest.touched <= IDLE_SECONDS:
@@ -213,6 +239,7 @@ class RolloutStore:
 
     def _drop(self, rollout_id: str) -> None:
         self._fetched.pop(rollout_id, None)
+        self._bare.pop(rollout_id, None)
         rollout = self._rollouts.pop(rollout_id, None)
         if rollout is not None and rollout.session is not None:
             self._dropped.append(rollout.session)
@@ -258,12 +285,17 @@ def traces_of(rollout: Rollout, path: Sequence[Node]) -> list[dict[str, Any]]:
     return traces
 
 
-def _with_metrics(entry: dict[str, Any], session: Session | None) -> dict[str, Any]:
-    status = entry["status"]
-    if session is None or status is None or status.code == _RUNNING:
-        return entry
-    extras = {**(entry["extras"] or {}), GATEWAY_KEY: session.metrics()}
-    return {**entry, "extras": extras}
+def _failed(rollout: Rollout, failure: Failure) -> dict[str, Any]:
+    """The log entry of a rollout whose model could not be sampled."""
+    message = f"a model call got no completion: {failure.message}"
+    return {
+        "timestamp": _timestamp(time.time()),
+        "severity": "ERROR",
+        "message": message,
+        "tags": list(rollout.tags),
+        "status": _Status(code=_UNAVAILABLE, message=message),
+        "extras": None,
+    }
 
 
 def _named(tags: Sequence[str], name: str) -> Iterable[str]:

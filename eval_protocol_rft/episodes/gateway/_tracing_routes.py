@@ -36,6 +36,7 @@ class TracingRoutes:
 
     Args:
         begin: makes the session of a rollout, see `RolloutStore.session`.
+        tell: what a rollout's row is to hold of its session.
         is_own_key: whether a request has the gateway's key.
         is_open: whether status and logs are for everyone, as on loopback.
     """
@@ -44,11 +45,13 @@ class TracingRoutes:
         self,
         *,
         begin: Callable[[str, int], Session],
+        tell: Callable[[Session], dict[str, Any]],
         is_own_key: Callable[[web.Request], bool],
         is_open: bool,
     ) -> None:
         self.store = RolloutStore()
-        self._begin, self._is_own_key, self._is_open = begin, is_own_key, is_open
+        self._begin, self._tell = begin, tell
+        self._is_own_key, self._is_open = is_own_key, is_open
         self._ending: set[asyncio.Future[Any]] = set()
 
     def add_to(self, app: web.Application, handlers: Mapping[str, Handler]) -> None:
@@ -120,13 +123,15 @@ class TracingRoutes:
     async def _logs(self, request: web.Request) -> web.Response:
         self._check_key(request, is_open=self._is_open)
         limit = request.query.get("limit", "100")
-        entries = self.store.entries(_tags(request), limit=int(limit) if limit.isdecimal() else 100)
+        most = int(limit) if limit.isdecimal() else 100
+        entries = self.store.entries(_tags(request), self._tell, limit=most)
         self._end_dropped()
         return _json({"entries": entries})
 
     async def _traces(self, request: web.Request) -> web.Response:
         self._check_key(request)
-        found = self.store.paths(_tags(request), now=sampling.sampling_time())
+        is_final = request.query.get("include_payloads", "").lower() == "true"
+        found = self.store.paths(_tags(request), is_final=is_final, now=sampling.sampling_time())
         self._end_dropped()
         # Encoding takes long where conversations are; what is encoded does not change any more.
         traces = await asyncio.to_thread(lambda: [t for one in found for t in traces_of(*one)])

@@ -186,7 +186,9 @@ def test_calls_and_traces_need_the_key_and_status_and_logs_do_not_on_loopback():
 
 
 def test_elsewhere_status_and_logs_need_it_too():
-    routes = TracingRoutes(begin=lambda *_: None, is_own_key=lambda request: False, is_open=False)
+    routes = TracingRoutes(
+        begin=lambda *_: None, tell=lambda _: {}, is_own_key=lambda request: False, is_open=False
+    )
     request = make_mocked_request("GET", "/v1/status?rollout_id=x")
     for handler in (routes._status, routes._logs, routes._log, routes._traces):
         with pytest.raises(CallError) as refused:
@@ -379,6 +381,19 @@ def test_rollouts_are_kept_within_bounds_however_many_come(monkeypatch: pytest.M
     assert not made.gateway._sessions
 
 
+def test_what_only_logs_told_of_goes_before_what_calls_were_made_for(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(tracing, "MOST_ROLLOUTS", 5)
+    made = Sessions()
+    for number in range(3):
+        made.begin(number, now=0.0)
+    for number in range(100):  # for which nobody needs a key
+        made.store.log(json.dumps({"tags": [f"rollout_id:x{number}"]}).encode(), now=1.0)
+    assert len(made.store) == 5
+    assert made.store.dropped() == []
+
+
 def test_a_rollout_that_is_not_heard_of_for_hours_is_dropped():
     made = Sessions()
     sessions = [made.begin(number, now=0.0) for number in range(3)]
@@ -392,7 +407,7 @@ def test_a_rollouts_logs_are_bounded():
     for number in range(tracing.MOST_LOGS + 10):
         body = {"tags": ["rollout_id:r"], "message": str(number)}
         store.log(json.dumps(body).encode(), now=0.0)
-    found = store.entries(["rollout_id:r"], limit=10_000)
+    found = store.entries(["rollout_id:r"], lambda _: {}, limit=10_000)
     assert len(found) == tracing.MOST_LOGS
     assert found[0]["message"] == str(tracing.MOST_LOGS + 9)
 
@@ -403,9 +418,12 @@ def test_what_was_fetched_is_dropped_first(monkeypatch: pytest.MonkeyPatch):
     async def work(client: Client) -> None:
         for number in range(5):
             await client.call(*ASKED, ids={**IDS, "rollout_id": f"r{number}"})
+        for number in (0, 1, 2, 3, 4):
+            assert len(await client.traces(f"rollout_id:r{number}")) == 1  # without payloads
         for number in (1, 2, 3):
-            assert len(await client.traces(f"rollout_id:r{number}")) == 1
-        assert [len(await client.traces(f"rollout_id:r{n}")) for n in (1, 2, 3)] == [0, 1, 1]
-        assert len(await client.traces("rollout_id:r0")) == 1
+            tag = f"rollout_id:r{number}"
+            await client.get("/v1/traces/pointwise", tags=tag, include_payloads="True")
+        left = [len(await client.traces(f"rollout_id:r{number}")) for number in range(5)]
+        assert left == [1, 0, 1, 1, 1]
 
     with_gateway(work)
