@@ -6,6 +6,31 @@ the built-in error that says what kind it is: a `ValueError` (what was given is 
 `TypeError` or an `ImportError`. An argument out of range is a plain `ValueError`.
 """
 
+import importlib
+from typing import Any
+
 
 class EvalProtocolRftError(Exception):
     """Base of the errors of this package; the message says what, where and what to do next."""
+
+
+class MissingPackageError(EvalProtocolRftError, ImportError):
+    """An optional package is not installed, or not all of it."""
+
+
+def require(module: str, *, install: str) -> Any:
+    """Import `module` of an optional package.
+
+    Args:
+        module: dotted name.
+        install: what `pip install` is to be given.
+
+    Raises:
+        MissingPackageError: it cannot be imported.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise MissingPackageError(
+            f"{module} is needed here, and cannot be imported ({error}): pip install '{install}'"
+        ) from error

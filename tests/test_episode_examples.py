@@ -78,3 +78,33 @@ def test_tool_calls_move_and_are_trained_on_token_by_token(lake: Any) -> None:
             assert directions == [
                 json.loads(m["tool_calls"][0]["function"]["arguments"])["direction"] for m in said
             ]
+
+
+def test_an_mcp_server_is_used_in_at_most_thirty_lines(zygote: Zygote, tmp_path: Path) -> None:
+    assert len((EXAMPLES / "mcp_tools/test_mcp.py").read_text().splitlines()) <= 30
+    done = zygote.run(
+        *("-q", "-p", "no:cacheprovider", "examples/mcp_tools"),
+        program="pytest",
+        env={"EP_OUTPUT_DIR": str(tmp_path)},
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    rows = [json.loads(line) for f in tmp_path.rglob("*.jsonl") for line in f.open()]
+    assert len(rows) == 2
+    for row in rows:
+        record = RolloutRecord.from_extra(row["execution_metadata"]["extra"])
+        assert record.episodes is not None
+        (asked,) = {int(e.messages[0]["content"][:2]) for e in record.episodes}
+        for episode, reward in zip(record.episodes, record.rewards or (), strict=True):
+            (call,) = episode.messages[1]["tool_calls"]
+            right = {"add": 2 * asked, "multiply": asked * asked}[call["function"]["name"]]
+            assert json.loads(episode.messages[2]["content"]) == {"result": right}
+            assert reward == float(call["function"]["name"] == "add")
+
+
+@pytest.mark.worlds
+def test_a_gymnasium_environment_is_used_in_at_most_thirty_lines(zygote: Zygote) -> None:
+    pytest.importorskip("gymnasium", reason="needs gymnasium")
+    assert len((EXAMPLES / "gym_lake/test_lake.py").read_text().splitlines()) <= 30
+    done = zygote.run(*("-q", "-p", "no:cacheprovider", "examples/gym_lake"), program="pytest")
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "16 rows, 256 completions, 256 scored" in done.stdout

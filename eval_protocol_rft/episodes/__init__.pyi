@@ -5,6 +5,7 @@ from ._environment import EpisodeLimits as EpisodeLimits
 from ._environment import RetryWithFeedback as RetryWithFeedback
 from ._environment import Step as Step
 from ._episode_processor import EpisodeRolloutProcessor as EpisodeRolloutProcessor
+from ._gymnasium import GymnasiumEnvironment as GymnasiumEnvironment
 from ._mcp import McpServerError as McpServerError
 from ._mcp import McpServers as McpServers
 from ._rendering import ConversationError as ConversationError

@@ -65,13 +65,13 @@ class Environment:
     tools: Sequence[Mapping[str, Any]] | None = None
     """Tools that the prompt describes, in the chat API's form; None: those of the row."""
 
-    def reset(self, row: EvaluationRow) -> Any:
+    def reset(self, row: EvaluationRow, *args: Any, **kwargs: Any) -> Any:
         """Begin. Messages (or an awaitable of them) to put behind the row's own; None: nothing.
 
         Args:
             row: a copy of the data set's, with the tools that the prompt describes.
 
-        It may declare keywords, and is given those that it declares:
+        It may declare keywords (`def reset(self, row, *, seed)`), and is given those it declares:
 
             index: which of the row's episodes this is, from 0.
             seed: of this episode alone.

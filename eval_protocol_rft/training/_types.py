@@ -8,7 +8,6 @@ completion and token, and what to do.
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
@@ -20,6 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eval_protocol_rft._errors import EvalProtocolRftError
+from eval_protocol_rft._errors import MissingPackageError as MissingPackageError
+from eval_protocol_rft._errors import require as require
 from eval_protocol_rft._segments import FloatArray as FloatArray
 from eval_protocol_rft._segments import RecordError
 from eval_protocol_rft._segments import Segment as Segment
@@ -181,26 +182,3 @@ def several_models(counts: Mapping[str, int]) -> str | None:
 
 class ExportError(TrainingDataError):
     """Data that this consumer cannot be given exactly, or a file that does not hold it."""
-
-
-class MissingPackageError(EvalProtocolRftError, ImportError):
-    """The package of a consumer is not installed, or not all of it."""
-
-
-def require(module: str, *, install: str) -> Any:
-    """Import `module` of a consumer's package.
-
-    Args:
-        module: dotted name.
-        install: what `pip install` is to be given.
-
-    Raises:
-        MissingPackageError: it cannot be imported.
-    """
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise MissingPackageError(
-            f"this export needs {module}, which cannot be imported ({error}): "
-            f"pip install '{install}'"
-        ) from error
