@@ -49,7 +49,7 @@ class AgentRolloutProcessor(rollout.FireworksTrainingRolloutProcessor):
         shared: tokens that several branches of a session have are trained in the `first`, in
             `each`, or the branch with the most sampled tokens alone is trained (`longest`).
         on_other_sampling: what to do with a call that asks for another temperature, top_p or top_k
-            than the completion_params name: `override` it, on record, or `refuse` it.
+            than the completion_params say: `override` it, on record, or `refuse` it.
         strict: refuse what cannot be honoured exactly (`tool_choice: "required"`, strict schemas,
             `response_format` without guided decoding); else it is let through, on record.
         guided_decoding: whether the engine keeps to `response_format`; None: Fireworks does.
@@ -107,7 +107,7 @@ class AgentRolloutProcessor(rollout.FireworksTrainingRolloutProcessor):
             job = await self._prepare(row, messages, config, state, run)
             row_slot.expect(len(job.seeds))
             gateway = await _gateway_of(state, job)
-            settings = self._settings_of(job, config)
+            settings = self._settings_of(job)
             tasks = [
                 asyncio.ensure_future(
                     self._run_agent(row, job, config, gateway, settings, index, row_slot)
@@ -143,14 +143,13 @@ class AgentRolloutProcessor(rollout.FireworksTrainingRolloutProcessor):
         # MCP servers and environments are the agent's, where it is a processor of Eval Protocol's.
         return super()._request(replace(config, mcp_config_path="", server_script_path=None))
 
-    def _settings_of(self, job: rollout.RowJob, config: RolloutProcessorConfig) -> SessionSettings:
-        named = config.completion_params or {}
+    def _settings_of(self, job: rollout.RowJob) -> SessionSettings:
         endpoint = job.request.endpoint
         guided = self.guided_decoding
         return replace(
             self._settings,
             params=job.request.params,
-            pinned=frozenset(name for name in PINNABLE if named.get(name) is not None),
+            pinned=frozenset(PINNABLE),  # the policy is trained as it is sampled
             guided_decoding=bool(endpoint and endpoint.is_fireworks) if guided is None else guided,
             template_kwargs=job.request.chat_template_kwargs,
             context_length=getattr(job.sampler, "context_length", None),

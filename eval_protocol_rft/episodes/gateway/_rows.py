@@ -16,7 +16,7 @@ from eval_protocol_rft._segments import EpisodeRecord
 from eval_protocol_rft.episodes._conversation import traces_of
 from eval_protocol_rft.episodes.gateway._session import SessionRecord
 from eval_protocol_rft.local import LoadedTokenizer
-from eval_protocol_rft.record import RolloutRecord
+from eval_protocol_rft.record import RolloutRecord, SamplingRecord
 
 if TYPE_CHECKING:
     from eval_protocol.models import EvaluationRow, Message
@@ -105,7 +105,9 @@ def record_of(
     )
     return msgspec.structs.replace(
         record,
-        sampling=msgspec.structs.replace(record.sampling, prompts="agent"),
+        sampling=_drawn(
+            record.sampling, [params for done in sessions for params in done.sampled_with]
+        ),
         trajectories=[done.segments for done in sessions],
         episodes=[_episode(done, first.first_prompt, own) for done in sessions],
         token_turn_traces=traces_of(first.path),
@@ -115,6 +117,24 @@ def record_of(
 def asked_first(done: SessionRecord) -> list[dict[str, Any]]:
     """What the conversation begins with, up to its first answer."""
     return list(takewhile(lambda message: message["role"] != "assistant", done.record.messages))
+
+
+def _drawn(told: SamplingRecord, used: Sequence[sampling.SamplingParams]) -> SamplingRecord:
+    """What calls were really sampled with: agents ask for settings of their own. Where they asked
+    for several, it is not one number."""
+
+    def one(name: str) -> Any:
+        values = {getattr(params, name) for params in used}
+        return values.pop() if len(values) == 1 else None
+
+    return msgspec.structs.replace(
+        told,
+        prompts="agent",
+        temperature=one("temperature"),
+        top_p=one("top_p"),
+        top_k=one("top_k"),
+        support_truncated=any(map(sampling.support_truncated, used)),
+    )
 
 
 def _episode(done: SessionRecord, prompt: sampling.TokenIds, own: int | None) -> EpisodeRecord:

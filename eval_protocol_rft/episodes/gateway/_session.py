@@ -87,6 +87,8 @@ class SessionRecord:
     sent_tokens: int
     """Of all calls, each with its whole prompt."""
     sampled_tokens: int
+    sampled_with: Sequence[sampling.SamplingParams]
+    """With which calls were sampled that draw from another distribution, each once."""
     failure: sampling.Failure | None
     """A call that got no completion, and was not answered later: what the agent did then says
     nothing of the policy."""
@@ -146,6 +148,7 @@ class Session:
         self._notes: dict[str, None] = {}
         self._ignored: dict[str, None] = {}
         """Fields of requests that change no token."""
+        self._sampled_with: dict[str, sampling.SamplingParams] = {}
         self._failures: dict[bytes, sampling.Failure] = {}
         """Of calls that were not answered later, by what they asked."""
         self._survivors: dict[int, sampling.Survivor] = {}
@@ -237,6 +240,7 @@ class Session:
         self._departures.update(msgspec.json.encode(one) for one in asked.departures)
         self._notes.update(dict.fromkeys(place.notes))
         self._ignored.update(dict.fromkeys(call.ignored))
+        self._sampled_with.setdefault(repr(_drawn_with(params)), params)
         if place.edit is not None:
             self._edits.append(place.edit)
         outcomes = await self._sampled(place, params, call)
@@ -494,6 +498,7 @@ class Session:
             tools=self._tools.get(id(path[-1])) if path else None,
             sent_tokens=self._counts.sent,
             sampled_tokens=sum(len(turn.completion.token_ids) for turn in turns),
+            sampled_with=list(self._sampled_with.values()),
             failure=self.failure,
         )
 
@@ -540,6 +545,11 @@ class Session:
             "shared": self.settings.shared,
             **{name: value for name, value in told.items() if value},
         }
+
+
+def _drawn_with(params: sampling.SamplingParams) -> tuple[Any, ...]:
+    """What says which distribution tokens are drawn from."""
+    return params.temperature, params.top_p, params.top_k, params.extra
 
 
 def _as_error(failure: sampling.Failure) -> CallError:
