@@ -8,10 +8,13 @@ from ._episode_processor import EpisodeRolloutProcessor as EpisodeRolloutProcess
 from ._gymnasium import GymnasiumEnvironment as GymnasiumEnvironment
 from ._mcp import McpServerError as McpServerError
 from ._mcp import McpServers as McpServers
+from ._openenv import OpenEnvEnvironment as OpenEnvEnvironment
+from ._openenv import OpenEnvError as OpenEnvError
 from ._rendering import ConversationError as ConversationError
 from ._rendering import HistoryRewrittenError as HistoryRewrittenError
 from ._template_report import TemplateReport as TemplateReport
 from ._template_report import template_report as template_report
+from ._textarena import TextArenaEnvironment as TextArenaEnvironment
 from ._tool_loop import ToolLoop as ToolLoop
 
 # For other rooms alone: these may change.
