@@ -8,6 +8,8 @@ from .record import RecordError as RecordError
 from .record import RolloutRecord as RolloutRecord
 from .rollout import FireworksTrainingRolloutProcessor as FireworksTrainingRolloutProcessor
 from .rollout import SlimLogger as SlimLogger
+from .rollout import fetch_payloads as fetch_payloads
+from .rollout import read_remote_rows as read_remote_rows
 from .sampling import Completion as Completion
 from .sampling import Failure as Failure
 from .sampling import RetryPolicy as RetryPolicy

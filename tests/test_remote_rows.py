@@ -14,7 +14,7 @@ from eval_protocol.models import EvaluateResult, EvaluationRow, Message
 
 from eval_protocol_rft.episodes._conversation import Conversation
 from eval_protocol_rft.record import RecordError, RolloutRecord
-from eval_protocol_rft.rollout import read_remote_rows
+from eval_protocol_rft.rollout import fetch_payloads, read_remote_rows
 from eval_protocol_rft.scoring import score_rows
 from eval_protocol_rft.training import BiasedSamplingWarning, TrainingDataError, build_batch
 from tests import remote_rows as remote
@@ -369,3 +369,31 @@ def test_tools_and_result_messages_are_those_of_the_trace():
     row = brought_back(two_traces())
     assert row.tools == TOOLS
     assert row.messages[3].content == RESULT["content"]
+
+
+def test_payloads_that_were_not_asked_for_can_be_fetched_later():
+    traces = two_traces()
+    wanted = brought_back(traces)
+    late = copy.deepcopy(wanted)
+    late.execution_metadata.extra = {"reward_hint": 1}
+    for message in late.messages:
+        message.logprobs = None
+    with remote.proxy(traces) as url:
+        (read,) = fetch_payloads([late], model_base_url=url)
+        (dumped,) = fetch_payloads([json.loads(late.model_dump_json())], model_base_url=url)
+        assert read.execution_metadata.extra == {
+            **wanted.execution_metadata.extra,
+            "reward_hint": 1,
+        }
+        assert dumped["execution_metadata"]["extra"] == read.execution_metadata.extra
+        assert list(fetch_payloads([read], model_base_url="http://nobody")) == [read]
+        late = copy.deepcopy(late)
+        late.messages[-1].content = "It is 43."
+        with pytest.raises(RecordError, match=r"row 'row-1': .* is another conversation"):
+            list(fetch_payloads([late], model_base_url=url))
+    assert record_of(read).trajectories == [remote.two_turns().segments()]
+    with (
+        remote.proxy([]) as url,
+        pytest.raises(RecordError, match="row 'row-1': the proxy has nothing of rollout rollout-1"),
+    ):
+        list(fetch_payloads([late], model_base_url=url))

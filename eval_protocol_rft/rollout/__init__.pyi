@@ -2,6 +2,7 @@ from ._evaluation_run import SlimLogger as SlimLogger
 from ._processor import FireworksTrainingRolloutProcessor as FireworksTrainingRolloutProcessor
 from ._processor import RolloutError as RolloutError
 from ._prompts import PromptError as PromptError
+from ._remote_rows import fetch_payloads as fetch_payloads
 from ._remote_rows import read_remote_rows as read_remote_rows
 
 # For other rooms alone: these may change.

@@ -72,6 +72,47 @@ def read_remote_rows(
     yield from map(RemoteRows(tokenizer, row_messages=row_messages).read, rows)
 
 
+def fetch_payloads(rows: Iterable[Row], *, model_base_url: str | None = None) -> Iterator[Row]:
+    """Rows with the payloads that a tracing proxy has of their rollouts, where they brought none:
+    `GithubActionRolloutProcessor` asks for none, nor does `RemoteRolloutProcessor` without
+    `include_payloads`. Others, and those whose rollout failed, as they are.
+
+    Args:
+        rows: as objects, or as dicts of Eval Protocol's JSONL; they are not changed.
+        model_base_url: of the proxy; default what `EP_MODEL_BASE_URL` says, else Fireworks'. Its
+            key is `EP_REMOTE_API_KEY`, else `FIREWORKS_API_KEY`.
+
+    Raises:
+        RecordError: the proxy has nothing of a rollout, or another conversation.
+    """
+    from eval_protocol.pytest.tracing_utils import default_fireworks_output_data_loader
+    from eval_protocol.types.remote_rollout_processor import DataLoaderConfig
+
+    base_url = model_base_url or os.environ.get("EP_MODEL_BASE_URL")
+    for row in rows:
+        metadata = _field(row, "execution_metadata")
+        extra = _field(metadata, "extra") or {}
+        failed = form.is_failure(_field(_field(row, "rollout_status"), "code"))
+        if failed or form.has_record(extra) or extra.get(PAYLOADS_KEY):
+            yield row
+            continue
+        rollout_id = str(_field(metadata, "rollout_id"))
+        config = DataLoaderConfig(
+            rollout_id=rollout_id, model_base_url=base_url, include_payloads=True
+        )
+        results = default_fireworks_output_data_loader(config).load()
+        found = [one for result in results for one in result.rows]
+        if not found:
+            raise RecordError(f"{_name(row, extra)}: the proxy has nothing of rollout {rollout_id}")
+        if list(map(_plain, found[0].messages)) != list(map(_plain, _field(row, "messages") or ())):
+            raise RecordError(
+                f"{_name(row, extra)}: what the proxy has of rollout {rollout_id} is another "
+                "conversation than the row's: the agent went on, or the rollout began anew"
+            )
+        brought = found[0].execution_metadata.extra or {}
+        yield cast("Row", _with_extra(row, metadata, {**extra, **brought}))
+
+
 class RemoteRows:
     """`read_remote_rows`, row by row; tokenizers are looked up once."""
 

@@ -26,7 +26,7 @@ from eval_protocol_rft.episodes.gateway._call import CallError
 from eval_protocol_rft.episodes.gateway._tracing import RolloutStore
 from eval_protocol_rft.episodes.gateway._tracing_routes import TracingRoutes
 from eval_protocol_rft.record import RecordError, RolloutRecord
-from eval_protocol_rft.rollout import read_remote_rows
+from eval_protocol_rft.rollout import fetch_payloads, read_remote_rows
 from eval_protocol_rft.sampling import SamplingParams
 from tests.remote_rows import ASKED, TOKENIZER, asked_row, said
 from tests.serving import ScriptedSampler
@@ -259,6 +259,23 @@ def test_rows_without_payloads_asked_for_train_where_they_have_one_turn(
         row = await asyncio.to_thread(brought_back, client, include_payloads=False)
         with pytest.raises(RecordError, match="turn 0, an assistant message, has no payload"):
             list(read_remote_rows([row], tokenizer=TOKENIZER))
+
+    with_gateway(work)
+
+
+def test_rows_whose_processor_asked_for_no_payloads_can_have_them_later(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    async def work(client: Client) -> None:
+        monkeypatch.setenv("EP_REMOTE_API_KEY", client.key)
+        monkeypatch.setenv("EP_MODEL_BASE_URL", client.gateway.url)
+        answer = await client.call(*ASKED)
+        await client.call(*ASKED, answer, user("Sure?"))
+        row = await asyncio.to_thread(brought_back, client, include_payloads=False)
+        fetched = await asyncio.to_thread(lambda: list(fetch_payloads([row])))
+        (read,) = read_remote_rows(fetched, tokenizer=TOKENIZER)
+        record = RolloutRecord.from_extra(read.execution_metadata.extra)
+        assert record.sampled_counts == [6]
 
     with_gateway(work)
 
