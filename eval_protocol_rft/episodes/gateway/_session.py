@@ -35,6 +35,8 @@ Sample = Callable[
 """Prompt, parameters and seed in; what came of it out."""
 
 
+CONTEXT = "context"
+"""Stop reason of a session whose last call had no room in the model's context."""
 KEY_MARK = "@"
 """Between the name of a model and the key of a session."""
 
@@ -267,6 +269,8 @@ class Session:
             completion_tokens=sum(len(one.token_ids) for one in choices),
         )
         self._replies[reply.id] = self._last = nodes[0]
+        if self.ended_by == CONTEXT:
+            self.ended_by = None  # the agent went on with a shorter conversation
         return reply
 
     def _locate(self, call: ModelCall, template_kwargs: dict[str, Any]) -> Place:
@@ -315,7 +319,7 @@ class Session:
         if context is None:
             return params
         if size >= context:
-            self.ended_by = self.ended_by or "context"
+            self.ended_by = self.ended_by or CONTEXT
             raise CallError(
                 f"the prompt has {size} tokens, and the model's context is {context}: nothing can "
                 "be sampled behind it. Shorten the conversation",

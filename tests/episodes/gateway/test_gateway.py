@@ -289,6 +289,8 @@ async def test_the_contexts_end_is_told_and_ends_nothing_else(http: aiohttp.Clie
         status, reply = await post(http, session, chat(max_tokens=128_000))
         assert status == 200
         assert model.asked[0].max_tokens == 120 - reply["usage"]["prompt_tokens"]
+        assert session.record().record.stop_reason == "done"
+        await post(http, session, chat(long))
         done = await session.finish()
     assert (done.record.turns, done.record.stop_reason) == (1, "context")
 
