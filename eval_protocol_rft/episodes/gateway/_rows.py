@@ -22,6 +22,11 @@ if TYPE_CHECKING:
     from eval_protocol.models import EvaluationRow, Message
 
 
+MOST_TRACED = 1 << 20
+"""Prompt tokens in `token_turn_traces`, each turn with its whole prompt; of a longer conversation
+they would grow with the square of it, and are left out. Segments hold each token once."""
+
+
 def put_on_row(
     row: EvaluationRow,
     group: sampling.Group,
@@ -110,8 +115,12 @@ def record_of(
         ),
         trajectories=[done.segments for done in sessions],
         episodes=[_episode(done, first.first_prompt, own) for done in sessions],
-        token_turn_traces=traces_of(first.path),
+        token_turn_traces=traces_of(first.path) if _sent(first) <= MOST_TRACED else [],
     )
+
+
+def _sent(done: SessionRecord) -> int:
+    return sum(turn.prompt.size for turn in done.path)
 
 
 def asked_first(done: SessionRecord) -> list[dict[str, Any]]:

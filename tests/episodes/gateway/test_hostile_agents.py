@@ -25,6 +25,8 @@ from eval_protocol_rft.episodes.gateway import (
 from eval_protocol_rft.sampling import RetryPolicy, SamplingParams
 from tests.episodes.gateway.models import Model
 
+NO_TIMEOUT = aiohttp.ClientTimeout(total=None)
+"""Ten thousand requests wait for each other."""
 LIMITS = SessionLimits(turns=40, seconds=1800.0, concurrent_calls=4, bytes=400_000)
 
 
@@ -146,7 +148,7 @@ async def hostile(
     settings = SessionSettings(params=SamplingParams(model="policy"), limits=LIMITS)
     connector = aiohttp.TCPConnector(limit=200)
     async with (
-        aiohttp.ClientSession(connector=connector) as http,
+        aiohttp.ClientSession(connector=connector, timeout=NO_TIMEOUT) as http,
         Gateway(
             model, model.tokenizer, settings=settings, retry=RetryPolicy(max_attempts=1)
         ) as gateway,
