@@ -11,9 +11,7 @@ the message says and calls. Without the tokenizer that cannot be done, and the r
 from __future__ import annotations
 
 import asyncio
-import json
 import os
-from bisect import bisect_left
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -36,6 +34,7 @@ from eval_protocol_rft.record import RecordError, RolloutRecord, SamplingRecord
 from eval_protocol_rft.rollout import _answers
 from eval_protocol_rft.rollout._backends import Backends
 from eval_protocol_rft.rollout._params import RolloutRequest, model_name
+from eval_protocol_rft.rollout._remote_answers import Reading, TurnReader
 
 if TYPE_CHECKING:
     from eval_protocol.models import EvaluationRow
@@ -52,6 +51,7 @@ def read_remote_rows(
     *,
     tokenizer: Any = None,
     row_messages: int | RowMessages | None = None,
+    on_refused: Callable[[Row, RecordError], None] | None = None,
 ) -> Iterator[Row]:
     """Rows with a rollout record where Eval Protocol's remote processors left payloads; others, and
     those whose rollout failed, as they are. `build_batch` and `ep-rft convert` do this by
@@ -64,12 +64,22 @@ def read_remote_rows(
         row_messages: how many of a row's messages were there before the rollout, or a function of
             the row that says so; needed where there are assistant messages among them. Default:
             those before its first assistant message.
+        on_refused: is told of a row that is refused, which is then left out; None: that is raised.
 
     Raises:
         RecordError: a turn is missing, doubled, out of order, not whole, or not that of the
             message; or the tokenizer is not known. The message names row, turn and token.
     """
-    yield from map(RemoteRows(tokenizer, row_messages=row_messages).read, rows)
+    reader = RemoteRows(tokenizer, row_messages=row_messages)
+    for row in rows:
+        try:
+            read = reader.read(row)
+        except RecordError as error:
+            if on_refused is None:
+                raise
+            on_refused(row, error)
+            continue
+        yield read
 
 
 def fetch_payloads(rows: Iterable[Row], *, model_base_url: str | None = None) -> Iterator[Row]:
@@ -151,7 +161,7 @@ class RemoteRows:
         turns = remote_turns(extra, first=first, messages=len(answers))
         params = form.with_body(_field(_field(row, "input_metadata"), "completion_params") or {})
         tokenizer = self._tokenizer(params)
-        reader = _TurnReader(tokenizer, _field(row, "tools"), _stops(params))
+        reader = TurnReader(tokenizer, _field(row, "tools"), _stops(params))
         readings = [reader.read(turn, messages[answers[turn.index]]) for turn in turns]
         told = extra.get(GATEWAY_KEY)
         metrics = dict(told) if isinstance(told, Mapping) else {}
@@ -207,139 +217,9 @@ def _in_thread(work: Coroutine[Any, Any, LoadedTokenizer]) -> LoadedTokenizer:
         return pool.submit(asyncio.run, work).result()
 
 
-class _TurnReader:
-    """Compares what a turn's ids say with its message."""
-
-    def __init__(
-        self,
-        tokenizer: LoadedTokenizer,
-        tools: Sequence[Mapping[str, Any]] | None,
-        stops: Sequence[str],
-    ) -> None:
-        self._tokenizer = tokenizer
-        self._tools = tools
-        self._stops = stops
-
-    def read(self, turn: RemoteTurn, message: Mapping[str, Any]) -> _Reading:
-        """The turn's text, its message in full, and how it ended.
-
-        Raises:
-            RecordError: the message is of other ids.
-        """
-        text, reason = self._text(turn)
-        readings = list(self._readings(turn, text, calls=bool(message.get("tool_calls"))))
-        for reading in readings:
-            if self._same(reading, message):
-                return _Reading(text, reading, reason)
-        raise RecordError(self._difference(turn, text, readings, message))
-
-    def _text(self, turn: RemoteTurn) -> tuple[str, sampling.FinishReason]:
-        ids = turn.completion_ids.tolist()
-        completion = sampling.Completion(
-            token_ids=ids, logprobs=turn.logprobs, finish_reason="stop"
-        )
-        body = self._tokenizer.decode_body(completion)
-        if self._tokenizer.ender(completion) is not None:
-            return body, "stop"
-        known = len(self._tokenizer.decode(ids[:-1]))
-        for stop in self._stops:  # one that the last token completes
-            at = body.find(stop, max(0, known - len(stop) + 1))
-            if at >= 0:
-                return body[:at], "stop"
-        return body, "length"
-
-    def _readings(self, turn: RemoteTurn, text: str, *, calls: bool) -> Iterator[dict[str, Any]]:
-        """What chat servers make of it, with the parsers that they may be started with."""
-        prompt = turn.prompt_ids.tolist()
-        known = _answers.tool_format(self._tokenizer) is not None
-        # Rows of some proxies have no tools; a message that calls some tells that there were.
-        tools = (self._tools or ([{}] if calls else None)) if known else None
-        for offered in dict.fromkeys((bool(tools), False)):
-            for split in (True, False):
-                reader = _answers.AnswerReader(
-                    prompt,
-                    self._tokenizer,
-                    tools=tools if offered else None,
-                    split_reasoning=split,
-                )
-                yield reader.read(text).message
-        yield {"role": "assistant", "content": text}
-
-    def _same(self, reading: Mapping[str, Any], message: Mapping[str, Any]) -> bool:
-        thought = message.get("reasoning_content")
-        return (
-            self._shown(reading) == self._shown(message)
-            and _calls(reading) == _calls(message)
-            and (not thought or thought.strip() == (reading.get("reasoning_content") or "").strip())
-        )
-
-    def _shown(self, message: Mapping[str, Any]) -> str:
-        """The content without what servers and clients leave out: control tokens, the blanks around
-        it, and the rest of a character that was cut in two."""
-        content = _text_of(message.get("content"))
-        for token in self._tokenizer.special_texts:
-            content = content.replace(token, "")
-        return content.strip().rstrip("\ufffd").rstrip()
-
-    def _difference(
-        self,
-        turn: RemoteTurn,
-        text: str,
-        readings: Sequence[Mapping[str, Any]],
-        message: Mapping[str, Any],
-    ) -> str:
-        said, called = _text_of(message.get("content")), _calls(message)
-        nearest = next((r for r in readings if _calls(r) == called), None)
-        reason = "its client's retry, or another conversation, had as many messages before it"
-        if nearest is None:
-            known = _answers.tool_format(self._tokenizer) is not None
-            shown = json.dumps(message.get("tool_calls"))[:160]
-            if not known:
-                return f"{turn.name}: {_answers.unknown_format(self._tokenizer.name)}"
-            return (
-                f"{turn.name}: its ids decode to {text[:160]!r}, which does not read as the calls "
-                f"of its message, {shown}: {reason}?"
-            )
-        other = _text_of(nearest.get("content"))
-        at = next(
-            (i for i, (a, b) in enumerate(zip(other, said, strict=False)) if a != b),
-            min(len(other), len(said)),
-        )
-        token = self._token_at(turn, text, text.find(other) + at if other in text else at)
-        return (
-            f"{turn.name}: completion_token_ids[{token}] is not of its message: the ids say "
-            f"{_around(other, at)}, the message {_around(said, at)}: {reason}?"
-        )
-
-    def _token_at(self, turn: RemoteTurn, text: str, at: int) -> int:
-        """The token that the character `at` of the text is of."""
-        ids = turn.completion_ids.tolist()
-        shared = text[: at + 1]
-        count = bisect_left(
-            range(len(ids)),
-            True,
-            lo=1,
-            key=lambda k: self._tokenizer.decode(ids[:k]).startswith(shared),
-        )
-        return min(count, len(ids)) - 1
-
-
-class _Reading(msgspec.Struct, frozen=True):
-    """A turn as text."""
-
-    text: str
-    message: dict[str, Any]
-    finish_reason: sampling.FinishReason
-
-
-def _around(text: str, at: int) -> str:
-    start = max(0, at - 20)
-    return f"{'...' if start else ''}{text[start : at + 40]!r}"
-
-
 def _as_record(
     turns: Sequence[RemoteTurn],
-    readings: Sequence[_Reading],
+    readings: Sequence[Reading],
     messages: list[dict[str, Any]],
     asked: int,
     sampled_with: SamplingRecord,
@@ -420,30 +300,3 @@ def _plain(message: Any) -> dict[str, Any]:
     fields = message if isinstance(message, Mapping) else message.model_dump(mode="json")
     kept = {k: v for k, v in fields.items() if v is not None and k != "logprobs"}
     return {"role": kept.pop("role", None), "content": kept.pop("content", None), **kept}
-
-
-def _text_of(content: Any) -> str:
-    if isinstance(content, list):
-        return "".join(str(part.get("text", "")) for part in content if isinstance(part, Mapping))
-    return content if isinstance(content, str) else ""
-
-
-def _calls(message: Mapping[str, Any]) -> list[tuple[Any, Any]]:
-    """Names and arguments: these by their meaning, as clients write them anew."""
-    functions = [call.get("function") or {} for call in message.get("tool_calls") or ()]
-    return [(f.get("name"), _meaning(f.get("arguments"))) for f in functions]
-
-
-def _meaning(arguments: Any) -> Any:
-    """JSON text with its numbers and keys in one way; what is none, as it is."""
-    try:
-        value = json.loads(arguments, parse_float=_number)
-        return json.dumps(value, sort_keys=True)
-    except (ValueError, TypeError, RecursionError):
-        return arguments
-
-
-def _number(text: str) -> float:
-    """JavaScript writes 1.0 as 1."""
-    value = float(text)
-    return int(value) if value.is_integer() else value
