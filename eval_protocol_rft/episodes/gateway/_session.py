@@ -24,7 +24,12 @@ from eval_protocol_rft.episodes._rendering import ChatText, ConversationError, R
 from eval_protocol_rft.episodes._turns import Turn, answered, with_versions
 from eval_protocol_rft.episodes.gateway import _trajectory as trajectory
 from eval_protocol_rft.episodes.gateway._call import CallError, ModelCall, Reply, ReplyChoice
-from eval_protocol_rft.episodes.gateway._settings import Departure, SessionSettings, settings_of
+from eval_protocol_rft.episodes.gateway._settings import (
+    Asked,
+    Departure,
+    SessionSettings,
+    settings_of,
+)
 from eval_protocol_rft.episodes.gateway._tree import CallTree, Edit, Node, Place
 from eval_protocol_rft.local import LoadedTokenizer
 
@@ -239,36 +244,32 @@ class Session:
         asked = settings_of(call, self.settings, self._tokenizer)
         place = self._locate(call, asked.template_kwargs)
         params = self._with_room(asked.params, place)
-        self._departures.update(msgspec.json.encode(one) for one in asked.departures)
-        self._notes.update(dict.fromkeys(place.notes))
-        self._ignored.update(dict.fromkeys(call.ignored))
-        self._sampled_with.setdefault(repr(_drawn_with(params)), params)
-        if place.edit is not None:
-            self._edits.append(place.edit)
-        outcomes = await self._sampled(place, params, call)
+        outcomes: list[sampling.Survivor | sampling.Failure] = []
+        try:
+            await self._sampled(place, params, call, outcomes)
+        finally:
+            # Also where another completion failed, the time is up or the session ends.
+            answers = [
+                self._keep(one, place, call, asked)
+                for one in outcomes
+                if isinstance(one, sampling.Survivor)
+            ]
+            if answers:
+                self._sampled_with.setdefault(repr(_drawn_with(params)), params)
         failure = next((one for one in outcomes if isinstance(one, sampling.Failure)), None)
-        if failure is None:
-            self._failures.pop(digest, None)
-        else:
-            self._failures[digest] = failure
-        choices = []
-        nodes = []
-        for outcome in outcomes:
-            if isinstance(outcome, sampling.Survivor):
-                choice, node = self._keep(outcome, place, call, reads_calls=asked.reads_calls)
-                choices.append(choice)
-                nodes.append(node)
         if failure is not None:
+            self._failures[digest] = failure
             raise _as_error(failure)
+        self._failures.pop(digest, None)
         reply = Reply(
             id=self._hash("reply", len(self._replies)),
             created=int(time.time()),
             model=call.model,
-            choices=choices,
+            choices=[choice for choice, _ in answers],
             prompt_tokens=place.prompt.size,
-            completion_tokens=sum(len(one.token_ids) for one in choices),
+            completion_tokens=sum(len(choice.token_ids) for choice, _ in answers),
         )
-        self._replies[reply.id] = self._last = nodes[0]
+        self._replies[reply.id] = self._last = answers[0][1]
         if self.ended_by == CONTEXT:
             self.ended_by = None  # the agent went on with a shorter conversation
         return reply
@@ -331,8 +332,14 @@ class Session:
         return replace(params, max_tokens=room if asked is None else min(asked, room))
 
     async def _sampled(
-        self, place: Place, params: sampling.SamplingParams, call: ModelCall
-    ) -> list[sampling.Survivor | sampling.Failure]:
+        self,
+        place: Place,
+        params: sampling.SamplingParams,
+        call: ModelCall,
+        outcomes: list[sampling.Survivor | sampling.Failure],
+    ) -> None:
+        """Sample a call's completions, and put into `outcomes` what came of them, also where this
+        raises."""
         ids = place.prompt.ids
         self._counts.tokens += len(place.prompt.new_ids)
         self._counts.sent += len(ids) * call.n
@@ -347,19 +354,26 @@ class Session:
         assert self._deadline is not None  # noqa: S101 - a call has arrived
         left = self._deadline - sampling.sampling_time()
         deadline = sampling.Deadline(max(left, 0.001))
+        tasks: list[asyncio.Future[sampling.Survivor | sampling.Failure]] = []
         try:
             async with deadline, self._slots:
-                return list(
-                    await asyncio.gather(*(self._sample(ids, params, seed) for seed in seeds))
-                )
+                tasks += [asyncio.ensure_future(self._sample(ids, params, seed)) for seed in seeds]
+                await asyncio.gather(*tasks)
+            return
         except sampling.RunStoppedError as error:
             stopped = sampling.Failure(
                 index=0, kind="unavailable", message=str(error), attempts=0, seconds=0.0
             )
-            return [stopped]
+            outcomes.append(stopped)
+            return
         except TimeoutError:
             if not deadline.expired():
                 raise
+        finally:
+            for task in tasks:
+                task.cancel()
+            ended = await asyncio.gather(*tasks, return_exceptions=True)
+            outcomes += [one for one in ended if not isinstance(one, BaseException)]
         self._refuse("seconds", f"{self.settings.limits.seconds:g} s")
         raise AssertionError  # not reached: _refuse raises
 
@@ -368,15 +382,14 @@ class Session:
         survivor: sampling.Survivor,
         place: Place,
         call: ModelCall,
-        *,
-        reads_calls: bool,
+        asked: Asked,
     ) -> tuple[ReplyChoice, Node]:
         completion, tokenizer = survivor.completion, self._tokenizer
         turn = answered(place.prompt, completion)
         reader = rollout.AnswerReader(
             place.prompt.ids,
             tokenizer,
-            tools=call.tools if reads_calls else None,
+            tools=call.tools if asked.reads_calls else None,
             split_reasoning=self.settings.split_reasoning,
         )
         message = reader.read(completion.text or "").message
@@ -384,6 +397,7 @@ class Session:
         for index, one in enumerate(message.get("tool_calls", ())):
             one["id"] = self._call_id(number, index)
         node = self._tree.answered(place, turn, message)
+        self._note(call, asked, place)
         counts = self._counts
         counts.tokens += len(completion.token_ids)
         counts.attempts += survivor.attempts
@@ -407,6 +421,15 @@ class Session:
             ),
             node,
         )
+
+    def _note(self, call: ModelCall, asked: Asked, place: Place) -> None:
+        """What an answered call asked for or said otherwise; once, for any number of answers."""
+        self._departures.update(msgspec.json.encode(one) for one in asked.departures)
+        self._notes.update(dict.fromkeys(place.notes))
+        self._ignored.update(dict.fromkeys(call.ignored))
+        self._edits += place.edits
+        asked.departures.clear()
+        place.edits.clear()
 
     def _call_id(self, turn: int, index: int) -> str:
         # Templates of Mistral refuse ids that are not nine letters or digits.

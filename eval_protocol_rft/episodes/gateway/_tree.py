@@ -9,7 +9,8 @@ Invariant: an earlier answer is recognised by what it says and calls, never by b
 null or empty, outer white space, arguments written anew, reasoning left out, all mean the same.
 Where the meaning is the same the ids stay those that were sampled. Where it is another the call is
 a branch, from the last answer before it that came back unchanged, and what was changed is on
-record. No answer is ever joined to a history that did not hold it.
+record. No answer is ever joined to a history that did not hold it. A call without an answer leaves
+the tree as it was.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 import msgspec
 
 from eval_protocol_rft import rollout
-from eval_protocol_rft.episodes._rendering import EXCERPT, ChatText
+from eval_protocol_rft.episodes._rendering import EXCERPT, ChatText, first_difference
 from eval_protocol_rft.episodes._turns import OnRewrite, Prompt, Turn, begin, follow
 from eval_protocol_rft.local import LoadedTokenizer
 
@@ -34,34 +35,35 @@ MOST_CHATS = 256
 class Node:
     """A message of a conversation: one that a client sent, or an answer that was sampled."""
 
-    __slots__ = ("above", "children", "ids", "message", "turn")
+    __slots__ = ("above", "answers", "children", "ids", "latest", "message", "turn")
 
     def __init__(self, above: Node | None, message: Message, turn: Turn | None = None) -> None:
         self.above = above
         self.message = message
-        """As it was sent or answered, in the chat API's form."""
+        """As it was sent or answered, in the chat API's form; of a root the tools."""
         self.turn = turn
         """None where no answer was sampled here."""
+        self.answers: int = (above.answers if above else 0) + (turn is not None)
+        """That were sampled in this conversation so far."""
         self.ids = frozenset(call["id"] for call in message.get("tool_calls", ()) if call["id"])
         self.children: dict[tuple[Any, ...], list[Node]] = {}
         """By meaning, in the order in which they came. Answers that say the same are told apart by
         the ids of their calls."""
+        self.latest: Node | None = None
+        """The child that was answered behind, or is an answer, last."""
 
     def add(self, message: Message, turn: Turn | None = None) -> Node:
         node = Node(self, message, turn)
         self.children.setdefault(meaning(message), []).append(node)
         return node
 
-    def find(self, message: Message, *, thinking_returns: bool) -> Node | None:
-        """The child that a client means by `message`."""
-        alike = [
+    def alike(self, message: Message, *, thinking_returns: bool) -> list[Node]:
+        """The children that a client may mean by `message`."""
+        return [
             node
             for node in self.children.get(meaning(message), ())
-            if _same_thought(node, message, thinking_returns=thinking_returns)
+            if same_thought(node, message, thinking_returns=thinking_returns)
         ]
-        ids = {call["id"] for call in message.get("tool_calls", ())}
-        found = [node for node in alike if node.ids & ids] or alike
-        return found[-1] if found else None
 
     def path(self) -> list[Node]:
         """The nodes from the first message to this one."""
@@ -69,6 +71,19 @@ class Node:
         while nodes[-1].above is not None:
             nodes.append(nodes[-1].above)
         return nodes[-2::-1]  # without the root, which is no message
+
+    def root(self) -> Node:
+        node = self
+        while node.above is not None:
+            node = node.above
+        return node
+
+    def tip(self) -> Node:
+        """The latest answer of the conversations that hold this message."""
+        node = self
+        while node.latest is not None:
+            node = node.latest
+        return node
 
 
 def meaning(message: Message) -> tuple[Any, ...]:
@@ -103,7 +118,7 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _same_thought(node: Node, message: Message, *, thinking_returns: bool) -> bool:
+def same_thought(node: Node, message: Message, *, thinking_returns: bool) -> bool:
     """Whether the thinking that comes back is what was thought. Clients of two protocols leave it
     out; in the third one (Anthropic's) it comes back unless the agent takes it away."""
     if message["role"] != "assistant":
@@ -119,12 +134,12 @@ class Edit(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     call: int
     """Number of the call in its session, from 0."""
-    message: int
-    """Place of the first message that is another than before."""
-    before: str | None
-    """What it was, shortened; None where there was none."""
-    now: str | None
-    """What it is; None where it is left out."""
+    message: int | None
+    """Place of the first message that is another than before; None: the tools are, or the
+    arguments of the template."""
+    before: str
+    """What it was, around the first difference."""
+    now: str
 
 
 @dataclass(slots=True, kw_only=True)
@@ -132,9 +147,11 @@ class Place:
     """Where a call stands in the tree."""
 
     node: Node
-    """The last message of the call."""
+    """The last of its messages that the tree has."""
+    new: list[Message]
+    """Those behind it."""
     prompt: Prompt
-    edit: Edit | None
+    edits: list[Edit]
     notes: list[str] = field(default_factory=list)
     """What was rendered otherwise than it was sent."""
 
@@ -164,6 +181,8 @@ class CallTree:
         self._calls = 0
         self._by_id: dict[str, Node] = {}
         """Answers by the ids of their calls."""
+        self._said: dict[tuple[Any, ...], Node] = {}
+        """Messages by what they mean: the last answer, the first of others."""
         self.turns: list[tuple[Turn, Node]] = []
         """All answers, in the order in which they were sampled."""
 
@@ -189,32 +208,45 @@ class CallTree:
         """
         chat_messages, notes = self._chat(messages)
         key = msgspec.json.encode((tools, kwargs), order="deterministic").decode()
-        root, chat = self._roots.get(key) or (Node(None, {}), self._chat_text(key, tools, kwargs))
-        node, matched, answer, behind = root, 0, None, 0
-        for number, message in enumerate(chat_messages, start=1):
-            child = node.find(message, thinking_returns=thinking_returns)
-            if child is None:
-                break
-            node, matched = child, number
-            if child.turn is not None:
-                answer, behind = child.turn, number
+        root, chat = self._roots.get(key) or (
+            Node(None, {"tools": key}),
+            self._chat_text(key, tools, kwargs),
+        )
+        path = _longest(root, chat_messages, thinking_returns=thinking_returns)
+        answer, behind = next(
+            ((path[at].turn, at + 1) for at in reversed(range(len(path))) if path[at].turn),
+            (None, 0),
+        )
         prompt = (
             begin(chat, chat_messages)
             if answer is None
             else follow(answer, chat_messages[behind:], on_rewrite=self._on_rewrite)
         )
-        edit = self._edit(chat_messages, node, matched, is_new=answer is None)
+        edits = self._edits(chat_messages, path, root, thinking_returns=thinking_returns)
         self._roots[key] = root, chat
         self._calls += 1
-        for message in chat_messages[matched:]:
-            node = node.add(message)
-        return Place(node=node, prompt=prompt, edit=edit, notes=notes)
+        node = path[-1] if path else root
+        return Place(
+            node=node, new=chat_messages[len(path) :], prompt=prompt, edits=edits, notes=notes
+        )
 
     def answered(self, place: Place, turn: Turn, message: Message) -> Node:
         """A turn was sampled at `place`, and its client was answered with `message`."""
-        node = place.node.add(message, turn)
+        node = place.node
+        for sent in place.new:
+            # A call that was sampled meanwhile may have brought the same.
+            known = node.alike(sent, thinking_returns=True)
+            node = next((one for one in known if one.turn is None), None) or node.add(sent)
+            self._said.setdefault(meaning(sent), node)
+        place.node, place.new = node, []
+        node = node.add(message, turn)
         self._by_id.update(dict.fromkeys(node.ids, node))
+        self._said[meaning(message)] = node
         self.turns.append((turn, node))
+        below = node
+        while below.above is not None:
+            below.above.latest = below
+            below = below.above
         return node
 
     def _chat_text(
@@ -237,64 +269,95 @@ class CallTree:
                 notes.append(f"messages[{index}]: a later system message as the user's")
         return chat, notes
 
-    def _edit(
-        self, messages: Sequence[Message], node: Node, matched: int, *, is_new: bool
-    ) -> Edit | None:
+    def _edits(
+        self,
+        messages: Sequence[Message],
+        path: Sequence[Node],
+        root: Node,
+        *,
+        thinking_returns: bool,
+    ) -> list[Edit]:
         """What changed, where `messages` go another way than a conversation that they are of. One
         that holds no answer changes none: a sub-agent's, or one that begins anew."""
-        if matched == len(messages) or (matched and not node.children):
-            return None
-        if is_new and all(message["role"] != "assistant" for message in messages):
-            return None
-        other = self._meant(messages, node, matched)
+        if len(path) == len(messages) or (path and path[-1].latest is None):
+            return []
+        if all(message["role"] != "assistant" for message in messages):
+            return []
+        other = self._meant(messages, path)
         if other is None:
-            return None
-        before = [one.message for one in other.path()]
+            return []
+        before = other.path()
         first = next(
             (
                 index
-                for index, (old, new) in enumerate(zip(before, messages, strict=False))
-                if meaning(old) != meaning(new) or _thoughts_differ(old, new)
+                for index, (node, message) in enumerate(zip(before, messages, strict=False))
+                if meaning(node.message) != meaning(message)
+                or not same_thought(node, message, thinking_returns=thinking_returns)
             ),
-            min(len(before), len(messages)),
+            None,
         )
-        old, new = (_shown(one, first) for one in (before, messages))
-        return None if old == new else Edit(call=self._calls, message=first, before=old, now=new)
+        edits = []
+        if other.root() is not root:
+            was, now = _shown(other.root().message["tools"], root.message["tools"])
+            edits.append(Edit(call=self._calls, message=None, before=was, now=now))
+        if first is not None:
+            was, now = _shown(_written(before[first].message), _written(messages[first]))
+            edits.append(Edit(call=self._calls, message=first, before=was, now=now))
+        return edits
 
-    def _meant(self, messages: Sequence[Message], node: Node, matched: int) -> Node | None:
+    def _meant(self, messages: Sequence[Message], path: Sequence[Node]) -> Node | None:
         """The answer whose conversation this one was: by the ids of calls that it holds, by what it
-        begins with, or by a message of the latest one."""
-        for message in reversed(messages[matched:]):
+        begins with, or by the last answer or other message in it that was there before."""
+        for message in reversed(messages[len(path) :]):
             for call in message.get("tool_calls", ()):
                 if call["id"] in self._by_id:
-                    return self._by_id[call["id"]]
-        if matched:
-            return _latest_under(node)
-        if not self.turns:
-            return None
-        latest = self.turns[-1][1]
-        said = {meaning(one.message) for one in latest.path() if one.message["role"] != "system"}
-        return latest if any(meaning(message) in said for message in messages) else None
+                    return self._by_id[call["id"]].tip()
+        if path:
+            return path[-1].tip()
+        said = [message for message in reversed(messages) if message["role"] != "system"]
+        said.sort(key=lambda message: message["role"] != "assistant")
+        known = (self._said.get(meaning(message)) for message in said)
+        return next((node.tip() for node in known if node is not None), None)
 
 
-def _latest_under(node: Node) -> Node:
-    while node.children:
-        node = list(node.children.values())[-1][-1]
-    return node
+def _longest(root: Node, messages: Sequence[Message], *, thinking_returns: bool) -> list[Node]:
+    """The nodes of the conversation that holds most of `messages`, from their first on.
+
+    Answers that say the same are told apart by the ids of their calls; without ids by what stands
+    behind them; and if that is the same too, it is the last one.
+    """
+    ends = [root]
+    for message in messages:
+        further = [
+            child
+            for node in ends
+            for child in node.alike(message, thinking_returns=thinking_returns)
+        ]
+        if not further:
+            break
+        ids = {call["id"] for call in message.get("tool_calls", ())}
+        ends = [node for node in further if node.ids & ids] or further
+    return max(reversed(ends), key=lambda node: node.answers).path()
 
 
-def _thoughts_differ(old: Message, new: Message) -> bool:
-    return bool(old.get("reasoning_content")) and not new.get("reasoning_content")
-
-
-def _shown(messages: Sequence[Message], index: int) -> str | None:
-    if index >= len(messages):
-        return None
-    message = messages[index]
-    parts = [message["role"], str(message["content"])]
+def _written(message: Message) -> str:
+    parts = [message["role"], message.get("name"), str(message["content"])]
     if message.get("reasoning_content"):
         parts.append(f"<think>{message['reasoning_content']}</think>")
-    parts += [f"{c['function']['name']}({c['function']['arguments']})" for c in
-              message.get("tool_calls", ())]  # fmt: skip
-    text = ": ".join(part for part in parts if part)
-    return text if len(text) <= 2 * EXCERPT else f"{text[: 2 * EXCERPT]}..."
+    parts += [
+        f"{call['function']['name']}({call['function']['arguments']})"
+        for call in message.get("tool_calls", ())
+    ]
+    return ": ".join(part for part in parts if part)
+
+
+def _shown(before: str, now: str) -> tuple[str, str]:
+    """Both, from a little before the place where they part."""
+    same = first_difference(before, now, 0).index
+    start = 0 if same < EXCERPT else same - EXCERPT // 3
+    return _excerpt(before, start), _excerpt(now, start)
+
+
+def _excerpt(text: str, start: int) -> str:
+    end = start + 2 * EXCERPT
+    return ("..." if start else "") + text[start:end] + ("..." if end < len(text) else "")
