@@ -16,12 +16,18 @@ from typing import Any
 
 import pytest
 from eval_protocol.models import EvaluationRow
+from eval_protocol.pytest import evaluation_test
 from eval_protocol.pytest.types import RolloutProcessorConfig
 
+from eval_protocol_rft import score_each_completion
+from eval_protocol_rft.data._dataset import RolloutDataset
+from eval_protocol_rft.data._files import JobError
+from eval_protocol_rft.data._generate import agenerate
 from eval_protocol_rft.episodes._episode_processor import EpisodeRolloutProcessor
 from eval_protocol_rft.episodes._mcp import McpServerError, McpServers, read_config
 from eval_protocol_rft.episodes._tool_loop import ToolLoop
 from eval_protocol_rft.rollout._processor import RolloutError
+from tests.data.servers import write_jsonl
 from tests.test_episodes import TOKENIZER, Scripted, a_row, call, roll_out
 from tests.waiting import wait_until
 
@@ -203,6 +209,45 @@ async def test_the_servers_of_an_evaluation_test_are_the_environments(
     first, second = told(row)
     assert first == '{"result": 5}'
     assert (second == "10") == bool(functions)
+
+
+async def test_a_bulk_job_has_the_servers_of_the_evaluation_test(
+    pids: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "mcp.json"
+    path.write_text(json.dumps(config_of(pids)))
+
+    @evaluation_test(
+        input_rows=[[a_row()]],
+        completion_params=[{"model": "any"}],
+        rollout_processor=EpisodeRolloutProcessor(),
+        mcp_config_path=str(path),
+    )
+    @score_each_completion
+    def test_it(row: EvaluationRow) -> EvaluationRow:
+        return row
+
+    rows = write_jsonl(tmp_path / "data.jsonl", [{"prompt": "What is 2+3?"}])
+    output = tmp_path / "out.parquet"
+
+    async def generate() -> None:
+        await agenerate(
+            rows,
+            output,
+            {"model": "any", "n": 2, "max_tokens": 200},
+            episodes=test_it,
+            sampler=Scripted(calling(call("add", a=2, b=3))),
+            progress=False,
+        )
+
+    await generate()
+    for row in RolloutDataset(output):
+        assert row.episode is not None
+        assert row.episode["messages"][2]["content"] == '{"result": 5}'
+        assert next(tool["function"]["name"] for tool in row.tools or ()) == "add"
+    path.write_text(json.dumps(config_of(pids, env=["HOME"])))
+    with pytest.raises(JobError, match="changed: mcp_config_path"):
+        await generate()
 
 
 async def test_servers_of_an_evaluation_test_need_a_tool_loop(tmp_path: Path) -> None:

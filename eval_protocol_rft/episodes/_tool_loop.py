@@ -42,6 +42,9 @@ class ToolLoop(Environment):
         characters: an answer may have.
     """
 
+    _servers: Sequence[McpServers] = ()
+    _own_servers: Sequence[McpServers] = ()
+
     def __init__(
         self,
         *functions: Callable[..., Any],
@@ -54,8 +57,6 @@ class ToolLoop(Environment):
         self._tools: dict[str, _Tool | McpTool] = {
             function.__name__: _Tool(function) for function in functions
         }
-        self._servers: list[McpServers] = []
-        self._own_servers: list[McpServers] = []
         if mcp is not None:
             self.add_mcp(mcp)
         self._seconds = seconds
@@ -72,8 +73,8 @@ class ToolLoop(Environment):
 
         if not isinstance(mcp, McpServers):
             mcp = McpServers(mcp)
-            self._own_servers.append(mcp)
-        self._servers.append(mcp)
+            self._own_servers = [*self._own_servers, mcp]
+        self._servers = [*self._servers, mcp]
 
     def _describe(self) -> None:
         self.tools = [tool.schema for tool in self._tools.values()]

@@ -20,6 +20,7 @@ from eval_protocol_rft.data._generate_episodes import episode_job
 from eval_protocol_rft.data._job_store import parts_folder
 from eval_protocol_rft.episodes._environment import Environment, EpisodeLimits, Step
 from eval_protocol_rft.episodes._tool_loop import ToolLoop
+from eval_protocol_rft.scoring._scored_rows import completion_views
 from tests.data.servers import at, pairs, refused, rows_by_pair, stored, succeed, texts, write_jsonl
 from tests.programs import Program, Zygote
 from tests.stub_server import Late, StubServer, sampled
@@ -343,3 +344,6 @@ def test_tools_of_the_environment_are_in_the_prompt_and_in_the_file(
     for text in table.column("tools").to_pylist():
         assert json.loads(text)[0]["function"]["name"] == "add"
     assert table.column("turns").to_pylist() == [1, 1]
+    seen = RolloutDataset(output).evaluation_rows()
+    for view in (view for row in seen for view in completion_views(row) or ()):
+        assert [tool["function"]["name"] for tool in view.tools or ()] == ["add"]
