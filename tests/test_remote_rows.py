@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 from collections.abc import Callable
@@ -11,7 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 from eval_protocol.models import EvaluateResult, EvaluationRow, Message
+from hypothesis import given
+from hypothesis import strategies as st
 
+from eval_protocol_rft._turn_payloads import RemoteTurn, remote_segments, turn_runs
 from eval_protocol_rft.episodes._conversation import Conversation
 from eval_protocol_rft.record import RecordError, RolloutRecord
 from eval_protocol_rft.rollout import fetch_payloads, read_remote_rows
@@ -397,3 +401,48 @@ def test_payloads_that_were_not_asked_for_can_be_fetched_later():
         pytest.raises(RecordError, match="row 'row-1': the proxy has nothing of rollout rollout-1"),
     ):
         list(fetch_payloads([late], model_base_url=url))
+
+
+ids_of_a_part = st.lists(st.integers(0, 9), min_size=1, max_size=4)
+
+
+@given(st.data())
+def test_segments_hold_each_sampled_id_once_behind_what_was_sent_for_it(data: st.DataObject):
+    turns: list[RemoteTurn] = []
+    before: list[int] = []
+    for index in range(data.draw(st.integers(1, 6))):
+        kind = data.draw(st.sampled_from(["goes on", "nothing new", "begins anew", "cut"]))
+        new = data.draw(ids_of_a_part)
+        prompt = {"goes on": before + new, "nothing new": before, "cut": before[:-1]}.get(kind, new)
+        prompt, sampled = prompt or new, data.draw(ids_of_a_part)
+        turns.append(
+            RemoteTurn(
+                index=index,
+                prompt_ids=np.array(prompt),
+                completion_ids=np.array(sampled),
+                logprobs=[-0.25 * (1 + index) - 0.5 * i for i in range(len(sampled))],
+                routing_matrices=[f"{index}" for _ in [*prompt, *sampled]],
+            )
+        )
+        before = prompt + sampled
+    segments = remote_segments(turns)
+    left = iter(turns)
+    turn = next(left, None)
+    for segment in segments:
+        tokens = segment.tokens.tolist()
+        for sampled_, start, stop in turn_runs(segment.loss_mask.tolist()):
+            if not sampled_:
+                continue
+            assert turn is not None
+            assert tokens[:start] == turn.prompt_ids.tolist()
+            assert tokens[start:stop] == turn.completion_ids.tolist()
+            assert segment.logprobs[start:stop].tolist() == turn.logprobs
+            assert segment.routing_matrices is not None
+            assert set(segment.routing_matrices[start:stop]) == {f"{turn.index}"}
+            turn = next(left, None)
+    assert turn is None
+    # As few as can be: one begins only where the prompt is not longer than all before it, or other.
+    for one, other in itertools.pairwise(segments):
+        begun = other.tokens[: other.prompt_length].tolist()
+        so_far = one.tokens.tolist()
+        assert begun[: len(so_far)] != so_far or len(begun) == len(so_far)

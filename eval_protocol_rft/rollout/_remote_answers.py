@@ -21,6 +21,9 @@ from eval_protocol_rft.local import LoadedTokenizer
 from eval_protocol_rft.record import RecordError
 from eval_protocol_rft.rollout import _answers
 
+_PROMPT_TAIL = 64
+"""Tokens of a prompt that tell whether its answer begins inside a think block."""
+
 
 class Reading(msgspec.Struct, frozen=True):
     """A turn as text."""
@@ -51,10 +54,11 @@ class TurnReader:
             RecordError: the message is of other ids.
         """
         text, reason = self._text(turn)
-        readings = list(self._readings(turn, text, calls=bool(message.get("tool_calls"))))
-        for reading in readings:
+        readings = []
+        for reading in self._readings(turn, text, calls=bool(message.get("tool_calls"))):
             if self._same(reading, message):
                 return Reading(text, reading, reason)
+            readings.append(reading)
         raise RecordError(self._difference(turn, text, readings, message))
 
     def _text(self, turn: RemoteTurn) -> tuple[str, sampling.FinishReason]:
@@ -74,7 +78,7 @@ class TurnReader:
 
     def _readings(self, turn: RemoteTurn, text: str, *, calls: bool) -> Iterator[dict[str, Any]]:
         """What chat servers make of it, with the parsers that they may be started with."""
-        prompt = turn.prompt_ids.tolist()
+        prompt = turn.prompt_ids[-_PROMPT_TAIL:].tolist()
         # Rows of some proxies have no tools; a message that calls some tells that there were.
         tools = (self._tools or ([{}] if calls else None)) if self._format else None
         for offered in dict.fromkeys((bool(tools), False)):

@@ -24,7 +24,7 @@ from eval_protocol_rft.episodes.gateway._payloads import encode_payloads
 from eval_protocol_rft.episodes.gateway._session import Session
 from eval_protocol_rft.episodes.gateway._tree import Node
 from eval_protocol_rft.rollout import GATEWAY_KEY
-from eval_protocol_rft.sampling import Failure
+from eval_protocol_rft.sampling import Completion, Failure, TokenIds
 
 IDS = ("rollout_id", "invocation_id", "experiment_id", "run_id", "row_id")
 """Of a rollout, in the order in which its address has them."""
@@ -251,8 +251,24 @@ class RolloutStore:
         rollout.attempts += 1
 
 
-def traces_of(rollout: Rollout, path: Sequence[Node]) -> list[dict[str, Any]]:
-    """A conversation as traces, one for each answer that was sampled, in order.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """One answer on the path of a rollout's last one, as a trace without its payloads, and the
+    token data of these."""
+
+    trace: dict[str, Any]
+    prompt_ids: TokenIds
+    completion: Completion
+
+    def with_payloads(self) -> dict[str, Any]:
+        """The whole trace. Touches nothing that changes, so a thread may do it."""
+        completion = self.completion
+        payloads = encode_payloads(self.prompt_ids, completion.token_ids, completion.logprobs)
+        return {**self.trace, "payloads": payloads}
+
+
+def calls_of(rollout: Rollout, path: Sequence[Node]) -> list[Call]:
+    """A conversation as its calls, one for each answer that was sampled, in order.
 
     Args:
         rollout: that it is of.
@@ -261,28 +277,25 @@ def traces_of(rollout: Rollout, path: Sequence[Node]) -> list[dict[str, Any]]:
     session = rollout.session
     assert session is not None  # noqa: S101 - there is a conversation
     messages: list[dict[str, Any]] = []
-    traces: list[dict[str, Any]] = []
+    calls: list[Call] = []
     for node in path:
         message = {"content": None, **node.message}
         if node.turn is not None:
-            turn, completion = node.turn, node.turn.completion
             tools, answered_at = session.asked_with(node)
-            traces.append(
-                {
-                    "id": f"{rollout.rollout_id}-{len(traces)}",
-                    "name": "chat",
-                    "tags": list(rollout.tags),
-                    "timestamp": _timestamp(answered_at),
-                    "input": {"messages": list(messages), "tools": tools},
-                    "output": message,
-                    "observations": [],
-                    "payloads": encode_payloads(
-                        turn.prompt.ids, completion.token_ids, completion.logprobs
-                    ),
-                }
-            )
+            trace = {
+                "id": f"{rollout.rollout_id}-{len(calls)}",
+                "name": "chat",
+                "tags": list(rollout.tags),
+                "timestamp": _timestamp(answered_at),
+                "input": {"messages": list(messages), "tools": tools},
+                "output": message,
+                "observations": [],
+            }
+            turn = node.turn
+            call = Call(trace=trace, prompt_ids=turn.prompt.ids, completion=turn.completion)
+            calls.append(call)
         messages.append(message)
-    return traces
+    return calls
 
 
 def _failed(rollout: Rollout, failure: Failure) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from eval_protocol_rft import rollout, sampling
 from eval_protocol_rft.episodes.gateway._call import CallError
 from eval_protocol_rft.episodes.gateway._session import Session
 from eval_protocol_rft.episodes.gateway._settings import Departure
-from eval_protocol_rft.episodes.gateway._tracing import IDS, RolloutStore, traces_of
+from eval_protocol_rft.episodes.gateway._tracing import IDS, RolloutStore, calls_of
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -133,8 +133,9 @@ class TracingRoutes:
         is_final = request.query.get("include_payloads", "").lower() == "true"
         found = self.store.paths(_tags(request), is_final=is_final, now=sampling.sampling_time())
         self._end_dropped()
-        # Encoding takes long where conversations are; what is encoded does not change any more.
-        traces = await asyncio.to_thread(lambda: [t for one in found for t in traces_of(*one)])
+        calls = [call for one in found for call in calls_of(*one)]
+        # Encoding takes long where conversations are.
+        traces = await asyncio.to_thread(lambda: [call.with_payloads() for call in calls])
         project = request.match_info.get("project", "default")
         return _json({"project_id": project, "total_traces": len(traces), "traces": traces})
 
