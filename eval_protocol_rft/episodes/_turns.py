@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any, Literal
 
 import numpy as np
@@ -75,12 +76,13 @@ class Prompt:
     def ids(self) -> TokenIds:
         """All that is sent: the segment so far, and what is new."""
         if self._ids is None:
-            if self.opens_segment:
-                self._ids = TokenIds(self.new_ids)
-            else:
-                before = self._behind_turn
-                ids = (*before.prompt.ids, *before.completion.token_ids, *self.new_ids)
-                self._ids = TokenIds(ids)
+            parts: list[Sequence[int]] = []
+            prompt = self
+            while prompt._ids is None and prompt.behind is not None and not prompt.opens_segment:
+                parts += prompt.new_ids, prompt.behind.completion.token_ids
+                prompt = prompt.behind.prompt
+            parts.append(prompt.new_ids if prompt._ids is None else prompt._ids)
+            self._ids = TokenIds(chain.from_iterable(reversed(parts)))
         return self._ids
 
     def conversation(self) -> list[dict[str, Any]]:
@@ -98,11 +100,6 @@ class Prompt:
         self._text = None
         if not self.opens_segment:
             self._ids = None
-
-    @property
-    def _behind_turn(self) -> Turn:
-        assert self.behind is not None  # noqa: S101 - narrows the type
-        return self.behind
 
 
 class Turn:

@@ -45,6 +45,8 @@ IGNORED = frozenset(
         "verbosity",
     }
 )
+MOST_CHOICES = 128
+"""Of one request, as at OpenAI: each of them holds a place in the engine."""
 UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "audio": (),
     "function_call": ("auto", "none"),
@@ -125,7 +127,7 @@ class _Request(Sampling, kw_only=True):
     parallel_tool_calls: bool | None = None
     response_format: _ResponseFormat | None = None
     stream_options: _StreamOptions | None = None
-    n: Count | None = None
+    n: Annotated[int, Meta(ge=1, le=MOST_CHOICES)] | None = None
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None

@@ -19,7 +19,7 @@ import hmac
 import logging
 import secrets
 import socket
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from http import HTTPStatus
 from types import ModuleType
@@ -330,14 +330,16 @@ class Gateway:
             call = replace(call, model=model) if mark else call
             key = key if mark else self.api_key
         session = self._session_of(request, key)
-        session.arrived(request.content_length or 0)
+        announced = request.content_length or 0
+        session.arrived(announced)
         body = await request.read()
-        if (reward := request.headers.get(REWARD_HEADER)) is not None:
-            session.reward(_number(reward))
+        session.received(max(0, len(body) - announced))  # in chunks, or compressed
         call = api.read_call(body) if call is None else call
+        said = request.headers.get(REWARD_HEADER)
+        reward = None if said is None else _number(said)
         digest = hashlib.blake2b(body, digest_size=16, key=api.__name__.encode()[-16:]).digest()
         is_retry = request.headers.get("x-stainless-retry-count", "0") != "0"
-        pending = session.call(call, digest, is_retry=is_retry)
+        pending = session.call(call, digest, is_retry=is_retry, reward=reward)
         with pending.fetched():
             if call.stream:
                 return await _stream(request, api, call, pending)
@@ -390,25 +392,25 @@ async def _stream(
 ) -> web.StreamResponse:
     """The answer as events; comments until it is there. An error before the first byte is a status
     of HTTP, as clients expect."""
+    response = None
     await asyncio.wait({pending.task}, timeout=KEEP_ALIVE_SECONDS)
-    if pending.task.done():
-        reply = await _reply_to(pending)
-        response = await _begin_stream(request)
-    else:
-        response = await _begin_stream(request)
-        while not pending.task.done():
-            await response.write(keep_alive)
-            await asyncio.wait({pending.task}, timeout=KEEP_ALIVE_SECONDS)
-        try:
-            reply = await _reply_to(pending)
-        except Exception as error:
-            if not isinstance(error, CallError):
-                logger.exception("a call of an agent failed")
-                error = _own_fault(error)
-            await response.write(api.error_event(error))
-            await response.write_eof()
-            return response
-    async for part in _batched(api, call, reply):
+    while not pending.task.done():
+        response = response or await _begin_stream(request)
+        await response.write(keep_alive)
+        await asyncio.wait({pending.task}, timeout=KEEP_ALIVE_SECONDS)
+    try:
+        parts = list(_batched(api, call, await _reply_to(pending)))
+    except Exception as error:
+        if response is None:
+            raise
+        if not isinstance(error, CallError):
+            logger.exception("a call of an agent failed")
+            error = _own_fault(error)
+        await response.write(api.error_event(error))
+        await response.write_eof()
+        return response
+    response = response or await _begin_stream(request)
+    for part in parts:
         await response.write(part)
     await response.write_eof()
     pending.is_answered = True
@@ -423,7 +425,7 @@ async def _begin_stream(request: web.Request) -> web.StreamResponse:
     return response
 
 
-async def _batched(api: ModuleType, call: Any, reply: Reply) -> AsyncIterator[bytes]:
+def _batched(api: ModuleType, call: Any, reply: Reply) -> Iterator[bytes]:
     """Events, several to a write: each write is a system call and a chunk."""
     waiting: list[bytes] = []
     size = 0
@@ -444,8 +446,8 @@ _ADDRESSES = (
 
 
 def _protocol_of(path: str) -> ModuleType:
-    ending = next((ending for ending in _PROTOCOLS if path.endswith(ending)), "/chat/completions")
-    return _PROTOCOLS[ending]
+    named = next((one for one in _PROTOCOLS if f"{one}/" in f"{path}/"), "/chat/completions")
+    return _PROTOCOLS[named]
 
 
 def _error_response(api: ModuleType, error: CallError) -> web.Response:

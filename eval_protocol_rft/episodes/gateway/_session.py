@@ -202,48 +202,72 @@ class Session:
             CallError: a limit of the session is met, or it is over.
         """
         limits, counts = self.settings.limits, self._counts
-        if self._is_over:
-            raise CallError("this session is over", status=403, code="session_over")
+        self._check_open()
         now = sampling.sampling_time()
         if self._deadline is None:
             self._deadline = now + limits.seconds
         counts.calls += 1
-        counts.bytes += size
         if counts.calls > limits.turns:
             self._refuse("turns", f"{limits.turns} calls")
-        if counts.bytes > limits.bytes:
-            self._refuse("bytes", f"{limits.bytes} bytes of requests")
-        if counts.tokens >= limits.tokens:
-            self._refuse("tokens", f"{limits.tokens} tokens")
+        self.received(size)
+        self._check_tokens()
         if now >= self._deadline:
             self._refuse("seconds", f"{limits.seconds:g} s")
+
+    def received(self, size: int) -> None:
+        """So many bytes more of a request have come than it was announced with.
+
+        Raises:
+            CallError: the limit is met.
+        """
+        self._counts.bytes += size
+        if self._counts.bytes > (most := self.settings.limits.bytes):
+            self._refuse("bytes", f"{most} bytes of requests")
+
+    def _check_open(self) -> None:
+        if self._is_over:
+            raise CallError("this session is over", status=403, code="session_over")
+
+    def _check_tokens(self) -> None:
+        if self._counts.tokens >= (most := self.settings.limits.tokens):
+            self._refuse("tokens", f"{most} tokens")
 
     def _refuse(self, limit: str, shown: str) -> None:
         self.ended_by = self.ended_by or limit
         raise CallError(f"this session may have {shown}, and has had them", code="session_limit")
 
-    def call(self, call: ModelCall, digest: bytes, *, is_retry: bool) -> PendingCall:
+    def call(
+        self, call: ModelCall, digest: bytes, *, is_retry: bool, reward: float | None = None
+    ) -> PendingCall:
         """Begin to answer a call, or find the one that it asks for again.
 
         Args:
             call: what is asked.
             digest: of the request, the same for the same bytes.
             is_retry: whether the client says that it sends it again.
+            reward: of the answer that it goes on from, or else the last one. Of a call that comes
+                again it was said before.
+
+        Raises:
+            CallError: the session ended while the request was read.
         """
+        self._check_open()
         same = self._pending.setdefault(digest, [])
         found = next((one for one in same if one.is_interrupted), None)
         if found is None and is_retry and same and not same[-1]._failed:
             found = same[-1]
         if found is None:
-            found = PendingCall(asyncio.ensure_future(self._answer(call, digest)))
+            found = PendingCall(asyncio.ensure_future(self._answer(call, digest, reward)))
             found.task.add_done_callback(_seen)
             same.append(found)
         return found
 
-    async def _answer(self, call: ModelCall, digest: bytes) -> Reply:
+    async def _answer(self, call: ModelCall, digest: bytes, reward: float | None) -> Reply:
         asked = settings_of(call, self.settings, self._tokenizer)
         place = self._locate(call, asked.template_kwargs)
-        params = self._with_room(asked.params, place)
+        if reward is not None:
+            self._rate(place.prompt.behind or (self._last.turn if self._last else None), reward)
+        params = self._with_room(asked.params, place, call)
         outcomes: list[sampling.Survivor | sampling.Failure] = []
         try:
             await self._sampled(place, params, call, outcomes)
@@ -292,8 +316,7 @@ class Session:
                 thinking_returns=call.protocol == "messages",
             )
         except (rollout.PromptError, ConversationError) as error:
-            field = "input" if call.protocol == "responses" else "messages"
-            raise CallError(str(error), param=field) from error
+            raise CallError(str(error), param=_messages_field(call)) from error
 
     def _reply(self, reply_id: str, param: str, code: str) -> Node:
         """An earlier answer, by its id, which the field `param` names."""
@@ -314,7 +337,9 @@ class Session:
             told["tool_calls"] = [*named, *told.get("tool_calls", ())]
         return told
 
-    def _with_room(self, params: sampling.SamplingParams, place: Place) -> sampling.SamplingParams:
+    def _with_room(
+        self, params: sampling.SamplingParams, place: Place, call: ModelCall
+    ) -> sampling.SamplingParams:
         """`max_tokens` no larger than what the context has room for."""
         context, size = self.settings.context_length, place.prompt.size
         if context is None:
@@ -324,7 +349,7 @@ class Session:
             raise CallError(
                 f"the prompt has {size} tokens, and the model's context is {context}: nothing can "
                 "be sampled behind it. Shorten the conversation",
-                param="messages",
+                param=_messages_field(call),
                 code="context_length_exceeded",
             )
         room = context - size
@@ -341,8 +366,6 @@ class Session:
         """Sample a call's completions, and put into `outcomes` what came of them, also where this
         raises."""
         ids = place.prompt.ids
-        self._counts.tokens += len(place.prompt.new_ids)
-        self._counts.sent += len(ids) * call.n
         key = ids.affinity
         turn = self._asked[key]
         self._asked[key] += 1
@@ -357,6 +380,9 @@ class Session:
         tasks: list[asyncio.Future[sampling.Survivor | sampling.Failure]] = []
         try:
             async with deadline, self._slots:
+                self._check_tokens()  # others were sampled since it arrived
+                self._counts.tokens += len(place.prompt.new_ids)
+                self._counts.sent += len(ids) * call.n
                 tasks += [asyncio.ensure_future(self._sample(ids, params, seed)) for seed in seeds]
                 await asyncio.gather(*tasks)
             return
@@ -453,11 +479,14 @@ class Session:
         """
         bare = None if reply_id is None else reply_id.rpartition("_")[2].rpartition("-")[2]
         node = self._last if bare is None else self._replies.get(bare)
-        if node is None or node.turn is None:
+        self._rate(None if node is None else node.turn, value)
+
+    def _rate(self, turn: Turn | None, value: float) -> None:
+        if turn is None:
             raise CallError("there is no such answer in this session", status=404, param="id")
         if not isinstance(value, int | float) or value != value or abs(value) == float("inf"):
             raise CallError(f"a reward is a finite number, not {value!r}", param="reward")
-        self._rewards[id(node.turn)] = float(value)
+        self._rewards[id(turn)] = float(value)
 
     def conversation(self) -> list[Node]:
         """The messages of the last call that was answered, and its answer."""
@@ -577,6 +606,11 @@ class Session:
 def _drawn_with(params: sampling.SamplingParams) -> tuple[Any, ...]:
     """What says which distribution tokens are drawn from."""
     return params.temperature, params.top_p, params.top_k, params.extra
+
+
+def _messages_field(call: ModelCall) -> str:
+    """What the messages of a request are called in its protocol."""
+    return "input" if call.protocol == "responses" else "messages"
 
 
 def _as_error(failure: sampling.Failure) -> CallError:
