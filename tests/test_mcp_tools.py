@@ -10,7 +10,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,8 @@ from eval_protocol_rft.data._dataset import RolloutDataset
 from eval_protocol_rft.data._files import JobError
 from eval_protocol_rft.data._generate import agenerate
 from eval_protocol_rft.episodes._episode_processor import EpisodeRolloutProcessor
-from eval_protocol_rft.episodes._mcp import McpServerError, McpServers, read_config
+from eval_protocol_rft.episodes._mcp import McpServers
+from eval_protocol_rft.episodes._mcp_config import McpServerError, read_config
 from eval_protocol_rft.episodes._tool_loop import ToolLoop
 from eval_protocol_rft.rollout._processor import RolloutError
 from tests.data.servers import write_jsonl
@@ -161,6 +164,34 @@ async def test_a_server_that_cannot_be_used_costs_its_episode_and_says_why(pids:
     ):
         with pytest.raises(RolloutError, match=said):
             await roll_out(lambda config=config: ToolLoop(mcp=config), calling())
+
+
+class Refusing(BaseHTTPRequestHandler):
+    """Knows no key."""
+
+    def do_POST(self) -> None:
+        self.send_error(401, f"no {self.headers['Authorization']}")
+
+    def log_message(self, *_: Any) -> None:
+        """Not on the terminal."""
+
+
+async def test_no_error_tells_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("THE_KEY", "hunter2-key")
+    script = "import os, sys; print(os.environ['TOKEN'], file=sys.stderr); sys.exit(1)"
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/mcp?key=hunter2-query"
+        servers = (
+            {"url": url, "authorization": "Bearer ${THE_KEY}"},
+            {"command": sys.executable, "args": ["-c", script], "env": {"TOKEN": "hunter2-env"}},
+        )
+        for one in servers:
+            config = {"mcpServers": {"secret": one}}
+            with pytest.raises(RolloutError, match="'secret' cannot be used") as caught:
+                await roll_out(lambda config=config: ToolLoop(mcp=config), calling())
+            assert "hunter2" not in str(caught.value)
+        server.shutdown()
 
 
 async def test_a_cancelled_rollout_leaves_no_server(pids: Path) -> None:

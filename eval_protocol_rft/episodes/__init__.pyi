@@ -6,8 +6,8 @@ from ._environment import RetryWithFeedback as RetryWithFeedback
 from ._environment import Step as Step
 from ._episode_processor import EpisodeRolloutProcessor as EpisodeRolloutProcessor
 from ._gymnasium import GymnasiumEnvironment as GymnasiumEnvironment
-from ._mcp import McpServerError as McpServerError
 from ._mcp import McpServers as McpServers
+from ._mcp_config import McpServerError as McpServerError
 from ._openenv import OpenEnvEnvironment as OpenEnvEnvironment
 from ._openenv import OpenEnvError as OpenEnvError
 from ._rendering import ConversationError as ConversationError

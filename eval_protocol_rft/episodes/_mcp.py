@@ -13,17 +13,21 @@ import atexit
 import contextlib
 import json
 import os
-import re
 import tempfile
 import threading
-from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
-from pathlib import Path
+from collections.abc import AsyncIterator, Coroutine, Mapping
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
-import msgspec
-
-from eval_protocol_rft._errors import EvalProtocolRftError
 from eval_protocol_rft._text import text_of
+from eval_protocol_rft.episodes._mcp_config import (
+    Config,
+    McpServerError,
+    ServerSettings,
+    filled_in,
+    process_environment,
+    read_config,
+    secrets_of,
+)
 
 if TYPE_CHECKING:
     from mcp import ClientSession
@@ -34,56 +38,6 @@ _ENDING_SECONDS = 10.0
 """A server has to end; the client itself ends one by force after four."""
 _SHOWN = 500
 """Characters of what a server wrote to its standard error that an error shows."""
-
-
-class McpServerError(EvalProtocolRftError, RuntimeError):
-    """A server's configuration is wrong, it cannot be started, or a call of it failed."""
-
-
-class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """A server in a configuration file: `command` or `url`."""
-
-    command: str | None = None
-    args: list[str] = []
-    env: list[str] | dict[str, str] = []
-    """Names that must be set in the environment, as Eval Protocol has it; or variables to set, as
-    others do. The server has the whole environment of this process either way."""
-    cwd: str | None = None
-    url: str | None = None
-    authorization: str | None = None
-    headers: dict[str, str] = {}
-    type: str | None = None
-    """`sse` for the older transport over HTTP; else what `command` and `url` say."""
-
-
-class _Configuration(msgspec.Struct):
-    mcpServers: dict[str, ServerSettings]
-
-
-Config = str | os.PathLike[str] | Mapping[str, Any]
-"""Path of a JSON file with `mcpServers`, or what would be in it."""
-
-
-def read_config(config: Config) -> dict[str, ServerSettings]:
-    """The servers of a configuration, by name.
-
-    Raises:
-        McpServerError: it cannot be read, or is none.
-    """
-    try:
-        if isinstance(config, Mapping):
-            servers = msgspec.convert(dict(config), _Configuration).mcpServers
-        else:
-            servers = msgspec.json.decode(Path(config).read_bytes(), type=_Configuration).mcpServers
-    except OSError as error:
-        raise McpServerError(f"the MCP configuration cannot be read: {error}") from error
-    except msgspec.DecodeError as error:
-        where = "" if isinstance(config, Mapping) else f" {os.fspath(config)}"
-        raise McpServerError(f"the MCP configuration{where} is none: {error}") from error
-    for name, server in servers.items():
-        if (server.command is None) == (server.url is None):
-            raise McpServerError(f"MCP server {name!r} needs either a command or a url")
-    return servers
 
 
 class McpServers:
@@ -244,10 +198,16 @@ class _Server:
             return await self._session.call_tool(tool, arguments)
         except mcp.McpError as error:
             self._is_dead |= error.error.code == mcp.types.CONNECTION_CLOSED
-            raise McpServerError(f"the MCP server {self.name!r}: {text_of(error)}") from error
+            raise self._error(f"the MCP server {self.name!r}: {text_of(error)}") from error
         except (anyio.ClosedResourceError, anyio.BrokenResourceError) as error:
             self._is_dead = True
             raise McpServerError(f"the MCP server {self.name!r} has ended") from error
+
+    def _error(self, message: str) -> McpServerError:
+        """An error that goes on record, without what the configuration keeps secret."""
+        for secret in sorted(secrets_of(self.settings), key=len, reverse=True):
+            message = message.replace(secret, "***")
+        return McpServerError(message)
 
     async def close(self) -> None:
         holding, self._holding = self._holding, None
@@ -289,7 +249,7 @@ class _Server:
                 self._is_dead = True
                 if not opened.done():
                     message = f"the MCP server {self.name!r} cannot be used: {_reason(error)}"
-                    opened.set_exception(McpServerError(message + _last_words(stderr)))
+                    opened.set_exception(self._error(message + _last_words(stderr)))
             finally:
                 self._session = None
                 if not opened.done():
@@ -316,16 +276,16 @@ async def _streams(
         process = StdioServerParameters(
             command=settings.command,
             args=settings.args,
-            env=_environment(name, settings.env),
+            env=process_environment(name, settings.env),
             cwd=settings.cwd,
         )
         async with stdio_client(process, errlog=stderr) as streams:  # type: ignore[arg-type]
             yield streams
         return
     assert settings.url is not None  # noqa: S101 - one of them is there
-    headers = {key: _filled_in(value, name) for key, value in settings.headers.items()}
+    headers = {key: filled_in(value, name) for key, value in settings.headers.items()}
     if settings.authorization is not None:
-        headers["Authorization"] = _filled_in(settings.authorization, name)
+        headers["Authorization"] = filled_in(settings.authorization, name)
     if settings.type == "sse":
         from mcp.client.sse import sse_client
 
@@ -341,27 +301,6 @@ async def _streams(
         streamable_http_client(settings.url, http_client=client) as (read, write, _),
     ):
         yield read, write
-
-
-def _environment(name: str, env: Sequence[str] | Mapping[str, str]) -> dict[str, str]:
-    if isinstance(env, Mapping):
-        return {**os.environ, **{key: _filled_in(value, name) for key, value in env.items()}}
-    missing = [key for key in env if key not in os.environ]
-    if missing:
-        raise McpServerError(f"these environment variables are not set: {', '.join(missing)}")
-    return dict(os.environ)
-
-
-def _filled_in(text: str, server: str) -> str:
-    """With the values of `${NAME}` and `$NAME`."""
-
-    def value(match: re.Match[str]) -> str:
-        name = match[1] or match[2]
-        if name not in os.environ:
-            raise McpServerError(f"the environment variable {name} of server {server!r} is not set")
-        return os.environ[name]
-
-    return re.sub(r"\$\{([^}]+)\}|\$([A-Za-z_][A-Za-z0-9_]*)", value, text)
 
 
 def _reason(error: BaseException) -> str:

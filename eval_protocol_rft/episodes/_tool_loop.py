@@ -21,7 +21,8 @@ from eval_protocol_rft.sampling import sampling_time
 if TYPE_CHECKING:
     from eval_protocol.models import Message
 
-    from eval_protocol_rft.episodes._mcp import Config, McpServers, McpTool
+    from eval_protocol_rft.episodes._mcp import McpServers, McpTool
+    from eval_protocol_rft.episodes._mcp_config import Config
 
 TOOL_SECONDS = 30.0
 TOOL_CHARACTERS = 100_000
