@@ -16,7 +16,7 @@ environment() {
   name=$1
   shift
   if [ ! -e "$folder/$name/done" ]; then
-    python -m venv "$folder/$name"
+    [ -e "$folder/$name" ] || python -m venv "$folder/$name"
     "$folder/$name/bin/pip" install --quiet "$@"
     touch "$folder/$name/done"
   fi
@@ -26,6 +26,12 @@ environment frameworks openai anthropic litellm openai-agents langgraph langchai
   langchain-anthropic 'pydantic-ai-slim[openai,anthropic]' 'smolagents[openai]' \
   mini-swe-agent
 environment verifiers verifiers uv  # takes openai 2 alone
+# The example is trained in this environment and openai-agents, in a version for openai 2, which
+# Eval Protocol's litellm wants.
+[ -e "$folder/example" ] || python -m venv "$folder/example"
+python -c 'import sys; print(*filter(None, sys.path), sep="\n")' \
+  >"$(echo "$folder"/example/lib/python3*/site-packages)/this.pth"
+environment example openai-agents 'openai<3'
 if [ ! -e "$folder/node/node_modules/openai" ]; then
   mkdir -p "$folder/node"
   npm install --silent --prefix "$folder/node" openai @openai/agents ai @ai-sdk/openai \
@@ -40,3 +46,4 @@ npm list --prefix "$folder/node" --depth 0
 
 cd "$(dirname "$0")/.."
 EP_RFT_CLIENTS=$folder python -m pytest tests/episodes/gateway/test_real_clients.py "$@"
+"$folder/example/bin/python" -m pytest tests/test_agent_example.py "$@"

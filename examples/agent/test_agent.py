@@ -1,4 +1,4 @@
-r"""The agent in `second_try.py`, as it is, learns to add (pip install openai-agents):
+r"""The agent in `second_try.py`, as it is, learns to add (pip install openai-agents 'openai<3'):
 
     ep-rft train examples/agent/test_agent.py::test_agent --held-out 64 --steps 120 --lr 5e-4 \
         --groups-per-step 16 --warmup-steps 10 --schedule linear --max-staleness 1 -o run

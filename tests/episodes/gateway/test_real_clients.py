@@ -27,7 +27,7 @@ from tests.episodes.templates import APPENDS, merging_tokenizer
 from tests.programs import Zygote
 from tests.waiting import PATIENCE
 
-AGENTS = Path(__file__).parent / "agents"
+AGENTS = Path(__file__).parent / "programs"
 FOLDER = os.environ.get("EP_RFT_CLIENTS")
 TASK = "What is 2+40, what is 1+1, and what is the sum of both?"
 
@@ -49,6 +49,14 @@ AS_TOOL = {
     "clerk": ["Let me ask." + hermes("calculate", '{"input": "2+40+2"}'), "It is {last}."],
     **CALCULATOR,
 }
+AS_TWO_TOOLS = {
+    "clerk": [
+        hermes("calculate", '{"input": "2+40+2"}') + hermes("calculate", '{"input": "40+2+2"}'),
+        "They are {last}.",
+    ],
+    **CALCULATOR,
+}
+"""Two conversations of a sub-agent at once, in the midst of a turn."""
 HANDED_OFF = {
     "clerk": [hermes("transfer_to_calculator", "{}")],
     "calculator": ["", *CALCULATOR["calculator"]],
@@ -81,6 +89,8 @@ class Client:
     answer: str = "The sum is 44."
     segments: int = 1
     """How many there are if the gateway continues whatever it can."""
+    edits: int = 0
+    """Calls whose client changed what it was answered, or what stands before that."""
 
 
 def clients() -> dict[str, Client]:
@@ -100,13 +110,20 @@ def clients() -> dict[str, Client]:
         # What streams in litellm 1.105, which Eval Protocol pins, gets a text where it had none.
         splits = FOLDER is None and bool(stream)
         program = "litellm_agent.py --model anthropic/policy"
-        add("litellm-anthropic", program, CALCULATOR, segments=1 + splits)
+        add("litellm-anthropic", program, CALCULATOR, segments=1 + splits, edits=int(splits))
         for api in ("chat", "responses"):
             program = f"openai_agents.py --api {api}"
             add(f"agents-{api}", program, CALCULATOR)
             add(f"agents-{api}-typed", f"{program} --team typed", TYPED, "total=44")
             add(f"agents-{api}-tool", f"{program} --team tool", AS_TOOL, "It is 44.", 2)
-            add(f"agents-{api}-handoff", f"{program} --team handoff", HANDED_OFF, segments=2)
+            add(f"agents-{api}-tools", f"{program} --team tool", AS_TWO_TOOLS, "They are 44.", 3)
+            add(
+                f"agents-{api}-handoff",
+                f"{program} --team handoff",
+                HANDED_OFF,
+                segments=2,
+                edits=1,
+            )
         for api in ("chat", "responses", "anthropic"):
             add(f"langchain-{api}", f"langchain_agent.py --api {api}", CALCULATOR)
         for api, model in (
@@ -118,8 +135,8 @@ def clients() -> dict[str, Client]:
             add(f"pydantic-ai-{api}", program, CALCULATOR)
             add(f"pydantic-ai-{api}-typed", f"{program} --output tool", TYPED_BY_TOOL, "44")
         add("pydantic-ai-native", "pydantic_ai_agent.py --output native", TYPED, "44")
-        add("smolagents", "smolagents_agent.py", SMOL, "44", 2)
-        add("smolagents-code", "smolagents_agent.py --code", SMOL_CODE, "44", 2)
+        add("smolagents", "smolagents_agent.py", SMOL, "44", 2, 1)
+        add("smolagents-code", "smolagents_agent.py --code", SMOL_CODE, "44", 2, 1)
         add("node-openai-chat", "agent.mjs", CALCULATOR)
         add("node-openai-responses", "agent.mjs --responses", CALCULATOR)
         add("node-agents-chat", "openai_agents.mjs --chat", CALCULATOR)
@@ -186,7 +203,9 @@ async def test_what_an_agent_is_answered_is_what_was_sampled_and_is_kept_exactly
     assert ended.returncode == 0, ended.stderr
     assert any(line.endswith(client.answer) for line in ended.stdout.splitlines()), ended.stdout
     assert_is_what_went_over_the_seam(trajectory.segments, policy)
-    assert len(trajectory.segments) == client.segments, trajectory.record.metrics
+    metrics = trajectory.record.metrics
+    assert len(trajectory.segments) == client.segments, metrics
+    assert len(metrics.get("client_edits", ())) == client.edits, metrics
 
 
 def run(
