@@ -163,6 +163,8 @@ class Session:
         self._rewards: dict[int, float] = {}
         self._replies: dict[str, Node] = {}
         """The first answer of each reply."""
+        self._instructed: set[str] = set()
+        """Replies to requests that had instructions, which stand first."""
         self._last: Node | None = None
         self._tools: dict[int, Any] = {}
         self._answered_at: dict[int, float] = {}
@@ -294,26 +296,32 @@ class Session:
             completion_tokens=sum(len(choice.token_ids) for choice, _ in answers),
         )
         self._replies[reply.id] = self._last = answers[0][1]
+        if call.echo.get("instructions"):
+            self._instructed.add(reply.id)
         if self.ended_by == CONTEXT:
             self.ended_by = None  # the agent went on with a shorter conversation
         return reply
 
     def _locate(self, call: ModelCall, template_kwargs: dict[str, Any]) -> Place:
         messages = [self._told(message) for message in call.messages]
+        named = {self._replies[one["reply_id"]] for one in call.messages if "reply_id" in one}
         if call.previous_response_id is not None:
             reply_id = call.previous_response_id.removeprefix("resp_")
             behind = self._reply(reply_id, "previous_response_id", "previous_response_not_found")
-            before = [node.message for node in behind.path()]
-            if messages and messages[0]["role"] == "system":
-                before = before[before[0]["role"] == "system" :]
-                before, messages = [messages[0], *before], messages[1:]
-            messages = [*before, *messages]
+            nodes = behind.path()
+            named.update(nodes)
+            before = [node.message for node in nodes]
+            # As at OpenAI: instructions are of one request alone, other messages stay.
+            before = before[reply_id in self._instructed :]
+            instructions = messages[: bool(call.echo.get("instructions"))]
+            messages = [*instructions, *before, *messages[len(instructions) :]]
         try:
             return self._tree.locate(
                 messages,
                 call.tools,
                 template_kwargs,
                 thinking_returns=call.protocol == "messages",
+                named=named,
             )
         except (rollout.PromptError, ConversationError) as error:
             raise CallError(str(error), param=_messages_field(call)) from error

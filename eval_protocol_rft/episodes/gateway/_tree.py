@@ -16,7 +16,7 @@ the tree as it was.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -193,6 +193,7 @@ class CallTree:
         kwargs: Mapping[str, Any],
         *,
         thinking_returns: bool,
+        named: Collection[Node] = (),
     ) -> Place:
         """Where a call stands, and what to send for it. A call that raises changes nothing.
 
@@ -201,6 +202,7 @@ class CallTree:
             tools: likewise.
             kwargs: for the chat template.
             thinking_returns: whether this protocol's clients send thinking back.
+            named: messages that the client names; of those that mean the same these are meant.
 
         Raises:
             PromptError: what it holds cannot be rendered exactly.
@@ -212,7 +214,7 @@ class CallTree:
             Node(None, {"tools": key}),
             self._chat_text(key, tools, kwargs),
         )
-        path = _longest(root, chat_messages, thinking_returns=thinking_returns)
+        path = _longest(root, chat_messages, named, thinking_returns=thinking_returns)
         answer, behind = next(
             ((path[at].turn, at + 1) for at in reversed(range(len(path))) if path[at].turn),
             (None, 0),
@@ -320,11 +322,13 @@ class CallTree:
         return next((node.tip() for node in known if node is not None), None)
 
 
-def _longest(root: Node, messages: Sequence[Message], *, thinking_returns: bool) -> list[Node]:
+def _longest(
+    root: Node, messages: Sequence[Message], named: Collection[Node], *, thinking_returns: bool
+) -> list[Node]:
     """The nodes of the conversation that holds most of `messages`, from their first on.
 
-    Answers that say the same are told apart by the ids of their calls; without ids by what stands
-    behind them; and if that is the same too, it is the last one.
+    Answers that say the same are told apart by the ids of their calls, or their own; without ids by
+    what stands behind them; and if that is the same too, it is the last one.
     """
     ends = [root]
     for message in messages:
@@ -336,7 +340,11 @@ def _longest(root: Node, messages: Sequence[Message], *, thinking_returns: bool)
         if not further:
             break
         ids = {call["id"] for call in message.get("tool_calls", ())}
-        ends = [node for node in further if node.ids & ids] or further
+        ends = (
+            [node for node in further if node in named]
+            or [node for node in further if node.ids & ids]
+            or further
+        )
     return max(reversed(ends), key=lambda node: node.answers).path()
 
 

@@ -186,6 +186,40 @@ async def test_an_error_has_the_shape_of_the_protocol_that_the_address_names(
             assert body["error"]["message"]
 
 
+async def test_an_answer_that_is_named_is_meant_among_those_that_look_alike(
+    http: aiohttp.ClientSession,
+) -> None:
+    model = Model(lambda prompt: "yes")
+    async with gateway_of(model) as gateway:
+        session = gateway.session()
+        ask = {"model": "m", "input": "well?", "instructions": "Be brief."}
+        replies = [(await post(http, session, ask, "/responses"))[1] for _ in range(2)]
+        more = {**ask, "input": "more", "previous_response_id": replies[0]["id"]}
+        item = {"type": "item_reference", "id": replies[0]["output"][0]["id"]}
+        said = [{"role": "user", "content": "well?"}, item, {"role": "user", "content": "still"}]
+        await post(http, session, more, "/responses")
+        await post(http, session, {**ask, "input": said}, "/responses")
+        first, _, second, third = (turn for turn, _ in session._tree.turns)
+        assert second.prompt.behind is third.prompt.behind is first
+
+
+async def test_instructions_are_of_one_request(http: aiohttp.ClientSession) -> None:
+    model = Model(lambda prompt: "yes")
+    async with gateway_of(model) as gateway:
+        session = gateway.session()
+        ask: dict[str, Any] = {"model": "m", "input": "well?", "instructions": "Be brief."}
+        _, reply = await post(http, session, ask, "/responses")
+        for instructions in ("Be brief.", "Be long.", None):
+            more = {"model": "m", "input": "more", "previous_response_id": reply["id"]}
+            fields = more if instructions is None else {**more, "instructions": instructions}
+            assert (await post(http, session, fields, "/responses"))[0] == 200
+        metrics = (await session.finish()).record.metrics
+    texts = [model.tokenizer.decode(prompt) for prompt, _ in model.wire]
+    assert ["Be brief." in text for text in texts] == [True, True, False, False]
+    assert "Be long." in texts[2]
+    assert [edit["message"] for edit in metrics["client_edits"]] == [0, 0]
+
+
 async def test_answers_that_look_alike_are_told_apart_by_what_stands_behind_them(
     http: aiohttp.ClientSession,
 ) -> None:
@@ -203,6 +237,7 @@ async def test_answers_that_look_alike_are_told_apart_by_what_stands_behind_them
     kept = [*model.wire[1][0], *model.wire[1][1].token_ids]
     assert prompt[: len(kept)] == kept
     assert [*prompt, *completion.token_ids] in [one.tokens.tolist() for one in done.segments]
+    assert [one.num_sampled for one in done.segments] == [3 * len(completion.token_ids), 4]
     assert done.record.metrics["branches"] == 2
     assert "client_edits" not in done.record.metrics
 
@@ -294,5 +329,8 @@ def test_a_conversation_may_have_thousands_of_turns() -> None:
             chat_text, ASK, "", prompt.ids, behind=turn, behind_message=turn.message, new_ids=[7]
         )
         prompt.forget_texts()
+        turn.prompt.forget_texts()
+    while turn.prompt.behind is not None:
+        turn = turn.prompt.behind
         turn.prompt.forget_texts()
     assert len(prompt.ids) == len(begin(chat_text, ASK).ids) + 1_200 * (len(ids) + 1)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -201,7 +202,11 @@ class View:
 
     messages: list[Message]
     tools: tuple[Any, ...]
-    reply_id: str | None
+    reply_id: str = ""
+    answer: Sampled | None = None
+    """The last message, where the next request names it in place of the history."""
+    is_instructed: bool = False
+    """Whether the system prompt was sent as the request's instructions."""
 
 
 def user(text: str) -> Message:
@@ -257,7 +262,9 @@ def edited(op: Op, view: View) -> View | None:
                 messages[i]["reasoning_content"] = ""
         case "tools":
             tools = TOOLS[(TOOLS.index(tools) + 1) % len(TOOLS)]
-    return View([*messages, *replies_to(messages[-1], op.text)], tools, None)
+    answer = view.answer if op.kind == "named" and op.style.protocol == "responses" else None
+    new = [*messages, *replies_to(messages[-1], op.text)]
+    return replace(view, messages=new, tools=tools, answer=answer)
 
 
 class Driver:
@@ -278,11 +285,11 @@ class Driver:
             view = edited(op, self.views[op.at % len(self.views)])
         elif op.kind == "repeat" and self.views:
             known = self.views[op.at % len(self.views)]
-            view = View(known.messages[:-1], known.tools, None)
+            view = View(known.messages[:-1], known.tools)
         if view is None:
             tools = TOOLS[op.at % len(TOOLS)]
             systems = [{"role": "system", "content": word} for word in ("A", "B")]
-            view = View([*systems[op.at % 5 : op.at % 5 + 1], user(op.text)], tools, None)
+            view = View([*systems[op.at % 5 : op.at % 5 + 1], user(op.text)], tools)
         sent = as_sent(view.messages, style)
         if op.kind == "thinking":
             sent = [{**one, "reasoning_content": ""} if "tool_calls" in one else one
@@ -297,9 +304,25 @@ class Driver:
             limits["temperature"] = -1.0
         await self.call(op, view, sent, limits)
 
+    def naming(self, op: Op, view: View, sent: list[Message]) -> tuple[list[Message], bytes]:
+        """A request that names the answer that it goes on from, and what it means."""
+        history = next(
+            [entry.message for entry in entries]
+            for _, entries in self.reference.conversations
+            if entries[-1].sampled is view.answer
+        )
+        last = max(i for i, one in enumerate(sent) if one["role"] == "assistant")
+        first = history[: view.is_instructed]
+        style = replace(op.style, parts=False)  # the system prompt as instructions
+        body = json.loads(body_of([*first, *sent[last + 1 :]], view.tools, style))
+        body["previous_response_id"] = f"resp_{view.reply_id}"
+        return [*history, *sent[last + 1 :]], msgspec.json.encode(body)
+
     async def call(self, op: Op, view: View, sent: list[Message], limits: dict[str, Any]) -> None:
         style, wire = op.style, self.policy.wire
         body = body_of(sent, view.tools, style, **limits)
+        if view.answer is not None:
+            sent, body = self.naming(op, view, sent)
         answers = op.answers[: limits.get("n", 1)]
         self.policy.answers = [
             replace(one, ending="end" if one.ending == "stop" and "stop" not in limits else
@@ -320,8 +343,12 @@ class Driver:
         messages = answers_in(told(style.protocol, body, reply))
         kept = [entries[-1].message for _, entries in self.reference.conversations[-len(nodes) :]]
         assert [said(message) for message in messages] == [said(message) for message in kept]
-        for message in messages:
-            self.views.append(View([*view.messages, message], view.tools, reply.id))
+        is_instructed = style.protocol == "responses" and bool(json.loads(body).get("instructions"))
+        for message, node in zip(messages, nodes, strict=True):
+            talk = [*view.messages, message]
+            # Of several choices the first has the reply's id.
+            answer = node if node is nodes[0] else None
+            self.views.append(View(talk, view.tools, reply.id, answer, is_instructed))
 
     async def fetch(self, op: Op, body: bytes, *, is_retry: bool = False) -> Any:
         api = APIS[op.style.protocol]
@@ -375,7 +402,7 @@ class Driver:
             for entries, count in zip(matches, counts, strict=True)
             if count == max(counts)
         ] or [None]
-        assert behind in possible
+        assert behind in ([view.answer] if view.answer else possible)
         entries = next(
             (
                 entries
