@@ -285,6 +285,23 @@ def test_fireworks_gives_sampling_and_raw_logprobs_and_the_policy_version() -> N
     assert completion.request_id == "cmpl-1"
 
 
+def test_routing_matrices_come_with_their_tokens_where_the_server_gives_some() -> None:
+    reply = fireworks_reply()
+    assert _decode(reply).routing_matrices is None
+    for entry, matrix in zip(
+        reply["choices"][0]["logprobs"]["content"], ("AQ==", None, "Ag==", ""), strict=True
+    ):
+        entry["routing_matrix"] = matrix
+    assert _decode(reply).routing_matrices == ["AQ==", "", "Ag==", ""]
+    with pytest.raises(ContractError, match="2 token ids but 1 routing matrices"):
+        Completion(
+            token_ids=[1, 2],
+            logprobs=[-1.0, -1.0],
+            routing_matrices=["AQ=="],
+            finish_reason="stop",
+        )
+
+
 def test_null_sampling_logprobs_are_the_raw_ones_only_where_they_must_be_equal() -> None:
     reply = fireworks_reply()
     for entry in reply["choices"][0]["logprobs"]["content"]:

@@ -248,12 +248,12 @@ def segments_of(
             run.append(path[number - len(run)])
         trained = [one for one in reversed(run) if is_trained(one)]
         if trained:
-            segments.append(_segment(trained, trained[-1]))
+            segments.append(_segment(trained, trained[-1], run))
     return segments
 
 
-def _segment(trained: Sequence[Turn], last: Turn) -> Segment:
-    """`last`'s prompt and answer, in which those turns are trained."""
+def _segment(trained: Sequence[Turn], last: Turn, run: Sequence[Turn]) -> Segment:
+    """`last`'s prompt and answer, in which those turns are trained; `run` has all their turns."""
     tokens = np.array((*last.prompt.ids, *last.completion.token_ids), dtype=np.int64)
     logprobs = np.zeros(len(tokens), dtype=np.float32)
     mask = np.zeros(len(tokens), dtype=np.float32)
@@ -262,7 +262,22 @@ def _segment(trained: Sequence[Turn], last: Turn) -> Segment:
         sampled = slice(start, start + len(turn.completion.token_ids))
         logprobs[sampled] = turn.completion.logprobs
         mask[sampled] = 1.0
-    return Segment(tokens=tokens, logprobs=logprobs, loss_mask=mask)
+    return Segment(
+        tokens=tokens,
+        logprobs=logprobs,
+        loss_mask=mask,
+        routing_matrices=_routing(run, len(tokens)),
+    )
+
+
+def _routing(run: Sequence[Turn], size: int) -> list[str] | None:
+    """[size] of the answers, where the sampler told it; None where it did not."""
+    routing = [""] * size
+    for turn in run:
+        start, matrices = turn.prompt.size, turn.completion.routing_matrices
+        if matrices is not None and start < size:
+            routing[start : start + len(matrices)] = matrices
+    return routing if any(routing) else None
 
 
 def with_versions(completions: Sequence[Completion]) -> Completion:

@@ -319,12 +319,13 @@ def _places(body: str, stop: str) -> Iterator[int]:
 
 def _cut(completion: Completion, end: int) -> Completion:
     """The first `end` tokens."""
-    raw = completion.raw_logprobs
+    raw, routing = completion.raw_logprobs, completion.routing_matrices
     return replace(
         completion,
         token_ids=completion.token_ids[:end],
         logprobs=completion.logprobs[:end],
         raw_logprobs=None if raw is None else raw[:end],
+        routing_matrices=None if routing is None else routing[:end],
         past_end=completion.token_ids[end:],
     )
 

@@ -116,6 +116,7 @@ def _completion(
             token_ids=token_ids,
             logprobs=logprobs,
             raw_logprobs=raw_logprobs,
+            routing_matrices=_routing(choice),
             finish_reason=finish_reason,
             text=choice.text,
             stop_reason=(choice.matched_stop if choice.stop_reason is None else choice.stop_reason),
@@ -236,6 +237,13 @@ def _sampled_logprobs(
     if params.logprobs_mode == "processed_logprobs":
         return unnamed, None
     return _raw_as_sampling(unnamed, params, "token_logprobs may be raw"), unnamed
+
+
+def _routing(choice: Choice) -> list[str] | None:
+    """As Fireworks tells it where `include_routing_matrix` asks for it; None where it does not."""
+    content = choice.logprobs.content if choice.logprobs is not None else None
+    matrices = [entry.routing_matrix or "" for entry in content or ()]
+    return matrices if any(matrices) else None
 
 
 def _raw_as_sampling(raw: list[float], params: SamplingParams, because: str) -> list[float]:

@@ -181,6 +181,7 @@ class Entry(msgspec.Struct, gc=False):
     logprob: float | None = None
     sampling_logprob: float | None = None
     text_offset: int | None = None
+    routing_matrix: str | None = None
 
 
 class Logprobs(msgspec.Struct):

@@ -123,6 +123,9 @@ class Completion:
     """[T] sampling logprobs (nats): after temperature, top-p and top-k."""
     raw_logprobs: list[float] | None = None
     """[T] the model's own logprobs (T=1, full vocabulary), where the backend tells them."""
+    routing_matrices: list[str] | None = None
+    """[T] base64, how a mixture of experts routed the prediction of each, where the backend tells;
+    "" where it does not of one."""
     finish_reason: FinishReason
     text: str | None = None
     """Text as the backend decoded it, None where only ids came back. From `LoadedTokenizer.read`:
@@ -145,6 +148,9 @@ class Completion:
         problem = token_data_problem(self.token_ids, self.logprobs, self.raw_logprobs)
         if problem:
             raise ContractError(problem)
+        routing, size = self.routing_matrices, len(self.token_ids)
+        if routing is not None and len(routing) != size:
+            raise ContractError(f"{size} token ids but {len(routing)} routing matrices")
 
     @property
     def truncated(self) -> bool:

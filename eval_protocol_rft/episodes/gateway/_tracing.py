@@ -262,8 +262,13 @@ class Call:
 
     def with_payloads(self) -> dict[str, Any]:
         """The whole trace. Touches nothing that changes, so a thread may do it."""
-        completion = self.completion
-        payloads = encode_payloads(self.prompt_ids, completion.token_ids, completion.logprobs)
+        completion, routing = self.completion, self.completion.routing_matrices
+        payloads = encode_payloads(
+            self.prompt_ids,
+            completion.token_ids,
+            completion.logprobs,
+            None if routing is None else [""] * len(self.prompt_ids) + routing,
+        )
         return {**self.trace, "payloads": payloads}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import dataclasses
 import json
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -17,6 +18,7 @@ from eval_protocol.pytest.tracing_utils import (
     default_fireworks_output_data_loader,
     update_row_with_remote_trace,
 )
+from eval_protocol.tracing.router_replay import decode_router_replay
 from eval_protocol.types.remote_rollout_processor import RolloutMetadata
 
 from eval_protocol_rft.episodes._conversation import Conversation
@@ -101,13 +103,15 @@ def path_of(ids: dict[str, str]) -> str:
 
 
 def with_gateway(
-    work: Callable[[Client], Awaitable[None]], *, replies: list[str] | None = None, **options: Any
+    work: Callable[[Client], Awaitable[None]],
+    *,
+    replies: list[str] | None = None,
+    script: Callable[..., Any] | None = None,
+    **options: Any,
 ) -> None:
-    """Run against a gateway whose model answers with `replies`, in order, and then with numbers."""
+    """Run against a gateway whose model answers with `replies`, in order, and then with 42."""
     left = list(replies or ())
-
-    def script(*_: Any) -> Any:
-        return said(left.pop(0) if left else "42")
+    script = script or (lambda *_: said(left.pop(0) if left else "42"))
 
     async def run() -> None:
         sampler = ScriptedSampler(script)
@@ -227,6 +231,29 @@ def test_traces_are_the_calls_on_the_path_of_the_last_answer_and_no_others():
         assert second["timestamp"] > first["timestamp"]
 
     with_gateway(work, replies=["one", "two", "three", "four"])
+
+
+def test_routing_that_the_engine_tells_is_in_payloads_and_segments():
+    def routed(*_: Any) -> Any:
+        completion = said("42")
+        matrices = ["AQ==" for _ in completion.token_ids]
+        return dataclasses.replace(completion, routing_matrices=matrices)
+
+    async def work(client: Client) -> None:
+        answer = await client.call(*ASKED)
+        await client.call(*ASKED, answer, user("Sure?"))
+        assert client.gateway._tracing is not None
+        session = client.gateway._tracing.store._rollouts["rollout-1"].session
+        assert session is not None
+        (segment,) = session.record().segments
+        assert segment.routing_matrices == ["AQ==" if m else "" for m in segment.loss_mask]
+        for trace in await client.traces():
+            payload = trace["payloads"]["router_replay"]
+            matrices = decode_router_replay(payload["data"]).value
+            sampled = len(said("42").token_ids)
+            assert matrices == [None] * (len(matrices) - sampled) + ["AQ=="] * sampled
+
+    with_gateway(work, script=routed)
 
 
 def brought_back(client: Client, *, include_payloads: bool = True) -> EvaluationRow:
