@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import sys
 import textwrap
@@ -289,3 +290,18 @@ async def test_eval_protocols_own_agent_is_run_as_it_is() -> None:
         (episode, *_) = record_of(row).episodes or ()
         assert [m["role"] for m in episode.messages] == ["user", "assistant"]
         assert episode.metrics["departures"][0]["field"] == "temperature"
+
+
+async def test_eval_protocols_agent_calls_tools_of_mcp_servers(tmp_path: Path) -> None:
+    model = tool_model()
+    server = Path(__file__).parents[3] / "examples" / "mcp_tools" / "server.py"
+    servers = {"tools": {"command": sys.executable, "args": [str(server)]}}
+    (tmp_path / "mcp.json").write_text(json.dumps({"mcpServers": servers}))
+    processor = processor_of(EvalProtocolsAgent(), model)
+    config = config_of({"model": "policy"}, mcp_config_path=str(tmp_path / "mcp.json"))
+    (row,) = await asyncio.gather(*processor([row_of()], config))
+    await processor.acleanup()
+    assert [m.role for m in row.messages] == ["user", "assistant", "tool", "assistant"]
+    assert "42" in str(row.messages[2].content)
+    (episode,) = record_of(row).episodes or ()
+    assert (episode.turns, episode.stop_reason) == (2, "done")

@@ -4,6 +4,7 @@ completion is accounted for, and none in another session."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import random
 from collections import Counter
@@ -90,6 +91,13 @@ async def floods(world: World, session: Session) -> None:
     await asyncio.gather(*(world.ask(session, opening(session)) for _ in range(requests)))
 
 
+async def connected(*place: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """Also where so many come at once that the system lets some wait in vain."""
+    while True:
+        with contextlib.suppress(OSError):
+            return await asyncio.open_connection(*place)
+
+
 async def closes(world: World, session: Session) -> None:
     """Leaves in the middle of its requests, of its replies and of its streams."""
     address = urlsplit(session.base_url)
@@ -100,7 +108,7 @@ async def closes(world: World, session: Session) -> None:
         f"Content-Length: {len(body)}\r\n\r\n"
     ).encode()
     for sent, read in ((head, 0), (head + body[:20], 0), (head + body, 0), (head + body, 30)):
-        reader, writer = await asyncio.open_connection(address.hostname, address.port)
+        reader, writer = await connected(address.hostname, address.port)
         writer.write(sent)
         await writer.drain()
         await reader.read(read)
