@@ -3,10 +3,11 @@
     python benchmarks/gateway.py [--agents 256] [--turns 8] [--tokens 128] [--repeats 5]
     python benchmarks/gateway.py --sessions 20000      # memory over many sessions
 
-Three processes: an instant engine, agents that post JSON and read it (no client package), and this
-one, which is the gateway, or, as its peer, samples the prompts of the same turns with `HttpSampler`
-alone. CPU is that of this process; the peers alternate, and the ratio is the median of those within
-a repeat. A run that ends with fewer sampled tokens than were served ends the benchmark.
+Three processes: an instant engine, agents with the `openai` package, and this one, which is the
+gateway, or, as its peer, samples the prompts of the same turns with `HttpSampler` alone. Agents
+with a gateway have agents as their peer that ask the engine for the same completions themselves.
+The peers take turns, and a ratio is the median of those within a repeat. A run that ends with fewer
+sampled tokens than were served ends the benchmark.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from episodes import SAID, ratios, serve, server
-from episodes import Run as BaseRun
+import httpx
+from episodes import SAID, Run, serve, server
 from peer_kit import MODEL
 from rich.console import Console
 from rich.table import Table
@@ -36,28 +37,41 @@ QUESTION = "Where to, in world {}?"
 
 
 async def agents(turns: int) -> None:
-    """For each line of standard input, a list of base URLs and keys, run that many agents."""
-    import aiohttp
+    """For each line of standard input: run agents in sessions (base URLs and keys), or sample
+    prompts at an engine. Prints the seconds of CPU that it took."""
+    import openai
 
-    connector = aiohttp.TCPConnector(limit=0)
-    async with aiohttp.ClientSession(connector=connector) as http:
-        while line := await asyncio.to_thread(sys.stdin.readline):
+    http = openai.DefaultAsyncHttpxClient(limits=httpx.Limits(max_connections=256))
+    while line := await asyncio.to_thread(sys.stdin.readline):
+        asked = json.loads(line)
+        began = time.process_time()
+        if isinstance(asked, dict):
+            client = openai.AsyncOpenAI(base_url=asked["url"], api_key="none", http_client=http)
+            slots = asyncio.Semaphore(256)
             await asyncio.gather(
-                *(agent(http, url, key, i, turns) for i, (url, key) in enumerate(json.loads(line)))
+                *(complete(client, slots, ids, asked["tokens"]) for ids in asked["prompts"])
             )
-            print("done", flush=True)
+        else:
+            await asyncio.gather(
+                *(agent(http, url, key, i, turns) for i, (url, key) in enumerate(asked))
+            )
+        print(time.process_time() - began, flush=True)
 
 
 async def agent(http: Any, url: str, key: str, number: int, turns: int) -> None:
-    messages = [{"role": "user", "content": QUESTION.format(number)}]
+    import openai
+
+    client = openai.AsyncOpenAI(base_url=url, api_key=key, http_client=http)
+    messages: list[Any] = [{"role": "user", "content": QUESTION.format(number)}]
     for _ in range(turns):
-        async with http.post(
-            f"{url}/chat/completions",
-            json={"model": MODEL, "messages": messages},
-            headers={"authorization": f"Bearer {key}"},
-        ) as response:
-            reply = await response.json()
-        messages += [reply["choices"][0]["message"], {"role": "user", "content": SAID}]
+        reply = await client.chat.completions.create(model=MODEL, messages=messages)
+        messages += [reply.choices[0].message, {"role": "user", "content": SAID}]
+
+
+async def complete(client: Any, slots: Any, ids: list[int], tokens: int) -> None:
+    """What an agent would do that asks the engine itself."""
+    async with slots:
+        await client.completions.create(model=MODEL, prompt=ids, max_tokens=tokens, logprobs=1)
 
 
 @contextmanager
@@ -72,34 +86,42 @@ def agent_process(turns: int) -> Iterator[subprocess.Popen[str]]:
 
 
 class Bench:
-    """Both peers over one engine."""
+    """All peers over one engine."""
 
     def __init__(self, url: str, tokenizer: Any, tokens: int, process: Any) -> None:
         from eval_protocol_rft.episodes.gateway import SessionSettings
         from eval_protocol_rft.sampling import Endpoint, HttpSampler, SamplingParams
 
+        self.url, self.tokens = url, tokens
         self.sampler = HttpSampler(Endpoint(base_url=url))
         self.params = SamplingParams(model=MODEL, max_tokens=tokens)
         self.settings = SessionSettings(params=self.params)
         self.tokenizer, self.process = tokenizer, process
 
-    async def gateway(self, count: int, *, repeats: int = 1) -> tuple[BaseRun, list[Any]]:
-        """`count` agents at once, `repeats` times."""
+    async def tell(self, asked: Any) -> float:
+        """What the agents' process took."""
+        self.process.stdin.write(json.dumps(asked) + "\n")
+        self.process.stdin.flush()
+        return float(await asyncio.to_thread(self.process.stdout.readline))
+
+    async def gateway(self, count: int, *, repeats: int = 1) -> tuple[Run, float, list[Any]]:
+        """`count` agents at once, `repeats` times; with the CPU of the agents, and what is left of
+        the last ones."""
         from eval_protocol_rft.episodes.gateway import Gateway
 
         async with Gateway(self.sampler, self.tokenizer, settings=self.settings) as gateway:
             gc.collect()
             cpu, wall = time.process_time(), time.perf_counter()
+            theirs = 0.0
             for _ in range(repeats):
                 sessions = [gateway.session(str(i)) for i in range(count)]
-                line = json.dumps([(one.base_url, one.api_key) for one in sessions])
-                self.process.stdin.write(line + "\n")
-                self.process.stdin.flush()
-                await asyncio.to_thread(self.process.stdout.readline)
+                theirs += await self.tell([(one.base_url, one.api_key) for one in sessions])
                 done = [await session.finish() for session in sessions]
-            return BaseRun(time.process_time() - cpu, time.perf_counter() - wall, []), done
+            run = Run(time.process_time() - cpu, time.perf_counter() - wall, [])
+            return run, theirs, done
 
-    async def bare(self, prompts: Sequence[Any]) -> BaseRun:
+    async def bare(self, prompts: Sequence[Any]) -> Run:
+        """Those prompts, with the sampler that the gateway has."""
         gc.collect()
         cpu, wall = time.process_time(), time.perf_counter()
         slots = asyncio.Semaphore(256)
@@ -109,7 +131,7 @@ class Bench:
                 await self.sampler.sample(type(ids)(ids), self.params)
 
         await asyncio.gather(*map(one, prompts))
-        return BaseRun(time.process_time() - cpu, time.perf_counter() - wall, [])
+        return Run(time.process_time() - cpu, time.perf_counter() - wall, [])
 
 
 async def measure(options: argparse.Namespace, url: str, tokenizer: Any) -> Table:
@@ -117,31 +139,41 @@ async def measure(options: argparse.Namespace, url: str, tokenizer: Any) -> Tabl
         bench = Bench(url, tokenizer, options.tokens, process)
         await bench.gateway(8)
         gc.collect()
-        gc.freeze()  # what was imported is looked through by no collection, for both peers
-        ours, theirs = [], []
+        gc.freeze()  # what was imported is looked through by no collection, for all peers
+        rows = []
         for repeat in range(options.repeats):
-            run, done = await bench.gateway(options.agents)
+            run, clients, done = await bench.gateway(options.agents)
             sampled = sum(one.sampled_tokens for one in done)
             if sampled != options.agents * options.turns * options.tokens:
                 raise RuntimeError(f"{sampled} tokens sampled")
             prompts = [turn.prompt.ids for one in done for turn in one.path]
             bare = await bench.bare(prompts)
-            if repeat:  # the first one warms both
-                ours.append(run)
-                theirs.append(bare)
+            alone = await bench.tell({"url": url, "tokens": options.tokens, "prompts": prompts})
+            if repeat:  # the first one warms all
+                rows.append((run.cpu, bare.cpu, clients, alone, run.wall))
         await bench.sampler.aclose()
     calls = options.agents * options.turns
-    mean = statistics.mean(map(len, prompts))
+    ours, bare_cpu, with_us, without_us, wall = zip(*rows, strict=True)
+
+    def ms(values: Sequence[float]) -> str:
+        return f"{1e3 * statistics.median(values) / calls:.2f}"
+
+    def times(values: Sequence[float], floor: Sequence[float]) -> str:
+        return f"{statistics.median(a / b for a, b in zip(values, floor, strict=True)):.2f}"
+
     table = Table(
-        *["mean prompt", "gateway", "bare", "ratio", "calls/s"],
-        title=f"{options.agents} agents x {options.turns} calls, ms of CPU per call",
+        *["", "ms of CPU per call", "times"],
+        title=f"{options.agents} agents x {options.turns} calls, "
+        f"prompts of {statistics.mean(map(len, prompts)):.0f} tokens on average, "
+        f"{calls / statistics.median(wall):.0f} calls/s",
     )
-    table.add_row(
-        f"{mean:.0f}",
-        *(f"{1e3 * statistics.median(r.cpu for r in runs) / calls:.2f}" for runs in (ours, theirs)),
-        f"{statistics.median(ratios(ours, theirs)):.2f}",
-        f"{calls / statistics.median(run.wall for run in ours):.0f}",
-    )
+    table.add_row("HttpSampler, the same prompts", ms(bare_cpu), "1.00")
+    table.add_row("gateway", ms(ours), times(ours, bare_cpu))
+    table.add_section()
+    both = [a + b for a, b in zip(ours, with_us, strict=True)]
+    table.add_row("openai package, /v1/completions of the engine", ms(without_us), "1.00")
+    table.add_row("openai package, /v1/chat/completions of the gateway", ms(with_us), "")
+    table.add_row("the same and the gateway", ms(both), times(both, without_us))
     return table
 
 
