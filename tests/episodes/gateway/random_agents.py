@@ -7,6 +7,7 @@ says how a client writes it down for one call.
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -213,6 +214,10 @@ class BytesPolicy:
         self.asked: list[tuple[list[int], SamplingParams]] = []
         self.wire: list[tuple[list[int], Completion]] = []
         self.drawn = 0
+        self.began = asyncio.Event()
+        self.gate = asyncio.Event()
+        """Holds every answer back until it is set."""
+        self.gate.set()
         self.bytes = {bytes([i]): encode_byte(tokenizer, i) for i in range(256)}
 
     async def sample(
@@ -220,6 +225,8 @@ class BytesPolicy:
     ) -> Completion:
         answer = self.answers.pop(0)
         self.asked.append((list(prompt_ids), params))
+        self.began.set()
+        await self.gate.wait()
         if answer.fails:
             raise RefusedError("the engine does not like it")
         ids = self.ids_of(answer)

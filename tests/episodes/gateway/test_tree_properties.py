@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import anthropic
 import msgspec
 import numpy as np
+import openai
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -44,6 +47,7 @@ from tests.episodes.gateway.random_agents import (
     tokenizer_of,
     told,
 )
+from tests.waiting import PATIENCE
 
 ADD = {"name": "add", "parameters": {"type": "object", "properties": {"a": {}, "b": {}}}}
 LOOK = {"name": "look", "parameters": {"type": "object", "properties": {}}}
@@ -270,10 +274,14 @@ def edited(op: Op, view: View) -> View | None:
 class Driver:
     """Plays agents against one session, and looks at each answer."""
 
-    def __init__(self, family: Family, name: str, settings: SessionSettings) -> None:
-        self.family, self.tokenizer = family, tokenizer_of(name)
-        self.policy = BytesPolicy(family, self.tokenizer)
-        self.session: Session = Gateway(self.policy, self.tokenizer, settings=settings).session()
+    def __init__(self, name: str) -> None:
+        self.family: Family = {**FAMILIES, **REAL}[name]
+        self.tokenizer = tokenizer_of(name)
+        self.policy = BytesPolicy(self.family, self.tokenizer)
+        params = SamplingParams(model="m", max_tokens=64)
+        settings = SessionSettings(params=params, context_length=5_000)
+        self.gateway = Gateway(self.policy, self.tokenizer, settings=settings)
+        self.session: Session = self.gateway.session()
         self.reference = Reference()
         self.views: list[View] = []
         self.edits = 0
@@ -340,7 +348,7 @@ class Driver:
         if op.fate == "again":
             assert await self.fetch(op, body, is_retry=True) == reply
         assert len(wire) == old + len(nodes)
-        messages = answers_in(told(style.protocol, body, reply))
+        messages, reply_id = answers_in(reply), re.split("[-_]", reply["id"])[1]
         kept = [entries[-1].message for _, entries in self.reference.conversations[-len(nodes) :]]
         assert [said(message) for message in messages] == [said(message) for message in kept]
         is_instructed = style.protocol == "responses" and bool(json.loads(body).get("instructions"))
@@ -348,9 +356,10 @@ class Driver:
             talk = [*view.messages, message]
             # Of several choices the first has the reply's id.
             answer = node if node is nodes[0] else None
-            self.views.append(View(talk, view.tools, reply.id, answer, is_instructed))
+            self.views.append(View(talk, view.tools, reply_id, answer, is_instructed))
 
     async def fetch(self, op: Op, body: bytes, *, is_retry: bool = False) -> Any:
+        """The answer, as its client decodes it."""
         api = APIS[op.style.protocol]
         self.session.arrived(len(body))
         call, digest = api.read_call(body), api.__name__.encode() + body
@@ -362,7 +371,7 @@ class Driver:
         with pending.fetched():
             reply = await asyncio.shield(pending.task)
             pending.is_answered = True
-        return reply
+        return told(op.style.protocol, body, reply)
 
     def trace(self) -> Any:
         """What a call that fails leaves as it was."""
@@ -411,9 +420,7 @@ class Driver:
             ),
             [],
         )
-        # What no answer stands behind is sent as the client writes it now.
-        kept = max((i + 1 for i, one in enumerate(entries) if one.sampled), default=0)
-        conversation = [*entries[:kept], *(Entry(one) for one in sent[kept:])]
+        conversation = [*entries, *(Entry(one) for one in sent[len(entries) :])]
         self.check_edits(view, sent, style, matches)
         sampled = []
         for (prompt, completion), (turn, node) in zip(wire, turns, strict=True):
@@ -422,7 +429,9 @@ class Driver:
             assert turn.prompt.opens_segment == one.opens_segment
             if self.family.only_appends:
                 assert one.opens_segment == (behind is None)
-                self.check_text(prompt, conversation)
+                # What no answer stands behind is sent as the client writes it now.
+                kept = max((i + 1 for i, one in enumerate(entries) if one.sampled), default=0)
+                self.check_text(prompt, [*entries[:kept], *map(Entry, sent[kept:])])
             reference.answers.append(one)
             answer = read_chat(node.message)
             reference.conversations.append((view.tools, [*conversation, Entry(answer, one)]))
@@ -520,7 +529,63 @@ class Driver:
                 assert sorted(trained) == sorted(sampled)
 
 
-PARAMS = SamplingParams(model="m", max_tokens=64)
+class HttpDriver(Driver):
+    """The same, through the clients of the packages."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.clients: tuple[Any, ...] = ()
+
+    async def __aenter__(self) -> HttpDriver:
+        await self.gateway.start()
+        self.session = self.gateway.session()
+        clients = self.session.openai(), self.session.anthropic()
+        self.clients = (
+            clients[0].with_options(max_retries=0),
+            clients[1].with_options(max_retries=0),
+        )
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for client in self.clients:
+            await client.close()
+        await self.gateway.aclose()
+
+    async def fetch(self, op: Op, body: bytes, *, is_retry: bool = False) -> Any:
+        headers = {"x-stainless-retry-count": "1"} if is_retry else {}
+        if op.fate == "lost" and not any(answer.fails for answer in self.policy.answers):
+            await self.leave(op, body)
+        return await self.post(op, body, headers)
+
+    async def leave(self, op: Op, body: bytes) -> None:
+        """Ask, and go away before the answer is there."""
+        self.policy.gate.clear()
+        self.policy.began.clear()
+        asking = asyncio.ensure_future(self.post(op, body, {}))
+        began = asyncio.ensure_future(self.policy.began.wait())
+        await asyncio.wait({asking, began}, return_when=asyncio.FIRST_COMPLETED)
+        began.cancel()
+        asking.cancel()
+        await asyncio.wait({asking})
+        async with asyncio.timeout(PATIENCE):
+            calls = self.session._pending.values()
+            while any(one.clients for same in calls for one in same):  # noqa: ASYNC110
+                await asyncio.sleep(0)
+        self.policy.gate.set()
+
+    async def post(self, op: Op, body: bytes, headers: dict[str, str]) -> Any:
+        apis = {
+            "chat": self.clients[0].chat.completions,
+            "responses": self.clients[0].responses,
+            "messages": self.clients[1].messages,
+        }
+        try:
+            reply = await apis[op.style.protocol].with_raw_response.create(
+                **json.loads(body), extra_headers=headers
+            )
+        except (openai.APIStatusError, anthropic.APIStatusError) as error:
+            raise CallError(str(error), status=error.status_code) from error
+        return json.loads(await reply.http_response.aread())
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -528,11 +593,26 @@ PARAMS = SamplingParams(model="m", max_tokens=64)
 @given(played=st.lists(ops, min_size=1, max_size=12))
 def test_a_session_is_the_tree_that_brute_force_builds(name, played):
     async def play() -> None:
-        family = {**FAMILIES, **REAL}[name]
-        context = 5000
-        driver = Driver(family, name, SessionSettings(params=PARAMS, context_length=context))
+        driver = Driver(name)
         for op in played:
             await driver.play(op)
         driver.check()
+
+    asyncio.run(play())
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gpt-oss"])
+@settings(
+    max_examples=max(3, settings.default.max_examples // 10),
+    suppress_health_check=list(HealthCheck),
+    report_multiple_bugs=False,
+)
+@given(played=st.lists(ops, min_size=6, max_size=12))
+def test_so_it_is_for_real_clients_over_http(name, played):
+    async def play() -> None:
+        async with HttpDriver(name) as driver:
+            for op in played:
+                await driver.play(op)
+            driver.check()
 
     asyncio.run(play())
