@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ from eval_protocol.models import EvaluationRow, Message
 from eval_protocol.pytest.types import RolloutProcessorConfig
 
 from eval_protocol_rft import rollout, sampling
+from eval_protocol_rft.episodes._alive import AliveScorer, score_alive
 from eval_protocol_rft.episodes._turns import OnRewrite
 from eval_protocol_rft.episodes.gateway import _agents as agents
 from eval_protocol_rft.episodes.gateway._rows import put_on_row
@@ -50,6 +51,8 @@ class AgentRolloutProcessor(rollout.FireworksTrainingRolloutProcessor):
             `each`, or the branch with the most sampled tokens alone is trained (`longest`).
         on_other_sampling: what to do with a call that asks for another temperature, top_p or top_k
             than the completion_params say: `override` it, on record, or `refuse` it.
+        score: an evaluator of `row` that scores each rollout as soon as its agent has ended, while
+            what it worked in is still there: `extra["episode"]["metrics"]["folder"]` of a command.
         strict: refuse what cannot be honoured exactly (`tool_choice: "required"`, strict schemas,
             `response_format` without guided decoding); else it is let through, on record.
         guided_decoding: whether the engine keeps to `response_format`; None: Fireworks does.
@@ -60,6 +63,8 @@ class AgentRolloutProcessor(rollout.FireworksTrainingRolloutProcessor):
     its client changed, and what was not honoured, in `episodes[i].metrics`.
     """
 
+    has_environments = True
+
     def __init__(
         self,
         agent: Any,
@@ -67,6 +72,7 @@ class AgentRolloutProcessor(rollout.FireworksTrainingRolloutProcessor):
         limits: SessionLimits | None = None,
         on_rewrite: OnRewrite = "split",
         shared: Shared = "first",
+        score: Callable[..., Any] | None = None,
         on_other_sampling: Literal["override", "refuse"] = "override",
         strict: bool = False,
         guided_decoding: bool | None = None,
@@ -78,6 +84,7 @@ class AgentRolloutProcessor(rollout.FireworksTrainingRolloutProcessor):
         is_command = isinstance(agent, Sequence) and not isinstance(agent, str)
         self.agent = agents.Command(agent) if is_command else agent
         self.guided_decoding = guided_decoding
+        self.score = None if score is None else AliveScorer(score)
         self._settings = SessionSettings(
             params=sampling.SamplingParams(model=""),
             on_other_sampling=on_other_sampling,
@@ -181,11 +188,29 @@ class AgentRolloutProcessor(rollout.FireworksTrainingRolloutProcessor):
             shown.messages = [message.model_copy(deep=True) for message in job.messages]
             run = agents.runner_of(self.agent, config, settings.params.model)
             began = time.perf_counter()
+
+            async def finish(outcome: agents.Outcome) -> SessionRecord | sampling.Failure:
+                await session.end()
+                result = _result(session, outcome, index, time.perf_counter() - began)
+                if self.score is None or isinstance(result, sampling.Failure):
+                    return result
+                record = await score_alive(
+                    self.score,
+                    self.score.name,
+                    row,
+                    index,
+                    result.record,
+                    seconds=settings.limits.seconds,
+                )
+                return replace(result, record=record)
+
             try:
-                outcome = await run(shown, session, settings.limits.seconds)
+                result: SessionRecord | sampling.Failure = await run(
+                    shown, session, settings.limits.seconds, finish
+                )
+                return result
             finally:
                 await session.end()
-            return _result(session, outcome, index, time.perf_counter() - began)
 
     def _sample_of(self, job: rollout.RowJob, index: int) -> Sample:
         async def sample(

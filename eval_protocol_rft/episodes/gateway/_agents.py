@@ -41,8 +41,10 @@ _HTTP_CLIENTS = ("httpx", "httpx2")
 _GRACE_SECONDS = 2.0
 """For a command to end after SIGTERM."""
 
-Run = Callable[["EvaluationRow", Session, float], Awaitable["Outcome"]]
-"""Row, session and seconds in."""
+Finish = Callable[["Outcome"], Awaitable[Any]]
+"""Called when an agent has ended, before what it worked in is taken away."""
+Run = Callable[["EvaluationRow", Session, float, Finish], Awaitable[Any]]
+"""Row, session and seconds in; what `Finish` says out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +95,12 @@ class _FunctionAgent:
             if (logger := logging.getLogger(client)).level == logging.NOTSET:
                 logger.setLevel(logging.WARNING)
 
-    async def __call__(self, row: EvaluationRow, session: Session, seconds: float) -> Outcome:
+    async def __call__(
+        self, row: EvaluationRow, session: Session, seconds: float, finish: Finish
+    ) -> Any:
+        return await finish(await self._outcome(row, session, seconds))
+
+    async def _outcome(self, row: EvaluationRow, session: Session, seconds: float) -> Outcome:
         own_loop = _OwnLoop(self._function)
         function = own_loop.run if self._is_async else self._function
         limit = sampling.Deadline(seconds)
@@ -186,44 +193,56 @@ class Command:
         ]  # fmt: skip
         self.env = dict(env or {})
 
-    async def run(self, row: EvaluationRow, session: Session, seconds: float) -> Outcome:
-        """Run it for a row, and end all that it started."""
+    async def run(
+        self, row: EvaluationRow, session: Session, seconds: float, finish: Finish
+    ) -> Any:
+        """Run it for a row, and end all that it started; its folder is there until `finish` is
+        done, as `folder` in the metrics."""
         with tempfile.TemporaryDirectory(prefix="rft-agent-", ignore_cleanup_errors=True) as own:
             row_file = Path(own) / "row.json"
             row_file.write_text(row.model_dump_json(exclude_none=True))
-            folder = Path(own) / "work"
-            folder.mkdir()
+            folder = self.cwd or Path(own) / "work"
+            folder.mkdir(exist_ok=True)
             prompt = next(
                 (str(m.content or "") for m in reversed(row.messages) if m.role == "user"), ""
             )
             process = await asyncio.create_subprocess_exec(
                 *(argument.replace("{prompt}", prompt) for argument in self.arguments),
-                cwd=self.cwd or folder,
+                cwd=folder,
                 env={**os.environ, **self.env, **_addresses(session), "RFT_ROW": str(row_file)},
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.STDOUT,
                 start_new_session=True,
             )
-            output = _Tail(_OUTPUT_BYTES)
-            limit = sampling.Deadline(seconds)
-            try:
-                async with limit:
-                    assert process.stdout is not None  # noqa: S101 - it is a pipe
-                    await _read_until_exit(process, process.stdout, output)
-            except TimeoutError:
-                if not limit.expired():
-                    raise
-            finally:
-                await _end_group(process)
-            shown = output.text().replace(session.api_key, "[key]")
-            metrics = {"exit_status": process.returncode, "output": shown[-OUTPUT_CHARACTERS:]}
-            if limit.expired():
-                return Outcome(is_late=True, metrics=metrics)
-            if process.returncode:
-                error = f"{self.arguments[0]} ended with status {process.returncode}"
-                return Outcome(error=error, metrics=metrics)
-            return Outcome(metrics=metrics)
+            return await finish(await self._outcome(process, session, seconds, folder))
+
+    async def _outcome(
+        self, process: asyncio.subprocess.Process, session: Session, seconds: float, folder: Path
+    ) -> Outcome:
+        output = _Tail(_OUTPUT_BYTES)
+        limit = sampling.Deadline(seconds)
+        try:
+            async with limit:
+                assert process.stdout is not None  # noqa: S101 - it is a pipe
+                await _read_until_exit(process, process.stdout, output)
+        except TimeoutError:
+            if not limit.expired():
+                raise
+        finally:
+            await _end_group(process)
+        shown = output.text().replace(session.api_key, "[key]")
+        metrics = {
+            "exit_status": process.returncode,
+            "output": shown[-OUTPUT_CHARACTERS:],
+            "folder": str(folder),
+        }
+        if limit.expired():
+            return Outcome(is_late=True, metrics=metrics)
+        if process.returncode:
+            error = f"{self.arguments[0]} ended with status {process.returncode}"
+            return Outcome(error=error, metrics=metrics)
+        return Outcome(metrics=metrics)
 
 
 def _addresses(session: Session) -> dict[str, str]:
@@ -297,7 +316,12 @@ class _ProcessorAgent:
     ) -> None:
         self._processor, self._config, self._model = processor, config, model
 
-    async def __call__(self, row: EvaluationRow, session: Session, seconds: float) -> Outcome:
+    async def __call__(
+        self, row: EvaluationRow, session: Session, seconds: float, finish: Finish
+    ) -> Any:
+        return await finish(await self._outcome(row, session, seconds))
+
+    async def _outcome(self, row: EvaluationRow, session: Session, seconds: float) -> Outcome:
         params = {
             **{k: v for k, v in (self._config.completion_params or {}).items() if k in _PASSED},
             "model": f"hosted_vllm/{session.model_name(self._model)}",

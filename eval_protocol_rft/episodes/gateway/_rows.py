@@ -13,10 +13,11 @@ import msgspec
 
 from eval_protocol_rft import rollout, sampling
 from eval_protocol_rft._segments import EpisodeRecord
+from eval_protocol_rft.episodes._alive import alive_score
 from eval_protocol_rft.episodes._conversation import traces_of
 from eval_protocol_rft.episodes.gateway._session import SessionRecord
 from eval_protocol_rft.local import LoadedTokenizer
-from eval_protocol_rft.record import RolloutRecord, SamplingRecord
+from eval_protocol_rft.record import UNSCORED, RolloutRecord, SamplingRecord
 
 if TYPE_CHECKING:
     from eval_protocol.models import EvaluationRow, Message
@@ -108,6 +109,12 @@ def record_of(
         split_reasoning=split_reasoning,
         began_at=began_at,
     )
+    alive = [alive_score(done.record) for done in sessions]
+    if any(score is not None for score in alive):
+        scores = [score or UNSCORED for score in alive]
+        record = msgspec.structs.replace(
+            record, rewards=[score.reward for score in scores], completion_results=scores
+        )
     return msgspec.structs.replace(
         record,
         sampling=_drawn(

@@ -54,6 +54,19 @@ async def async_agent(row: EvaluationRow, session: Session) -> None:
         )
 
 
+ASKS = """
+import json, os, sys, urllib.request
+row = json.load(open(os.environ["RFT_ROW"]))
+request = urllib.request.Request(
+    os.environ["OPENAI_BASE_URL"] + "/chat/completions",
+    json.dumps({"model": "m", "messages": row["messages"]}).encode(),
+    {"authorization": "Bearer " + os.environ["OPENAI_API_KEY"]},
+)
+print(json.load(urllib.request.urlopen(request))["choices"][0]["message"]["content"])
+"""
+"""A program that asks the model for an answer to its row."""
+
+
 def processor_of(agent: Any, model: Model, **options: Any) -> AgentRolloutProcessor:
     return AgentRolloutProcessor(agent, tokenizer=model.tokenizer, sampler=model, **options)
 
@@ -224,17 +237,9 @@ async def test_a_row_is_rolled_out_again_from_its_own_messages() -> None:
 async def test_a_command_is_an_agent(tmp_path: Path) -> None:
     program = tmp_path / "agent.py"
     program.write_text(
-        textwrap.dedent("""
-        import json, os, sys, urllib.request
-        row = json.load(open(os.environ["RFT_ROW"]))
+        ASKS
+        + textwrap.dedent("""
         assert row["messages"][0]["content"] == sys.argv[1]
-        request = urllib.request.Request(
-            os.environ["OPENAI_BASE_URL"] + "/chat/completions",
-            json.dumps({"model": "m", "messages": row["messages"]}).encode(),
-            {"authorization": "Bearer " + os.environ["OPENAI_API_KEY"],
-             "content-type": "application/json"},
-        )
-        print(json.load(urllib.request.urlopen(request))["choices"][0]["message"]["content"])
         print(os.environ["OPENAI_API_KEY"])
         sys.exit(int(sys.argv[2]))
         """)
@@ -256,6 +261,10 @@ async def test_a_command_leaves_no_process_behind(tmp_path: Path) -> None:
     for name in ("child", "self"):
         number = int((tmp_path / name).read_text())
         wait_until(lambda number=number: not runs(number))
+
+
+def exists(path: str) -> bool:
+    return Path(path).exists()
 
 
 def runs(number: int) -> bool:
@@ -305,3 +314,20 @@ async def test_eval_protocols_agent_calls_tools_of_mcp_servers(tmp_path: Path) -
     assert "42" in str(row.messages[2].content)
     (episode,) = record_of(row).episodes or ()
     assert (episode.turns, episode.stop_reason) == (2, "done")
+
+
+async def test_each_rollout_is_scored_while_its_folder_is_there(tmp_path: Path) -> None:
+    """By what each agent wrote: afterwards all folders are gone."""
+    program = tmp_path / "agent.py"
+    program.write_text(ASKS + 'open("answer", "w").write(str(os.getpid()))')
+
+    def judge(row: EvaluationRow) -> EvaluateResult:
+        folder = row.execution_metadata.extra["episode"]["metrics"]["folder"]
+        return EvaluateResult(score=float((Path(folder) / "answer").read_text()))
+
+    (row,) = await rolled_out([sys.executable, str(program)], n=3, score=judge)
+    record = record_of(row)
+    assert len(set(record.rewards or ())) == 3
+    for episode in record.episodes or ():
+        assert not exists(episode.metrics["folder"])
+        assert episode.metrics["scored_alive"]["by"].endswith("judge")
