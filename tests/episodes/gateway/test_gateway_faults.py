@@ -186,6 +186,20 @@ async def test_an_error_has_the_shape_of_the_protocol_that_the_address_names(
             assert body["error"]["message"]
 
 
+async def test_calls_that_look_alike_are_told_apart_by_their_ids(
+    http: aiohttp.ClientSession,
+) -> None:
+    model = tool_model()
+    async with gateway_of(model) as gateway:
+        session = gateway.session()
+        replies = [(await post(http, session, chat(tools=TOOLS)))[1] for _ in range(2)]
+        answer = replies[0]["choices"][0]["message"]
+        result = {"role": "tool", "tool_call_id": answer["tool_calls"][0]["id"], "content": "42"}
+        await post(http, session, chat([*ASK, answer, result], tools=TOOLS))
+        first, _, last = (turn for turn, _ in session._tree.turns)
+        assert last.prompt.behind is first
+
+
 async def test_an_answer_that_is_named_is_meant_among_those_that_look_alike(
     http: aiohttp.ClientSession,
 ) -> None:

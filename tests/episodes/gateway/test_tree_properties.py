@@ -186,7 +186,19 @@ class Op:
 
 
 KINDS = (
-    *("new", "extend", "extend", "extend", "extend", "branch", "compact", "cut", "repeat"),
+    *(
+        "new",
+        "extend",
+        "extend",
+        "extend",
+        "extend",
+        "branch",
+        "compact",
+        "cut",
+        "repeat",
+        "repeat",
+        "repeat",
+    ),
     *("system", "arguments", "answer", "result", "thinking", "tools", "bad", "full", "named"),
 )
 ops = st.builds(
