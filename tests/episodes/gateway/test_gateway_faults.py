@@ -14,10 +14,10 @@ import msgspec
 import pytest
 
 from eval_protocol_rft.episodes._rendering import ChatText
-from eval_protocol_rft.episodes._turns import Prompt, answered, begin
+from eval_protocol_rft.episodes._turns import Prompt, Turn, begin
 from eval_protocol_rft.episodes.gateway import Session, SessionLimits
 from eval_protocol_rft.local import LoadedTokenizer
-from eval_protocol_rft.sampling import Completion
+from eval_protocol_rft.sampling import Completion, TokenIds
 from tests.episodes.gateway.models import CALL, Model, tool_model
 from tests.episodes.gateway.test_gateway import ASK, chat, gateway_of, post
 from tests.rollouts import TOOLS, chat_tokenizer
@@ -331,20 +331,14 @@ async def test_a_call_that_fails_is_not_what_a_later_one_changed(
 
 
 def test_a_conversation_may_have_thousands_of_turns() -> None:
-    tokenizer = LoadedTokenizer.wrap(chat_tokenizer())
-    chat_text = ChatText(tokenizer, None, {})
-    prompt = begin(chat_text, ASK)
-    ids = tokenizer.encode("y<|im_end|>")
-    for _ in range(1_200):
-        completion = Completion(token_ids=ids, logprobs=[-0.5] * len(ids), finish_reason="stop")
-        turn = answered(prompt, completion)
-        # As `follow` makes it, without a rendering of the whole for each.
+    chat_text = ChatText(LoadedTokenizer.wrap(chat_tokenizer()), None, {})
+    prompt = first = begin(chat_text, ASK)
+    sampled = Completion(token_ids=[1, 2], logprobs=[-0.5, -0.5], finish_reason="stop")
+    said = {"role": "assistant", "content": "y"}
+    for _ in range(2_000):
+        turn = Turn(prompt, sampled, said, tail="", again=None)
         prompt = Prompt(
-            chat_text, ASK, "", prompt.ids, behind=turn, behind_message=turn.message, new_ids=[7]
+            chat_text, ASK, "", TokenIds(), behind=turn, behind_message=said, new_ids=[7]
         )
         prompt.forget_texts()
-        turn.prompt.forget_texts()
-    while turn.prompt.behind is not None:
-        turn = turn.prompt.behind
-        turn.prompt.forget_texts()
-    assert len(prompt.ids) == len(begin(chat_text, ASK).ids) + 1_200 * (len(ids) + 1)
+    assert prompt.ids == (*first.ids, *[1, 2, 7] * 2_000)
