@@ -3,9 +3,9 @@ from ._agents import Command as Command
 from ._call import CallError as CallError
 from ._server import Gateway as Gateway
 from ._session import Session as Session
-from ._session import SessionRecord as SessionRecord
 from ._settings import SessionLimits as SessionLimits
 from ._settings import SessionSettings as SessionSettings
+from ._trajectory import SessionRecord as SessionRecord
 
 # For other rooms alone: these may change.
 # isort: split

@@ -26,13 +26,14 @@ from eval_protocol_rft.episodes._turns import OnRewrite
 from eval_protocol_rft.episodes.gateway import _agents as agents
 from eval_protocol_rft.episodes.gateway._rows import put_on_row
 from eval_protocol_rft.episodes.gateway._server import Gateway
-from eval_protocol_rft.episodes.gateway._session import Sample, Session, SessionRecord
+from eval_protocol_rft.episodes.gateway._session import Sample, Session
 from eval_protocol_rft.episodes.gateway._settings import (
     PINNABLE,
     SessionLimits,
     SessionSettings,
     Shared,
 )
+from eval_protocol_rft.episodes.gateway._trajectory import SessionRecord
 
 
 class AgentRolloutProcessor(rollout.FireworksTrainingRolloutProcessor):

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from eval_protocol_rft._errors import EvalProtocolRftError
-from eval_protocol_rft.sampling import FinishReason
+from eval_protocol_rft.sampling import Failure, FinishReason
 
 Protocol = Literal["chat", "responses", "messages"]
 """OpenAI Chat Completions, OpenAI Responses, Anthropic Messages."""
@@ -43,6 +43,17 @@ class CallError(EvalProtocolRftError, RuntimeError):
         self.param = param
         self.code = code
         self.retry_after = retry_after
+
+    @classmethod
+    def of(cls, failure: Failure) -> CallError:
+        """A completion that could not be had. It was tried as often as the run's budget says."""
+        if failure.kind in ("refused", "prompt"):
+            return cls(failure.message, code="refused_by_engine")
+        return cls(
+            f"no completion after {failure.attempts} attempts: {failure.message}",
+            status=502,
+            code="sampling_failed",
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +101,11 @@ class ModelCall:
     ignored: dict[str, Any] = field(default_factory=dict)
     """Fields that mean nothing here and change no token (`user`, `metadata`, `store`, ...); for the
     record."""
+
+    @property
+    def messages_field(self) -> str:
+        """What the messages of a request are called in its protocol."""
+        return "input" if self.protocol == "responses" else "messages"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,7 +15,7 @@ from eval_protocol_rft import rollout, sampling
 from eval_protocol_rft._segments import EpisodeRecord
 from eval_protocol_rft.episodes._alive import alive_score
 from eval_protocol_rft.episodes._conversation import traces_of
-from eval_protocol_rft.episodes.gateway._session import SessionRecord
+from eval_protocol_rft.episodes.gateway._trajectory import SessionRecord
 from eval_protocol_rft.local import LoadedTokenizer
 from eval_protocol_rft.record import UNSCORED, RolloutRecord, SamplingRecord
 

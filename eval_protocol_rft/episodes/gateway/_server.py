@@ -5,9 +5,8 @@
         await run_my_agent(base_url=session.base_url, api_key=session.api_key)
         done = await session.finish()              # done.segments, done.record
 
-Invariant: a request reaches the session that its key and its address name, or none. A stream never
-just ends: it is whole, or its last event is an error. What a client does (leaves, floods, sends
-what is no request) ends its own request at most.
+Invariant: a request reaches the session that its key and its address name, or none. What a client
+does (leaves, floods, sends what is no request) ends its own request at most.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ import hmac
 import logging
 import secrets
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from http import HTTPStatus
 from types import ModuleType
@@ -29,13 +28,12 @@ import msgspec
 from aiohttp import web
 
 from eval_protocol_rft import rollout, sampling
-from eval_protocol_rft._text import text_of
 from eval_protocol_rft.episodes._rendering import ChatText
 from eval_protocol_rft.episodes.gateway import _chat_api, _messages_api, _responses_api
-from eval_protocol_rft.episodes.gateway._call import CallError, Reply
-from eval_protocol_rft.episodes.gateway._protocol import keep_alive
+from eval_protocol_rft.episodes.gateway._answering import answer, error_response, own_fault
+from eval_protocol_rft.episodes.gateway._call import CallError
 from eval_protocol_rft.episodes.gateway._rows import asked_first, record_of
-from eval_protocol_rft.episodes.gateway._session import KEY_MARK, PendingCall, Sample, Session
+from eval_protocol_rft.episodes.gateway._session import KEY_MARK, Sample, Session
 from eval_protocol_rft.episodes.gateway._settings import SessionSettings
 from eval_protocol_rft.episodes.gateway._tracing_routes import TracingRoutes
 from eval_protocol_rft.local import LoadedTokenizer
@@ -45,8 +43,6 @@ logger = logging.getLogger(__name__)
 
 REQUEST_BYTES = 32 * 2**20
 """Most bytes of one request: a history of some million tokens."""
-KEEP_ALIVE_SECONDS = 10.0
-"""Between the comments of a stream whose answer is still being sampled."""
 REWARD_HEADER = "x-rft-reward"
 """Of a call: what the answer before it was worth."""
 
@@ -277,20 +273,20 @@ class Gateway:
                 raise CallError(problem[1], status=problem[0])
             return cast("web.StreamResponse", await handler(request))
         except CallError as error:
-            return _error_response(api, error)
+            return error_response(api, error)
         except web.HTTPRequestEntityTooLarge:
             message = f"a request has at most {REQUEST_BYTES} bytes"
-            return _error_response(api, CallError(message, status=413, code="request_too_large"))
+            return error_response(api, CallError(message, status=413, code="request_too_large"))
         except web.HTTPException as error:
             if error.status < HTTPStatus.BAD_REQUEST:
                 raise
             message = f"{error.reason}: {request.method} {request.path}. {_ADDRESSES}"
-            return _error_response(api, CallError(message, status=error.status))
+            return error_response(api, CallError(message, status=error.status))
         except (asyncio.CancelledError, ConnectionError):
             raise  # the client is gone
         except Exception as error:
             logger.exception("a request of an agent failed")
-            return _error_response(api, _own_fault(error))
+            return error_response(api, own_fault(error))
 
     def _session_of(self, request: web.Request, key: str) -> Session:
         """The session that a request's key and address name.
@@ -340,18 +336,7 @@ class Gateway:
         digest = hashlib.blake2b(body, digest_size=16, key=api.__name__.encode()[-16:]).digest()
         is_retry = request.headers.get("x-stainless-retry-count", "0") != "0"
         pending = session.call(call, digest, is_retry=is_retry, reward=reward)
-        with pending.fetched():
-            if call.stream:
-                return await _stream(request, api, call, pending)
-            reply = await _reply_to(pending)
-            response = web.Response(
-                body=msgspec.json.encode(api.reply_body(call, reply)),
-                content_type="application/json",
-            )
-            await response.prepare(request)
-            await response.write_eof()
-            pending.is_answered = True
-            return response
+        return await answer(request, api, call, pending)
 
     async def _models(self, request: web.Request) -> web.Response:
         model = self._session_of(request, _key(request.headers)).settings.params.model
@@ -373,72 +358,6 @@ class _Reward(msgspec.Struct, forbid_unknown_fields=True):
     id: str | None = None
 
 
-async def _reply_to(pending: PendingCall) -> Reply:
-    """Its answer, which is sampled to the end although this client may leave.
-
-    Raises:
-        CallError: there is none.
-    """
-    try:
-        return await asyncio.shield(pending.task)
-    except asyncio.CancelledError:
-        if pending.task.cancelled():
-            raise CallError("this session is over", status=403, code="session_over") from None
-        raise
-
-
-async def _stream(
-    request: web.Request, api: ModuleType, call: Any, pending: PendingCall
-) -> web.StreamResponse:
-    """The answer as events; comments until it is there. An error before the first byte is a status
-    of HTTP, as clients expect."""
-    response = None
-    await asyncio.wait({pending.task}, timeout=KEEP_ALIVE_SECONDS)
-    while not pending.task.done():
-        response = response or await _begin_stream(request)
-        await response.write(keep_alive)
-        await asyncio.wait({pending.task}, timeout=KEEP_ALIVE_SECONDS)
-    try:
-        parts = list(_batched(api, call, await _reply_to(pending)))
-    except Exception as error:
-        if response is None:
-            raise
-        if not isinstance(error, CallError):
-            logger.exception("a call of an agent failed")
-            error = _own_fault(error)
-        await response.write(api.error_event(error))
-        await response.write_eof()
-        return response
-    response = response or await _begin_stream(request)
-    for part in parts:
-        await response.write(part)
-    await response.write_eof()
-    pending.is_answered = True
-    return response
-
-
-async def _begin_stream(request: web.Request) -> web.StreamResponse:
-    response = web.StreamResponse(
-        headers={"content-type": "text/event-stream", "cache-control": "no-cache"}
-    )
-    await response.prepare(request)
-    return response
-
-
-def _batched(api: ModuleType, call: Any, reply: Reply) -> Iterator[bytes]:
-    """Events, several to a write: each write is a system call and a chunk."""
-    waiting: list[bytes] = []
-    size = 0
-    for event in api.reply_events(call, reply):
-        waiting.append(event)
-        size += len(event)
-        if size > _WRITE_BYTES:
-            yield b"".join(waiting)
-            waiting, size = [], 0
-    yield b"".join(waiting)
-
-
-_WRITE_BYTES = 16_384
 _ADDRESSES = (
     "OpenAI clients take a base URL that ends in /v1, Anthropic's one without it; there are "
     "/chat/completions, /responses, /messages and /models"
@@ -448,27 +367,6 @@ _ADDRESSES = (
 def _protocol_of(path: str) -> ModuleType:
     named = next((one for one in _PROTOCOLS if f"{one}/" in f"{path}/"), "/chat/completions")
     return _PROTOCOLS[named]
-
-
-def _error_response(api: ModuleType, error: CallError) -> web.Response:
-    headers = {}
-    if error.retry_after is not None:
-        headers["retry-after"] = f"{error.retry_after:g}"
-    elif error.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
-        headers["x-should-retry"] = "false"  # all attempts that the run allows were made
-    return web.Response(
-        status=error.status,
-        body=msgspec.json.encode(api.error_body(error)),
-        content_type="application/json",
-        headers=headers,
-    )
-
-
-def _own_fault(error: Exception) -> CallError:
-    return CallError(
-        f"the gateway failed: {type(error).__name__}: {text_of(error)}",
-        status=HTTPStatus.INTERNAL_SERVER_ERROR,
-    )
 
 
 def _key(headers: Mapping[str, str]) -> str:

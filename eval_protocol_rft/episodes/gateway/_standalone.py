@@ -26,8 +26,9 @@ from eval_protocol_rft._text import text_of
 from eval_protocol_rft.episodes.gateway._call import CallError
 from eval_protocol_rft.episodes.gateway._rows import asked_first, put_on_row
 from eval_protocol_rft.episodes.gateway._server import Gateway, _key
-from eval_protocol_rft.episodes.gateway._session import Session, SessionRecord
+from eval_protocol_rft.episodes.gateway._session import Session
 from eval_protocol_rft.episodes.gateway._settings import SessionSettings
+from eval_protocol_rft.episodes.gateway._trajectory import SessionRecord
 from eval_protocol_rft.local import LoadedTokenizer
 
 

@@ -62,7 +62,7 @@ def chat(messages: list[dict[str, Any]] = ASK, **fields: Any) -> dict[str, Any]:
 
 async def left(session: Session) -> Any:
     """Once the gateway has seen that the client of the session's one call went away: the call."""
-    (pending,) = next(iter(session._pending.values()))
+    (pending,) = session._pending.all()
     while pending.clients:  # noqa: ASYNC110 - nothing tells it
         await asyncio.sleep(0)
     return pending
@@ -319,7 +319,7 @@ async def test_a_completion_that_cannot_be_had_fails_the_rollout(
 async def test_a_stream_whose_completion_fails_ends_with_an_error(
     http: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("eval_protocol_rft.episodes.gateway._server.KEEP_ALIVE_SECONDS", 0.01)
+    monkeypatch.setattr("eval_protocol_rft.episodes.gateway._answering.KEEP_ALIVE_SECONDS", 0.01)
     model = tool_model()
     model.gate = asyncio.Event()
     async with gateway_of(model) as gateway:

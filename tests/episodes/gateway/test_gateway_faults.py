@@ -41,7 +41,7 @@ async def half_sent(session: Session, body: bytes) -> tuple[asyncio.StreamReader
     )
     writer.write(head.encode() + body[:-1])
     async with asyncio.timeout(PATIENCE):
-        while not session._counts.calls:  # noqa: ASYNC110 - nothing tells it
+        while not session._log.calls:  # noqa: ASYNC110 - nothing tells it
             await asyncio.sleep(0.001)
     return reader, writer
 
@@ -154,7 +154,7 @@ async def test_a_limit_of_tokens_holds_for_calls_that_wait(http: aiohttp.ClientS
         calls = [post(http, session, chat([{"role": "user", "content": t}])) for t in texts]
         waiting = [asyncio.ensure_future(call) for call in calls]
         async with asyncio.timeout(PATIENCE):
-            while session._counts.calls < len(texts):  # noqa: ASYNC110 - nothing tells it
+            while session._log.calls < len(texts):  # noqa: ASYNC110 - nothing tells it
                 await asyncio.sleep(0.001)
         model.gate.set()
         statuses = sorted(status for status, _ in await asyncio.gather(*waiting))

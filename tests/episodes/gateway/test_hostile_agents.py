@@ -175,8 +175,8 @@ async def hostile(
             (outcome,) = await asyncio.gather(run, return_exceptions=True)
             if agent not in (crashes, hangs):
                 assert outcome is None, (agent.__name__, outcome)
-            for same in session._pending.values():  # what nobody waits for any more is sampled
-                await asyncio.wait({pending.task for pending in same})
+            if pending := session._pending.all():  # what nobody waits for any more is sampled
+                await asyncio.wait({one.task for one in pending})
             done.append((agent.__name__, await session.finish()))
         assert not gateway._sessions
         assert not gateway._by_key

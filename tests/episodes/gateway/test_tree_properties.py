@@ -474,7 +474,7 @@ class Driver:
         self, view: View, sent: list[Message], style: Style, matches: list[list[Entry]]
     ) -> None:
         """What the client changed is on record, and nothing else."""
-        edits, self.edits = self.session._edits[self.edits :], len(self.session._edits)
+        edits, self.edits = self.session._log._edits[self.edits :], len(self.session._log._edits)
         depth = len(matches[0]) if matches else 0
         holds_answer = any(one["role"] == "assistant" for one in sent)
         tips = [
@@ -580,8 +580,7 @@ class HttpDriver(Driver):
         asking.cancel()
         await asyncio.wait({asking})
         async with asyncio.timeout(PATIENCE):
-            calls = self.session._pending.values()
-            while any(one.clients for same in calls for one in same):  # noqa: ASYNC110
+            while any(one.clients for one in self.session._pending.all()):  # noqa: ASYNC110
                 await asyncio.sleep(0)
         self.policy.gate.set()
 
