@@ -244,8 +244,9 @@ async def _gateway_of(state: rollout.LoopState, job: rollout.RowJob) -> Gateway:
     gateway: Gateway | None = state.services.get(key)
     if gateway is None:
         gateway = state.services[key] = Gateway(job.sampler, job.tokenizer)
-        await gateway.start()
-    await gateway.started.wait()
+        gateway.starting = asyncio.ensure_future(gateway.start())
+    assert gateway.starting is not None  # noqa: S101 - it was made here
+    await asyncio.shield(gateway.starting)
     return gateway
 
 

@@ -113,10 +113,11 @@ class _FunctionAgent:
         except TimeoutError:
             if not limit.expired():
                 raise
-            own_loop.cancel()
             return Outcome(is_late=True)
         except EnvironmentFaultError as error:
             return Outcome(error=str(error))
+        finally:
+            own_loop.cancel()
 
 
 class _OwnLoop:
@@ -206,15 +207,19 @@ class Command:
             prompt = next(
                 (str(m.content or "") for m in reversed(row.messages) if m.role == "user"), ""
             )
-            process = await asyncio.create_subprocess_exec(
-                *(argument.replace("{prompt}", prompt) for argument in self.arguments),
-                cwd=folder,
-                env={**os.environ, **self.env, **_addresses(session), "RFT_ROW": str(row_file)},
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.STDOUT,
-                start_new_session=True,
-            )
+            inherited = {k: v for k, v in os.environ.items() if k not in _OTHER_KEYS}
+            try:
+                process = await asyncio.create_subprocess_exec(
+                    *(argument.replace("{prompt}", prompt) for argument in self.arguments),
+                    cwd=folder,
+                    env={**inherited, **self.env, **_addresses(session), "RFT_ROW": str(row_file)},
+                    stdin=asyncio.subprocess.DEVNULL,
+                    stdout=asyncio.subprocess.PIPE,
+                    stderr=asyncio.subprocess.STDOUT,
+                    start_new_session=True,
+                )
+            except (OSError, ValueError) as error:  # a prompt too long for an argument, or with \0
+                return await finish(Outcome(error=f"cannot start {self.arguments[0]}: {error}"))
             return await finish(await self._outcome(process, session, seconds, folder))
 
     async def _outcome(
@@ -243,6 +248,10 @@ class Command:
             error = f"{self.arguments[0]} ended with status {process.returncode}"
             return Outcome(error=error, metrics=metrics)
         return Outcome(metrics=metrics)
+
+
+_OTHER_KEYS = frozenset({"ANTHROPIC_AUTH_TOKEN", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID"})
+"""Of the user's own account: clients would send them along, or in place of the session's key."""
 
 
 def _addresses(session: Session) -> dict[str, str]:
@@ -290,15 +299,19 @@ async def _read(stdout: asyncio.StreamReader, output: _Tail) -> None:
 
 
 async def _end_group(process: asyncio.subprocess.Process) -> None:
-    """End the command and all that it started."""
-    for number, seconds in ((signal.SIGTERM, _GRACE_SECONDS), (signal.SIGKILL, None)):
-        try:
-            os.killpg(process.pid, number)
-        except (ProcessLookupError, PermissionError):
-            break
+    """End the command and all that it started, also where this is cancelled."""
+    try:
+        _signal(process, signal.SIGTERM)
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(process.wait(), seconds)
+            await asyncio.wait_for(process.wait(), _GRACE_SECONDS)
+    finally:
+        _signal(process, signal.SIGKILL)
     await process.wait()
+
+
+def _signal(process: asyncio.subprocess.Process, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, number)
 
 
 class _ProcessorAgent:

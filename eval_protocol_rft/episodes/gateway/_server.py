@@ -115,7 +115,8 @@ class Gateway:
         self._runner: web.AppRunner | None = None
         self.api_key = f"sk-rft-{secrets.token_urlsafe(24)}"
         """Of clients that name their session in the model, see `Session.model_name`."""
-        self.started = asyncio.Event()
+        self.starting: asyncio.Task[None] | None = None
+        """Of those who share it: `start`."""
         self.url = ""
         """`http://HOST:PORT`, once it listens."""
 
@@ -142,7 +143,6 @@ class Gateway:
         self._runner = runner
         host = f"[{self._host}]" if ":" in self._host else self._host
         self.url = f"http://{host}:{listener.getsockname()[1]}"
-        self.started.set()
 
     async def aclose(self) -> None:
         """End all sessions and listen no more. Idempotent."""

@@ -80,7 +80,10 @@ class StandaloneGateway(Gateway):
         self.api_key = api_key or self.api_key
         self._row_ids: dict[str, str] = {}
         """Of sessions that are open, by their address."""
-        self._began: dict[str, float] = {}
+        self._experiment_id: str | None = None
+        """Of all rows that it writes: those with one row id are one prompt group."""
+        self._unwritten: list[bytes] = []
+        """Rows that the file had no room for."""
         self._counts: dict[str, int] = {}
         """Sessions of each row, so that no two draw the same."""
 
@@ -96,10 +99,12 @@ class StandaloneGateway(Gateway):
         return super().named_session(name) or self._begin(name, name, self.request.seed)
 
     def _begin(self, path: str, row_id: str, seed: int | None) -> Session:
+        if not path.isascii() or not path.replace("-", "").replace("_", "").isalnum():
+            raise CallError("the name of a session has letters, digits, - and _", param="name")
         run = self._counts[row_id] = self._counts.get(row_id, -1) + 1
         (own,) = sampling.derive_seeds(seed, row_id, 1, run=run)
         session = self.session(path, path=path, seed=own)
-        self._row_ids[path], self._began[path] = row_id, time.time()
+        self._row_ids[path] = row_id
         return session
 
     def seed_of(self, name: str, run: int) -> int | None:
@@ -113,8 +118,6 @@ class StandaloneGateway(Gateway):
         if asked.name is not None and asked.name in self._sessions:
             raise CallError(f"there is a session {asked.name!r}", status=409, param="name")
         path = asked.name or secrets.token_urlsafe(9)
-        if not path.isascii() or not path.replace("-", "").replace("_", "").isalnum():
-            raise CallError("a name has letters, digits, - and _", param="name")
         seed = self.request.seed if asked.seed is None else asked.seed
         session = self._begin(path, asked.row_id or path, seed)
         return web.json_response(
@@ -140,26 +143,33 @@ class StandaloneGateway(Gateway):
     async def aclose(self) -> None:
         """End and write all sessions, and listen no more."""
         for path, session in list(self._sessions.items()):
-            with contextlib.suppress(CallError):
+            try:
                 await self._end_session(path, session, "closed", _Ending())
+            except CallError as error:
+                self._say(str(error))
         await super().aclose()
 
     async def _end_session(
         self, path: str, session: Session, stop_reason: str, ending: _Ending
     ) -> dict[str, Any]:
+        row_id = self._row_ids.pop(path, None)
+        if row_id is None:
+            raise CallError(f"session {path!r} is being finished", status=409)
         done = await session.finish(stop_reason)
-        row_id, began = self._row_ids.pop(path, path), self._began.pop(path, time.time())
-        if done.failure is not None or done.first is None:
-            why = (
-                "it made no call that was answered"
-                if done.failure is None
-                else f"a call got no completion: {done.failure.message}"
-            )
-            self._say(f"session {path} is no rollout: {why}")
+        if done.first is None:
+            why = "it made no call that was answered"
+            if done.failure is not None:
+                why = f"a call got no completion: {done.failure.message}"
             raise CallError(f"session {path!r} is no rollout: {why}", status=409)
-        row = self._row(done, row_id, time.time() - began, began, ending)
+        row = self._row(done, row_id, session.began_at, ending)
         if self._output is not None:
             self._append(row)
+        if done.failure is not None:
+            raise CallError(
+                f"session {path!r} is a failed rollout, and its row says so: a call got no "
+                f"completion: {done.failure.message}",
+                status=409,
+            )
         self._say(
             f"session {path}: {done.record.turns} turns, {done.sampled_tokens} tokens sampled, "
             f"{len(done.segments)} segments, {done.record.stop_reason}"
@@ -167,7 +177,7 @@ class StandaloneGateway(Gateway):
         return row
 
     def _row(
-        self, done: SessionRecord, row_id: str, seconds: float, began: float, ending: _Ending
+        self, done: SessionRecord, row_id: str, began: float, ending: _Ending
     ) -> dict[str, Any]:
         from eval_protocol.models import (
             EvaluateResult,
@@ -188,9 +198,16 @@ class StandaloneGateway(Gateway):
             asked=[Message(**message) for message in asked_first(done)],
             split_reasoning=self.settings.split_reasoning,
             began_at=began,
-            seconds=seconds,
+            seconds=time.time() - began,
         )
-        row.rollout_status = Status.rollout_finished()
+        metadata = row.execution_metadata
+        self._experiment_id = self._experiment_id or metadata.experiment_id
+        metadata.experiment_id = self._experiment_id
+        row.rollout_status = (
+            Status.rollout_finished()
+            if done.failure is None
+            else Status.rollout_unavailable_error(done.failure.message)
+        )
         if ending.reward is not None:
             row.evaluation_result = EvaluateResult(score=ending.reward, reason=ending.reason)
             extra = row.execution_metadata.extra
@@ -201,11 +218,30 @@ class StandaloneGateway(Gateway):
         return dumped
 
     def _append(self, row: dict[str, Any]) -> None:
+        """Write the row, and those before it that could not be written.
+
+        Raises:
+            CallError: it cannot be; it is kept, and tried again with the next.
+        """
         assert self._output is not None  # noqa: S101 - narrows the type
-        with self._output.open("ab") as file:
-            file.write(msgspec.json.encode(row) + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+        self._unwritten.append(msgspec.json.encode(row) + b"\n")
+        try:
+            with self._output.open("ab") as file:
+                size = file.tell()
+                try:
+                    file.write(b"".join(self._unwritten))
+                    file.flush()
+                    os.fsync(file.fileno())
+                except OSError:
+                    file.truncate(size)  # no half of a line
+                    raise
+        except OSError as error:
+            raise CallError(
+                f"{self._output}: {error.strerror}. {len(self._unwritten)} rows wait to be "
+                "written: make room, and finish another session",
+                status=507,
+            ) from error
+        self._unwritten.clear()
 
 
 def _read(body: bytes, shape: type[Any]) -> Any:
@@ -276,6 +312,11 @@ async def _serve(
         host=host,
         port=port,
     )
+    if output is not None:
+        try:
+            output.open("ab").close()
+        except OSError as error:
+            raise GatewayError(f"-o: cannot write {output}: {error.strerror}") from error
     try:
         try:
             await gateway.start()
