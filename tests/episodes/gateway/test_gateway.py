@@ -416,3 +416,34 @@ async def test_requests_of_an_agent_in_this_process_are_not_told_one_by_one() ->
         logger.setLevel(logging.NOTSET)
     AgentRolloutProcessor(lambda row, session: None)
     assert [logger.level for logger in told] == [logging.WARNING] * 2
+
+
+REFUSES = (
+    "{%- for m in messages %}{% if m.role == 'system' and not loop.first %}"
+    "{{ raise_exception('system messages come first') }}{% endif %}{% endfor -%}"
+)
+DROPS = (
+    "{%- set later = messages[1:] | rejectattr('role', 'eq', 'system') | list %}"
+    "{%- set messages = messages[:1] + later %}"
+)
+
+
+@pytest.mark.parametrize("before", ["", REFUSES, DROPS])
+async def test_a_system_message_in_the_middle_reaches_the_model(
+    http: aiohttp.ClientSession, before: str
+) -> None:
+    """As Pydantic AI sends one after an answer that it cannot use."""
+    model = Model(lambda prompt: "Yes.")
+    model.tokenizer.chat_template = before + model.tokenizer.chat_template
+    async with gateway_of(model) as gateway:
+        session = gateway.session()
+        _, first = await post(http, session, chat())
+        more = [{"role": "system", "content": "Call a tool."}, {"role": "user", "content": "?"}]
+        messages = [*ASK, first["choices"][0]["message"], *more]
+        assert (await post(http, session, chat(messages)))[0] == 200
+        done = await session.finish()
+    sent = model.tokenizer.decode(model.wire[1][0])
+    assert f"<|im_start|>{'user' if before else 'system'}\nCall a tool.<|im_end|>" in sent
+    assert done.record.metrics["branches"] == 1
+    noted = done.record.metrics.get("rendered_as", [])
+    assert noted == (["messages[2]: a later system message as the user's"] if before else [])
