@@ -25,7 +25,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import httpx
 from episodes import SAID, Run, serve, server
 from peer_kit import MODEL
 from rich.console import Console
@@ -37,41 +36,43 @@ QUESTION = "Where to, in world {}?"
 
 
 async def agents(turns: int) -> None:
-    """For each line of standard input: run agents in sessions (base URLs and keys), or sample
-    prompts at an engine. Prints the seconds of CPU that it took."""
-    import openai
-
-    http = openai.DefaultAsyncHttpxClient(limits=httpx.Limits(max_connections=256))
+    """For each line of standard input: run agents in sessions (base URLs and keys), or have as many
+    sample prompts at an engine. Prints the seconds of CPU that it took."""
     while line := await asyncio.to_thread(sys.stdin.readline):
         asked = json.loads(line)
         began = time.process_time()
         if isinstance(asked, dict):
-            client = openai.AsyncOpenAI(base_url=asked["url"], api_key="none", http_client=http)
-            slots = asyncio.Semaphore(256)
-            await asyncio.gather(
-                *(complete(client, slots, ids, asked["tokens"]) for ids in asked["prompts"])
-            )
+            count, prompts = asked["agents"], asked["prompts"]
+            work = [complete(asked, prompts[number::count]) for number in range(count)]
         else:
-            await asyncio.gather(
-                *(agent(http, url, key, i, turns) for i, (url, key) in enumerate(asked))
-            )
+            work = [agent(url, key, i, turns) for i, (url, key) in enumerate(asked)]
+        await asyncio.gather(*work)
         print(time.process_time() - began, flush=True)
 
 
-async def agent(http: Any, url: str, key: str, number: int, turns: int) -> None:
+def client_of(url: str, key: str) -> Any:
+    """One for each agent, as agents have them; it loads no certificates."""
     import openai
 
-    client = openai.AsyncOpenAI(base_url=url, api_key=key, http_client=http)
+    http = openai.DefaultAsyncHttpxClient(verify=False)
+    return openai.AsyncOpenAI(base_url=url, api_key=key, http_client=http)
+
+
+async def agent(url: str, key: str, number: int, turns: int) -> None:
     messages: list[Any] = [{"role": "user", "content": QUESTION.format(number)}]
-    for _ in range(turns):
-        reply = await client.chat.completions.create(model=MODEL, messages=messages)
-        messages += [reply.choices[0].message, {"role": "user", "content": SAID}]
+    async with client_of(url, key) as client:
+        for _ in range(turns):
+            reply = await client.chat.completions.create(model=MODEL, messages=messages)
+            messages += [reply.choices[0].message, {"role": "user", "content": SAID}]
 
 
-async def complete(client: Any, slots: Any, ids: list[int], tokens: int) -> None:
+async def complete(asked: Any, prompts: list[list[int]]) -> None:
     """What an agent would do that asks the engine itself."""
-    async with slots:
-        await client.completions.create(model=MODEL, prompt=ids, max_tokens=tokens, logprobs=1)
+    async with client_of(asked["url"], "none") as client:
+        for ids in prompts:
+            await client.completions.create(
+                model=MODEL, prompt=ids, max_tokens=asked["tokens"], logprobs=1
+            )
 
 
 @contextmanager
@@ -148,7 +149,14 @@ async def measure(options: argparse.Namespace, url: str, tokenizer: Any) -> Tabl
                 raise RuntimeError(f"{sampled} tokens sampled")
             prompts = [turn.prompt.ids for one in done for turn in one.path]
             bare = await bench.bare(prompts)
-            alone = await bench.tell({"url": url, "tokens": options.tokens, "prompts": prompts})
+            alone = await bench.tell(
+                {
+                    "url": url,
+                    "tokens": options.tokens,
+                    "prompts": prompts,
+                    "agents": options.agents,
+                }
+            )
             if repeat:  # the first one warms all
                 rows.append((run.cpu, bare.cpu, clients, alone, run.wall))
         await bench.sampler.aclose()
