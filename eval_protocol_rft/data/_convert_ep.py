@@ -289,6 +289,9 @@ class EpScan:
             return
         settings = msgspec.convert(values, file_format.SamplingSettings)
         self._sampling = self._sampling or settings
+        if settings.seed != self._sampling.seed:  # drawn for each row, where the test names none
+            settings = msgspec.structs.replace(settings, seed=None)
+            self._sampling = msgspec.structs.replace(self._sampling, seed=None)
         self._one_sampling = self._one_sampling and settings == self._sampling
 
 

@@ -1,8 +1,9 @@
 """`ep-rft gateway`: a gateway that others talk to over HTTP alone.
 
 Invariant: a session that ends is written once, whole, as a row of Eval Protocol's, before its end
-is confirmed; the gateway's own end ends all sessions. Its key opens sessions; a session's key opens
-that one.
+is confirmed; one that cannot be written is kept until it can. The gateway's own end ends all
+sessions. Its key opens sessions; a session's key opens that one. A name whose session has ended
+opens no other by itself: a call that comes late would begin a rollout that nobody wanted.
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ from eval_protocol_rft.episodes.gateway._session import Session
 from eval_protocol_rft.episodes.gateway._settings import SessionSettings
 from eval_protocol_rft.episodes.gateway._trajectory import SessionRecord
 from eval_protocol_rft.local import LoadedTokenizer
+
+MOST_NAMES = 100_000
+"""Names of ended sessions that are remembered."""
 
 
 class GatewayError(EvalProtocolRftError, RuntimeError):
@@ -80,8 +84,10 @@ class StandaloneGateway(Gateway):
         self.api_key = api_key or self.api_key
         self._row_ids: dict[str, str] = {}
         """Of sessions that are open, by their address."""
-        self._experiment_id: str | None = None
+        self._experiment_id = secrets.token_hex(8)
         """Of all rows that it writes: those with one row id are one prompt group."""
+        self._ended: dict[str, None] = {}
+        """Names of sessions that have ended, the last `MOST_NAMES`."""
         self._unwritten: list[bytes] = []
         """Rows that the file had no room for."""
         self._counts: dict[str, int] = {}
@@ -96,7 +102,14 @@ class StandaloneGateway(Gateway):
 
     def named_session(self, name: str) -> Session | None:
         """The session of that name; it begins with its first call."""
-        return super().named_session(name) or self._begin(name, name, self.request.seed)
+        session = super().named_session(name)
+        if session is None and name in self._ended:
+            raise CallError(
+                f"session {name!r} is over: POST /sessions opens another of that name",
+                status=403,
+                code="session_over",
+            )
+        return session or self._begin(name, name, self.request.seed)
 
     def _begin(self, path: str, row_id: str, seed: int | None) -> Session:
         if not path.isascii() or not path.replace("-", "").replace("_", "").isalnum():
@@ -105,6 +118,7 @@ class StandaloneGateway(Gateway):
         (own,) = sampling.derive_seeds(seed, row_id, 1, run=run)
         session = self.session(path, path=path, seed=own)
         self._row_ids[path] = row_id
+        self._ended.pop(path, None)
         return session
 
     def seed_of(self, name: str, run: int) -> int | None:
@@ -148,6 +162,11 @@ class StandaloneGateway(Gateway):
             except CallError as error:
                 self._say(str(error))
         await super().aclose()
+        if self._unwritten:
+            self._say(
+                f"{_count(len(self._unwritten), 'row')} could not be written to {self._output}, "
+                "and are lost"
+            )
 
     async def _end_session(
         self, path: str, session: Session, stop_reason: str, ending: _Ending
@@ -155,6 +174,9 @@ class StandaloneGateway(Gateway):
         row_id = self._row_ids.pop(path, None)
         if row_id is None:
             raise CallError(f"session {path!r} is being finished", status=409)
+        self._ended[path] = None
+        if len(self._ended) > MOST_NAMES:
+            del self._ended[next(iter(self._ended))]
         done = await session.finish(stop_reason)
         if done.first is None:
             why = "it made no call that was answered"
@@ -171,8 +193,9 @@ class StandaloneGateway(Gateway):
                 status=409,
             )
         self._say(
-            f"session {path}: {done.record.turns} turns, {done.sampled_tokens} tokens sampled, "
-            f"{len(done.segments)} segments, {done.record.stop_reason}"
+            f"session {path}: {_count(done.record.turns, 'turn')}, "
+            f"{_count(done.sampled_tokens, 'token')} sampled, "
+            f"{_count(len(done.segments), 'segment')}, {done.record.stop_reason}"
         )
         return row
 
@@ -188,7 +211,9 @@ class StandaloneGateway(Gateway):
         )
 
         assert done.first is not None  # noqa: S101 - a session without a turn is no rollout
-        row = EvaluationRow(messages=[], input_metadata=InputMetadata(row_id=row_id))
+        asked = InputMetadata(row_id=row_id, completion_params={"model": self.request.params.model})
+        row = EvaluationRow(messages=[], input_metadata=asked)
+        row.execution_metadata.experiment_id = self._experiment_id
         put_on_row(
             row,
             sampling.Group(survivors=[done.first], failures=[]),
@@ -200,9 +225,6 @@ class StandaloneGateway(Gateway):
             began_at=began,
             seconds=time.time() - began,
         )
-        metadata = row.execution_metadata
-        self._experiment_id = self._experiment_id or metadata.experiment_id
-        metadata.experiment_id = self._experiment_id
         row.rollout_status = (
             Status.rollout_finished()
             if done.failure is None
@@ -226,15 +248,7 @@ class StandaloneGateway(Gateway):
         assert self._output is not None  # noqa: S101 - narrows the type
         self._unwritten.append(msgspec.json.encode(row) + b"\n")
         try:
-            with self._output.open("ab") as file:
-                size = file.tell()
-                try:
-                    file.write(b"".join(self._unwritten))
-                    file.flush()
-                    os.fsync(file.fileno())
-                except OSError:
-                    file.truncate(size)  # no half of a line
-                    raise
+            _append(self._output, b"".join(self._unwritten))
         except OSError as error:
             raise CallError(
                 f"{self._output}: {error.strerror}. {len(self._unwritten)} rows wait to be "
@@ -242,6 +256,31 @@ class StandaloneGateway(Gateway):
                 status=507,
             ) from error
         self._unwritten.clear()
+
+
+def _append(output: Path, lines: bytes) -> None:
+    """Append all of `lines`, from the beginning of a line on, or nothing.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with output.open("a+b") as file:
+        size = file.seek(0, os.SEEK_END)
+        if size and lines:  # the last line may be half of one, from a machine that stopped
+            file.seek(-1, os.SEEK_END)
+            lines = lines if file.read(1) == b"\n" else b"\n" + lines
+        try:
+            file.write(lines)
+            file.flush()
+            os.fsync(file.fileno())
+        except OSError:
+            os.truncate(output, size)
+            raise
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _read(body: bytes, shape: type[Any]) -> Any:
@@ -314,7 +353,7 @@ async def _serve(
     )
     if output is not None:
         try:
-            output.open("ab").close()
+            _append(output, b"")
         except OSError as error:
             raise GatewayError(f"-o: cannot write {output}: {error.strerror}") from error
     try:

@@ -93,6 +93,16 @@ async def test_a_session_is_written_once_however_often_it_is_finished(
     assert sorted(status for status, _ in answers)[0] == 200
     assert [status for status, _ in answers].count(200) == 1
     assert len(standalone.rows()) == 1
+    assert await standalone.ask("x") == 403  # a call that comes late begins no other rollout
+    assert (await standalone.post("/sessions", {"name": "x"}))[0] == 201
+    assert await standalone.ask("x") == 200
+
+
+async def test_a_row_begins_on_a_line_of_its_own(standalone: Standalone) -> None:
+    standalone.output.write_bytes(b'{"half of a')
+    assert await standalone.ask("x") == 200
+    assert (await standalone.post("/s/x/finish"))[0] == 200
+    assert json.loads(standalone.output.read_text().splitlines()[1])["messages"]
 
 
 async def test_open_sessions_are_written_when_it_stops(standalone: Standalone) -> None:
@@ -118,10 +128,11 @@ async def test_a_rollout_whose_model_failed_is_a_failed_row(standalone: Standalo
 async def test_a_row_that_cannot_be_written_waits_for_the_next(standalone: Standalone) -> None:
     assert await standalone.ask("x") == 200
     folder = standalone.output.parent / "away"
+    folder.write_text("no folder")
     standalone.gateway._output = folder / "rows.jsonl"
     status, reply = await standalone.post("/s/x/finish")
     assert (status, "1 rows wait" in reply["error"]["message"]) == (507, True)
-    folder.mkdir()
+    folder.unlink()
     assert await standalone.ask("y") == 200
     assert (await standalone.post("/s/y/finish"))[0] == 200
     standalone.output = standalone.gateway._output
