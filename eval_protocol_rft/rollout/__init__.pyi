@@ -34,6 +34,7 @@ from ._loop_states import LoopState as LoopState
 from ._loop_states import RowJob as RowJob
 from ._loop_states import RowSlot as RowSlot
 from ._params import DEFAULT_MAX_TOKENS as DEFAULT_MAX_TOKENS
+from ._params import DEFAULT_STEPS as DEFAULT_STEPS
 from ._params import RolloutRequest as RolloutRequest
 from ._params import parse_completion_params as parse_completion_params
 from ._prompts import PROMPT_IDS_KEY as PROMPT_IDS_KEY

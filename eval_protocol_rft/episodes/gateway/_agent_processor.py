@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -18,6 +19,7 @@ from typing import Any, Literal
 
 import msgspec
 from eval_protocol.models import EvaluationRow, Message
+from eval_protocol.pytest.rollout_processor import RolloutProcessor
 from eval_protocol.pytest.types import RolloutProcessorConfig
 
 from eval_protocol_rft import rollout, sampling
@@ -148,8 +150,36 @@ class AgentRolloutProcessor(rollout.FireworksTrainingRolloutProcessor):
         return row
 
     def _request(self, config: RolloutProcessorConfig) -> rollout.RolloutRequest:
-        # MCP servers and environments are the agent's, where it is a processor of Eval Protocol's.
-        return super()._request(replace(config, mcp_config_path="", server_script_path=None))
+        if self._processor is not None:
+            # These are its own.
+            steps, kwargs = rollout.DEFAULT_STEPS, dict[str, Any]()
+            config = replace(
+                config, mcp_config_path="", server_script_path=None, steps=steps, kwargs=kwargs
+            )
+        return super()._request(config)
+
+    @property
+    def _processor(self) -> RolloutProcessor | None:
+        """The agent, where it is a rollout processor of Eval Protocol's."""
+        return self.agent if isinstance(self.agent, RolloutProcessor) else None
+
+    def setup(self) -> None:
+        """As Eval Protocol calls it once before a run."""
+        super().setup()
+        if self._processor is not None:
+            self._processor.setup()
+
+    async def acleanup(self) -> None:
+        """End what still runs in this loop, and close what is open."""
+        await super().acleanup()
+        if self._processor is not None:
+            await self._processor.acleanup()
+
+    def cleanup(self) -> None:
+        """Begin to close what is open in this loop."""
+        super().cleanup()
+        if self._processor is not None:
+            self._processor.cleanup()
 
     def _settings_of(self, job: rollout.RowJob) -> SessionSettings:
         endpoint = job.request.endpoint
@@ -241,18 +271,24 @@ _NO_CONFIG: Any = object()
 async def _gateway_of(state: rollout.LoopState, job: rollout.RowJob) -> Gateway:
     """The gateway of this event loop for the job's tokenizer; it closes with the loop's clients."""
     key = ("gateway", id(job.tokenizer.tokenizer))
-    gateway: Gateway | None = state.services.get(key)
-    if gateway is None:
-        gateway = state.services[key] = Gateway(job.sampler, job.tokenizer)
-        gateway.starting = asyncio.ensure_future(gateway.start())
+    if key not in state.services:
+        state.services[key] = Gateway(job.sampler, job.tokenizer)
+        state.services[key].starting = asyncio.ensure_future(state.services[key].start())
+    gateway: Gateway = state.services[key]
     assert gateway.starting is not None  # noqa: S101 - it was made here
-    await asyncio.shield(gateway.starting)
+    try:
+        await asyncio.shield(gateway.starting)
+    except OSError:
+        if state.services.pop(key, None) is gateway:  # the next row tries again
+            await gateway.aclose()
+        raise
     return gateway
 
 
 def _result(
     session: Session, outcome: agents.Outcome, index: int, seconds: float
 ) -> SessionRecord | sampling.Failure:
+    outcome = _without_keys(outcome, session)
     reason = "seconds" if outcome.is_late else "done" if outcome.error is None else "crashed"
     done = session.record(reason)
     if done.failure is not None:
@@ -277,6 +313,15 @@ def _result(
         record=msgspec.structs.replace(done.record, metrics=told),
         first=replace(done.first, index=index),
     )
+
+
+def _without_keys(outcome: agents.Outcome, session: Session) -> agents.Outcome:
+    """What an agent said, without the keys that it was given: errors of clients hold them."""
+    told = json.dumps([outcome.error, dict(outcome.metrics)])
+    for key in (session.api_key, session.shared_key):
+        told = told.replace(key, "[key]") if key else told
+    error, metrics = json.loads(told)
+    return replace(outcome, error=error, metrics=metrics)
 
 
 def _output(metrics: Mapping[str, Any]) -> str:

@@ -22,10 +22,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eval_protocol_rft import sampling
+from eval_protocol_rft import rollout, sampling
 from eval_protocol_rft._text import text_of, well_formed_json
 from eval_protocol_rft.episodes._calling import EnvironmentFaultError, call
 from eval_protocol_rft.episodes.gateway._session import Session
+from eval_protocol_rft.record import is_failure
 
 if TYPE_CHECKING:
     from eval_protocol.models import EvaluationRow
@@ -87,10 +88,6 @@ class _FunctionAgent:
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
         self._name = getattr(function, "__name__", type(function).__name__)
-        called = getattr(function, "__call__", function)  # noqa: B004 - an object with one
-        self._is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
-            called
-        )
         for client in _HTTP_CLIENTS:
             if (logger := logging.getLogger(client)).level == logging.NOTSET:
                 logger.setLevel(logging.WARNING)
@@ -102,12 +99,11 @@ class _FunctionAgent:
 
     async def _outcome(self, row: EvaluationRow, session: Session, seconds: float) -> Outcome:
         own_loop = _OwnLoop(self._function)
-        function = own_loop.run if self._is_async else self._function
         limit = sampling.Deadline(seconds)
         try:
             async with limit:
                 returned = await call(
-                    function, row, session, what=f"{self._name}()", seconds=2 * seconds
+                    own_loop.run, row, session, what=f"{self._name}()", seconds=2 * seconds
                 )
             return Outcome(metrics={} if returned is None else {"returned": _as_json(returned)})
         except TimeoutError:
@@ -121,8 +117,8 @@ class _FunctionAgent:
 
 
 class _OwnLoop:
-    """Runs a coroutine function in an event loop of its own, which a client that blocks it keeps
-    from nobody else."""
+    """Runs a function in its thread, and a coroutine that it returns in an event loop there, which
+    a client that blocks it keeps from nobody else."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
@@ -131,10 +127,13 @@ class _OwnLoop:
 
     def run(self, *arguments: Any) -> Any:
         """In a thread."""
+        returned = self._function(*arguments)
+        if not inspect.isawaitable(returned):
+            return returned
 
         async def main() -> Any:
             self._loop, self._task = asyncio.get_running_loop(), asyncio.current_task()
-            return await self._function(*arguments)
+            return await returned
 
         try:
             return asyncio.run(main())
@@ -181,17 +180,18 @@ class Command:
                 'a command line is a list of a program and its arguments: ["node", "agent.mjs"]'
             )
         self.arguments = [os.fspath(argument) for argument in arguments]
-        program = self.arguments[0]
-        if shutil.which(program) is None:
-            raise ValueError(f"there is no program {program!r} on this machine")
         self.cwd = None if cwd is None else Path(cwd)
         if self.cwd is not None and not self.cwd.is_dir():
             raise ValueError(f"cwd: there is no folder {str(self.cwd)!r}")
+        program = self.arguments[0]
+        where = os.path.join(self.cwd or "", program) if os.sep in program else program
+        if shutil.which(where) is None:
+            raise ValueError(f"there is no program {program!r} on this machine")
         # Relative files would be looked for in the command's own folder.
-        self.arguments = [
-            os.path.abspath(argument) if self.cwd is None and Path(argument).is_file()
-            else argument for argument in self.arguments
-        ]  # fmt: skip
+        if self.cwd is None:
+            self.arguments = [
+                os.path.abspath(one) if os.path.isfile(one) else one for one in self.arguments
+            ]
         self.env = dict(env or {})
 
     async def run(
@@ -201,45 +201,45 @@ class Command:
         done, as `folder` in the metrics."""
         with tempfile.TemporaryDirectory(prefix="rft-agent-", ignore_cleanup_errors=True) as own:
             row_file = Path(own) / "row.json"
-            row_file.write_text(row.model_dump_json(exclude_none=True))
+            row_file.write_text(row.model_dump_json(exclude_none=True), encoding="utf-8")
             folder = self.cwd or Path(own) / "work"
             folder.mkdir(exist_ok=True)
-            prompt = next(
-                (str(m.content or "") for m in reversed(row.messages) if m.role == "user"), ""
-            )
             inherited = {k: v for k, v in os.environ.items() if k not in _OTHER_KEYS}
+            ours, theirs = os.pipe()  # asyncio's own waits until all who have it have closed it
             try:
+                prompt = _prompt_of(row)
                 process = await asyncio.create_subprocess_exec(
                     *(argument.replace("{prompt}", prompt) for argument in self.arguments),
                     cwd=folder,
                     env={**inherited, **self.env, **_addresses(session), "RFT_ROW": str(row_file)},
                     stdin=asyncio.subprocess.DEVNULL,
-                    stdout=asyncio.subprocess.PIPE,
+                    stdout=theirs,
                     stderr=asyncio.subprocess.STDOUT,
                     start_new_session=True,
                 )
             except (OSError, ValueError) as error:  # a prompt too long for an argument, or with \0
+                os.close(ours)
                 return await finish(Outcome(error=f"cannot start {self.arguments[0]}: {error}"))
-            return await finish(await self._outcome(process, session, seconds, folder))
+            finally:
+                os.close(theirs)
+            return await finish(await self._outcome(process, ours, seconds, folder))
 
     async def _outcome(
-        self, process: asyncio.subprocess.Process, session: Session, seconds: float, folder: Path
+        self, process: asyncio.subprocess.Process, stdout: int, seconds: float, folder: Path
     ) -> Outcome:
         output = _Tail(_OUTPUT_BYTES)
         limit = sampling.Deadline(seconds)
         try:
             async with limit:
-                assert process.stdout is not None  # noqa: S101 - it is a pipe
-                await _read_until_exit(process, process.stdout, output)
+                await _read_until_exit(process, stdout, output)
         except TimeoutError:
             if not limit.expired():
                 raise
         finally:
             await _end_group(process)
-        shown = output.text().replace(session.api_key, "[key]")
         metrics = {
             "exit_status": process.returncode,
-            "output": shown[-OUTPUT_CHARACTERS:],
+            "output": output.text()[-OUTPUT_CHARACTERS:],
             "folder": str(folder),
         }
         if limit.expired():
@@ -279,16 +279,19 @@ class _Tail:
         return self._bytes.decode(errors="replace")
 
 
-async def _read_until_exit(
-    process: asyncio.subprocess.Process, stdout: asyncio.StreamReader, output: _Tail
-) -> None:
+async def _read_until_exit(process: asyncio.subprocess.Process, stdout: int, output: _Tail) -> None:
     """Read what it prints until it ends; what processes that it leaves behind print is not waited
-    for."""
-    reading = asyncio.ensure_future(_read(stdout, output))
+    for. Closes `stdout`."""
+    reader = asyncio.StreamReader()
+    transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+        lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(stdout, "rb", 0)
+    )
+    reading = asyncio.ensure_future(_read(reader, output))
     try:
         await process.wait()
         await asyncio.wait({reading}, timeout=0.2)
     finally:
+        transport.close()
         reading.cancel()
         await asyncio.gather(reading, return_exceptions=True)
 
@@ -296,6 +299,16 @@ async def _read_until_exit(
 async def _read(stdout: asyncio.StreamReader, output: _Tail) -> None:
     while more := await stdout.read(1 << 16):
         output.add(more)
+
+
+def _prompt_of(row: EvaluationRow) -> str:
+    """The text of the row's last user message.
+
+    Raises:
+        PromptError: it holds more than text.
+    """
+    last = next((m for m in reversed(row.messages) if m.role == "user"), None)
+    return "" if last is None else rollout.text_of(len(row.messages) - 1, last.content)
 
 
 async def _end_group(process: asyncio.subprocess.Process) -> None:
@@ -358,14 +371,20 @@ class _ProcessorAgent:
                     HOSTED_VLLM_API_BASE=session.shared_url, HOSTED_VLLM_API_KEY=session.shared_key
                 )
                 processor = _with_session_model(self._processor, session, self._model)
-                await asyncio.gather(*processor([row], config))
-            return Outcome()
+
+                async def run() -> list[EvaluationRow]:
+                    return list(await asyncio.gather(*processor([row], config)))
+
+                name = type(self._processor).__name__
+                rows = await call(run, what=name, seconds=2 * seconds)
         except TimeoutError:
             if not limit.expired():
                 raise
             return Outcome(is_late=True)
-        except Exception as error:  # noqa: BLE001 - a user's code and others', see Outcome.error
-            return Outcome(error=f"{type(error).__name__}: {text_of(error)}")
+        except EnvironmentFaultError as error:
+            return Outcome(error=str(error))
+        failed = next((one for one in rows if is_failure(one.rollout_status.code)), None)
+        return Outcome(error=None if failed is None else failed.rollout_status.message)
 
 
 _PASSED = frozenset({"temperature", "top_p", "max_tokens", "stop", "reasoning_effort", "stream"})
@@ -384,7 +403,12 @@ def _with_session_model(
     def with_model(config: Any) -> Any:
         from pydantic_ai.providers.openai import OpenAIProvider
 
-        agent = make_agent(config)
+        agent = copy.copy(make_agent(config))  # it may be one that all rollouts share
+        if agent.model is None or isinstance(agent.model, str):
+            raise TypeError(
+                f"the model of the Pydantic AI agent is {agent.model!r}: give it one of "
+                "OpenAIChatModel or OpenAIResponsesModel, which is then sent to the session"
+            )
         provider = OpenAIProvider(base_url=session.base_url, api_key=session.api_key)
         agent.model = type(agent.model)(model, provider=provider, settings=agent.model.settings)
         return agent

@@ -164,4 +164,7 @@ def _episode(done: SessionRecord, prompt: sampling.TokenIds, own: int | None) ->
 
 
 def _is_same(message: Message, other: Message) -> bool:
-    return message.role == other.role and rollout.text_of(0, message.content) == other.content
+    try:
+        return message.role == other.role and rollout.text_of(0, message.content) == other.content
+    except rollout.PromptError:  # images and the like, which no agent has sent
+        return False

@@ -137,10 +137,10 @@ class Gateway:
             self.app(), handler_cancellation=True, access_log=None, shutdown_timeout=1.0
         )
         await runner.setup()
+        self._runner = runner
         family = socket.AF_INET6 if ":" in self._host else socket.AF_INET
         listener = socket.create_server((self._host, self._port), family=family, backlog=2048)
         await web.SockSite(runner, listener).start()
-        self._runner = runner
         host = f"[{self._host}]" if ":" in self._host else self._host
         self.url = f"http://{host}:{listener.getsockname()[1]}"
 
@@ -288,8 +288,8 @@ class Gateway:
             logger.exception("a request of an agent failed")
             return error_response(api, own_fault(error))
 
-    def _session_of(self, request: web.Request, key: str) -> Session:
-        """The session that a request's key and address name.
+    def _session_of(self, request: web.Request, key: str, *, begins: bool = False) -> Session:
+        """The session that a request's key and address name; a model call may begin one by name.
 
         Raises:
             CallError: 401, they name none, or two.
@@ -298,7 +298,8 @@ class Gateway:
             return session
         path = request.match_info.get("session")
         if self._is_own_key(key):
-            session = self.named_session(path or "default")
+            name = path or "default"
+            session = self._sessions.get(name) or (self.begin_named(name) if begins else None)
         else:
             session = self._by_key.get(_hashed(key))
         if session is None or (path is not None and self._sessions.get(path) is not session):
@@ -310,10 +311,10 @@ class Gateway:
             )
         return session
 
-    def named_session(self, name: str) -> Session | None:
-        """The session of that name, for those who have the gateway's own key; None where there is
-        none, and the gateway makes none by name."""
-        return self._sessions.get(name)
+    def begin_named(self, name: str) -> Session | None:
+        """A session for those who have the gateway's own key and name it in the address; None where
+        the gateway begins none so."""
+        return None
 
     def _is_own_key(self, key: str) -> bool:
         return hmac.compare_digest(key.encode(errors="replace"), self.api_key.encode())
@@ -325,7 +326,7 @@ class Gateway:
             model, mark, key = call.model.rpartition(KEY_MARK)
             call = replace(call, model=model) if mark else call
             key = key if mark else self.api_key
-        session = self._session_of(request, key)
+        session = self._session_of(request, key, begins=True)
         announced = request.content_length or 0
         session.arrived(announced)
         body = await request.read()

@@ -96,7 +96,7 @@ class Session:
         """The limit that a call met, or what `end` was told."""
         self._is_over = False
         self.on_end: Callable[[], None] = lambda: None
-        """Called once it is over."""
+        """Called as it ends."""
 
     def openai(self) -> Any:
         """A client of the `openai` package: `AsyncOpenAI` inside a coroutine, else `OpenAI`."""
@@ -413,8 +413,8 @@ class Session:
         """No further call is answered; those that run are cancelled."""
         self._is_over = True
         self.ended_by = self.ended_by or stop_reason
-        await self._pending.cancel()
         self.on_end()
+        await self._pending.cancel()
 
     async def finish(self, stop_reason: str = "done") -> SessionRecord:
         """End it, and say what was sampled.

@@ -86,6 +86,7 @@ class StandaloneGateway(Gateway):
         """Of sessions that are open, by their address."""
         self._experiment_id = secrets.token_hex(8)
         """Of all rows that it writes: those with one row id are one prompt group."""
+        self._ending: set[asyncio.Task[dict[str, Any]]] = set()
         self._ended: dict[str, None] = {}
         """Names of sessions that have ended, the last `MOST_NAMES`."""
         self._unwritten: list[bytes] = []
@@ -100,16 +101,15 @@ class StandaloneGateway(Gateway):
             app.router.add_post(f"/s/{{session}}{prefix}/finish", self._finish)
         return app
 
-    def named_session(self, name: str) -> Session | None:
-        """The session of that name; it begins with its first call."""
-        session = super().named_session(name)
-        if session is None and name in self._ended:
+    def begin_named(self, name: str) -> Session:
+        """A session begins with its first call."""
+        if name in self._ended:
             raise CallError(
                 f"session {name!r} is over: POST /sessions opens another of that name",
                 status=403,
                 code="session_over",
             )
-        return session or self._begin(name, name, self.request.seed)
+        return self._begin(name, name, self.request.seed)
 
     def _begin(self, path: str, row_id: str, seed: int | None) -> Session:
         if not path.isascii() or not path.replace("-", "").replace("_", "").isalnum():
@@ -151,17 +151,25 @@ class StandaloneGateway(Gateway):
             raise CallError(f"there is no open session {path!r}", status=404)
         session = self._session_of(request, key)
         ending = _read(await request.read(), _Ending)
-        row = await self._end_session(path, session, "done", ending)
+        # Written also where the client does not wait for it.
+        task = asyncio.ensure_future(self._end_session(path, session, "done", ending))
+        self._ending.add(task)
+        task.add_done_callback(self._ending.discard)
+        row = await asyncio.shield(task)
         return web.Response(body=msgspec.json.encode(row), content_type="application/json")
 
     async def aclose(self) -> None:
         """End and write all sessions, and listen no more."""
+        await asyncio.gather(*self._ending, return_exceptions=True)
         for path, session in list(self._sessions.items()):
             try:
                 await self._end_session(path, session, "closed", _Ending())
-            except CallError as error:
-                self._say(str(error))
+            except Exception as error:  # noqa: BLE001 - the others are still to be written
+                self._say(text_of(error))
         await super().aclose()
+        if self._unwritten:
+            with contextlib.suppress(CallError):
+                self._write()
         if self._unwritten:
             self._say(
                 f"{_count(len(self._unwritten), 'row')} could not be written to {self._output}, "
@@ -245,8 +253,11 @@ class StandaloneGateway(Gateway):
         Raises:
             CallError: it cannot be; it is kept, and tried again with the next.
         """
-        assert self._output is not None  # noqa: S101 - narrows the type
         self._unwritten.append(msgspec.json.encode(row) + b"\n")
+        self._write()
+
+    def _write(self) -> None:
+        assert self._output is not None  # noqa: S101 - narrows the type
         try:
             _append(self._output, b"".join(self._unwritten))
         except OSError as error:

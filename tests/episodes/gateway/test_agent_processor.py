@@ -5,19 +5,22 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import socket
 import sys
 import textwrap
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import openai
 import pytest
-from eval_protocol.models import EvaluateResult, EvaluationRow
+from eval_protocol.models import EvaluateResult, EvaluationRow, Message, Status
 from eval_protocol.pytest.default_agent_rollout_processor import (
     AgentRolloutProcessor as EvalProtocolsAgent,
 )
+from eval_protocol.pytest.rollout_processor import RolloutProcessor
 
 from eval_protocol_rft import AgentRolloutProcessor, ascore_rows, score_each_completion
 from eval_protocol_rft.data._from_ep import from_row
@@ -331,3 +334,130 @@ async def test_each_rollout_is_scored_while_its_folder_is_there(tmp_path: Path) 
     for episode in record.episodes or ():
         assert not exists(episode.metrics["folder"])
         assert episode.metrics["scored_alive"]["by"].endswith("judge")
+
+
+async def test_a_function_that_hands_on_a_coroutine_blocks_no_one() -> None:
+    """As a decorator that is not `async` does."""
+    barrier = threading.Barrier(2)
+
+    async def blocking(row: EvaluationRow, session: Session) -> None:
+        barrier.wait(timeout=60)
+        tool_agent(row, _Blocking(session))
+
+    handing_on = lambda row, session: blocking(row, session)  # noqa: E731, PLW0108
+    (row,) = await rolled_out(handing_on, n=2)
+    assert len(record_of(row)) == 2
+
+
+class _Blocking:
+    """A session whose clients block."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    def openai(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=self._session.base_url, api_key=self._session.api_key)
+
+
+async def test_no_key_reaches_the_record_by_what_an_agent_says() -> None:
+    def telling(row: EvaluationRow, session: Session) -> Any:
+        tool_agent(row, session)
+        if "0" in str(row.messages[0].content):
+            raise ValueError(f"with {session.api_key}")
+        return {"used": session.api_key}
+
+    rows = await rolled_out(telling, n=1, rows=2)
+    told = [(record_of(row).episodes or ())[0].metrics for row in rows]
+    assert told[0]["agent_error"] == "telling() raised ValueError: with [key]"
+    assert told[1]["returned"] == {"used": "[key]"}
+
+
+async def test_what_a_command_leaves_running_is_not_waited_for() -> None:
+    script = f"{sys.executable} -c '{ASKS}'; sleep 1000 & exit 0"
+    (row,) = await rolled_out(["sh", "-c", script], n=1, limits=SessionLimits(seconds=500.0))
+    (episode,) = record_of(row).episodes or ()
+    assert episode.stop_reason == "done"
+
+
+class Processor(RolloutProcessor):
+    """One of Eval Protocol's kind, which asks once and then does what a test says."""
+
+    def __init__(self, end: Callable[[EvaluationRow], None]) -> None:
+        self.end = end
+        self.hooks: list[str] = []
+
+    def setup(self) -> None:
+        self.hooks.append("setup")
+
+    async def acleanup(self) -> None:
+        self.hooks.append("acleanup")
+
+    def __call__(self, rows: Any, config: Any) -> Any:
+        async def run(row: EvaluationRow) -> EvaluationRow:
+            params = config.completion_params
+            base_url, key = params["base_url"], params["api_key"]
+            async with openai.AsyncOpenAI(base_url=base_url, api_key=key) as client:
+                said = [{"role": "user", "content": "hi"}]
+                await client.chat.completions.create(model="m", messages=said)
+            self.end(row)
+            return row
+
+        return [asyncio.create_task(run(row)) for row in rows]
+
+
+def cancels(row: EvaluationRow) -> None:
+    raise asyncio.CancelledError
+
+
+def fails(row: EvaluationRow) -> None:
+    row.rollout_status = Status.rollout_internal_error("went wrong")
+
+
+@pytest.mark.parametrize(("end", "error"), [(cancels, "CancelledError"), (fails, "went wrong")])
+async def test_a_processors_own_end_is_its_rollouts(end: Any, error: str) -> None:
+    model = Model(lambda prompt: "Yes.")
+    inner = Processor(end)
+    processor = processor_of(inner, model)
+    processor.setup()
+    params = {"model": "policy", "n": 2}
+    config = config_of(params, steps=8, server_script_path="server.py", kwargs={"port": 1})
+    (row,) = await asyncio.gather(*processor([row_of()], config))
+    await processor.acleanup()
+    assert inner.hooks == ["setup", "acleanup"]
+    for episode in record_of(row).episodes or ():
+        assert episode.stop_reason == "crashed"
+        assert error in episode.metrics["agent_error"]
+
+
+async def test_a_row_with_an_image_that_the_agent_does_not_send_is_kept() -> None:
+    def wordy(row: EvaluationRow, session: Session) -> None:
+        said = [{"role": "user", "content": "What is in the picture?"}]
+        session.openai().chat.completions.create(model="m", messages=said)
+
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+    processor = processor_of(wordy, Model(lambda prompt: "A cat."))
+    row = EvaluationRow(messages=[Message(role="user", content=[image])])
+    row.input_metadata.row_id = "row"
+    (row,) = await asyncio.gather(*processor([row], config_of({"model": "policy"})))
+    await processor.acleanup()
+    assert [m.content for m in row.messages] == ["What is in the picture?", "A cat."]
+
+
+async def test_a_gateway_that_cannot_start_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, failures = socket.create_server, [OSError(24, "Too many open files")]
+
+    def create_server(*arguments: Any, **named: Any) -> Any:
+        if failures:
+            raise failures.pop()
+        return real(*arguments, **named)
+
+    model = tool_model()
+    processor = processor_of(tool_agent, model)
+    config = config_of({"model": "policy"})
+    with monkeypatch.context() as patched:
+        patched.setattr(socket, "create_server", create_server)
+        with pytest.raises(RolloutError, match="Too many open files"):
+            await asyncio.gather(*processor([row_of()], config))
+        (row,) = await asyncio.gather(*processor([row_of()], config))
+    await processor.acleanup()
+    assert len(record_of(row)) == 1
