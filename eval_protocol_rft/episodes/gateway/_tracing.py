@@ -40,6 +40,12 @@ MOST_LOGS = 256
 """Log entries of a rollout; the oldest go first."""
 MOST_LOG_BYTES = 64 * 1024
 """Of one entry; what is longer is refused."""
+MOST_KEPT_LOG_BYTES = 64 * 1024 * 1024
+"""Of the entries of all rollouts, each with `LOG_ENTRY_BYTES`; the oldest go first."""
+LOG_ENTRY_BYTES = 1024
+"""What an entry takes beside its text."""
+MOST_TAG_LENGTH = 1024
+"""Of a log entry's tag that tells an id, in characters; what is longer is refused."""
 
 _RUNNING = 101
 _UNAVAILABLE = 14
@@ -70,7 +76,7 @@ class Rollout:
 
     rollout_id: str
     tags: tuple[str, ...]
-    """`NAME:ID` of all ids that were told."""
+    """`NAME:ID` of the ids that were told, one of a name: a call's, or else the first log's."""
     session: Session | None = None
     """None where no model call has come yet."""
     logs: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=MOST_LOGS))
@@ -94,6 +100,9 @@ class RolloutStore:
         self._bare: OrderedDict[str, None] = OrderedDict()
         """Those that only logs told of, for which no key is needed."""
         self._dropped: list[Session] = []
+        self._logs: deque[tuple[dict[str, Any], int, list[deque[dict[str, Any]]]]] = deque()
+        """Entries with their bytes and the logs that they are in, the oldest first."""
+        self._log_bytes = 0
 
     def __len__(self) -> int:
         return len(self._rollouts)
@@ -124,7 +133,7 @@ class RolloutStore:
         """Take a log entry in, for each rollout that its tags name; without one it is not kept.
 
         Raises:
-            CallError: it is none, or too long.
+            CallError: it is none, or too long, or one of its ids is.
         """
         if len(body) > MOST_LOG_BYTES:
             raise CallError(f"a log entry has at most {MOST_LOG_BYTES} bytes", status=413)
@@ -132,17 +141,23 @@ class RolloutStore:
             log = msgspec.json.decode(body, type=_Log)
         except msgspec.MsgspecError as error:
             raise CallError(f"no log entry: {error}") from error
+        ids = [tag for tag in log.tags if tag.partition(":")[0] in IDS]
+        if any(len(tag) > MOST_TAG_LENGTH for tag in ids):
+            raise CallError(f"a tag with an id has at most {MOST_TAG_LENGTH} characters")
         entry = {
             "timestamp": (log.extras or {}).get("timestamp") or _timestamp(time.time()),
             "severity": log.severity or (log.extras or {}).get("level") or "INFO",
             **{name: getattr(log, name) for name in ("message", "tags", "status", "extras")},
         }
-        for rollout_id in dict.fromkeys(_named(log.tags, "rollout_id")):
-            rollout = self._heard(rollout_id, now)
-            rollout.logs.appendleft(entry)
-            rollout.tags = tuple(dict.fromkeys((*rollout.tags, *_own_tags(log.tags, rollout_id))))
+        rollouts = [self._heard(one, now) for one in dict.fromkeys(_named(ids, "rollout_id"))]
+        for rollout in rollouts:
+            # What was told first stays, so there are no more tags than names.
+            told = {tag.partition(":")[0]: tag for tag in (*reversed(ids), *rollout.tags)}
+            rollout.tags = tuple(told[name] for name in IDS if name in told)
             if log.status is not None:
                 rollout.code, rollout.is_told = log.status.code, False
+        if rollouts:
+            self._keep(entry, len(body), rollouts)
 
     def status(self, rollout_id: str, *, now: float) -> dict[str, Any]:
         """What `GET /v1/status` answers: null while nothing was logged, 101 while it runs.
@@ -157,7 +172,7 @@ class RolloutStore:
             failure = rollout.session.failure if rollout.session is not None else None
             if failure is not None and rollout.code in _SUCCESSES:
                 rollout.code = _UNAVAILABLE
-                rollout.logs.appendleft(_failed(rollout, failure))
+                self._keep(_failed(rollout, failure), len(failure.message), [rollout])
             code, rollout.is_told = rollout.code, rollout.code not in (None, _RUNNING)
         status = None if code is None else {"code": code}
         return {"rollout_id": rollout_id, "status": status, "extras": None}
@@ -165,26 +180,34 @@ class RolloutStore:
     def entries(
         self, tags: Sequence[str], tell: Callable[[Session], Mapping[str, Any]], *, limit: int = 100
     ) -> list[dict[str, Any]]:
-        """What `GET /logs` answers, the newest first: entries that have all of `tags`. Where the
-        newest status ends a rollout well, its extras hold what `tell` says of the session, and its
-        metrics under `GATEWAY_KEY`: Eval Protocol puts extras on the row.
+        """What `GET /logs` answers, the newest first: entries that have all of `tags`, of which one
+        at least tells an id. Where `tags` name the rollout and its newest status ends it well, the
+        extras of this hold what `tell` says of the session, and its metrics under `GATEWAY_KEY`:
+        Eval Protocol puts extras on the row. Other ids do not do: an agent's own address has those
+        that it shares with other rollouts.
 
         A failure that was told, and is looked up now, has been heard of: the processor raises, and
         Eval Protocol may roll the row out again under the same id. It must not hear the same status
         again, so the rollout begins anew.
         """
         found = []
-        for rollout in self._with(tags):
+        is_named = any(_named(tags, "rollout_id"))
+        for rollout in self._with([tag for tag in tags if tag.partition(":")[0] in IDS]):
             own = [entry for entry in rollout.logs if set(tags) <= set(entry["tags"])]
             last = next((entry for entry in own if entry["status"] is not None), None)
-            if last is not None and rollout.session is not None and rollout.code in _SUCCESSES:
+            if (
+                is_named
+                and last is not None
+                and rollout.session is not None
+                and rollout.code in _SUCCESSES
+            ):
                 told = {**tell(rollout.session), GATEWAY_KEY: rollout.session.metrics()}
                 whole = {**last, "extras": {**(last["extras"] or {}), **told}}
                 own = [whole if entry is last else entry for entry in own]
             found += own
-            if rollout.is_told and rollout.code not in _SUCCESSES:
+            if is_named and rollout.is_told and rollout.code not in _SUCCESSES:
                 self._restart(rollout)
-        return found[: max(limit, 0)]
+        return found[:limit]
 
     def paths(
         self, tags: Sequence[str], *, is_final: bool, now: float
@@ -213,6 +236,21 @@ class RolloutStore:
         if named:
             among = filter(None, map(self._rollouts.get, named[:1]))
         return [rollout for rollout in among if wanted <= set(rollout.tags)]
+
+    def _keep(self, entry: dict[str, Any], size: int, rollouts: Sequence[Rollout]) -> None:
+        """Keep a log entry of `size` bytes, and let the oldest ones go that there is no room for.
+        Those of rollouts that are dropped meanwhile count until then."""
+        for rollout in rollouts:
+            rollout.logs.appendleft(entry)
+        size += LOG_ENTRY_BYTES
+        self._logs.append((entry, size, [rollout.logs for rollout in rollouts]))
+        self._log_bytes += size
+        while self._log_bytes > MOST_KEPT_LOG_BYTES:
+            oldest, size, holders = self._logs.popleft()
+            self._log_bytes -= size
+            for logs in holders:
+                if logs and logs[-1] is oldest:
+                    logs.pop()
 
     def _heard(self, rollout_id: str, now: float) -> Rollout:
         rollout = self._rollouts.get(rollout_id)
@@ -318,12 +356,6 @@ def _failed(rollout: Rollout, failure: Failure) -> dict[str, Any]:
 
 def _named(tags: Sequence[str], name: str) -> Iterable[str]:
     return (tag.partition(":")[2] for tag in tags if tag.partition(":")[0] == name)
-
-
-def _own_tags(tags: Sequence[str], rollout_id: str) -> list[str]:
-    """Of a log entry for several rollouts, the tags that are this one's."""
-    own = f"rollout_id:{rollout_id}"
-    return [tag for tag in tags if tag == own or not tag.startswith("rollout_id:")]
 
 
 def _timestamp(seconds: float) -> str:

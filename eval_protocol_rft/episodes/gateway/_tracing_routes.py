@@ -29,6 +29,8 @@ _BEFORE = "/{before:(?:/|v1/)?(?:project_id/[^/]+/)?}"
 _IDS = "/".join(f"{name}/{{{name}}}" for name in IDS[:-1]) + "/row_id/{row_id:.+?}"
 ROLLOUT_PATH = f"{_BEFORE}{_IDS}{{base_url:(?:/encoded_base_url/[^/]+)?}}"
 """Of a rollout, before what its client adds. `{before}` may be empty."""
+_MOST_DIGITS = 6
+"""Of a limit."""
 
 
 class TracingRoutes:
@@ -123,8 +125,9 @@ class TracingRoutes:
     async def _logs(self, request: web.Request) -> web.Response:
         self._check_key(request, is_open=self._is_open)
         limit = request.query.get("limit", "100")
-        most = int(limit) if limit.isdecimal() else 100
-        entries = self.store.entries(_tags(request), self._tell, limit=most)
+        if not limit.isdecimal() or len(limit) > _MOST_DIGITS:
+            raise CallError(f"limit is a number of at most {_MOST_DIGITS} digits", param="limit")
+        entries = self.store.entries(_tags(request), self._tell, limit=int(limit))
         self._end_dropped()
         return _json({"entries": entries})
 

@@ -456,6 +456,72 @@ def test_a_rollouts_logs_are_bounded():
     assert found[0]["message"] == str(tracing.MOST_LOGS + 9)
 
 
+def test_a_rollout_is_told_of_only_to_who_names_it():
+    async def work(client: Client) -> None:
+        for one in ("r1", "r2"):
+            await client.call(*ASKED, ids={**IDS, "rollout_id": one})
+            tags = [f"rollout_id:{one}", "experiment_id:experiment-1", "of:mine"]
+            body = {"tags": tags, "message": one, "status": {"code": 100}, "extras": {"own": 1}}
+            assert (await client.post("/logs", body, key="None"))[0] == 200
+        _, reply = await client.get("/logs", tags="experiment_id:experiment-1", key="None")
+        assert [entry["extras"] for entry in reply["entries"]] == [{"own": 1}] * 2
+        (entry,) = await client.logs("r2")
+        assert {"own", "gateway", "trajectories"} <= set(entry["extras"])
+        _, reply = await client.get("/logs?tags=rollout_id:r2&tags=of:mine")
+        assert [entry["message"] for entry in reply["entries"]] == ["r2"]
+
+    with_gateway(work)
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    [("0", 0), ("1", 1), ("999999", 2), ("1000000", None), ("9" * 5000, None), ("-1", None)],
+)
+def test_a_limit_is_a_number_of_six_digits(limit: str, expected: int | None):
+    async def work(client: Client) -> None:
+        await client.log(101)
+        await client.log(101)
+        status, reply = await client.get("/logs", tags="rollout_id:rollout-1", limit=limit)
+        if expected is None:
+            assert (status, reply["error"]["param"]) == (400, "limit")
+        else:
+            assert (status, len(reply["entries"])) == (200, expected)
+
+    with_gateway(work)
+
+
+def test_a_rollout_takes_one_tag_of_an_id_from_logs_and_no_others():
+    made = Sessions()
+    for number in range(50):
+        tags = ["rollout_id:r1", f"run_id:{number}", f"x{number}:y", "rollout_id:other"]
+        made.store.log(json.dumps({"tags": tags}).encode(), now=0.0)
+    assert made.store._rollouts["r1"].tags == ("rollout_id:r1", "run_id:0")
+    made.begin(1, now=0.0)
+    made.store.log(json.dumps({"tags": ["rollout_id:r1", "run_id:z"]}).encode(), now=0.0)
+    expected = {**IDS, "rollout_id": "r1"}
+    assert made.store._rollouts["r1"].tags == tuple(f"{n}:{i}" for n, i in expected.items())
+    with pytest.raises(CallError, match="at most"):
+        made.store.log(json.dumps({"tags": ["run_id:" + "x" * 2000]}).encode(), now=0.0)
+
+
+def test_logs_of_all_rollouts_are_kept_within_bytes_and_the_oldest_go_first(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(tracing, "MOST_KEPT_LOG_BYTES", 4 * (tracing.LOG_ENTRY_BYTES + 1000))
+    store = RolloutStore()
+    for number in range(9):
+        tags = ["run_id:n", f"rollout_id:r{number % 3}", f"rollout_id:s{number}"]
+        body = {"tags": tags, "message": str(number)}
+        store.log(json.dumps(body).encode().ljust(1000), now=0.0)
+
+    def kept(rollout_id: str) -> list[str]:
+        found = store.entries([f"rollout_id:{rollout_id}"], lambda _: {})
+        return [entry["message"] for entry in found]
+
+    assert [kept(f"r{number}") for number in range(3)] == [["6"], ["7"], ["8", "5"]]
+    assert [len(kept(f"s{number}")) for number in range(9)] == [0] * 5 + [1] * 4
+
+
 def test_what_was_fetched_is_dropped_first(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(tracing, "MOST_FETCHED", 2)
 
