@@ -9,6 +9,7 @@ requests and answer the same calls once more.
 from __future__ import annotations
 
 import os
+import re
 from typing import Any
 
 
@@ -46,6 +47,14 @@ def text_of(value: object) -> str:
     # It is the user's: it raises whatever its expressions raise.
     except Exception as error:  # noqa: BLE001
         return f"({type(value).__name__}, whose text raised {type(error).__name__})"
+
+
+_URL_USER = re.compile(r"(?<=://)[^/?#\s]+@")
+
+
+def without_url_users(text: str) -> str:
+    """The text with `user:password@` cut out of its URLs."""
+    return _URL_USER.sub("", text)
 
 
 def visible(text: str) -> str:

@@ -155,6 +155,63 @@ async def test_spaces_of_numbers_take_json() -> None:
     assert record_of(row).rewards == [0.5]
 
 
+class Echo(gymnasium.Env):  # type: ignore[misc, name-defined]
+    """Shows the last action; ends after it."""
+
+    observation_space = gymnasium.spaces.Discrete(9)
+
+    def __init__(self, space: Any) -> None:
+        self.action_space = space
+
+    def reset(self, *, seed: Any = None, options: Any = None) -> Any:
+        super().reset(seed=seed)
+        return "begin", {}
+
+    def step(self, action: Any) -> Any:
+        return "end", float(np.sum(action)), True, False, {}
+
+
+@pytest.mark.parametrize(
+    ("names", "answer", "action"),
+    [
+        (("turn", "turn left", "stop"), "I will turn left", 1),
+        (("turn", "turn left", "stop"), "Turn LEFT, no: turn.", 0),
+        (("<", "^", ">"), "I go >", 2),
+        (("<", "^", ">"), "> or rather ^.", 1),
+        (("+", "++", "-"), "well-known: ++", 1),
+    ],
+)
+async def test_an_answer_means_the_name_that_it_says(
+    names: tuple[str, ...], answer: str, action: int
+) -> None:
+    space = gymnasium.spaces.Discrete(3)
+    row, _ = await roll_out(
+        lambda: GymnasiumEnvironment(lambda: Echo(space), actions=names), saying(answer)
+    )
+    assert record_of(row).rewards == [float(action)]
+
+
+@pytest.mark.parametrize(
+    ("space", "answer", "problem"),
+    [
+        (gymnasium.spaces.Box(0, 9, (2,), np.int64), "[1.7, 2]", "give whole numbers"),
+        (gymnasium.spaces.MultiDiscrete([3, 3]), "[1.0, 1e-9]", "give whole numbers"),
+        (gymnasium.spaces.Discrete(3), "1.2", "give a whole number from 0 to 2"),
+        (gymnasium.spaces.Box(0, 9, (2,), np.int64), "[" * 3000, "it is nested too deeply"),
+    ],
+)
+async def test_no_answer_is_made_an_action_that_it_is_not(
+    space: Any, answer: str, problem: str
+) -> None:
+    row, _ = await roll_out(
+        lambda: GymnasiumEnvironment(lambda: Echo(space)),
+        saying(answer, "1" if space.shape == () else "[1.0, 2]"),
+        params={"max_tokens": 4000},
+    )
+    assert seen(row)[1] == f"That is no action: {problem}"
+    assert record_of(row).rewards == [1.0 if space.shape == () else 3.0]
+
+
 async def test_an_environment_that_raises_costs_its_episode() -> None:
     with pytest.raises(RolloutError, match="NoSuchLake"):
         await roll_out(lambda: GymnasiumEnvironment("NoSuchLake-v0"), saying("1"))

@@ -25,6 +25,7 @@ from eval_protocol_rft import score_each_completion
 from eval_protocol_rft.data._dataset import RolloutDataset
 from eval_protocol_rft.data._files import JobError
 from eval_protocol_rft.data._generate import agenerate
+from eval_protocol_rft.episodes import _mcp
 from eval_protocol_rft.episodes._episode_processor import EpisodeRolloutProcessor
 from eval_protocol_rft.episodes._mcp import McpServers
 from eval_protocol_rft.episodes._mcp_config import McpServerError, read_config
@@ -152,6 +153,43 @@ async def test_a_shared_server_that_died_is_started_for_the_next_episode(pids: P
     await shared.aclose()
 
 
+async def test_a_shared_server_that_hung_as_it_started_is_started_for_the_next_episode(
+    pids: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mended = tmp_path / "mended"
+    script = (
+        "import os, runpy, sys\n"
+        f"if not os.path.exists({str(mended)!r}):\n"
+        "    sys.exit(len(sys.stdin.read()))\n"
+        f"sys.argv[1:] = [{str(pids)!r}]\n"
+        f"runpy.run_path({str(SERVER)!r}, run_name='__main__')"
+    )
+    slow = {"command": sys.executable, "args": ["-c", script]}
+    shared = McpServers({"mcpServers": {"slow": slow}})
+    with monkeypatch.context() as patched:
+        patched.setattr(_mcp, "_STARTING_SECONDS", 0.5)
+        waiting = await asyncio.gather(shared.tools(), shared.tools(), return_exceptions=True)
+    said = "the MCP server 'slow' cannot be used: it did not answer within 0.5 s of its start"
+    assert list(map(str, waiting)) == [said, said]
+    mended.touch()
+    assert await shared.tools()
+    await shared.aclose()
+
+
+async def test_a_shared_server_that_hangs_is_started_for_the_next_episode(
+    pids: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = McpServers(config_of(pids))
+    await shared.tools()
+    (first,) = living(pids)
+    os.kill(first, signal.SIGSTOP)
+    monkeypatch.setattr(_mcp, "_PING_SECONDS", 0.1)
+    monkeypatch.setattr("mcp.client.stdio.PROCESS_TERMINATION_TIMEOUT", 0.1)
+    assert await shared.tools()
+    assert first not in living(pids)
+    await shared.aclose()
+
+
 async def test_a_server_that_cannot_be_used_costs_its_episode_and_says_why(pids: Path) -> None:
     script = "import sys; print('out of order', file=sys.stderr); sys.exit(1)"
     broken = {"mcpServers": {"broken": {"command": sys.executable, "args": ["-c", script]}}}
@@ -178,6 +216,7 @@ class Refusing(BaseHTTPRequestHandler):
 
 async def test_no_error_tells_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("THE_KEY", "hunter2-key")
+    monkeypatch.setenv("TOKEN", "hunter2-needed")
     script = "import os, sys; print(os.environ['TOKEN'], file=sys.stderr); sys.exit(1)"
     with ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -185,12 +224,16 @@ async def test_no_error_tells_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
         servers = (
             {"url": url, "authorization": "Bearer ${THE_KEY}"},
             {"command": sys.executable, "args": ["-c", script], "env": {"TOKEN": "hunter2-env"}},
+            {"command": sys.executable, "args": ["-c", script], "env": ["TOKEN"]},
+            {"url": url.replace("://", "://u:pw@")},
+            {"url": url.replace("://", "://hunter2user:hunter2%2Fpass@")},
         )
         for one in servers:
             config = {"mcpServers": {"secret": one}}
             with pytest.raises(RolloutError, match="'secret' cannot be used") as caught:
                 await roll_out(lambda config=config: ToolLoop(mcp=config), calling())
             assert "hunter2" not in str(caught.value)
+            assert "u:pw" not in str(caught.value)
         server.shutdown()
 
 
@@ -337,6 +380,7 @@ print(len(asyncio.run(servers.tools())))
         ("[]", "is none"),
         ('{"servers": {}}', "mcpServers"),
         ('{"mcpServers": {"a": {}}}', "'a' needs either a command or a url"),
+        ('{"mcpServers": {"a": {"url": "http://[a"}}}', "the url of MCP server 'a' is none"),
         ('{"mcpServers": {"a": {"command": 1}}}', "Expected `str"),
     ],
 )

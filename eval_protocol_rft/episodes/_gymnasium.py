@@ -151,12 +151,16 @@ class _Space:
 
     def _last_in(self, text: str) -> Any:
         if self._names is not None:
-            pattern = "|".join(map(re.escape, self._names))
-            found = re.findall(rf"\b(?:{pattern})\b", text, re.IGNORECASE)
+            # The longest first: "turn left" is no "turn". Names may be symbols, which have no \b.
+            names = sorted(self._names, key=len, reverse=True)
+            pattern = "|".join(map(re.escape, names))
+            found = re.findall(rf"(?<!\w)(?:{pattern})(?!\w)", text, re.IGNORECASE)
             return found[-1] if found else None
         if self._numbers is not None:
-            found = re.findall(r"-?\d+", text)
-            return int(found[-1]) if found and len(found[-1]) < 19 else None
+            found = re.findall(r"-?\d+(?:\.\d+)?", text)
+            if not found or "." in found[-1] or len(found[-1]) >= 19:
+                return None
+            return int(found[-1])
         decoder = json.JSONDecoder()
         value, end = None, 0
         for start in (match.start() for match in re.finditer(r"[\[{\-\d]", text)):
@@ -165,6 +169,8 @@ class _Space:
                     value, end = decoder.raw_decode(text, start)
                 except ValueError:
                     continue
+                except RecursionError as error:
+                    raise ValueError("it is nested too deeply") from error
         return value
 
     def _member(self, value: Any) -> Any:
@@ -173,9 +179,11 @@ class _Space:
         space = self._space
         if isinstance(value, list | int | float) and getattr(space, "dtype", None) is not None:
             try:
-                value = np.asarray(value, space.dtype)
+                given, value = np.asarray(value), np.asarray(value, space.dtype)
             except (ValueError, OverflowError) as error:
                 raise ValueError(str(error)) from error
+            if value.dtype.kind in "iu" and given.dtype.kind == "f" and (given != value).any():
+                raise ValueError("give whole numbers")
         if not space.contains(value):
             raise ValueError(f"give JSON of a member of {space}")
         return value

@@ -18,7 +18,7 @@ import threading
 from collections.abc import AsyncIterator, Coroutine, Mapping
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
-from eval_protocol_rft._text import text_of
+from eval_protocol_rft._text import text_of, without_url_users
 from eval_protocol_rft.episodes._mcp_config import (
     Config,
     McpServerError,
@@ -34,6 +34,11 @@ if TYPE_CHECKING:
     from mcp.types import CallToolResult, Tool
 
 T = TypeVar("T")
+_STARTING_SECONDS = 30.0
+"""A server has, from its start until its tools are listed. One that hangs is ended then, and the
+next episode starts it anew; so it is less than an episode waits for its environment."""
+_PING_SECONDS = 20.0
+"""A server that others use has to answer a ping; longer than most of its calls keep it busy."""
 _ENDING_SECONDS = 10.0
 """A server has to end; the client itself ends one by force after four."""
 _SHOWN = 500
@@ -169,9 +174,11 @@ class _Server:
             if not await self._lives():
                 await self.close()
                 self._open()
-            # Whoever waits may be cancelled; the others go on waiting.
-            await asyncio.shield(self._opened)
-            return self._tools
+            opened = self._opened
+        # Whoever waits may be cancelled; the others go on waiting. They share one start, failed or
+        # not: behind the lock each would wait for one of its own.
+        await asyncio.shield(opened)
+        return self._tools
 
     async def _lives(self) -> bool:
         import anyio
@@ -181,10 +188,11 @@ class _Server:
             return False
         if self._session is not None:
             try:
-                await self._session.send_ping()
+                async with asyncio.timeout(_PING_SECONDS):
+                    await self._session.send_ping()
             except mcp.McpError as error:  # one that knows no pings has answered too
                 return error.error.code != mcp.types.CONNECTION_CLOSED
-            except (anyio.ClosedResourceError, anyio.BrokenResourceError):
+            except (anyio.ClosedResourceError, anyio.BrokenResourceError, TimeoutError):
                 return False
         return True
 
@@ -207,7 +215,7 @@ class _Server:
         """An error that goes on record, without what the configuration keeps secret."""
         for secret in sorted(secrets_of(self.settings), key=len, reverse=True):
             message = message.replace(secret, "***")
-        return McpServerError(message)
+        return McpServerError(without_url_users(message))
 
     async def close(self) -> None:
         holding, self._holding = self._holding, None
@@ -232,15 +240,18 @@ class _Server:
         """Have a session until it is closed."""
         import mcp
 
+        starting = asyncio.timeout(_STARTING_SECONDS)
         with tempfile.TemporaryFile("w+", errors="replace") as stderr:
             try:
                 async with (
+                    starting,
                     _streams(self.name, self.settings, stderr) as (read, write),
                     mcp.ClientSession(read, write) as session,
                 ):
                     await session.initialize()
                     self._tools = await _all_tools(session)
                     self._session = session
+                    starting.reschedule(None)
                     if not opened.done():
                         opened.set_result(None)
                     await stop.wait()
@@ -248,7 +259,10 @@ class _Server:
             except Exception as error:  # noqa: BLE001
                 self._is_dead = True
                 if not opened.done():
-                    message = f"the MCP server {self.name!r} cannot be used: {_reason(error)}"
+                    reason = _reason(error)
+                    if starting.expired():
+                        reason = f"it did not answer within {_STARTING_SECONDS:g} s of its start"
+                    message = f"the MCP server {self.name!r} cannot be used: {reason}"
                     opened.set_exception(self._error(message + _last_words(stderr)))
             finally:
                 self._session = None

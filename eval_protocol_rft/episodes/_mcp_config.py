@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import msgspec
 
@@ -68,6 +68,10 @@ def read_config(config: Config) -> dict[str, ServerSettings]:
     for name, server in servers.items():
         if (server.command is None) == (server.url is None):
             raise McpServerError(f"MCP server {name!r} needs either a command or a url")
+        try:
+            urlsplit(server.url or "")
+        except ValueError as error:
+            raise McpServerError(f"the url of MCP server {name!r} is none: {error}") from error
     return servers
 
 
@@ -102,11 +106,17 @@ def filled_in(text: str, server: str) -> str:
 
 
 def secrets_of(settings: ServerSettings) -> set[str]:
-    """What may be a key: values of headers and of variables that it sets, and the URL's query."""
+    """What may be a key: values of headers and of variables that it sets or needs, and the URL's
+    user, password and query."""
     values = [*settings.headers.values(), settings.authorization or ""]
     if isinstance(settings.env, Mapping):
         values += settings.env.values()
-    values += urlsplit(settings.url or "").query.split("&")
+    else:
+        values += [os.environ.get(name, "") for name in settings.env]
+    url = urlsplit(settings.url or "")
+    for part in (url.username or "", url.password or ""):
+        values += (part, unquote(part))
+    values += url.query.split("&")
     for value in list(values):
         with contextlib.suppress(McpServerError):
             values.append(filled_in(value, ""))

@@ -9,6 +9,7 @@ of the episode with the server's words.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 
 from eval_protocol_rft._errors import EvalProtocolRftError
+from eval_protocol_rft._text import without_url_users
 from eval_protocol_rft.episodes._environment import Step
 from eval_protocol_rft.episodes._played import (
     Outcome,
@@ -77,7 +79,8 @@ class OpenEnvEnvironment(Played):
         scheme, separator, place = url.rstrip("/").partition("://")
         scheme = {"ws": "http", "wss": "https"}.get(scheme, scheme)
         if scheme not in ("http", "https") or not separator:
-            raise ValueError(f"{url!r} is no URL of an OpenEnv server: http://HOST:PORT")
+            shown = url.rpartition("@")[2]
+            raise ValueError(f"{shown!r} is no URL of an OpenEnv server: http://HOST:PORT")
         self._url = f"{scheme}://{place}/ws"
         self._render, self._options = render, options
         self._client: aiohttp.ClientSession | None = None
@@ -94,7 +97,7 @@ class OpenEnvEnvironment(Played):
                 proxy=proxy_for(self._url),
             )
         except (aiohttp.ClientError, OSError) as error:
-            raise OpenEnvError(f"{self._url} cannot be reached: {error}") from error
+            raise self._error(f"{self._url} cannot be reached: {error}") from error
         begun = await self._ask("reset", {"seed": group_seed, **self._options})
         return [{"role": "user", "content": self._render(begun.get("observation"))}]
 
@@ -118,18 +121,29 @@ class OpenEnvEnvironment(Played):
         return self._step(turn)
 
     async def close(self) -> None:
-        if self._socket is not None and not self._socket.closed:
-            await self._socket.send_json({"type": "close"})
-            await self._socket.close()
-        if self._client is not None:
-            await self._client.close()
+        try:
+            if self._socket is not None and not self._socket.closed:
+                with contextlib.suppress(aiohttp.ClientError, OSError):  # the server went away
+                    await self._socket.send_json({"type": "close"})
+                await self._socket.close()
+        finally:
+            if self._client is not None:
+                await self._client.close()
+
+    def _error(self, message: str) -> OpenEnvError:
+        """An error that goes on record, without the URL's user and password."""
+        return OpenEnvError(without_url_users(message))
 
     async def _ask(self, kind: str, data: Any) -> dict[str, Any]:
         assert self._socket is not None  # noqa: S101 - reset opened it
-        await self._socket.send_str(json.dumps({"type": kind, "data": data}))
-        reply = await self._socket.receive()
+        question = json.dumps({"type": kind, "data": data})
+        try:
+            await self._socket.send_str(question)
+            reply = await self._socket.receive()
+        except (aiohttp.ClientError, OSError) as error:
+            raise self._error(f"{self._url} closed the session: {error}") from error
         if reply.type is not aiohttp.WSMsgType.TEXT:
-            raise OpenEnvError(f"{self._url} closed the session: {reply.extra or reply.data}")
+            raise self._error(f"{self._url} closed the session: {reply.extra or reply.data}")
         answer = json.loads(reply.data)
         if answer.get("type") == "error":
             said = answer.get("data") or {}

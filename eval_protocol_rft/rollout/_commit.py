@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from eval_protocol_rft import sampling
 from eval_protocol_rft._segments import turn_trace
+from eval_protocol_rft._text import without_url_users
 from eval_protocol_rft._turn_payloads import turn_payloads
 from eval_protocol_rft.local import LoadedTokenizer
 from eval_protocol_rft.record import RecordError, RolloutRecord, SamplingRecord
@@ -282,7 +283,6 @@ VOCABULARY_TOKENS = frozenset(
 
 _WORD_START = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 _NOT_A_WORD = re.compile(r"[^a-z0-9]+")
-_URL_USER = re.compile(r"(?<=://)[^/?#@\s]+@")
 
 
 def is_secret_key(key: str) -> bool:
@@ -322,4 +322,4 @@ def _clean_text(text: str) -> str:
             return text
         cleaned = redact_params(parsed)
         return text if cleaned == parsed else json.dumps(cleaned)
-    return _URL_USER.sub("", text)
+    return without_url_users(text)
