@@ -463,7 +463,9 @@ def test_a_rollout_is_told_of_only_to_who_names_it():
             tags = [f"rollout_id:{one}", "experiment_id:experiment-1", "of:mine"]
             body = {"tags": tags, "message": one, "status": {"code": 100}, "extras": {"own": 1}}
             assert (await client.post("/logs", body, key="None"))[0] == 200
-        _, reply = await client.get("/logs", tags="experiment_id:experiment-1", key="None")
+        status, _ = await client.get("/logs", tags="experiment_id:experiment-1", key="None")
+        assert status == 401  # it would name the others
+        _, reply = await client.get("/logs", tags="experiment_id:experiment-1")
         assert [entry["extras"] for entry in reply["entries"]] == [{"own": 1}] * 2
         (entry,) = await client.logs("r2")
         assert {"own", "gateway", "trajectories"} <= set(entry["extras"])
