@@ -188,6 +188,7 @@ def episodes(draw: st.DrawFn, last: str | None) -> dict[str, Any]:
         "metrics": draw(JSON_OBJECTS),
         "messages": draw(_MESSAGES | st.lists(_ODD_MESSAGES, max_size=3)),
         "row_messages": draw(st.none() | st.integers(0, 3)),
+        "prompt_ids": None,  # its row's own, in a file
     }
 
 

@@ -8,6 +8,7 @@ conversation, message by message, and builds the segments from what went over th
 from __future__ import annotations
 
 import asyncio
+import inspect
 import json
 import re
 from collections.abc import Sequence
@@ -590,9 +591,13 @@ class HttpDriver(Driver):
             "responses": self.clients[0].responses,
             "messages": self.clients[1].messages,
         }
+        create = apis[op.style.protocol].create
+        known = inspect.signature(create).parameters
+        fields = json.loads(body)
+        more = {name: fields.pop(name) for name in list(fields) if name not in known}
         try:
             reply = await apis[op.style.protocol].with_raw_response.create(
-                **json.loads(body), extra_headers=headers
+                **fields, extra_body=more, extra_headers=headers
             )
         except (openai.APIStatusError, anthropic.APIStatusError) as error:
             raise CallError(str(error), status=error.status_code) from error
