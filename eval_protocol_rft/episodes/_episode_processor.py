@@ -118,16 +118,10 @@ class EpisodeRolloutProcessor(rollout.FireworksTrainingRolloutProcessor):
                 group_seed=group_seed(job.request.seed, job.row_key, job.run),
                 split_reasoning=self.split_reasoning,
             )
-            tasks = [
-                asyncio.ensure_future(self._episode(of_row, job, config, index, row_slot))
+            outcomes = await rollout.all_rollouts(
+                self._episode(of_row, job, config, index, row_slot)
                 for index in range(len(job.seeds))
-            ]
-            try:
-                outcomes = await asyncio.gather(*tasks)
-            finally:
-                for task in tasks:
-                    task.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
+            )
         episodes = [outcome for outcome in outcomes if isinstance(outcome, Episode)]
         group = sampling.Group(
             survivors=[episode.first for episode in episodes],

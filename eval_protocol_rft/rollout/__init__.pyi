@@ -33,6 +33,7 @@ from ._json_calls import ParseProblem as ParseProblem
 from ._loop_states import LoopState as LoopState
 from ._loop_states import RowJob as RowJob
 from ._loop_states import RowSlot as RowSlot
+from ._loop_states import all_rollouts as all_rollouts
 from ._params import DEFAULT_MAX_TOKENS as DEFAULT_MAX_TOKENS
 from ._params import DEFAULT_STEPS as DEFAULT_STEPS
 from ._params import RolloutRequest as RolloutRequest

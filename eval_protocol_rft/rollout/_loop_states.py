@@ -14,11 +14,11 @@ import asyncio
 import functools
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine, Iterable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import Any
+from typing import Any, TypeVar
 
 from eval_protocol.models import EvaluationRow
 
@@ -29,6 +29,8 @@ from eval_protocol_rft.rollout._params import RolloutRequest
 from eval_protocol_rft.rollout._vocabulary import VocabularyWitness
 
 logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
 
 ROWS_AHEAD = 8
 """Rows whose prompt is rendered while their completions still wait for a slot: enough to keep every
@@ -66,6 +68,18 @@ class RowSlot:
         if self._held:
             self._held = False
             self._rows_ahead.release()
+
+
+async def all_rollouts(rollouts: Iterable[Coroutine[Any, Any, _T]]) -> list[_T]:
+    """What the rollouts of a row come to, in order. Where one raises, or this is cancelled, the
+    others are ended first."""
+    tasks = [asyncio.ensure_future(one) for one in rollouts]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -118,18 +118,10 @@ class AgentRolloutProcessor(rollout.FireworksTrainingRolloutProcessor):
             row_slot.expect(len(job.seeds))
             gateway = await _gateway_of(state, job)
             settings = self._settings_of(job)
-            tasks = [
-                asyncio.ensure_future(
-                    self._run_agent(row, job, config, gateway, settings, index, row_slot)
-                )
+            outcomes = await rollout.all_rollouts(
+                self._run_agent(row, job, config, gateway, settings, index, row_slot)
                 for index in range(len(job.seeds))
-            ]
-            try:
-                outcomes = await asyncio.gather(*tasks)
-            finally:
-                for task in tasks:
-                    task.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
+            )
         sessions = [outcome for outcome in outcomes if isinstance(outcome, SessionRecord)]
         group = sampling.Group(
             survivors=[done.first for done in sessions if done.first is not None],
