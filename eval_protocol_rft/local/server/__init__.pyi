@@ -2,5 +2,12 @@
 # isort: split
 from ._access import Access as Access
 from ._access import is_loopback as is_loopback
+from ._app import EXCEPTION_HANDLERS as EXCEPTION_HANDLERS
+from ._app import CompletionEndpoints as CompletionEndpoints
+from ._app import ModelLookup as ModelLookup
+from ._protocol import ApiError as ApiError
+from ._serving import AccessMiddleware as AccessMiddleware
 from ._serving import ServeError as ServeError
+from ._serving import Server as Server
 from ._serving import serve_local as serve_local
+from ._work import ServedModel as ServedModel

@@ -21,7 +21,7 @@ import ctypes
 import hashlib
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from http import HTTPStatus
 from typing import Annotated, Any, Literal, TypeAlias
 
@@ -65,10 +65,10 @@ class ApiError(EvalProtocolRftError):
         return cls(str(error), status=status, retry_after=error.retry_after)
 
     @classmethod
-    def unknown_model(cls, model: str, *, served: str) -> ApiError:
+    def unknown_model(cls, model: str, *, served: Iterable[str]) -> ApiError:
         return cls(
             "Model not found, inaccessible, and/or not deployed: "
-            f"{model!r}; this server has {served!r}",
+            f"{model!r}; this server has {', '.join(map(repr, served)) or 'none'}",
             status=HTTPStatus.NOT_FOUND,
         )
 
