@@ -23,6 +23,8 @@ class Code(IntEnum):
     FAILED_PRECONDITION = 9
     UNIMPLEMENTED = 12
     INTERNAL = 13
+    GONE = 15
+    """DATA_LOSS: it was here, and was given up."""
     UNAUTHENTICATED = 16
 
 
@@ -34,6 +36,7 @@ _STATUS = {
     Code.FAILED_PRECONDITION: HTTPStatus.BAD_REQUEST,
     Code.UNIMPLEMENTED: HTTPStatus.NOT_IMPLEMENTED,
     Code.INTERNAL: HTTPStatus.INTERNAL_SERVER_ERROR,
+    Code.GONE: HTTPStatus.GONE,
     Code.UNAUTHENTICATED: HTTPStatus.UNAUTHORIZED,
 }
 """As gRPC's gateway to HTTP maps them."""

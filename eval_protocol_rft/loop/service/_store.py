@@ -10,7 +10,7 @@ import contextlib
 import fcntl
 import sqlite3
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +126,14 @@ class Store:
                 (kind, len(prefix), prefix),
             ).fetchall()
         return [msgspec.json.decode(value, type=Resource) for (value,) in rows]
+
+    def names(self, kind: str) -> Sequence[str]:
+        """Oldest first."""
+        with self._lock:
+            rows = self._db.execute(
+                "SELECT name FROM resources WHERE kind = ? ORDER BY place", (kind,)
+            ).fetchall()
+        return [name for (name,) in rows]
 
     def close(self) -> None:
         """Idempotent."""

@@ -57,6 +57,12 @@ class BaseModel:
         return self._load().tokenizer
 
     @property
+    def vocabulary(self) -> int:
+        """Tokens that it has an embedding of."""
+        embeddings: Any = self._load().model.get_input_embeddings()
+        return int(embeddings.weight.shape[0])
+
+    @property
     def context_length(self) -> int:
         """Most tokens of prompt and completion together."""
         return self._load().context_length
