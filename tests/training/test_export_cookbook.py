@@ -30,6 +30,20 @@ class Sample:
 
 
 @dataclass
+class OlderSample:
+    """As of commit 2507496b."""
+
+    tokens: list[int]
+    logprobs: list[float]
+    loss_mask: list[int]
+    reward: float
+    prompt_model_input: Any = None
+    routing_matrices: list[str] | None = None
+    finish_reason: str = "stop"
+    text: str = ""
+
+
+@dataclass
 class Run:
     segments: list[Sample]
     run_id: str | None = None
@@ -87,6 +101,17 @@ def test_a_sample_by_hand() -> None:
         finish_reason="length",
         text="4",
         raw_logprobs=[0.0, -0.75, 0.0, -1.0],
+    )
+
+
+def test_an_older_sample_has_no_place_for_raw_logprobs() -> None:
+    made = to_sample(turns(), types=CookbookTypes(sample=OlderSample), raw_logprobs=[-0.75, -1.0])
+    assert made == OlderSample(
+        tokens=[1, 2, 3, 4],
+        logprobs=[0.0, -0.5, 0.0, -0.25],
+        loss_mask=[0, 1, 0, 1],
+        reward=1.0,
+        finish_reason="length",
     )
 
 

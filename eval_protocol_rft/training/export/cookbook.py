@@ -14,6 +14,7 @@ The recipes compute advantages, packing and division by themselves.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -76,10 +77,14 @@ def _sample(
             "on; nor is its reward 0"
         )
     routing = segment.routing_matrices
-    # As the recipes align them: one for each input position. A key that older ones do not know.
-    replay = {} if routing is None else {"routing_matrices": list(routing[1:])}
+    optional: dict[str, Any] = {}
+    if routing is not None:
+        # As the recipes align them: one for each input position.
+        optional["routing_matrices"] = list(routing[1:])
+    if _has_field(types.sample, "raw_logprobs"):
+        optional["raw_logprobs"] = _aligned(trajectory, segment, raw_logprobs)
     return types.sample(
-        **replay,
+        **optional,
         tokens=segment.tokens.tolist(),
         logprobs=segment.logprobs.tolist(),
         loss_mask=segment.loss_mask.astype(int).tolist(),
@@ -87,7 +92,14 @@ def _sample(
         # A turn that is cut off is the last of its episode: earlier segments ended by themselves.
         finish_reason=(trajectory.finish_reason if segment is trajectory.segments[-1] else "stop"),
         text=text,
-        raw_logprobs=_aligned(trajectory, segment, raw_logprobs),
+    )
+
+
+def _has_field(kind: Callable[..., Any], name: str) -> bool:
+    """Whether a recipe's class has a place for it. Older ones have none for raw logprobs, which
+    are for plots alone."""
+    return not dataclasses.is_dataclass(kind) or any(
+        field.name == name for field in dataclasses.fields(kind)
     )
 
 
