@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 from eval_protocol_rft.local.models import bundled_model_path
 from eval_protocol_rft.loop.service._app import FireworksService
 from eval_protocol_rft.loop.service._weights import BaseModel
+from tests.programs import Program, Zygote
 from tests.serving import running
 
 BASE = "accounts/fireworks/models/arithmetic"
@@ -40,3 +42,38 @@ def fireworks_service(folder: Path) -> Iterator[RunningService]:
     service = FireworksService(folder, [arithmetic_base()], say=lines.append)
     with running(service.app) as url:
         yield RunningService(url, service, lines)
+
+
+class ServiceProcess:
+    """In a process of its own, which can be killed and started again at the same address."""
+
+    def __init__(self, zygote: Zygote, folder: Path, *options: str) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        self.folder = folder
+        self.programs: list[Program] = []
+        """Each start."""
+        self._zygote = zygote
+        self._options = ("--port", str(port), "--state", str(folder), *options)
+
+    def start(self) -> None:
+        """Returns when it can be asked."""
+        program = self._zygote.start("serve", "--fireworks", *self._options)
+        self.programs.append(program)
+        assert program.line().startswith("Fireworks on this machine"), program.said
+
+    def kill(self) -> None:
+        """As a power cut would, but for the disk."""
+        self.programs[-1].kill()
+
+    @property
+    def said(self) -> str:
+        return "".join(program.said for program in self.programs)
+
+    def __enter__(self) -> ServiceProcess:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()

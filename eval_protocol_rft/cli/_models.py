@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from annotated_types import Ge, Le
@@ -22,43 +23,76 @@ if TYPE_CHECKING:
 
 def serve(
     *,
-    model: str = "local/arithmetic",
+    model: Sequence[str] = ("local/arithmetic",),
     host: str = "127.0.0.1",
     port: Annotated[int, Ge(0), Le(65535)] = 8000,
     served_model_name: Annotated[str | None, Flag(unset="--model without local/")] = None,
     api_key: Annotated[str | None, Flag(env="EP_RFT_SERVE_API_KEY", unset="none")] = None,
     reloads: bool = False,
+    fireworks: bool = False,
+    state: Annotated[Path | None, Flag(unset="ep-rft-fireworks")] = None,
+    log: Annotated[Literal["events", "requests", "none"] | None, Flag(unset="events")] = None,
 ) -> None:
-    """Serve a local model over HTTP, in the shape of Fireworks' completions API.
+    r"""Serve a local model over HTTP, in the shape of Fireworks' completions API; or be a whole
+    Fireworks on this machine: inference, training, deployments and data sets, for its clients.
 
     Args:
-        model: local/arithmetic (bundled), or a model folder or hub id, as local/NAME or NAME.
+        model: local/arithmetic (bundled), or a model folder or hub id, as local/NAME or NAME. With
+            --fireworks it may be given several times, and as NAME=PLACE.
         host: Address to listen on. For others than this machine set --api-key too.
         port: Port to listen on; 0 takes a free one.
         served_model_name: What requests call the model.
         api_key: Asked of every request, as 'Authorization: Bearer KEY'.
         reloads: Take new weights while serving, as vLLM does (/collective_rpc reload_weights):
             whoever reaches the port may change the weights.
+        fireworks: Be a Fireworks: what its client libraries and recipes ask is answered here.
+        state: With --fireworks: folder that holds everything; the same one goes on where it was.
+        log: With --fireworks: print what happens, every request as well, or nothing.
 
     Examples:
       ep-rft serve
       ep-rft serve --model local/Qwen/Qwen3-0.6B --port 9000
       ep-rft serve --model ./checkpoint --served-model-name policy
       ep-rft serve --model ./checkpoint --reloads   # for ep-rft train --base-url
+      ep-rft serve --fireworks
+      ep-rft serve --fireworks --model qwen3-8b=local/arithmetic \
+        --state ./try-out   # a recipe that names qwen3-8b, for free
       EP_RFT_SERVE_API_KEY=... ep-rft serve --host 0.0.0.0   # for other machines
     """
     # These are the only definitions of its options: the server is started here alone, and its room
     # needs the extra `serve` to be imported.
     try:
         from eval_protocol_rft.local.server import serve_local
+        from eval_protocol_rft.loop.service import serve_fireworks
     except ModuleNotFoundError as error:
         package = str(error.name).partition(".")[0]
         fail(
             f"serve needs {package}, which is not installed: "
             "pip install 'eval-protocol-rft[local,serve]'"
         )
+    if fireworks:
+        if served_model_name is not None or reloads:
+            fail(
+                "--served-model-name and --reloads are not for --fireworks: name models as "
+                "--model NAME=PLACE; its deployments take weights from its trainers",
+                code=WRONG,
+            )
+        serve_fireworks(
+            model,
+            host=host,
+            port=port,
+            state=state or Path("ep-rft-fireworks"),
+            api_key=api_key,
+            log=log or "events",
+            say=say,
+        )
+        return
+    if state is not None or log is not None:
+        fail("--state and --log are for --fireworks", code=WRONG)
+    if len(model) > 1:
+        fail("--model: one model is served, several with --fireworks alone", code=WRONG)
     serve_local(
-        model,
+        model[0],
         host=host,
         port=port,
         served_model_name=served_model_name,

@@ -8,3 +8,4 @@ from ._cache import spare_threads as spare_threads
 from ._sampler import load_local_sampler as load_local_sampler
 from ._sampler import no_loading_bar as no_loading_bar
 from ._tokenizer import LoadedTokenizer as LoadedTokenizer
+from .models import local_model_folder as local_model_folder

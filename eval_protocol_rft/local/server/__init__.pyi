@@ -9,5 +9,7 @@ from ._protocol import ApiError as ApiError
 from ._serving import AccessMiddleware as AccessMiddleware
 from ._serving import ServeError as ServeError
 from ._serving import Server as Server
+from ._serving import claim_port as claim_port
 from ._serving import serve_local as serve_local
+from ._serving import server_url as server_url
 from ._work import ServedModel as ServedModel

@@ -26,7 +26,7 @@ class Access:
     loopback_only: bool
     """The server listens on loopback alone, so its callers know it by a name of loopback."""
     api_key: str | None = None
-    """Asked for as `Authorization: Bearer KEY`; None: anyone may call."""
+    """Asked for as `Authorization: Bearer KEY` or `X-Api-Key: KEY`; None: anyone may call."""
 
     def problem(self, path: str, headers: Mapping[str, str]) -> tuple[HTTPStatus, str] | None:
         """The status of a refusal and why; None where the request may pass. Names of `headers` are
@@ -46,9 +46,9 @@ class Access:
             )
         if self.api_key is not None and path not in _OPEN_PATHS:
             scheme, _, key = headers.get("authorization", "").partition(" ")
-            if scheme.lower() != "bearer" or not hmac.compare_digest(
-                key.strip().encode(), self.api_key.encode()
-            ):
+            if scheme.lower() != "bearer":
+                key = headers.get("x-api-key", "")  # as the training SDK sends it
+            if not hmac.compare_digest(key.strip().encode(), self.api_key.encode()):
                 return (
                     HTTPStatus.UNAUTHORIZED,
                     "the API key is missing or wrong: send the server's --api-key as "

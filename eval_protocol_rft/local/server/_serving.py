@@ -83,7 +83,7 @@ def serve_local(
     # Not `local/NAME`: that is how our own client names what it samples in its own process.
     name = served_model_name or model.removeprefix(LOCAL_PREFIX)
     access = Access(loopback_only=is_loopback(host), api_key=api_key or None)
-    with _claim(host, port) as listener:
+    with claim_port(host, port) as listener:
         sampler = _load(model, reloads=reloads)
         app = create_app(
             ReloadingSampler(sampler) if reloads else sampler,
@@ -92,7 +92,7 @@ def serve_local(
             context_length=sampler.context_length,
         )
         app.add_middleware(AccessMiddleware, access=access)
-        url = _url(host, listener.getsockname()[1])
+        url = server_url(host, listener.getsockname()[1])
         greeting = _greeting(name, url, sampler.tokenizer, access=access, reloads=reloads)
         try:
             Server(app, greeting=greeting, say=say).run(sockets=[listener])
@@ -128,7 +128,12 @@ class Server(uvicorn.Server):
         self._say("Stopped.")
 
 
-def _claim(host: str, port: int) -> socket.socket:
+def claim_port(host: str, port: int) -> socket.socket:
+    """Listen on an address.
+
+    Raises:
+        ServeError: it cannot be used.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         listener = socket.create_server((host, port), family=family, backlog=_WAITING_CONNECTIONS)
@@ -160,7 +165,8 @@ def _load(model: str, *, reloads: bool) -> LocalSampler:
         raise ServeError(str(error)) from error
 
 
-def _url(host: str, port: int) -> str:
+def server_url(host: str, port: int) -> str:
+    """Where clients find it."""
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 

@@ -1,0 +1,106 @@
+"""What `ep-rft serve --fireworks` does around the application: models, port, start, stop.
+
+Invariant: what can go wrong before the first request is one error that says what to do, and the
+port and the state folder are claimed before a model is loaded.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+from eval_protocol_rft.local import local_model_folder
+from eval_protocol_rft.local.server import (
+    Access,
+    AccessMiddleware,
+    ServeError,
+    Server,
+    claim_port,
+    is_loopback,
+    server_url,
+)
+from eval_protocol_rft.loop.service._app import FireworksService
+from eval_protocol_rft.loop.service._weights import BaseModel
+
+ANY_KEY = "fw-local"
+"""What is printed to be used as a key, where any is taken."""
+
+
+def serve_fireworks(
+    models: Sequence[str],
+    *,
+    host: str,
+    port: int,
+    state: Path,
+    api_key: str | None,
+    log: Literal["events", "requests", "none"],
+    say: Callable[[str], None] = print,
+) -> None:
+    """Be a Fireworks until Ctrl-C or SIGTERM. `say` prints a line.
+
+    The arguments are the options of `ep-rft serve`, where they are described.
+
+    Raises:
+        ServeError: the address cannot be used, or there is no such model.
+        StateError: the state folder cannot be used.
+        NoSuchModelError: a model is not on this machine.
+    """
+    bases = list(base_models(models))
+    access = Access(loopback_only=is_loopback(host), api_key=api_key or None)
+
+    def happened(line: str) -> None:
+        if log != "none":
+            say(f"{time.strftime('%H:%M:%S')}  {line}")
+
+    with claim_port(host, port) as listener:
+        url = server_url(host, listener.getsockname()[1])
+        service = FireworksService(state, bases, say=happened)
+        service.app.add_middleware(AccessMiddleware, access=access)
+        greeting = _greeting(url, bases, state, access)
+        try:
+            Server(service.app, greeting=greeting, say=say).run(sockets=[listener])
+        except KeyboardInterrupt:
+            return  # uvicorn raises the signal again once everything is closed
+
+
+def base_models(places: Sequence[str]) -> Iterator[BaseModel]:
+    """`NAME=PLACE`, or a place alone, whose last part is the name then.
+
+    Raises:
+        ServeError: two models have the same name.
+        NoSuchModelError: one is not on this machine.
+    """
+    seen: set[str] = set()
+    for place in places:
+        name, mark, named = place.partition("=")
+        folder = local_model_folder(named if mark else place)
+        last = name if mark else Path(place).name
+        key = re.sub(r"[^a-z0-9]+", "-", last.rpartition("/")[2].lower()).strip("-")
+        if not key or key in seen:
+            raise ServeError(
+                f"--model {place}: "
+                + (f"another is called {key} already" if key else "it needs a name")
+                + ": write NAME=PLACE"
+            )
+        seen.add(key)
+        yield BaseModel(key, folder)
+
+
+def _greeting(url: str, models: Sequence[BaseModel], state: Path, access: Access) -> str:
+    key = "YOUR_KEY  # the --api-key of this server" if access.api_key is not None else ANY_KEY
+    lines = [
+        f"Fireworks on this machine: {url} (Ctrl-C stops it; {state} holds its state, and the "
+        "same command goes on from there).",
+        f"  export FIREWORKS_BASE_URL={url}",
+        f"  export FIREWORKS_API_KEY={key}",
+        "Models: " + ", ".join(model.name for model in models),
+    ]
+    if not access.loopback_only and access.api_key is None:
+        lines.append(
+            "WARNING: whoever reaches this machine may use it, web pages in a browser among them: "
+            "set --api-key, or listen on 127.0.0.1."
+        )
+    return "\n".join(lines)
