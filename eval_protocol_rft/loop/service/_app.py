@@ -14,6 +14,9 @@ from pathlib import Path
 from starlette.applications import Starlette
 
 from eval_protocol_rft.local.server import EXCEPTION_HANDLERS
+from eval_protocol_rft.loop.service._control import ControlPlane
+from eval_protocol_rft.loop.service._hot_load import HotLoads, Served
+from eval_protocol_rft.loop.service._requests import RequestLog
 from eval_protocol_rft.loop.service._store import Store
 from eval_protocol_rft.loop.service._training import Training
 from eval_protocol_rft.loop.service._training_api import TrainingApi
@@ -28,29 +31,51 @@ class FireworksService:
         folder: made where it is not there; one process uses it at a time.
         models: base models that it offers.
         say: called with a line for each thing that happens.
+        log_requests: print a line for each request, and not only for those that nothing answers.
 
     Raises:
         StateError: the folder cannot be used.
     """
 
     def __init__(
-        self, folder: Path, models: Iterable[BaseModel], *, say: Callable[[str], None] = print
+        self,
+        folder: Path,
+        models: Iterable[BaseModel],
+        *,
+        say: Callable[[str], None] = print,
+        log_requests: bool = False,
     ) -> None:
         self.store = Store(folder)
         self.weights = Weights(folder / "weights", models)
         self.training = Training(self.store, self.weights, say=say)
+        served: Served = _NothingServed()
+        self.control = ControlPlane(
+            self.store, self.weights, served, drop_job=self.training.drop_job, say=say
+        )
         self.app = Starlette(
-            routes=TrainingApi(self.store, self.training).routes(),
+            routes=[
+                *TrainingApi(self.store, self.training).routes(),
+                *self.control.routes(),
+                *HotLoads(self.store, served, say=say).routes(),
+            ],
             exception_handlers=EXCEPTION_HANDLERS,
             lifespan=self._lifespan,
         )
+        self.app.add_middleware(RequestLog, folder=folder, show_all=log_requests)
         self.app.state.stopping = asyncio.Event()
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
         self.training.start()
+        self.control.resume()
         try:
             yield
         finally:
+            await self.control.aclose()
             await self.training.aclose()
             self.store.close()
+
+
+class _NothingServed:
+    async def load(self, deployment: str, weights: str, *, version: str) -> None:
+        """Nothing is sampled from yet."""

@@ -1,0 +1,151 @@
+"""The log of requests: what every client asked, and loudly what nothing here answers.
+
+Invariant: a line is written for each request once it was answered, whatever became of it; no line
+holds a key.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from eval_protocol_rft.loop.service._resources import now
+
+UNANSWERED = "fireworks.unanswered"
+"""Set in the scope of a request by an endpoint that answers for whole trees of paths."""
+FILE = "requests.jsonl"
+_SHOWN_BYTES = 300
+_NO_SUCH = (404, 405)
+_SECRET = re.compile(r'("[^"]*(?:key|secret|token|password)[^"]*"\s*:\s*)"[^"]*"?', re.IGNORECASE)
+_SECRET_IN_QUERY = re.compile(
+    r"((?!pageToken=)[^&=]*(?:key|secret|token|password)[^&=]*=)[^&]*", re.IGNORECASE
+)
+_UPLOAD = re.compile(r"^(/uploads/[^/]+/).*")
+
+
+class RequestLog:
+    """ASGI middleware around the whole application.
+
+    Args:
+        app: what answers.
+        folder: gets `requests.jsonl`.
+        print_line: takes a line for each request that is to be shown; default: standard error.
+        show_all: show every request, and not only those that nothing answers.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        folder: Path,
+        *,
+        print_line: Callable[[str], None] | None = None,
+        show_all: bool = False,
+    ) -> None:
+        self._app = app
+        self._print = print_line or _to_stderr
+        self._show_all = show_all
+        self._file = os.open(folder / FILE, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+
+    def close(self) -> None:
+        """Idempotent."""
+        if self._file >= 0:
+            descriptor, self._file = self._file, -1
+            os.close(descriptor)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = {
+            name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]
+        }
+        began, status, beginning = time.perf_counter(), 0, bytearray()
+
+        async def noting_receive() -> Message:
+            message = await receive()
+            beginning.extend(message.get("body", b"")[: _SHOWN_BYTES - len(beginning)])
+            return message
+
+        async def noting_send(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                # Afterwards it cannot be had any more.
+                if _unanswered(scope, status) and not beginning and _has_body(headers):
+                    await noting_receive()
+            await send(message)
+
+        try:
+            await self._app(scope, noting_receive, noting_send)
+        finally:
+            entry = _entry(scope, headers, status, time.perf_counter() - began)
+            self._write(entry)
+            if entry["unanswered"]:
+                self._print(_loud(entry, bytes(beginning)))
+            elif self._show_all:
+                self._print(_line(entry))
+
+    def _write(self, entry: dict[str, Any]) -> None:
+        if self._file >= 0:
+            os.write(self._file, msgspec.json.encode(entry) + b"\n")
+
+
+def _entry(scope: Scope, headers: dict[str, str], status: int, seconds: float) -> dict[str, Any]:
+    query = scope.get("query_string", b"").decode("latin-1")
+    agent = headers.get("user-agent", "")
+    return {
+        "time": now(),
+        "method": scope["method"],
+        "path": _UPLOAD.sub(r"\1...", scope["path"]),
+        "query": _SECRET_IN_QUERY.sub(r"\1...", query),
+        "status": status or None,
+        "ms": round(seconds * 1000, 1),
+        "user_agent": agent,
+        "who": _who(agent, headers),
+        "unanswered": _unanswered(scope, status),
+    }
+
+
+def _unanswered(scope: Scope, status: int) -> bool:
+    """No route, none for this method, or an endpoint that says that it does not know the path."""
+    if scope.get(UNANSWERED):
+        return True
+    return status in _NO_SUCH and (status == 405 or "endpoint" not in scope)
+
+
+def _who(agent: str, headers: dict[str, str]) -> str:
+    """The client library, as far as the headers tell."""
+    if version := headers.get("x-stainless-package-version"):
+        return f"{agent.partition('/')[0] or 'stainless'} {version}"
+    return agent.split(" ")[0] or "unknown"
+
+
+def _has_body(headers: dict[str, str]) -> bool:
+    return headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
+
+
+def _line(entry: dict[str, Any]) -> str:
+    query = f"?{entry['query']}" if entry["query"] else ""
+    return (
+        f"{entry['method']} {entry['path']}{query} {entry['status'] or 'cut off'} "
+        f"{entry['ms']:g} ms, {entry['who']}"
+    )
+
+
+def _loud(entry: dict[str, Any], beginning: bytes) -> str:
+    body = _SECRET.sub(r'\1"..."', beginning.decode("utf-8", "replace")).replace("\n", " ")
+    return f"NOTHING HERE ANSWERS {_line(entry)} ({entry['user_agent'] or 'no user agent'})" + (
+        f", body: {body}" if body else ""
+    )
+
+
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

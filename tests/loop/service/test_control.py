@@ -1,0 +1,268 @@
+"""The control plane through the service's own clients, and what it refuses."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import fireworks
+import httpx
+import pytest
+from fireworks.training import sdk
+
+from tests.loop.service.text_rows import sums_rows, to_jsonl
+from tests.service import BASE, KEY, RunningService, fireworks_service
+
+
+@pytest.fixture
+def server(tmp_path: Any) -> Iterator[RunningService]:
+    with fireworks_service(tmp_path) as running:
+        yield running
+
+
+@pytest.fixture
+async def client(server: RunningService) -> AsyncIterator[Any]:
+    async with fireworks.AsyncFireworks(
+        api_key=KEY, account_id="acc", base_url=server.url, max_retries=0
+    ) as made:
+        yield made
+
+
+@pytest.fixture
+def http(server: RunningService) -> Iterator[httpx.Client]:
+    """Requests that no client library would send."""
+    with httpx.Client(base_url=f"{server.url}/v1/accounts/acc") as made:
+        yield made
+
+
+def trainers(server: RunningService) -> Any:
+    return sdk.TrainerJobManager(api_key=KEY, base_url=server.url)
+
+
+def refusal(answer: httpx.Response) -> tuple[int, int, str]:
+    """Status, code and message of a refusal in the service's form."""
+    body = answer.json()
+    assert set(body) == {"code", "message", "details"}
+    assert body["details"] == []
+    return answer.status_code, body["code"], body["message"]
+
+
+def test_a_key_belongs_to_the_one_account(server: RunningService) -> None:
+    assert trainers(server).account_id == "acc"
+    answer = httpx.get(f"{server.url}/verifyApiKey", headers={"authorization": f"Bearer {KEY}"})
+    assert (answer.status_code, answer.headers["x-fireworks-account-id"]) == (200, "acc")
+    assert refusal(httpx.get(f"{server.url}/verifyApiKey"))[:2] == (401, 16)
+
+
+def test_other_accounts_are_none_of_its_business(server: RunningService) -> None:
+    url = f"{server.url}/v1/accounts"
+    assert refusal(httpx.get(f"{url}/other/models"))[:2] == (403, 7)
+    assert refusal(httpx.post(f"{url}/fireworks/datasets", json={}))[:2] == (403, 7)
+
+
+async def test_models_and_shapes_are_those_that_the_server_has(
+    server: RunningService, client: Any
+) -> None:
+    manager = trainers(server)
+    assert manager.model_is_moe(BASE) is False
+    (listed,) = [model async for model in client.models.list(account_id="fireworks")]
+    assert (listed.name, listed.context_length) == (BASE, 256)
+    shape = "accounts/fireworks/trainingShapes/ts-arithmetic"
+    profile = manager.resolve_training_profile(shape)
+    assert profile.max_supported_context_length == 256
+    assert (profile.trainer_mode, profile.node_count) == ("POLICY_TRAINER", 1)
+    assert profile.training_shape == shape
+    assert profile.deployment_shape is not None
+    again = manager.resolve_training_profile(profile.training_shape_version)
+    assert again.deployment_shape == profile.deployment_shape
+    assert manager.resolve_training_profile(f"{shape}-lora").supports_lora
+    with pytest.raises(RuntimeError, match="ts-arithmetic"):
+        manager.resolve_training_profile("accounts/fireworks/trainingShapes/ts-qwen3-8b")
+
+
+def test_a_service_job_runs_at_once_and_is_one_for_ever(server: RunningService) -> None:
+    manager = trainers(server)
+    config = sdk.TrainerJobConfig(
+        base_model=BASE,
+        training_shape_ref="accounts/fireworks/trainingShapes/ts-arithmetic",
+        requested_job_id="job-1",
+    )
+    endpoint = manager.create_and_wait(config)
+    assert endpoint.job_name == "accounts/acc/rlorTrainerJobs/job-1"
+    assert endpoint.max_context_length == 256
+    assert manager.create(config).job_name == endpoint.job_name  # 409, and it looks
+    with pytest.raises(httpx.HTTPStatusError):
+        manager.resume_and_wait("job-1")
+    manager.delete("job-1")
+    assert manager.get("job-1")["state"] == "JOB_STATE_DELETED"
+    with pytest.raises(RuntimeError, match="archived"):
+        manager.create(config)
+    assert manager.list_checkpoints("job-1") == []
+    assert "job job-1: RUNNING, arithmetic, all parameters" in server.lines
+
+
+def test_several_jobs_run_beside_each_other(server: RunningService) -> None:
+    manager = trainers(server)
+    made = [
+        manager.create(sdk.TrainerJobConfig(base_model=BASE, lora_rank=rank, forward_only=only))
+        for rank, only in ((0, False), (8, False), (0, True))
+    ]
+    assert len({job.job_id for job in made}) == 3
+    ranks = [manager.get(job.job_id)["trainingConfig"]["loraRank"] for job in made]
+    assert ranks == [0, 8, 0]
+
+
+def test_a_deployment_is_ready_at_once_and_belongs_to_a_trainer(server: RunningService) -> None:
+    trainer = trainers(server)
+    profile = trainer.resolve_training_profile("accounts/fireworks/trainingShapes/ts-arithmetic")
+    one, two = (trainer.create(sdk.TrainerJobConfig(base_model=BASE)).job_name for _ in range(2))
+    manager = sdk.DeploymentManager(api_key=KEY, base_url=server.url)
+    config = sdk.DeploymentConfig.from_training_profile(
+        deployment_id="dep", base_model=BASE, profile=profile, hot_load_trainer_job=one
+    )
+    made = manager.create_or_get(config)
+    assert (made.state, made.hot_load_trainer_job) == ("READY", one)
+    assert manager.create_or_get(config).name == made.name
+    moved = manager.reattach_trainer(made, base_model=BASE, trainer_job_name=two, timeout_s=5)
+    assert moved.hot_load_trainer_job == two
+    manager.scale_to_zero("dep")
+    assert manager.get("dep").state == "READY"
+    manager.delete("dep")
+    assert manager.get("dep") is None
+
+
+async def test_replicas_are_counted_within_their_bounds(client: Any) -> None:
+    made = await client.deployments.create(
+        deployment_id="dep", base_model=BASE, min_replica_count=0, max_replica_count=3
+    )
+    assert made.replica_count == 1
+    await client.deployments.scale("dep", replica_count=2)
+    assert (await client.deployments.get("dep")).replica_count == 2
+    changed = await client.deployments.update("dep", base_model=BASE, max_replica_count=0)
+    assert changed.replica_count == 0
+    changed = await client.deployments.update("dep", base_model=BASE, max_replica_count=1)
+    assert changed.replica_count == 1
+    with pytest.raises(fireworks.BadRequestError, match="do not fit"):
+        await client.deployments.create(
+            deployment_id="d", base_model=BASE, min_replica_count=2, max_replica_count=1
+        )
+
+
+async def test_a_deleted_deployment_can_be_had_back_unless_it_was_deleted_hard(
+    client: Any,
+) -> None:
+    await client.deployments.create(deployment_id="dep", base_model=BASE)
+    await client.deployments.delete("dep")
+    assert (await client.deployments.get("dep")).state == "DELETED"
+    assert [d async for d in client.deployments.list()] == []
+    assert len([d async for d in client.deployments.list(show_deleted=True)]) == 1
+    with pytest.raises(fireworks.ConflictError):
+        await client.deployments.create(deployment_id="dep", base_model=BASE)
+    await client.deployments.undelete("dep", body={})
+    assert (await client.deployments.get("dep")).state == "READY"
+    with pytest.raises(fireworks.BadRequestError, match="not DELETED"):
+        await client.deployments.undelete("dep", body={})
+    await client.deployments.delete("dep", hard=True)
+    with pytest.raises(fireworks.NotFoundError):
+        await client.deployments.get("dep")
+
+
+async def test_lists_come_in_pages_and_filtered(client: Any, http: httpx.Client) -> None:
+    for i in range(5):
+        await client.deployments.create(
+            deployment_id=f"d-{i}", base_model=BASE, display_name=f"n{i % 2}"
+        )
+    listed = [d.name.rpartition("/")[2] async for d in client.deployments.list(page_size=2)]
+    assert listed == [f"d-{i}" for i in range(5)]
+    chosen = client.deployments.list(filter=f'display_name="n1" AND base_model="{BASE}"')
+    assert [d.display_name async for d in chosen] == ["n1", "n1"]
+    newest = client.deployments.list(order_by="create_time desc")
+    assert [d.name[-1] async for d in newest] == list("43210")
+    for query in ("filter=x(", "filter=no_such=1", "pageToken=x", "pageSize=-1", "orderBy=no"):
+        assert refusal(http.get(f"/deployments?{query}"))[:2] == (400, 3)
+    page = http.get("/deployments?pageSize=2").json()
+    await client.deployments.delete("d-1", hard=True)  # the last of the page that was given
+    rest = http.get(f"/deployments?pageToken={page['nextPageToken']}").json()["deployments"]
+    assert [d["name"][-1] for d in rest] == list("234")
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "named"),
+    [
+        ("/deployments", {"baseModel": BASE, "minReplicas": 1}, "'minReplicas'"),
+        ("/deployments", {"baseModel": BASE, "maxReplicaCount": "many"}, "maxReplicaCount"),
+        ("/deployments", {"baseModel": BASE, "placement": {"zone": "x"}}, "'zone'"),
+        ("/deployments", {}, "'baseModel'"),
+        ("/deployments?deploymentId=A_b", {"baseModel": BASE}, "deploymentId"),
+        ("/deployments", {"baseModel": BASE, "base_model": BASE}, "twice"),
+        (
+            "/rlorTrainerJobs",
+            {"serviceMode": True, "trainingConfig": {"baseModel": BASE, "learnigRate": 1}},
+            "did you mean 'learningRate'",
+        ),
+        ("/rlorTrainerJobs", {"serviceMode": True}, "'baseModel'"),
+        ("/datasets", {"datasetId": "d", "dataset": {"format": "XML"}}, "dataset.format"),
+        ("/datasets", {"dataset": {}}, "'datasetId'"),
+        ("/deployedModels", {"model": "m"}, "not found"),
+        ("/checkpoints/c:promote", {"trainer_job_id": "j", "output_model": "m", "x": 1}, "'x'"),
+    ],
+)
+def test_what_a_message_does_not_have_is_refused_by_name(
+    http: httpx.Client, path: str, body: dict[str, Any], named: str
+) -> None:
+    status, code, message = refusal(http.post(path, json=body))
+    assert (status, code) in ((400, 3), (404, 5))
+    assert named in message
+
+
+@pytest.mark.parametrize("body", [b"{", b"[1]", b"1", b"\xff", b'{"a":' * 2000])
+def test_a_body_that_is_no_object_is_refused(http: httpx.Client, body: bytes) -> None:
+    assert refusal(http.post("/deployments", content=body))[:2] == (400, 3)
+    assert http.get("/deployments").json()["deployments"] == []
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["models/m", "deployments/d", "datasets/d", "deployedModels/d", "rlorTrainerJobs/j"],
+)
+def test_what_is_not_there_is_not_found(http: httpx.Client, path: str) -> None:
+    for answer in (http.get(f"/{path}"), http.delete(f"/{path}")):
+        assert refusal(answer)[:2] == (404, 5)
+
+
+def test_what_names_something_that_is_not_there_is_not_found(http: httpx.Client) -> None:
+    named: list[tuple[str, dict[str, Any]]] = [
+        ("/deployments", {"baseModel": "accounts/fireworks/models/no"}),
+        ("/deployments", {"baseModel": "accounts/acc/models/no"}),
+        ("/deployments", {"baseModel": BASE, "hotLoadTrainerJob": "accounts/acc/x/no"}),
+        ("/deployedModels", {"model": "accounts/acc/models/no", "deployment": "d"}),
+        ("/rlorTrainerJobs", {"dataset": "no", "trainingConfig": {"baseModel": BASE}}),
+        ("/checkpoints/c:promote", {"trainer_job_id": "no", "output_model": "m"}),
+    ]
+    for path, body in named:
+        assert refusal(http.post(path, json=body))[:2] == (404, 5)
+
+
+async def test_nothing_is_made_twice(client: Any) -> None:
+    await client.deployments.create(deployment_id="x", base_model=BASE)
+    await client.datasets.create(dataset_id="x", dataset={})
+    with pytest.raises(fireworks.ConflictError):
+        await client.deployments.create(deployment_id="x", base_model=BASE)
+    with pytest.raises(fireworks.ConflictError):
+        await client.datasets.create(dataset_id="x", dataset={})
+
+
+async def test_all_of_it_is_there_after_a_restart(tmp_path: Any) -> None:
+    def client_of(server: RunningService) -> Any:
+        return fireworks.AsyncFireworks(api_key=KEY, account_id="acc", base_url=server.url)
+
+    with fireworks_service(tmp_path) as server:
+        async with client_of(server) as client:
+            made = await client.deployments.create(deployment_id="dep", base_model=BASE)
+            await client.datasets.create(dataset_id="ds", dataset={"format": "RL"})
+            await client.datasets.upload("ds", file=("a.jsonl", to_jsonl(sums_rows(2))))
+            dataset = await client.datasets.get("ds")
+    with fireworks_service(tmp_path) as server:
+        async with client_of(server) as client:
+            assert await client.deployments.get("dep") == made
+            assert await client.datasets.get("ds") == dataset
