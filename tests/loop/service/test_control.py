@@ -167,7 +167,7 @@ async def test_a_deleted_deployment_can_be_had_back_unless_it_was_deleted_hard(
         await client.deployments.get("dep")
 
 
-async def test_lists_come_in_pages_and_filtered(client: Any, http: httpx.Client) -> None:
+async def test_lists_come_in_pages_and_filtered(client: Any) -> None:
     for i in range(5):
         await client.deployments.create(
             deployment_id=f"d-{i}", base_model=BASE, display_name=f"n{i % 2}"
@@ -178,12 +178,22 @@ async def test_lists_come_in_pages_and_filtered(client: Any, http: httpx.Client)
     assert [d.display_name async for d in chosen] == ["n1", "n1"]
     newest = client.deployments.list(order_by="create_time desc")
     assert [d.name[-1] async for d in newest] == list("43210")
-    for query in ("filter=x(", "filter=no_such=1", "pageToken=x", "pageSize=-1", "orderBy=no"):
-        assert refusal(http.get(f"/deployments?{query}"))[:2] == (400, 3)
+
+
+def test_a_page_goes_on_where_the_one_before_ended(http: httpx.Client) -> None:
+    for i in range(5):
+        http.post(f"/deployments?deploymentId=d-{i}", json={"baseModel": BASE})
     page = http.get("/deployments?pageSize=2").json()
-    await client.deployments.delete("d-1", hard=True)  # the last of the page that was given
+    http.delete("/deployments/d-1?hard=true")  # the last of the page that was given
     rest = http.get(f"/deployments?pageToken={page['nextPageToken']}").json()["deployments"]
     assert [d["name"][-1] for d in rest] == list("234")
+
+
+@pytest.mark.parametrize(
+    "query", ["filter=x(", "filter=no_such=1", "pageToken=x", "pageSize=-1", "orderBy=no"]
+)
+def test_a_list_that_cannot_be_told_is_refused(http: httpx.Client, query: str) -> None:
+    assert refusal(http.get(f"/deployments?{query}"))[:2] == (400, 3)
 
 
 @pytest.mark.parametrize(
