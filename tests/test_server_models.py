@@ -41,7 +41,7 @@ class Two:
             raise ApiError.unknown_model(name, served=self.models)
         return self.models[name]
 
-    def listed(self):
+    async def listed(self):
         return [{"id": name, "context_length": m.context_length} for name, m in self.models.items()]
 
 

@@ -57,7 +57,7 @@ class ModelLookup(Protocol):
             ApiError: there is none of that name, or it cannot answer now.
         """
 
-    def listed(self) -> Iterable[Json]:
+    async def listed(self) -> Iterable[Json]:
         """`id`, `created`, `supports_chat` and `context_length` of each model."""
 
 
@@ -119,13 +119,14 @@ class _OneModel:
             raise ApiError.unknown_model(name, served=[self._model.name])
         return self._model
 
-    def listed(self) -> Iterable[Json]:
-        yield {
+    async def listed(self) -> Iterable[Json]:
+        entry = {
             "id": self._model.name,
             "created": self._created,
             "supports_chat": False,
             "context_length": self._model.context_length,
         }
+        return [entry]
 
 
 class CompletionEndpoints:
@@ -155,7 +156,7 @@ class CompletionEndpoints:
     async def list_models(self, http: Request) -> Response:
         data = [
             {"id": one["id"], "object": "model", "owned_by": "eval-protocol-rft", **one}
-            for one in self.models.listed()
+            for one in await self.models.listed()
         ]
         return json_reply({"object": "list", "data": data})
 

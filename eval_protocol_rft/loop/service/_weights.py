@@ -96,7 +96,8 @@ class Weights:
         for model in self.models.values():
             if model.weights_id == weights:
                 return model
-        return self.base(self._read(weights)[1]["base"])
+        with self._open(weights) as file:
+            return self.base(file.metadata()["base"])
 
     def save(self, state: Mapping[str, Tensor], *, base: str) -> str:
         """Write what differs from the base model's; returns the id."""
@@ -128,7 +129,7 @@ class Weights:
         state = dict(base.module.state_dict())
         if weights == base.weights_id:
             return state
-        for name, value in self._read(weights)[0].items():
+        for name, value in self._read(weights).items():
             tied = [n for n in state if state[n].data_ptr() == state[name].data_ptr()]
             state |= dict.fromkeys(tied, value)
         return state
@@ -154,12 +155,15 @@ class Weights:
     def _path(self, key: str) -> Path:
         return self._folder / f"{key}.safetensors"
 
-    def _read(self, key: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    def _read(self, key: str) -> dict[str, Tensor]:
+        with self._open(key) as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+    def _open(self, key: str) -> Any:
+        """A set's file, of which nothing is read yet but its head."""
         from safetensors import safe_open
 
         path = self._path(key)
         if not path.is_file():
             raise ServiceError.not_found(f"weights {key}")
-        with safe_open(path, framework="pt") as opened:
-            file: Any = opened
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+        return safe_open(path, framework="pt")
