@@ -29,7 +29,7 @@ from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 MODEL = "accounts/fireworks/models/arithmetic"
-SHAPE = "accounts/fireworks/trainingShapes/arithmetic"
+SHAPE = "accounts/fireworks/trainingShapes/ts-arithmetic"
 TOKENIZER = REPOSITORY / "eval_protocol_rft" / "local" / "models" / "arithmetic"
 NAMES = re.compile(
     r"(?<=/)(accounts(?!/fireworks)|models|deployments|datasets|rlorTrainerJobs/acc|rlorTrainerJobs"

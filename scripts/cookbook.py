@@ -225,7 +225,7 @@ def configured(recipe: Any, options: argparse.Namespace, rows: list[dict[str, An
     """The recipe's `Config`. What it has no field for is refused if it was asked for."""
     from training.utils import DeployConfig, TrainerConfig
 
-    shape = "accounts/fireworks/trainingShapes/arithmetic"
+    shape = "accounts/fireworks/trainingShapes/ts-arithmetic"
     data_set = options.output / "rows.jsonl"
     data_set.write_text("".join(json.dumps(row) + "\n" for row in rows))
     fields = {
