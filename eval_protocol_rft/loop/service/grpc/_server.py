@@ -1,0 +1,177 @@
+"""`gateway.Gateway`: the control plane's second face, over gRPC, on the loop of the first.
+
+Invariant: a method is answered by the same `ControlPlane.call` as its HTTP counterpart, with the
+same refusals; it has no state and no rules of its own.
+"""
+
+from __future__ import annotations
+
+import functools
+import hmac
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import grpc
+import grpc.aio
+
+from eval_protocol_rft.loop.service._control import UnknownEndpointError
+from eval_protocol_rft.loop.service._errors import Code, ServiceError
+from eval_protocol_rft.loop.service.grpc._transcoding import (
+    METHODS,
+    reply_from_http,
+    request_to_http,
+)
+
+_log = logging.getLogger(__name__)
+
+_SERVICE = "/gateway.Gateway/"
+_GRACE_S = 2.0
+"""For calls in flight when the server stops."""
+_STATUS = {int(status.value[0]): status for status in grpc.StatusCode}
+
+
+class Call(Protocol):
+    """`ControlPlane.call`."""
+
+    async def __call__(
+        self, method: str, path: str, query: Mapping[str, str], body: dict[str, Any] | None, /
+    ) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """One call, for the log of requests."""
+
+    method: str
+    """Such as `/gateway.Gateway/GetModel`."""
+    counterpart: str
+    """Of HTTP, such as `GET /v1/accounts/acc/models/m`; empty where there is none."""
+    code: int
+    """gRPC's, 0: OK."""
+    message: str
+    """Of a refusal."""
+    ms: float
+    user_agent: str
+
+    @property
+    def is_unanswered(self) -> bool:
+        """Whether there is no such method, or no such endpoint behind it."""
+        return self.code == Code.UNIMPLEMENTED
+
+
+class GrpcServer:
+    """A server that runs; made by `serve_grpc`."""
+
+    def __init__(self, server: Any, host: str, port: int) -> None:
+        self._server = server
+        self.port = port
+        self.address = f"{host}:{port}"
+        """What clients take as FIREWORKS_GATEWAY_ADDR."""
+
+    @property
+    def export_line(self) -> str:
+        """For a user's shell."""
+        return f"export FIREWORKS_GATEWAY_ADDR={self.address}"
+
+    async def aclose(self) -> None:
+        """Idempotent; calls in flight have a moment to end."""
+        await self._server.stop(_GRACE_S)
+
+
+async def serve_grpc(
+    call: Call,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    api_key: str | None = None,
+    record: Callable[[Answered], None] | None = None,
+) -> GrpcServer:
+    """Answer `gateway.Gateway` on the running loop, without TLS.
+
+    Args:
+        call: answers the HTTP counterpart of each method.
+        host: a name or an address that does not contain a colon: clients split at it.
+        port: 0: any that is free. Not 443, where clients want TLS.
+        api_key: what clients send as `x-api-key`; None: anyone may call.
+        record: is given every call after its end.
+
+    Raises:
+        ValueError: the client cannot reach such a host or port.
+        OSError: the port is taken.
+    """
+    if ":" in host or port == 443:
+        raise ValueError(
+            f"gRPC clients of the service cannot talk to {host}, port {port}: they split the "
+            "address at its colon, and want TLS at port 443"
+        )
+    # Else a second server could listen on the same port, and each would get half of the calls.
+    server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+    server.add_generic_rpc_handlers((_Gateway(call, api_key, record),))
+    try:
+        bound = server.add_insecure_port(f"{host}:{port}")
+    except RuntimeError as error:
+        raise OSError(f"gRPC cannot listen on {host}:{port}: {error}") from error
+    await server.start()
+    return GrpcServer(server, host, bound)
+
+
+class _Gateway(grpc.GenericRpcHandler):  # type: ignore[misc]
+    """Takes every method, so that those which are not answered are seen too."""
+
+    def __init__(
+        self, call: Call, api_key: str | None, record: Callable[[Answered], None] | None
+    ) -> None:
+        self._call = call
+        self._api_key = api_key
+        self._record = record
+
+    def service(self, details: Any) -> Any:
+        metadata = dict(details.invocation_metadata or ())
+        answer = functools.partial(self._answer, details.method, metadata)
+        return grpc.unary_unary_rpc_method_handler(answer)
+
+    async def _answer(
+        self, path: str, metadata: dict[str, Any], data: bytes, context: Any
+    ) -> bytes:
+        started = time.monotonic()
+        counterpart, code, message, reply = "", 0, "", b""
+        try:
+            self._check_key(metadata)
+            if path.removeprefix(_SERVICE) not in METHODS:
+                raise ServiceError(
+                    f"{path}: this server has no such method", code=Code.UNIMPLEMENTED
+                )
+            name = path.removeprefix(_SERVICE)
+            http = request_to_http(name, data)
+            if http is not None:
+                counterpart = f"{http.verb} {http.path}"
+                answer = await self._call(http.verb, http.path, http.query, http.body)
+                reply = reply_from_http(name, answer)
+        except UnknownEndpointError as error:
+            # Clients take NOT_FOUND for the answer to "is it there?".
+            code, message = Code.UNIMPLEMENTED, str(error)
+        except ServiceError as error:
+            code, message = int(error.code), str(error)
+        except Exception as error:  # noqa: BLE001 -- a fault of this server is told, and logged
+            _log.exception("%s failed", path)
+            code, message = Code.INTERNAL, f"{path} failed in this server: {error!r}"
+        if self._record is not None:
+            ms = (time.monotonic() - started) * 1e3
+            agent = str(metadata.get("user-agent", ""))
+            self._record(Answered(path, counterpart, code, message, ms, agent))
+        if code:
+            await context.abort(_STATUS[code], message)
+        return reply
+
+    def _check_key(self, metadata: Mapping[str, Any]) -> None:
+        if self._api_key is None:
+            return
+        key = metadata.get("x-api-key") or str(metadata.get("authorization", "")).partition(" ")[2]
+        if not hmac.compare_digest(str(key).encode(), self._api_key.encode()):
+            raise ServiceError(
+                "the API key is missing or wrong: send the server's --api-key as x-api-key",
+                code=Code.UNAUTHENTICATED,
+            )

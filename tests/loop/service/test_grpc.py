@@ -1,0 +1,332 @@
+"""The control plane over gRPC: the bytes that fireworks-ai 0.19.20 sends are answered as their HTTP
+counterparts are."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+import pytest
+
+pytest.importorskip("grpc", reason="gRPC needs the extra: pip install 'eval-protocol-rft[grpc]'")
+
+import grpc
+import grpc.aio
+from google.protobuf import json_format
+
+from eval_protocol_rft.loop.service._control import UnknownEndpointError
+from eval_protocol_rft.loop.service._errors import Code, ServiceError
+from eval_protocol_rft.loop.service.grpc import Answered, serve_grpc
+from eval_protocol_rft.loop.service.grpc._messages import message_class
+from eval_protocol_rft.loop.service.grpc._transcoding import METHODS
+
+ACCOUNT = "accounts/acc"
+DEPLOYMENT = f"{ACCOUNT}/deployments/older"
+BASE = "accounts/fireworks/models/arithmetic"
+DATASET = f"{ACCOUNT}/datasets/dataset-1164761322-inmemory-jsonl"
+
+
+class Recorder:
+    """Stands for the control plane: notes what it is asked, and answers what it was given."""
+
+    def __init__(self, answer: dict[str, Any] | Exception | None = None) -> None:
+        self.answer = answer or {}
+        self.calls: list[tuple[str, str, dict[str, str], dict[str, Any] | None]] = []
+
+    async def __call__(
+        self, method: str, path: str, query: Mapping[str, str], body: dict[str, Any] | None, /
+    ) -> dict[str, Any]:
+        self.calls.append((method, path, dict(query), body))
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return self.answer
+
+
+@contextlib.asynccontextmanager
+async def gateway(control: Recorder, **options: Any) -> AsyncIterator[grpc.aio.Channel]:
+    server = await serve_grpc(control, **options)
+    try:
+        async with grpc.aio.insecure_channel(server.address) as channel:
+            yield channel
+    finally:
+        await server.aclose()
+
+
+async def ask(
+    channel: grpc.aio.Channel, name: str, request: bytes | dict[str, Any] = b"", **metadata: str
+) -> dict[str, Any]:
+    """The reply in JSON; `request` in JSON or as the wire's bytes."""
+    if isinstance(request, dict):
+        request = encoded(f"{name}Request", request)
+    call = channel.unary_unary(f"/gateway.Gateway/{name}")
+    reply = await call(request, metadata=[(k.replace("_", "-"), v) for k, v in metadata.items()])
+    message = message_class(METHODS[name].reply).FromString(reply)
+    return dict(json_format.MessageToDict(message))
+
+
+def encoded(message: str, value: dict[str, Any]) -> bytes:
+    return bytes(json_format.ParseDict(value, message_class(message)()).SerializeToString())
+
+
+RECORDED = {
+    "ListModels": (
+        "0a126163636f756e74732f66697265776f726b7310c8013001",
+        ("GET", "/v1/accounts/fireworks/models",
+         {"pageSize": "200", "includeDeployedModelRefs": "true"}, None),
+    ),
+    "GetModel": (
+        "0a166163636f756e74732f6163632f6d6f64656c732f6d31",
+        ("GET", f"/v1/{ACCOUNT}/models/m1", {}, None),
+    ),
+    "GetDeployment": (
+        "0a1e6163636f756e74732f6163632f6465706c6f796d656e74732f6f6c646572",
+        ("GET", f"/v1/{DEPLOYMENT}", {}, None),
+    ),
+    "CreateDeployment": (
+        "0a0c6163636f756e74732f616363125312067265632e70799201246163636f756e74732f66697265776f726b"
+        "732f6d6f64656c732f61726974686d65746963b2020d0a0308ac021202083c1a020801d80207880301820406"
+        "0a0161120162a2040208013a056f6c646572",
+        ("POST", f"/v1/{ACCOUNT}/deployments", {"deploymentId": "older"}, {
+            "displayName": "rec.py", "baseModel": BASE, "acceleratorType": "NVIDIA_H200_141GB",
+            "enableAddons": True, "annotations": {"a": "b"}, "placement": {"region": "US_IOWA_1"},
+            "autoscalingPolicy": {
+                "scaleUpWindow": "1s", "scaleDownWindow": "60s", "scaleToZeroWindow": "300s",
+            },
+        }),
+    ),
+    "UpdateDeployment": (
+        "0a7b0a1e6163636f756e74732f6163632f6465706c6f796d656e74732f6f6c64657212067265632e70792802"
+        "9201246163636f756e74732f66697265776f726b732f6d6f64656c732f61726974686d65746963980201b202"
+        "0d0a0308ac021202083c1a020801d802078803019803018204060a0161120162a20402080112080a06726567"
+        "696f6e",
+        ("PATCH", f"/v1/{DEPLOYMENT}", {"updateMask": "region"}, {"region": "US_IOWA_1"}),
+    ),
+    "ScaleDeployment": (  # to no replica: the wire has no zero
+        "0a1e6163636f756e74732f6163632f6465706c6f796d656e74732f6f6c646572",
+        ("PATCH", f"/v1/{DEPLOYMENT}:scale", {}, {"replicaCount": 0}),
+    ),
+    "ListDatasets": (
+        "0a0c6163636f756e74732f616363", ("GET", f"/v1/{ACCOUNT}/datasets", {}, None),
+    ),
+    "CreateDataset": (
+        "0a0c6163636f756e74732f616363120238011a21646174617365742d313136343736313332322d696e6d656d"
+        "6f72792d6a736f6e6c",
+        ("POST", f"/v1/{ACCOUNT}/datasets", {}, {
+            "dataset": {"exampleCount": "1"}, "datasetId": "dataset-1164761322-inmemory-jsonl",
+        }),
+    ),
+    "GetDatasetUploadEndpoint": (
+        "0a376163636f756e74732f6163632f64617461736574732f646174617365742d313136343736313332322d69"
+        "6e6d656d6f72792d6a736f6e6c12130a0e696e6d656d6f72792e6a736f6e6c108201",
+        ("POST", f"/v1/{DATASET}:getUploadEndpoint", {},
+         {"filenameToSize": {"inmemory.jsonl": "130"}}),
+    ),
+    "ValidateDatasetUpload": (
+        "0a376163636f756e74732f6163632f64617461736574732f646174617365742d313136343736313332322d69"
+        "6e6d656d6f72792d6a736f6e6c",
+        ("POST", f"/v1/{DATASET}:validateUpload", {}, {}),
+    ),
+    "CreateRlorTrainerJob": (
+        "0a0c6163636f756e74732f616363128d012a376163636f756e74732f6163632f64617461736574732f646174"
+        "617365742d313136343736313332322d696e6d656d6f72792d6a736f6e6c5a520a166163636f756e74732f61"
+        "63632f6d6f64656c732f6d3112246163636f756e74732f66697265776f726b732f6d6f64656c732f61726974"
+        "686d657469632d6f12033a308040381048075001600668808002",
+        ("POST", f"/v1/{ACCOUNT}/rlorTrainerJobs", {}, {
+            "dataset": DATASET,
+            "trainingConfig": {
+                "outputModel": f"{ACCOUNT}/models/m1", "baseModel": BASE, "learningRate": 0.0005,
+                "maxContextLength": 8192, "loraRank": 16, "acceleratorType": "NVIDIA_H200_141GB",
+                "acceleratorCount": 1, "epochs": 6, "batchSize": 32768,
+            },
+        }),
+    ),
+}  # fmt: skip
+"""What the client sent, and the request over HTTP that says the same."""
+
+
+@pytest.mark.parametrize("name", RECORDED)
+async def test_recorded_requests_become_their_http_counterparts(name: str) -> None:
+    sent, expected = RECORDED[name]
+    control = Recorder()
+    async with gateway(control) as channel:
+        await ask(channel, name, bytes.fromhex(sent))
+    assert control.calls == [expected]
+
+
+@pytest.mark.parametrize("name", METHODS)
+async def test_every_method_is_answered(name: str) -> None:
+    fields = message_class(f"{name}Request").DESCRIPTOR.fields_by_name
+    kind = METHODS[name].path.partition("accounts/*/")[2].partition("/")[0] or "deployments"
+    value: dict[str, Any] = {"parent": ACCOUNT} if "parent" in fields else {}
+    if "name" in fields:
+        value["name"] = f"{ACCOUNT}/{kind}/x"
+    if name == "UpdateDeployment":
+        value["deployment"] = {"name": DEPLOYMENT}
+    control = Recorder()
+    async with gateway(control) as channel:
+        assert await ask(channel, name, value) == {}
+    assert len(control.calls) == (name != "ListServerlessLoraModels")
+
+
+async def test_a_reply_holds_what_its_message_can_hold() -> None:
+    deployment = {
+        "name": DEPLOYMENT, "state": "READY", "replicaCount": 1, "baseModel": BASE,
+        "createTime": "2026-11-30T18:00:00.123456Z", "annotations": {"a": "b"},
+        "autoscalingPolicy": {"scaleUpWindow": "1s"},
+    }  # fmt: skip
+    newer = {"hotLoadTrainerJob": "accounts/acc/rlorTrainerJobs/j", "status": None}
+    control = Recorder({"deployments": [{**deployment, **newer}], "nextPageToken": "t"})
+    async with gateway(control) as channel:
+        reply = await ask(channel, "ListDeployments", {"parent": ACCOUNT})
+    assert reply == {"deployments": [deployment], "nextPageToken": "t"}
+
+
+async def test_a_state_that_the_clients_do_not_know_is_no_other_state() -> None:
+    control = Recorder({"name": "x", "state": "JOB_STATE_HAPPY"})
+    async with gateway(control) as channel:
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await ask(channel, "GetRlorTrainerJob", {"name": f"{ACCOUNT}/rlorTrainerJobs/x"})
+    assert refused.value.code() == grpc.StatusCode.INTERNAL
+    assert "JOB_STATE_HAPPY" in refused.value.details()
+
+
+@pytest.mark.parametrize("code", Code)
+async def test_refusals_keep_their_code_and_message(code: Code) -> None:
+    control = Recorder(ServiceError("no, because", code=code))
+    async with gateway(control) as channel:
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await ask(channel, "GetModel", {"name": BASE})
+    assert refused.value.code().value[0] == int(code)
+    assert refused.value.details() == "no, because"
+
+
+async def test_what_no_endpoint_answers_is_not_said_to_be_absent() -> None:
+    control = Recorder(UnknownEndpointError("no endpoint: ...", code=Code.NOT_FOUND))
+    async with gateway(control) as channel:
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await ask(channel, "GetDatasetDownloadEndpoint", {"name": DATASET})
+    assert refused.value.code() == grpc.StatusCode.UNIMPLEMENTED
+
+
+@pytest.mark.parametrize(
+    ("name", "request_", "words"),
+    [
+        ("GetModel", b"\xff", "these bytes are no GetModelRequest"),
+        # field 99 of the request, then of a message inside it
+        ("GetModel", b"\x98\x06\x01", "GetModelRequest field 99"),
+        ("CreateDeployment", b"\x12\x03\x98\x06\x01", "Deployment field 99"),
+        ("CreateDataset", b"\x12\x02\x50\x09", "Dataset.format = 9"),
+        ("GetModel", {"name": ""}, "name is '', not accounts/*/models/*"),
+        ("GetModel", {"name": DEPLOYMENT}, f"name is '{DEPLOYMENT}', not accounts/*/models/*"),
+        ("DeleteDataset", {"name": f"{DATASET}:validateUpload"}, "not accounts/*/datasets/*"),
+        ("DeleteDataset", {"name": "accounts/../datasets/x/y"}, "not accounts/*/datasets/*"),
+        (
+            "UpdateDeployment",
+            {"deployment": {"name": DEPLOYMENT}, "updateMask": "notAField"},
+            "Deployment has no field 'not_a_field'",
+        ),
+    ],
+)
+async def test_what_cannot_be_understood_is_refused_by_name(
+    name: str, request_: bytes | dict[str, Any], words: str
+) -> None:
+    control = Recorder()
+    async with gateway(control) as channel:
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await ask(channel, name, request_)
+    assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert words in refused.value.details()
+    assert control.calls == []
+
+
+async def test_a_mask_sends_zeros_and_nothing_that_it_does_not_name() -> None:
+    control = Recorder()
+    async with gateway(control) as channel:
+        await ask(
+            channel,
+            "UpdateDeployment",
+            {
+                "deployment": {"name": DEPLOYMENT, "displayName": "old", "maxReplicaCount": 2},
+                "updateMask": "minReplicaCount,maxReplicaCount,annotations",
+            },
+        )
+    ((_, path, query, body),) = control.calls
+    assert (path, query["updateMask"]) == (
+        f"/v1/{DEPLOYMENT}",
+        "minReplicaCount,maxReplicaCount,annotations",
+    )
+    assert body == {"minReplicaCount": 0, "maxReplicaCount": 2, "annotations": {}}
+
+
+async def test_a_key_is_asked_for_where_there_is_one() -> None:
+    control, answered = Recorder(), list[Answered]()
+    request = {"name": BASE}
+    async with gateway(control, api_key="right", record=answered.append) as channel:
+        for metadata in ({}, {"x_api_key": "wrong"}, {"authorization": "Bearer wrong"}):
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await ask(channel, "GetModel", request, **metadata)
+            assert refused.value.code() == grpc.StatusCode.UNAUTHENTICATED
+            assert "wrong" not in json.dumps(answered[-1].message).replace("missing or wrong", "")
+        assert control.calls == []
+        await ask(channel, "GetModel", request, x_api_key="right")
+        await ask(channel, "GetModel", request, authorization="Bearer right")
+    assert len(control.calls) == 2
+
+
+async def test_every_call_is_recorded_and_unknown_methods_say_so() -> None:
+    answered: list[Answered] = []
+    async with gateway(Recorder(), record=answered.append) as channel:
+        await ask(channel, "GetModel", {"name": BASE})
+        for path in ("/gateway.Gateway/CreateUser", "/other.Service/GetModel"):
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await channel.unary_unary(path)(b"\x01\x02")
+            assert refused.value.code() == grpc.StatusCode.UNIMPLEMENTED
+            assert path in refused.value.details()
+    assert [(a.method, a.counterpart, a.code, a.is_unanswered) for a in answered] == [
+        ("/gateway.Gateway/GetModel", f"GET /v1/{BASE}", 0, False),
+        ("/gateway.Gateway/CreateUser", "", 12, True),
+        ("/other.Service/GetModel", "", 12, True),
+    ]
+    assert all("grpc-python" in a.user_agent for a in answered)
+
+
+async def test_a_fault_of_the_control_plane_costs_one_call() -> None:
+    control = Recorder(KeyError("lost"))
+    async with gateway(control) as channel:
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await ask(channel, "GetModel", {"name": BASE})
+        assert refused.value.code() == grpc.StatusCode.INTERNAL
+        control.answer = {"name": BASE}
+        assert await ask(channel, "GetModel", {"name": BASE}) == {"name": BASE}
+
+
+async def test_calls_do_not_wait_for_each_other() -> None:
+    here = asyncio.Event()
+
+    class Waits(Recorder):
+        async def __call__(self, *call: Any) -> dict[str, Any]:
+            if "first" in call[1]:
+                await here.wait()
+            else:
+                here.set()
+            return {}
+
+    async with gateway(Waits()) as channel:
+        names = [f"{ACCOUNT}/models/{name}" for name in ("first", "second")]
+        await asyncio.gather(*(ask(channel, "GetModel", {"name": name}) for name in names))
+
+
+async def test_an_address_that_clients_cannot_use_is_refused() -> None:
+    server = await serve_grpc(Recorder())
+    try:
+        assert server.export_line == f"export FIREWORKS_GATEWAY_ADDR=127.0.0.1:{server.port}"
+        with pytest.raises(OSError, match=f"cannot listen on {server.address}"):
+            await serve_grpc(Recorder(), port=server.port)
+    finally:
+        await server.aclose()
+    for options in ({"host": "::1"}, {"port": 443}):
+        with pytest.raises(ValueError, match="split the address"):
+            await serve_grpc(Recorder(), **options)
