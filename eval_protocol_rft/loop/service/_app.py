@@ -6,17 +6,17 @@ answered.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Iterable
 from pathlib import Path
 
 from starlette.applications import Starlette
 
-from eval_protocol_rft.local.server import EXCEPTION_HANDLERS
+from eval_protocol_rft.local.server import EXCEPTION_HANDLERS, CompletionEndpoints
 from eval_protocol_rft.loop.service._control import ControlPlane
-from eval_protocol_rft.loop.service._hot_load import HotLoads, Served
+from eval_protocol_rft.loop.service._hot_load import HotLoads
 from eval_protocol_rft.loop.service._requests import RequestLog
+from eval_protocol_rft.loop.service._served import ServedModels
 from eval_protocol_rft.loop.service._store import Store
 from eval_protocol_rft.loop.service._training import Training
 from eval_protocol_rft.loop.service._training_api import TrainingApi
@@ -48,21 +48,23 @@ class FireworksService:
         self.store = Store(folder)
         self.weights = Weights(folder / "weights", models)
         self.training = Training(self.store, self.weights, say=say)
-        served: Served = _NothingServed()
+        self.served = ServedModels(self.store, self.weights)
+        endpoints = CompletionEndpoints(self.served)
         self.control = ControlPlane(
-            self.store, self.weights, served, drop_job=self.training.drop_job, say=say
+            self.store, self.weights, self.served, drop_job=self.training.drop_job, say=say
         )
         self.app = Starlette(
             routes=[
                 *TrainingApi(self.store, self.training).routes(),
                 *self.control.routes(),
-                *HotLoads(self.store, served, say=say).routes(),
+                *HotLoads(self.store, self.served, say=say).routes(),
+                *endpoints.routes(),
             ],
             exception_handlers=EXCEPTION_HANDLERS,
             lifespan=self._lifespan,
         )
         self.app.add_middleware(RequestLog, folder=folder, show_all=log_requests)
-        self.app.state.stopping = asyncio.Event()
+        self.app.state.stopping = endpoints.stopping
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
@@ -71,11 +73,7 @@ class FireworksService:
         try:
             yield
         finally:
+            await self.served.aclose()
             await self.control.aclose()
             await self.training.aclose()
             self.store.close()
-
-
-class _NothingServed:
-    async def load(self, deployment: str, weights: str, *, version: str) -> None:
-        """Nothing is sampled from yet."""

@@ -82,7 +82,7 @@ class Deployments:
         created = resources.now()
         row: Resource = {
             **settings, "name": name, "state": "READY", "createTime": created,
-            "updateTime": created, "_weights": model["_weights"], "_version": model["name"],
+            "updateTime": created, "_weights": model["_weights"], "_version": None,
         }  # fmt: skip
         _count_replicas(row, settings)
         if not call.wants("validateOnly"):
@@ -121,12 +121,11 @@ class Deployments:
         reattached = row.get("hotLoadTrainerJob") != before
         if reattached:
             # Its replicas start again, on the base model, and know nothing of earlier snapshots.
-            row |= {"_weights": model["_weights"], "_version": model["name"]}
-            row.pop("_snapshot", None)
+            row |= {"_weights": model["_weights"], "_version": None}
         self._store.put(KIND, call.name, row)
         key = resources.last(call.name)
         if reattached:
-            await self._served.load(call.name, row["_weights"], version=row["_version"])
+            await self._served.load(call.name, row["_weights"], version=None)
             job = resources.last(row.get("hotLoadTrainerJob") or "nothing")
             self._say(f"deployment {key}: READY, takes snapshots of {job}")
         elif {"minReplicaCount", "maxReplicaCount", "replicaCount"} & set(changes):
@@ -168,6 +167,8 @@ class Deployments:
                     "purgeTime": purged.isoformat().replace("+00:00", "Z"),
                 }  # fmt: skip
                 self._store.put(KIND, call.name, row)
+        for gone in (call.name, *(adapter["name"] for adapter in adapters)):
+            self._served.drop(gone)
         also = f", and {len(adapters)} adapters on it" if adapters else ""
         self._say(f"deployment {resources.last(call.name)}: deleted{also}")
         return {}
@@ -244,12 +245,14 @@ class Deployments:
             **{k: v for k, v in body.items() if k not in _OUTPUT},
             "name": f"{call.name}/{key}", "model": model["name"], "deployment": name,
             "state": "DEPLOYED", "default": not elsewhere, "createTime": created,
-            "updateTime": created,
+            "updateTime": created, "_merged": replace,
         }  # fmt: skip
         with self._store.change():
             for other in others if replace else ():
                 self._store.delete(ADAPTERS, other["name"])
             self._store.put(ADAPTERS, row["name"], row)
+        for other in others if replace else ():
+            self._served.drop(other["name"])
         gone = "".join(f", in place of {resources.last(o['model'])}" for o in others if replace)
         self._say(
             f"model {resources.last(model['name'])}: DEPLOYED on {resources.last(name)}{gone}"
@@ -278,6 +281,7 @@ class Deployments:
     async def delete_adapter(self, call: Call) -> dict[str, Any]:
         row = self._adapter(call.name)
         self._store.delete(ADAPTERS, call.name)
+        self._served.drop(call.name)
         where = resources.last(row["deployment"])
         self._say(f"model {resources.last(row['model'])}: no longer on {where}")
         return {}

@@ -17,6 +17,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from eval_protocol_rft.loop.service import _resources as resources
+from eval_protocol_rft.loop.service._errors import ServiceError
 from eval_protocol_rft.loop.service._store import Resource, Store
 
 _PATH = "/hot_load/v1/models/hot_load"
@@ -27,8 +28,13 @@ _DELTA_FIELDS = ("previous_snapshot_identity", "compression_format", "checksum_f
 class Served(Protocol):
     """What is done to the models that are served."""
 
-    async def load(self, deployment: str, weights: str, *, version: str) -> None:
-        """Go on with a set of weights, between two tokens, under the name of a version."""
+    async def load(self, deployment: str, weights: str, *, version: str | None) -> None:
+        """Go on with a set of weights, between two tokens, under the name of a snapshot; on disk
+        when this returns (`_weights`, `_version`)."""
+        ...
+
+    def drop(self, name: str) -> None:
+        """Free what a deployment or an adapter has in memory; it is gone."""
         ...
 
 
@@ -87,11 +93,10 @@ class HotLoads:
         name, identity = deployment["name"], body["identity"]
         snapshot = self._snapshot(deployment, identity)
         self._check_previous(deployment, snapshot, body.get("incremental_snapshot_metadata"))
-        deployment |= {
-            "_weights": snapshot["weights"], "_version": identity, "_snapshot": identity,
-        }  # fmt: skip
-        self._store.put("deployments", name, deployment)
-        await self._served.load(name, snapshot["weights"], version=identity)
+        try:
+            await self._served.load(name, snapshot["weights"], version=identity)
+        except ServiceError as error:
+            raise _Refusal(str(error), status=error.status) from error
         self._say(f"deployment {resources.last(name)}: serves snapshot {identity}")
 
     def _snapshot(self, deployment: Resource, identity: str) -> Resource:
@@ -114,7 +119,7 @@ class HotLoads:
     def _check_previous(
         self, deployment: Resource, snapshot: Resource, delta: Mapping[str, Any] | None
     ) -> None:
-        identity, held = snapshot["identity"], deployment.get("_snapshot")
+        identity, held = snapshot["identity"], deployment.get("_version")
         if held == identity:
             return  # asked again, its answer was lost
         if (snapshot["checkpointType"] == "delta") != (delta is not None):
@@ -162,7 +167,7 @@ def _check_object(value: Any, names: tuple[str, ...], where: str) -> None:
 
 def _status(deployment: Resource) -> dict[str, Any]:
     """What every replica says; there is one, and it is never in between."""
-    identity = deployment.get("_snapshot")
+    identity = deployment.get("_version")
     stage: dict[str, Any] = {"stage": "done", "target_snapshot_identity": identity}
     return {
         "replicas": [
