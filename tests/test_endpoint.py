@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eval_protocol_rft.sampling._endpoint import Endpoint, resolve_endpoint
+from eval_protocol_rft.sampling._endpoint import Endpoint, fireworks_address, resolve_endpoint
 
 KEY = "fw-key-of-the-environment"
 FIREWORKS = "https://api.fireworks.ai/inference/v1"
@@ -166,3 +166,31 @@ def test_secrets_are_the_key_and_the_long_parts_of_headers_longest_first():
     cookie = Endpoint("http://h/v1", None, (("Cookie", "session=0123456789; theme=dark"),))
     assert "0123456789" in cookie.secrets
     assert Endpoint("http://h/v1").secrets == ()
+
+
+@pytest.mark.parametrize(
+    "tail",
+    [
+        *("", "/", "/v1", "/inference", "/inference/", "/inference/v1", "/training/v1"),
+        *("/inference/v1/completions", "/inference/v1/chat/completions"),
+        "/training/v1/serverless",
+    ],
+)
+@pytest.mark.parametrize("root", ["http://h:1", "https://gateway.example/team"])
+def test_one_address_of_fireworks_in_all_its_spellings(root, tail):
+    for address in (
+        fireworks_address(root + tail, env={"FIREWORKS_BASE_URL": "http://other"}),
+        fireworks_address(env={"FIREWORKS_BASE_URL": root + tail}),
+    ):
+        assert (address.url, address.inference) == (root, f"{root}/inference/v1")
+
+
+def test_the_address_of_fireworks_says_where_it_comes_from():
+    env = {"FIREWORKS_BASE_URL": "http://h"}
+    assert str(fireworks_address(env=env)) == "http://h (FIREWORKS_BASE_URL)"
+    assert str(fireworks_address("http://g", option="--base-url", env=env)).endswith("(--base-url)")
+    assert fireworks_address(env={}).url == "https://api.fireworks.ai"
+    with pytest.raises(ValueError, match="FIREWORKS_BASE_URL must be"):
+        fireworks_address(env={"FIREWORKS_BASE_URL": "fw_key"})
+    with pytest.raises(ValueError, match="--base-url must be"):
+        fireworks_address("localhost:8000", option="--base-url", env=env)

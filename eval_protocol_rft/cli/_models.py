@@ -250,7 +250,8 @@ def train(
         evaluator: tests/test_x.py::test_x, an evaluation test: its data, processor and evaluator.
         output: Folder of the run.
         base_url: Sample from this server; it takes new weights as vLLM in its development mode
-            does, or `ep-rft serve --reloads`.
+            does, or `ep-rft serve --reloads`. With --deployment: where Fireworks is, or a service
+            like it, in the place of FIREWORKS_BASE_URL.
 
     Examples:
       ep-rft train tests/test_math.py::test_math --model local/my-model \
@@ -260,11 +261,15 @@ def train(
       ep-rft train tests/test_math.py::test_math \
         --model accounts/fireworks/models/qwen3-8b \
         --deployment my-run --lora-rank 32 --steps 100
+      ep-rft train tests/test_math.py::test_math \
+        --model accounts/fireworks/models/arithmetic --deployment my-run \
+        --base-url http://localhost:8000   # ep-rft serve --fireworks
       ep-rft train tests/test_math.py::test_math --model tiny \
         --base-url http://localhost:8000 --weights ./tiny --steps 50
     """
+    on_fireworks = "deployment" in there
     if base_url is not None:
-        params["api_base"] = base_url
+        (there if on_fireworks else params)["base_url"] = _base_url(base_url, on_fireworks)
     if how.keys().isdisjoint(("steps", "epochs")):
         how["epochs"] = 1.0
     from eval_protocol_rft.scoring.executors import load_evaluator
@@ -297,7 +302,7 @@ def _parts(
             raise loop.SetupError(
                 f"{_flag(name)} is for training in this process, and --deployment is on Fireworks"
             )
-    for name in ("training_shape", "delete_on_close"):
+    for name in ("base_model", "training_shape", "delete_on_close"):
         if not on_fireworks and name in there:
             raise loop.SetupError(f"{_flag(name)} is for training on Fireworks: add --deployment")
     if on_fireworks:
@@ -310,6 +315,17 @@ def _parts(
     rank = there.get("lora_rank", 0)
     lora = loop.LoraSettings(rank=rank, alpha=2 * rank) if rank else None
     return loop.LocalParts(lora=lora, optimizer=optimizer, **here)
+
+
+def _base_url(url: str, on_fireworks: bool) -> str | sampling.FireworksAddress:
+    if not on_fireworks:
+        return url
+    if sampling.is_direct_route(url):
+        raise loop.SetupError(
+            "--base-url: with --deployment this is the address of Fireworks, and a direct route "
+            'leads to one deployment alone: name it as "api_base" in the test\'s completion_params'
+        )
+    return sampling.fireworks_address(url, option="--base-url")
 
 
 def _flag(name: str) -> str:

@@ -19,12 +19,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, Unpack
-from urllib.parse import urlsplit
 
 from eval_protocol.models import EvaluationRow
 
 from eval_protocol_rft._errors import EvalProtocolRftError
 from eval_protocol_rft.loop._rollouts import RowRunner, RunnerOptions
+from eval_protocol_rft.sampling import is_direct_route
 from eval_protocol_rft.training import PromptGroup, TokenBuffer, Trajectory, read_row
 from eval_protocol_rft.training.export.cookbook import DICTS, CookbookTypes, to_run
 
@@ -239,7 +239,6 @@ def _api_base(url: str) -> str:
     """Recipes give the gateway, whose completions are under /inference/v1; a direct route has no
     /inference."""
     base = url.rstrip("/")
-    direct = (urlsplit(base).hostname or "").endswith(".direct.fireworks.ai")
-    if direct or base.endswith(("/inference", "/v1")):
+    if is_direct_route(base) or base.endswith(("/inference", "/v1")):
         return base
     return f"{base}/inference"

@@ -25,7 +25,6 @@ import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
-from urllib.parse import urlsplit
 
 import aiohttp
 
@@ -107,11 +106,8 @@ async def _resource(
 
 def _control_plane(endpoint: sampling.Endpoint) -> str:
     """The inference address without its path; a direct route has no control plane of its own."""
-    parts = urlsplit(endpoint.base_url)
-    if (parts.hostname or "").endswith(".direct.fireworks.ai"):
-        return "https://api.fireworks.ai"
-    path = parts.path.removesuffix("/v1").removesuffix("/inference")
-    return f"{parts.scheme}://{parts.netloc}{path}"
+    direct = sampling.is_direct_route(endpoint.base_url)
+    return sampling.fireworks_address(None if direct else endpoint.base_url).url
 
 
 class Backends:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
+import os
 import re
 import urllib.request
 from collections.abc import Iterable, Mapping
@@ -25,11 +26,60 @@ import msgspec
 from eval_protocol_rft._options import Flag, environment_variable
 from eval_protocol_rft.sampling._types import RefusedError, SamplingParams, TokenIds
 
-FIREWORKS_URL = "https://api.fireworks.ai/inference/v1"
+FIREWORKS_URL = "https://api.fireworks.ai"
+FIREWORKS_VARIABLE = "FIREWORKS_BASE_URL"
 _SHORTEST_SECRET = 8
 _SEPARATOR = re.compile(r"[\s;,=]+")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
-_BASE_URL_VARIABLES = ("EP_LLM_API_BASE", "EP_LLM_BASE_URL", "FIREWORKS_BASE_URL")
+_BASE_URL_VARIABLES = ("EP_LLM_API_BASE", "EP_LLM_BASE_URL", FIREWORKS_VARIABLE)
+_BELOW_FIREWORKS = re.compile(
+    r"(/inference)?(/v1)?((/chat)?/completions)?$|/training(/v1(/serverless)?)?$"
+)
+"""What clients write behind the address of Fireworks."""
+
+
+@dataclass(frozen=True, slots=True)
+class FireworksAddress:
+    """Where Fireworks is, or a service like it: control plane, training and inference lie below one
+    URL."""
+
+    url: str
+    """Without a slash at its end."""
+    source: str
+    """Who says so: an option, a variable, or nobody."""
+
+    @property
+    def inference(self) -> str:
+        """Base URL of the completions there."""
+        return f"{self.url}/inference/v1"
+
+    def __str__(self) -> str:
+        return f"{self.url} ({self.source})"
+
+
+def fireworks_address(
+    url: str | FireworksAddress | None = None,
+    *,
+    option: str = "base_url",
+    env: Mapping[str, str] = os.environ,
+) -> FireworksAddress:
+    """The address of Fireworks: `url`, else `FIREWORKS_BASE_URL`, else its own.
+
+    Args:
+        url: the service, with or without `/inference`, `/inference/v1` or a slash at its end; an
+            address stays as it is.
+        option: what `url` is called where it is given.
+        env: the environment.
+
+    Raises:
+        ValueError: it is no http(s) URL, or more than one; the message names option or variable.
+    """
+    if isinstance(url, FireworksAddress):
+        return url
+    for source, value in ((option, url), (FIREWORKS_VARIABLE, env.get(FIREWORKS_VARIABLE))):
+        if value:
+            return FireworksAddress(_service_root(_plain_url(source, value)), source)
+    return FireworksAddress(FIREWORKS_URL, f"no {FIREWORKS_VARIABLE} is set")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +104,8 @@ class Endpoint:
     headers: tuple[tuple[str, str], ...] = field(default=(), repr=False)
     is_fireworks: bool = False
     """By its host, by the variable that names it, or by the model asked for there."""
+    source: str = field(default="", compare=False)
+    """What named the base URL: a key of completion_params or a variable; empty: nothing did."""
 
     @property
     def secrets(self) -> tuple[str, ...]:
@@ -82,7 +134,7 @@ def resolve_endpoint(model: str, params: Mapping[str, Any], *, env: Mapping[str,
         raise ValueError("completion_params['api_key'] must be a string")
     has_own = any(name.lower() in ("authorization", "x-api-key") for name, _ in headers)
     is_fireworks = (
-        source in ("FIREWORKS_BASE_URL", "default")
+        source in (FIREWORKS_VARIABLE, "")
         or model.startswith(("accounts/", "fireworks_ai/"))
         or _is_fireworks(base_url)
     )
@@ -93,27 +145,32 @@ def resolve_endpoint(model: str, params: Mapping[str, Any], *, env: Mapping[str,
             "the API key has a blank, a line break or another control character at its end or "
             "inside: was it read from a file with its last line's end?"
         )
-    return Endpoint(base_url, key or None, headers, is_fireworks)
+    return Endpoint(base_url, key or None, headers, is_fireworks, source)
 
 
 def _base_url(params: Mapping[str, Any], env: Mapping[str, str]) -> tuple[str, str]:
     """Where the URL comes from, and the URL."""
     given = {
-        key: _normalise(f"completion_params[{key!r}]", params[key])
+        f"completion_params[{key!r}]": _normalise(f"completion_params[{key!r}]", params[key])
         for key in ("api_base", "base_url")
         if params.get(key)
     }
     if len(set(given.values())) > 1:
+        api_base, other = given.values()
         raise ValueError(
-            f"completion_params['api_base'] leads to {given['api_base']} and 'base_url' to "
-            f"{given['base_url']}: give one"
+            f"completion_params['api_base'] leads to {api_base} and 'base_url' to {other}: give one"
         )
     if given:
         return next(iter(given.items()))
     for name in _BASE_URL_VARIABLES:
         if env.get(name):
             return name, _normalise(name, env[name])
-    return "default", FIREWORKS_URL
+    return "", fireworks_address(env={}).inference
+
+
+def is_direct_route(url: str) -> bool:
+    """Whether `url` leads to one deployment of Fireworks, past its gateway and control plane."""
+    return (urlsplit(url).hostname or "").endswith(".direct.fireworks.ai")
 
 
 def _is_fireworks(url: str) -> bool:
@@ -121,8 +178,8 @@ def _is_fireworks(url: str) -> bool:
     return host == "fireworks.ai" or host.endswith(".fireworks.ai")
 
 
-def _normalise(source: str, url: Any) -> str:
-    """`http://h`, `http://h/v1`, `http://h/inference` and `http://h/inference/v1` all work."""
+def _plain_url(source: str, url: Any) -> SplitResult:
+    """The parts of an http(s) URL without credentials or a query."""
     try:
         parts = urlsplit(url if isinstance(url, str) else "")
         is_url = parts.scheme in ("http", "https") and bool(parts.hostname)
@@ -134,12 +191,23 @@ def _normalise(source: str, url: Any) -> str:
         raise ValueError(f"{source} must be an http(s) URL")
     if parts.username or parts.password or parts.query or parts.fragment:
         raise ValueError(f"{source} must be a plain URL; credentials go into api_key")
+    return parts
+
+
+def _normalise(source: str, url: Any) -> str:
+    """`http://h`, `http://h/v1`, `http://h/inference` and `http://h/inference/v1` all work."""
+    parts = _plain_url(source, url)
     path = parts.path.rstrip("/")
     path = path.removesuffix("/chat/completions").removesuffix("/completions")
     path = path.removesuffix("/v1").rstrip("/")
     if parts.hostname == "api.fireworks.ai" and not path:
         path = "/inference"
     return f"{parts.scheme}://{parts.netloc}{path}/v1"
+
+
+def _service_root(parts: SplitResult) -> str:
+    path = _BELOW_FIREWORKS.sub("", parts.path.rstrip("/"), count=1)
+    return f"{parts.scheme}://{parts.netloc}{path}"
 
 
 def _headers(params: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:

@@ -26,15 +26,15 @@ async def test_a_run_on_fireworks_trains_what_its_deployment_sampled(
 ) -> None:
     monkeypatch.setenv("FIREWORKS_API_KEY", KEY)
     with emulated_trainer() as server:
-        monkeypatch.setattr(fireworks, "FIREWORKS_URL", server.url)
+        # What clients of the inference API alone are given.
+        monkeypatch.setenv("FIREWORKS_BASE_URL", f"{server.url}/inference/v1")
         result = await atrain(
             example.test_arithmetic,
             tmp_path / "run",
             options=options(steps=6, groups_per_step=8, completions_per_prompt=8),
             completion_params={
                 "model": BASE,
-                "api_base": server.url,
-                "api_key": KEY,
+                "api_base": "https://api.fireworks.ai/inference/v1",
                 "tokenizer": str(bundled_model_path("arithmetic")),
             },
             data=[sums_file(tmp_path / "sums.jsonl")],
@@ -45,7 +45,6 @@ async def test_a_run_on_fireworks_trains_what_its_deployment_sampled(
                 deployment="dep",
                 trainer_job="job",
                 optimizer=Optimizer(),
-                base_url=server.url,
             ),
         )
         assert len(server.hot_loads.requests) == 6

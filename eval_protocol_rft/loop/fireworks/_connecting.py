@@ -2,8 +2,8 @@
 
 Invariant: what is started on Fireworks is what the SDK's managed service starts for these
 arguments; what it leaves running when the trainer is closed is said in the docstring. Of the test
-only the model that its completion_params name is replaced, by the deployment that the trainer loads
-its weights into.
+only the model that its completion_params name, and where it is, are replaced: by the deployment
+that the trainer loads its weights into.
 """
 
 from __future__ import annotations
@@ -22,11 +22,15 @@ from eval_protocol_rft import rollout
 from eval_protocol_rft.loop._run_options import FIREWORKS, MODEL, LoopOptions, Optimizer, SetupError
 from eval_protocol_rft.loop._setup import Parts, own_processor
 from eval_protocol_rft.loop._trainer import TrainerError
+from eval_protocol_rft.loop.fireworks._control_plane import (
+    ControlPlaneError,
+    check_service,
+    service_errors,
+)
 from eval_protocol_rft.loop.fireworks._fireworks_trainer import FireworksTrainer, check_temperature
 from eval_protocol_rft.loop.fireworks._hot_load import POLL_SECONDS, HotLoad
+from eval_protocol_rft.sampling import FireworksAddress, fireworks_address, is_direct_route
 from eval_protocol_rft.training import require
-
-FIREWORKS_URL = "https://api.fireworks.ai"
 
 
 async def connect(
@@ -37,7 +41,7 @@ async def connect(
     optimizer: Optimizer,
     lora_rank: int = 0,
     api_key: str | None = None,
-    base_url: str = FIREWORKS_URL,
+    base_url: str | FireworksAddress | None = None,
     training_shape: str | None = None,
     trainer_job: str | None = None,
     reference: bool = False,
@@ -57,7 +61,8 @@ async def connect(
         optimizer: of every step; its `microbatch_tokens` are not for a server.
         lora_rank: rank of the adapters; 0 trains all parameters.
         api_key: default `FIREWORKS_API_KEY`.
-        base_url: of the service.
+        base_url: of the service; default `FIREWORKS_BASE_URL`, else Fireworks. It may end in
+            `/inference` or `/inference/v1`.
         training_shape: id of the hardware and software to train on; its deployment shape is used
             too. None: the server picks one, for a deployment that is there.
         trainer_job: id; made where it is not there. Give the same to go on with a trainer.
@@ -69,17 +74,27 @@ async def connect(
 
     Raises:
         MissingPackageError: the SDK is not installed.
+        ValueError: the address is no URL.
         TrainerError: no key, a temperature other than 1, or the service did not give what was
-            asked for.
+            asked for. A wrong key or address is told before anything is made.
     """
     check_temperature(temperature)
     key = api_key or os.environ.get("FIREWORKS_API_KEY")
     if not key:
         raise TrainerError("no API key: set FIREWORKS_API_KEY or pass api_key=")
+    address = fireworks_address(base_url)
     sdk = require("fireworks.training.sdk", install="eval-protocol-rft[fireworks]")
+    # The SDK would try for minutes what cannot succeed.
+    async with service_errors().AsyncFireworks(api_key=key, base_url=address.url) as client:
+        try:
+            await check_service(
+                client, address, key_source="api_key" if api_key else "FIREWORKS_API_KEY"
+            )
+        except ControlPlaneError as error:
+            raise TrainerError(str(error)) from error
     service = sdk.FiretitanServiceClient.from_firetitan_config(
         api_key=key,
-        base_url=base_url,
+        base_url=address.url,
         base_model=base_model,
         lora_rank=lora_rank,
         deployment_id=deployment,
@@ -92,7 +107,7 @@ async def connect(
 
     def start() -> FireworksTrainer:
         client = service.create_training_client(lora_rank=lora_rank)
-        manager = sdk.DeploymentManager(api_key=key, base_url=base_url)
+        manager = sdk.DeploymentManager(api_key=key, base_url=address.url)
         info = manager.get(deployment)
         # A deployment may serve another quantisation of the model; hot-loads go by its own.
         served = (info.base_model if info is not None else None) or base_model
@@ -147,7 +162,8 @@ class FireworksParts:
     trainer_job: str | None = None
     """Id of the trainer job; default one named after the deployment, so that a run that is
     continued finds its weights."""
-    base_url: str = FIREWORKS_URL
+    base_url: str | FireworksAddress | None = None
+    """Of the service; default `FIREWORKS_BASE_URL`, else Fireworks."""
     delete_on_close: Annotated[bool, FIREWORKS()] = False
     """Delete trainer job and deployment at the end, if made here. They cost money while they are
     there."""
@@ -158,6 +174,7 @@ class FireworksParts:
             "deployment": self.deployment,
             "lora_rank": self.lora_rank,
             "training_shape": self.training_shape,
+            "service": fireworks_address(self.base_url).url,
             "optimizer": self.optimizer.settings(),
         }
 
@@ -175,6 +192,7 @@ class FireworksParts:
             raise SetupError(
                 f"{request.params.model} is a model of this process: name the one on Fireworks"
             )
+        address = fireworks_address(self.base_url)
         processor = own_processor(evaluator)  # before anything is started that costs money
         trainer = await connect(
             base_model=self.base_model,
@@ -182,7 +200,7 @@ class FireworksParts:
             temperature=request.params.temperature,
             optimizer=self.optimizer,
             lora_rank=self.lora_rank,
-            base_url=self.base_url,
+            base_url=address,
             training_shape=self.training_shape,
             trainer_job=self.trainer_job or f"{self.deployment}-trainer",
             reference=options.kl_beta > 0,
@@ -191,6 +209,10 @@ class FireworksParts:
         if trainer.hot_load is None:
             raise SetupError("the trainer has no deployment to sample from")
         sampled = {**params, "model": trainer.hot_load.model}
+        if not is_direct_route(request.endpoint.base_url):
+            # Wherever the test samples by itself: the deployment is there, and nowhere else.
+            sampled["api_base"] = address.inference
+            sampled.pop("base_url", None)
         return Parts(
             trainer=trainer,
             processor=processor,

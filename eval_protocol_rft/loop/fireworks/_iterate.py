@@ -190,7 +190,7 @@ class Run:
         )
         state = read_state(self.folder, fresh)
         if state is None:
-            with _named("beginning"):
+            with self._named("beginning"):
                 await self.plane.refuse_leftovers(fresh.name)
             state = self._enter(fresh)
         if state.phase == "failed":
@@ -206,7 +206,7 @@ class Run:
             state = self._enter(state.entered("serve"))
         while state.phase != "done":
             phase = state.phase
-            with _named(f"step {state.step}, {phase}"):
+            with self._named(f"step {state.step}, {phase}"):
                 after = await self._next(state)
             state = self._enter(after)
             if phase == "clean" and self.on_step is not None:
@@ -251,7 +251,7 @@ class Run:
         """
         client = self.plane.client
         params = {
-            "api_base": f"{str(client.base_url).rstrip('/')}/inference/v1",
+            "api_base": self.plane.address.inference,
             "api_key": client.api_key,
             **self.completion_params,
             "model": self._sampled_model(state),
@@ -325,16 +325,15 @@ class Run:
     def _data(self, state: RunState) -> Path:
         return self.folder / f"step{state.step}.jsonl"
 
-
-@contextlib.contextmanager
-def _named(what: str) -> Iterator[None]:
-    """Say during what the service refused."""
-    try:
-        yield
-    except control.service_errors().APIError as error:
-        raise control.ControlPlaneError(
-            f"{what}: {error}. Start again to go on from here"
-        ) from error
+    @contextlib.contextmanager
+    def _named(self, what: str) -> Iterator[None]:
+        """Say during what the service refused."""
+        try:
+            yield
+        except control.service_errors().APIError as error:
+            raise control.ControlPlaneError(
+                f"{what}: {self.plane.problem(error)}. Start again to go on from here"
+            ) from error
 
 
 async def iterate(
