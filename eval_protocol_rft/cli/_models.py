@@ -63,7 +63,9 @@ def serve(
     # needs the extra `serve` to be imported.
     try:
         from eval_protocol_rft.local.server import serve_local
-        from eval_protocol_rft.loop.service import serve_fireworks
+
+        if fireworks:
+            from eval_protocol_rft.loop.service import serve_fireworks
     except ModuleNotFoundError as error:
         package = str(error.name).partition(".")[0]
         fail(
