@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from urllib.parse import urlsplit
 
-_OPEN_PATHS = frozenset({"/health"})
+_HEALTH = "/health"
 """Answered without the key: load balancers have none."""
 
 
@@ -27,6 +27,9 @@ class Access:
     """The server listens on loopback alone, so its callers know it by a name of loopback."""
     api_key: str | None = None
     """Asked for as `Authorization: Bearer KEY` or `X-Api-Key: KEY`; None: anyone may call."""
+
+    open_paths: tuple[str, ...] = ()
+    """What begins with one of them needs no key."""
 
     def problem(self, path: str, headers: Mapping[str, str]) -> tuple[HTTPStatus, str] | None:
         """The status of a refusal and why; None where the request may pass. Names of `headers` are
@@ -44,7 +47,8 @@ class Access:
                 HTTPStatus.FORBIDDEN,
                 f"requests of web pages of {origin!r} are not answered, whatever they send",
             )
-        if self.api_key is not None and path not in _OPEN_PATHS:
+        is_open = path == _HEALTH or path.startswith(self.open_paths)
+        if self.api_key is not None and not is_open:
             scheme, _, key = headers.get("authorization", "").partition(" ")
             if scheme.lower() != "bearer":
                 key = headers.get("x-api-key", "")  # as the training SDK sends it

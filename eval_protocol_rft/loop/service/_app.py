@@ -12,7 +12,12 @@ from pathlib import Path
 
 from starlette.applications import Starlette
 
-from eval_protocol_rft.local.server import EXCEPTION_HANDLERS, CompletionEndpoints
+from eval_protocol_rft.local.server import (
+    EXCEPTION_HANDLERS,
+    Access,
+    AccessMiddleware,
+    CompletionEndpoints,
+)
 from eval_protocol_rft.loop.service._control import ControlPlane
 from eval_protocol_rft.loop.service._hot_load import HotLoads
 from eval_protocol_rft.loop.service._requests import RequestLog
@@ -30,8 +35,9 @@ class FireworksService:
     Args:
         folder: made where it is not there; one process uses it at a time.
         models: base models that it offers.
+        access: who may talk to it; None: whoever reaches it.
         say: called with a line for each thing that happens.
-        log_requests: print a line for each request, and not only for those that nothing answers.
+        log_requests: say every request as well.
 
     Raises:
         StateError: the folder cannot be used.
@@ -42,29 +48,33 @@ class FireworksService:
         folder: Path,
         models: Iterable[BaseModel],
         *,
+        access: Access | None = None,
         say: Callable[[str], None] = print,
         log_requests: bool = False,
     ) -> None:
         self.store = Store(folder)
         self.weights = Weights(folder / "weights", models)
-        self.training = Training(self.store, self.weights, say=say)
         self.served = ServedModels(self.store, self.weights)
-        endpoints = CompletionEndpoints(self.served)
+        self.training = Training(self.store, self.weights, say=say)
         self.control = ControlPlane(
-            self.store, self.weights, self.served, drop_job=self.training.drop_job, say=say
+            self.store, self.weights, self.served, say=say, drop_job=self.training.drop_job
         )
+        completions = CompletionEndpoints(self.served)
         self.app = Starlette(
             routes=[
-                *TrainingApi(self.store, self.training).routes(),
+                *completions.routes(),
                 *self.control.routes(),
+                *TrainingApi(self.store, self.training).routes(),
                 *HotLoads(self.store, self.served, say=say).routes(),
-                *endpoints.routes(),
             ],
             exception_handlers=EXCEPTION_HANDLERS,
             lifespan=self._lifespan,
         )
-        self.app.add_middleware(RequestLog, folder=folder, show_all=log_requests)
-        self.app.state.stopping = endpoints.stopping
+        self.app.state.stopping = completions.stopping
+        if access is not None:
+            self.app.add_middleware(AccessMiddleware, access=access)
+        # Around everything: what is refused is on record too.
+        self.app.add_middleware(RequestLog, folder=folder, print_line=say, show_all=log_requests)
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
@@ -73,7 +83,7 @@ class FireworksService:
         try:
             yield
         finally:
-            await self.served.aclose()
-            await self.control.aclose()
             await self.training.aclose()
+            await self.control.aclose()
+            await self.served.aclose()
             self.store.close()

@@ -15,7 +15,6 @@ from typing import Literal
 from eval_protocol_rft.local import local_model_folder
 from eval_protocol_rft.local.server import (
     Access,
-    AccessMiddleware,
     ServeError,
     Server,
     claim_port,
@@ -49,7 +48,12 @@ def serve_fireworks(
         NoSuchModelError: a model is not on this machine.
     """
     bases = list(base_models(models))
-    access = Access(loopback_only=is_loopback(host), api_key=api_key or None)
+    access = Access(
+        loopback_only=is_loopback(host),
+        api_key=api_key or None,
+        # Addresses of uploads hold a secret of their own, as signed URLs do.
+        open_paths=("/uploads/",),
+    )
 
     def happened(line: str) -> None:
         if log != "none":
@@ -57,8 +61,9 @@ def serve_fireworks(
 
     with claim_port(host, port) as listener:
         url = server_url(host, listener.getsockname()[1])
-        service = FireworksService(state, bases, say=happened)
-        service.app.add_middleware(AccessMiddleware, access=access)
+        service = FireworksService(
+            state, bases, access=access, say=happened, log_requests=log == "requests"
+        )
         greeting = _greeting(url, bases, state, access)
         try:
             Server(service.app, greeting=greeting, say=say).run(sockets=[listener])
