@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -172,11 +173,17 @@ class ControlPlane:
             raise ServiceError(
                 f":upload takes {MAX_UPLOAD_BYTES} bytes; use :getUploadEndpoint for more"
             )
-        async with http.form(max_files=1) as form:
+        try:
+            form = await http.form(max_files=1)
+        except HTTPException as error:
+            raise ServiceError(f"the form cannot be read: {error.detail}") from None
+        try:
             file = form.get("file")
             if file is None or isinstance(file, str):
                 raise ServiceError("there is no file in the form's field 'file'")
             return await self._datasets.upload(name, file.filename or "", await file.read())
+        finally:
+            await form.close()
 
     async def _receive(self, http: Request) -> Response:
         key, token = http.path_params["key"], http.path_params["token"]

@@ -119,13 +119,12 @@ class Deployments:
         _count_replicas(row, changes)
         row["updateTime"] = resources.now()
         reattached = row.get("hotLoadTrainerJob") != before
-        if reattached:
-            # Its replicas start again, on the base model, and know nothing of earlier snapshots.
-            row |= {"_weights": model["_weights"], "_version": None}
         self._store.put(KIND, call.name, row)
         key = resources.last(call.name)
         if reattached:
-            await self._served.load(call.name, row["_weights"], version=None)
+            # Its replicas start again, on the base model, and know nothing of earlier snapshots.
+            await self._served.load(call.name, model["_weights"], version=None)
+            row = self.row(call.name)
             job = resources.last(row.get("hotLoadTrainerJob") or "nothing")
             self._say(f"deployment {key}: READY, takes snapshots of {job}")
         elif {"minReplicaCount", "maxReplicaCount", "replicaCount"} & set(changes):

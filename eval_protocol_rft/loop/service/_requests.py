@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -37,7 +36,7 @@ class RequestLog:
     Args:
         app: what answers.
         folder: gets `requests.jsonl`.
-        print_line: takes a line for each request that is to be shown; default: standard error.
+        print_line: takes a line for each request that is to be shown.
         show_all: show every request, and not only those that nothing answers.
     """
 
@@ -46,11 +45,11 @@ class RequestLog:
         app: ASGIApp,
         folder: Path,
         *,
-        print_line: Callable[[str], None] | None = None,
+        print_line: Callable[[str], None],
         show_all: bool = False,
     ) -> None:
         self._app = app
-        self._print = print_line or _to_stderr
+        self._print = print_line
         self._show_all = show_all
         self._file = os.open(folder / FILE, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
 
@@ -145,7 +144,3 @@ def _loud(entry: dict[str, Any], beginning: bytes) -> str:
     return f"NOTHING HERE ANSWERS {_line(entry)} ({entry['user_agent'] or 'no user agent'})" + (
         f", body: {body}" if body else ""
     )
-
-
-def _to_stderr(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

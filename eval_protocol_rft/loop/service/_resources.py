@@ -103,11 +103,9 @@ def page(
     Raises:
         ServiceError: one of them cannot be read.
     """
-    kept = _ordered(
-        [row for row in rows if _matches(row, _conditions(query.get("filter", ""), fields))],
-        query.get("orderBy", ""),
-        fields,
-    )
+    conditions = _conditions(query.get("filter", ""), fields)
+    kept = [row for row in rows if _matches(row, conditions)]
+    kept = _ordered(kept, query.get("orderBy", ""), fields)
     start = _after(kept, query.get("pageToken", ""))
     stop = start + _page_size(query.get("pageSize", ""))
     token = _token(kept[stop - 1]) if stop < len(kept) else ""
