@@ -15,7 +15,7 @@ from starlette.routing import Route
 
 from eval_protocol_rft import FireworksTrainingRolloutProcessor
 from eval_protocol_rft.local._tokenizer import TokenizerError
-from eval_protocol_rft.rollout._backends import hub_id_of
+from eval_protocol_rft.rollout._backends import _tokenizer_place, hub_id_of
 from eval_protocol_rft.sampling._endpoint import Endpoint
 from tests.rollouts import roll_out, row_of
 from tests.serving import running
@@ -28,6 +28,7 @@ RESOURCES: Mapping[str, Any] = {
     "accounts/me/deployedModels/tuned-d": {"model": "accounts/me/models/tuned"},
     "accounts/me/models/own": {"kind": "CUSTOM_MODEL", "huggingFaceUrl": ""},
     "accounts/me/models/round": {"peftDetails": {"baseModel": "accounts/me/models/round"}},
+    "accounts/me/models/here": {"huggingFaceUrl": "file:///models/my%20model"},
     "accounts/me/models/list": ["no", "object"],
 }
 
@@ -57,6 +58,7 @@ def fireworks(asked: list[tuple[str, str | None]]) -> Iterator[str]:
         ("accounts/me/deployments/d", "Qwen/Qwen3-8B", ""),
         ("accounts/me/deployedModels/tuned-d", "Qwen/Qwen3-8B", ""),
         ("accounts/me/models/own", None, "names no Hugging Face model for accounts/me/models/own"),
+        ("accounts/me/models/here", "/models/my model", ""),  # of a service on this machine
         ("accounts/me/models/round", None, "too many to follow"),
         ("accounts/me/models/gone", None, "Fireworks answered 404"),
         ("accounts/me/models/list", None, "no JSON object"),
@@ -72,6 +74,12 @@ def test_the_service_is_asked_for_the_model_and_for_what_it_was_made_of(
     assert found == hub_id
     assert why in said
     assert {key for _, key in asked} == {"Bearer key-of-mine"}
+
+
+def test_a_service_elsewhere_names_no_folder_of_this_machine() -> None:
+    url = "file:///etc"
+    assert _tokenizer_place(url, Endpoint("https://fireworks.example/inference/v1", None)) is None
+    assert _tokenizer_place(url, Endpoint("http://localhost:8000/v1", None)) == "/etc"
 
 
 def test_rows_without_a_tokenizer_ask_once_and_are_told_what_to_write() -> None:

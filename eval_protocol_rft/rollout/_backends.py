@@ -25,12 +25,14 @@ import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import aiohttp
 
 from eval_protocol_rft import sampling
 from eval_protocol_rft.local import LoadedTokenizer, TokenizerError, load_tokenizer
 from eval_protocol_rft.local.models import LOCAL_PREFIX
+from eval_protocol_rft.local.server import is_loopback
 from eval_protocol_rft.rollout._params import RolloutRequest, model_name
 
 SECONDS = 20.0
@@ -42,8 +44,9 @@ _HUB = re.compile(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-
 
 
 async def hub_id_of(model: str, endpoint: sampling.Endpoint) -> tuple[str | None, str]:
-    """The hub id that belongs to `model` (`accounts/.../models/...`, also a deployment or a
-    deployed model, with or without `#deployment` and `@version`), and where there is none, why."""
+    """The hub id (or the folder, from a service on this machine) that belongs to `model`
+    (`accounts/.../models/...`, also a deployment or a deployed model, with or without `#deployment`
+    and `@version`), and where there is none, why."""
     name = re.split("[#@]", model)[0]
     try:
         async with (
@@ -52,8 +55,8 @@ async def hub_id_of(model: str, endpoint: sampling.Endpoint) -> tuple[str | None
         ):
             for _ in range(_LONGEST_CHAIN):
                 resource = await _resource(session, name, endpoint)
-                if hub := _HUB.match(str(resource.get("huggingFaceUrl") or "")):
-                    return hub[1], ""
+                if place := _tokenizer_place(str(resource.get("huggingFaceUrl") or ""), endpoint):
+                    return place, ""
                 made_of = _made_of(resource)
                 if made_of is None:
                     return None, f"Fireworks names no Hugging Face model for {name}"
@@ -63,6 +66,16 @@ async def hub_id_of(model: str, endpoint: sampling.Endpoint) -> tuple[str | None
     except (aiohttp.ClientError, OSError, ValueError, sampling.SamplingError) as error:
         return None, f"asked about {name}, Fireworks answered {str(error) or type(error).__name__}"
     return None, f"{name} is made of models too many to follow"
+
+
+def _tokenizer_place(url: str, endpoint: sampling.Endpoint) -> str | None:
+    """What a model's address names: a hub id, or, from a service on this machine and no other, a
+    folder."""
+    if hub := _HUB.match(url):
+        return hub[1]
+    there = urlsplit(url)
+    is_here = is_loopback(urlsplit(_control_plane(endpoint)).hostname or "")
+    return unquote(there.path) if there.scheme == "file" and is_here else None
 
 
 def _made_of(resource: Mapping[str, Any]) -> str | None:

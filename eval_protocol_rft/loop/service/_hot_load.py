@@ -16,6 +16,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from eval_protocol_rft._errors import EvalProtocolRftError
 from eval_protocol_rft.loop.service import _resources as resources
 from eval_protocol_rft.loop.service._errors import ServiceError
 from eval_protocol_rft.loop.service._store import Resource, Store
@@ -38,7 +39,7 @@ class Served(Protocol):
         ...
 
 
-class _Refusal(Exception):  # noqa: N818
+class _RefusalError(EvalProtocolRftError):
     """An answer in inference's form of errors."""
 
     def __init__(self, message: str, *, status: int = 400, code: str = "INVALID") -> None:
@@ -66,7 +67,7 @@ class HotLoads:
             body = _read(await http.body())
             async with self._loading:
                 await self._load(self._deployment(http.headers), body)
-        except _Refusal as refusal:
+        except _RefusalError as refusal:
             error = {
                 "object": "error", "type": "invalid_request_error", "code": refusal.code,
                 "message": str(refusal),
@@ -77,16 +78,16 @@ class HotLoads:
     def _deployment(self, headers: Mapping[str, str]) -> Resource:
         name = headers.get("fireworks-deployment", "")
         if not name:
-            raise _Refusal("the header fireworks-deployment names no deployment")
+            raise _RefusalError("the header fireworks-deployment names no deployment")
         row = self._store.get("deployments", resources.full_name(name, "deployments"))
         if row is None or row["state"] == "DELETED":
-            raise _Refusal(f"{name} not found", status=404, code="NOT_FOUND")
+            raise _RefusalError(f"{name} not found", status=404, code="NOT_FOUND")
         if not (row.get("enableHotLoad") or row.get("hotLoadTrainerJob")):
-            raise _Refusal(f"{name} takes no snapshots: make it with enableHotLoad=true")
+            raise _RefusalError(f"{name} takes no snapshots: make it with enableHotLoad=true")
         model = headers.get("fireworks-model", "")
         served = (row["baseModel"], row["baseModel"].removesuffix("-fp8"), row["name"])
         if model and model.removesuffix("-fp8") not in (*served, *map(resources.last, served)):
-            raise _Refusal(f"{name} serves {row['baseModel']}, not {model}")
+            raise _RefusalError(f"{name} serves {row['baseModel']}, not {model}")
         return row
 
     async def _load(self, deployment: Resource, body: Mapping[str, Any]) -> None:
@@ -96,7 +97,7 @@ class HotLoads:
         try:
             await self._served.load(name, snapshot["weights"], version=identity)
         except ServiceError as error:
-            raise _Refusal(str(error), status=error.status) from error
+            raise _RefusalError(str(error), status=error.status) from error
         self._say(f"deployment {resources.last(name)}: serves snapshot {identity}")
 
     def _snapshot(self, deployment: Resource, identity: str) -> Resource:
@@ -112,7 +113,7 @@ class HotLoads:
             if snapshot is not None:
                 return snapshot
         where = " or ".join(filter(None, jobs)) or "any trainer: it belongs to none"
-        raise _Refusal(
+        raise _RefusalError(
             f"there is no snapshot {identity!r} of {where}", status=404, code="NOT_FOUND"
         )
 
@@ -124,7 +125,7 @@ class HotLoads:
             return  # asked again, its answer was lost
         if (snapshot["checkpointType"] == "delta") != (delta is not None):
             wanted = "must" if delta is None else "must not"
-            raise _Refusal(
+            raise _RefusalError(
                 f"snapshot {identity} is a {snapshot['checkpointType']}, and its request {wanted} "
                 "have incremental_snapshot_metadata"
             )
@@ -132,7 +133,7 @@ class HotLoads:
             return
         previous = delta["previous_snapshot_identity"]
         if previous != held or snapshot.get("previous") not in (None, previous):
-            raise _Refusal(
+            raise _RefusalError(
                 f"snapshot {identity} is a delta to {snapshot.get('previous') or previous}, the "
                 f"request says to {previous}, and the deployment holds {held or 'none'}: load a "
                 "base snapshot first"
@@ -143,15 +144,15 @@ def _read(raw: bytes) -> dict[str, Any]:
     try:
         body = json.loads(raw)
     except ValueError:
-        raise _Refusal("the body is no JSON") from None
+        raise _RefusalError("the body is no JSON") from None
     _check_object(body, _FIELDS, "")
     if not isinstance(body.get("identity"), str) or not body["identity"]:
-        raise _Refusal("identity must be text, not empty, field: 'identity'")
+        raise _RefusalError("identity must be text, not empty, field: 'identity'")
     delta = body.get("incremental_snapshot_metadata")
     if delta is not None:
         _check_object(delta, _DELTA_FIELDS, "incremental_snapshot_metadata.")
         if not isinstance(delta.get("previous_snapshot_identity"), str):
-            raise _Refusal(
+            raise _RefusalError(
                 "a delta needs field: 'incremental_snapshot_metadata.previous_snapshot_identity'"
             )
     return dict(body)
@@ -159,10 +160,10 @@ def _read(raw: bytes) -> dict[str, Any]:
 
 def _check_object(value: Any, names: tuple[str, ...], where: str) -> None:
     if not isinstance(value, dict):
-        raise _Refusal(f"{where.rstrip('.') or 'the body'} must be an object")
+        raise _RefusalError(f"{where.rstrip('.') or 'the body'} must be an object")
     for name in value:
         if name not in names:
-            raise _Refusal(f"Extra inputs are not permitted, field: '{where}{name}'")
+            raise _RefusalError(f"Extra inputs are not permitted, field: '{where}{name}'")
 
 
 def _status(deployment: Resource) -> dict[str, Any]:

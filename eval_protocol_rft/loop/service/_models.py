@@ -169,6 +169,8 @@ class Models:
             "contextLength": context, "trainingContextLength": context, "supportsLora": True,
             "tunable": True, "rlTunable": True, "supportsTools": True,
             "useHfApplyChatTemplate": True,
+            # The tokenizer, for clients on this machine.
+            "huggingFaceUrl": base.folder.absolute().as_uri(),
             "baseModelDetails": {"moe": False, "tunable": True, "checkpointFormat": "HUGGINGFACE"},
         }  # fmt: skip
 
