@@ -1,6 +1,8 @@
 """`rollout_fn(row)` as recipes call it: exact runs over real HTTP, and errors that are seen."""
 
 import asyncio
+import contextlib
+import gc
 import inspect
 import warnings
 from collections.abc import Callable
@@ -120,6 +122,78 @@ async def test_a_plain_evaluator_needs_only_a_processor(
     )
     [run] = await called(rollout_fn, row_of())
     assert_exact(run, server.requests[0], rendered("hi"))
+
+
+IDS = [70, 71, 72, 73]
+
+
+def asks_in_words(rows: list[dict[str, Any]]) -> list[EvaluationRow]:
+    """An adapter that knows of messages alone."""
+    return [EvaluationRow(messages=[Message(role="user", content="hi")]) for _ in rows]
+
+
+@pytest.mark.parametrize("options", [{}, {"dataset_adapter": asks_in_words}], ids=["", "adapter"])
+async def test_a_row_of_token_ids_is_its_own_prompt(
+    server: StubServer, processor: FireworksTrainingRolloutProcessor, options: Any
+) -> None:
+    test = under_test(
+        letters,
+        completion_params=[params_for(server)],
+        rollout_processor=processor,
+        **options,
+    )
+    rollout_fn = make_rollout_fn(test, types=TYPES)
+    line = {"prompt_token_ids": IDS, "ground_truth": "4"}
+    runs = await called(rollout_fn, line, line, row_of())
+    by_seed = {seen.seed: seen for seen in server.requests}
+    assert len(by_seed) == 3
+    assert sorted(seen.prompt for seen in by_seed.values()) == sorted(
+        [tuple(IDS), tuple(IDS), tuple(rendered("hi"))]
+    )
+    for run, prompt in zip(runs, [IDS, IDS, rendered("hi")], strict=True):
+        [sample] = run.segments
+        assert sample["loss_mask"][: len(prompt)] == [0] * len(prompt)
+        assert sample["tokens"][: len(prompt)] == prompt
+        assert sample["text"]
+
+
+@pytest.mark.parametrize("ending", ["ends", "raises", "is cancelled", "is cut off"])
+def test_a_recipe_that_closes_nothing_leaves_no_noise(
+    server: StubServer, processor: FireworksTrainingRolloutProcessor, ending: str
+) -> None:
+    rollout_fn = make_rollout_fn(
+        letters, processor=processor, completion_params=params_for(server), types=TYPES
+    )
+    told: list[dict[str, Any]] = []
+
+    async def recipe() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context))
+        await asyncio.gather(rollout_fn(row_of()), rollout_fn(row_of()))
+        if ending == "raises":
+            raise ZeroDivisionError
+        if ending == "is cancelled":
+            task = asyncio.current_task()
+            assert task is not None
+            task.cancel()
+            await rollout_fn(row_of())
+        if ending == "is cut off":
+            asyncio.ensure_future(rollout_fn(row_of()))  # noqa: RUF006 - nobody waits for it
+            await asyncio.sleep(0)
+
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always", ResourceWarning)
+        with contextlib.suppress(ZeroDivisionError, asyncio.CancelledError):
+            asyncio.run(recipe())
+        # In another loop it goes on, and that is closed too.
+        [run] = asyncio.run(_gathered(rollout_fn))
+        gc.collect()
+    assert run.segments
+    assert [w.message for w in warned if issubclass(w.category, ResourceWarning)] == []
+    assert told == []
+
+
+async def _gathered(rollout_fn: RolloutFn) -> list[Any]:
+    return await asyncio.gather(rollout_fn(row_of()))
 
 
 async def test_calls_for_one_row_are_its_runs_and_draw_their_own_completions(

@@ -9,6 +9,9 @@
             types=CookbookTypes(sample=RolloutSample, run=RolloutRun),
         )
 
+So it is called by `training.recipes.async_rl_loop` of fw-ai/cookbook at commit 76821fa1, and at
+2507496b, whose recipes take `policy_loss` and `synchronous_training`.
+
 Invariant: a call returns the exact tokens and sampling logprobs of its rollout with the evaluator's
 score, or the error is seen: raised, or handed to `on_error` by who chose to go on without that
 rollout. None is returned in that case alone.
@@ -128,7 +131,7 @@ class RolloutFn:
         return self.types.rollout(runs=runs, row_meta=None) if self.grouped else runs[0]
 
     async def aclose(self) -> None:
-        """Close what the processor opened in this event loop."""
+        """Close what the processor opened in this event loop, before the loop's own end does."""
         await self.runner.aclose()
 
     async def _outcome(self, given: Any) -> tuple[list[Any], list[RolloutFnError]]:

@@ -132,7 +132,8 @@ class RowRunner:
 
         Args:
             row: an `EvaluationRow`, or a line of the data set, which goes through the evaluation
-                test's `dataset_adapter` and `preprocess_fn`. Calls with one row are its runs,
+                test's `dataset_adapter` and `preprocess_fn`. Where it has `prompt_token_ids`, its
+                prompt is these, whatever its messages say. Calls with one row are its runs,
                 numbered in order of call: each draws its own completions.
             run: the number of this run, in place of the order of call.
 
@@ -212,7 +213,13 @@ class RowRunner:
                 f"the data set adapter made {len(rows)} rows of one: pass EvaluationRows"
             )
         # An adapter may return rows that it keeps.
-        return rows[0].model_copy(deep=True)
+        row = rows[0].model_copy(deep=True)
+        ids = given.get(rollout.PROMPT_IDS_KEY)
+        if ids is not None and rollout.prompt_ids_of(row) is None:
+            # Made for messages, it does not know of them; the prompt is these ids all the same.
+            info = row.input_metadata.dataset_info or {}
+            row.input_metadata.dataset_info = {**info, rollout.PROMPT_IDS_KEY: ids}
+        return row
 
 
 def _mode(evaluator: Callable[..., Any], test: EPParameters | None) -> scoring.Mode:

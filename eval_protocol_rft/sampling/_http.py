@@ -18,7 +18,7 @@ import math
 import re
 import select
 import weakref
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextvars import ContextVar
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -234,6 +234,7 @@ class HttpSampler:
         self._url = f"{endpoint.base_url}/completions"
         self._tells_affinity = not _endpoint.has_own_affinity(endpoint.headers)
         self._session: aiohttp.ClientSession | None = None
+        self._closing: AsyncGenerator[None] | None = None
         self._proxy: str | None = None
         self._secrets = endpoint.secrets
 
@@ -260,9 +261,9 @@ class HttpSampler:
             raise
 
     async def aclose(self) -> None:
-        if self._session is not None:
-            session, self._session = self._session, None
-            await session.close()
+        if self._closing is not None:
+            closing, self._closing = self._closing, None
+            await closing.aclose()
 
     async def _attempt(
         self, prompt: _types.TokenIds, params: SamplingParams, seed: int | None
@@ -271,6 +272,8 @@ class HttpSampler:
             self._proxy = _endpoint.proxy_for(self._url)
             self._secrets = (*self._endpoint.secrets, *_endpoint.proxy_passwords(self._proxy))
             self._open()
+            self._closing = self._until_the_end()
+            await anext(self._closing)
         assert self._session is not None  # noqa: S101 - narrows the type
         streamed = streams(params)
         affinity = _endpoint.affinity_of(prompt, params) if self._tells_affinity else None
@@ -341,6 +344,17 @@ class HttpSampler:
         for secret in self._secrets:
             text = text.replace(secret, "***")
         return text
+
+    async def _until_the_end(self) -> AsyncGenerator[None]:
+        """Closes the session when it is closed itself: by `aclose`, or by the event loop, which
+        ends what is left of such generators before it ends. Recipes close nothing, and aiohttp
+        prints a page about each session that is left open."""
+        try:
+            yield
+        finally:
+            session, self._session = self._session, None
+            if session is not None:
+                await session.close()
 
     def _open(self) -> None:
         # The caller bounds requests in flight; a second bound here would only hide the first.
