@@ -10,7 +10,7 @@ calls of a training run: the SDK as the cookbook's recipes use it (job, referenc
 steps by a loss on the server and one of its own, hot loads, samples, checkpoint, promotion),
 `AsyncFireworks` as `iterate` uses it, and the key check of the `ep` command. What the server's own
 log says of it becomes the table that is printed: requests a version made, and other statuses than
-200.
+200. 404 is the answer to "is it there?"; what no endpoint answers is an error.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ def main() -> int:
         python = environment(options.environments / version, version)
         before = len(options.requests.read_text().splitlines())
         label = subprocess.run(  # noqa: S603 - our own script
-            [python, __file__, "--calls", f"client-{version.replace('.', '-')}"],
+            [python, __file__, "--calls", f"client-{version.replace('.', '-')}-{int(time.time())}"],
             env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
             stdout=subprocess.PIPE,
             text=True,
@@ -66,7 +67,10 @@ def main() -> int:
             return label.returncode
         asked[label.stdout.split()[-1]] = [json.loads(line) for line in lines]
     print(table(asked))
-    return 0
+    unanswered = [line for lines in asked.values() for line in lines if line["unanswered"]]
+    for line in unanswered:
+        print(f"nothing answers {kind(line)} of {line['who']}", file=sys.stderr)
+    return 1 if unanswered else 0
 
 
 def environment(folder: Path, version: str) -> Path:
@@ -132,6 +136,7 @@ def calls(name: str) -> None:
 
 
 def train(name: str) -> None:
+    """As the cookbook's recipes do it."""
     from fireworks.training import sdk
     from transformers import AutoTokenizer
 
@@ -140,10 +145,16 @@ def train(name: str) -> None:
     except ImportError:  # as of 1.2.28; before that it is this package
         import tinker as types
 
+    where = {
+        "base_url": os.environ["FIREWORKS_BASE_URL"],
+        "api_key": os.environ["FIREWORKS_API_KEY"],
+    }
+    with sdk.FireworksClient(**where) as client:
+        if client.model_is_moe(MODEL):
+            raise SystemExit(f"{MODEL} is no mixture of experts")
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
     service = sdk.FiretitanServiceClient.from_firetitan_config(
-        base_url=os.environ["FIREWORKS_BASE_URL"],
-        api_key=os.environ["FIREWORKS_API_KEY"],
+        **where,
         base_model=MODEL,
         tokenizer_model=str(TOKENIZER),
         training_shape_id=SHAPE,
@@ -181,9 +192,10 @@ def train(name: str) -> None:
             service.hotload_sampler_snapshot(snapshot.path)
         policy.save_state("step-2").result()
         rows = service.list_checkpoints(service.trainer_job_id)
-        promotable = [row["name"] for row in rows if row.get("promotable")]
+        promotable = [row for row in rows if row.get("promotable")]
+        newest = max(promotable, key=lambda row: row["createTime"])
         service.promote_checkpoint(
-            name=promotable[-1], output_model_id=f"{name}-promoted", base_model=MODEL
+            name=newest["name"], output_model_id=f"{name}-promoted", base_model=MODEL
         )
         policy.load_state_with_optimizer(policy.resolve_checkpoint_path("step-2")).result()
     finally:
@@ -257,6 +269,23 @@ async def fine_tune(name: str) -> None:
                 processor=FireworksTrainingRolloutProcessor(tokenizer=str(TOKENIZER)),
                 poll_seconds=1.0,
             )
+            await chat(client, f"{MODEL}#accounts/acc/deployments/{name}-steps")
+
+
+async def chat(client: Any, model: str) -> None:
+    """An answer whole, and one in pieces."""
+    request = {
+        "model": model,
+        "messages": [{"role": "user", "content": "12+34="}],
+        "max_tokens": 6,
+        "logprobs": True,
+    }
+    whole = await client.chat.completions.create(**request)
+    if not whole.choices[0].message.content:
+        raise SystemExit("an empty answer")
+    pieces = [piece async for piece in await client.chat.completions.create(**request, stream=True)]
+    if pieces[-1].choices and not pieces[-1].choices[0].finish_reason:
+        raise SystemExit("a stream that does not end")
 
 
 if __name__ == "__main__":

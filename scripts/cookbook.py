@@ -63,7 +63,7 @@ def arguments() -> argparse.Namespace:
         "--rollouts", choices=("evaluator", "token_in", "message_in", "recipe"), default="evaluator"
     )
     parser.add_argument("-o", "--output", type=Path, required=True)
-    parser.add_argument("--name", help="of deployment and model; default the output folder's")
+    parser.add_argument("--name", help="of deployment and model; default by the output folder")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--groups", type=int, default=8, help="prompt groups per step")
     parser.add_argument("--completions", type=int, default=8, help="per prompt")
@@ -86,7 +86,10 @@ def arguments() -> argparse.Namespace:
     )
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
-    options.name = options.name or options.output.resolve().name.replace("_", "-")
+    if options.name is None:
+        # Of its own for each run: a recipe leaves its deployment scaled to zero.
+        folder = options.output.resolve().name.replace("_", "-")
+        options.name = f"{folder}-{int(time.time()) % 10**6}"
     return options
 
 

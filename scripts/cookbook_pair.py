@@ -33,7 +33,7 @@ def start(folder: Path, name: str, which: str) -> subprocess.Popen[bytes]:
     output.mkdir(parents=True, exist_ok=True)
     with (output / "log.txt").open("wb") as log:
         return subprocess.Popen(  # noqa: S603 - our own script
-            [sys.executable, DRIVER, *RECIPES[which], *SIZE, "-o", output, "--name", name],
+            [sys.executable, DRIVER, *RECIPES[which], *SIZE, "-o", output],
             stdout=log,
             stderr=subprocess.STDOUT,
             env=os.environ,
