@@ -36,11 +36,13 @@ class RunningService:
 
 
 @contextlib.contextmanager
-def fireworks_service(folder: Path) -> Iterator[RunningService]:
+def fireworks_service(folder: Path, *, grpc: bool = False) -> Iterator[RunningService]:
     """In a thread of this process, with its state in `folder`."""
     lines: list[str] = []
-    service = FireworksService(folder, [arithmetic_base()], say=lines.append)
+    grpc_at = ("127.0.0.1", 0) if grpc else None
+    service = FireworksService(folder, [arithmetic_base()], say=lines.append, grpc_at=grpc_at)
     with running(service.app) as url:
+        service.control.url = url
         yield RunningService(url, service, lines)
 
 

@@ -30,6 +30,7 @@ def serve(
     api_key: Annotated[str | None, Flag(env="EP_RFT_SERVE_API_KEY", unset="none")] = None,
     reloads: bool = False,
     fireworks: bool = False,
+    grpc_port: Annotated[int | None, Ge(0), Le(65535), Flag(unset="--port + 1")] = None,
     state: Annotated[Path | None, Flag(unset="ep-rft-fireworks")] = None,
     log: Annotated[Literal["events", "requests", "none"] | None, Flag(unset="events")] = None,
 ) -> None:
@@ -46,6 +47,8 @@ def serve(
         reloads: Take new weights while serving, as vLLM does (/collective_rpc reload_weights):
             whoever reaches the port may change the weights.
         fireworks: Be a Fireworks: what its client libraries and recipes ask is answered here.
+        grpc_port: With --fireworks: port for clients that speak gRPC (fireworks-ai 0.19), if the
+            extra `grpc` is there; 0 takes a free one.
         state: With --fireworks: folder that holds everything; the same one goes on where it was.
         log: With --fireworks: print what happens, every request as well, or nothing.
 
@@ -83,14 +86,15 @@ def serve(
             model,
             host=host,
             port=port,
+            grpc_port=grpc_port,
             state=state or Path("ep-rft-fireworks"),
             api_key=api_key,
             log=log or "events",
             say=say,
         )
         return
-    if state is not None or log is not None:
-        fail("--state and --log are for --fireworks", code=WRONG)
+    if state is not None or log is not None or grpc_port is not None:
+        fail("--state, --log and --grpc-port are for --fireworks", code=WRONG)
     if len(model) > 1:
         fail("--model: one model is served, several with --fireworks alone", code=WRONG)
     serve_local(

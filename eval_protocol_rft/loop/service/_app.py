@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import AsyncIterator, Callable, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from starlette.applications import Starlette
 
@@ -20,12 +21,15 @@ from eval_protocol_rft.local.server import (
 )
 from eval_protocol_rft.loop.service._control import ControlPlane
 from eval_protocol_rft.loop.service._hot_load import HotLoads
-from eval_protocol_rft.loop.service._requests import RequestLog
+from eval_protocol_rft.loop.service._requests import RequestLog, RequestLogMiddleware
 from eval_protocol_rft.loop.service._served import ServedModels
 from eval_protocol_rft.loop.service._store import Store
 from eval_protocol_rft.loop.service._training import Training
 from eval_protocol_rft.loop.service._training_api import TrainingApi
 from eval_protocol_rft.loop.service._weights import BaseModel, Weights
+
+if TYPE_CHECKING:
+    from eval_protocol_rft.loop.service.grpc import GrpcServer
 
 
 class FireworksService:
@@ -38,6 +42,8 @@ class FireworksService:
         access: who may talk to it; None: whoever reaches it.
         say: called with a line for each thing that happens.
         log_requests: say every request as well.
+        url: under which clients reach it, for those that come over gRPC.
+        grpc_at: host and port for clients that speak gRPC; None: there is no gRPC.
 
     Raises:
         StateError: the folder cannot be used.
@@ -51,13 +57,15 @@ class FireworksService:
         access: Access | None = None,
         say: Callable[[str], None] = print,
         log_requests: bool = False,
+        url: str = "",
+        grpc_at: tuple[str, int] | None = None,
     ) -> None:
         self.store = Store(folder)
         self.weights = Weights(folder / "weights", models)
         self.served = ServedModels(self.store, self.weights)
         self.training = Training(self.store, self.weights, say=say)
         self.control = ControlPlane(
-            self.store, self.weights, self.served, say=say, drop_job=self.training.drop_job
+            self.store, self.weights, self.served, say=say, drop_job=self.training.drop_job, url=url
         )
         completions = CompletionEndpoints(self.served)
         self.app = Starlette(
@@ -74,16 +82,35 @@ class FireworksService:
         if access is not None:
             self.app.add_middleware(AccessMiddleware, access=access)
         # Around everything: what is refused is on record too.
-        self.app.add_middleware(RequestLog, folder=folder, print_line=say, show_all=log_requests)
+        self.requests = RequestLog(folder, print_line=say, show_all=log_requests)
+        self.app.add_middleware(RequestLogMiddleware, log=self.requests)
+        self.grpc: GrpcServer | None = None
+        """While it runs."""
+        self._grpc_at = grpc_at
+        self._grpc_key = access.api_key if access is not None else None
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
         self.training.start()
         self.control.resume()
         try:
+            await self._serve_grpc()
             yield
         finally:
+            if self.grpc is not None:
+                await self.grpc.aclose()
             await self.training.aclose()
             await self.control.aclose()
             await self.served.aclose()
+            self.requests.close()
             self.store.close()
+
+    async def _serve_grpc(self) -> None:
+        if self._grpc_at is None:
+            return
+        from eval_protocol_rft.loop.service.grpc import serve_grpc
+
+        host, port = self._grpc_at
+        self.grpc = await serve_grpc(
+            self.control.call, host=host, port=port, api_key=self._grpc_key, log=self.requests
+        )

@@ -6,6 +6,7 @@ port and the state folder are claimed before a model is loaded.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +34,7 @@ def serve_fireworks(
     *,
     host: str,
     port: int,
+    grpc_port: int | None,
     state: Path,
     api_key: str | None,
     log: Literal["events", "requests", "none"],
@@ -61,10 +63,17 @@ def serve_fireworks(
 
     with claim_port(host, port) as listener:
         url = server_url(host, listener.getsockname()[1])
+        grpc_at = _grpc_address(host, grpc_port, listener.getsockname()[1] + 1)
         service = FireworksService(
-            state, bases, access=access, say=happened, log_requests=log == "requests"
+            state,
+            bases,
+            access=access,
+            say=happened,
+            log_requests=log == "requests",
+            url=url,
+            grpc_at=grpc_at,
         )
-        greeting = _greeting(url, bases, state, access)
+        greeting = _greeting(url, grpc_at, bases, state, access)
         try:
             Server(service.app, greeting=greeting, say=say).run(sockets=[listener])
         except KeyboardInterrupt:
@@ -94,13 +103,46 @@ def base_models(places: Sequence[str]) -> Iterator[BaseModel]:
         yield BaseModel(key, folder)
 
 
-def _greeting(url: str, models: Sequence[BaseModel], state: Path, access: Access) -> str:
+def _grpc_address(host: str, wanted: int | None, default: int) -> tuple[str, int] | None:
+    """Where clients that speak gRPC find it; None: nowhere, the extra is not there. A default port
+    that is taken is no reason not to start: most clients do not need it.
+
+    Raises:
+        ServeError: gRPC was asked for, and cannot be.
+    """
+    try:
+        import eval_protocol_rft.loop.service.grpc  # noqa: F401 -- the extra
+    except ModuleNotFoundError as error:
+        if wanted is None:
+            return None
+        raise ServeError(f"--grpc-port: {error}") from error
+    if ":" in host:  # such clients split an address at its first colon
+        host = "127.0.0.1" if is_loopback(host) else "0.0.0.0"  # noqa: S104 -- as was asked for
+    if wanted is None:
+        for port in (default, 0):
+            with contextlib.suppress(ServeError, OverflowError), claim_port(host, port) as probe:
+                return host, probe.getsockname()[1]
+    try:
+        with claim_port(host, wanted or 0) as probe:
+            return host, probe.getsockname()[1]
+    except ServeError as error:
+        raise ServeError(f"--grpc-port: {str(error).replace('--port', '--grpc-port')}") from error
+
+
+def _greeting(
+    url: str,
+    grpc_at: tuple[str, int] | None,
+    models: Sequence[BaseModel],
+    state: Path,
+    access: Access,
+) -> str:
     key = "YOUR_KEY  # the --api-key of this server" if access.api_key is not None else ANY_KEY
     lines = [
         f"Fireworks on this machine: {url} (Ctrl-C stops it; {state} holds its state, and the "
         "same command goes on from there).",
         f"  export FIREWORKS_BASE_URL={url}",
         f"  export FIREWORKS_API_KEY={key}",
+        *_grpc_lines(url, grpc_at),
         "Models: " + ", ".join(model.name for model in models),
     ]
     if not access.loopback_only and access.api_key is None:
@@ -109,3 +151,12 @@ def _greeting(url: str, models: Sequence[BaseModel], state: Path, access: Access
             "set --api-key, or listen on 127.0.0.1."
         )
     return "\n".join(lines)
+
+
+def _grpc_lines(url: str, grpc_at: tuple[str, int] | None) -> list[str]:
+    if grpc_at is None:
+        return []
+    return [
+        "For fireworks-ai 0.19 (`LLM`), beside the key:",
+        f"  export FIREWORKS_API_BASE_URL={url} FIREWORKS_GATEWAY_ADDR={grpc_at[0]}:{grpc_at[1]}",
+    ]

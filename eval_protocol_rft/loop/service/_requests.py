@@ -31,10 +31,9 @@ _UPLOAD = re.compile(r"^(/uploads/[^/]+/).*")
 
 
 class RequestLog:
-    """ASGI middleware around the whole application.
+    """The file, and what is shown of it.
 
     Args:
-        app: what answers.
         folder: gets `requests.jsonl`.
         print_line: takes a line for each request that is to be shown.
         show_all: show every request, and not only those that nothing answers.
@@ -42,13 +41,11 @@ class RequestLog:
 
     def __init__(
         self,
-        app: ASGIApp,
         folder: Path,
         *,
         print_line: Callable[[str], None],
         show_all: bool = False,
     ) -> None:
-        self._app = app
         self._print = print_line
         self._show_all = show_all
         self._file = os.open(folder / FILE, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
@@ -58,6 +55,48 @@ class RequestLog:
         if self._file >= 0:
             descriptor, self._file = self._file, -1
             os.close(descriptor)
+
+    def write(
+        self,
+        *,
+        method: str,
+        path: str,
+        query: str,
+        status: int | None,
+        seconds: float,
+        user_agent: str,
+        unanswered: bool,
+        who: str = "",
+        body: bytes = b"",
+    ) -> None:
+        """One request. `status` is None where the answer was cut off; of `body`, the beginning is
+        shown where nothing answers; `who` is the client library, where more than the agent
+        tells it."""
+        entry = {
+            "time": now(),
+            "method": method,
+            "path": _UPLOAD.sub(r"\1...", path),
+            "query": _SECRET_IN_QUERY.sub(r"\1...", query),
+            "status": status,
+            "ms": round(seconds * 1000, 1),
+            "user_agent": user_agent,
+            "who": who or user_agent.split(" ")[0] or "unknown",
+            "unanswered": unanswered,
+        }
+        if self._file >= 0:
+            os.write(self._file, msgspec.json.encode(entry) + b"\n")
+        if unanswered:
+            self._print(_loud(entry, body[:_SHOWN_BYTES]))
+        elif self._show_all:
+            self._print(_line(entry))
+
+
+class RequestLogMiddleware:
+    """ASGI middleware around the whole application."""
+
+    def __init__(self, app: ASGIApp, log: RequestLog) -> None:
+        self._app = app
+        self._log = log
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -85,32 +124,18 @@ class RequestLog:
         try:
             await self._app(scope, noting_receive, noting_send)
         finally:
-            entry = _entry(scope, headers, status, time.perf_counter() - began)
-            self._write(entry)
-            if entry["unanswered"]:
-                self._print(_loud(entry, bytes(beginning)))
-            elif self._show_all:
-                self._print(_line(entry))
-
-    def _write(self, entry: dict[str, Any]) -> None:
-        if self._file >= 0:
-            os.write(self._file, msgspec.json.encode(entry) + b"\n")
-
-
-def _entry(scope: Scope, headers: dict[str, str], status: int, seconds: float) -> dict[str, Any]:
-    query = scope.get("query_string", b"").decode("latin-1")
-    agent = headers.get("user-agent", "")
-    return {
-        "time": now(),
-        "method": scope["method"],
-        "path": _UPLOAD.sub(r"\1...", scope["path"]),
-        "query": _SECRET_IN_QUERY.sub(r"\1...", query),
-        "status": status or None,
-        "ms": round(seconds * 1000, 1),
-        "user_agent": agent,
-        "who": _who(agent, headers),
-        "unanswered": _unanswered(scope, status),
-    }
+            agent = headers.get("user-agent", "")
+            self._log.write(
+                method=scope["method"],
+                path=scope["path"],
+                query=scope.get("query_string", b"").decode("latin-1"),
+                status=status or None,
+                seconds=time.perf_counter() - began,
+                user_agent=agent,
+                who=_who(agent, headers),
+                unanswered=_unanswered(scope, status),
+                body=bytes(beginning),
+            )
 
 
 def _unanswered(scope: Scope, status: int) -> bool:
@@ -121,10 +146,10 @@ def _unanswered(scope: Scope, status: int) -> bool:
 
 
 def _who(agent: str, headers: dict[str, str]) -> str:
-    """The client library, as far as the headers tell."""
+    """The client library, where other headers than the agent tell."""
     if version := headers.get("x-stainless-package-version"):
         return f"{agent.partition('/')[0] or 'stainless'} {version}"
-    return agent.split(" ")[0] or "unknown"
+    return ""
 
 
 def _has_body(headers: dict[str, str]) -> bool:

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,13 +16,17 @@ pytest.importorskip("grpc", reason="gRPC needs the extra: pip install 'eval-prot
 
 import grpc
 import grpc.aio
+import httpx
 from google.protobuf import json_format
 
 from eval_protocol_rft.loop.service._control import UnknownEndpointError
 from eval_protocol_rft.loop.service._errors import Code, ServiceError
-from eval_protocol_rft.loop.service.grpc import Answered, serve_grpc
+from eval_protocol_rft.loop.service._requests import FILE, RequestLog
+from eval_protocol_rft.loop.service.grpc import serve_grpc
 from eval_protocol_rft.loop.service.grpc._messages import message_class
 from eval_protocol_rft.loop.service.grpc._transcoding import METHODS
+from tests.loop.service.text_rows import sums_rows, to_jsonl
+from tests.service import fireworks_service
 
 ACCOUNT = "accounts/acc"
 DEPLOYMENT = f"{ACCOUNT}/deployments/older"
@@ -262,35 +267,39 @@ async def test_a_mask_sends_zeros_and_nothing_that_it_does_not_name() -> None:
 
 
 async def test_a_key_is_asked_for_where_there_is_one() -> None:
-    control, answered = Recorder(), list[Answered]()
+    control = Recorder()
     request = {"name": BASE}
-    async with gateway(control, api_key="right", record=answered.append) as channel:
-        for metadata in ({}, {"x_api_key": "wrong"}, {"authorization": "Bearer wrong"}):
+    async with gateway(control, api_key="right") as channel:
+        for metadata in ({}, {"x_api_key": "mine"}, {"authorization": "Bearer mine"}):
             with pytest.raises(grpc.aio.AioRpcError) as refused:
                 await ask(channel, "GetModel", request, **metadata)
             assert refused.value.code() == grpc.StatusCode.UNAUTHENTICATED
-            assert "wrong" not in json.dumps(answered[-1].message).replace("missing or wrong", "")
+            assert "mine" not in refused.value.details()
         assert control.calls == []
         await ask(channel, "GetModel", request, x_api_key="right")
         await ask(channel, "GetModel", request, authorization="Bearer right")
     assert len(control.calls) == 2
 
 
-async def test_every_call_is_recorded_and_unknown_methods_say_so() -> None:
-    answered: list[Answered] = []
-    async with gateway(Recorder(), record=answered.append) as channel:
+async def test_every_call_is_in_the_log_and_unknown_methods_are_loud(tmp_path: Path) -> None:
+    shown: list[str] = []
+    log = RequestLog(tmp_path, print_line=shown.append)
+    async with gateway(Recorder(), log=log) as channel:
         await ask(channel, "GetModel", {"name": BASE})
         for path in ("/gateway.Gateway/CreateUser", "/other.Service/GetModel"):
             with pytest.raises(grpc.aio.AioRpcError) as refused:
                 await channel.unary_unary(path)(b"\x01\x02")
             assert refused.value.code() == grpc.StatusCode.UNIMPLEMENTED
             assert path in refused.value.details()
-    assert [(a.method, a.counterpart, a.code, a.is_unanswered) for a in answered] == [
-        ("/gateway.Gateway/GetModel", f"GET /v1/{BASE}", 0, False),
-        ("/gateway.Gateway/CreateUser", "", 12, True),
-        ("/other.Service/GetModel", "", 12, True),
+    log.close()
+    entries = [json.loads(line) for line in (tmp_path / FILE).read_text().splitlines()]
+    assert [(e["path"], e["query"], e["status"], e["unanswered"]) for e in entries] == [
+        ("/gateway.Gateway/GetModel", f"name={BASE}", 200, False),
+        ("/gateway.Gateway/CreateUser", "", 501, True),
+        ("/other.Service/GetModel", "", 501, True),
     ]
-    assert all("grpc-python" in a.user_agent for a in answered)
+    assert all(e["method"] == "gRPC" and "grpc-python" in e["user_agent"] for e in entries)
+    assert [line.partition("/")[0] for line in shown] == ["NOTHING HERE ANSWERS gRPC "] * 2
 
 
 async def test_a_fault_of_the_control_plane_costs_one_call() -> None:
@@ -322,7 +331,6 @@ async def test_calls_do_not_wait_for_each_other() -> None:
 async def test_an_address_that_clients_cannot_use_is_refused() -> None:
     server = await serve_grpc(Recorder())
     try:
-        assert server.export_line == f"export FIREWORKS_GATEWAY_ADDR=127.0.0.1:{server.port}"
         with pytest.raises(OSError, match=f"cannot listen on {server.address}"):
             await serve_grpc(Recorder(), port=server.port)
     finally:
@@ -330,3 +338,71 @@ async def test_an_address_that_clients_cannot_use_is_refused() -> None:
     for options in ({"host": "::1"}, {"port": 443}):
         with pytest.raises(ValueError, match="split the address"):
             await serve_grpc(Recorder(), **options)
+
+
+async def test_a_step_of_the_loop_against_the_real_control_plane(tmp_path: Path) -> None:
+    """In the order of `LLM.apply`, `Dataset.sync`, `reinforcement_step` and `delete`."""
+    data = to_jsonl(sums_rows(3))
+    with fireworks_service(tmp_path, grpc=True) as server:
+        assert server.service.grpc is not None
+        async with grpc.aio.insecure_channel(server.service.grpc.address) as channel:
+            (base,) = (await ask(channel, "ListModels", {"parent": "accounts/fireworks"}))["models"]
+            assert base["name"] == BASE
+            assert await absent(channel, "GetDeployment", DEPLOYMENT)
+            create = bytes.fromhex(RECORDED["CreateDeployment"][0])
+            assert (await ask(channel, "CreateDeployment", create))["state"] == "READY"
+            deployment = await ask(channel, "GetDeployment", {"name": DEPLOYMENT})
+            assert deployment["replicaCount"] == 1  # else the client waits
+            assert deployment["autoscalingPolicy"]["scaleToZeroWindow"] == "300s"
+
+            create = {"parent": ACCOUNT, "datasetId": "d", "dataset": {"exampleCount": 3}}
+            await ask(channel, "CreateDataset", create)
+            dataset = f"{ACCOUNT}/datasets/d"
+            sizes = {"name": dataset, "filenameToSize": {"inmemory.jsonl": len(data)}}
+            urls = await ask(channel, "GetDatasetUploadEndpoint", sizes)
+            url = urls["filenameToSignedUrls"]["inmemory.jsonl"]
+            assert url.startswith(server.url)
+            async with httpx.AsyncClient() as http:
+                assert (await http.put(url, content=data)).status_code == 200
+            await ask(channel, "ValidateDatasetUpload", {"name": dataset})
+            (listed,) = (await ask(channel, "ListDatasets", {"parent": ACCOUNT}))["datasets"]
+            assert (listed["state"], listed["format"]) == ("READY", "RL")
+
+            model = f"{ACCOUNT}/models/m1"
+            assert await absent(channel, "GetModel", model)
+            config = {"baseModel": BASE, "outputModel": model, "loraRank": 4, "epochs": 1}
+            step = {"dataset": dataset, "trainingConfig": {**config, "learningRate": 1e-4}}
+            job = await ask(
+                channel, "CreateRlorTrainerJob", {"parent": ACCOUNT, "rlorTrainerJob": step}
+            )
+            while job["state"] != "JOB_STATE_COMPLETED":
+                assert job["state"] in ("JOB_STATE_PENDING", "JOB_STATE_RUNNING"), job
+                job = await ask(channel, "GetRlorTrainerJob", {"name": job["name"]})
+            trained = await ask(channel, "GetModel", {"name": job["trainingConfig"]["outputModel"]})
+            assert trained["kind"] == "HF_PEFT_ADDON"
+            assert trained["peftDetails"]["baseModel"] == BASE
+
+            adapter = {"model": model, "deployment": DEPLOYMENT, "displayName": "d"}
+            made = await ask(
+                channel, "CreateDeployedModel", {"parent": ACCOUNT, "deployedModel": adapter}
+            )
+            wanted = {"parent": ACCOUNT, "filter": f'model="{model}"'}
+            (found,) = (await ask(channel, "ListDeployedModels", wanted))["deployedModels"]
+            assert (found["name"], found["state"]) == (made["name"], "DEPLOYED")
+            for name, resource in (
+                ("DeployedModel", made["name"]),
+                ("Deployment", DEPLOYMENT),
+                ("Dataset", dataset),
+                ("RlorTrainerJob", job["name"]),
+            ):
+                await ask(channel, f"Delete{name}", {"name": resource})
+            assert await ask(channel, "ListDatasets", {"parent": ACCOUNT}) == {}
+            assert await absent(channel, "GetDeployedModel", made["name"])
+            gone = await ask(channel, "GetRlorTrainerJob", {"name": job["name"]})
+            assert gone["state"] == "JOB_STATE_DELETING"
+
+
+async def absent(channel: grpc.aio.Channel, name: str, resource: str) -> bool:
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await ask(channel, name, {"name": resource})
+    return refused.value.code() == grpc.StatusCode.NOT_FOUND

@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from eval_protocol_rft.loop.service._requests import FILE, RequestLog
+from eval_protocol_rft.loop.service._requests import FILE, RequestLog, RequestLogMiddleware
 from tests.service import KEY, fireworks_service
 from tests.serving import running
 
@@ -83,7 +83,8 @@ def test_all_requests_are_shown_where_asked_for_and_failures_too(tmp_path: Path)
     lines: list[str] = []
     app = Starlette(routes=[Route("/fails", fails), Route("/works", lambda request: Response())])
     app.state.stopping = asyncio.Event()
-    app.add_middleware(RequestLog, folder=tmp_path, print_line=lines.append, show_all=True)
+    log = RequestLog(tmp_path, print_line=lines.append, show_all=True)
+    app.add_middleware(RequestLogMiddleware, log=log)
     with running(app) as url:
         httpx.get(f"{url}/works?a=1")
         assert httpx.get(f"{url}/fails").status_code == 500

@@ -9,7 +9,7 @@ Raises:
 """
 
 try:
-    from eval_protocol_rft.loop.service.grpc._server import Answered, GrpcServer, serve_grpc
+    from eval_protocol_rft.loop.service.grpc._server import GrpcServer, serve_grpc
 except ModuleNotFoundError as error:
     if (error.name or "").partition(".")[0] not in ("grpc", "google"):
         raise
@@ -18,4 +18,4 @@ except ModuleNotFoundError as error:
         name=error.name,
     ) from error
 
-__all__ = ["Answered", "GrpcServer", "serve_grpc"]
+__all__ = ["GrpcServer", "serve_grpc"]

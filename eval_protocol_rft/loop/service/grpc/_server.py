@@ -10,8 +10,7 @@ import functools
 import hmac
 import logging
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import grpc
@@ -19,6 +18,7 @@ import grpc.aio
 
 from eval_protocol_rft.loop.service._control import UnknownEndpointError
 from eval_protocol_rft.loop.service._errors import Code, ServiceError
+from eval_protocol_rft.loop.service._requests import RequestLog
 from eval_protocol_rft.loop.service.grpc._transcoding import (
     METHODS,
     reply_from_http,
@@ -41,27 +41,6 @@ class Call(Protocol):
     ) -> dict[str, Any]: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Answered:
-    """One call, for the log of requests."""
-
-    method: str
-    """Such as `/gateway.Gateway/GetModel`."""
-    counterpart: str
-    """Of HTTP, such as `GET /v1/accounts/acc/models/m`; empty where there is none."""
-    code: int
-    """gRPC's, 0: OK."""
-    message: str
-    """Of a refusal."""
-    ms: float
-    user_agent: str
-
-    @property
-    def is_unanswered(self) -> bool:
-        """Whether there is no such method, or no such endpoint behind it."""
-        return self.code == Code.UNIMPLEMENTED
-
-
 class GrpcServer:
     """A server that runs; made by `serve_grpc`."""
 
@@ -70,11 +49,6 @@ class GrpcServer:
         self.port = port
         self.address = f"{host}:{port}"
         """What clients take as FIREWORKS_GATEWAY_ADDR."""
-
-    @property
-    def export_line(self) -> str:
-        """For a user's shell."""
-        return f"export FIREWORKS_GATEWAY_ADDR={self.address}"
 
     async def aclose(self) -> None:
         """Idempotent; calls in flight have a moment to end."""
@@ -87,7 +61,7 @@ async def serve_grpc(
     host: str = "127.0.0.1",
     port: int = 0,
     api_key: str | None = None,
-    record: Callable[[Answered], None] | None = None,
+    log: RequestLog | None = None,
 ) -> GrpcServer:
     """Answer `gateway.Gateway` on the running loop, without TLS.
 
@@ -96,7 +70,7 @@ async def serve_grpc(
         host: a name or an address that does not contain a colon: clients split at it.
         port: 0: any that is free. Not 443, where clients want TLS.
         api_key: what clients send as `x-api-key`; None: anyone may call.
-        record: is given every call after its end.
+        log: gets every call.
 
     Raises:
         ValueError: the client cannot reach such a host or port.
@@ -109,7 +83,7 @@ async def serve_grpc(
         )
     # Else a second server could listen on the same port, and each would get half of the calls.
     server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
-    server.add_generic_rpc_handlers((_Gateway(call, api_key, record),))
+    server.add_generic_rpc_handlers((_Gateway(call, api_key, log),))
     try:
         bound = server.add_insecure_port(f"{host}:{port}")
     except RuntimeError as error:
@@ -121,12 +95,10 @@ async def serve_grpc(
 class _Gateway(grpc.GenericRpcHandler):  # type: ignore[misc]
     """Takes every method, so that those which are not answered are seen too."""
 
-    def __init__(
-        self, call: Call, api_key: str | None, record: Callable[[Answered], None] | None
-    ) -> None:
+    def __init__(self, call: Call, api_key: str | None, log: RequestLog | None) -> None:
         self._call = call
         self._api_key = api_key
-        self._record = record
+        self._log = log
 
     def service(self, details: Any) -> Any:
         metadata = dict(details.invocation_metadata or ())
@@ -136,34 +108,38 @@ class _Gateway(grpc.GenericRpcHandler):  # type: ignore[misc]
     async def _answer(
         self, path: str, metadata: dict[str, Any], data: bytes, context: Any
     ) -> bytes:
-        started = time.monotonic()
-        counterpart, code, message, reply = "", 0, "", b""
+        began, resource, reply = time.perf_counter(), "", b""
+        refusal: ServiceError | None = None
         try:
             self._check_key(metadata)
-            if path.removeprefix(_SERVICE) not in METHODS:
-                raise ServiceError(
-                    f"{path}: this server has no such method", code=Code.UNIMPLEMENTED
-                )
             name = path.removeprefix(_SERVICE)
+            if name not in METHODS:
+                raise UnknownEndpointError(f"{path}: this server has no such method")
             http = request_to_http(name, data)
             if http is not None:
-                counterpart = f"{http.verb} {http.path}"
+                resource = http.path.removeprefix("/v1/")
                 answer = await self._call(http.verb, http.path, http.query, http.body)
                 reply = reply_from_http(name, answer)
         except UnknownEndpointError as error:
             # Clients take NOT_FOUND for the answer to "is it there?".
-            code, message = Code.UNIMPLEMENTED, str(error)
+            refusal = UnknownEndpointError(str(error), code=Code.UNIMPLEMENTED)
         except ServiceError as error:
-            code, message = int(error.code), str(error)
+            refusal = error
         except Exception as error:  # noqa: BLE001 -- a fault of this server is told, and logged
             _log.exception("%s failed", path)
-            code, message = Code.INTERNAL, f"{path} failed in this server: {error!r}"
-        if self._record is not None:
-            ms = (time.monotonic() - started) * 1e3
-            agent = str(metadata.get("user-agent", ""))
-            self._record(Answered(path, counterpart, code, message, ms, agent))
-        if code:
-            await context.abort(_STATUS[code], message)
+            refusal = ServiceError(f"{path} failed in this server: {error!r}", code=Code.INTERNAL)
+        if self._log is not None:
+            self._log.write(
+                method="gRPC",
+                path=path,
+                query=resource and f"name={resource}",
+                status=200 if refusal is None else refusal.status,
+                seconds=time.perf_counter() - began,
+                user_agent=str(metadata.get("user-agent", "")),
+                unanswered=isinstance(refusal, UnknownEndpointError),
+            )
+        if refusal is not None:
+            await context.abort(_STATUS[int(refusal.code)], str(refusal))
         return reply
 
     def _check_key(self, metadata: Mapping[str, Any]) -> None:

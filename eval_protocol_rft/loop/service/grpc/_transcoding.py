@@ -23,6 +23,8 @@ from eval_protocol_rft.loop.service.grpc._messages import Message, message_class
 
 _log = logging.getLogger(__name__)
 
+_STATES = {"JOB_STATE_DELETED": "JOB_STATE_DELETING"}
+"""States that came later, and what is nearest to them."""
 _PATH_FIELD = re.compile(r"{(?P<field>[\w.]+)=(?P<pattern>[^}]+)}")
 
 
@@ -199,7 +201,7 @@ def _known(answer: dict[str, Any], descriptor: Any) -> dict[str, Any]:
             continue
         inner = field.message_type
         if inner is None or inner.GetOptions().map_entry or inner.file.package != "gateway":
-            known[key] = value
+            known[key] = _STATES.get(value, value) if key == "state" else value
         elif isinstance(value, list):
             known[key] = [_known(part, inner) for part in value]
         else:
