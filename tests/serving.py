@@ -82,13 +82,13 @@ def running(app: Starlette) -> Iterator[str]:
             assert not thread.is_alive(), "the server did not stop"
 
 
-def post_and_leave(url: str, body: dict) -> socket.socket:
+def post_and_leave(url: str, body: dict, path: str = "/v1/completions") -> socket.socket:
     """A request on a bare socket, its reply not read."""
     address = urlsplit(url)
     connection = socket.create_connection((address.hostname, address.port), timeout=PATIENCE)
     payload = json.dumps(body).encode()
     connection.sendall(
-        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-        b"Content-Length: %d\r\n\r\n%b" % (len(payload), payload)
+        b"POST %b HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        b"Content-Length: %d\r\n\r\n%b" % (path.encode(), len(payload), payload)
     )
     return connection

@@ -241,7 +241,7 @@ def reply_body(call: ModelCall, reply: Reply) -> dict[str, Any]:
     choices = [
         {
             "index": index,
-            "message": _assistant_message(choice),
+            "message": assistant_message(choice),
             "logprobs": _logprobs(choice) if call.logprobs else None,
             "finish_reason": _finish_reason(choice),
         }
@@ -260,7 +260,7 @@ def _head(reply: Reply, kind: str) -> dict[str, Any]:
     }
 
 
-def _assistant_message(choice: ReplyChoice) -> dict[str, Any]:
+def assistant_message(choice: ReplyChoice) -> dict[str, Any]:
     """The message. Its content is null only where there are calls instead."""
     message: dict[str, Any] = {"role": "assistant", "content": choice.content, "refusal": None}
     if choice.reasoning:
@@ -298,7 +298,7 @@ def reply_events(call: ModelCall, reply: Reply) -> Iterator[bytes]:
         head["usage"] = None
     for index, choice in enumerate(reply.choices):
         logprobs = _logprobs(choice) if call.logprobs else None
-        for delta, finish_reason in _deltas(choice):
+        for delta, finish_reason in deltas(choice):
             # The tokens are not those of one delta, so all stand at the first text: there every
             # client looks for them.
             here = logprobs if delta.get("content") or finish_reason else None
@@ -315,7 +315,7 @@ def reply_events(call: ModelCall, reply: Reply) -> Iterator[bytes]:
     yield b"data: [DONE]\n\n"
 
 
-def _deltas(choice: ReplyChoice) -> Iterator[tuple[dict[str, Any], str | None]]:
+def deltas(choice: ReplyChoice) -> Iterator[tuple[dict[str, Any], str | None]]:
     """What each chunk adds, and why the answer ended behind the last. The first one says the role,
     and no content where there is none: an empty one is an empty text to some clients."""
     role = {"role": "assistant"}

@@ -1,7 +1,7 @@
 """What `/v1/completions` answers: whole replies and stream chunks in Fireworks' shape. Pure.
 
 Invariant: ids and logprobs go out as the sampler gave them, the end-of-turn token included, and a
-whole reply and a stream of the same completions carry the same data: both are made by `_choice`.
+whole reply and a stream of the same completions carry the same data: `choice_body` makes both.
 
 Sampled ids to text, token by token: what each id adds, its bytes, and where it starts. Pure.
 
@@ -183,10 +183,10 @@ def whole_reply(
     return {
         **head,
         "choices": [
-            _choice(request, index, sampled, 0, len(sampled.completion.token_ids))
+            choice_body(request, index, sampled, 0, len(sampled.completion.token_ids))
             for index, sampled in enumerate(samples)
         ],
-        "usage": _usage(request, samples),
+        "usage": usage(request, samples),
         "perf_metrics": metrics if request.perf_metrics_in_response else None,
     }
 
@@ -201,26 +201,25 @@ def chunks(
     for index, sampled in enumerate(samples):
         last = len(sampled.completion.token_ids) - 1
         for at in range(last + 1):
-            version = _version(sampled.completion, at)
-            model = f"{head['model']}@{version}" if version else head["model"]
             chunk = {
                 **head,
-                "model": model,
-                "choices": [_choice(request, index, sampled, at, at + 1)],
+                "model": model_of_token(head["model"], sampled.completion, at),
+                "choices": [choice_body(request, index, sampled, at, at + 1)],
             }
             if index == final and at == last:
-                chunk["usage"] = _usage(request, samples)
+                chunk["usage"] = usage(request, samples)
                 if request.perf_metrics_in_response:
                     chunk["perf_metrics"] = metrics
             yield chunk
 
 
-def _version(completion: Completion, at: int) -> str | None:
-    """The weights that drew token `at`. Where they changed on the way, the first and the last
-    token's are known, and not in between where."""
-    if completion.first_policy_version is None or at == len(completion.token_ids) - 1:
-        return completion.policy_version
-    return completion.first_policy_version if at == 0 else None
+def model_of_token(name: str, completion: Completion, at: int) -> str:
+    """`name`, with the version of the weights that drew token `at`, where that is known. Where they
+    changed on the way, the first and the last token's are known, and not in between where."""
+    version = completion.policy_version
+    if completion.first_policy_version is not None and at < len(completion.token_ids) - 1:
+        version = completion.first_policy_version if at == 0 else None
+    return f"{name}@{version}" if version else name
 
 
 def perf_metrics(
@@ -229,7 +228,7 @@ def perf_metrics(
     """Fireworks' metrics, as far as they are known here: nothing leaves before the last token is
     sampled, so the first token's time is the whole time; queues are not told apart."""
     return {
-        "prompt-tokens": str(_usage(request, samples)["prompt_tokens"]),
+        "prompt-tokens": str(usage(request, samples)["prompt_tokens"]),
         "cached-prompt-tokens": "0",
         "num-concurrent-requests": str(in_flight),
         "server-time-to-first-token": f"{seconds:.6f}",
@@ -237,7 +236,7 @@ def perf_metrics(
     }
 
 
-def _choice(
+def choice_body(
     request: CompletionRequest, index: int, sampled: Sampled, start: int, stop: int
 ) -> Json:
     """Tokens `start` to `stop` of choice `index`."""
@@ -320,7 +319,7 @@ def _raw_output(sampled: Sampled) -> Json:
     }
 
 
-def _usage(request: CompletionRequest, samples: Sequence[Sampled]) -> Json:
+def usage(request: CompletionRequest, samples: Sequence[Sampled]) -> Json:
     """Token counts; a prompt sampled n times counts once. Cached ones are not told apart."""
     prompt = sum(len(sampled.prompt.token_ids) for sampled in samples[:: request.n or 1])
     completion = sum(len(sampled.completion.token_ids) for sampled in samples)

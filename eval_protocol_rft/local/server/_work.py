@@ -96,7 +96,7 @@ class Work:
     def _prompt(self, given: str | list[int]) -> replies.Prompt:
         tokenizer = self.model.tokenizer
         if isinstance(given, str):
-            check_length(given, self.model.context_length, field="prompt")
+            check_length(len(given), self.model.context_length, field="prompt")
             ids, text = list(tokenizer.tokenizer.encode(given)), given
         else:
             ids, text = given, tokenizer.decode(given)
@@ -152,18 +152,18 @@ class Work:
         return json_reply(form.whole_reply(head, request, samples, metrics), headers=headers)
 
 
-def check_length(text: str, context_length: int | None, *, field: str) -> None:
+def check_length(characters: int, context_length: int | None, *, field: str) -> None:
     """Refuse what would be encoded in vain: a million characters take a gigabyte.
 
     Raises:
-        ApiError: no context of that length takes `text`.
+        ApiError: no context of that length takes so long a text.
     """
     if context_length is None:
         return
     bound = _MAX_CHARACTERS_PER_TOKEN * context_length
-    if len(text) > bound:
+    if characters > bound:
         raise ApiError(
-            f"The prompt is too long: {len(text)} characters, and a context of {context_length} "
+            f"The prompt is too long: {characters} characters, and a context of {context_length} "
             f"tokens takes no text beyond {bound}; send token ids if they do fit, field: '{field}'"
         )
 

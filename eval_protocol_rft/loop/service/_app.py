@@ -19,6 +19,7 @@ from eval_protocol_rft.local.server import (
     AccessMiddleware,
     CompletionEndpoints,
 )
+from eval_protocol_rft.loop.service._chat import ChatEndpoints
 from eval_protocol_rft.loop.service._control import ControlPlane
 from eval_protocol_rft.loop.service._hot_load import HotLoads
 from eval_protocol_rft.loop.service._requests import RequestLog, RequestLogMiddleware
@@ -71,6 +72,7 @@ class FireworksService:
         self.app = Starlette(
             routes=[
                 *completions.routes(),
+                *ChatEndpoints(completions, say=say).routes(),
                 *self.control.routes(),
                 *TrainingApi(self.store, self.training).routes(),
                 *HotLoads(self.store, self.served, say=say).routes(),
