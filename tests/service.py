@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from starlette.types import ASGIApp
 
 from eval_protocol_rft.local.models import bundled_model_path
 from eval_protocol_rft.loop.service._app import FireworksService
@@ -36,11 +38,15 @@ class RunningService:
 
 
 @contextlib.contextmanager
-def fireworks_service(folder: Path, *, grpc: bool = False) -> Iterator[RunningService]:
-    """In a thread of this process, with its state in `folder`."""
+def fireworks_service(
+    folder: Path, *, grpc: bool = False, around: Callable[[ASGIApp], ASGIApp] | None = None
+) -> Iterator[RunningService]:
+    """In a thread of this process, with its state in `folder`; `around` is a middleware."""
     lines: list[str] = []
     grpc_at = ("127.0.0.1", 0) if grpc else None
     service = FireworksService(folder, [arithmetic_base()], say=lines.append, grpc_at=grpc_at)
+    if around is not None:
+        service.app.add_middleware(around)  # type: ignore[arg-type]
     with running(service.app) as url:
         service.control.url = url
         yield RunningService(url, service, lines)

@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import numpy as np
 
+from eval_protocol_rft.local.models import bundled_model_path
 from eval_protocol_rft.training._batch import TrainingBatch, build_batch
 from eval_protocol_rft.training._types import PromptGroup, Trajectory
 from eval_protocol_rft.training.losses._forward import token_logprobs
-from tests.emulator.server import arithmetic
+
+
+@functools.cache
+def arithmetic() -> tuple[Any, Any]:
+    """The bundled model and its tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    torch.set_num_threads(1)
+    folder = bundled_model_path("arithmetic")
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    return model, AutoTokenizer.from_pretrained(folder)
 
 
 @functools.cache

@@ -12,18 +12,13 @@ from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from eval_protocol_rft.local._sampler import LocalSampler
 from eval_protocol_rft.local.models import bundled_model_path
-from tests.emulator.account import ACCOUNT, Account
+from tests.emulator.account import Account
 from tests.emulator.grpo import train_on_rows
-from tests.emulator.hot_load import HotLoads
-from tests.emulator.policy import Policy
 from tests.emulator.routes import control_plane
-from tests.emulator.training_api import TrainingApi
 from tests.emulator.weights import Serving
 from tests.waiting import PATIENCE
 
@@ -39,18 +34,6 @@ class Emulator:
     serving: Serving
     log: list[tuple[str, str]] = field(default_factory=list)
     """(method, path) of every request to the control plane."""
-
-
-@dataclass
-class TrainingEmulator:
-    """A running trainer job with its deployment."""
-
-    url: str
-    training: TrainingApi
-    hot_loads: HotLoads
-    serving: Serving
-    deployment: dict[str, str]
-    """As the control plane has it."""
 
 
 @functools.cache
@@ -93,47 +76,6 @@ def emulated_control_plane(
     app = Starlette(routes=[*control_plane(account, log), *_completions(serving)])
     with _running(app) as url:
         yield Emulator(url, account, serving, log)
-
-
-@contextlib.contextmanager
-def emulated_trainer(*, lags: tuple[int, ...] = (0,)) -> Iterator[TrainingEmulator]:
-    """A trainer job of the bundled model, a deployment of it, and the way there from a key."""
-    model, _ = arithmetic()
-    serving = local_serving()
-    training = TrainingApi(Policy(model))
-    loads = HotLoads(training, serving, lags)
-    job, deployment = f"{ACCOUNT}/rlorTrainerJobs/job", f"{ACCOUNT}/deployments/dep"
-    joined = {
-        "name": deployment,
-        "state": "READY",
-        "baseModel": "accounts/fireworks/models/arithmetic-fp8",
-        "hotLoadTrainerJob": job,
-    }
-
-    async def join(request: Request) -> Response:
-        joined.update(await request.json())
-        return JSONResponse(joined)
-
-    serving.put(deployment, model, version="base")
-    routes = [
-        *training.routes(""),
-        *training.routes("/training/v1/rlorTrainerJobs/acc/job"),
-        *loads.routes(),
-        _fixed("/v1/accounts", {"accounts": [{"name": ACCOUNT}]}),
-        _fixed(f"/v1/{job}", {"name": job, "state": "JOB_STATE_RUNNING"}),
-        _fixed(f"/v1/{deployment}", joined),
-        Route(f"/v1/{deployment}", join, methods=["PATCH"]),
-        *_completions(serving),
-    ]
-    with _running(Starlette(routes=routes)) as url:
-        yield TrainingEmulator(url, training, loads, serving, joined)
-
-
-def _fixed(path: str, answer: Any) -> Route:
-    async def endpoint(request: Request) -> Response:
-        return JSONResponse(answer)
-
-    return Route(path, endpoint)
 
 
 def _completions(serving: Serving) -> list[Any]:

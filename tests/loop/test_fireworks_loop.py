@@ -13,9 +13,10 @@ from eval_protocol_rft import FireworksTrainingRolloutProcessor
 from eval_protocol_rft.loop._rollouts import RowRunner
 from eval_protocol_rft.loop._trainer import NamedLoss
 from eval_protocol_rft.training._batch import TrainingBatch, build_batch
-from tests.emulator.server import KEY, arithmetic, emulated_trainer
 from tests.emulator.sums_run import right_sum, sums
-from tests.emulator.trainers import CLIP, make_trainer
+from tests.service import KEY
+from tests.sums import arithmetic
+from tests.trainer_service import CLIP, make_trainer, trainer_service
 
 VERSIONS, PASSES = 3, 4
 
@@ -41,7 +42,7 @@ async def sampled(url: str, model: str, *, seed: int) -> TrainingBatch:
 async def test_the_score_rises_and_sampler_and_trainer_agree_after_every_publish() -> None:
     rewards: list[float] = []
     loss = NamedLoss(loss_fn="ppo", config=CLIP)
-    with emulated_trainer(lags=(0, 2)) as server:
+    with trainer_service(lags=(0, 2)) as server:
         trainer = await asyncio.to_thread(make_trainer, server)
         assert trainer.hot_load is not None
         for version in range(VERSIONS + 1):

@@ -1,4 +1,4 @@
-"""`train` on Fireworks' training API: the same loop, the emulator's weights."""
+"""`train` on Fireworks' training API: the same loop, weights of the local service."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from eval_protocol_rft.loop._run_options import Optimizer, SetupError
 from eval_protocol_rft.loop._train import atrain
 from eval_protocol_rft.loop.fireworks import _connecting as fireworks
 from examples.arithmetic import test_arithmetic as example
-from tests.emulator.server import KEY, emulated_trainer
-from tests.emulator.trainers import BASE
 from tests.loop.runs import options, sums_file
+from tests.service import BASE, KEY
+from tests.trainer_service import trainer_service
 
 
 async def test_a_run_on_fireworks_trains_what_its_deployment_sampled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FIREWORKS_API_KEY", KEY)
-    with emulated_trainer() as server:
+    with trainer_service() as server:
         # What clients of the inference API alone are given.
         monkeypatch.setenv("FIREWORKS_BASE_URL", f"{server.url}/inference/v1")
         result = await atrain(
@@ -47,7 +47,7 @@ async def test_a_run_on_fireworks_trains_what_its_deployment_sampled(
                 optimizer=Optimizer(),
             ),
         )
-        assert len(server.hot_loads.requests) == 6
+        assert len(server.asked.loads) == 6
     assert len(result.steps) == 6
     assert max(line["mismatch_k3"] for line in result.steps) < 1e-6
     assert max(line["server_loss_difference"] for line in result.steps) < 1e-3
@@ -78,9 +78,9 @@ async def test_nothing_is_started_for_a_test_whose_processor_keeps_no_tokens() -
         completion_params=[{"model": BASE}],
         rollout_processor=SingleTurnRolloutProcessor(),
     )(pass_on)
-    with emulated_trainer() as server:
+    with trainer_service() as server:
         parts = fireworks.FireworksParts(base_model=BASE, deployment="dep", base_url=server.url)
         params = {"model": BASE, "api_base": server.url}
         with pytest.raises(SetupError, match="SingleTurnRolloutProcessor, which keeps no tokens"):
             await parts.make(test, params, options())
-        assert not server.training.called("create_model")
+        assert not server.called("create_model")

@@ -20,22 +20,29 @@ from eval_protocol_rft.loop._trainer import (  # noqa: E402
     TrainerError,
 )
 from eval_protocol_rft.loop.fireworks._fireworks_trainer import FireworksTrainer  # noqa: E402
+from eval_protocol_rft.loop.service._calls import CALLS  # noqa: E402
 from eval_protocol_rft.training.losses._forward import token_logprobs  # noqa: E402
 from eval_protocol_rft.training.losses._objective import make_loss  # noqa: E402
 from eval_protocol_rft.training.losses._policy import LossError, TokenTIS  # noqa: E402
-from tests.emulator.server import TrainingEmulator, arithmetic, emulated_trainer  # noqa: E402
-from tests.emulator.trainers import CLIP, OPTIMIZER, make_trainer, one_step  # noqa: E402
-from tests.sums import sums_batch  # noqa: E402
+from tests.sums import arithmetic, sums_batch  # noqa: E402
+from tests.trainer_service import (  # noqa: E402
+    CLIP,
+    OPTIMIZER,
+    TrainerService,
+    make_trainer,
+    one_step,
+    trainer_service,
+)
 
 
 @pytest.fixture
-def server() -> Iterator[TrainingEmulator]:
-    with emulated_trainer() as running:
+def server() -> Iterator[TrainerService]:
+    with trainer_service() as running:
         yield running
 
 
 @pytest.fixture
-async def trainer(server: TrainingEmulator) -> AsyncIterator[FireworksTrainer]:
+async def trainer(server: TrainerService) -> AsyncIterator[FireworksTrainer]:
     made = await asyncio.to_thread(make_trainer, server)
     yield made
     await made.aclose()
@@ -87,15 +94,15 @@ async def test_forward_gives_the_models_logprobs_of_what_was_sampled(
     ],
 )
 async def test_a_loss_that_the_server_knows_is_one_pass_and_our_gradient(
-    server: TrainingEmulator, trainer: FireworksTrainer, loss_fn: str, normalization: str
+    server: TrainerService, trainer: FireworksTrainer, loss_fn: str, normalization: str
 ) -> None:
     batch = sums_batch(normalization=normalization)
     config = {} if loss_fn == "importance_sampling" else CLIP
     done = await trainer.forward_backward(batch.datums, NamedLoss(loss_fn=loss_fn, config=config))
     wanted, value = local_gradient(batch, make_loss(loss_fn, config))
-    assert_same(gradients(server.training.policy.module), wanted)
-    assert [name for name, _ in server.training.calls if "forward" in name] == ["forward_backward"]
-    (asked,) = server.training.called("forward_backward")
+    assert_same(gradients(server.module), wanted)
+    assert [name for name, _ in server.asked.calls if "forward" in name] == ["forward_backward"]
+    (asked,) = server.called("forward_backward")
     sent = asked["forward_backward_input"]
     assert sent["loss_fn"] == {"grpo": "ppo"}.get(loss_fn, loss_fn)
     assert (sent.get("loss_fn_config") or {}) == config
@@ -105,7 +112,7 @@ async def test_a_loss_that_the_server_knows_is_one_pass_and_our_gradient(
 
 
 async def test_ratios_can_be_taken_against_old_logprobs_by_the_server(
-    server: TrainingEmulator, trainer: FireworksTrainer
+    server: TrainerService, trainer: FireworksTrainer
 ) -> None:
     batch = sums_batch()
     old = [
@@ -115,7 +122,7 @@ async def test_ratios_can_be_taken_against_old_logprobs_by_the_server(
     loss = NamedLoss(loss_fn="ppo", config=CLIP)
     done = await trainer.forward_backward(batch.datums, loss, old_logprobs=old)
     wanted, _ = local_gradient(batch, make_loss("ppo", CLIP), old_logprobs=old)
-    assert_same(gradients(server.training.policy.module), wanted)
+    assert_same(gradients(server.module), wanted)
     assert done.metrics["ratio:mean"] == pytest.approx(np.exp(0.3), rel=1e-3)
 
 
@@ -130,7 +137,7 @@ async def test_ratios_can_be_taken_against_old_logprobs_by_the_server(
     ],
 )
 async def test_any_other_loss_is_differentiated_here_and_trained_there(
-    server: TrainingEmulator,
+    server: TrainerService,
     trainer: FireworksTrainer,
     loss_fn: str,
     config: dict[str, float],
@@ -149,15 +156,15 @@ async def test_any_other_loss_is_differentiated_here_and_trained_there(
     done = await trainer.forward_backward(batch.datums, loss, **tensors)
     reference = make_loss(loss_fn, config, kl_beta=kl_beta, correction=correction)
     wanted, value = local_gradient(batch, reference, **tensors)
-    assert_same(gradients(server.training.policy.module), wanted)
-    passes = [name for name, _ in server.training.calls if "forward" in name]
+    assert_same(gradients(server.module), wanted)
+    passes = [name for name, _ in server.asked.calls if "forward" in name]
     assert passes == ["forward", "forward_backward"]
     total = done.metrics["policy_loss:sum"] + done.metrics.get("kl_loss:sum", 0.0)
     assert total == pytest.approx(value, rel=1e-3, abs=1e-6)
 
 
 async def test_a_loss_of_ones_own_sends_its_closed_form_gradient(
-    server: TrainingEmulator, trainer: FireworksTrainer
+    server: TrainerService, trainer: FireworksTrainer
 ) -> None:
     batch = sums_batch()
 
@@ -170,7 +177,7 @@ async def test_a_loss_of_ones_own_sends_its_closed_form_gradient(
 
     done = await trainer.forward_backward(batch.datums, loss)
     assert done.metrics["mine:sum"] == 4.0
-    (asked,) = server.training.called("forward_backward")
+    (asked,) = server.called("forward_backward")
     sent = asked["forward_backward_input"]["data"]
     for datum, logprobs, wire in zip(batch.datums, done.logprobs, sent, strict=True):
         weights = wire["loss_fn_inputs"]["weights"]["data"]
@@ -180,13 +187,13 @@ async def test_a_loss_of_ones_own_sends_its_closed_form_gradient(
 
 
 async def test_gradients_add_up_until_one_undivided_adam_step(
-    server: TrainingEmulator, trainer: FireworksTrainer
+    server: TrainerService, trainer: FireworksTrainer
 ) -> None:
     batch, loss = sums_batch(), NamedLoss(loss_fn="importance_sampling")
     half = len(batch.datums) // 2
     for part in (batch.datums[:half], batch.datums[half:]):
         await trainer.forward_backward(part, loss)
-    gathered = gradients(server.training.policy.module)
+    gathered = gradients(server.module)
     whole, _ = local_gradient(batch, make_loss("importance_sampling", {}))
     assert_same(gathered, whole)
     metrics = await trainer.optim_step(learning_rate=3e-4)
@@ -196,12 +203,12 @@ async def test_gradients_add_up_until_one_undivided_adam_step(
     torch.optim.AdamW(
         module.parameters(), lr=3e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0
     ).step()
-    trained = server.training.policy.module
+    trained = server.module
     for ours, theirs in zip(module.parameters(), trained.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs)
     assert metrics["grad_norm"] > 0
     assert metrics["learning_rate"] == 3e-4
-    (asked,) = server.training.called("optim_step")
+    (asked,) = server.called("optim_step")
     assert asked.get("grad_accumulation_normalization") is None
     assert asked["adam_params"] == {
         "learning_rate": 3e-4,
@@ -233,15 +240,15 @@ def test_another_temperature_is_refused() -> None:
 
 
 async def test_a_loss_without_thresholds_never_reaches_the_server(
-    server: TrainingEmulator, trainer: FireworksTrainer
+    server: TrainerService, trainer: FireworksTrainer
 ) -> None:
     with pytest.raises(LossError, match="clip_low_threshold"):
         await trainer.forward_backward(sums_batch().datums, NamedLoss(loss_fn="ppo"))
-    assert not server.training.called("forward_backward")
+    assert not server.called("forward_backward")
 
 
 async def test_logprobs_of_other_datums_never_reach_the_server(
-    server: TrainingEmulator, trainer: FireworksTrainer
+    server: TrainerService, trainer: FireworksTrainer
 ) -> None:
     batch = sums_batch()
     with pytest.raises(TrainerError, match="old_logprobs has shapes"):
@@ -250,19 +257,22 @@ async def test_logprobs_of_other_datums_never_reach_the_server(
             NamedLoss(loss_fn="ppo", config=CLIP),
             old_logprobs=[datum.logprobs[1:] for datum in batch.datums],
         )
-    assert not server.training.called("forward_backward")
+    assert not server.called("forward_backward")
 
 
 async def test_a_step_that_fails_on_the_server_says_how_to_go_on(
-    server: TrainingEmulator, trainer: FireworksTrainer
+    trainer: FireworksTrainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    server.training.failing = "forward_backward"
+    def fail(place: Any, body: bytes) -> Any:
+        raise RuntimeError("device lost")
+
+    monkeypatch.setitem(CALLS, "forward_backward", fail)
     with pytest.raises(TrainerError, match=r"device lost.*load the last saved state"):
         await one_step(trainer, sums_batch())
 
 
 async def test_waiting_for_the_server_does_not_hold_up_the_event_loop(
-    server: TrainingEmulator, trainer: FireworksTrainer
+    server: TrainerService, trainer: FireworksTrainer
 ) -> None:
     batch, ticks = sums_batch(), 0
     work = asyncio.create_task(one_step(trainer, batch))

@@ -20,24 +20,27 @@ from fireworks.training.sdk import FiretitanServiceClient as Service  # noqa: E4
 from eval_protocol_rft.loop._trainer import TrainerError  # noqa: E402
 from eval_protocol_rft.loop.fireworks._connecting import connect  # noqa: E402
 from eval_protocol_rft.loop.fireworks._fireworks_trainer import FireworksTrainer  # noqa: E402
-from tests.emulator.server import (  # noqa: E402
-    KEY,
-    TrainingEmulator,
-    arithmetic,
-    emulated_trainer,
+from tests.service import BASE, KEY  # noqa: E402
+from tests.sums import arithmetic, sums_batch  # noqa: E402
+from tests.trainer_service import (  # noqa: E402
+    DEPLOYMENT,
+    JOB,
+    OPTIMIZER,
+    TrainerService,
+    make_trainer,
+    one_step,
+    trainer_service,
 )
-from tests.emulator.trainers import BASE, OPTIMIZER, make_trainer, one_step  # noqa: E402
-from tests.sums import sums_batch  # noqa: E402
 
 
 @pytest.fixture
-def server() -> Iterator[TrainingEmulator]:
-    with emulated_trainer() as running:
+def server() -> Iterator[TrainerService]:
+    with trainer_service() as running:
         yield running
 
 
 @pytest.fixture
-async def trainer(server: TrainingEmulator) -> AsyncIterator[FireworksTrainer]:
+async def trainer(server: TrainerService) -> AsyncIterator[FireworksTrainer]:
     made = await asyncio.to_thread(make_trainer, server)
     yield made
     await made.aclose()
@@ -47,18 +50,18 @@ async def trainer(server: TrainingEmulator) -> AsyncIterator[FireworksTrainer]:
 
 
 async def test_load_goes_back_to_what_save_saved_optimiser_included(
-    server: TrainingEmulator, trainer: FireworksTrainer, tmp_path: Path
+    server: TrainerService, trainer: FireworksTrainer, tmp_path: Path
 ) -> None:
     batch = sums_batch()
     await one_step(trainer, batch)
     await trainer.save(tmp_path)
-    saved = server.training.policy.state()
+    saved = server.state()
     await one_step(trainer, batch)
-    once = server.training.policy.state()
+    once = server.state()
     await trainer.load(tmp_path)
-    _assert_equal(server.training.policy.state(), saved)
+    _assert_equal(server.state(), saved)
     await one_step(trainer, batch)
-    _assert_equal(server.training.policy.state(), once)
+    _assert_equal(server.state(), once)
     assert KEY not in (tmp_path / "fireworks.json").read_text()
 
 
@@ -73,9 +76,9 @@ def _leaves(state: Any) -> list[Any]:
 
 
 async def test_a_state_of_another_job_is_asked_for_by_that_job(
-    server: TrainingEmulator, tmp_path: Path
+    server: TrainerService, tmp_path: Path
 ) -> None:
-    first = await asyncio.to_thread(make_trainer, server, trainer_job="job-one")
+    first = await asyncio.to_thread(make_trainer, server, trainer_job="job")
     await first.save(tmp_path)
     await first.load(tmp_path)
     # One process has one client at a time; what the server is asked is what counts here.
@@ -83,8 +86,8 @@ async def test_a_state_of_another_job_is_asked_for_by_that_job(
     await first.load(tmp_path)
     await first.aclose()
     name = json.loads((tmp_path / "fireworks.json").read_text())["path"]
-    asked = [body["path"] for body in server.training.called("load_weights")]
-    assert asked == [name, f"cross_job://job-one/{name}"]
+    asked = [body["path"] for body in server.called("load_weights")]
+    assert asked == [name, f"cross_job://job/{name}"]
 
 
 async def test_a_folder_without_a_state_is_refused(
@@ -97,7 +100,7 @@ async def test_a_folder_without_a_state_is_refused(
 # Publishing
 
 
-async def _ask(server: TrainingEmulator, model: str) -> dict[str, Any]:
+async def _ask(server: TrainerService, model: str) -> dict[str, Any]:
     """Greedy, so that the answer is a matter of the weights alone."""
     body = {"model": model, "prompt": "1", "max_tokens": 1, "logprobs": True, "temperature": 0}
     async with httpx.AsyncClient() as client:
@@ -107,7 +110,7 @@ async def _ask(server: TrainingEmulator, model: str) -> dict[str, Any]:
 
 
 async def test_a_published_version_is_what_the_deployment_samples_from(
-    server: TrainingEmulator, trainer: FireworksTrainer
+    server: TrainerService, trainer: FireworksTrainer
 ) -> None:
     assert trainer.hot_load is not None
     model, before = trainer.hot_load.model, await _ask(server, trainer.hot_load.model)
@@ -116,19 +119,19 @@ async def test_a_published_version_is_what_the_deployment_samples_from(
     await trainer.publish(1)
     after = await _ask(server, model)
     ids = torch.tensor([arithmetic()[1].encode("1")])
-    logits = server.training.policy.module(input_ids=ids).logits[0, -1]
+    logits = server.module(input_ids=ids).logits[0, -1]
     assert after["logprob"] == pytest.approx(logits.detach().log_softmax(-1).max().item(), abs=1e-4)
     assert after["logprob"] != before["logprob"]
 
 
 async def test_all_parameters_travel_as_a_base_and_then_as_deltas_of_what_is_loaded(
-    server: TrainingEmulator, trainer: FireworksTrainer
+    server: TrainerService, trainer: FireworksTrainer
 ) -> None:
     for version in (1, 2, 3):
         await trainer.publish(version)
-    saved = server.training.called("save_weights_for_sampler")
+    saved = server.called("save_weights_for_sampler")
     assert [body["checkpoint_type"] for body in saved] == ["base", "delta", "delta"]
-    loads = [body for _, body in server.hot_loads.requests]
+    loads = [body for _, body in server.asked.loads]
     assert [body["identity"] for body in loads] == [body["path"] for body in saved]
     assert [body["reset_prompt_cache"] for body in loads] == [True] * 3
     before = [body.get("incremental_snapshot_metadata") for body in loads]
@@ -136,58 +139,58 @@ async def test_all_parameters_travel_as_a_base_and_then_as_deltas_of_what_is_loa
     assert [m["previous_snapshot_identity"] for m in before[1:]] == [
         body["identity"] for body in loads[:2]
     ]
-    headers, _ = server.hot_loads.requests[0]
+    headers, _ = server.asked.loads[0]
     assert headers["fireworks-deployment"] == "accounts/acc/deployments/dep"
     assert headers["fireworks-model"] == BASE
 
 
 async def test_after_a_load_comes_a_base(
-    server: TrainingEmulator, trainer: FireworksTrainer, tmp_path: Path
+    server: TrainerService, trainer: FireworksTrainer, tmp_path: Path
 ) -> None:
     await trainer.save(tmp_path)
     await trainer.publish(1)
     await trainer.load(tmp_path)
     await trainer.publish(2)
-    kinds = [b["checkpoint_type"] for b in server.training.called("save_weights_for_sampler")]
+    kinds = [b["checkpoint_type"] for b in server.called("save_weights_for_sampler")]
     assert kinds == ["base", "base"]
 
 
-async def test_adapters_travel_whole(server: TrainingEmulator) -> None:
+async def test_adapters_travel_whole(server: TrainerService) -> None:
     trainer = await asyncio.to_thread(make_trainer, server, lora=True)
     await trainer.publish(1)
     await trainer.publish(2)
     await trainer.aclose()
-    kinds = [b["checkpoint_type"] for b in server.training.called("save_weights_for_sampler")]
+    kinds = [b["checkpoint_type"] for b in server.called("save_weights_for_sampler")]
     assert kinds == ["base", "base"]
 
 
 async def test_publishing_waits_for_the_slowest_replica() -> None:
-    with emulated_trainer(lags=(0, 0, 4)) as server:
+    with trainer_service(lags=(0, 0, 4)) as server:
         trainer = await asyncio.to_thread(make_trainer, server)
         await trainer.publish(1)
-        (saved,) = server.training.snapshots
-        assert server.hot_loads.held == [saved] * 3
+        (saved,) = server.snapshots
+        assert server.asked.held == [saved] * 3
         await trainer.aclose()
 
 
 async def test_after_a_failed_load_the_same_version_is_published_as_a_base() -> None:
-    with emulated_trainer(lags=(0, 0)) as server:
+    with trainer_service(lags=(0, 0)) as server:
         trainer = await asyncio.to_thread(make_trainer, server)
         await trainer.publish(1)
-        server.hot_loads.failing = True
+        server.asked.failing = True
         with pytest.raises(TrainerError, match=r"failed to load version-2-.*replica 1: .*error"):
             await trainer.publish(2)
-        server.hot_loads.failing = False
+        server.asked.failing = False
         await trainer.publish(2)
         await trainer.publish(3)
         await trainer.aclose()
-        saved = server.training.called("save_weights_for_sampler")
+        saved = server.called("save_weights_for_sampler")
         assert [b["checkpoint_type"] for b in saved] == ["base", "delta", "base", "delta"]
         assert len({body["path"] for body in saved}) == 4
 
 
-async def test_a_deployment_that_never_gets_ready_is_given_up(server: TrainingEmulator) -> None:
-    server.hot_loads.lags = (10**9,)
+async def test_a_deployment_that_never_gets_ready_is_given_up(server: TrainerService) -> None:
+    server.asked.lags = (10**9,)
     trainer = await asyncio.to_thread(make_trainer, server)
     assert trainer.hot_load is not None
     trainer.hot_load.timeout_seconds = 0.05
@@ -199,7 +202,7 @@ async def test_a_deployment_that_never_gets_ready_is_given_up(server: TrainingEm
 # From a key
 
 
-async def test_connecting_from_a_key_trains_and_publishes(server: TrainingEmulator) -> None:
+async def test_connecting_from_a_key_trains_and_publishes(server: TrainerService) -> None:
     trainer = await connect(
         base_model=BASE,
         deployment="dep",
@@ -220,17 +223,18 @@ async def test_connecting_from_a_key_trains_and_publishes(server: TrainingEmulat
     assert (await _ask(server, trainer.hot_load.model))["token"]
     await trainer.aclose()
     await trainer.aclose()
-    models = server.training.called("create_model")
+    models = server.called("create_model")
     assert [body.get("base_only", False) for body in models] == [False, True]
     assert models[0]["lora_config"]["rank"] == 8
-    headers, _ = server.hot_loads.requests[0]
+    headers, _ = server.asked.loads[0]
     assert headers["fireworks-model"].endswith("arithmetic-fp8")  # the deployment's own
 
 
 async def test_a_deployment_of_another_trainer_gets_this_ones_weights_first(
-    server: TrainingEmulator,
+    server: TrainerService,
 ) -> None:
-    server.deployment["hotLoadTrainerJob"] = "accounts/acc/rlorTrainerJobs/earlier"
+    row = {**server.deployment, "hotLoadTrainerJob": "accounts/acc/rlorTrainerJobs/earlier"}
+    server.service.store.put("deployments", DEPLOYMENT, row)
     trainer = await connect(
         base_model=BASE,
         deployment="dep",
@@ -242,16 +246,16 @@ async def test_a_deployment_of_another_trainer_gets_this_ones_weights_first(
         poll_seconds=0.01,
     )
     await trainer.aclose()
-    assert server.deployment["hotLoadTrainerJob"] == "accounts/acc/rlorTrainerJobs/job"
-    assert server.hot_loads.held == list(server.training.snapshots)
+    assert server.deployment["hotLoadTrainerJob"] == JOB
+    assert server.asked.held == server.snapshots
 
 
-async def test_connecting_to_what_is_not_there_is_one_error(server: TrainingEmulator) -> None:
+async def test_connecting_to_what_is_not_there_is_one_error(server: TrainerService) -> None:
     with pytest.raises(TrainerError, match=r"cannot train .* on Fireworks"):
         await connect(
-            base_model=BASE,
+            base_model="accounts/fireworks/models/none",
             deployment="dep",
-            trainer_job="no-such-job",
+            trainer_job="another-job",
             temperature=1.0,
             optimizer=OPTIMIZER,
             api_key=KEY,
@@ -260,7 +264,7 @@ async def test_connecting_to_what_is_not_there_is_one_error(server: TrainingEmul
 
 
 async def test_what_was_being_started_is_closed_where_the_caller_gives_up(
-    server: TrainingEmulator, monkeypatch: pytest.MonkeyPatch
+    server: TrainerService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun, go_on = threading.Event(), threading.Event()
     events: list[str] = []

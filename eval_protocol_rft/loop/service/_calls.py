@@ -5,7 +5,7 @@ Invariant: a call is checked before it changes anything; what is wrong with it i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
@@ -114,7 +114,7 @@ class Place:
         )
 
 
-CALLS: Mapping[str, Callable[[Place, bytes], Done]] = {
+CALLS: dict[str, Callable[[Place, bytes], Done]] = {
     "forward": Place.forward,
     "forward_backward": Place.forward_backward,
     "optim_step": Place.optim_step,
