@@ -6,8 +6,8 @@ r"""The iterative loop of fireworks-ai 0.19, in an environment of its own: `LLM`
     export FIREWORKS_API_KEY=fw-local
     older/bin/python scripts/older_client.py --steps 12
 
-Each step asks the model for sums by chat, scores the answers, uploads them as a data set of
-`{"samples": [...]}`, trains a LoRA model on it with `reinforcement_step`, and goes on with that
+Each step asks the model for the same sums by chat, scores the answers, uploads them as a data set
+of `{"samples": [...]}`, trains a LoRA model on it with `reinforcement_step`, and goes on with that
 model on the same deployment. At the end everything is deleted but the models.
 
 Exit status 1: a step failed, the mean reward of the last third is not above that of the first, or a
@@ -56,10 +56,10 @@ def main() -> int:
     if missing := [name for name in ADDRESSES if not os.environ.get(name)]:
         print(f"not set: {', '.join(missing)}; see the lines that the server prints")
         return 1
-    return asyncio.run(run(options))
+    return run(options)
 
 
-async def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> int:
     from fireworks import LLM
 
     base = LLM(
@@ -67,17 +67,19 @@ async def run(options: argparse.Namespace) -> int:
     )
     base.apply()
     policy, rewards, datasets = base, list[float](), list[Any]()
+    rng = random.Random(options.seed)  # noqa: S311 - no secret
+    sums = [(rng.randrange(10, 100), rng.randrange(10, 100)) for _ in range(options.prompts)]
     print("step  mean reward  rollouts s  training s  policy", flush=True)
     try:
         for step in range(options.steps + 1):
             began = time.monotonic()
-            rows = await roll_out(policy, options, random.Random(f"{options.seed} {step}"))  # noqa: S311
+            rows = asyncio.run(roll_out(policy, sums, options))
             rewards.append(mean_reward(rows))
             rolled_out = time.monotonic()
             if step == options.steps:
                 print(f"{step:4}  {rewards[-1]:11.3f}  {rolled_out - began:10.1f}", flush=True)
                 break
-            trained = await train(policy, rows, f"{options.name}-{step + 1}", options, datasets)
+            trained = train(policy, rows, f"{options.name}-{step + 1}", options, datasets)
             print(
                 f"{step:4}  {rewards[-1]:11.3f}  {rolled_out - began:10.1f}  "
                 f"{time.monotonic() - rolled_out:10.1f}  {policy.model}",
@@ -96,8 +98,10 @@ async def run(options: argparse.Namespace) -> int:
     return report(rewards, datasets)
 
 
-async def roll_out(policy: Any, options: argparse.Namespace, rng: random.Random) -> list[Any]:
-    """A row of a data set for each prompt."""
+async def roll_out(
+    policy: Any, sums: list[tuple[int, int]], options: argparse.Namespace
+) -> list[Any]:
+    """A row of a data set for each sum."""
     limit = asyncio.Semaphore(options.concurrency)
 
     async def sample(prompt: str, total: int) -> dict[str, Any]:
@@ -116,15 +120,18 @@ async def roll_out(policy: Any, options: argparse.Namespace, rng: random.Random)
         samples = (sample(f"{a}+{b}=", a + b) for _ in range(options.completions))
         return {"samples": await asyncio.gather(*samples)}
 
-    sums = [(rng.randrange(10, 100), rng.randrange(10, 100)) for _ in range(options.prompts)]
-    return await asyncio.gather(*(row(a, b) for a, b in sums))
+    try:
+        return await asyncio.gather(*(row(a, b) for a, b in sums))
+    finally:
+        # `LLM` has no way to close its sessions, which belong to this loop.
+        await policy._client.aclose()
 
 
 def mean_reward(rows: list[dict[str, Any]]) -> float:
     return statistics.fmean(sample["evals"]["score"] for row in rows for sample in row["samples"])
 
 
-async def train(
+def train(
     policy: Any, rows: list[Any], output: str, options: argparse.Namespace, datasets: list[Any]
 ) -> str:
     """The name of the model that a step on `rows` made."""
@@ -143,7 +150,7 @@ async def train(
         # `raise_if_bad_state` compares the state's name with numbers, and raises for none.
         if any(part in step.state for part in ENDED_BADLY):
             raise RuntimeError(f"{step.job.name} is {step.state}: {step.job.status.message}")
-        await asyncio.sleep(POLL_S)
+        time.sleep(POLL_S)
         step = step.get()
     dataset.delete()
     return str(step.output_model)
