@@ -13,9 +13,9 @@ from eval_protocol_rft import FireworksTrainingRolloutProcessor
 from eval_protocol_rft.loop._rollouts import RowRunner
 from eval_protocol_rft.loop._trainer import NamedLoss
 from eval_protocol_rft.training._batch import TrainingBatch, build_batch
-from tests.emulator.sums_run import right_sum, sums
 from tests.service import KEY
 from tests.sums import arithmetic
+from tests.sums_run import right_sum, sums
 from tests.trainer_service import CLIP, make_trainer, trainer_service
 
 VERSIONS, PASSES = 3, 4

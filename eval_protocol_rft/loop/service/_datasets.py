@@ -29,7 +29,7 @@ FORMATS = ("CHAT", "COMPLETION", "RL")
 MAX_UPLOAD_BYTES = 150 * 10**6
 """Of one request to `:upload`, as documented."""
 _UNSPECIFIED = "FORMAT_UNSPECIFIED"
-_ENDED = ("COMPLETED", "FAILED", "CANCELLED", "DELETED")
+_UNDER_WAY = ("JOB_STATE_PENDING", "JOB_STATE_RUNNING")
 
 
 class Datasets:
@@ -244,8 +244,8 @@ class Datasets:
     def _user(self, name: str) -> Resource | None:
         """A job that reads the data set, or is about to."""
         for job in self._store.list("rlorTrainerJobs"):
-            ended = job["state"].removeprefix("JOB_STATE_") in _ENDED
-            if not ended and name in (job.get("dataset"), job.get("evaluationDataset")):
+            under_way = job["state"] in _UNDER_WAY and not job.get("serviceMode")
+            if under_way and name in (job.get("dataset"), job.get("evaluationDataset")):
                 return job
         return None
 

@@ -61,6 +61,17 @@ METHODS = {
 }
 
 
+class Trained(NamedTuple):
+    """What came of a step."""
+
+    weights: str
+    """The id of the set."""
+    losses: Sequence[float]
+    """Of each epoch; none where there was nothing to learn."""
+    left_out: Mapping[str, int]
+    """Reason (see `training.DROP_REASONS`) -> samples that were not trained on."""
+
+
 class StepRunner:
     """Carries out the account's steps, one after the other."""
 
@@ -113,35 +124,39 @@ class StepRunner:
             self._change(name, state=RUNNING)
             self._say(f"job {resources.last(name)}: RUNNING")
             try:
-                await self._train(row)
+                await self._complete(row, await self.train(row))
             except (EvalProtocolRftError, OSError, RuntimeError, ValueError) as error:
                 self._fail(name, error)
             except Exception as error:
                 logger.exception("job %s", name)
                 self._fail(name, error)
 
-    async def _train(self, row: Resource) -> None:
-        name, config = row["name"], row["trainingConfig"]
+    async def train(self, row: Resource) -> Trained:
+        """Train as the job's row says; what came of it is not on record yet.
+
+        Raises:
+            EvalProtocolRftError: it cannot be trained on these rows, or in this way.
+        """
+        config = row["trainingConfig"]
         method = METHODS[row.get("lossConfig", {}).get("method", "METHOD_UNSPECIFIED")]
         batches, left_out = await asyncio.to_thread(self._batches, row, method)
+        if not batches:
+            return Trained(row["_weights"], [], left_out)
         epochs = config.get("epochs") or 1
         losses: list[float] = []
-        if batches:
-            trainer = await asyncio.to_thread(self._trainer, row)
-            try:
-                step = Epochs(trainer, method, row)
-                await step.prepare(batches)
-                for epoch in range(epochs):
-                    losses.append(await step.epoch(batches))
-                    progress = {"epoch": epoch, "percent": 100 * (epoch + 1) // epochs}
-                    self._change(name, jobProgress=progress)
-                state = trainer.weights()
-                made = await asyncio.to_thread(self._weights.save, state, base=row["_base"])
-            finally:
-                await trainer.aclose()
-        else:
-            made = row["_weights"]
-        await self._complete(row, made, losses, left_out)
+        trainer = await asyncio.to_thread(self._trainer, row)
+        try:
+            step = Epochs(trainer, method, row)
+            await step.prepare(batches)
+            for epoch in range(epochs):
+                losses.append(await step.epoch(batches))
+                progress = {"epoch": epoch, "percent": 100 * (epoch + 1) // epochs}
+                self._change(row["name"], jobProgress=progress)
+            state = trainer.weights()
+            weights = await asyncio.to_thread(self._weights.save, state, base=row["_base"])
+        finally:
+            await trainer.aclose()
+        return Trained(weights, losses, left_out)
 
     def _batches(
         self, row: Resource, method: Method
@@ -202,13 +217,8 @@ class StepRunner:
                 entropies=False,
             )
 
-    async def _complete(
-        self,
-        row: Resource,
-        weights: str,
-        losses: Sequence[float],
-        left_out: Mapping[str, int],
-    ) -> None:
+    async def _complete(self, row: Resource, trained: Trained) -> None:
+        weights, losses, left_out = trained
         name, config = row["name"], row["trainingConfig"]
         model = await self._models.made(
             config["outputModel"],

@@ -8,7 +8,7 @@ from typing import Any
 import fireworks
 import httpx
 
-from tests.emulator.server import KEY
+from tests.service import KEY
 
 
 class Killed(BaseException):

@@ -10,9 +10,8 @@ from eval_protocol.models import EvaluateResult, EvaluationRow, InputMetadata, M
 from eval_protocol_rft import FireworksTrainingRolloutProcessor
 from eval_protocol_rft.loop.fireworks import StepReport, StepSettings
 from eval_protocol_rft.loop.fireworks._iterate import iterate
-from tests.emulator.account import BASE_MODEL
-from tests.emulator.clients import client
-from tests.emulator.server import arithmetic
+from tests.fireworks_clients import client
+from tests.service import BASE, arithmetic_base
 
 
 def right_sum(row: EvaluationRow) -> EvaluationRow:
@@ -43,14 +42,14 @@ async def run_sums(
     evaluator: Any = right_sum,
     **options: Any,
 ) -> list[StepReport]:
-    """`iterate` with its own client, and no waiting between looks."""
+    """`iterate` with its own client, and little waiting between looks."""
     given: dict[str, Any] = {
         "run": "sums",
         "steps": 2,
-        "base_model": BASE_MODEL,
+        "base_model": BASE,
         "deployment": "dep",
-        "settings": StepSettings(learning_rate=1e-4, lora_rank=8, epochs=4),
-        "poll_seconds": 0.0,
+        "settings": StepSettings(learning_rate=5e-4, lora_rank=8, epochs=4),
+        "poll_seconds": 0.02,
         **options,
     }
     async with client(url, transport=transport) as fireworks:
@@ -60,6 +59,6 @@ async def run_sums(
             client=fireworks,
             folder=folder,
             completion_params={"n": n, "max_tokens": 6, "seed": 7},
-            processor=FireworksTrainingRolloutProcessor(tokenizer=arithmetic()[1]),
+            processor=FireworksTrainingRolloutProcessor(tokenizer=arithmetic_base().tokenizer),
             **given,
         )
