@@ -53,8 +53,8 @@ def serve_fireworks(
     access = Access(
         loopback_only=is_loopback(host),
         api_key=api_key or None,
-        # Addresses of uploads hold a secret of their own, as signed URLs do.
-        open_paths=("/uploads/",),
+        # Addresses of files hold a secret of their own, as signed URLs do.
+        open_paths=("/uploads/", "/downloads/"),
     )
 
     def happened(line: str) -> None:

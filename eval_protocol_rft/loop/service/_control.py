@@ -15,7 +15,7 @@ from typing import Any
 
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from eval_protocol_rft.loop.service import _resources as resources
@@ -130,6 +130,7 @@ class ControlPlane:
                 for path in ("accounts", "accounts/{rest:path}")
             ),
             Route("/uploads/{key}/{token}", self._receive, methods=["PUT"]),
+            Route("/downloads/{key}/{token}", self._send, methods=["GET"]),
             Route("/verifyApiKey", self._verify_key, methods=["GET"]),
         ]
 
@@ -192,6 +193,13 @@ class ControlPlane:
         except ServiceError as error:
             return JSONResponse(error.body(), status_code=error.status)
         return Response()
+
+    async def _send(self, http: Request) -> Response:
+        try:
+            path = self._datasets.file(http.path_params["key"], http.path_params["token"])
+        except ServiceError as error:
+            return JSONResponse(error.body(), status_code=error.status)
+        return FileResponse(path, media_type="application/octet-stream")
 
     async def _verify_key(self, http: Request) -> Response:
         _, _, key = http.headers.get("authorization", "").partition(" ")

@@ -11,7 +11,7 @@ import asyncio
 import hashlib
 import secrets
 import shutil
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,7 @@ class Datasets:
             ("DELETE", f"{collection}/*", self.delete),
             ("POST", f"{collection}/*:getUploadEndpoint", self.get_upload_endpoint),
             ("POST", f"{collection}/*:validateUpload", self.validate_upload),
+            ("GET", f"{collection}/*:getDownloadEndpoint", self.get_download_endpoint),
         )
 
     async def list_datasets(self, call: Call) -> dict[str, Any]:
@@ -187,6 +188,31 @@ class Datasets:
         shutil.rmtree(self._parts(call.name), ignore_errors=True)
         return {}
 
+    async def get_download_endpoint(self, call: Call) -> dict[str, Any]:
+        row = self._row(call.name)
+        if row["state"] != "READY":
+            raise resources.wrong_state(f"{call.name} is {row['state']}: it has no file yet")
+        if "_download" not in row:
+            row["_download"] = secrets.token_urlsafe(24)
+            self._store.put(KIND, call.name, row)
+        key = resources.last(call.name)
+        url = f"{call.base_url}/downloads/{key}/{row['_download']}"
+        return {"filenameToSignedUrls": {f"{key}.jsonl": url}}
+
+    def file(self, key: str, token: str) -> Path:
+        """What lies at an address that `get_download_endpoint` gave; the address is the secret.
+
+        Raises:
+            ServiceError: it gave no such address, or the data set was deleted.
+        """
+        name = f"{resources.ACCOUNT}/{KIND}/{key}"
+        if (self._store.get(KIND, name) or {}).get("_download") != token:
+            raise ServiceError(
+                "this download address is not, or no longer, valid: ask for another",
+                code=Code.PERMISSION_DENIED,
+            )
+        return self._path(name)
+
     async def upload(self, name: str, file: str, data: bytes) -> dict[str, Any]:
         """All of a data set in one request."""
         row = self._row(name)
@@ -256,8 +282,10 @@ class Datasets:
         return self._folder / f"{resources.last(name)}.parts"
 
 
-def _joined(parts: Iterable[Path]) -> bytes:
-    """Files one after the other, each ending its last line."""
+def _joined(parts: Sequence[Path]) -> bytes:
+    """Files one after the other, each ending its last line; one file as it is."""
+    if len(parts) == 1:
+        return parts[0].read_bytes()
     return b"".join(part.read_bytes().rstrip(b"\n") + b"\n" for part in parts)
 
 

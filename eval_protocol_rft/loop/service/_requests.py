@@ -27,7 +27,7 @@ _SECRET = re.compile(r'("[^"]*(?:key|secret|token|password)[^"]*"\s*:\s*)"[^"]*"
 _SECRET_IN_QUERY = re.compile(
     r"((?!pageToken=)[^&=]*(?:key|secret|token|password)[^&=]*=)[^&]*", re.IGNORECASE
 )
-_UPLOAD = re.compile(r"^(/uploads/[^/]+/).*")
+_SIGNED = re.compile(r"^(/(?:up|down)loads/[^/]+/).*")
 
 
 class RequestLog:
@@ -75,7 +75,7 @@ class RequestLog:
         entry = {
             "time": now(),
             "method": method,
-            "path": _UPLOAD.sub(r"\1...", path),
+            "path": _SIGNED.sub(r"\1...", path),
             "query": _SECRET_IN_QUERY.sub(r"\1...", query),
             "status": status,
             "ms": round(seconds * 1000, 1),

@@ -164,6 +164,28 @@ def test_what_is_no_form_is_refused(client: Any, server: RunningService) -> None
         client.datasets.upload("no", file=("a.jsonl", b"{}"))
 
 
+@pytest.mark.parametrize("way", ["one request", "addresses"])
+def test_a_data_set_is_downloaded_as_it_was_uploaded(
+    client: Any, server: RunningService, way: str
+) -> None:
+    data = to_jsonl(RL)
+    client.datasets.create(dataset_id="ds", dataset={"user_uploaded": {}})
+    with pytest.raises(fireworks.BadRequestError, match="UPLOADING: it has no file yet"):
+        client.datasets.get_download_endpoint("ds")
+    if way == "one request":
+        client.datasets.upload("ds", file=("a.jsonl", data))
+    else:
+        to = client.datasets.get_upload_endpoint("ds", filename_to_size={"a": str(len(data))})
+        httpx.put(to.filename_to_signed_urls["a"], content=data).raise_for_status()
+        client.datasets.validate_upload("ds", body={})
+    (url,) = client.datasets.get_download_endpoint("ds").filename_to_signed_urls.values()
+    assert url.startswith(f"{server.url}/downloads/ds/")
+    assert httpx.get(url).content == data
+    assert httpx.get(f"{url}x").status_code == 403
+    client.datasets.delete("ds")
+    assert httpx.get(url).status_code == 403
+
+
 def test_a_deleted_data_set_leaves_nothing(client: Any, server: RunningService) -> None:
     folder = server.service.store.folder / "datasets"
     client.datasets.create(dataset_id="ds", dataset={})

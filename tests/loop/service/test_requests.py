@@ -70,10 +70,14 @@ def test_what_nothing_answers_is_said_loudly(tmp_path: Path, method: str, path: 
     assert "very-secret" not in said + json.dumps(entry)
 
 
-def test_addresses_for_uploads_are_secrets(tmp_path: Path) -> None:
+def test_addresses_of_files_are_secrets(tmp_path: Path) -> None:
     with fireworks_service(tmp_path) as server:
         httpx.put(f"{server.url}/uploads/ds/token", content=b"x")
-    assert entries(tmp_path)[0]["path"] == "/uploads/ds/..."
+        httpx.get(f"{server.url}/downloads/ds/token")
+    assert [entry["path"] for entry in entries(tmp_path)] == [
+        "/uploads/ds/...",
+        "/downloads/ds/...",
+    ]
 
 
 def test_all_requests_are_shown_where_asked_for_and_failures_too(tmp_path: Path) -> None:
