@@ -21,6 +21,7 @@ from eval_protocol_rft.cli._flags import for_typer, help_text
 from eval_protocol_rft.cli._inspection import report, show, sql, stats
 from eval_protocol_rft.cli._jobs import convert, datums, filter, generate, score  # noqa: A004
 from eval_protocol_rft.cli._models import WRONG, doctor, gateway, serve, train
+from eval_protocol_rft.cli._planning import plan
 
 COMMANDS: dict[str, Callable[..., None]] = {
     command.__name__: command
@@ -37,6 +38,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
         serve,
         gateway,
         doctor,
+        plan,
         train,
     )
 }

@@ -10,4 +10,5 @@ from ._training_page import write_training_report as write_training_report
 # isort: split
 from ._reading import is_rollouts as is_rollouts
 from ._reading import is_run_folder as is_run_folder
+from ._reading import read_run as read_run
 from ._terminal import WideTable as WideTable
