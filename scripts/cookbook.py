@@ -151,24 +151,14 @@ def evaluator(options: argparse.Namespace) -> Factory:
 
     def factory(setup: Any) -> Callable[..., Any]:
         seed = {} if options.sampling_seed is None else {"seed": options.sampling_seed}
-        rollout_fn = make_rollout_fn(
+        made: Callable[..., Any] = make_rollout_fn(
             right_sum,
             evaluation_test_kwargs={"reward": options.reward},
             processor=FireworksTrainingRolloutProcessor(),
             completion_params=recipe_params(setup) | {"n": 1} | seed,
             types=CookbookTypes(sample=RolloutSample, run=RolloutRun),
         )
-
-        async def roll_out(sample_prompt: dict[str, Any]) -> Any:
-            return await rollout_fn(
-                EvaluationRow(
-                    messages=sample_prompt["messages"],
-                    ground_truth=sample_prompt["ground_truth"],
-                    input_metadata={"row_id": sample_prompt["id"]},
-                )
-            )
-
-        return roll_out
+        return made
 
     return factory
 
