@@ -115,7 +115,9 @@ def table(asked: dict[str, list[dict[str, Any]]]) -> str:
 
 def kind(line: dict[str, Any]) -> str:
     """Method and path of a request, with `*` for what somebody named."""
-    path = NAMES.sub(lambda match: f"{match[1]}/*", line["path"])
+    path = line["path"]
+    if not path.startswith("/hot_load/"):
+        path = NAMES.sub(lambda match: f"{match[1]}/*", path)
     return f"{line['method']} {path}"
 
 

@@ -23,6 +23,7 @@ from eval_protocol_rft.local.server import (
     server_url,
 )
 from eval_protocol_rft.loop.service._app import FireworksService
+from eval_protocol_rft.loop.service._models import training_shape
 from eval_protocol_rft.loop.service._weights import BaseModel
 
 ANY_KEY = "fw-local"
@@ -143,7 +144,8 @@ def _greeting(
         f"  export FIREWORKS_BASE_URL={url}",
         f"  export FIREWORKS_API_KEY={key}",
         *_grpc_lines(url, grpc_at),
-        "Models: " + ", ".join(model.name for model in models),
+        "Models, with what a recipe names beside them:",
+        *(line for model in models for line in _model_lines(model)),
     ]
     if not access.loopback_only and access.api_key is None:
         lines.append(
@@ -151,6 +153,12 @@ def _greeting(
             "set --api-key, or listen on 127.0.0.1."
         )
     return "\n".join(lines)
+
+
+def _model_lines(model: BaseModel) -> Iterator[str]:
+    yield f"  {model.name}"
+    yield f"    training shape {training_shape(model)}"
+    yield f"    tokenizer {model.folder.absolute()}"
 
 
 def _grpc_lines(url: str, grpc_at: tuple[str, int] | None) -> list[str]:

@@ -31,6 +31,11 @@ _MODES = {"lora": "LORA_TRAINER", "reference": "FORWARD_ONLY"}
 _SHAPE_FIELDS = ("name", "createTime", "latestValidated", "validated", "public", "baseModel")
 
 
+def training_shape(base: BaseModel) -> str:
+    """The name of the shape that a base model is trained on."""
+    return f"{resources.PUBLIC_ACCOUNT}/trainingShapes/ts-{resources.last(base.name)}"
+
+
 class Models:
     """`accounts`, `models`, `trainingShapes` and `deploymentShapes`."""
 

@@ -10,8 +10,9 @@ import httpx
 import pytest
 from fireworks.training import sdk
 
+from eval_protocol_rft.loop.service._models import training_shape
 from tests.loop.service.text_rows import sums_rows, to_jsonl
-from tests.service import BASE, KEY, RunningService, fireworks_service
+from tests.service import BASE, KEY, RunningService, arithmetic_base, fireworks_service
 
 
 @pytest.fixture
@@ -68,6 +69,7 @@ async def test_models_and_shapes_are_those_that_the_server_has(
     (listed,) = [model async for model in client.models.list(account_id="fireworks")]
     assert (listed.name, listed.context_length) == (BASE, 256)
     shape = "accounts/fireworks/trainingShapes/ts-arithmetic"
+    assert training_shape(arithmetic_base()) == shape  # what the server greets with
     profile = manager.resolve_training_profile(shape)
     assert profile.max_supported_context_length == 256
     assert (profile.trainer_mode, profile.node_count) == ("POLICY_TRAINER", 1)
