@@ -13,11 +13,10 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from eval_protocol_rft.loop.service._app import FireworksService
-from tests.service import arithmetic_base
+from tests.service import RunningService, arithmetic_base
 from tests.serving import running
 
 ACCOUNT = "accounts/acc"
-_KINDS = ("datasets", "rlorTrainerJobs", "models", "deployments", "deployedModels")
 
 
 @dataclass
@@ -60,11 +59,9 @@ class FaultyApp:
 
 
 @dataclass
-class FaultyService:
+class FaultyService(RunningService):
     """A running service, its state, and its faults."""
 
-    url: str
-    service: FireworksService
     faults: Faults
 
     def rows(self, kind: str) -> list[dict[str, Any]]:
@@ -79,11 +76,8 @@ class FaultyService:
         row = self.service.store.get(kind, name) or {"name": name}
         self.service.store.put(kind, name, {**row, **values})
 
-    def reset(self) -> None:
-        """An account in which nothing was made yet."""
-        for kind in _KINDS:
-            for row in self.rows(kind):
-                self.service.store.delete(kind, row["name"])
+    def forget(self) -> None:
+        super().forget()
         self.faults.log.clear()
         self.faults.unseen.clear()
 
@@ -91,7 +85,8 @@ class FaultyService:
 @contextlib.contextmanager
 def faulty_service(folder: Path) -> Iterator[FaultyService]:
     faults = Faults()
-    service = FireworksService(folder, [arithmetic_base()], say=lambda line: None)
+    lines: list[str] = []
+    service = FireworksService(folder, [arithmetic_base()], say=lines.append)
     service.app.add_middleware(FaultyApp, faults=faults)
     with running(service.app) as url:
-        yield FaultyService(url, service, faults)
+        yield FaultyService(url, service, lines, faults)

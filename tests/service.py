@@ -36,6 +36,13 @@ class RunningService:
     lines: list[str]
     """What it said."""
 
+    def forget(self) -> None:
+        """An account in which nothing was made yet."""
+        for kind in ("datasets", "rlorTrainerJobs", "models", "deployments", "deployedModels"):
+            for name in self.service.store.names(kind):
+                self.service.store.delete(kind, name)
+        self.lines.clear()
+
 
 @contextlib.contextmanager
 def fireworks_service(

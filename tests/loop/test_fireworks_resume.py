@@ -76,7 +76,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, training: Training) -> Iter
 @pytest.fixture
 def account(server: FaultyService, training: Training) -> FaultyService:
     """In which nothing was made yet."""
-    server.reset()
+    server.forget()
     training.trained.clear()
     training.failing.clear()
     return server
@@ -110,7 +110,7 @@ def undisturbed(account: FaultyService, training: Training, tmp_path: Path) -> d
 
 
 def forget(account: FaultyService, training: Training) -> None:
-    account.reset()
+    account.forget()
     training.trained.clear()
 
 

@@ -11,7 +11,7 @@ import asyncio
 import hashlib
 import secrets
 import shutil
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -289,9 +289,8 @@ def _joined(parts: Sequence[Path]) -> bytes:
     return b"".join(part.read_bytes().rstrip(b"\n") + b"\n" for part in parts)
 
 
-def _rows(data: bytes) -> list[tuple[int, dict[str, Any]]]:
+def _rows(data: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
     """(number of the line, row) of every line that is not blank."""
-    rows = []
     for number, line in enumerate(data.split(b"\n"), 1):
         if not line.strip():
             continue
@@ -301,8 +300,7 @@ def _rows(data: bytes) -> list[tuple[int, dict[str, Any]]]:
             raise ServiceError(f"line {number} is no JSON: {error}") from None
         if not isinstance(row, dict):
             raise ServiceError(f"line {number} is no object")
-        rows.append((number, row))
-    return rows
+        yield number, row
 
 
 def _check(data: bytes, declared: dict[str, Any]) -> tuple[str, int]:
@@ -312,11 +310,9 @@ def _check(data: bytes, declared: dict[str, Any]) -> tuple[str, int]:
         ServiceError: a line is of no format, or of another than those before it or than was
             declared; or there are more or fewer lines than was declared.
     """
-    rows = _rows(data)
-    if not rows:
-        raise ServiceError("the data set has no rows")
-    first = declared["format"] if declared["format"] != _UNSPECIFIED else row_format(rows[0][1])
-    for number, row in rows:
+    first = None if declared["format"] == _UNSPECIFIED else declared["format"]
+    count = 0
+    for number, row in _rows(data):
         found = row_format(row)
         if found is None:
             raise ServiceError(
@@ -324,14 +320,17 @@ def _check(data: bytes, declared: dict[str, Any]) -> tuple[str, int]:
                 ", and RL rows have samples, CHAT rows messages, COMPLETION rows prompt and "
                 "completion"
             )
+        first = first or found
         if found != first:
             raise ServiceError(f"line {number} is of format {found}, not {first}")
         if problem := _PROBLEMS[found](row):
             raise ServiceError(f"line {number}: {problem}")
-    count = declared["count"]
-    if count not in (0, len(rows)):
-        raise ServiceError(f"{len(rows)} rows, and exampleCount said {count}")
-    return str(first), len(rows)
+        count += 1
+    if first is None or not count:
+        raise ServiceError("the data set has no rows")
+    if declared["count"] not in (0, count):
+        raise ServiceError(f"{count} rows, and exampleCount said {declared['count']}")
+    return str(first), count
 
 
 def row_format(row: dict[str, Any]) -> str | None:

@@ -26,6 +26,7 @@ KIND = "models"
 ADDON, BASE = "HF_PEFT_ADDON", "HF_BASE_MODEL"
 _MADE = "2026-01-01T00:00:00Z"
 """When base models and shapes came to be: before all else."""
+_MUTABLE = frozenset({"displayName", "description", "public"})
 _VERSION = "1"
 _MODES = {"lora": "LORA_TRAINER", "reference": "FORWARD_ONLY"}
 _SHAPE_FIELDS = ("name", "createTime", "latestValidated", "validated", "public", "baseModel")
@@ -53,7 +54,9 @@ class Models:
             ("GET", models, self.list_models),
             ("POST", models, self.create),
             ("GET", f"{models}/*", self.get),
+            ("PATCH", f"{models}/*", self.update),
             ("DELETE", f"{models}/*", self.delete),
+            ("POST", "accounts/*/deploymentShapeVersions:match", self.match),
             *(
                 route
                 for kind in ("trainingShapes", "deploymentShapes")
@@ -100,6 +103,18 @@ class Models:
             if d["model"] == call.name
         ]
         return {**resources.view(row), "deployedModelRefs": deployed}
+
+    async def update(self, call: Call) -> dict[str, Any]:
+        body = fields.read_fields(call.body, fields.MODEL, "model")
+        mask = fields.read_mask(call.query.get("updateMask", ""), fields.MODEL, "model")
+        row = self.row(call.name)
+        changes = {name: body.get(name) for name in mask} if mask else body
+        for field, value in changes.items():
+            if field not in _MUTABLE and value != row.get(field):
+                raise ServiceError(f"{call.name}: {field} cannot be changed")
+        row |= {**changes, "updateTime": resources.now()}
+        self._store.put(KIND, call.name, row)
+        return resources.view(row)
 
     async def delete(self, call: Call) -> dict[str, Any]:
         row = self.row(call.name)
@@ -225,6 +240,19 @@ class Models:
             "deploymentShapeVersions"
         )  # fmt: skip
         return resources.page([one], call.query, kind, dict.fromkeys(_SHAPE_FIELDS, str))
+
+    async def match(self, call: Call) -> dict[str, Any]:
+        """The shapes on which a deployment can be made: the one of its model."""
+        asked = fields.read_fields(
+            call.body,
+            {"createDeploymentRequest": {"parent": str, "deployment": fields.DEPLOYMENT}},
+            "the request",
+        ).get("createDeploymentRequest", {})
+        deployment = asked.get("deployment", {})
+        model = self.find(fields.need(deployment, "baseModel", "deployment"))
+        shape = f"{resources.PUBLIC_ACCOUNT}/deploymentShapes/ds-{resources.last(model['_base'])}"
+        version = await self.version(call._replace(name=f"{shape}/versions/{_VERSION}"))
+        return {"deploymentShapeVersions": [version], "nextPageToken": "", "totalSize": 1}
 
     async def version(self, call: Call) -> dict[str, Any]:
         shape = call.name.partition("/versions/")[0]

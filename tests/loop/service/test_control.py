@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
@@ -10,15 +11,23 @@ import httpx
 import pytest
 from fireworks.training import sdk
 
+from eval_protocol_rft.loop.service import _fields as fields
 from eval_protocol_rft.loop.service._models import training_shape
 from tests.loop.service.text_rows import sums_rows, to_jsonl
 from tests.service import BASE, KEY, RunningService, arithmetic_base, fireworks_service
 
 
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService]:
+    with fireworks_service(tmp_path_factory.mktemp("service")) as made:
+        yield made
+
+
 @pytest.fixture
-def server(tmp_path: Any) -> Iterator[RunningService]:
-    with fireworks_service(tmp_path) as running:
-        yield running
+def server(running: RunningService) -> RunningService:
+    """With an account in which nothing was made yet."""
+    running.forget()
+    return running
 
 
 @pytest.fixture
@@ -78,6 +87,8 @@ async def test_models_and_shapes_are_those_that_the_server_has(
     again = manager.resolve_training_profile(profile.training_shape_version)
     assert again.deployment_shape == profile.deployment_shape
     assert manager.resolve_training_profile(f"{shape}-lora").supports_lora
+    matches = await client.deployment_shape_versions.match_for_model(BASE)
+    assert [m.name for m in matches.deployment_shape_versions] == [profile.deployment_shape]
     with pytest.raises(RuntimeError, match="ts-arithmetic"):
         manager.resolve_training_profile("accounts/fireworks/trainingShapes/ts-qwen3-8b")
 
@@ -262,6 +273,64 @@ async def test_nothing_is_made_twice(client: Any) -> None:
         await client.deployments.create(deployment_id="x", base_model=BASE)
     with pytest.raises(fireworks.ConflictError):
         await client.datasets.create(dataset_id="x", dataset={})
+
+
+MESSAGES: dict[str, fields.Fields] = {
+    "datasets": {"datasetId": str, "dataset": fields.DATASET, "filenameToSize": dict},
+    "models": fields.MODEL,
+    "deployments": {**fields.DEPLOYMENT, "replicaCount": int},
+    "deployedModels": fields.DEPLOYED_MODEL,
+    "rlorTrainerJobs": fields.JOB,
+    "checkpoints": fields.PROMOTION,
+}
+NAMES = ["x", "A b", "", "accounts/acc/models/x", "accounts/acc/datasets/x", BASE, "a=b", "a,b"]
+
+
+def any_value(kind: Any, rng: random.Random) -> Any:
+    """Of a field: mostly of its type, and mostly of no sense."""
+    if rng.random() < 0.2:
+        return rng.choice([None, True, -1, 2**70, 1.5, "\0", [], {}, [{"a": 1}], {"b": None}])
+    if isinstance(kind, dict):
+        chosen = rng.sample(list(kind), min(len(kind), rng.randint(0, 5)))
+        return {name: any_value(kind[name], rng) for name in chosen}
+    of_type: dict[Any, list[Any]] = {
+        str: [*NAMES, "RL", "GRPO", "ASYNC"],
+        int: [0, 1, 3, "7", "x"],
+        float: [0, 0.5, 1e300],
+        bool: [True, False],
+        list: [[], ["score=1.0"], [None]],
+        dict: [{}, {"a": "1"}, {"a": None}],
+    }
+    return rng.choice(of_type[kind])
+
+
+def test_no_request_is_a_fault_of_the_server(server: RunningService, http: httpx.Client) -> None:
+    rng = random.Random(5)
+    assert http.post("/deployments?deploymentId=x", json={"baseModel": BASE}).is_success
+    job = {"serviceMode": True, "trainingConfig": {"baseModel": BASE}}
+    assert http.post("/rlorTrainerJobs?rlorTrainerJobId=x", json=job).is_success
+    assert http.post("/datasets", json={"datasetId": "x"}).is_success
+    routes = server.service.control._routes
+    answered = set()
+    for _ in range(700):
+        method, pattern, handler = rng.choice(routes)
+        path = pattern.pattern.replace("[^/:]+", rng.choice(["x", "y", "ts-arithmetic"]))
+        path = path.replace("\\", "").replace("accounts/x", "accounts/acc")
+        path = path.replace("accounts/y", "accounts/acc").replace("accounts/ts-", "accounts/fire-")
+        kinds = [kind for kind in MESSAGES if f"/{kind}" in path]
+        body = any_value(MESSAGES[kinds[-1]] if kinds else {}, rng)
+        query = {
+            name: rng.choice(NAMES)
+            for name in ("updateMask", "filter", "pageToken", "pageSize", "orderBy", "hard")
+            if rng.random() < 0.1
+        }
+        answer = http.request(method, f"{server.url}/v1/{path}", params=query, json=body)
+        assert answer.status_code < 500 or answer.status_code == 501, (method, path, query, body)
+        if answer.status_code < 400:
+            answered.add(handler)
+        else:
+            refusal(answer)
+    assert len(answered) > 10
 
 
 async def test_all_of_it_is_there_after_a_restart(tmp_path: Any) -> None:
