@@ -9,7 +9,9 @@ that the trainer loads its weights into.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -32,6 +34,11 @@ from eval_protocol_rft.loop.fireworks._hot_load import POLL_SECONDS, HotLoad
 from eval_protocol_rft.sampling import FireworksAddress, fireworks_address, is_direct_route
 from eval_protocol_rft.training import require
 
+logger = logging.getLogger(__name__)
+
+_PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0)
+"""Seconds before a request whose connection broke is sent again."""
+
 
 async def connect(
     *,
@@ -50,8 +57,8 @@ async def connect(
 ) -> FireworksTrainer:
     """Start a trainer job and a deployment, or take those that are there, and wait for both.
 
-    This takes minutes and costs money until both are deleted. A deployment that was joined to
-    another trainer may still hold its weights, so it is given this one's before this returns.
+    This takes minutes and costs money until both are deleted. A deployment that was there may hold
+    weights of another trainer, or of an earlier run, so it is given this one's before this returns.
 
     Args:
         base_model: `accounts/fireworks/models/...`.
@@ -106,9 +113,10 @@ async def connect(
     )
 
     def start() -> FireworksTrainer:
-        client = service.create_training_client(lora_rank=lora_rank)
+        # What is there already is found, so both may be asked again.
+        client = _persistently(lambda: service.create_training_client(lora_rank=lora_rank))
         manager = sdk.DeploymentManager(api_key=key, base_url=address.url)
-        info = manager.get(deployment)
+        info = _persistently(lambda: manager.get(deployment))
         # A deployment may serve another quantisation of the model; hot-loads go by its own.
         served = (info.base_model if info is not None else None) or base_model
         return FireworksTrainer(
@@ -132,7 +140,11 @@ async def connect(
     starting = asyncio.ensure_future(asyncio.to_thread(start))
     try:
         trainer = await asyncio.shield(starting)
-        if service.requires_initial_sampler_sync():
+        # Also what an earlier run with this very job left there: it began where this one begins,
+        # and its weights moved on.
+        loads = trainer.hot_load
+        held = loads is not None and await loads.holds_any()
+        if held or service.requires_initial_sampler_sync():
             await trainer.publish(0)
         return trainer
     except BaseException as error:
@@ -144,6 +156,18 @@ async def connect(
         if isinstance(error, TrainerError) or not isinstance(error, refused):
             raise
         raise TrainerError(f"cannot train {base_model} on Fireworks: {error}") from error
+
+
+def _persistently(ask: Callable[[], Any]) -> Any:
+    """What `ask` returns, asked again where the connection breaks: the SDK does that for some of
+    its requests, and not for one whose connection breaks in the midst. Blocks."""
+    for seconds in _PAUSES:
+        try:
+            return ask()
+        except httpx.TransportError as error:
+            logger.warning("%s: asking again", error)
+            time.sleep(seconds)
+    return ask()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -54,11 +54,7 @@ def replicas_verdict(status: Mapping[str, Any], expected: str) -> tuple[Verdict,
     Raises:
         TrainerError: the answer has no list of replicas.
     """
-    replicas = status.get("replicas")
-    if not isinstance(replicas, list):
-        raise TrainerError(
-            f"the hot-load status has no list of replicas but {sorted(status)}: update fireworks-ai"
-        )
+    replicas = _replicas(status)
     done, failed, seen = bool(replicas), False, []
     for i, replica in enumerate(replicas):
         loading = replica.get("loading_state") or {}
@@ -75,6 +71,15 @@ def replicas_verdict(status: Mapping[str, Any], expected: str) -> tuple[Verdict,
         )
     verdict: Verdict = "done" if done else "failed" if failed else "wait"
     return verdict, "; ".join(seen) or "no replicas"
+
+
+def _replicas(status: Mapping[str, Any]) -> list[Any]:
+    replicas = status.get("replicas")
+    if not isinstance(replicas, list):
+        raise TrainerError(
+            f"the hot-load status has no list of replicas but {sorted(status)}: update fireworks-ai"
+        )
+    return replicas
 
 
 @dataclass(slots=True, kw_only=True)
@@ -100,27 +105,31 @@ class HotLoad:
         """The name under which the deployment is sampled from."""
         return f"accounts/{self.manager.account_id}/deployments/{self.deployment}"
 
+    async def holds_any(self) -> bool:
+        """Whether a replica may hold a snapshot, of whatever trainer.
+
+        Raises:
+            TrainerError: the answer is none that we know.
+        """
+        try:
+            answer = await asyncio.to_thread(
+                self.manager.hotload_check_status, self.deployment, self.base_model
+            )
+        except httpx.HTTPError:
+            return True  # it does not say
+        return any(
+            replica.get("current_snapshot_identity") or replica.get("loaded_adapters")
+            for replica in _replicas(answer)
+        )
+
     async def load(self, identity: str, metadata: Mapping[str, str] | None) -> None:
         """Ask for a snapshot and return when every replica holds it and is ready.
 
         Raises:
             TrainerError: refused, failed or not done in time; the message says what was seen.
         """
-        try:
-            await asyncio.to_thread(
-                self.manager.hotload,
-                deployment_id=self.deployment,
-                base_model=self.base_model,
-                snapshot_identity=identity,
-                incremental_snapshot_metadata=dict(metadata) if metadata else None,
-                reset_prompt_cache=True,
-            )
-        except httpx.HTTPError as error:
-            raise TrainerError(
-                f"deployment {self.deployment} did not take snapshot {identity}: {error}. See that "
-                "hot-load is enabled on it and that it belongs to this trainer"
-            ) from error
         deadline = time.monotonic() + self.timeout_seconds
+        await self._ask_for(identity, metadata, deadline)
         while True:
             verdict, seen = await self._status(identity)
             if verdict == "done":
@@ -135,6 +144,30 @@ class HotLoad:
                     f"{self.timeout_seconds:g} s: {seen}"
                 )
             await asyncio.sleep(self.poll_seconds)
+
+    async def _ask_for(
+        self, identity: str, metadata: Mapping[str, str] | None, deadline: float
+    ) -> None:
+        while True:
+            try:
+                await asyncio.to_thread(
+                    self.manager.hotload,
+                    deployment_id=self.deployment,
+                    base_model=self.base_model,
+                    snapshot_identity=identity,
+                    incremental_snapshot_metadata=dict(metadata) if metadata else None,
+                    reset_prompt_cache=True,
+                )
+                return
+            except httpx.HTTPError as error:
+                # A connection that broke: the same snapshot may be asked for again.
+                if isinstance(error, httpx.TransportError) and time.monotonic() < deadline:
+                    await asyncio.sleep(self.poll_seconds)
+                    continue
+                raise TrainerError(
+                    f"deployment {self.deployment} did not take snapshot {identity}: {error}. See "
+                    "that hot-load is enabled on it and that it belongs to this trainer"
+                ) from error
 
     async def _status(self, identity: str) -> tuple[Verdict, str]:
         try:
