@@ -6,6 +6,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import socket
+import sys
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,8 @@ import grpc.aio
 import httpx
 from google.protobuf import json_format
 
+from eval_protocol_rft.local.server import ServeError
+from eval_protocol_rft.loop.service._command import _grpc_address
 from eval_protocol_rft.loop.service._control import UnknownEndpointError
 from eval_protocol_rft.loop.service._errors import Code, ServiceError
 from eval_protocol_rft.loop.service._requests import FILE, RequestLog
@@ -28,6 +32,7 @@ from eval_protocol_rft.loop.service.grpc._transcoding import METHODS
 from tests.loop.service.text_rows import sums_rows, to_jsonl
 from tests.service import fireworks_service
 
+GRPC = "eval_protocol_rft.loop.service.grpc"
 ACCOUNT = "accounts/acc"
 DEPLOYMENT = f"{ACCOUNT}/deployments/older"
 BASE = "accounts/fireworks/models/arithmetic"
@@ -338,6 +343,30 @@ async def test_an_address_that_clients_cannot_use_is_refused() -> None:
     for options in ({"host": "::1"}, {"port": 443}):
         with pytest.raises(ValueError, match="split the address"):
             await serve_grpc(Recorder(), **options)
+
+
+def test_the_command_takes_the_next_port_or_another_and_says_which() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ServeError, match=r"--grpc-port: cannot listen .* with --grpc-port"):
+            _grpc_address("127.0.0.1", port, 1)
+        at = _grpc_address("127.0.0.1", None, port)
+        assert at is not None
+        assert at[1] not in (0, port)
+    assert _grpc_address("127.0.0.1", None, port) == ("127.0.0.1", port)
+    # Those clients split an address at its colon.
+    assert _grpc_address("::1", port, 1) == ("127.0.0.1", port)
+
+
+def test_without_the_extra_there_is_no_grpc_unless_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in [name for name in sys.modules if name.startswith(GRPC)]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "grpc", None)
+    assert _grpc_address("127.0.0.1", None, 1) is None
+    with pytest.raises(ServeError, match=r"pip install 'eval-protocol-rft\[grpc\]'"):
+        _grpc_address("127.0.0.1", 0, 1)
 
 
 async def test_a_step_of_the_loop_against_the_real_control_plane(tmp_path: Path) -> None:
