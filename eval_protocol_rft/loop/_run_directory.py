@@ -300,11 +300,13 @@ def rows_fingerprint(rows: Sequence[EvaluationRow]) -> str:
 
 def weights_fingerprint(model: str, weights: str | Path | None) -> str | None:
     """Of what training begins with, where it lies in a folder of this machine."""
-    name = model.removeprefix(models.LOCAL_PREFIX)
     if weights is not None:
         folder = Path(weights)
     elif model.startswith(models.LOCAL_PREFIX):
-        folder = models.bundled_model_path(name) or Path(name)
+        try:
+            folder = models.local_model_folder(model)
+        except models.NoSuchModelError:
+            return None
     else:
         return None
     return models.model_folder_fingerprint(folder)[:_SHOWN] if folder.is_dir() else None

@@ -1,4 +1,5 @@
-"""What `local/<name>` names: models that ship with the package, folders, and what was downloaded.
+"""What `local/<name>` names: models that ship with the package, one that another package brings,
+folders, and what was downloaded.
 
 Invariant: a name that begins with `local/` is looked for on this machine alone. A bundled model
 loads from its folder, without a network and without remote code.
@@ -12,6 +13,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from eval_protocol_rft._errors import EvalProtocolRftError
+from eval_protocol_rft.local.models import _smollm2
 
 BUNDLED = ("arithmetic",)
 """Names that `local/<name>` finds inside the package."""
@@ -27,8 +29,10 @@ class NoSuchModelError(EvalProtocolRftError, ValueError):
 
 
 def local_model_folder(name: str) -> Path:
-    """The folder of `name` (with or without `local/`): a bundled model, a folder, or a model of the
-    hub that was downloaded to this machine before. Nothing is asked of the hub.
+    """The folder of `name` (with or without `local/`): a bundled model, a folder, `smollm2`, or a
+    model of the hub that was downloaded to this machine before. Nothing is asked of the hub.
+
+    Blocks for half a minute where `smollm2` is asked for the first time on this machine.
 
     Raises:
         NoSuchModelError: there is no such thing.
@@ -37,16 +41,22 @@ def local_model_folder(name: str) -> Path:
     folder = bundled_model_path(name) or Path(name).expanduser()
     if name and folder.is_dir():
         return folder
+    if name == _smollm2.NAME:
+        try:
+            return _smollm2.folder()
+        except (ImportError, OSError) as error:
+            raise NoSuchModelError(f"{LOCAL_PREFIX}{name}: {error}") from error
     downloaded = _downloaded(name)
     if downloaded is not None:
         return downloaded
-    close = get_close_matches(name, BUNDLED, n=1)
+    close = get_close_matches(name, (*BUNDLED, _smollm2.NAME), n=1)
     hint = f"did you mean {LOCAL_PREFIX}{close[0]}? " if close else ""
     raise NoSuchModelError(
         f"{LOCAL_PREFIX}{name}: there is no such model on this machine: {hint}It is "
         f"{' or '.join(LOCAL_PREFIX + one for one in BUNDLED)}, which comes with the package, "
-        f"{LOCAL_PREFIX}<folder> with a model's files, or {LOCAL_PREFIX}<hub id> of a model that "
-        "was downloaded before (hf download <hub id>)"
+        f"{LOCAL_PREFIX}{_smollm2.NAME}, which another package brings, {LOCAL_PREFIX}<folder> with "
+        f"a model's files, or {LOCAL_PREFIX}<hub id> of a model that was downloaded before "
+        "(hf download <hub id>)"
     )
 
 
