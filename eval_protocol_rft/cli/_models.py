@@ -38,7 +38,8 @@ def serve(
     Fireworks on this machine: inference, training, deployments and data sets, for its clients.
 
     Args:
-        model: local/arithmetic (bundled), or a model folder or hub id, as local/NAME or NAME. With
+        model: local/arithmetic (bundled), local/smollm2 (reads and writes English; its weights come
+            with another package), or a model folder or hub id, as local/NAME or NAME. With
             --fireworks it may be given several times, and as NAME=PLACE.
         host: Address to listen on. For others than this machine set --api-key too.
         port: Port to listen on; 0 takes a free one.
