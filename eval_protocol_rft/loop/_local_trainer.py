@@ -16,6 +16,7 @@ import asyncio
 import contextlib
 import copy
 import pickle
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -336,17 +337,20 @@ def add_lora(model: PreTrainedModel, settings: LoraSettings) -> torch.nn.Module:
         raise TrainerError("LoRA needs peft: pip install 'eval-protocol-rft[lora]'") from error
     modules = settings.target_modules
     try:
-        adapted: Any = get_peft_model(
-            model,
-            LoraConfig(
-                r=settings.rank,
-                lora_alpha=settings.alpha,
-                target_modules=modules if isinstance(modules, str) else list(modules),
-                lora_dropout=0.0,
-                bias="none",
-                task_type="CAUSAL_LM",
-            ),
-        )
+        with warnings.catch_warnings():
+            # Between peft and transformers, and nothing that a user can do anything about.
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+            adapted: Any = get_peft_model(
+                model,
+                LoraConfig(
+                    r=settings.rank,
+                    lora_alpha=settings.alpha,
+                    target_modules=modules if isinstance(modules, str) else list(modules),
+                    lora_dropout=0.0,
+                    bias="none",
+                    task_type="CAUSAL_LM",
+                ),
+            )
     except ValueError as error:
         raise TrainerError(f"LoRA on {type(model).__name__}: {error}") from error
     check_mergeable(adapted)

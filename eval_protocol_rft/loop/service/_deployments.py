@@ -27,6 +27,8 @@ KIND, ADAPTERS = "deployments", "deployedModels"
 _OUTPUT = frozenset({"name", "createTime", "updateTime", "createdBy", "state", "status"})
 _COUNTED = frozenset({"desiredReplicaCount", "replicaStats", "deleteTime", "purgeTime", "region"})
 """Set by the service as well; a client that sends them back changes nothing."""
+_SECRET = frozenset({"directRouteApiKeys"})
+"""Not kept: nobody here needs them."""
 _KEPT_DELETED = timedelta(days=7)
 TRANSITIONS = ("HOT_LOAD_TRANSITION_TYPE_UNSPECIFIED", "ASYNC", "SYNC")
 
@@ -73,7 +75,7 @@ class Deployments:
         key = resources.check_id(key or secrets.token_hex(4), "deploymentId")
         name = f"{call.name}/{key}"
         model = self._models.find(fields.need(body, "baseModel", "deployment"))
-        settings = {k: v for k, v in body.items() if k not in _OUTPUT | _COUNTED}
+        settings = {k: v for k, v in body.items() if k not in _OUTPUT | _COUNTED | _SECRET}
         self._check(settings, model)
         if "deploymentShape" in settings:
             settings["deploymentShape"] = self._shape(settings["deploymentShape"], model)
@@ -100,14 +102,15 @@ class Deployments:
             raise ServiceError(f"{call.name}: {', '.join(fixed)} cannot be changed")
         row = self.row(call.name)
         named = {name: body.get(name) for name in mask} if mask else body
-        changes = {k: v for k, v in named.items() if k not in _OUTPUT | _COUNTED}
+        changes = {k: v for k, v in named.items() if k not in _OUTPUT | _COUNTED | _SECRET}
         if changes.get("baseModel", row["baseModel"]) != row["baseModel"]:
             raise ServiceError(
                 f"{call.name} serves {row['baseModel']}, and baseModel cannot be changed: make "
                 "another deployment"
             )
         model = self._models.find(row["baseModel"])
-        self._check({k: v for k, v in changes.items() if v is not None}, model)
+        bounds = {name: row[name] for name in ("minReplicaCount", "maxReplicaCount")}
+        self._check(bounds | {k: v for k, v in changes.items() if v is not None}, model)
         if shape := changes.get("deploymentShape"):
             changes["deploymentShape"] = self._shape(shape, model)
         before = row.get("hotLoadTrainerJob")

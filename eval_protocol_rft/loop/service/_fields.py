@@ -100,7 +100,9 @@ JOB: Fields = {
     "reinforcementFineTuningEpochId": str, "reservationTarget": str, "rewardWeights": list,
     "rolloutDeploymentName": str, "serviceMode": bool, "trainerReplicaCount": int,
     "trainingConfig": _TRAINING_CONFIG, "usePurpose": str, "useReservation": bool,
-    "wandbConfig": dict,
+    "wandbConfig": {
+        "apiKey": str, "enabled": bool, "entity": str, "project": str, "runId": str, "url": str,
+    },
 }  # fmt: skip
 
 PROMOTION: Fields = {

@@ -98,6 +98,7 @@ class Jobs:
         )
         name = f"{call.name}/{key}"
         job = {k: v for k, v in body.items() if k not in _OUTPUT}
+        job.get("wandbConfig", {}).pop("apiKey", None)  # a secret, and nobody here needs it
         config = job.setdefault("trainingConfig", {})
         if config.get("loraRank", 0) < 0:
             raise ServiceError(f"trainingConfig.loraRank is {config['loraRank']}: at least 0")

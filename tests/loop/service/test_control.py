@@ -156,6 +156,8 @@ async def test_replicas_are_counted_within_their_bounds(client: Any) -> None:
     changed = await client.deployments.update("dep", base_model=BASE, max_replica_count=1)
     assert changed.replica_count == 1
     with pytest.raises(fireworks.BadRequestError, match="do not fit"):
+        await client.deployments.update("dep", base_model=BASE, min_replica_count=2)
+    with pytest.raises(fireworks.BadRequestError, match="do not fit"):
         await client.deployments.create(
             deployment_id="d", base_model=BASE, min_replica_count=2, max_replica_count=1
         )
@@ -331,6 +333,24 @@ def test_no_request_is_a_fault_of_the_server(server: RunningService, http: httpx
         else:
             refusal(answer)
     assert len(answered) > 10
+
+
+def test_secrets_are_not_kept(http: httpx.Client, server: RunningService) -> None:
+    http.post(
+        "/rlorTrainerJobs",
+        json={
+            "serviceMode": True,
+            "trainingConfig": {"baseModel": BASE},
+            "wandbConfig": {"api_key": "very-secret", "project": "p"},
+        },
+    ).raise_for_status()
+    http.post(
+        "/deployments", json={"baseModel": BASE, "directRouteApiKeys": ["very-secret"]}
+    ).raise_for_status()
+    (job,) = http.get("/rlorTrainerJobs").json()["rlorTrainerJobs"]
+    assert job["wandbConfig"] == {"project": "p"}
+    kept = b"".join(path.read_bytes() for path in server.service.store.folder.glob("state*"))
+    assert b"very-secret" not in kept
 
 
 async def test_all_of_it_is_there_after_a_restart(tmp_path: Any) -> None:
