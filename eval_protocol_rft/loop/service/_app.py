@@ -63,7 +63,7 @@ class FireworksService:
     ) -> None:
         self.store = Store(folder)
         self.weights = Weights(folder / "weights", models)
-        self.served = ServedModels(self.store, self.weights)
+        self.served = ServedModels(self.store, self.weights, say=say)
         self.training = Training(self.store, self.weights, say=say)
         self.control = ControlPlane(
             self.store, self.weights, self.served, say=say, drop_job=self.training.drop_job, url=url

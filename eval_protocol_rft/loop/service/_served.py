@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from http import HTTPStatus
@@ -53,6 +53,8 @@ _MOST_BYTES = 4 * 2**30
 is read again when it is asked for."""
 _NAMES_TOLD = 8
 """In the refusal of an unknown name."""
+_MOST_REFUSED = 1000
+"""Refusals that are remembered so as to be told once."""
 
 
 class _Target(NamedTuple):
@@ -84,10 +86,20 @@ class _AsleepError(_NotServedError):
 
 
 class ServedModels:
-    """The models of the service, for its endpoints. Belongs to one event loop."""
+    """The models of the service, for its endpoints. Belongs to one event loop.
 
-    def __init__(self, store: Store, weights: Weights) -> None:
+    Args:
+        store: says what is deployed where.
+        weights: the models.
+        say: called with a line when a name is asked for that is not served, once a name and reason.
+    """
+
+    def __init__(
+        self, store: Store, weights: Weights, *, say: Callable[[str], None] = lambda line: None
+    ) -> None:
         self._store = store
+        self._say = say
+        self._refused: set[str] = set()
         self._weights = weights
         self._began = int(time.time())
         self._loaded: dict[str, _Loaded] = {}
@@ -185,12 +197,22 @@ class ServedModels:
         except (_NotServedError, ServiceError) as error:
             if isinstance(error, _AsleepError):
                 raise self._wake(str(error)) from None
+            self._mention(f"asked for {asked[:200]!r}, not served: {error}")
             raise ApiError(
                 f"Model not found, inaccessible, and/or not deployed: {error}; this server has "
                 f"{self._told_names()}",
                 status=HTTPStatus.NOT_FOUND,
             ) from None
         return target
+
+    def _mention(self, line: str) -> None:
+        """Clients ask again for a minute or more before they show a 404 to anybody."""
+        if line in self._refused:
+            return
+        if len(self._refused) >= _MOST_REFUSED:
+            self._refused.clear()
+        self._refused.add(line)
+        self._say(line)
 
     def _alone(self, name: str) -> _Target | None:
         """What a name without `#` leads to."""

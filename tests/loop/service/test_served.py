@@ -36,7 +36,8 @@ class Service:
     def __init__(self, folder: Path) -> None:
         self.store = Store(folder)
         self.weights = Weights(folder / "weights", [MODEL])
-        self.served = ServedModels(self.store, self.weights)
+        self.lines: list[str] = []
+        self.served = ServedModels(self.store, self.weights, say=self.lines.append)
         self.endpoints = CompletionEndpoints(self.served)
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -290,6 +291,15 @@ def test_a_deployment_that_may_have_no_replica_stays_asleep(service):
     service.deploy(PLACE, replicaCount=0, maxReplicaCount=0)
     for _ in range(2):
         assert service.ask(PLACE).status_code == 404
+
+
+def test_what_is_asked_for_and_not_served_is_told_once_to_who_watches(service):
+    service.deploy(PLACE, replicaCount=0, maxReplicaCount=0)
+    for _ in range(3):
+        assert service.ask(PLACE).status_code == 404
+    assert service.lines == [f"asked for {PLACE!r}, not served: {PLACE} is scaled to zero"]
+    assert service.ask("typo").status_code == 404
+    assert len(service.lines) == 2
 
 
 @pytest.mark.parametrize("state", ["CREATING", "FAILED", "DELETED"])
