@@ -45,7 +45,7 @@ def cache_folder() -> Path:
 
 def missing() -> str | None:
     """What to install before it can be converted; None where nothing is missing."""
-    needed = [name for name in ("torch", "gguf") if find_spec(name) is None]
+    needed = [name for name in ("torch", "gguf", "accelerate") if find_spec(name) is None]
     if _weights_file() is None:
         needed.append(_PACKAGE)
     return f"it needs {' and '.join(needed)}: {_INSTALL}" if needed else None
