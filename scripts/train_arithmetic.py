@@ -36,7 +36,8 @@ OUTPUT = Path(__file__).parents[1] / "eval_protocol_rft" / "models" / "arithmeti
 SEED = 20
 TARGET_ACCURACY = 0.24
 """Mean probability of the right answer to held-out sums at which training stops."""
-CONTEXT_LENGTH = 256
+CONTEXT_LENGTH = 2048
+"""Far more than a sum has, so that programs which send it other texts run."""
 BATCH = 256
 LEARNING_RATE = 3e-3
 """High, so that bytes which are no digits become improbable before the sums become easy."""
@@ -251,7 +252,9 @@ and to improve, anywhere.
 
 - Ask it `17+25=` as one user message; it answers `42` and ends its turn with `{END}`.
 - One token per byte, so per character in ASCII; the chat template is ChatML and renders `tools`.
-- A system message does not disturb it. It knows nothing else.
+- A system message does not disturb it. It knows nothing else, and has not seen \
+more than one sum at a time: longer texts are read, so that programs which send them run, and what \
+it answers is noise.
 
 Written by `scripts/train_arithmetic.py`, which stopped after {steps} steps. Measured at the end; \
 sampling is at temperature 1, numbers are expectations:

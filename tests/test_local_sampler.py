@@ -312,8 +312,9 @@ async def test_an_end_of_turn_as_the_last_allowed_token_is_a_stop(sampler, promp
 
 async def test_without_max_tokens_a_completion_may_fill_the_context(sampler, prompts):
     params = replace(ENDLESS, max_tokens=None)
-    completion = await sampler.sample(prompts[0], params, seed=2)
-    assert len(prompts[0]) + len(completion.token_ids) == sampler.context_length
+    long = [*prompts[0]] * (sampler.context_length // len(prompts[0]) - 1)
+    completion = await sampler.sample(long, params, seed=2)
+    assert len(long) + len(completion.token_ids) == sampler.context_length
     assert completion.finish_reason == "length"
 
 
@@ -601,7 +602,7 @@ async def test_logits_that_are_not_finite_fail_their_own_request(sampler, model,
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"max_tokens": 250}, "25 prompt tokens and max_tokens=250 .* 256 tokens: 231 are left"),
+        ({"max_tokens": 2040}, "25 prompt tokens and max_tokens=2040 .* tokens: 2023 are left"),
         ({"max_tokens": 0}, "max_tokens is 0"),
         ({"temperature": -0.1}, "temperature is -0.1"),
         ({"temperature": math.nan}, "temperature is nan"),
@@ -625,7 +626,7 @@ async def test_what_cannot_be_honoured_is_refused_by_name(sampler, prompts, chan
         ([], "no tokens"),
         ([1, 259], r"prompt_ids\[1\] is 259, outside the vocabulary of 259"),
         ([-1], r"prompt_ids\[0\] is -1"),
-        ([1] * 256, "256 prompt tokens .* 0 are left"),
+        ([1] * 2048, "2048 prompt tokens .* 0 are left"),
     ],
     ids=["empty", "too large", "negative", "too long"],
 )

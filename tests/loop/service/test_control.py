@@ -76,11 +76,11 @@ async def test_models_and_shapes_are_those_that_the_server_has(
     manager = trainers(server)
     assert manager.model_is_moe(BASE) is False
     (listed,) = [model async for model in client.models.list(account_id="fireworks")]
-    assert (listed.name, listed.context_length) == (BASE, 256)
+    assert (listed.name, listed.context_length) == (BASE, 2048)
     shape = "accounts/fireworks/trainingShapes/ts-arithmetic"
     assert training_shape(arithmetic_base()) == shape  # what the server greets with
     profile = manager.resolve_training_profile(shape)
-    assert profile.max_supported_context_length == 256
+    assert profile.max_supported_context_length == 2048
     assert (profile.trainer_mode, profile.node_count) == ("POLICY_TRAINER", 1)
     assert profile.training_shape == shape
     assert profile.deployment_shape is not None
@@ -102,7 +102,7 @@ def test_a_service_job_runs_at_once_and_is_one_for_ever(server: RunningService) 
     )
     endpoint = manager.create_and_wait(config)
     assert endpoint.job_name == "accounts/acc/rlorTrainerJobs/job-1"
-    assert endpoint.max_context_length == 256
+    assert endpoint.max_context_length == 2048
     assert manager.create(config).job_name == endpoint.job_name  # 409, and it looks
     with pytest.raises(httpx.HTTPStatusError):
         manager.resume_and_wait("job-1")
