@@ -106,9 +106,16 @@ def main(
             show(visible_lines(str(message)), category, *where, **more)
 
     warnings.showwarning = show_if_useful
-    # Warnings that are logged end up here, with what servers said in them.
+    # Warnings that are logged end up here, with what servers said in them. As the root logger's
+    # own: Eval Protocol would give it one that shows what every library has to say.
     if logging.lastResort is not None:
         logging.lastResort.setFormatter(_VisibleFormatter())
+        logging.lastResort.addFilter(_is_useful)
+        logging.getLogger().addHandler(logging.lastResort)
+
+
+def _is_useful(record: logging.LogRecord) -> bool:
+    return "is deprecated and ignored" not in record.getMessage()
 
 
 class _VisibleFormatter(logging.Formatter):

@@ -267,9 +267,11 @@ def train(
         --algorithm cispo --steps 200
       ep-rft train tests/test_math.py::test_math \
         --model accounts/fireworks/models/qwen3-8b \
-        --deployment my-run --lora-rank 32 --steps 100
+        --deployment my-run --training-shape ts-qwen3-8b-policy \
+        --lora-rank 32 --steps 100
       ep-rft train tests/test_math.py::test_math \
-        --model accounts/fireworks/models/arithmetic --deployment my-run \
+        --model accounts/fireworks/models/arithmetic \
+        --deployment my-run --training-shape ts-arithmetic \
         --base-url http://localhost:8000   # ep-rft serve --fireworks
       ep-rft train tests/test_math.py::test_math --model tiny \
         --base-url http://localhost:8000 --weights ./tiny --steps 50
@@ -309,7 +311,7 @@ def _parts(
             raise loop.SetupError(
                 f"{_flag(name)} is for training in this process, and --deployment is on Fireworks"
             )
-    for name in ("base_model", "training_shape", "delete_on_close"):
+    for name in ("base_model", "training_shape", "trainer_job", "delete_on_close"):
         if not on_fireworks and name in there:
             raise loop.SetupError(f"{_flag(name)} is for training on Fireworks: add --deployment")
     if on_fireworks:

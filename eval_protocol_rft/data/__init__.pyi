@@ -31,9 +31,12 @@ from ._job_store import parts_folder as parts_folder
 from ._job_store import read_schema as read_schema
 from ._jsonl import METADATA_SUFFIX as METADATA_SUFFIX
 from ._jsonl import metadata_path as metadata_path
+from ._progress import OnWait as OnWait
 from ._progress import Reading as Reading
 from ._progress import Reporter as Reporter
+from ._progress import Waiting as Waiting
 from ._progress import reporter as reporter
+from ._progress import waits as waits
 from ._questions import messages_in as messages_in
 from ._sql import plain_rows as plain_rows
 from ._sql import run_query as run_query

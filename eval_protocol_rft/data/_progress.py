@@ -12,6 +12,7 @@ import io
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sized
+from dataclasses import dataclass
 from typing import TextIO, TypeVar, cast
 
 from rich import progress
@@ -68,6 +69,48 @@ def reporter(
     if opening:
         _say(opening)
     return _Bar(what, total, done, stays) if on_terminal else _Lines(what, total, every)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Waiting:
+    """Something that a service makes, and that is waited for."""
+
+    what: str
+    """For people: "deployment my-run"."""
+    state: str
+    """As the service spells it."""
+    seconds: float
+    """Since it was first looked at."""
+    done: bool = False
+    """It is there; otherwise there will be more looks at it."""
+
+    def __str__(self) -> str:
+        return f"waiting for {self.what}: {self.state}"
+
+
+OnWait = Callable[[Waiting], None]
+
+
+class Waits:
+    """Shows what is waited for: a line that lives on a terminal, elsewhere a line per change. Used
+    as a context manager, and called with each `Waiting`. This one says nothing."""
+
+    def __enter__(self) -> Waits:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def __call__(self, waiting: Waiting) -> None:
+        pass
+
+
+def waits(show: bool | None = None) -> Waits:
+    """The fitting one; `show` as for `reporter`."""
+    on_terminal = sys.stderr.isatty()
+    if show is False or not (show or on_terminal):
+        return Waits()
+    return _LiveWaits() if on_terminal else _WaitLines()
 
 
 class Reading:
@@ -177,6 +220,64 @@ class _Lines(Reporter):
             self._last = moment
             of = "" if self._total is None else f"/{self._total}"
             _say(f"{self._what}: {done}{of}  {detail}")
+
+
+class _LiveWaits(Waits):
+    def __init__(self) -> None:
+        self._progress = progress.Progress(
+            progress.SpinnerColumn(),
+            progress.TextColumn("{task.description}", markup=False),
+            progress.TextColumn("since {task.fields[since]},"),
+            progress.TimeElapsedColumn(),
+            console=Console(file=cast("TextIO", _Stderr())),
+            transient=True,
+        )
+        self._tasks: dict[str, progress.TaskID] = {}
+
+    def __enter__(self) -> Waits:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._progress.stop()
+
+    def __call__(self, waiting: Waiting) -> None:
+        text, task = visible(str(waiting)), self._tasks.get(waiting.what)
+        if waiting.done:
+            if task is not None:
+                self._progress.remove_task(self._tasks.pop(waiting.what))
+            self._progress.console.print(visible(_there(waiting)), markup=False, highlight=False)
+        elif task is None:
+            self._tasks[waiting.what] = self._progress.add_task(text, total=None, since=_clock())
+        else:
+            self._progress.update(task, description=text)
+
+
+class _WaitLines(Waits):
+    def __init__(self) -> None:
+        self._states: dict[str, str] = {}
+
+    def __call__(self, waiting: Waiting) -> None:
+        if waiting.done:
+            self._states.pop(waiting.what, None)
+            _say(_there(waiting))
+        elif self._states.get(waiting.what) != waiting.state:
+            self._states[waiting.what] = waiting.state
+            since = f", for {_duration(waiting.seconds)}" if waiting.seconds >= 1 else ""
+            _say(f"{_clock()} {waiting}{since}")
+
+
+def _there(waiting: Waiting) -> str:
+    return f"{_clock()} {waiting.what}: {waiting.state}, after {_duration(waiting.seconds)}"
+
+
+def _clock() -> str:
+    return time.strftime("%H:%M:%S")
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def _say(line: str) -> None:

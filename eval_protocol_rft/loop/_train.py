@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from annotated_types import Ge
 
-from eval_protocol_rft.data import PathOrGlob, Reporter, reporter
+from eval_protocol_rft.data import OnWait, PathOrGlob, Reporter, Waiting, reporter, waits
 from eval_protocol_rft.loop import _run_directory as directory
 from eval_protocol_rft.loop._metrics import Line, MetricSink, open_sinks, require_sinks
 from eval_protocol_rft.loop._run_directory import LoopState, RunFolder, RunFolderError
@@ -136,7 +136,13 @@ async def atrain(
     steps = options.steps or math.ceil(
         (options.epochs or 1) * len(train_rows) / options.groups_per_step
     )
-    assembled = await chosen.make(evaluator, params, options)
+    waiting = _Waiting()
+    telling = getattr(chosen, "telling", None)
+    with waits(progress) as shown_waits:
+        waiting.show = shown_waits
+        if telling is not None:
+            chosen = telling(waiting)
+        assembled = await chosen.make(evaluator, params, options)
     try:
         folder = RunFolder.open(Path(output), settings, overwrite=overwrite)
     except BaseException:
@@ -151,9 +157,11 @@ async def atrain(
             contextlib.ExitStack() as closing,
             reporter("train", steps, done=done, show=progress, every=_LINE_EVERY) as shown,
         ):
+            log = _Log(folder, shown, on_line, done)
+            waiting.show = log.wait
             state = await _load_newest(assembled, folder, warn)
-            sinks = await asyncio.to_thread(_sinks, log_to, folder, state)
-            for sink in sinks:
+            log.sinks = await asyncio.to_thread(_sinks, log_to, folder, state)
+            for sink in log.sinks:
                 closing.callback(sink.close)
             run = Run(
                 evaluator,
@@ -163,7 +171,7 @@ async def atrain(
                 rows=train_rows,
                 held_out=eval_rows,
                 folder=folder,
-                on_line=_Log(folder, shown, on_line, sinks),
+                on_line=log,
                 warn=warn,
             )
             await _resume(run, state)
@@ -272,22 +280,35 @@ async def _export(parts: Parts, folder: RunFolder) -> None:
         parts.tokenizer.save_pretrained(model)
 
 
+class _Waiting:
+    """Is told what is waited for, and tells whoever shows it at the time."""
+
+    def __init__(self) -> None:
+        self.show: OnWait = lambda waiting: None
+
+    def __call__(self, waiting: Waiting) -> None:
+        self.show(waiting)
+
+
 class _Log:
     """Takes every line: to the file, to loggers, to the screen, to the caller."""
 
     def __init__(
-        self,
-        folder: RunFolder,
-        shown: Reporter,
-        on_line: Callable[[Line], None],
-        sinks: Sequence[MetricSink],
+        self, folder: RunFolder, shown: Reporter, on_line: Callable[[Line], None], step: int
     ) -> None:
-        self._folder, self._shown, self._on_line, self._sinks = folder, shown, on_line, sinks
+        self._folder, self._shown, self._on_line = folder, shown, on_line
+        self.sinks: Sequence[MetricSink] = ()
         self._evaluated = ""
+        self._step, self._detail = step, ""
+
+    def wait(self, waiting: Waiting) -> None:
+        """Show what is waited for, in the place of the last line, until it is there."""
+        detail = self._detail if waiting.done else f"{waiting}, {waiting.seconds:.0f} s"
+        self._shown.update(self._step, detail=detail)
 
     def __call__(self, line: Line) -> None:
         self._folder.append(line)
-        for sink in self._sinks:
+        for sink in self.sinks:
             sink.write(line)
         self._on_line(line)
         detail = self._evaluated
@@ -297,4 +318,5 @@ class _Log:
             self._evaluated = detail = f"held out: {scores or 'nothing was scored'}"
         elif "reward_mean" in line:
             detail = f"reward {line['reward_mean']:.3f}  {self._evaluated}"
+        self._step, self._detail = line["step"], detail
         self._shown.update(line["step"], detail=detail, now=line["kind"] == "eval")

@@ -8,19 +8,19 @@ that the trainer loads its weights into.
 
 from __future__ import annotations
 
-import asyncio
-import logging
+import contextlib
 import os
-import time
+import secrets
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import httpx
 from annotated_types import Ge
 
 from eval_protocol_rft import rollout
+from eval_protocol_rft.data import OnWait, waits
 from eval_protocol_rft.loop._run_options import FIREWORKS, MODEL, LoopOptions, Optimizer, SetupError
 from eval_protocol_rft.loop._setup import Parts, own_processor
 from eval_protocol_rft.loop._trainer import TrainerError
@@ -31,13 +31,16 @@ from eval_protocol_rft.loop.fireworks._control_plane import (
 )
 from eval_protocol_rft.loop.fireworks._fireworks_trainer import FireworksTrainer, check_temperature
 from eval_protocol_rft.loop.fireworks._hot_load import POLL_SECONDS, HotLoad
+from eval_protocol_rft.loop.fireworks._provisioning import (
+    SLICED,
+    Resources,
+    in_thread,
+    persistently,
+)
 from eval_protocol_rft.sampling import FireworksAddress, fireworks_address, is_direct_route
 from eval_protocol_rft.training import require
 
-logger = logging.getLogger(__name__)
-
-_PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0)
-"""Seconds before a request whose connection broke is sent again."""
+T = TypeVar("T")
 
 
 async def connect(
@@ -53,6 +56,7 @@ async def connect(
     trainer_job: str | None = None,
     reference: bool = False,
     delete_on_close: bool = False,
+    on_wait: OnWait | None = None,
     poll_seconds: float = POLL_SECONDS,
 ) -> FireworksTrainer:
     """Start a trainer job and a deployment, or take those that are there, and wait for both.
@@ -70,14 +74,18 @@ async def connect(
         api_key: default `FIREWORKS_API_KEY`.
         base_url: of the service; default `FIREWORKS_BASE_URL`, else Fireworks. It may end in
             `/inference` or `/inference/v1`.
-        training_shape: id of the hardware and software to train on; its deployment shape is used
-            too. None: the server picks one, for a deployment that is there.
+        training_shape: id of the hardware and software to train on, one of Fireworks' or
+            `accounts/.../trainingShapes/...`; its deployment shape is used too. None: the server
+            picks one, for a deployment that is there.
         trainer_job: id; made where it is not there. Give the same to go on with a trainer.
         reference: `forward(reference=True)` will be asked for. With LoRA that is the same trainer;
-            without, a second one.
+            without, a second one, which is deleted in `aclose`.
         delete_on_close: delete job and deployment in `aclose`, if they were made here. Otherwise
-            both run on.
-        poll_seconds: between looks at a hot-load.
+            both run on, and the log says how to delete them.
+        on_wait: told what is waited for (trainer job, deployment, weights), at each look, with the
+            state that the service says. Default: a line where stderr is a terminal, until this
+            returns. Changes are logged too.
+        poll_seconds: between looks at what is waited for.
 
     Raises:
         MissingPackageError: the SDK is not installed.
@@ -99,6 +107,11 @@ async def connect(
             )
         except ControlPlaneError as error:
             raise TrainerError(str(error)) from error
+    if training_shape is not None and "/" not in training_shape:
+        training_shape = f"accounts/fireworks/trainingShapes/{training_shape}"
+    job = trainer_job or f"{deployment}-{secrets.token_hex(4)}"
+    # With adapters the reference is the policy's trainer without them.
+    own_reference = f"{job}-reference" if reference and not lora_rank else None
     service = sdk.FiretitanServiceClient.from_firetitan_config(
         api_key=key,
         base_url=address.url,
@@ -106,68 +119,82 @@ async def connect(
         lora_rank=lora_rank,
         deployment_id=deployment,
         training_shape_id=training_shape,
-        trainer_job_id=trainer_job,
-        reference_required=reference,
-        cleanup_trainer_on_close=delete_on_close,
-        cleanup_deployment_on_close="delete" if delete_on_close else None,
+        trainer_job_id=job,
+        reference_trainer_job_id=own_reference,
+        **SLICED,
     )
-
-    def start() -> FireworksTrainer:
-        # What is there already is found, so both may be asked again.
-        client = _persistently(lambda: service.create_training_client(lora_rank=lora_rank))
-        manager = sdk.DeploymentManager(api_key=key, base_url=address.url)
-        info = _persistently(lambda: manager.get(deployment))
-        # A deployment may serve another quantisation of the model; hot-loads go by its own.
-        served = (info.base_model if info is not None else None) or base_model
-        return FireworksTrainer(
-            client,
-            temperature=temperature,
-            optimizer=optimizer,
-            hot_load=HotLoad(
-                manager=manager,
-                deployment=deployment,
-                base_model=served,
-                poll_seconds=poll_seconds,
-            ),
-            lora=lora_rank > 0,
-            make_reference=partial(service.create_reference_client, policy_client=client)
-            if reference
-            else None,
-            trainer_job=service.trainer_job_id,
-            close=service.close,
+    with waits() if on_wait is None else contextlib.nullcontext(on_wait) as shown:
+        resources = Resources(
+            jobs=sdk.TrainerJobManager(api_key=key, base_url=address.url),
+            deployments=sdk.DeploymentManager(api_key=key, base_url=address.url),
+            address=address,
+            key=key,
+            trainer_jobs=[job],
+            deployment=deployment,
+            delete=delete_on_close,
+            on_wait=shown,
+            poll_seconds=poll_seconds,
         )
 
-    starting = asyncio.ensure_future(asyncio.to_thread(start))
-    try:
-        trainer = await asyncio.shield(starting)
-        # Also what an earlier run with this very job left there: it began where this one begins,
-        # and its weights moved on.
-        loads = trainer.hot_load
-        held = loads is not None and await loads.holds_any()
-        if held or service.requires_initial_sampler_sync():
-            await trainer.publish(0)
-        return trainer
-    except BaseException as error:
-        # Nobody else could: the caller gets no trainer to close. Where the caller is cancelled, the
-        # thread goes on, and what it makes after the end would run on and cost money.
-        await asyncio.wait([starting])
-        await asyncio.to_thread(service.close)
-        refused = (RuntimeError, OSError, ValueError, httpx.HTTPError, sdk.TrainingError)
-        if isinstance(error, TrainerError) or not isinstance(error, refused):
-            raise
-        raise TrainerError(f"cannot train {base_model} on Fireworks: {error}") from error
+        def close() -> None:
+            try:
+                service.close()
+            finally:
+                resources.close()
 
-
-def _persistently(ask: Callable[[], Any]) -> Any:
-    """What `ask` returns, asked again where the connection breaks: the SDK does that for some of
-    its requests, and not for one whose connection breaks in the midst. Blocks."""
-    for seconds in _PAUSES:
+        looked = False
         try:
-            return ask()
-        except httpx.TransportError as error:
-            logger.warning("%s: asking again", error)
-            time.sleep(seconds)
-    return ask()
+            await in_thread(partial(resources.look, can_make_deployment=training_shape is not None))
+            looked = True
+            client = await resources.started(
+                partial(service.create_training_client, lora_rank=lora_rank)
+            )
+            make_reference = partial(service.create_reference_client, policy_client=client)
+            if own_reference is not None:
+                resources.trainer_jobs.append(own_reference)
+                made = await resources.started(make_reference)
+                make_reference = partial(_same, made)
+            manager = resources.deployments
+            info = await in_thread(partial(persistently, partial(manager.get, deployment)))
+            trainer = FireworksTrainer(
+                client,
+                temperature=temperature,
+                optimizer=optimizer,
+                hot_load=HotLoad(
+                    manager=manager,
+                    deployment=deployment,
+                    # It may serve another quantisation of the model; hot-loads go by its own.
+                    base_model=(info.base_model if info is not None else None) or base_model,
+                    poll_seconds=poll_seconds,
+                    on_wait=shown,
+                ),
+                lora=lora_rank > 0,
+                make_reference=make_reference if reference else None,
+                trainer_job=job,
+                close=close,
+            )
+            loads = trainer.hot_load
+            # Also what an earlier run with this very job left there: it began where this one
+            # begins, and its weights moved on.
+            held = loads is not None and await loads.holds_any()
+            if held or resources.other_weights:
+                await trainer.publish(0)
+        except BaseException as error:
+            # Nobody else could: the caller gets no trainer to close.
+            await in_thread(close if looked else service.close)
+            refused = (RuntimeError, OSError, ValueError, httpx.HTTPError, sdk.TrainingError)
+            if isinstance(error, TrainerError) or not isinstance(error, refused):
+                raise
+            raise TrainerError(f"cannot train {base_model} on Fireworks: {error}") from error
+    if on_wait is None:
+        hot_load = trainer.hot_load
+        assert hot_load is not None  # noqa: S101 - narrows the type
+        hot_load.on_wait = None
+    return trainer
+
+
+def _same(value: T) -> T:
+    return value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,15 +209,22 @@ class FireworksParts:
     """Train LoRA adapters of this rank; 0: all parameters."""
     optimizer: Optimizer = field(default_factory=Optimizer)
     training_shape: Annotated[str | None, FIREWORKS()] = None
-    """Id of the hardware to train on."""
-    trainer_job: str | None = None
-    """Id of the trainer job; default one named after the deployment, so that a run that is
-    continued finds its weights."""
+    """Id of the hardware to train on; without it, the deployment must be there."""
+    trainer_job: Annotated[str | None, FIREWORKS(unset="DEPLOYMENT-trainer")] = None
+    """Id of the trainer job, made if need be; one that was deleted cannot be used again.
+
+    The default is named after the deployment, so that a run that is continued finds its weights."""
     base_url: str | FireworksAddress | None = None
     """Of the service; default `FIREWORKS_BASE_URL`, else Fireworks."""
     delete_on_close: Annotated[bool, FIREWORKS()] = False
     """Delete trainer job and deployment at the end, if made here. They cost money while they are
     there."""
+    on_wait: OnWait | None = None
+    """See `connect`; `train` shows it beside its progress."""
+
+    def telling(self, on_wait: OnWait) -> FireworksParts:
+        """The same, where nobody is told yet what is waited for: `on_wait` is."""
+        return self if self.on_wait is not None else replace(self, on_wait=on_wait)
 
     def settings(self) -> dict[str, Any]:
         return {
@@ -229,6 +263,7 @@ class FireworksParts:
             trainer_job=self.trainer_job or f"{self.deployment}-trainer",
             reference=options.kl_beta > 0,
             delete_on_close=self.delete_on_close,
+            on_wait=self.on_wait,
         )
         if trainer.hot_load is None:
             raise SetupError("the trainer has no deployment to sample from")

@@ -23,6 +23,8 @@ from annotated_types import Ge, Gt
 
 from eval_protocol_rft._errors import EvalProtocolRftError
 from eval_protocol_rft._options import check_options
+from eval_protocol_rft.data import OnWait
+from eval_protocol_rft.loop.fireworks._waiting import Wait
 from eval_protocol_rft.sampling import FireworksAddress, fireworks_address, short
 from eval_protocol_rft.training import require
 
@@ -231,11 +233,13 @@ class ControlPlane:
         client: an `AsyncFireworks` with an account id.
         poll_seconds: between looks at something that is being made.
         timeout_seconds: most time to wait for one thing.
+        on_wait: told what is waited for, at each look.
     """
 
     client: Any
     poll_seconds: float
     timeout_seconds: float
+    on_wait: OnWait | None = None
 
     @property
     def address(self) -> FireworksAddress:
@@ -267,6 +271,9 @@ class ControlPlane:
 
     def model_name(self, model: str) -> str:
         return f"{self._account}/models/{model}"
+
+    def job_name(self, job: str) -> str:
+        return f"{self._account}/rlorTrainerJobs/{job}"
 
     def deployment_name(self, deployment: str) -> str:
         return f"{self._account}/deployments/{deployment}"
@@ -351,7 +358,10 @@ class ControlPlane:
             ),
         )
         if ready_verdict(answer.state) != "done":
+            wait = Wait(f"upload of data set {dataset}", self.on_wait)
+            wait.see(f"{len(data) / 1e6:.1f} MB")
             await datasets.upload(dataset, file=(file.name, data), timeout=UPLOAD_SECONDS)
+            wait.done("uploaded")
         await self._until(f"data set {dataset}", lambda: datasets.get(dataset), ready_verdict)
 
     async def delete_dataset(self, dataset: str) -> None:
@@ -427,6 +437,7 @@ class ControlPlane:
             ControlPlaneError: something else did, somebody paused it, or the time is up.
         """
         deadline = time.monotonic() + self.timeout_seconds
+        wait = Wait(what, self.on_wait)
         answer = answer if answer is not None else await _look(look)
         while (verdict := verdict_on(answer.state)) == "wait":
             if time.monotonic() >= deadline:
@@ -434,9 +445,11 @@ class ControlPlane:
                     f"{what} is still {answer.state} after {self.timeout_seconds:g} s; start again "
                     "to go on waiting"
                 )
+            wait.see(str(answer.state))
             await asyncio.sleep(self.poll_seconds)
             answer = await _look(look)
         if verdict == "done":
+            wait.done(answer.state)
             return
         status = getattr(answer, "status", None)
         reason = getattr(status, "message", None) or "no reason given"

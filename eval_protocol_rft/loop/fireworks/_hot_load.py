@@ -14,8 +14,10 @@ from typing import Any, Literal
 
 import httpx
 
+from eval_protocol_rft.data import OnWait
 from eval_protocol_rft.loop._trainer import TrainerError
 from eval_protocol_rft.loop.fireworks._control_plane import Verdict
+from eval_protocol_rft.loop.fireworks._waiting import Wait
 
 CheckpointType = Literal["base", "delta"]
 POLL_SECONDS = 5.0
@@ -92,6 +94,7 @@ class HotLoad:
         base_model: what it serves; routes the request.
         poll_seconds: between looks at the replicas.
         timeout_seconds: most time for one snapshot.
+        on_wait: told what the replicas say, at each look.
     """
 
     manager: Any
@@ -99,6 +102,7 @@ class HotLoad:
     base_model: str
     poll_seconds: float = POLL_SECONDS
     timeout_seconds: float = TIMEOUT_SECONDS
+    on_wait: OnWait | None = None
 
     @property
     def model(self) -> str:
@@ -129,10 +133,12 @@ class HotLoad:
             TrainerError: refused, failed or not done in time; the message says what was seen.
         """
         deadline = time.monotonic() + self.timeout_seconds
+        wait = Wait(f"weights {identity} on deployment {self.deployment}", self.on_wait)
         await self._ask_for(identity, metadata, deadline)
         while True:
             verdict, seen = await self._status(identity)
             if verdict == "done":
+                wait.done("loaded")
                 return
             if verdict == "failed":
                 raise TrainerError(
@@ -143,6 +149,7 @@ class HotLoad:
                     f"deployment {self.deployment} has not loaded {identity} within "
                     f"{self.timeout_seconds:g} s: {seen}"
                 )
+            wait.see(seen)
             await asyncio.sleep(self.poll_seconds)
 
     async def _ask_for(

@@ -30,10 +30,12 @@ from eval_protocol.models import EvaluationRow
 from eval_protocol.pytest.rollout_processor import RolloutProcessor
 
 from eval_protocol_rft._durable import write_whole
+from eval_protocol_rft.data import OnWait, waits
 from eval_protocol_rft.loop._rollouts import RowRunner
 from eval_protocol_rft.loop._run_directory import RunFolderError
 from eval_protocol_rft.loop.fireworks import _control_plane as control
 from eval_protocol_rft.loop.fireworks._control_plane import ControlPlane, StepSettings
+from eval_protocol_rft.loop.fireworks._waiting import left_running
 from eval_protocol_rft.rollout import RolloutError
 from eval_protocol_rft.training.export import rl_step
 
@@ -206,8 +208,12 @@ class Run:
             state = self._enter(state.entered("serve"))
         while state.phase != "done":
             phase = state.phase
-            with self._named(f"step {state.step}, {phase}"):
-                after = await self._next(state)
+            try:
+                with self._named(f"step {state.step}, {phase}"):
+                    after = await self._next(state)
+            except asyncio.CancelledError:
+                control.logger.warning("%s", self._left(state))
+                raise
             state = self._enter(after)
             if phase == "clean" and self.on_step is not None:
                 self.on_step(state.reports[-1])
@@ -322,6 +328,18 @@ class Run:
             raise
         return state.trained(model)
 
+    def _left(self, state: RunState) -> str:
+        """What to tell of a run that is stopped here."""
+        plane, names = self.plane, [self.plane.deployment_name(self.deployment)]
+        if state.phase in ("upload", "train", "clean"):
+            names.append(plane.dataset_name(state.name))
+        if state.phase == "train":
+            names.append(plane.job_name(state.name))
+        return (
+            f"stopped in step {state.step}, {state.phase}. The same call goes on from here; "
+            f"{left_running(names, plane.address)}"
+        )
+
     def _data(self, state: RunState) -> Path:
         return self.folder / f"step{state.step}.jsonl"
 
@@ -353,6 +371,7 @@ async def iterate(
     failures: Failures = "raise",
     retry_failed: bool = False,
     on_step: Callable[[StepReport], None] | None = None,
+    on_wait: OnWait | None = None,
     poll_seconds: float = POLL_SECONDS,
     timeout_seconds: float = TIMEOUT_SECONDS,
 ) -> list[StepReport]:
@@ -381,6 +400,9 @@ async def iterate(
             dropped and counted.
         retry_failed: where the run stands on a job that failed, train again on the same data.
         on_step: called after each step that this call made.
+        on_wait: told what is waited for (deployment, data set, job, model), at each look, with the
+            state that the service says. Default: a line where stderr is a terminal. Changes are
+            logged too.
         poll_seconds: between looks at something that is being made.
         timeout_seconds: most time to wait for one thing, a step's job for instance.
 
@@ -408,24 +430,26 @@ async def iterate(
     except Timeout as error:
         raise RunFolderError(f"another process runs {folder}") from error
     try:
-        return await Run(
-            evaluator=evaluator,
-            rows=rows,
-            plane=ControlPlane(
-                client=client,
-                poll_seconds=poll_seconds,
-                timeout_seconds=timeout_seconds,
-            ),
-            folder=folder,
-            steps=steps,
-            base_model=base_model,
-            deployment=deployment,
-            settings=settings,
-            deployment_options=deployment_options or {},
-            completion_params=completion_params or {},
-            processor=processor,
-            failures=failures,
-            on_step=on_step,
-        ).go(run, retry_failed=retry_failed)
+        with waits() if on_wait is None else contextlib.nullcontext(on_wait) as shown:
+            return await Run(
+                evaluator=evaluator,
+                rows=rows,
+                plane=ControlPlane(
+                    client=client,
+                    poll_seconds=poll_seconds,
+                    timeout_seconds=timeout_seconds,
+                    on_wait=shown,
+                ),
+                folder=folder,
+                steps=steps,
+                base_model=base_model,
+                deployment=deployment,
+                settings=settings,
+                deployment_options=deployment_options or {},
+                completion_params=completion_params or {},
+                processor=processor,
+                failures=failures,
+                on_step=on_step,
+            ).go(run, retry_failed=retry_failed)
     finally:
         lock.release()
