@@ -237,15 +237,21 @@ class ServedModels:
         return None
 
     def _somewhere(self, model: str) -> _Target | None:
-        """A model of the account, on the adapter that is its default, or the deployment that is
-        made of it."""
+        """A model of the account: on its default adapter, on another one, or on the deployment that
+        was made of it; the first of these that answers."""
         adapters = [row for row in self._store.list(ADAPTERS) if row["model"] == model]
         adapters.sort(key=lambda row: not row.get("default", False))
-        if adapters:
-            return self._adapter(adapters[0])
-        for row in self._store.list(DEPLOYMENTS):
-            if row["baseModel"] == model:
-                return self._up(row)
+        places = [row for row in self._store.list(DEPLOYMENTS) if row["baseModel"] == model]
+        reasons: list[_NotServedError | ServiceError] = []
+        for find, rows in ((self._adapter, adapters), (self._up, places)):
+            for row in rows:
+                try:
+                    return find(row)
+                except (_NotServedError, ServiceError) as reason:
+                    reasons.append(reason)
+        reasons.sort(key=lambda reason: not isinstance(reason, _AsleepError))
+        if reasons:
+            raise reasons[0]
         if self._store.get(MODELS, model) is not None:
             raise _NotServedError(f"{model} is there, and no deployment has it")
         return None

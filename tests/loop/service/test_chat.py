@@ -3,6 +3,7 @@ it. The model is the bundled one where it can do what is asked; else what it say
 
 from __future__ import annotations
 
+import contextlib
 import json
 
 import httpx
@@ -268,8 +269,8 @@ class Asking:
         return chunks_of(reply) if body.get("stream") else reply.json()
 
 
-@pytest.fixture
-def ask():
+@contextlib.contextmanager
+def asking():
     given, lines = Given(TOKENIZER), []
     completions = CompletionEndpoints(given)
     app = Starlette(
@@ -279,6 +280,12 @@ def ask():
     app.state.stopping = completions.stopping
     with running(app) as url, httpx.Client(base_url=url, timeout=PATIENCE) as client:
         yield Asking(given, client, lines, url)
+
+
+@pytest.fixture
+def ask():
+    with asking() as ask:
+        yield ask
 
 
 def test_tool_calls_are_read_as_calls(ask):
@@ -394,6 +401,18 @@ def test_a_client_that_leaves_cancels_its_completions(ask):
     connection.close()
     for _ in range(2):
         assert ask.given.sampler.cancelled.acquire(timeout=PATIENCE)
+
+
+def test_a_server_that_stops_answers_503_and_cancels():
+    with asking() as ask:
+        ask.given.sampler.held = lambda seed: True
+        connection = post_and_leave(
+            ask.url, {"model": "m", "messages": SUM}, path="/v1/chat/completions"
+        )
+        assert ask.given.sampler.waiting.acquire(timeout=PATIENCE)
+    with connection, connection.makefile("rb") as reply:
+        assert reply.readline() == b"HTTP/1.1 503 Service Unavailable\r\n"
+    assert ask.given.sampler.cancelled.acquire(timeout=PATIENCE)
 
 
 def test_a_model_without_a_template_does_not_chat():

@@ -277,6 +277,20 @@ def test_of_several_adapters_the_default_answers_for_the_model(service):
     assert service.ask(TUNED).status_code == 200
 
 
+def test_a_model_is_asked_where_it_answers(service):
+    """Its first deployment is gone, and its default adapter is scaled down."""
+    service.train(1, TUNED)
+    third = "accounts/acc/deployments/third"
+    service.deploy(PLACE, TUNED, state="DELETED")
+    service.deploy(OTHER, replicaCount=0, maxReplicaCount=1)
+    service.put_on(OTHER, TUNED, default=True)
+    assert service.ask(TUNED).json()["error"]["code"] == "DEPLOYMENT_SCALING_UP"
+    service.deploy(OTHER, replicaCount=0, maxReplicaCount=0)
+    assert service.ask(TUNED).status_code == 404
+    service.deploy(third, TUNED)
+    assert service.ask(TUNED).status_code == 200
+
+
 def test_a_deployment_that_is_scaled_to_zero_wakes_by_a_request(service):
     service.deploy(PLACE, replicaCount=0, minReplicaCount=0, maxReplicaCount=1)
     listed = service.client.get("/v1/models").json()["data"]
