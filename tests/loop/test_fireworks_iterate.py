@@ -13,7 +13,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("fireworks", reason="needs the extra `fireworks`")
 
 from eval_protocol_rft.loop.fireworks._iterate import StepReport  # noqa: E402
-from eval_protocol_rft.loop.service._datasets import Datasets  # noqa: E402
+from eval_protocol_rft.loop.service.control._datasets import Datasets  # noqa: E402
 from tests.faulty_service import FaultyService, faulty_service  # noqa: E402
 from tests.service import BASE, KEY, arithmetic_base  # noqa: E402
 from tests.sums_run import run_sums, sums  # noqa: E402

@@ -20,7 +20,7 @@ from eval_protocol_rft.loop._trainer import (  # noqa: E402
     TrainerError,
 )
 from eval_protocol_rft.loop.fireworks._fireworks_trainer import FireworksTrainer  # noqa: E402
-from eval_protocol_rft.loop.service._calls import CALLS  # noqa: E402
+from eval_protocol_rft.loop.service.training._calls import CALLS  # noqa: E402
 from eval_protocol_rft.training.losses._forward import token_logprobs  # noqa: E402
 from eval_protocol_rft.training.losses._objective import make_loss  # noqa: E402
 from eval_protocol_rft.training.losses._policy import LossError, TokenTIS  # noqa: E402

@@ -5,7 +5,10 @@ know the difference. Its shapes are what the client libraries send and read; it 
 what the service itself does beyond that.
 
 `_store` remembers resources and `_weights` models; both are on disk before anything is answered, so
-the process may die at any moment. `_errors` is how it says no.
+the process may die at any moment. On them stand `control` (what there is), `training` (what trainer
+jobs do) and `inference` (what is sampled); `grpc` is the control plane's second face. `_app` puts
+them together, with the log of `_requests` around them; `_command` is the command. `_errors` is how
+it says no, `_names` what things are called.
 """
 
 import lazy_loader

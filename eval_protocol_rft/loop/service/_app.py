@@ -19,15 +19,15 @@ from eval_protocol_rft.local.server import (
     AccessMiddleware,
     CompletionEndpoints,
 )
-from eval_protocol_rft.loop.service._chat import ChatEndpoints
-from eval_protocol_rft.loop.service._control import ControlPlane
-from eval_protocol_rft.loop.service._hot_load import HotLoads
 from eval_protocol_rft.loop.service._requests import RequestLog, RequestLogMiddleware
-from eval_protocol_rft.loop.service._served import ServedModels
 from eval_protocol_rft.loop.service._store import Store
-from eval_protocol_rft.loop.service._training import Training
-from eval_protocol_rft.loop.service._training_api import TrainingApi
 from eval_protocol_rft.loop.service._weights import BaseModel, Weights
+from eval_protocol_rft.loop.service.control._control import ControlPlane
+from eval_protocol_rft.loop.service.inference._chat import ChatEndpoints
+from eval_protocol_rft.loop.service.inference._hot_load import HotLoads
+from eval_protocol_rft.loop.service.inference._served import ServedModels
+from eval_protocol_rft.loop.service.training._training import Training
+from eval_protocol_rft.loop.service.training._training_api import TrainingApi
 
 if TYPE_CHECKING:
     from eval_protocol_rft.loop.service.grpc import GrpcServer

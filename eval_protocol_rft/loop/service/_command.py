@@ -23,8 +23,8 @@ from eval_protocol_rft.local.server import (
     server_url,
 )
 from eval_protocol_rft.loop.service._app import FireworksService
-from eval_protocol_rft.loop.service._models import training_shape
 from eval_protocol_rft.loop.service._weights import BaseModel
+from eval_protocol_rft.loop.service.control._models import training_shape
 
 ANY_KEY = "fw-local"
 """What is printed to be used as a key, where any is taken."""

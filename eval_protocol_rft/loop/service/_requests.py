@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from eval_protocol_rft.loop.service._resources import now
+from eval_protocol_rft.loop.service._names import now
 
 UNANSWERED = "fireworks.unanswered"
 """Set in the scope of a request by an endpoint that answers for whole trees of paths."""

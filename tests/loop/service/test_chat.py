@@ -19,7 +19,7 @@ from eval_protocol_rft.local.server import (
     CompletionEndpoints,
     ServedModel,
 )
-from eval_protocol_rft.loop.service._chat import ChatEndpoints
+from eval_protocol_rft.loop.service.inference._chat import ChatEndpoints
 from eval_protocol_rft.sampling import Completion
 from tests.service import BASE, arithmetic_base, fireworks_service
 from tests.serving import ScriptedSampler, byte_tokenizer, post_and_leave, running

@@ -11,8 +11,8 @@ import httpx
 import pytest
 from fireworks.training import sdk
 
-from eval_protocol_rft.loop.service import _fields as fields
-from eval_protocol_rft.loop.service._models import training_shape
+from eval_protocol_rft.loop.service.control import _fields as fields
+from eval_protocol_rft.loop.service.control._models import training_shape
 from tests.loop.service.text_rows import sums_rows, to_jsonl
 from tests.service import BASE, KEY, RunningService, arithmetic_base, fireworks_service
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eval_protocol_rft.loop.service import ServiceError
-from eval_protocol_rft.loop.service._datasets import _check
+from eval_protocol_rft.loop.service.control._datasets import _check
 from tests.loop.service.text_rows import sums_rows, to_jsonl
 from tests.service import KEY, RunningService, fireworks_service
 

@@ -23,9 +23,9 @@ from google.protobuf import json_format
 
 from eval_protocol_rft.local.server import ServeError
 from eval_protocol_rft.loop.service._command import _grpc_address
-from eval_protocol_rft.loop.service._control import UnknownEndpointError
 from eval_protocol_rft.loop.service._errors import Code, ServiceError
 from eval_protocol_rft.loop.service._requests import FILE, RequestLog
+from eval_protocol_rft.loop.service.control._control import UnknownEndpointError
 from eval_protocol_rft.loop.service.grpc import serve_grpc
 from eval_protocol_rft.loop.service.grpc._messages import message_class
 from eval_protocol_rft.loop.service.grpc._transcoding import METHODS

@@ -17,9 +17,9 @@ from starlette.applications import Starlette
 from eval_protocol_rft.local.models import bundled_model_path
 from eval_protocol_rft.local.server import EXCEPTION_HANDLERS, CompletionEndpoints
 from eval_protocol_rft.loop.service._errors import ServiceError
-from eval_protocol_rft.loop.service._served import ServedModels
 from eval_protocol_rft.loop.service._store import Store
 from eval_protocol_rft.loop.service._weights import BaseModel, Weights
+from eval_protocol_rft.loop.service.inference._served import ServedModels
 from tests.serving import running
 from tests.waiting import PATIENCE, wait_until
 

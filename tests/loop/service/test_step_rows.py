@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eval_protocol_rft.loop.service._step_rows import (
+from eval_protocol_rft.loop.service.control._step_rows import (
     StepError,
     end_ids,
     prompt_group,

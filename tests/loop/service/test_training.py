@@ -415,8 +415,8 @@ def test_what_is_not_there_is_said(server: RunningService) -> None:
 
 
 def test_old_answers_expire(server: RunningService, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("eval_protocol_rft.loop.service._operations.KEPT", 2)
-    monkeypatch.setattr("eval_protocol_rft.loop.service._training._REPLAY_SHARE", 0.0)
+    monkeypatch.setattr("eval_protocol_rft.loop.service.training._operations.KEPT", 2)
+    monkeypatch.setattr("eval_protocol_rft.loop.service.training._training._REPLAY_SHARE", 0.0)
     model = new_model(server)
     futures = []
     for seq in range(1, 12, 2):

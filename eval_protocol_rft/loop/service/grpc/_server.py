@@ -16,9 +16,9 @@ from typing import Any, Protocol
 import grpc
 import grpc.aio
 
-from eval_protocol_rft.loop.service._control import UnknownEndpointError
 from eval_protocol_rft.loop.service._errors import Code, ServiceError
 from eval_protocol_rft.loop.service._requests import RequestLog
+from eval_protocol_rft.loop.service.control._control import UnknownEndpointError
 from eval_protocol_rft.loop.service.grpc._transcoding import (
     METHODS,
     reply_from_http,

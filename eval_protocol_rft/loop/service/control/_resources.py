@@ -11,17 +11,11 @@ import binascii
 import json
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 from eval_protocol_rft.loop.service._errors import Code, ServiceError
-from eval_protocol_rft.loop.service._fields import Fields, camel_case
 from eval_protocol_rft.loop.service._store import Resource
-
-ACCOUNT = "accounts/acc"
-"""The one account of this server."""
-PUBLIC_ACCOUNT = "accounts/fireworks"
-"""Whose models and shapes everyone may use."""
+from eval_protocol_rft.loop.service.control._fields import Fields, camel_case
 
 DEFAULT_PAGE, LARGEST_PAGE = 50, 200
 _ID = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
@@ -56,16 +50,6 @@ RouteTable = Sequence[tuple[str, str, Handler]]
 """Method, path with `*` for one part of a name, handler."""
 
 
-def now() -> str:
-    """RFC 3339, to the microsecond: later things have later times."""
-    return datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
-
-
-def last(name: str) -> str:
-    """The id at the end of a name."""
-    return name.rpartition("/")[2]
-
-
 def check_id(key: str, what: str) -> str:
     """Raise a ServiceError unless `key` can be the id of a resource."""
     if not _ID.fullmatch(key):
@@ -73,11 +57,6 @@ def check_id(key: str, what: str) -> str:
             f"{what} is {key!r}: it must be 1 to 63 of a-z, 0-9 and hyphen, no hyphen first or last"
         )
     return key
-
-
-def full_name(name: str, collection: str) -> str:
-    """`accounts/acc/<collection>/x` of that or of `x`."""
-    return name if "/" in name else f"{ACCOUNT}/{collection}/{name}"
 
 
 def view(row: Resource) -> dict[str, Any]:

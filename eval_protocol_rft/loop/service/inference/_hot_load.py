@@ -17,7 +17,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from eval_protocol_rft._errors import EvalProtocolRftError
-from eval_protocol_rft.loop.service import _resources as resources
+from eval_protocol_rft.loop.service import _names as names
 from eval_protocol_rft.loop.service._errors import ServiceError
 from eval_protocol_rft.loop.service._store import Resource, Store
 
@@ -79,14 +79,14 @@ class HotLoads:
         name = headers.get("fireworks-deployment", "")
         if not name:
             raise _RefusalError("the header fireworks-deployment names no deployment")
-        row = self._store.get("deployments", resources.full_name(name, "deployments"))
+        row = self._store.get("deployments", names.full_name(name, "deployments"))
         if row is None or row["state"] == "DELETED":
             raise _RefusalError(f"{name} not found", status=404, code="NOT_FOUND")
         if not (row.get("enableHotLoad") or row.get("hotLoadTrainerJob")):
             raise _RefusalError(f"{name} takes no snapshots: make it with enableHotLoad=true")
         model = headers.get("fireworks-model", "")
         served = (row["baseModel"], row["baseModel"].removesuffix("-fp8"), row["name"])
-        if model and model.removesuffix("-fp8") not in (*served, *map(resources.last, served)):
+        if model and model.removesuffix("-fp8") not in (*served, *map(names.last, served)):
             raise _RefusalError(f"{name} serves {row['baseModel']}, not {model}")
         return row
 
@@ -98,14 +98,14 @@ class HotLoads:
             await self._served.load(name, snapshot["weights"], version=identity)
         except ServiceError as error:
             raise _RefusalError(str(error), status=error.status) from error
-        self._say(f"deployment {resources.last(name)}: serves snapshot {identity}")
+        self._say(f"deployment {names.last(name)}: serves snapshot {identity}")
 
     def _snapshot(self, deployment: Resource, identity: str) -> Resource:
         """A snapshot of one of the trainers whose bucket the deployment reads."""
         jobs = [deployment.get("hotLoadTrainerJob")] + [
             job["name"]
             for job in self._store.list("rlorTrainerJobs")
-            if resources.full_name(job.get("hotLoadDeploymentId") or "-", "deployments")
+            if names.full_name(job.get("hotLoadDeploymentId") or "-", "deployments")
             == deployment["name"]
         ]
         for job in filter(None, jobs):

@@ -21,14 +21,15 @@ import msgspec
 
 from eval_protocol_rft._errors import EvalProtocolRftError
 from eval_protocol_rft.loop._run_options import LoraSettings
-from eval_protocol_rft.loop.service._checkpoints import JOBS, Checkpoints, Owner, job_name, now
 from eval_protocol_rft.loop.service._errors import Code, ServiceError
-from eval_protocol_rft.loop.service._operations import Operation, Operations
+from eval_protocol_rft.loop.service._names import now
 from eval_protocol_rft.loop.service._store import Resource, Store
 from eval_protocol_rft.loop.service._weights import Weights
+from eval_protocol_rft.loop.service.training._checkpoints import JOBS, Checkpoints, Owner, job_name
+from eval_protocol_rft.loop.service.training._operations import Operation, Operations
 
 if TYPE_CHECKING:
-    from eval_protocol_rft.loop.service._model_in_training import ModelInTraining
+    from eval_protocol_rft.loop.service.training._model_in_training import ModelInTraining
 
 NO_JOB = "training-api"
 """Whose checkpoints they are where a client trains without a job, at `/api/v1`."""
@@ -277,7 +278,7 @@ class Training:
 
     def _carry_out(self, model: str, operation: Operation) -> None:
         """Do it, and write down what came of it, all at once."""
-        from eval_protocol_rft.loop.service import _calls as calls
+        from eval_protocol_rft.loop.service.training import _calls as calls
 
         described = self._store.get("trainingModels", model)
         if described is None:
@@ -308,7 +309,7 @@ class Training:
             self.checkpoints.free_deltas(described["job"] or NO_JOB)
 
     def _do(self, operation: Operation, live: _Live, *, frozen: bool) -> Any:
-        from eval_protocol_rft.loop.service import _calls as calls
+        from eval_protocol_rft.loop.service.training import _calls as calls
 
         if frozen and operation.name != "forward":
             raise ServiceError(f"the frozen base model takes no {operation.name}")
@@ -331,8 +332,8 @@ class Training:
 
     def _built(self, model: str, described: Resource) -> _Live:
         """From its saved state, and the calls after that."""
-        from eval_protocol_rft.loop.service import _calls as calls
-        from eval_protocol_rft.loop.service._model_in_training import ModelInTraining
+        from eval_protocol_rft.loop.service.training import _calls as calls
+        from eval_protocol_rft.loop.service.training._model_in_training import ModelInTraining
 
         rank, frozen = described["rank"], described["frozen"]
         lora = LoraSettings(rank=rank, alpha=described["alpha"] or 2 * rank) if rank else None

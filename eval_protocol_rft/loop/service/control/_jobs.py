@@ -13,14 +13,15 @@ import secrets
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from eval_protocol_rft.loop.service import _fields as fields
-from eval_protocol_rft.loop.service import _models as models
-from eval_protocol_rft.loop.service import _resources as resources
+from eval_protocol_rft.loop.service import _names as names
 from eval_protocol_rft.loop.service._errors import Code, ServiceError
-from eval_protocol_rft.loop.service._models import Models
-from eval_protocol_rft.loop.service._resources import Call, RouteTable
 from eval_protocol_rft.loop.service._store import Resource, Store
 from eval_protocol_rft.loop.service._weights import Weights
+from eval_protocol_rft.loop.service.control import _fields as fields
+from eval_protocol_rft.loop.service.control import _models as models
+from eval_protocol_rft.loop.service.control import _resources as resources
+from eval_protocol_rft.loop.service.control._models import Models
+from eval_protocol_rft.loop.service.control._resources import Call, RouteTable
 
 KIND = "rlorTrainerJobs"
 RUNNING, PENDING, COMPLETED = "JOB_STATE_RUNNING", "JOB_STATE_PENDING", "JOB_STATE_COMPLETED"
@@ -93,7 +94,7 @@ class Jobs:
         serves = body.get("serviceMode", False)
         made_up = f"{'training-api-service' if serves else 'rlor'}-{secrets.token_hex(4)}"
         key = resources.check_id(
-            call.query.get("rlorTrainerJobId") or resources.last(body.get("name", "")) or made_up,
+            call.query.get("rlorTrainerJobId") or names.last(body.get("name", "")) or made_up,
             "rlorTrainerJobId",
         )
         name = f"{call.name}/{key}"
@@ -108,16 +109,16 @@ class Jobs:
             config["maxContextLength"] = await asyncio.to_thread(lambda: base.context_length)
         if self._store.get(KIND, name) is not None:
             raise resources.exists(name)
-        job |= {"name": name, "createTime": resources.now(), "updateTime": resources.now()}
+        job |= {"name": name, "createTime": names.now(), "updateTime": names.now()}
         self._store.put(KIND, name, job)
-        trained = resources.last(config.get("baseModel") or config["warmStartFrom"])
+        trained = names.last(config.get("baseModel") or config["warmStartFrom"])
         rank = config.get("loraRank")
         how = f"LoRA of rank {rank}" if rank else "all parameters"
         if serves and job.get("forwardOnly"):
             how = "forward only"
         self._say(
             f"job {key}: {job['state'].removeprefix('JOB_STATE_')}, {trained}, {how}"
-            + ("" if serves else f", on {resources.last(job['dataset'])}")
+            + ("" if serves else f", on {names.last(job['dataset'])}")
         )
         if not serves:
             self._steps.start(name)
@@ -133,15 +134,15 @@ class Jobs:
                 and deployment["state"] != "DELETED"
             ):
                 self._say(
-                    f"job {resources.last(call.name)}: deleted, and deployment "
-                    f"{resources.last(deployment['name'])} gets no further snapshots"
+                    f"job {names.last(call.name)}: deleted, and deployment "
+                    f"{names.last(deployment['name'])} gets no further snapshots"
                 )
                 break
         else:
-            self._say(f"job {resources.last(call.name)}: deleted")
+            self._say(f"job {names.last(call.name)}: deleted")
         self._put(row, DELETED)
         if row.get("serviceMode"):
-            self._drop_job(resources.last(call.name))
+            self._drop_job(names.last(call.name))
         else:
             self._steps.stop(call.name)
         return {}
@@ -155,7 +156,7 @@ class Jobs:
             )
         self._put(row, CANCELLED)
         self._steps.stop(call.name)
-        self._say(f"job {resources.last(call.name)}: CANCELLED")
+        self._say(f"job {names.last(call.name)}: CANCELLED")
         return {}
 
     async def resume(self, call: Call) -> dict[str, Any]:
@@ -167,11 +168,9 @@ class Jobs:
         row.pop("status", None)
         row.pop("completedTime", None)
         if not serves:
-            row |= self._step(row, row["trainingConfig"], resources.last(call.name))
+            row |= self._step(row, row["trainingConfig"], names.last(call.name))
         self._put(row, RUNNING if serves else PENDING)
-        self._say(
-            f"job {resources.last(call.name)}: {row['state'].removeprefix('JOB_STATE_')} again"
-        )
+        self._say(f"job {names.last(call.name)}: {row['state'].removeprefix('JOB_STATE_')} again")
         if not serves:
             self._steps.start(call.name)
         return resources.view(row)
@@ -197,12 +196,12 @@ class Jobs:
 
     async def promote(self, call: Call) -> dict[str, Any]:
         body = fields.read_fields(call.body, fields.PROMOTION, "the request")
-        output = resources.full_name(fields.need(body, "outputModel", "the request"), "models")
-        resources.check_id(resources.last(output), "output_model")
+        output = names.full_name(fields.need(body, "outputModel", "the request"), "models")
+        resources.check_id(names.last(output), "output_model")
         name = call.name
         if f"/{KIND}/" not in name:
-            trainer = resources.full_name(fields.need(body, "trainerJobId", "the request"), KIND)
-            name = f"{trainer}/checkpoints/{resources.last(call.name)}"
+            trainer = names.full_name(fields.need(body, "trainerJobId", "the request"), KIND)
+            name = f"{trainer}/checkpoints/{names.last(call.name)}"
         checkpoint = self._store.get("checkpoints", name)
         if checkpoint is None:
             raise ServiceError.not_found(name)
@@ -228,7 +227,7 @@ class Jobs:
                 raise resources.exists(output)
             return {"model": resources.view(there)}  # asked again, the answer was lost
         self._store.put("models", output, row)
-        self._say(f"model {resources.last(output)}: READY, {resources.last(name)} promoted")
+        self._say(f"model {names.last(output)}: READY, {names.last(name)} promoted")
         return {"model": resources.view(row)}
 
     # What a job is made of
@@ -250,7 +249,7 @@ class Jobs:
             raise ServiceError(
                 "keepAlive: this server has no keep-alive jobs", code=Code.UNIMPLEMENTED
             )
-        dataset = resources.full_name(fields.need(job, "dataset", "rlorTrainerJob"), "datasets")
+        dataset = names.full_name(fields.need(job, "dataset", "rlorTrainerJob"), "datasets")
         self._check_dataset(dataset)
         given = [name for name in ("baseModel", "warmStartFrom") if config.get(name)]
         if len(given) != 1:
@@ -272,8 +271,8 @@ class Jobs:
         if config.get("learningRate", 0.0) < 0:
             raise ServiceError("trainingConfig.learningRate must be above 0")
         read_weights(job.get("rewardWeights", []))
-        output = resources.full_name(config.get("outputModel") or key, "models")
-        resources.check_id(resources.last(output), "trainingConfig.outputModel")
+        output = names.full_name(config.get("outputModel") or key, "models")
+        resources.check_id(names.last(output), "trainingConfig.outputModel")
         if self._store.get("models", output) is not None:
             raise resources.exists(output)
         for other in self._store.list(KIND):
@@ -317,7 +316,7 @@ class Jobs:
         return row
 
     def _put(self, row: Resource, state: str) -> None:
-        row |= {"state": state, "updateTime": resources.now()}
+        row |= {"state": state, "updateTime": names.now()}
         self._store.put(KIND, row["name"], row)
 
 

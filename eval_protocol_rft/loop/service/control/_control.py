@@ -18,18 +18,18 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 
-from eval_protocol_rft.loop.service import _resources as resources
-from eval_protocol_rft.loop.service._datasets import MAX_UPLOAD_BYTES, Datasets
-from eval_protocol_rft.loop.service._deployments import Deployments
+from eval_protocol_rft.loop.service import _names as names
 from eval_protocol_rft.loop.service._errors import Code, ServiceError
-from eval_protocol_rft.loop.service._hot_load import Served
-from eval_protocol_rft.loop.service._jobs import Jobs
-from eval_protocol_rft.loop.service._models import Models
 from eval_protocol_rft.loop.service._requests import UNANSWERED
-from eval_protocol_rft.loop.service._resources import Call, Handler
-from eval_protocol_rft.loop.service._steps import StepRunner
 from eval_protocol_rft.loop.service._store import Store
 from eval_protocol_rft.loop.service._weights import Weights
+from eval_protocol_rft.loop.service.control._datasets import MAX_UPLOAD_BYTES, Datasets
+from eval_protocol_rft.loop.service.control._deployments import Deployments
+from eval_protocol_rft.loop.service.control._jobs import Jobs
+from eval_protocol_rft.loop.service.control._models import Models
+from eval_protocol_rft.loop.service.control._resources import Call, Handler
+from eval_protocol_rft.loop.service.control._steps import StepRunner
+from eval_protocol_rft.loop.service.inference._hot_load import Served
 
 _METHODS = ["GET", "POST", "PATCH", "PUT", "DELETE"]
 _PREFIXES = ("/v1", "/inference/v1")
@@ -206,7 +206,7 @@ class ControlPlane:
         if not (key.strip() or http.headers.get("x-api-key")):
             refusal = ServiceError("there is no API key", code=Code.UNAUTHENTICATED)
             return JSONResponse(refusal.body(), status_code=refusal.status)
-        account = resources.last(resources.ACCOUNT)
+        account = names.last(names.ACCOUNT)
         return JSONResponse({}, headers={"x-fireworks-account-id": account})
 
 
@@ -224,15 +224,15 @@ def _read(raw: bytes) -> dict[str, Any]:
 
 def _check_account(method: str, name: str) -> None:
     account = "/".join(name.split("/")[:2])
-    if account in ("accounts", resources.ACCOUNT):
+    if account in ("accounts", names.ACCOUNT):
         return
-    if account != resources.PUBLIC_ACCOUNT:
+    if account != names.PUBLIC_ACCOUNT:
         raise ServiceError(
-            f"this key is of {resources.ACCOUNT}, and may not see {account}",
+            f"this key is of {names.ACCOUNT}, and may not see {account}",
             code=Code.PERMISSION_DENIED,
         )
     if method != "GET":
         raise ServiceError(
-            f"this key is of {resources.ACCOUNT}, and may change nothing of {account}",
+            f"this key is of {names.ACCOUNT}, and may change nothing of {account}",
             code=Code.PERMISSION_DENIED,
         )

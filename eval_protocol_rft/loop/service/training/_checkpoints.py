@@ -9,19 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from eval_protocol_rft.loop.service._errors import ServiceError
+from eval_protocol_rft.loop.service._names import ACCOUNT, now
 from eval_protocol_rft.loop.service._store import Resource, Store
 from eval_protocol_rft.loop.service._weights import Weights
 
 if TYPE_CHECKING:
-    from eval_protocol_rft.loop.service._model_in_training import ModelInTraining
+    from eval_protocol_rft.loop.service.training._model_in_training import ModelInTraining
 
-ACCOUNT = "accounts/acc"
-"""The one account."""
 JOBS = "rlorTrainerJobs"
 CROSS_JOB = "cross_job://"
 """Begins the path of another job's state: `cross_job://JOB/NAME`."""
@@ -45,11 +43,6 @@ def checkpoint_name(job: str, checkpoint: str) -> str:
 
 def snapshot_name(job: str, identity: str) -> str:
     return f"{job_name(job)}/snapshots/{identity}"
-
-
-def now() -> str:
-    """As the service writes times."""
-    return datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
 @dataclass(frozen=True, slots=True)

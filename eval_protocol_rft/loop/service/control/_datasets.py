@@ -18,11 +18,12 @@ from typing import Any
 import msgspec
 
 from eval_protocol_rft._durable import write_whole
-from eval_protocol_rft.loop.service import _fields as fields
-from eval_protocol_rft.loop.service import _resources as resources
+from eval_protocol_rft.loop.service import _names as names
 from eval_protocol_rft.loop.service._errors import Code, ServiceError
-from eval_protocol_rft.loop.service._resources import Call, RouteTable
 from eval_protocol_rft.loop.service._store import Resource, Store
+from eval_protocol_rft.loop.service.control import _fields as fields
+from eval_protocol_rft.loop.service.control import _resources as resources
+from eval_protocol_rft.loop.service.control._resources import Call, RouteTable
 
 KIND = "datasets"
 FORMATS = ("CHAT", "COMPLETION", "RL")
@@ -79,7 +80,7 @@ class Datasets:
             raise ServiceError(f"dataset.exampleCount is {row['exampleCount']}: at least 0")
         if self._store.get(KIND, name) is not None:
             raise resources.exists(name)
-        created = resources.now()
+        created = names.now()
         row |= {
             "name": name, "state": "UPLOADING", "format": declared, "createTime": created,
             "updateTime": created, "exampleCount": str(row.get("exampleCount", 0)),
@@ -98,7 +99,7 @@ class Datasets:
         changes = {name: body.get(name, "") for name in mask} if mask else body
         if others := sorted(set(changes) - {"displayName", "name"}):
             raise ServiceError(f"{call.name}: {', '.join(others)} cannot be changed")
-        row = {**self._row(call.name), **changes, "name": call.name, "updateTime": resources.now()}
+        row = {**self._row(call.name), **changes, "name": call.name, "updateTime": names.now()}
         self._store.put(KIND, call.name, row)
         return resources.view(row)
 
@@ -112,7 +113,7 @@ class Datasets:
         self._store.delete(KIND, call.name)
         self._path(call.name).unlink(missing_ok=True)
         shutil.rmtree(self._parts(call.name), ignore_errors=True)
-        self._say(f"dataset {resources.last(call.name)}: deleted")
+        self._say(f"dataset {names.last(call.name)}: deleted")
         return {}
 
     async def get_upload_endpoint(self, call: Call) -> dict[str, Any]:
@@ -135,7 +136,7 @@ class Datasets:
         }
         shutil.rmtree(self._parts(call.name), ignore_errors=True)
         self._store.put(KIND, call.name, row)
-        key = resources.last(call.name)
+        key = names.last(call.name)
         return {
             "filenameToSignedUrls": {
                 upload["file"]: f"{call.base_url}/uploads/{key}/{token}"
@@ -149,7 +150,7 @@ class Datasets:
         Raises:
             ServiceError: it gave no such address, or the file has another size than was said.
         """
-        name = f"{resources.ACCOUNT}/{KIND}/{key}"
+        name = f"{names.ACCOUNT}/{KIND}/{key}"
         upload = (self._store.get(KIND, name) or {}).get("_uploads", {}).get(token)
         if upload is None:
             raise ServiceError(
@@ -195,7 +196,7 @@ class Datasets:
         if "_download" not in row:
             row["_download"] = secrets.token_urlsafe(24)
             self._store.put(KIND, call.name, row)
-        key = resources.last(call.name)
+        key = names.last(call.name)
         url = f"{call.base_url}/downloads/{key}/{row['_download']}"
         return {"filenameToSignedUrls": {f"{key}.jsonl": url}}
 
@@ -205,7 +206,7 @@ class Datasets:
         Raises:
             ServiceError: it gave no such address, or the data set was deleted.
         """
-        name = f"{resources.ACCOUNT}/{KIND}/{key}"
+        name = f"{names.ACCOUNT}/{KIND}/{key}"
         if (self._store.get(KIND, name) or {}).get("_download") != token:
             raise ServiceError(
                 "this download address is not, or no longer, valid: ask for another",
@@ -227,7 +228,7 @@ class Datasets:
             raise resources.wrong_state(
                 f"{name} is READY, and cannot be changed: delete it, or make another"
             )
-        return {"id": resources.last(name), "bytes": len(data), "filename": file, "object": "file"}
+        return {"id": names.last(name), "bytes": len(data), "filename": file, "object": "file"}
 
     def lines(self, name: str) -> list[dict[str, Any]]:
         """The rows of a data set that is READY. Blocks."""
@@ -242,7 +243,7 @@ class Datasets:
             row = self._uploading(name)
             row["status"] = {"code": "INVALID_ARGUMENT", "message": str(error)}
             self._store.put(KIND, name, row)
-            self._say(f"dataset {resources.last(name)}: refused, {error}")
+            self._say(f"dataset {names.last(name)}: refused, {error}")
             raise
         await asyncio.to_thread(write_whole, self._path(name), data)
         row = self._uploading(name)
@@ -250,10 +251,10 @@ class Datasets:
         row.pop("_uploads", None)
         row |= {
             "state": "READY", "format": found, "exampleCount": str(count),
-            "updateTime": resources.now(), "_sha256": hashlib.sha256(data).hexdigest(),
+            "updateTime": names.now(), "_sha256": hashlib.sha256(data).hexdigest(),
         }  # fmt: skip
         self._store.put(KIND, name, row)
-        self._say(f"dataset {resources.last(name)}: READY, {count} rows, {found}")
+        self._say(f"dataset {names.last(name)}: READY, {count} rows, {found}")
 
     def _row(self, name: str) -> Resource:
         row = self._store.get(KIND, name)
@@ -276,10 +277,10 @@ class Datasets:
         return None
 
     def _path(self, name: str) -> Path:
-        return self._folder / f"{resources.last(name)}.jsonl"
+        return self._folder / f"{names.last(name)}.jsonl"
 
     def _parts(self, name: str) -> Path:
-        return self._folder / f"{resources.last(name)}.parts"
+        return self._folder / f"{names.last(name)}.parts"
 
 
 def _joined(parts: Sequence[Path]) -> bytes:

@@ -15,11 +15,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from eval_protocol_rft.loop.service import _calls as calls
-from eval_protocol_rft.loop.service._checkpoints import ACCOUNT, TRAINING_STATE, checkpoint_name
 from eval_protocol_rft.loop.service._errors import ServiceError
+from eval_protocol_rft.loop.service._names import ACCOUNT
 from eval_protocol_rft.loop.service._store import Store
-from eval_protocol_rft.loop.service._training import NO_JOB, Call, CreateModel, Training
+from eval_protocol_rft.loop.service.training import _calls as calls
+from eval_protocol_rft.loop.service.training._checkpoints import TRAINING_STATE, checkpoint_name
+from eval_protocol_rft.loop.service.training._training import NO_JOB, Call, CreateModel, Training
 
 _PATIENCE = 20.0
 """Seconds for which a poll is held: clients poll again at once."""

@@ -25,13 +25,19 @@ from eval_protocol_rft import training
 from eval_protocol_rft._errors import EvalProtocolRftError
 from eval_protocol_rft.loop._run_options import LoraSettings, Optimizer
 from eval_protocol_rft.loop._trainer import NamedLoss
-from eval_protocol_rft.loop.service import _resources as resources
-from eval_protocol_rft.loop.service._datasets import Datasets
-from eval_protocol_rft.loop.service._jobs import COMPLETED, KIND, PENDING, RUNNING, read_weights
-from eval_protocol_rft.loop.service._models import Models
-from eval_protocol_rft.loop.service._step_rows import end_ids, prompt_group, with_template
+from eval_protocol_rft.loop.service import _names as names
 from eval_protocol_rft.loop.service._store import Resource, Store
 from eval_protocol_rft.loop.service._weights import Weights
+from eval_protocol_rft.loop.service.control._datasets import Datasets
+from eval_protocol_rft.loop.service.control._jobs import (
+    COMPLETED,
+    KIND,
+    PENDING,
+    RUNNING,
+    read_weights,
+)
+from eval_protocol_rft.loop.service.control._models import Models
+from eval_protocol_rft.loop.service.control._step_rows import end_ids, prompt_group, with_template
 
 if TYPE_CHECKING:
     from eval_protocol_rft.loop._local_trainer import LocalTrainer
@@ -122,7 +128,7 @@ class StepRunner:
             if row is None or row["state"] not in (PENDING, RUNNING):
                 return
             self._change(name, state=RUNNING)
-            self._say(f"job {resources.last(name)}: RUNNING")
+            self._say(f"job {names.last(name)}: RUNNING")
             try:
                 await self._complete(row, await self.train(row))
             except (EvalProtocolRftError, OSError, RuntimeError, ValueError) as error:
@@ -232,7 +238,7 @@ class StepRunner:
             return
         row = now
         row |= {
-            "state": COMPLETED, "completedTime": resources.now(), "updateTime": resources.now(),
+            "state": COMPLETED, "completedTime": names.now(), "updateTime": names.now(),
             "jobProgress": {"percent": 100},
         }  # fmt: skip
         if not losses:
@@ -250,8 +256,8 @@ class StepRunner:
         )  # fmt: skip
         unused = "".join(f", {count} samples {reason}" for reason, count in left_out.items())
         self._say(
-            f"job {resources.last(name)}: COMPLETED, {learnt}{unused}, "
-            f"model {resources.last(model['name'])}"
+            f"job {names.last(name)}: COMPLETED, {learnt}{unused}, "
+            f"model {names.last(model['name'])}"
         )
 
     def _fail(self, name: str, error: Exception) -> None:
@@ -261,12 +267,12 @@ class StepRunner:
         code = "INVALID_ARGUMENT" if isinstance(error, ValueError) else "INTERNAL"
         message = str(error) or type(error).__name__
         self._change(name, state="JOB_STATE_FAILED", status={"code": code, "message": message})
-        self._say(f"job {resources.last(name)}: FAILED, {message}")
+        self._say(f"job {names.last(name)}: FAILED, {message}")
 
     def _change(self, name: str, **values: Any) -> None:
         row = self._store.get(KIND, name)
         if row is not None and row["state"] in (PENDING, RUNNING):
-            self._store.put(KIND, name, {**row, **values, "updateTime": resources.now()})
+            self._store.put(KIND, name, {**row, **values, "updateTime": names.now()})
 
 
 class Epochs:

@@ -31,7 +31,7 @@ from eval_protocol_rft._errors import EvalProtocolRftError
 from eval_protocol_rft.local import LoadedTokenizer, LocalSampler
 from eval_protocol_rft.local.server import ApiError, ServedModel
 from eval_protocol_rft.loop.service._errors import ServiceError
-from eval_protocol_rft.loop.service._resources import ACCOUNT
+from eval_protocol_rft.loop.service._names import ACCOUNT
 from eval_protocol_rft.loop.service._store import Resource, Store
 from eval_protocol_rft.loop.service._weights import PUBLIC, BaseModel, Weights
 

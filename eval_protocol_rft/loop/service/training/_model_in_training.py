@@ -22,7 +22,7 @@ from eval_protocol_rft.local import spare_threads
 from eval_protocol_rft.loop._local_trainer import add_lora, merged_weights
 from eval_protocol_rft.loop._run_options import LoraSettings
 from eval_protocol_rft.loop.service._errors import Code, ServiceError
-from eval_protocol_rft.loop.service._wire_losses import Example, WireLoss
+from eval_protocol_rft.loop.service.training._wire_losses import Example, WireLoss
 from eval_protocol_rft.training import losses
 
 if TYPE_CHECKING:

@@ -12,16 +12,17 @@ from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
-from eval_protocol_rft.loop.service import _fields as fields
-from eval_protocol_rft.loop.service import _models as models
-from eval_protocol_rft.loop.service import _resources as resources
+from eval_protocol_rft.loop.service import _names as names
 from eval_protocol_rft.loop.service._errors import ServiceError
-from eval_protocol_rft.loop.service._models import Models
-from eval_protocol_rft.loop.service._resources import Call, RouteTable
 from eval_protocol_rft.loop.service._store import Resource, Store
+from eval_protocol_rft.loop.service.control import _fields as fields
+from eval_protocol_rft.loop.service.control import _models as models
+from eval_protocol_rft.loop.service.control import _resources as resources
+from eval_protocol_rft.loop.service.control._models import Models
+from eval_protocol_rft.loop.service.control._resources import Call, RouteTable
 
 if TYPE_CHECKING:
-    from eval_protocol_rft.loop.service._hot_load import Served
+    from eval_protocol_rft.loop.service.inference._hot_load import Served
 
 KIND, ADAPTERS = "deployments", "deployedModels"
 _OUTPUT = frozenset({"name", "createTime", "updateTime", "createdBy", "state", "status"})
@@ -71,7 +72,7 @@ class Deployments:
 
     async def create(self, call: Call) -> dict[str, Any]:
         body = fields.read_fields(call.body, fields.DEPLOYMENT, "deployment")
-        key = call.query.get("deploymentId") or resources.last(body.get("name", ""))
+        key = call.query.get("deploymentId") or names.last(body.get("name", ""))
         key = resources.check_id(key or secrets.token_hex(4), "deploymentId")
         name = f"{call.name}/{key}"
         model = self._models.find(fields.need(body, "baseModel", "deployment"))
@@ -81,7 +82,7 @@ class Deployments:
             settings["deploymentShape"] = self._shape(settings["deploymentShape"], model)
         if self._store.get(KIND, name) is not None:
             raise resources.exists(name)
-        created = resources.now()
+        created = names.now()
         row: Resource = {
             **settings, "name": name, "state": "READY", "createTime": created,
             "updateTime": created, "_weights": model["_weights"], "_version": None,
@@ -89,7 +90,7 @@ class Deployments:
         _count_replicas(row, settings)
         if not call.wants("validateOnly"):
             self._store.put(KIND, name, row)
-            self._say(f"deployment {key}: READY, serves {resources.last(model['name'])}")
+            self._say(f"deployment {key}: READY, serves {names.last(model['name'])}")
         return resources.view(row)
 
     async def get(self, call: Call) -> dict[str, Any]:
@@ -120,15 +121,15 @@ class Deployments:
             else:
                 row[field] = value
         _count_replicas(row, changes)
-        row["updateTime"] = resources.now()
+        row["updateTime"] = names.now()
         reattached = row.get("hotLoadTrainerJob") != before
         self._store.put(KIND, call.name, row)
-        key = resources.last(call.name)
+        key = names.last(call.name)
         if reattached:
             # Its replicas start again, on the base model, and know nothing of earlier snapshots.
             await self._served.load(call.name, model["_weights"], version=None)
             row = self.row(call.name)
-            job = resources.last(row.get("hotLoadTrainerJob") or "nothing")
+            job = names.last(row.get("hotLoadTrainerJob") or "nothing")
             self._say(f"deployment {key}: READY, takes snapshots of {job}")
         elif {"minReplicaCount", "maxReplicaCount", "replicaCount"} & set(changes):
             self._say(f"deployment {key}: READY, {_replicas(row)}")
@@ -142,18 +143,18 @@ class Deployments:
         row = self.row(call.name)
         row |= {"replicaCount": count, "desiredReplicaCount": count}
         row["maxReplicaCount"] = max(row["maxReplicaCount"], count)
-        row["updateTime"] = resources.now()
+        row["updateTime"] = names.now()
         self._store.put(KIND, call.name, row)
-        self._say(f"deployment {resources.last(call.name)}: READY, {_replicas(row)}")
+        self._say(f"deployment {names.last(call.name)}: READY, {_replicas(row)}")
         return {}
 
     async def delete(self, call: Call) -> dict[str, Any]:
         row = self.row(call.name, deleted=True)
         adapters = self._adapters_on(call.name)
         if adapters and not call.wants("ignoreChecks"):
-            names = ", ".join(adapter["name"] for adapter in adapters)
+            deployed = ", ".join(adapter["name"] for adapter in adapters)
             raise resources.wrong_state(
-                f"{call.name} is in use: {names} are deployed on it; delete them first, or pass "
+                f"{call.name} is in use: {deployed} are deployed on it; delete them first, or pass "
                 "ignoreChecks=true"
             )
         hard = call.wants("hard")
@@ -165,14 +166,14 @@ class Deployments:
             elif row["state"] != "DELETED":
                 purged = datetime.now(UTC) + _KEPT_DELETED
                 row |= {
-                    "state": "DELETED", "deleteTime": resources.now(),
+                    "state": "DELETED", "deleteTime": names.now(),
                     "purgeTime": purged.isoformat().replace("+00:00", "Z"),
                 }  # fmt: skip
                 self._store.put(KIND, call.name, row)
         for gone in (call.name, *(adapter["name"] for adapter in adapters)):
             self._served.drop(gone)
         also = f", and {len(adapters)} adapters on it" if adapters else ""
-        self._say(f"deployment {resources.last(call.name)}: deleted{also}")
+        self._say(f"deployment {names.last(call.name)}: deleted{also}")
         return {}
 
     async def undelete(self, call: Call) -> dict[str, Any]:
@@ -182,9 +183,9 @@ class Deployments:
             raise resources.wrong_state(f"{call.name} is {row['state']}, not DELETED")
         for field in ("deleteTime", "purgeTime"):
             row.pop(field, None)
-        row |= {"state": "READY", "updateTime": resources.now()}
+        row |= {"state": "READY", "updateTime": names.now()}
         self._store.put(KIND, call.name, row)
-        self._say(f"deployment {resources.last(call.name)}: READY again")
+        self._say(f"deployment {names.last(call.name)}: READY again")
         return resources.view(row)
 
     def row(self, name: str, *, deleted: bool = False) -> Resource:
@@ -232,17 +233,17 @@ class Deployments:
     async def create_adapter(self, call: Call) -> dict[str, Any]:
         body = fields.read_fields(call.body, fields.DEPLOYED_MODEL, "deployedModel")
         model = self._models.row(
-            resources.full_name(fields.need(body, "model", "deployedModel"), "models")
+            names.full_name(fields.need(body, "model", "deployedModel"), "models")
         )
-        name = resources.full_name(fields.need(body, "deployment", "deployedModel"), KIND)
+        name = names.full_name(fields.need(body, "deployment", "deployedModel"), KIND)
         deployment, replace = self.row(name), call.wants("replaceMergedAddon")
         self._check_fits(model, deployment, replace=replace)
         others = self._adapters_on(name)
         if any(other["model"] == model["name"] for other in others):
             raise resources.exists(f"{model['name']} on {name}")
         elsewhere = [row for row in self._store.list(ADAPTERS) if row["model"] == model["name"]]
-        created = resources.now()
-        key = f"{resources.last(model['name'])[:54]}-{secrets.token_hex(4)}"
+        created = names.now()
+        key = f"{names.last(model['name'])[:54]}-{secrets.token_hex(4)}"
         row: Resource = {
             **{k: v for k, v in body.items() if k not in _OUTPUT},
             "name": f"{call.name}/{key}", "model": model["name"], "deployment": name,
@@ -255,10 +256,8 @@ class Deployments:
             self._store.put(ADAPTERS, row["name"], row)
         for other in others if replace else ():
             self._served.drop(other["name"])
-        gone = "".join(f", in place of {resources.last(o['model'])}" for o in others if replace)
-        self._say(
-            f"model {resources.last(model['name'])}: DEPLOYED on {resources.last(name)}{gone}"
-        )
+        gone = "".join(f", in place of {names.last(o['model'])}" for o in others if replace)
+        self._say(f"model {names.last(model['name'])}: DEPLOYED on {names.last(name)}{gone}")
         return resources.view(row)
 
     async def get_adapter(self, call: Call) -> dict[str, Any]:
@@ -276,7 +275,7 @@ class Deployments:
                 raise ServiceError(f"{call.name}: {field} cannot be changed")
             if field not in _OUTPUT:
                 row[field] = value
-        row["updateTime"] = resources.now()
+        row["updateTime"] = names.now()
         self._store.put(ADAPTERS, call.name, row)
         return resources.view(row)
 
@@ -284,8 +283,8 @@ class Deployments:
         row = self._adapter(call.name)
         self._store.delete(ADAPTERS, call.name)
         self._served.drop(call.name)
-        where = resources.last(row["deployment"])
-        self._say(f"model {resources.last(row['model'])}: no longer on {where}")
+        where = names.last(row["deployment"])
+        self._say(f"model {names.last(row['model'])}: no longer on {where}")
         return {}
 
     def _adapter(self, name: str) -> Resource:

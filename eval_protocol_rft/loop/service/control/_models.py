@@ -15,12 +15,13 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from eval_protocol_rft.loop.service import _fields as fields
-from eval_protocol_rft.loop.service import _resources as resources
+from eval_protocol_rft.loop.service import _names as names
 from eval_protocol_rft.loop.service._errors import Code, ServiceError
-from eval_protocol_rft.loop.service._resources import Call, RouteTable
 from eval_protocol_rft.loop.service._store import Resource, Store
 from eval_protocol_rft.loop.service._weights import PUBLIC, BaseModel, Weights
+from eval_protocol_rft.loop.service.control import _fields as fields
+from eval_protocol_rft.loop.service.control import _resources as resources
+from eval_protocol_rft.loop.service.control._resources import Call, RouteTable
 
 KIND = "models"
 ADDON, BASE = "HF_PEFT_ADDON", "HF_BASE_MODEL"
@@ -34,7 +35,7 @@ _SHAPE_FIELDS = ("name", "createTime", "latestValidated", "validated", "public",
 
 def training_shape(base: BaseModel) -> str:
     """The name of the shape that a base model is trained on."""
-    return f"{resources.PUBLIC_ACCOUNT}/trainingShapes/ts-{resources.last(base.name)}"
+    return f"{names.PUBLIC_ACCOUNT}/trainingShapes/ts-{names.last(base.name)}"
 
 
 class Models:
@@ -70,14 +71,14 @@ class Models:
         )
 
     async def accounts(self, call: Call) -> dict[str, Any]:
-        account = await self.account(call._replace(name=resources.ACCOUNT))
+        account = await self.account(call._replace(name=names.ACCOUNT))
         return {"accounts": [account], "nextPageToken": "", "totalSize": 1}
 
     async def account(self, call: Call) -> dict[str, Any]:
         return {"name": call.name, "displayName": call.name, "state": "READY"}
 
     async def list_models(self, call: Call) -> dict[str, Any]:
-        if call.parent == resources.PUBLIC_ACCOUNT:
+        if call.parent == names.PUBLIC_ACCOUNT:
             rows = [await self._base_row(base) for base in self._weights.models.values()]
         else:
             rows = self._store.list(KIND, f"{call.name}/")
@@ -112,7 +113,7 @@ class Models:
         for field, value in changes.items():
             if field not in _MUTABLE and value != row.get(field):
                 raise ServiceError(f"{call.name}: {field} cannot be changed")
-        row |= {**changes, "updateTime": resources.now()}
+        row |= {**changes, "updateTime": names.now()}
         self._store.put(KIND, call.name, row)
         return resources.view(row)
 
@@ -121,7 +122,7 @@ class Models:
         if user := self._user(call.name):
             raise resources.wrong_state(f"{call.name} is in use by {user}: delete that first")
         self._store.delete(KIND, call.name)
-        self._say(f"model {resources.last(call.name)}: deleted")
+        self._say(f"model {names.last(call.name)}: deleted")
         if not self._still_used(row["_weights"]):
             await asyncio.to_thread(self._weights.delete, row["_weights"])
         return {}
@@ -146,7 +147,7 @@ class Models:
         """
         if not name.startswith("accounts/"):
             raise ServiceError(f"{name!r} names no model: accounts/ACCOUNT/models/MODEL")
-        if name.startswith(f"{resources.ACCOUNT}/"):
+        if name.startswith(f"{names.ACCOUNT}/"):
             return self.row(name)
         base = self._weights.base(name)
         return {"name": name, "_weights": base.weights_id, "_base": base.name, "kind": BASE}
@@ -155,7 +156,7 @@ class Models:
         self, name: str, *, weights: str, base: str, lora_rank: int, **more: Any
     ) -> Resource:
         """The row of a model that training made. Loads the base model, where it is not yet."""
-        created = resources.now()
+        created = names.now()
         row: Resource = {
             "name": name, "state": "READY", "createTime": created, "updateTime": created,
             "kind": ADDON if lora_rank else BASE, "_weights": weights, "_base": base, **more,
@@ -184,7 +185,7 @@ class Models:
     async def _base_row(self, base: BaseModel) -> Resource:
         context = await asyncio.to_thread(lambda: base.context_length)
         return {
-            "name": base.name, "displayName": resources.last(base.name), "kind": BASE,
+            "name": base.name, "displayName": names.last(base.name), "kind": BASE,
             "state": "READY", "createTime": _MADE, "updateTime": _MADE, "public": True,
             "contextLength": context, "trainingContextLength": context, "supportsLora": True,
             "tunable": True, "rlTunable": True, "supportsTools": True,
@@ -221,10 +222,10 @@ class Models:
     # Shapes
 
     async def shapes(self, call: Call) -> dict[str, Any]:
-        kind = resources.last(call.name)
+        kind = names.last(call.name)
         prefix = "ts" if kind == "trainingShapes" else "ds"
         rows: list[Resource] = [
-            {"name": f"{call.name}/{prefix}-{resources.last(name)}{end}", "baseModel": name}
+            {"name": f"{call.name}/{prefix}-{names.last(name)}{end}", "baseModel": name}
             for name in self._weights.models
             for end in (("", "-lora", "-reference") if prefix == "ts" else ("",))
         ]
@@ -250,7 +251,7 @@ class Models:
         ).get("createDeploymentRequest", {})
         deployment = asked.get("deployment", {})
         model = self.find(fields.need(deployment, "baseModel", "deployment"))
-        shape = f"{resources.PUBLIC_ACCOUNT}/deploymentShapes/ds-{resources.last(model['_base'])}"
+        shape = f"{names.PUBLIC_ACCOUNT}/deploymentShapes/ds-{names.last(model['_base'])}"
         version = await self.version(call._replace(name=f"{shape}/versions/{_VERSION}"))
         return {"deploymentShapeVersions": [version], "nextPageToken": "", "totalSize": 1}
 
@@ -260,9 +261,9 @@ class Models:
         context = await asyncio.to_thread(lambda: base.context_length)
         snapshot: dict[str, Any] = {"baseModel": base.name}
         if "/trainingShapes/" in shape:
-            end = resources.last(shape).rpartition("-")[2]
+            end = names.last(shape).rpartition("-")[2]
             account = shape.partition("/trainingShapes/")[0]
-            served = f"{account}/deploymentShapes/ds-{resources.last(base.name)}"
+            served = f"{account}/deploymentShapes/ds-{names.last(base.name)}"
             snapshot |= {
                 "maxSupportedContextLength": context, "nodeCount": 1,
                 "trainerMode": _MODES.get(end, "POLICY_TRAINER"),
@@ -281,14 +282,14 @@ class Models:
         Raises:
             ServiceError: it names none.
         """
-        key = resources.last(shape.partition("/versions/")[0])
+        key = names.last(shape.partition("/versions/")[0])
         found = [
             base
             for base in self._weights.models.values()
-            if re.search(rf"(^|-){re.escape(resources.last(base.name))}(-|$)", key)
+            if re.search(rf"(^|-){re.escape(names.last(base.name))}(-|$)", key)
         ]
         if not found:
-            known = ", ".join(f"ts-{resources.last(name)}" for name in self._weights.models)
+            known = ", ".join(f"ts-{names.last(name)}" for name in self._weights.models)
             raise ServiceError.not_found(
                 f"{shape}: a shape of this server has the name of a model in its own ({known}); it"
             )

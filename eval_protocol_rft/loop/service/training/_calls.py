@@ -11,10 +11,10 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import msgspec
 
-from eval_protocol_rft.loop.service import _wire_losses as wire
-from eval_protocol_rft.loop.service._checkpoints import Checkpoints, Made, Owner
 from eval_protocol_rft.loop.service._errors import ServiceError
-from eval_protocol_rft.loop.service._model_in_training import AdamParams, ModelInTraining
+from eval_protocol_rft.loop.service.training import _wire_losses as wire
+from eval_protocol_rft.loop.service.training._checkpoints import Checkpoints, Made, Owner
+from eval_protocol_rft.loop.service.training._model_in_training import AdamParams, ModelInTraining
 
 _T = TypeVar("_T")
 
