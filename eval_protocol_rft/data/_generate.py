@@ -156,7 +156,8 @@ async def agenerate(
         RayEngineError: there is no Ray, no cluster, or a node of it cannot do its work.
         JobError: `episodes` names nothing that makes environments, or the prompts or the engine are
             not for episodes; nothing was asked yet.
-        RunStoppedError: the first completions all failed.
+        RunStoppedError: the first completions all failed, or nothing answers at the address of
+            Fireworks.
         RunStoppedError: the server's logprobs are not what `logprobs_mode` says; nothing was kept.
         OSError: the disk is full or failed. What was stored is safe.
     """
@@ -196,6 +197,10 @@ async def agenerate(
     backends = Backends(tokenizer=tokenizer, sampler=sampler, trust_remote_code=trust_remote_code)
     clients: dict[sampling.Endpoint, sampling.HttpSampler] = {}
     remote: RaySampler | None = None
+    endpoint = request.endpoint
+    if endpoint is not None and endpoint.is_fireworks and sampler is None and engine != "ray":
+        # A service is there, or its address is wrong; servers of one's own may still be loading.
+        await sampling.reach(endpoint)
     try:
         chosen, own_tokenizer = await backends.resolve(request, clients)
         if episodes_job is None:
@@ -350,7 +355,7 @@ def _opening(output: Output, missing: int) -> str:
     return (
         f"{missing:,} completions to sample: {job.questions.count:,} prompts x {n}"
         f"{f', of which {there:,} are there' if there else ''}; from {params.model}"
-        f"{f' at {server.base_url}' if server else ''}. Until all are there they lie in "
+        f"{f' at {server.place}' if server else ''}. Until all are there they lie in "
         f"{output.store.folder}, and the same command goes on after any stop"
     )
 

@@ -294,7 +294,7 @@ _SHOWN_MODELS = 8
 _ADVICE: dict[str, str] = {
     "refused": "Change what the message names.",
     "unavailable": "The server failed: its log says why.",
-    "connection": "Is the server running, and is --base-url its address?",
+    "connection": "Is the server running, and is PLACE its address?",
     "timeout": "The server is too slow for --timeout, or hangs: look at its log.",
     "contract": "Its replies are not exact token data, so nothing can be trained from them: "
     "see docs/wire.md for what a server has to send.",
@@ -317,11 +317,11 @@ _ADVICE_BY_WORDS: tuple[tuple[str, str], ...] = (
     (
         "certificate",
         "The server's certificate is not trusted here: name its authority's file in SSL_CERT_FILE, "
-        "or mend the host's name in --base-url.",
+        "or mend the host's name in PLACE.",
     ),
-    ("[ssl:", "What answers there speaks no TLS: write http:// in --base-url."),
-    ("name or service not known", "There is no host of that name: check --base-url."),
-    ("nodename nor servname", "There is no host of that name: check --base-url."),
+    ("[ssl:", "What answers there speaks no TLS: write http:// in PLACE."),
+    ("name or service not known", "There is no host of that name: check PLACE."),
+    ("nodename nor servname", "There is no host of that name: check PLACE."),
 )
 """Words of connections that failed, in lower case."""
 
@@ -367,8 +367,8 @@ async def _advice(failure: sampling.Failure, model: str, endpoint: sampling.Endp
         served = await served_models(endpoint)
         if not served:
             return (
-                "Nothing answers there: --base-url names the server without /completions, as "
-                "http://host:8000 or http://host:8000/v1."
+                f"Nothing answers there: {_place(endpoint)} names the server without /completions, "
+                "as http://host:8000 or http://host:8000/v1."
             )
         if model not in served:
             more = len(served) - _SHOWN_MODELS
@@ -379,8 +379,17 @@ async def _advice(failure: sampling.Failure, model: str, endpoint: sampling.Endp
         return f"The server lists {model} but does not complete with it: is it still loading?"
     if failure.kind == "connection" and failure.status is None:
         words = failure.message.lower()
-        return next((say for part, say in _ADVICE_BY_WORDS if part in words), _ADVICE["connection"])
+        advice = next(
+            (say for part, say in _ADVICE_BY_WORDS if part in words), _ADVICE["connection"]
+        )
+        return advice.replace("PLACE", _place(endpoint))
     return _ADVICE_BY_STATUS.get(failure.status or 0) or _ADVICE.get(failure.kind, "")
+
+
+def _place(endpoint: sampling.Endpoint | None) -> str:
+    """What the address stands in: the variable that named it, or else the option that could."""
+    source = "" if endpoint is None else endpoint.source
+    return source if source.isidentifier() else "--base-url"
 
 
 async def _echo_finding(
@@ -407,6 +416,7 @@ def exact_replies(probe: Probe) -> Finding:
         measured += f"; {kinds}; the first: {probe.first_failure}"
         [(kind, _)] = probe.failures.most_common(1)
         advice = _ADVICE.get("contract" if probe.failures["contract"] else kind, "")
+        advice = advice.replace("PLACE", _place(None))
     return Finding(
         name=EXACT_REPLY,
         verdict="fail"

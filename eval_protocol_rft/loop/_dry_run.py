@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from annotated_types import Ge
 
 from eval_protocol_rft import data as room
+from eval_protocol_rft import sampling
 from eval_protocol_rft._options import Flag
 from eval_protocol_rft.loop._plan import Measured, measure_groups
 from eval_protocol_rft.loop._setup import merged_params, sampled_request
@@ -50,6 +51,7 @@ def dry_run(
 
     Raises:
         SetupError, SourceError, ParamsError: something given is wrong; nothing was asked.
+        RunStoppedError: nothing answers where it samples, or everything is refused.
         PlanError: no completion came back.
     """
     # Eval Protocol takes seconds to import, and the options above are read for `--help`, too.
@@ -60,18 +62,25 @@ def dry_run(
     if len(rows) > dry_rows:
         rows = random.Random(seed).sample(rows, dry_rows)  # noqa: S311 - no secret
     params = merged_params(evaluator, completion_params)
-    if sampled_request(params).endpoint is None:
+    endpoint = sampled_request(params).endpoint
+    if endpoint is None:
         # A seed draws the same tokens here; other servers may not take one.
         params.setdefault("seed", seed)
     runner = RowRunner(evaluator, completion_params=params)
-    return asyncio.run(_measured(runner, rows, source, progress))
+    return asyncio.run(_measured(runner, rows, source, progress, endpoint))
 
 
 async def _measured(
-    runner: RowRunner, rows: Sequence[Any], source: str, progress: bool | None
+    runner: RowRunner,
+    rows: Sequence[Any],
+    source: str,
+    progress: bool | None,
+    endpoint: sampling.Endpoint | None,
 ) -> Measured:
     from eval_protocol_rft.loop._rollouts import roll_out
 
+    if endpoint is not None:
+        await sampling.reach(endpoint)
     began = time.perf_counter()
     done = 0
     with room.reporter("dry run", len(rows), show=progress, stays=False) as shown:

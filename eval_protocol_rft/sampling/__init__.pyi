@@ -38,6 +38,7 @@ from ._fanout import sample_one as sample_one
 from ._http import NO_CLOCKS as NO_CLOCKS
 from ._http import TrustingConnector as TrustingConnector
 from ._http import error_text as error_text
+from ._http import reach as reach
 from ._http import read_body as read_body
 from ._http import reply_limit as reply_limit
 from ._limiter import RunLimiter as RunLimiter

@@ -108,6 +108,12 @@ class Endpoint:
     """What named the base URL: a key of completion_params or a variable; empty: nothing did."""
 
     @property
+    def place(self) -> str:
+        """The base URL, with the variable that it comes from: who set that may not think of it."""
+        by_variable = self.source in _BASE_URL_VARIABLES
+        return f"{self.base_url} ({self.source})" if by_variable else self.base_url
+
+    @property
     def secrets(self) -> tuple[str, ...]:
         """Strings that must appear in no message, longest first: the key, and whatever in a header
         is long enough to be one (`Bearer <key>` is cited without its `Bearer`)."""

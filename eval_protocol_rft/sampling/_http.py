@@ -31,6 +31,7 @@ from eval_protocol_rft.sampling import _endpoint, _types
 from eval_protocol_rft.sampling._clock import Deadline
 from eval_protocol_rft.sampling._endpoint import Endpoint
 from eval_protocol_rft.sampling._exactness import decode_reply, decode_stream
+from eval_protocol_rft.sampling._limits import RunStoppedError
 from eval_protocol_rft.sampling._replies import short, status_error
 from eval_protocol_rft.sampling._types import (
     Completion,
@@ -367,6 +368,41 @@ class HttpSampler:
             },
             cookie_jar=aiohttp.DummyCookieJar(),
         )
+
+
+_REACH_PAUSES = (1.0, 2.0)
+"""Seconds between tries: enough for a server that starts anew."""
+_REACH_SECONDS = 10.0
+"""To connect."""
+
+
+async def reach(endpoint: Endpoint) -> None:
+    """See that something is there, whatever it says and however long it takes, before a run waits
+    for a server that never was.
+
+    Raises:
+        RunStoppedError: nobody can be connected with.
+    """
+    url = f"{endpoint.base_url}/models"
+    clocks = aiohttp.ClientTimeout(total=None, sock_connect=_REACH_SECONDS, sock_read=1.0)
+    async with aiohttp.ClientSession(
+        headers=_endpoint.endpoint_headers(endpoint), cookie_jar=aiohttp.DummyCookieJar()
+    ) as session:
+        for pause in (*_REACH_PAUSES, None):
+            try:
+                async with session.get(
+                    url, timeout=clocks, allow_redirects=False, proxy=_endpoint.proxy_for(url)
+                ):
+                    return
+            except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
+                if pause is None:
+                    raise RunStoppedError(
+                        f"no connection to {endpoint.place}: {error_text(error)}. See that the "
+                        "server is running, and that this is its address"
+                    ) from None
+                await asyncio.sleep(pause)
+            except (aiohttp.ClientError, OSError):
+                return  # somebody is there
 
 
 def _proxy_error(error: aiohttp.ClientHttpProxyError) -> SamplingError:

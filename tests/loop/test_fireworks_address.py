@@ -21,6 +21,7 @@ import fireworks
 from eval_protocol_rft.cli import app
 from eval_protocol_rft.loop import Optimizer, TrainerError
 from eval_protocol_rft.loop.fireworks import ControlPlaneError, StepSettings, connect, iterate
+from eval_protocol_rft.sampling import _http as http_sampler
 from examples.arithmetic import test_arithmetic as example
 
 KEY = "fw-a-key-that-nobody-may-see"
@@ -172,3 +173,31 @@ def test_a_direct_route_is_no_address_of_fireworks(tmp_path) -> None:
     assert result.exit_code == 1
     assert "--base-url" in result.stderr
     assert "direct route" in result.stderr
+
+
+@pytest.mark.parametrize("command", ["generate", "plan"])
+def test_commands_that_sample_do_not_wait_for_who_was_never_there(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = ["examples/arithmetic/problems.jsonl"] if command == "generate" else [TEST]
+    source += ["-o", str(tmp_path / "o.parquet")] if command == "generate" else ["--steps", "1"]
+    monkeypatch.setenv("FIREWORKS_API_KEY", KEY)
+    monkeypatch.setattr(http_sampler, "_REACH_PAUSES", (0.01,))
+    with nobody() as (url, _):
+        monkeypatch.setenv("FIREWORKS_BASE_URL", url)
+        result = CliRunner().invoke(app, [command, *source, "--model", BASE])
+    assert result.exit_code == 1
+    assert f"no connection to {url}/v1 (FIREWORKS_BASE_URL): " in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_doctor_names_the_variable_that_leads_nowhere(monkeypatch) -> None:
+    monkeypatch.setenv("FIREWORKS_API_KEY", KEY)
+    tokenizer = "eval_protocol_rft/local/models/arithmetic"
+    with nobody() as (url, _):
+        monkeypatch.setenv("FIREWORKS_BASE_URL", url)
+        result = CliRunner().invoke(
+            app, ["doctor", "--model", BASE, "--tokenizer", tokenizer, "--json"]
+        )
+    assert result.exit_code == 1
+    assert "is FIREWORKS_BASE_URL its address?" in result.stdout
