@@ -9,8 +9,8 @@ eval-protocol-rft beside it. The bundled model learns sums of two numbers; its r
 - `evaluator`: our `make_rollout_fn` over an evaluator of rows;
 - `token_in`: the cookbook's `examples/rl/single_turn_token_in`, whose rows carry a fixed reward: a
   wrapper scores the text instead;
-- `message_in`: its `examples/rl/multi_turn_message_in`. Reward and second question are constants of
-  that module, for GSM8K and 1,000 tokens; ours for sums stand in their place;
+- `message_in`: its `examples/rl/multi_turn_message_in`, with a reward for sums in the place of the
+  one for GSM8K that it imports;
 - `recipe`: what `rl_loop` itself does, with its `reward_fn`, "customize these for your task", ours.
 
 Recipes differ between commits of the cookbook. What is asked for and the recipe does not know is an
@@ -45,7 +45,6 @@ MODEL = "accounts/fireworks/models/arithmetic"
 TOKENIZER = REPOSITORY / "eval_protocol_rft" / "local" / "models" / "arithmetic"
 MAX_TOKENS = 6
 """Three digits and the end of the turn, and room for what is none."""
-SECOND_QUESTION = "Wrong. Try again."
 DISTINCT = 32
 """Sums, asked again and again: few enough to be learned in a minute or two."""
 RATIOS = ("train/ppo_ratio_mean", "train/is_ratio_mean", "train/tis/weight_mean")
@@ -190,7 +189,7 @@ def message_in(options: argparse.Namespace) -> Factory:
     def reward(text: str, answer: str) -> float:
         return score(text, {"ground_truth": answer}, options.reward)
 
-    rollout.gsm8k_reward, rollout.RETRY_PROMPT = reward, SECOND_QUESTION
+    rollout.gsm8k_reward = reward
     factory: Factory = rollout.make_rollout_fn
     return factory
 
