@@ -46,6 +46,9 @@ LEARNING_RATE = 1e-4
 BATCH_TOKENS = 32768
 """Both where the job does not say: as the older client's `reinforcement_step` sends them."""
 
+MICROBATCH_TOKENS = 4096
+"""Of one forward pass. With 50,000 words their logits take a gigabyte or two."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -100,7 +103,13 @@ class StepRunner:
     def start(self, name: str) -> None:
         """Begin a job that is PENDING, once those before it have ended."""
         before = self._tasks.get(name)
-        self._tasks[name] = asyncio.get_running_loop().create_task(self._run(name, before))
+        task = asyncio.get_running_loop().create_task(self._run(name, before))
+        self._tasks[name] = task
+        task.add_done_callback(lambda task: self._ended(name, task))
+
+    def _ended(self, name: str, task: asyncio.Task[None]) -> None:
+        if self._tasks.get(name) is task:
+            del self._tasks[name]
 
     def stop(self, name: str) -> None:
         """Give it up, where it is under way."""
@@ -217,7 +226,9 @@ class StepRunner:
                 sink=_Nowhere(),
                 lora=LoraSettings(rank=rank, alpha=2 * rank) if rank else None,
                 optimizer=Optimizer(
-                    beta2=0.95, weight_decay=config.get("optimizerWeightDecay", 0.0)
+                    beta2=0.95,
+                    weight_decay=config.get("optimizerWeightDecay", 0.0),
+                    microbatch_tokens=MICROBATCH_TOKENS,
                 ),
                 keep_reference=kl_beta(row) > 0,
                 entropies=False,
