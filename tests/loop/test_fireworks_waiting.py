@@ -21,7 +21,7 @@ pytest.importorskip("fireworks.training.sdk", reason="needs the extra `fireworks
 
 from eval_protocol_rft.data import Waiting, waits
 from eval_protocol_rft.loop import Optimizer, TrainerError
-from eval_protocol_rft.loop.fireworks import _provisioning, connect
+from eval_protocol_rft.loop.fireworks import _control_plane, _provisioning, connect
 from tests.service import BASE, KEY, RunningService, fireworks_service
 from tests.sums_run import run_sums
 
@@ -177,10 +177,14 @@ async def test_a_deployment_that_cannot_be_made_is_told_before_anything_is(
 
 
 async def test_iterate_tells_of_the_data_set_and_of_the_job(
-    server: RunningService, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    server: RunningService,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     told: list[Waiting] = []
     training, go_on = threading.Event(), asyncio.Event()
+    monkeypatch.setattr(_control_plane, "_LONG_UPLOAD_BYTES", 1)
     Slow.states["/v1/accounts/acc/rlorTrainerJobs/sums-step0"] = ["JOB_STATE_PENDING"]
     Slow.stuck = True
 

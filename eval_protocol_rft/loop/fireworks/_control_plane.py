@@ -201,6 +201,8 @@ def _plain(text: str) -> str:
 MAX_UPLOAD_BYTES = 150 * 10**6
 """Of one request to `:upload`, as documented."""
 UPLOAD_SECONDS = 600.0
+_LONG_UPLOAD_BYTES = 10**6
+"""What is worth a word."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -359,7 +361,8 @@ class ControlPlane:
         )
         if ready_verdict(answer.state) != "done":
             wait = Wait(f"upload of data set {dataset}", self.on_wait)
-            wait.see(f"{len(data) / 1e6:.1f} MB")
+            if len(data) >= _LONG_UPLOAD_BYTES:
+                wait.see(f"{len(data) / 1e6:.1f} MB")
             await datasets.upload(dataset, file=(file.name, data), timeout=UPLOAD_SECONDS)
             wait.done("uploaded")
         await self._until(f"data set {dataset}", lambda: datasets.get(dataset), ready_verdict)

@@ -217,5 +217,7 @@ async def in_thread(work: Callable[[], T]) -> T:
     try:
         return await asyncio.shield(task)
     except asyncio.CancelledError:
+        if not task.done():
+            logger.warning("stopping once the SDK's call has returned, which may take 15 s")
         await asyncio.gather(task, return_exceptions=True)
         raise
