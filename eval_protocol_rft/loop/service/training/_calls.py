@@ -123,8 +123,9 @@ CALLS: dict[str, Callable[[Place, bytes], Done]] = {
     "load_weights": Place.load_weights,
 }
 """By their names on the wire."""
-CHANGING = frozenset({"forward_backward", "optim_step", "load_weights"})
-"""After these a model is another; the rest only look at it."""
+REPLAYED = frozenset({"forward_backward", "optim_step"})
+"""A model that is rebuilt goes through these again. The rest only look at it, but for
+`load_weights`: what that read may be another file by then, so that its state is saved at once."""
 ENDING = frozenset({"optim_step", "load_weights"})
 """After these it has no gradient, so that its state can be saved."""
 

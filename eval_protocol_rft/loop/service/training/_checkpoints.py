@@ -7,6 +7,8 @@ lists them; their names begin with the job's.
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,4 +158,6 @@ class Checkpoints:
 
 
 def _as_file(name: str) -> str:
-    return "".join(c if c.isalnum() or c in "-_" else "_" for c in name)
+    """A file's name of its own for every name: readable, and short enough for any disk."""
+    readable = re.sub(r"[^A-Za-z0-9_-]", "_", name)[:40]
+    return f"{readable}-{hashlib.blake2b(name.encode(), digest_size=8).hexdigest()}"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 import numpy as np
@@ -29,15 +29,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class AdamParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """As the client sends them, with its defaults."""
+_NotNegative = Annotated[float, msgspec.Meta(ge=0.0)]
+_Beta = Annotated[float, msgspec.Meta(ge=0.0, lt=1.0)]
 
-    learning_rate: float = 0.0001
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-12
-    weight_decay: float = 0.0
-    grad_clip_norm: float = 0.0
+
+class AdamParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """As the client sends them, with its defaults. Others than these would be no AdamW: a negative
+    bound turns the gradient round, and with an `eps` of 0 a gradient of 0 makes weights NaN."""
+
+    learning_rate: _NotNegative = 0.0001
+    beta1: _Beta = 0.9
+    beta2: _Beta = 0.95
+    eps: Annotated[float, msgspec.Meta(gt=0.0)] = 1e-12
+    weight_decay: _NotNegative = 0.0
+    grad_clip_norm: _NotNegative = 0.0
     """0: the gradient is not cut."""
     emit_grad_norm_metrics: Any = None
 
@@ -49,10 +54,16 @@ class ModelInTraining:
         module: the base model, nobody else's.
         lora: adapters to train; None: all parameters.
         seed: of the adapters' first weights.
+        start: which weights `module` has; adapters mean nothing on others.
     """
 
     def __init__(
-        self, module: PreTrainedModel, *, lora: LoraSettings | None = None, seed: int = 0
+        self,
+        module: PreTrainedModel,
+        *,
+        lora: LoraSettings | None = None,
+        seed: int = 0,
+        start: str = "",
     ) -> None:
         spare_threads(module)
         base: Any = module
@@ -63,6 +74,7 @@ class ModelInTraining:
                 torch.manual_seed(seed)
                 self._module = add_lora(self._base, lora)
         self._lora = lora
+        self._kind = {} if lora is None else {"start": start, "alpha": lora.alpha}
         self._parameters = {n: p for n, p in self._module.named_parameters() if p.requires_grad}
         self._optimizer = torch.optim.AdamW(self._parameters.values(), lr=0.0, foreach=False)
         self._tokens = self._sequences = 0
@@ -71,10 +83,27 @@ class ModelInTraining:
         self.steps = 0
         """Taken since the base model's weights, those before a `load` among them."""
 
+    @property
+    def has_gradient(self) -> bool:
+        """Whether something was gathered since the last step."""
+        return any(p.grad is not None for p in self._parameters.values())
+
     @torch.no_grad()
     def logprobs(self, examples: Sequence[Example]) -> list[NDArray[np.float32]]:
-        """[T] of each example's targets, at every position."""
-        return [self._forward(example).numpy() for example in examples]
+        """[T] of each example's targets, at every position.
+
+        Raises:
+            ServiceError: one is not finite.
+        """
+        logprobs = [self._forward(example).numpy() for example in examples]
+        for i, values in enumerate(logprobs):
+            if not np.isfinite(values).all():
+                raise ServiceError(
+                    f"datum {i}: its logprobs are not finite, as the model's weights went too far: "
+                    "load a saved state",
+                    code=Code.FAILED_PRECONDITION,
+                )
+        return logprobs
 
     def forward_backward(
         self, examples: Sequence[Example], loss: WireLoss
@@ -169,6 +198,7 @@ class ModelInTraining:
         state = {
             "parameters": {n: p.detach() for n, p in self._parameters.items()},
             "optimizer": self._optimizer.state_dict(),
+            "kind": self._kind,
             "steps": self.steps,
             "seq": seq,
         }
@@ -186,7 +216,8 @@ class ModelInTraining:
         state = torch.load(path, weights_only=True)
         saved = state["parameters"]
         shapes = {n: tuple(p.shape) for n, p in self._parameters.items()}
-        if shapes != {n: tuple(p.shape) for n, p in saved.items()}:
+        alike = shapes == {n: tuple(p.shape) for n, p in saved.items()}
+        if not alike or state["kind"] != self._kind:
             raise ServiceError(
                 "this state is of another model, or was trained with other LoRA adapters",
                 code=Code.FAILED_PRECONDITION,

@@ -2,19 +2,21 @@
 
 Invariant: a call is on disk before its future's name is answered, and its answer together with all
 that it made. Sent twice, a call is one call. So a model whose process died is rebuilt: its last
-saved state, and the calls after it once more.
+saved state, and the calls after it that changed it once more. The content of a call stays for as
+long as that may be, and no longer.
 """
 
 from __future__ import annotations
 
 import hashlib
+import sqlite3
 from typing import NamedTuple
 
 from eval_protocol_rft.loop.service._errors import Code, ServiceError
 from eval_protocol_rft.loop.service._store import Store
 
 KEPT = 500
-"""Calls of a model whose answers can still be asked for, once its state was saved after them."""
+"""Calls of a model whose answers can still be asked for, once their content is not needed."""
 _TABLE = """
 CREATE TABLE IF NOT EXISTS operations (
     model TEXT NOT NULL,
@@ -52,7 +54,8 @@ class Operations:
             seq: None takes the next one.
 
         Raises:
-            ServiceError: another call has this place.
+            ServiceError: another call has this place; with the code `GONE`, it was carried out so
+                long ago that nothing is known of it.
         """
         digest = hashlib.blake2b(body, digest_size=16, key=name.encode()[:64]).digest()
         with self._store.change() as db:
@@ -68,6 +71,10 @@ class Operations:
                 raise ServiceError(
                     f"{model} was sent another call with seq_id {seq}", code=Code.ALREADY_EXISTS
                 )
+            if row is None and seq <= self.last_answered(model):
+                raise ServiceError(
+                    f"call {seq} of {model} was carried out long ago", code=Code.GONE
+                )
             if row is None:
                 db.execute(
                     "INSERT INTO operations (model, seq, name, digest, body) "
@@ -76,11 +83,15 @@ class Operations:
                 )
         return seq
 
-    def finish(self, model: str, seq: int, answer: bytes) -> None:
+    def finish(self, model: str, seq: int, answer: bytes, *, again: bool) -> None:
+        """Put down the answer of a call; `again`: a model that is rebuilt needs it once more."""
         with self._store.change() as db:
             db.execute(
-                "UPDATE operations SET answer = ? WHERE model = ? AND seq = ?", (answer, model, seq)
+                "UPDATE operations SET answer = ?, body = CASE WHEN ? THEN body END "
+                "WHERE model = ? AND seq = ?",
+                (answer, again, model, seq),
             )
+            self._delete_old(db, model, seq)
 
     def answer(self, model: str, seq: int) -> bytes | None:
         """None: it is still to be carried out.
@@ -109,7 +120,7 @@ class Operations:
         return None if row is None else Operation(*row)
 
     def answered(self, model: str, *, after: int = 0) -> list[Operation]:
-        """In their order, those whose content is still here."""
+        """In their order, those that must be carried out again."""
         with self._store.change() as db:
             rows = db.execute(
                 "SELECT seq, name, body FROM operations "
@@ -140,7 +151,13 @@ class Operations:
             db.execute(
                 "UPDATE operations SET body = NULL WHERE model = ? AND seq <= ?", (model, until)
             )
-            db.execute("DELETE FROM operations WHERE model = ? AND seq <= ?", (model, until - KEPT))
+            self._delete_old(db, model, until)
+
+    def _delete_old(self, db: sqlite3.Connection, model: str, seq: int) -> None:
+        db.execute(
+            "DELETE FROM operations WHERE model = ? AND seq <= ? AND body IS NULL",
+            (model, seq - KEPT),
+        )
 
     def drop(self, model: str) -> None:
         """All of a model's."""

@@ -43,17 +43,21 @@ _REPLAY_SHARE = 4.0
 """A state is saved when going there again would take so many times as long as saving it."""
 
 
+_MOST_CALLS = 10**12
+"""Of a model: the largest number of a call."""
+
+
 class _LoraConfig(msgspec.Struct, frozen=True):
-    rank: Annotated[int, msgspec.Meta(ge=0)] = 0
-    alpha: int | None = None
-    seed: int | None = None
+    rank: Annotated[int, msgspec.Meta(ge=0, le=4096)] = 0
+    alpha: Annotated[int, msgspec.Meta(ge=0, le=2**31)] | None = None
+    seed: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)] | None = None
 
 
 class CreateModel(msgspec.Struct, frozen=True):
     """A `create_model`, as far as it is read."""
 
     session_id: str
-    model_seq_id: int
+    model_seq_id: Annotated[int, msgspec.Meta(ge=0, le=_MOST_CALLS)]
     base_model: str
     lora_config: _LoraConfig = _LoraConfig()
     base_only: bool = False
@@ -64,7 +68,7 @@ class Call(msgspec.Struct, frozen=True):
     """What all calls of a model have."""
 
     model_id: str
-    seq_id: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    seq_id: Annotated[int, msgspec.Meta(ge=1, le=_MOST_CALLS)] | None = None
 
 
 @dataclass(slots=True)
@@ -289,22 +293,33 @@ class Training:
             started = time.monotonic()
             done = self._do(operation, live, frozen=described["frozen"])
             live.replay_seconds += time.monotonic() - started
+            if operation.name == "load_weights":
+                # Before it is on record: it is not carried out again, as what it read may change.
+                self._save_state(model, live, operation.seq)
         except EvalProtocolRftError as error:
             done = calls.Done({"error": str(error), "category": "user"})
         except Exception as error:
             logger.exception("%s of %s failed", operation.name, model)
             reason = f"{type(error).__name__}: {error}"
             done = calls.Done({"error": reason, "category": "server"})
-        with self._store.change():
-            for row in done.made:
-                self._store.put(*row)
-            self._operations.finish(model, operation.seq, msgspec.json.encode(done.answer))
+            # What it did by then is unknown: without it, from what is on disk.
+            self._live.pop(model, None)
+        again = operation.name in calls.REPLAYED and done.answer.get("category") != "server"
+        try:
+            with self._store.change():
+                for row in done.made:
+                    self._store.put(*row)
+                answer = msgspec.json.encode(done.answer)
+                self._operations.finish(model, operation.seq, answer, again=again)
+        except BaseException:
+            self._live.pop(model, None)  # or it would be done twice
+            raise
         if "error" in done.answer:
             self._say(f"{_title(described['job'])}: {operation.name}: {done.answer['error']}")
         if done.shown is not None:
             self._say(f"{_title(described['job'])}: {done.shown}")
-        if operation.name in calls.ENDING and model in self._live:
-            self._save_state(model, operation.seq)
+        if operation.name in calls.ENDING:
+            self._shorten_replay(model, operation)
         if done.made:
             self.checkpoints.free_deltas(described["job"] or NO_JOB)
 
@@ -332,7 +347,6 @@ class Training:
 
     def _built(self, model: str, described: Resource) -> _Live:
         """From its saved state, and the calls after that."""
-        from eval_protocol_rft.loop.service.training import _calls as calls
         from eval_protocol_rft.loop.service.training._model_in_training import ModelInTraining
 
         rank, frozen = described["rank"], described["frozen"]
@@ -341,25 +355,35 @@ class Training:
             self._weights.module(described["start"]),
             lora=None if frozen else lora,
             seed=described["seed"],
+            start=described["start"],
         )
         live = _Live(trained, Owner(described["job"] or NO_JOB, described["base"], rank))
         path = self.checkpoints.running_state_path(model)
         seq = trained.load(path, optimizer=True) if path.exists() else 0
         for operation in self._operations.answered(model, after=seq):
-            if operation.name in calls.CHANGING:
-                with suppress(EvalProtocolRftError):  # it failed then, too
-                    self._do(operation, live, frozen=frozen)
+            with suppress(EvalProtocolRftError):  # it was refused then, too
+                self._do(operation, live, frozen=frozen)
         return live
 
-    def _save_state(self, model: str, seq: int) -> None:
-        live = self._live[model]
+    def _shorten_replay(self, model: str, operation: Operation) -> None:
+        """Save the model's state, where it is time to, and give up what led there."""
+        live = self._live.get(model)
+        if live is None or live.trained.has_gradient:  # a gradient is no part of a state
+            return
         if live.replay_seconds < _REPLAY_SHARE * live.save_seconds:
             return
+        try:
+            self._save_state(model, live, operation.seq)
+        except (OSError, RuntimeError) as error:  # of a full disk; torch has its own
+            self._say(f"the state of {model} cannot be saved: {error}")
+            return
+        self._operations.forget(model, until=operation.seq)
+
+    def _save_state(self, model: str, live: _Live, seq: int) -> None:
         started = time.monotonic()
         live.trained.save(self.checkpoints.running_state_path(model), seq=seq)
         live.save_seconds = time.monotonic() - started
         live.replay_seconds = 0.0
-        self._operations.forget(model, until=seq)
 
 
 def _title(job: str | None) -> str:

@@ -18,7 +18,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 import numpy as np
@@ -29,9 +29,11 @@ from torch import Tensor
 from eval_protocol_rft.loop.service._errors import ServiceError
 from eval_protocol_rft.training import FloatArray, TrainingDatum
 
+_Integer = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+
 
 class _Chunk(msgspec.Struct, frozen=True):
-    tokens: list[int]
+    tokens: list[_Integer]
     type: Literal["encoded_text"] = "encoded_text"
 
 
@@ -102,6 +104,8 @@ _MASKS = frozenset({"weights", "loss_mask"})
 """Tensors that may be of either type: they multiply."""
 _CLIP = {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}
 _CAP = {"ratio_log_cap": 20.0}
+_LARGEST = 1e30
+"""Of a setting: well within float32."""
 _CONFIG: Mapping[str, Mapping[str, float]] = {
     "cross_entropy": {},
     "importance_sampling": _CAP,
@@ -187,11 +191,15 @@ def _array(values: _TensorData, where: str, name: str, length: int) -> NDArray[A
             f"{where} has shape {shape} and {len(values.data)} values, and model_input has "
             f"{length} tokens"
         )
-    array = np.array(values.data, np.int64 if values.dtype == "int64" else np.float32)
-    bad = np.flatnonzero(~np.isfinite(array))
+    given = np.array(values.data, np.float64)
+    if values.dtype == "int64":
+        fits = (given == np.floor(given)) & (np.abs(given) < 2**53)
+    else:
+        fits = np.abs(given) <= np.finfo(np.float32).max
+    bad = np.flatnonzero(~fits)
     if len(bad):
-        raise ServiceError(f"{where}[{bad[0]}] is {array[bad[0]]}")
-    return array
+        raise ServiceError(f"{where}[{bad[0]}] is {given[bad[0]]}, no {values.dtype}")
+    return given.astype(values.dtype)
 
 
 class WireLoss:
@@ -211,8 +219,12 @@ class WireLoss:
                 f"{', '.join(unknown)}"
             )
         for key, value in given.items():
-            if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
-                raise ServiceError(f"loss_fn_config: {key} is {value!r}, must be a number above 0")
+            number = not isinstance(value, bool) and isinstance(value, int | float)
+            if not number or not 0 <= value <= _LARGEST:
+                raise ServiceError(
+                    f"loss_fn_config: {key} is {str(value)[:80]}, must be a number from 0 to "
+                    f"{_LARGEST:g}"
+                )
         self._config = {**known, **given}
 
     def __call__(self, lp: Tensor, tensors: Mapping[str, NDArray[Any]]) -> Tensor:
