@@ -262,10 +262,12 @@ class StepRunner:
             self._store.put("models", model["name"], model)
             self._store.put(KIND, name, row)
         epochs = f"{len(losses)} epoch{'s' * (len(losses) != 1)}"
-        learnt = f"{epochs}, loss {losses[0]:.4g} -> {losses[-1]:.4g}" if losses else (
+        learnt = f"{epochs}, loss {_shown(losses[0])} -> {_shown(losses[-1])}" if losses else (
             "nothing to learn"
         )  # fmt: skip
-        unused = "".join(f", {count} samples {reason}" for reason, count in left_out.items())
+        unused = "".join(
+            f", {count} samples left out ({reason})" for reason, count in left_out.items()
+        )
         self._say(
             f"job {names.last(name)}: COMPLETED, {learnt}{unused}, "
             f"model {names.last(model['name'])}"
@@ -342,6 +344,11 @@ class _Nowhere:
 
     async def publish(self, *arguments: Any, **options: Any) -> None:
         raise AssertionError("a step publishes nothing")
+
+
+def _shown(loss: float) -> str:
+    """Without a sign where it is 0 but for rounding."""
+    return f"{round(loss, 4) + 0.0:.4f}"
 
 
 def kl_beta(row: Resource) -> float:
