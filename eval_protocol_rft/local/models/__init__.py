@@ -52,7 +52,7 @@ def local_model_folder(name: str) -> Path:
     close = get_close_matches(name, (*BUNDLED, _smollm2.NAME), n=1)
     hint = f"did you mean {LOCAL_PREFIX}{close[0]}? " if close else ""
     raise NoSuchModelError(
-        f"{LOCAL_PREFIX}{name}: there is no such model on this machine: {hint}It is "
+        f"{LOCAL_PREFIX}{name}: there is no such model on this machine: {hint}Write "
         f"{' or '.join(LOCAL_PREFIX + one for one in BUNDLED)}, which comes with the package, "
         f"{LOCAL_PREFIX}{_smollm2.NAME}, which another package brings, {LOCAL_PREFIX}<folder> with "
         f"a model's files, or {LOCAL_PREFIX}<hub id> of a model that was downloaded before "

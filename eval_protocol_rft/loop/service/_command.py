@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
-from eval_protocol_rft.local import local_model_folder
+from eval_protocol_rft.local.models import NoSuchModelError, local_model_folder
 from eval_protocol_rft.local.server import (
     Access,
     ServeError,
@@ -23,6 +23,7 @@ from eval_protocol_rft.local.server import (
     server_url,
 )
 from eval_protocol_rft.loop.service._app import FireworksService
+from eval_protocol_rft.loop.service._names import ACCOUNT
 from eval_protocol_rft.loop.service._weights import BaseModel
 from eval_protocol_rft.loop.service.control._models import training_shape
 
@@ -48,7 +49,6 @@ def serve_fireworks(
     Raises:
         ServeError: the address cannot be used, or there is no such model.
         StateError: the state folder cannot be used.
-        NoSuchModelError: a model is not on this machine.
     """
     bases = list(base_models(models))
     access = Access(
@@ -85,13 +85,17 @@ def base_models(places: Sequence[str]) -> Iterator[BaseModel]:
     """`NAME=PLACE`, or a place alone, whose last part is the name then.
 
     Raises:
-        ServeError: two models have the same name.
-        NoSuchModelError: one is not on this machine.
+        ServeError: two models have the same name, or one is not on this machine.
     """
     seen: set[str] = set()
     for place in places:
         name, mark, named = place.partition("=")
-        folder = local_model_folder(named if mark else place)
+        try:
+            folder = local_model_folder(named if mark else place)
+        except NoSuchModelError as error:
+            raise ServeError(
+                f"--model {place}: {error}{'' if mark else _other_name(place)}"
+            ) from error
         last = name if mark else Path(place).name
         key = re.sub(r"[^a-z0-9]+", "-", last.rpartition("/")[2].lower()).strip("-")
         if not key or key in seen:
@@ -102,6 +106,12 @@ def base_models(places: Sequence[str]) -> Iterator[BaseModel]:
             )
         seen.add(key)
         yield BaseModel(key, folder)
+
+
+def _other_name(place: str) -> str:
+    """How a model that is there is called what a recipe calls its own."""
+    name = place.rpartition("/")[2].lower()
+    return f"; to serve a model that is there as {name}: --model {name}=local/arithmetic"
 
 
 def _grpc_address(host: str, wanted: int | None, default: int) -> tuple[str, int] | None:
@@ -143,6 +153,7 @@ def _greeting(
         "same command goes on from there).",
         f"  export FIREWORKS_BASE_URL={url}",
         f"  export FIREWORKS_API_KEY={key}",
+        f"  export FIREWORKS_ACCOUNT_ID={ACCOUNT.rpartition('/')[2]}",
         *_grpc_lines(url, grpc_at),
         "Models, with what a recipe names beside them:",
         *(line for model in models for line in _model_lines(model)),

@@ -43,11 +43,18 @@ class Store:
     well under a millisecond.
 
     Raises:
-        StateError: the folder is used by another process, or was written by another version.
+        StateError: the folder cannot be made, is used by another process, or was written by another
+            version.
     """
 
     def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StateError(
+                f"{folder} cannot be a folder for the state ({error.strerror}): name another "
+                "--state folder"
+            ) from error
         self.folder = folder
         self._lock = threading.RLock()
         self._claim = _claim(folder)

@@ -313,7 +313,16 @@ def test_what_is_asked_for_and_not_served_is_told_once_to_who_watches(service):
         assert service.ask(PLACE).status_code == 404
     assert service.lines == [f"asked for {PLACE!r}, not served: {PLACE} is scaled to zero"]
     assert service.ask("typo").status_code == 404
-    assert len(service.lines) == 2
+    assert service.lines[1:] == ["asked for 'typo', which nothing here serves"]
+
+
+def test_a_deployment_that_was_deleted_is_not_among_those_that_there_are(service):
+    service.deploy(PLACE, state="DELETED")
+    service.deploy(OTHER)
+    reason, _, there = service.ask(PLACE).json()["error"]["message"].partition("this server has")
+    assert f"{PLACE} is DELETED" in reason
+    assert OTHER in there
+    assert PLACE not in there
 
 
 @pytest.mark.parametrize("state", ["CREATING", "FAILED", "DELETED"])

@@ -53,6 +53,12 @@ def test_a_folder_has_one_server(tmp_path: Path) -> None:
     Store(tmp_path).close()
 
 
+def test_a_folder_that_cannot_be_made_is_named_with_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(StateError, match=r"file cannot be a folder.*another --state folder"):
+        Store(tmp_path / "file")
+
+
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "state.sqlite").write_bytes(b"not a database at all" * 100)
     for _ in range(2):  # and the claim on it is given back

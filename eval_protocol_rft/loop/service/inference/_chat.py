@@ -71,8 +71,8 @@ class ChatEndpoints:
         for field in form.not_enforced - self._said:
             self._said.add(field)
             self._say(
-                f"chat: {field} is not enforced here, as Fireworks would: the model may answer "
-                "otherwise"
+                f"chat: {field} is not enforced here, where Fireworks enforces it: the model may "
+                "answer otherwise"
             )
         return await self._completions.answer(http, request, model, form, started)
 

@@ -90,7 +90,10 @@ class Targets:
         except (_NotServedError, ServiceError) as error:
             if isinstance(error, _AsleepError):
                 raise self._wake(str(error)) from None
-            self._mention(f"asked for {asked[:200]!r}, not served: {error}")
+            reason = (
+                f"not served: {error}" if str(error) != repr(asked) else "which nothing here serves"
+            )
+            self._mention(f"asked for {asked[:200]!r}, {reason}")
             raise ApiError(
                 f"Model not found, inaccessible, and/or not deployed: {error}; this server has "
                 f"{self._told_names()}",
@@ -224,7 +227,8 @@ class Targets:
     def _told_names(self) -> str:
         names = [*self._weights.models]
         for kind in (DEPLOYMENTS, ADAPTERS):
-            names += [row["name"] for row in self._store.list(kind)]
+            rows = self._store.list(kind)
+            names += [row["name"] for row in rows if row.get("state") != "DELETED"]
         more = f" and {len(names) - _NAMES_TOLD} more" if len(names) > _NAMES_TOLD else ""
         return ", ".join(map(repr, names[:_NAMES_TOLD])) + more
 
