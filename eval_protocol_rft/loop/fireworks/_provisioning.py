@@ -138,7 +138,7 @@ class Resources:
             await asyncio.sleep(min(self.poll_seconds, FIRST_LOOK_SECONDS))
             while True:
                 with contextlib.suppress(httpx.HTTPError, RuntimeError):  # the SDK raises these
-                    for what, (state, _) in (await in_thread(self._states)).items():
+                    for what, (state, _) in (await asyncio.to_thread(self._states)).items():
                         wait = waits.setdefault(what, Wait(what, self.on_wait))
                         if state in ("JOB_STATE_RUNNING", "READY", "UPDATING"):
                             wait.done(state)
