@@ -22,6 +22,8 @@ pytest.importorskip("fireworks.training.sdk", reason="needs the extra `fireworks
 from eval_protocol_rft.data import Waiting, waits
 from eval_protocol_rft.loop import Optimizer, TrainerError
 from eval_protocol_rft.loop.fireworks import _control_plane, _provisioning, connect
+from eval_protocol_rft.loop.fireworks._waiting import left_running
+from eval_protocol_rft.sampling import fireworks_address
 from tests.service import BASE, KEY, RunningService, fireworks_service
 from tests.sums_run import run_sums
 
@@ -206,6 +208,15 @@ async def test_iterate_tells_of_the_data_set_and_of_the_job(
     text = "stopped in step 0, train. The same call goes on from here; left running at"
     assert text in caplog.text
     assert "accounts/acc/rlorTrainerJobs/sums-step0'" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("url", "costs"), [("http://127.0.0.1:8000", False), ("https://api.fireworks.ai", True)]
+)
+def test_what_is_left_costs_money_but_on_this_machine(url: str, costs: bool) -> None:
+    text = left_running([JOB], fireworks_address(url))
+    assert ("cost money" in text) is costs
+    assert f"'{url}/v1/{JOB}'" in text
 
 
 # On the screen

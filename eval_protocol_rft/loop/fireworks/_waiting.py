@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from urllib.parse import urlsplit
 
 from eval_protocol_rft.data import OnWait, Waiting
 from eval_protocol_rft.sampling import FireworksAddress
@@ -68,7 +69,6 @@ def left_running(names: Sequence[str], address: FireworksAddress) -> str:
         f"'{deletion(name, address)}'"
         for name in names
     )
-    return (
-        f"left running at {address.url}: {listed}. They cost money while they are there; to delete "
-        f"them:\n{deletes}"
-    )
+    here = urlsplit(address.url).hostname in ("127.0.0.1", "localhost", "::1")
+    cost = "" if here else " They cost money while they are there."
+    return f"left running at {address.url}: {listed}.{cost} To delete them:\n{deletes}"
