@@ -16,6 +16,7 @@ import asyncio
 import contextlib
 import copy
 import pickle
+import threading
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _T = TypeVar("_T")
+
+_SEEDING = threading.Lock()
 
 _UNREADABLE = (OSError, RuntimeError, ValueError, EOFError, LookupError, pickle.UnpicklingError)
 """What torch raises of files that are cut off, empty or of something else."""
@@ -323,6 +326,15 @@ def _writing(path: Path) -> Iterator[None]:
             f"{path} cannot be written; is there room on its disk? Earlier checkpoints are whole, "
             f"and the same command goes on from the newest of them ({reason})"
         ) from error
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Torch's random numbers from `seed` inside, as they were before behind it. They are of the
+    whole process: of several threads, one at a time is inside."""
+    with _SEEDING, torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
 
 
 def add_lora(model: PreTrainedModel, settings: LoraSettings) -> torch.nn.Module:

@@ -142,6 +142,11 @@ class Weights:
             module.load_state_dict(self.state_dict(weights))
         return module
 
+    def has(self, weights: str) -> bool:
+        """Whether there is such a set."""
+        own = any(model.weights_id == weights for model in self.models.values())
+        return own or self._path(weights).is_file()
+
     def delete_all_but(self, used: Collection[str]) -> None:
         """Free the room of sets that nothing refers to."""
         for path in self._folder.glob("*.safetensors"):

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eval_protocol_rft.loop.service import ServiceError
-from eval_protocol_rft.loop.service import _fields as fields
-from eval_protocol_rft.loop.service import _resources as resources
+from eval_protocol_rft.loop.service.control import _fields as fields
+from eval_protocol_rft.loop.service.control import _resources as resources
 
 FIELDS: fields.Fields = {
     "name": str, "displayName": str, "count": int, "share": float, "isOpen": bool,

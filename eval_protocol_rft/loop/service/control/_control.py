@@ -7,12 +7,12 @@ same.
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import msgspec
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, Response
@@ -214,8 +214,9 @@ def _read(raw: bytes) -> dict[str, Any]:
     if not raw.strip():
         return {}
     try:
-        body = json.loads(raw)
-    except (ValueError, RecursionError) as error:
+        # Not `json`, which reads what cannot be written again: NaN, infinity, half characters.
+        body = msgspec.json.decode(raw)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ServiceError(f"the body is no JSON: {error}") from None
     if not isinstance(body, dict):
         raise ServiceError(f"the body is {str(body)[:80]!r}, no object")

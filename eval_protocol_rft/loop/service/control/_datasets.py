@@ -29,6 +29,10 @@ KIND = "datasets"
 FORMATS = ("CHAT", "COMPLETION", "RL")
 MAX_UPLOAD_BYTES = 150 * 10**6
 """Of one request to `:upload`, as documented."""
+_LARGEST_SCORE = 1e30
+"""Their sums, squares and differences are still numbers of float64."""
+MAX_FILE_BYTES = 10**9
+"""Of one file at an address of its own: it is held in memory."""
 _UNSPECIFIED = "FORMAT_UNSPECIFIED"
 _UNDER_WAY = ("JOB_STATE_PENDING", "JOB_STATE_RUNNING")
 
@@ -41,6 +45,8 @@ class Datasets:
         self._say = say
         self._folder = store.folder / "datasets"
         self._folder.mkdir(exist_ok=True)
+        self._finishing = asyncio.Lock()
+        """Of two uploads of one data set, the second finds it READY, and not half written."""
 
     @property
     def routes(self) -> RouteTable:
@@ -128,8 +134,12 @@ class Datasets:
         }
         if not files:
             raise ServiceError("filenameToSize names no file")
-        if bad := [file for file, size in files.items() if size < 0]:
-            raise ServiceError(f"filenameToSize of {bad[0]!r} is negative")
+        for file, size in files.items():
+            if not 0 <= size <= MAX_FILE_BYTES:
+                raise ServiceError(
+                    f"filenameToSize of {file!r} is {size}: this server takes files of up to "
+                    f"{MAX_FILE_BYTES} bytes"
+                )
         row = self._uploading(call.name)
         row["_uploads"] = {
             secrets.token_urlsafe(24): {"file": file, "size": size} for file, size in files.items()
@@ -224,7 +234,7 @@ class Datasets:
             )
         if row["state"] != "READY":
             await self._finish(name, data)
-        elif row["_sha256"] != hashlib.sha256(data).hexdigest():
+        elif row["_sha256"] != await asyncio.to_thread(_digest, data):
             raise resources.wrong_state(
                 f"{name} is READY, and cannot be changed: delete it, or make another"
             )
@@ -236,9 +246,14 @@ class Datasets:
 
     async def _finish(self, name: str, data: bytes) -> None:
         """Check the lines and make the data set READY, or say in its `status` why it is not."""
+        async with self._finishing:
+            await self._make_ready(name, data)
+
+    async def _make_ready(self, name: str, data: bytes) -> None:
         declared = self._uploading(name)["_declared"]
         try:
             found, count = await asyncio.to_thread(_check, data, declared)
+            digest = await asyncio.to_thread(_digest, data)
         except ServiceError as error:
             row = self._uploading(name)
             row["status"] = {"code": "INVALID_ARGUMENT", "message": str(error)}
@@ -251,7 +266,7 @@ class Datasets:
         row.pop("_uploads", None)
         row |= {
             "state": "READY", "format": found, "exampleCount": str(count),
-            "updateTime": names.now(), "_sha256": hashlib.sha256(data).hexdigest(),
+            "updateTime": names.now(), "_sha256": digest,
         }  # fmt: skip
         self._store.put(KIND, name, row)
         self._say(f"dataset {names.last(name)}: READY, {count} rows, {found}")
@@ -283,6 +298,10 @@ class Datasets:
         return self._folder / f"{names.last(name)}.parts"
 
 
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
 def _joined(parts: Sequence[Path]) -> bytes:
     """Files one after the other, each ending its last line; one file as it is."""
     if len(parts) == 1:
@@ -297,7 +316,7 @@ def _rows(data: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
             continue
         try:
             row = msgspec.json.decode(line)
-        except (msgspec.DecodeError, RecursionError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise ServiceError(f"line {number} is no JSON: {error}") from None
         if not isinstance(row, dict):
             raise ServiceError(f"line {number} is no object")
@@ -360,8 +379,9 @@ def _samples_problem(row: dict[str, Any]) -> str | None:
         if not isinstance(evals, dict) or not evals:
             return f"samples[{i}]: evals must be an object of scores by name"
         for name, value in evals.items():
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                return f"samples[{i}]: evals[{name!r}] is {value!r}, not a number"
+            number = not isinstance(value, bool) and isinstance(value, int | float)
+            if not number or abs(value) > _LARGEST_SCORE:
+                return f"samples[{i}]: evals[{name!r}] is {str(value)[:80]!r}, not a number"
     return None
 
 

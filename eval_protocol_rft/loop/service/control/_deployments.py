@@ -123,10 +123,13 @@ class Deployments:
         _count_replicas(row, changes)
         row["updateTime"] = names.now()
         reattached = row.get("hotLoadTrainerJob") != before
+        if reattached:
+            # Its replicas start again, on the base model, and know nothing of earlier snapshots:
+            # in one change, so that they do whatever comes between.
+            row |= {"_weights": model["_weights"], "_version": None}
         self._store.put(KIND, call.name, row)
         key = names.last(call.name)
         if reattached:
-            # Its replicas start again, on the base model, and know nothing of earlier snapshots.
             await self._served.load(call.name, model["_weights"], version=None)
             row = self.row(call.name)
             job = names.last(row.get("hotLoadTrainerJob") or "nothing")

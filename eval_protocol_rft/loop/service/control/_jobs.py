@@ -32,6 +32,11 @@ _OUTPUT = frozenset(
      "jobProgress"}
 )  # fmt: skip
 METHODS = ("METHOD_UNSPECIFIED", "GRPO", "DAPO", "GSPO_TOKEN")
+_NOT_NEGATIVE = (
+    "epochs", "batchSize", "batchSizeSamples", "maxContextLength", "gradientAccumulationSteps",
+    "learningRate", "learningRateWarmupSteps", "optimizerWeightDecay",
+)  # fmt: skip
+"""Of a step; 0 is what nobody gave."""
 _CHECKPOINT_FIELDS = ("name", "createTime", "updateTime", "checkpointType", "promotable")
 
 
@@ -103,10 +108,11 @@ class Jobs:
         config = job.setdefault("trainingConfig", {})
         if config.get("loraRank", 0) < 0:
             raise ServiceError(f"trainingConfig.loraRank is {config['loraRank']}: at least 0")
-        job |= self._service_job(call, config) if serves else self._step(job, config, key)
         if serves and "maxContextLength" not in config:
-            base = self._weights.base(job["_base"])
+            base = self._weights.base(self._service_job(call, config)["_base"])
             config["maxContextLength"] = await asyncio.to_thread(lambda: base.context_length)
+        # From here on nothing else happens: the model that is found is there when it is on record.
+        job |= self._service_job(call, config) if serves else self._step(job, config, key)
         if self._store.get(KIND, name) is not None:
             raise resources.exists(name)
         job |= {"name": name, "createTime": names.now(), "updateTime": names.now()}
@@ -196,8 +202,7 @@ class Jobs:
 
     async def promote(self, call: Call) -> dict[str, Any]:
         body = fields.read_fields(call.body, fields.PROMOTION, "the request")
-        output = names.full_name(fields.need(body, "outputModel", "the request"), "models")
-        resources.check_id(names.last(output), "output_model")
+        output = _output(fields.need(body, "outputModel", "the request"), "output_model")
         name = call.name
         if f"/{KIND}/" not in name:
             trainer = names.full_name(fields.need(body, "trainerJobId", "the request"), KIND)
@@ -265,14 +270,11 @@ class Jobs:
         )
         if job.get("lossConfig", {}).get("klBeta", 0.0) < 0:
             raise ServiceError("lossConfig.klBeta must be at least 0")
-        for field in ("epochs", "batchSize", "batchSizeSamples", "maxContextLength"):
-            if config.get(field, 1) < 0:
-                raise ServiceError(f"trainingConfig.{field} must be at least 1")
-        if config.get("learningRate", 0.0) < 0:
-            raise ServiceError("trainingConfig.learningRate must be above 0")
+        for field in _NOT_NEGATIVE:
+            if config.get(field, 0) < 0:
+                raise ServiceError(f"trainingConfig.{field} is {config[field]}: at least 0")
         read_weights(job.get("rewardWeights", []))
-        output = names.full_name(config.get("outputModel") or key, "models")
-        resources.check_id(names.last(output), "trainingConfig.outputModel")
+        output = _output(config.get("outputModel") or key, "trainingConfig.outputModel")
         if self._store.get("models", output) is not None:
             raise resources.exists(output)
         for other in self._store.list(KIND):
@@ -318,6 +320,19 @@ class Jobs:
     def _put(self, row: Resource, state: str) -> None:
         row |= {"state": state, "updateTime": names.now()}
         self._store.put(KIND, row["name"], row)
+
+
+def _output(given: str, what: str) -> str:
+    """The whole name of a model that is to be made.
+
+    Raises:
+        ServiceError: it is none of this account's.
+    """
+    output = names.full_name(given, "models")
+    if output != names.full_name(names.last(output), "models"):
+        raise ServiceError(f"{what} is {given!r}: it must be a model of {names.ACCOUNT}")
+    resources.check_id(names.last(output), what)
+    return output
 
 
 def read_weights(reward_weights: list[Any]) -> dict[str, float]:

@@ -114,7 +114,7 @@ def _after(rows: Sequence[Resource], token: str) -> int:
         return 0
     try:
         created, name = json.loads(base64.urlsafe_b64decode(token.encode()))
-    except (binascii.Error, ValueError, TypeError):
+    except (binascii.Error, ValueError, TypeError, RecursionError):
         raise ServiceError(f"pageToken {token!r} is none that this list gave") from None
     for place, row in enumerate(rows):
         if row["name"] == name:

@@ -28,6 +28,7 @@ from eval_protocol_rft.loop._trainer import NamedLoss
 from eval_protocol_rft.loop.service import _names as names
 from eval_protocol_rft.loop.service._store import Resource, Store
 from eval_protocol_rft.loop.service._weights import Weights
+from eval_protocol_rft.loop.service.control import _resources as resources
 from eval_protocol_rft.loop.service.control._datasets import Datasets
 from eval_protocol_rft.loop.service.control._jobs import (
     COMPLETED,
@@ -212,15 +213,12 @@ class StepRunner:
         return batches, dropped
 
     def _trainer(self, row: Resource) -> LocalTrainer:
-        import torch
-
-        from eval_protocol_rft.loop._local_trainer import LocalTrainer
+        from eval_protocol_rft.loop._local_trainer import LocalTrainer, seeded
 
         config = row["trainingConfig"]
         rank = config["loraRank"]
         module = self._weights.module(row["_weights"])
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(zlib.crc32(row["name"].encode()))
+        with seeded(zlib.crc32(row["name"].encode())):
             return LocalTrainer(
                 module,
                 sink=_Nowhere(),
@@ -246,6 +244,9 @@ class StepRunner:
         )
         now = self._store.get(KIND, name)
         if now is None or now["state"] != RUNNING:  # cancelled while the weights were written
+            return
+        if self._store.get("models", model["name"]) is not None:  # promoted to that name meanwhile
+            self._fail(name, resources.exists(model["name"]))
             return
         row = now
         row |= {

@@ -8,10 +8,10 @@ top of no other snapshot than the one it was made from.
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
+import msgspec
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -142,8 +142,8 @@ class HotLoads:
 
 def _read(raw: bytes) -> dict[str, Any]:
     try:
-        body = json.loads(raw)
-    except ValueError:
+        body = msgspec.json.decode(raw)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         raise _RefusalError("the body is no JSON") from None
     _check_object(body, _FIELDS, "")
     if not isinstance(body.get("identity"), str) or not body["identity"]:

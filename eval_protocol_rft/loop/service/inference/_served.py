@@ -116,6 +116,8 @@ class ServedModels:
                 found.target = target
             with self._store.change():
                 row = self._targets.deployment(deployment)
+                if not self._weights.has(weights):  # freed meanwhile
+                    raise ServiceError.not_found(f"weights {weights}")
                 self._store.put(
                     DEPLOYMENTS, deployment, {**row, WEIGHTS: weights, VERSION: version}
                 )

@@ -35,10 +35,12 @@ class _OptimStep(msgspec.Struct, frozen=True):
 
 
 _Path = Annotated[str, msgspec.Meta(min_length=1, max_length=200)]
+_NewName = Annotated[str, msgspec.Meta(min_length=1, max_length=200, pattern="^[^/:]*$")]
+"""Others could be neither loaded nor promoted: `/` and `:` end a name in a path."""
 
 
 class _Save(msgspec.Struct, frozen=True):
-    path: _Path
+    path: _NewName
     checkpoint_type: Literal["base", "delta", "merged_base"] = "base"
 
 

@@ -148,9 +148,13 @@ class Checkpoints:
         old = [row for row in rows if row["checkpointType"] == "delta"][:-_DELTAS]
         used = self._in_use() if old else set()
         for row in old:
-            if row["weights"] not in used:
-                self._store.delete("snapshots", snapshot_name(job, row["identity"]))
-                self._weights.delete(row["weights"])
+            if row["weights"] in used:
+                continue
+            self._store.delete("snapshots", snapshot_name(job, row["identity"]))
+            # Nobody finds it any more; who found it before has it on record by now, or will not.
+            with self._store.change():
+                if row["weights"] not in self._in_use():
+                    self._weights.delete(row["weights"])
 
     def _in_use(self, kinds: Sequence[str] = _USERS) -> set[str]:
         rows = [row for kind in kinds for row in self._store.list(kind)]

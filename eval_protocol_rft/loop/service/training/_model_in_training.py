@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from eval_protocol_rft.local import spare_threads
-from eval_protocol_rft.loop._local_trainer import add_lora, merged_weights
+from eval_protocol_rft.loop._local_trainer import add_lora, merged_weights, seeded
 from eval_protocol_rft.loop._run_options import LoraSettings
 from eval_protocol_rft.loop.service._errors import Code, ServiceError
 from eval_protocol_rft.loop.service.training._wire_losses import Example, WireLoss
@@ -70,8 +70,7 @@ class ModelInTraining:
         self._base = base.float().train(False).requires_grad_(lora is None)
         self._module: torch.nn.Module = self._base
         if lora is not None:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
+            with seeded(seed):
                 self._module = add_lora(self._base, lora)
         self._lora = lora
         self._kind = {} if lora is None else {"start": start, "alpha": lora.alpha}

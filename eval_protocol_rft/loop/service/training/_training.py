@@ -43,6 +43,8 @@ _REPLAY_SHARE = 4.0
 """A state is saved when going there again would take so many times as long as saving it."""
 
 
+UNLOADED = "unloaded"
+"""Ends the name of the future of an `unload_model`, which is answered at once."""
 _MOST_CALLS = 10**12
 """Of a model: the largest number of a call."""
 
@@ -232,7 +234,11 @@ class Training:
         """
         model, _, number = future.rpartition(":")
         seq = int(number) if number.isdecimal() and len(number) < 16 else -1
+        if number == UNLOADED:
+            return msgspec.json.encode({"model_id": model, "type": "unload_model"})
         if seq == 0:  # the model itself
+            if self._store.get("trainingModels", model) is None:
+                raise ServiceError.not_found(f"model {model}")
             return msgspec.json.encode({"model_id": model, **_CAPABILITIES})
         deadline = time.monotonic() + patience
         while (answer := self._operations.answer(model, seq)) is None:

@@ -20,7 +20,13 @@ from eval_protocol_rft.loop.service._names import ACCOUNT
 from eval_protocol_rft.loop.service._store import Store
 from eval_protocol_rft.loop.service.training import _calls as calls
 from eval_protocol_rft.loop.service.training._checkpoints import TRAINING_STATE, checkpoint_name
-from eval_protocol_rft.loop.service.training._training import NO_JOB, Call, CreateModel, Training
+from eval_protocol_rft.loop.service.training._training import (
+    NO_JOB,
+    UNLOADED,
+    Call,
+    CreateModel,
+    Training,
+)
 
 _PATIENCE = 20.0
 """Seconds for which a poll is held: clients poll again at once."""
@@ -89,7 +95,8 @@ class TrainingApi:
     async def _create_session(self, job: str | None, http: Request) -> Any:
         if job is not None:
             self._training.running_job(job)
-        key = http.headers.get("x-idempotency-key")
+        sent = http.headers.get("x-idempotency-key")
+        key = f"{job or ''}/{sent}" if sent else None
         before = self._store.get("sessionKeys", key) if key else None
         if before is not None:
             return before
@@ -117,7 +124,7 @@ class TrainingApi:
     async def _unload(self, job: str | None, http: Request) -> Any:
         model = calls.decode(await http.body(), _Model).model_id
         self._training.unload(job, model)
-        return {"request_id": f"{model}:0"}
+        return {"request_id": f"{model}:{UNLOADED}"}
 
     async def _weights_info(self, job: str | None, http: Request) -> Any:
         path = calls.decode(await http.body(), _StatePath).tinker_path

@@ -225,7 +225,7 @@ class WireLoss:
                     f"loss_fn_config: {key} is {str(value)[:80]}, must be a number from 0 to "
                     f"{_LARGEST:g}"
                 )
-        self._config = {**known, **given}
+        self._config = {**known, **{key: float(value) for key, value in given.items()}}
 
     def __call__(self, lp: Tensor, tensors: Mapping[str, NDArray[Any]]) -> Tensor:
         given = {
