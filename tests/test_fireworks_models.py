@@ -38,6 +38,8 @@ def fireworks(asked: list[tuple[str, str | None]]) -> Iterator[str]:
     async def model(request: Request) -> Response:
         name = request.path_params["name"]
         asked.append((name, request.headers.get("authorization")))
+        if name == "accounts/other/models/own":
+            return JSONResponse({"code": 7, "message": "forbidden"}, status_code=403)
         if name not in RESOURCES:
             return JSONResponse({"code": 5, "message": "not found"}, status_code=404)
         return JSONResponse(RESOURCES[name])
@@ -62,6 +64,7 @@ def fireworks(asked: list[tuple[str, str | None]]) -> Iterator[str]:
         ("accounts/me/models/round", None, "too many to follow"),
         ("accounts/me/models/gone", None, "Fireworks answered 404"),
         ("accounts/me/models/list", None, "no JSON object"),
+        ("accounts/other/models/own", None, "answered 403: the API key (FIREWORKS_API_KEY)"),
     ],
 )
 @pytest.mark.parametrize("path", ["/inference/v1", "/v1"])

@@ -10,6 +10,7 @@ from ._plan import plan as plan
 from ._rollout_fn import make_group_rollout_fn as make_group_rollout_fn
 from ._rollout_fn import make_rollout_fn as make_rollout_fn
 from ._rollout_fn import recipe_params as recipe_params
+from ._rollouts import RowRunner as RowRunner
 from ._run_options import LoopOptions as LoopOptions
 from ._run_options import LoraSettings as LoraSettings
 from ._run_options import Optimizer as Optimizer

@@ -108,6 +108,11 @@ async def _resource(
         proxy=sampling.proxy_for(url),
         allow_redirects=False,
     ) as response:
+        if response.status in (401, 403):
+            raise ValueError(
+                f"{response.status}: the API key (FIREWORKS_API_KEY) is missing, or not one for "
+                f"{_control_plane(endpoint)}"
+            )
         if response.status != 200:
             raise ValueError(f"{response.status}")
         body = await sampling.read_body(response, limit=_MOST_BYTES)

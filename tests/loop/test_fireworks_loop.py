@@ -10,7 +10,7 @@ pytest.importorskip("torch")
 pytest.importorskip("fireworks.training.sdk", reason="needs the extra `fireworks`")
 
 from eval_protocol_rft import FireworksTrainingRolloutProcessor
-from eval_protocol_rft.loop._rollouts import RowRunner
+from eval_protocol_rft.loop import RowRunner
 from eval_protocol_rft.loop._trainer import NamedLoss
 from eval_protocol_rft.training._batch import TrainingBatch, build_batch
 from tests.service import KEY
