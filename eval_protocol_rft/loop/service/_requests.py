@@ -1,7 +1,7 @@
 """The log of requests: what every client asked, and loudly what nothing here answers.
 
 Invariant: a line is written for each request once it was answered, whatever became of it; no line
-holds a key.
+holds a key. What is shown can do nothing to a terminal, and no body is without end.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from eval_protocol_rft.loop.service._names import now
@@ -21,6 +22,8 @@ from eval_protocol_rft.loop.service._names import now
 UNANSWERED = "fireworks.unanswered"
 """Set in the scope of a request by an endpoint that answers for whole trees of paths."""
 FILE = "requests.jsonl"
+MOST_BODY_BYTES = 151 * 10**6
+"""Of a request; an upload to an address of its own says before how many it has."""
 _SHOWN_BYTES = 300
 _NO_SUCH = (404, 405)
 _SECRET = re.compile(r'("[^"]*(?:key|secret|token|password)[^"]*"\s*:\s*)"[^"]*"?', re.IGNORECASE)
@@ -86,9 +89,9 @@ class RequestLog:
         if self._file >= 0:
             os.write(self._file, msgspec.json.encode(entry) + b"\n")
         if unanswered:
-            self._print(_loud(entry, body[:_SHOWN_BYTES]))
+            self._print(_printable(_loud(entry, body[:_SHOWN_BYTES])))
         elif self._show_all:
-            self._print(_line(entry))
+            self._print(_printable(_line(entry)))
 
 
 class RequestLogMiddleware:
@@ -106,9 +109,14 @@ class RequestLogMiddleware:
             name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]
         }
         began, status, beginning = time.perf_counter(), 0, bytearray()
+        left = float("inf") if _SIGNED.match(scope["path"]) else MOST_BODY_BYTES
 
         async def noting_receive() -> Message:
+            nonlocal left
             message = await receive()
+            left -= len(message.get("body", b""))
+            if left < 0:
+                raise HTTPException(413, f"the body has more than {MOST_BODY_BYTES} bytes")
             beginning.extend(message.get("body", b"")[: _SHOWN_BYTES - len(beginning)])
             return message
 
@@ -154,6 +162,11 @@ def _who(agent: str, headers: dict[str, str]) -> str:
 
 def _has_body(headers: dict[str, str]) -> bool:
     return headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
+
+
+def _printable(line: str) -> str:
+    """Without what moves a terminal's cursor or begins a line of its own."""
+    return "".join(c if c.isprintable() else "?" for c in line)
 
 
 def _line(entry: dict[str, Any]) -> str:

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from eval_protocol_rft.loop._local_trainer import seeded
+from eval_protocol_rft.loop.service import _requests as requests
 from eval_protocol_rft.loop.service.control import _datasets as datasets
 from eval_protocol_rft.loop.service.control._steps import StepRunner
 from eval_protocol_rft.loop.service.inference._served import ServedModels
@@ -246,3 +247,45 @@ def test_a_checkpoint_has_a_name_that_paths_can_hold(tmp_path: Path) -> None:
         caller = Caller(server)
         for name in ("a/b", "a:promote", ""):
             assert "cannot be read" in caller("save_weights", path=name)["error"]
+
+
+def test_a_number_is_of_one_model(tmp_path: Path) -> None:
+    with fireworks_service(tmp_path) as server:
+        url = f"{server.url}/api/v1"
+        session = httpx.post(f"{url}/create_session", json={}).json()["session_id"]
+        body = {"session_id": session, "model_seq_id": 0, "base_model": BASE}
+        answers = [httpx.post(f"{url}/create_model", json=body) for _ in range(2)]
+        assert answers[0].json() == answers[1].json()
+        other = httpx.post(f"{url}/create_model", json={**body, "base_only": True})
+        assert other.status_code == 409
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        f"v1/{ACCOUNT}/deployments",
+        f"v1/{ACCOUNT}/datasets/ds:upload",
+        "hot_load/v1/models/hot_load",
+        "api/v1/forward",
+    ],
+)
+def test_a_body_without_end_is_refused(
+    path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(requests, "MOST_BODY_BYTES", 1000)
+    headers = {
+        "content-type": "multipart/form-data; boundary=x" if "upload" in path else "text/plain"
+    }
+    form = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n'
+    with fireworks_service(tmp_path) as server:
+        chunks = iter([form, *[b"y" * 400] * 3])  # without a length
+        answer = httpx.post(f"{server.url}/{path}", content=chunks, headers=headers)
+        assert answer.status_code in (400, 413)
+        assert "more than 1000 bytes" in answer.text
+
+
+def test_a_request_does_nothing_to_the_terminal(tmp_path: Path) -> None:
+    with fireworks_service(tmp_path) as server:
+        httpx.post(f"{server.url}/v1/nothing%1b[2J%0aline", content=b"\x1b]0;title\x07")
+        wait_until(lambda: any("nothing" in line for line in server.lines))
+        assert all(line.isprintable() for line in server.lines)

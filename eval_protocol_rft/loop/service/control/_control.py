@@ -151,7 +151,7 @@ class ControlPlane:
             if isinstance(error, UnknownEndpointError):
                 http.scope[UNANSWERED] = True
             return JSONResponse(error.body(), status_code=error.status)
-        except ClientDisconnect:
+        except (ClientDisconnect, HTTPException):
             raise
         except Exception as error:
             logger.exception("%s %s", http.method, http.url.path)

@@ -134,8 +134,7 @@ class Training:
         if session is None or session["job"] != job:
             raise ServiceError.not_found(f"session {request.session_id}")
         model = f"{request.session_id}:{request.model_seq_id}"
-        if self._store.get("trainingModels", model) is not None:
-            return model  # sent twice
+        before = self._store.get("trainingModels", model)
         base, start = self._beginning(job, request.base_model)
         lora = request.lora_config
         described = {
@@ -147,6 +146,13 @@ class Training:
             "seed": lora.seed or 0,
             "frozen": request.base_only,
         }
+        if before == described:
+            return model  # sent twice
+        if before is not None:
+            raise ServiceError(
+                f"{model} is there and is another: give this one its own model_seq_id",
+                code=Code.ALREADY_EXISTS,
+            )
         self._store.put("trainingModels", model, described)
         kind = "the frozen base" if request.base_only else "a model in training"
         rank = f", LoRA of rank {lora.rank}" if lora.rank and not request.base_only else ""
