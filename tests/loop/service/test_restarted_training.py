@@ -58,6 +58,22 @@ def plain(server: RunningService, *data: Any) -> dict[str, Tensor]:
     return caller.weights()
 
 
+@pytest.mark.parametrize("until", ["step", "load"])
+def test_a_lost_state_is_an_error_and_not_the_base_model(until: str, tmp_path: Path) -> None:
+    with fireworks_service(tmp_path) as server:
+        caller = Caller(server)
+        caller.gather()
+        caller.step()
+        if until == "load":
+            caller("save_weights", path="kept")
+            caller("load_weights", path="kept", optimizer=True)
+    for file in (tmp_path / "training").glob("session-*.pt"):
+        file.unlink()
+    with fireworks_service(tmp_path) as server:
+        caller.server = server
+        assert "any more" in caller.gather()["error"]
+
+
 @pytest.mark.parametrize("refused", ["step", "load"])
 def test_a_refused_call_keeps_the_gradient_for_the_next_start(refused: str, tmp_path: Path) -> None:
     with fireworks_service(tmp_path) as server:

@@ -31,6 +31,8 @@ from eval_protocol_rft.loop.service.training._operations import Operation, Opera
 if TYPE_CHECKING:
     from eval_protocol_rft.loop.service.training._model_in_training import ModelInTraining
 
+MODELS = "trainingModels"
+"""Kind of the store."""
 NO_JOB = "training-api"
 """Whose checkpoints they are where a client trains without a job, at `/api/v1`."""
 logger = logging.getLogger(__name__)
@@ -134,7 +136,7 @@ class Training:
         if session is None or session["job"] != job:
             raise ServiceError.not_found(f"session {request.session_id}")
         model = f"{request.session_id}:{request.model_seq_id}"
-        before = self._store.get("trainingModels", model)
+        before = self._store.get(MODELS, model)
         base, start = self._beginning(job, request.base_model)
         lora = request.lora_config
         described = {
@@ -146,14 +148,14 @@ class Training:
             "seed": lora.seed or 0,
             "frozen": request.base_only,
         }
-        if before == described:
+        if before is not None and {name: before[name] for name in described} == described:
             return model  # sent twice
         if before is not None:
             raise ServiceError(
                 f"{model} is there and is another: give this one its own model_seq_id",
                 code=Code.ALREADY_EXISTS,
             )
-        self._store.put("trainingModels", model, described)
+        self._store.put(MODELS, model, described)
         kind = "the frozen base" if request.base_only else "a model in training"
         rank = f", LoRA of rank {lora.rank}" if lora.rank and not request.base_only else ""
         self._say(f"{_title(job)}: {kind}, {base}{rank}")
@@ -192,7 +194,7 @@ class Training:
         Raises:
             ServiceError: there is none in this job.
         """
-        found = self._store.get("trainingModels", model)
+        found = self._store.get(MODELS, model)
         if found is None or found["job"] != job:
             raise ServiceError.not_found(f"model {model}")
         return found
@@ -204,14 +206,14 @@ class Training:
 
     def drop_job(self, job: str) -> None:
         """Forget the models in training of a job that is deleted; what they saved stays."""
-        for model in self._store.names("trainingModels"):
-            described = self._store.get("trainingModels", model)
+        for model in self._store.names(MODELS):
+            described = self._store.get(MODELS, model)
             if described is not None and described["job"] == job:
                 self._drop(model)
 
     def _drop(self, model: str) -> None:
         with self._store.change():
-            self._store.delete("trainingModels", model)
+            self._store.delete(MODELS, model)
             self._operations.drop(model)
         self._live.pop(model, None)
         self.checkpoints.running_state_path(model).unlink(missing_ok=True)
@@ -243,7 +245,7 @@ class Training:
         if number == UNLOADED:
             return msgspec.json.encode({"model_id": model, "type": "unload_model"})
         if seq == 0:  # the model itself
-            if self._store.get("trainingModels", model) is None:
+            if self._store.get(MODELS, model) is None:
                 raise ServiceError.not_found(f"model {model}")
             return msgspec.json.encode({"model_id": model, **_CAPABILITIES})
         deadline = time.monotonic() + patience
@@ -296,7 +298,7 @@ class Training:
         """Do it, and write down what came of it, all at once."""
         from eval_protocol_rft.loop.service.training import _calls as calls
 
-        described = self._store.get("trainingModels", model)
+        described = self._store.get(MODELS, model)
         if described is None:
             return  # it was dropped, and its calls with it
         done = calls.Done({})
@@ -323,6 +325,8 @@ class Training:
                     self._store.put(*row)
                 answer = msgspec.json.encode(done.answer)
                 self._operations.finish(model, operation.seq, answer, again=again)
+                if operation.name == "load_weights" and "error" not in done.answer:
+                    self._note_saved(model, operation.seq)
         except BaseException:
             self._live.pop(model, None)  # or it would be done twice
             raise
@@ -372,6 +376,12 @@ class Training:
         live = _Live(trained, Owner(described["job"] or NO_JOB, described["base"], rank))
         path = self.checkpoints.running_state_path(model)
         seq = trained.load(path, optimizer=True) if path.exists() else 0
+        if seq < described.get("saved", 0):
+            raise ServiceError(
+                f"what {model} was trained to until its call {described['saved']} is not in "
+                f"{path} any more: make another model, and load a checkpoint into it",
+                code=Code.GONE,
+            )
         for operation in self._operations.answered(model, after=seq):
             with suppress(EvalProtocolRftError):  # it was refused then, too
                 self._do(operation, live, frozen=frozen)
@@ -389,7 +399,15 @@ class Training:
         except (OSError, RuntimeError) as error:  # of a full disk; torch has its own
             self._say(f"the state of {model} cannot be saved: {error}")
             return
-        self._operations.forget(model, until=operation.seq)
+        with self._store.change():
+            self._operations.forget(model, until=operation.seq)
+            self._note_saved(model, operation.seq)
+
+    def _note_saved(self, model: str, seq: int) -> None:
+        """The file is there, and from here on nothing else knows of the calls until `seq`."""
+        described = self._store.get(MODELS, model)
+        if described is not None:
+            self._store.put(MODELS, model, {**described, "saved": seq})
 
     def _save_state(self, model: str, live: _Live, seq: int) -> None:
         started = time.monotonic()
