@@ -23,3 +23,9 @@ def last(name: str) -> str:
 def full_name(name: str, collection: str) -> str:
     """`accounts/acc/<collection>/x` of that or of `x`."""
     return name if "/" in name else f"{ACCOUNT}/{collection}/{name}"
+
+
+def state_row(checkpoint: str) -> str:
+    """Where the store has the row of a state of training: a snapshot to sample from, which can be
+    promoted, may have the same name."""
+    return f"{checkpoint}#state"

@@ -438,3 +438,15 @@ def test_deltas_that_nothing_serves_are_deleted(server: RunningService) -> None:
     ]
     assert kept[0] == "tidy-1"
     assert kept[1:] == ["tidy-10", "tidy-11", "tidy-12"]
+
+
+def test_a_state_and_a_snapshot_of_one_name_are_both_listed(server: RunningService) -> None:
+    model = new_model(server)
+    for seq, name in enumerate(("save_weights_for_sampler", "save_weights"), start=1):
+        save = {"path": "namesake", "model_id": model, "seq_id": seq}
+        assert call(server, "retrieve_future", call(server, name, save))["path"] == "namesake"
+    rows = server.service.store.list("checkpoints", "accounts/acc/")
+    kinds = [row["checkpointType"] for row in rows if row["name"].endswith("/namesake")]
+    assert sorted(kinds) == ["CHECKPOINT_TYPE_INFERENCE_BASE", "CHECKPOINT_TYPE_TRAINING"]
+    info = call(server, "weights_info", {"tinker_path": "namesake"})
+    assert info == {"base_model": BASE, "is_lora": False, "lora_rank": None}

@@ -207,7 +207,8 @@ class Jobs:
         if f"/{KIND}/" not in name:
             trainer = names.full_name(fields.need(body, "trainerJobId", "the request"), KIND)
             name = f"{trainer}/checkpoints/{names.last(call.name)}"
-        checkpoint = self._store.get("checkpoints", name)
+        rows = (name, names.state_row(name))
+        checkpoint = next(filter(None, (self._store.get("checkpoints", row) for row in rows)), None)
         if checkpoint is None:
             raise ServiceError.not_found(name)
         kind = checkpoint["checkpointType"]

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from eval_protocol_rft.loop.service._errors import ServiceError
-from eval_protocol_rft.loop.service._names import ACCOUNT, now
+from eval_protocol_rft.loop.service._names import ACCOUNT, now, state_row
 from eval_protocol_rft.loop.service._store import Resource, Store
 from eval_protocol_rft.loop.service._weights import Weights
 
@@ -108,7 +108,7 @@ class Checkpoints:
             "_base": owner.base,
             "_rank": owner.rank,
         }
-        return [("checkpoints", name, row)]
+        return [("checkpoints", state_row(name), row)]
 
     def load_state(
         self, owner: Owner, trained: ModelInTraining, path: str, *, optimizer: bool

@@ -16,10 +16,10 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from eval_protocol_rft.loop.service._errors import ServiceError
-from eval_protocol_rft.loop.service._names import ACCOUNT
+from eval_protocol_rft.loop.service._names import ACCOUNT, state_row
 from eval_protocol_rft.loop.service._store import Store
 from eval_protocol_rft.loop.service.training import _calls as calls
-from eval_protocol_rft.loop.service.training._checkpoints import TRAINING_STATE, checkpoint_name
+from eval_protocol_rft.loop.service.training._checkpoints import checkpoint_name
 from eval_protocol_rft.loop.service.training._training import (
     NO_JOB,
     UNLOADED,
@@ -129,8 +129,8 @@ class TrainingApi:
     async def _weights_info(self, job: str | None, http: Request) -> Any:
         path = calls.decode(await http.body(), _StatePath).tinker_path
         name = checkpoint_name(job or NO_JOB, path.rpartition("/")[2])
-        row = self._store.get("checkpoints", name)
-        if row is None or row["checkpointType"] != TRAINING_STATE:
+        row = self._store.get("checkpoints", state_row(name))
+        if row is None:
             raise ServiceError.not_found(f"a state of training {path!r}")
         return {
             "base_model": row["_base"],
