@@ -184,7 +184,7 @@ async def test_hopeless_data_ends_with_a_reason(tmp_path: Path) -> None:
 
 async def test_rows_that_cannot_be_asked_end_with_the_reason(tmp_path: Path) -> None:
     data = tmp_path / "long.jsonl"
-    row = {"messages": [{"role": "user", "content": "1" * 400}], "ground_truth": "2"}
+    row = {"messages": [{"role": "user", "content": "1" * 4000}], "ground_truth": "2"}
     data.write_text((json.dumps(row) + "\n") * 3)
     with pytest.raises(NothingToTrainOnError, match="gave no scored completion"):
         await atrain(
