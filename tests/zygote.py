@@ -136,8 +136,9 @@ def run(request: dict[str, Any]) -> None:
     os.environ.update(request["env"])
     os.chdir(request["cwd"])
     sys.path[0] = request["cwd"]
-    # Whoever runs the tests in the background of a script has it ignored.
+    # Whoever runs the tests in the background of a script, or under nohup, has them ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     for name, value in request["limits"].items():
         resource.setrlimit(getattr(resource, name), (value, value))
     if request["program"] == "python" or request["arguments"][:1] in (["score"], ["train"]):

@@ -22,7 +22,6 @@ from eval_protocol_rft.local.server import (
     is_loopback,
     server_url,
 )
-from eval_protocol_rft.loop.service._app import FireworksService
 from eval_protocol_rft.loop.service._names import ACCOUNT
 from eval_protocol_rft.loop.service._weights import BaseModel
 from eval_protocol_rft.loop.service.control._models import training_shape
@@ -63,6 +62,9 @@ def serve_fireworks(
             say(f"{time.strftime('%H:%M:%S')}  {line}")
 
     with claim_port(host, port) as listener:
+        # Torch and its libraries take seconds: a port that is taken is told before them.
+        from eval_protocol_rft.loop.service._app import FireworksService
+
         url = server_url(host, listener.getsockname()[1])
         grpc_at = _grpc_address(host, grpc_port, listener.getsockname()[1] + 1)
         service = FireworksService(
