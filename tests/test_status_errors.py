@@ -210,7 +210,7 @@ async def test_what_is_no_http_is_said_to_be_none_and_briefly(reply: bytes) -> N
         with pytest.raises(SamplingError) as caught:
             await sampler.sample([1], SamplingParams(model="m", max_tokens=1))
         await sampler.aclose()
-    message = str(caught.value)
+    message = str(caught.value).replace(url, "")  # a port may have any digits
     assert caught.value.kind == "connection"
     assert "the reply cannot be read as HTTP" in message
     assert "400" not in message  # aiohttp's own word: no server said it

@@ -98,7 +98,7 @@ def last_weights(folder: Path) -> dict[str, torch.Tensor]:
     return weights.state_dict(rows[f"s{STEPS - 1}"]["weights"])
 
 
-@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize("rank", [0, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_killed_trainer_goes_on_to_the_last_bit(
     rank: int, tmp_path: Path, zygote: Zygote
 ) -> None:
