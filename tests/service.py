@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import random
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,7 @@ from eval_protocol_rft.loop.service._app import FireworksService
 from eval_protocol_rft.loop.service._weights import BaseModel
 from tests.programs import Program, Zygote
 from tests.serving import running
+from tests.waiting import PATIENCE
 
 BASE = "accounts/fireworks/models/arithmetic"
 KEY = "fw-local-key"
@@ -81,6 +84,23 @@ class ServiceProcess:
     def kill(self) -> None:
         """As a power cut would, but for the disk."""
         self.programs[-1].kill()
+
+    def killed_during(
+        self, thread: threading.Thread, *, most: int, between: tuple[float, float], seed: int
+    ) -> int:
+        """Start it and `thread`, and kill it again and again while that runs; returns how often."""
+        self.start()
+        thread.start()
+        rng = random.Random(seed)
+        kills = 0
+        while thread.is_alive() and kills < most:
+            thread.join(rng.uniform(*between))
+            self.kill()
+            self.start()
+            kills += 1
+        thread.join(PATIENCE)
+        self.kill()
+        return kills
 
     @property
     def said(self) -> str:

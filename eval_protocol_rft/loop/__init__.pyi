@@ -1,11 +1,11 @@
 from ._dry_run import dry_run as dry_run
-from ._plan import Measured as Measured
+from ._measured import Measured as Measured
+from ._measured import PlanError as PlanError
+from ._measured import measure_groups as measure_groups
+from ._measured import measure_run as measure_run
 from ._plan import Plan as Plan
-from ._plan import PlanError as PlanError
 from ._plan import Rates as Rates
 from ._plan import RunSize as RunSize
-from ._plan import measure_groups as measure_groups
-from ._plan import measure_run as measure_run
 from ._plan import plan as plan
 from ._rollout_fn import make_group_rollout_fn as make_group_rollout_fn
 from ._rollout_fn import make_rollout_fn as make_rollout_fn

@@ -17,7 +17,7 @@ from annotated_types import Ge
 from eval_protocol_rft import data as room
 from eval_protocol_rft import sampling
 from eval_protocol_rft._options import Flag
-from eval_protocol_rft.loop._plan import Measured, measure_groups
+from eval_protocol_rft.loop._measured import Measured, measure_groups
 from eval_protocol_rft.loop._setup import merged_params, sampled_request
 
 if TYPE_CHECKING:

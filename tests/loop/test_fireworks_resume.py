@@ -15,7 +15,8 @@ pytest.importorskip("fireworks", reason="needs the extra `fireworks`")
 
 from eval_protocol_rft.loop._run_directory import RunFolderError
 from eval_protocol_rft.loop.fireworks import _iterate as running
-from eval_protocol_rft.loop.fireworks._control_plane import ControlPlaneError, JobFailedError
+from eval_protocol_rft.loop.fireworks._answers import ControlPlaneError
+from eval_protocol_rft.loop.fireworks._control_plane import JobFailedError
 from eval_protocol_rft.loop.service.control._steps import StepRunner, Trained
 from eval_protocol_rft.training._types import TrainingDataError
 from tests.faulty_service import FaultyService, faulty_service

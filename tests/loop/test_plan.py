@@ -28,7 +28,7 @@ from eval_protocol_rft.loop import (
     measure_run,
     plan,
 )
-from eval_protocol_rft.loop._plan import Spread, tokens_sent
+from eval_protocol_rft.loop._measured import Spread, tokens_sent
 from eval_protocol_rft.training import PromptGroup, Segment, Trajectory
 from tests.data.rollout_files import write_rollouts
 from tests.rollouts import params_for, row_of

@@ -9,6 +9,7 @@ from ._protocol import ApiError as ApiError
 from ._protocol import CompletionRequest as CompletionRequest
 from ._protocol import parse_request as parse_request
 from ._protocol import read_json_body as read_json_body
+from ._protocol import read_object as read_object
 from ._reply_bodies import Sampled as Sampled
 from ._reply_bodies import choice_body as choice_body
 from ._reply_bodies import model_of_token as model_of_token

@@ -262,11 +262,11 @@ class CompletionRequest(msgspec.Struct, frozen=True, kw_only=True):
         return min(limit, room)
 
 
-def parse_request(body: bytes) -> CompletionRequest:
-    """Read and check one request body.
+def read_object(body: bytes) -> dict[str, Any]:
+    """A body of JSON.
 
     Raises:
-        ApiError: 400, naming the field that is unknown, missing, mistyped or out of range.
+        ApiError: 400, it is no JSON object.
     """
     try:
         fields = msgspec.json.decode(body)
@@ -274,6 +274,16 @@ def parse_request(body: bytes) -> CompletionRequest:
         raise ApiError(f"The request body is not JSON: {error}") from error
     if not isinstance(fields, dict):
         raise ApiError("The request body must be a JSON object")
+    return fields
+
+
+def parse_request(body: bytes) -> CompletionRequest:
+    """Read and check one request body.
+
+    Raises:
+        ApiError: 400, naming the field that is unknown, missing, mistyped or out of range.
+    """
+    fields = read_object(body)
     for name in fields:
         if name not in CompletionRequest.__struct_fields__:
             raise ApiError(f"Extra inputs are not permitted, field: '{name}'")

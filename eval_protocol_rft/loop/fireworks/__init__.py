@@ -5,7 +5,7 @@
 
 `_fireworks_trainer` holds `FireworksTrainer` and which loss the server computes, `_hot_load` how
 new weights reach a deployment, `_connecting` the way in. `_iterate` is the loop over the control
-plane; `_control_plane` says what is asked of the service and what its answers mean. Extra
+plane; `_control_plane` says what is asked of the service, `_answers` what its refusals mean. Extra
 `fireworks`; losses need torch (extra `local`) too.
 """
 

@@ -1,6 +1,6 @@
+from ._answers import ControlPlaneError as ControlPlaneError
 from ._connecting import FireworksParts as FireworksParts
 from ._connecting import connect as connect
-from ._control_plane import ControlPlaneError as ControlPlaneError
 from ._control_plane import JobFailedError as JobFailedError
 from ._control_plane import StepSettings as StepSettings
 from ._fireworks_trainer import FireworksTrainer as FireworksTrainer

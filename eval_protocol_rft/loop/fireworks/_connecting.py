@@ -24,7 +24,7 @@ from eval_protocol_rft.data import OnWait, waits
 from eval_protocol_rft.loop._run_options import FIREWORKS, MODEL, LoopOptions, Optimizer, SetupError
 from eval_protocol_rft.loop._setup import Parts, own_processor
 from eval_protocol_rft.loop._trainer import TrainerError
-from eval_protocol_rft.loop.fireworks._control_plane import (
+from eval_protocol_rft.loop.fireworks._answers import (
     ControlPlaneError,
     check_service,
     service_errors,

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
@@ -18,15 +17,19 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any, Literal
 
-import httpx
 from annotated_types import Ge, Gt
 
-from eval_protocol_rft._errors import EvalProtocolRftError
 from eval_protocol_rft._options import check_options
 from eval_protocol_rft.data import OnWait
+from eval_protocol_rft.loop.fireworks._answers import (
+    ControlPlaneError,
+    is_absence,
+    plain_line,
+    service_errors,
+    service_problem,
+)
 from eval_protocol_rft.loop.fireworks._waiting import Wait
-from eval_protocol_rft.sampling import FireworksAddress, fireworks_address, short
-from eval_protocol_rft.training import require
+from eval_protocol_rft.sampling import FireworksAddress, fireworks_address
 
 Verdict = Literal["wait", "done", "failed", "stopped"]
 
@@ -42,10 +45,6 @@ _JOB: dict[str, Verdict] = {
     "EARLY_STOPPED": "failed",
     "PAUSED": "stopped",
 }
-
-
-class ControlPlaneError(EvalProtocolRftError, RuntimeError):
-    """The control plane did not give what was asked for; the message says what to do next."""
 
 
 class JobFailedError(ControlPlaneError):
@@ -113,91 +112,6 @@ async def found_or_made(
             return await get()
 
 
-def service_errors() -> Any:
-    """The module with the client's exceptions."""
-    return require("fireworks", install="eval-protocol-rft[fireworks]")
-
-
-async def check_service(client: Any, address: FireworksAddress, *, key_source: str) -> None:
-    """See that Fireworks answers and takes the key, before anything is begun there. One that
-    answers that it is overloaded is there.
-
-    Args:
-        client: an `AsyncFireworks`.
-        address: of the client, for messages.
-        key_source: where its key comes from, for messages.
-
-    Raises:
-        ControlPlaneError: nothing answers, something else does, or the key is refused.
-    """
-    errors = service_errors()
-    try:
-        answer = await client.get(
-            "/v1/accounts", cast_to=httpx.Response, options={"params": {"pageSize": 2}}
-        )
-    except (errors.InternalServerError, errors.RateLimitError) as error:
-        logger.warning("%s answers, but not well: %s", address, _said(error.response))
-    except errors.APIError as error:
-        problem = service_problem(error, address, key=client.api_key, key_source=key_source)
-        raise ControlPlaneError(problem) from error
-    else:
-        if "accounts" not in (_json_object(answer) or ()):
-            raise ControlPlaneError(_no_fireworks(answer, address))
-
-
-def service_problem(error: Any, address: FireworksAddress, *, key: str, key_source: str) -> str:
-    """What an `APIError` of the client says of address and key; else its own words."""
-    errors = service_errors()
-    if isinstance(error, errors.APIConnectionError):
-        return (
-            f"nothing answers at {address}: {error.__cause__ or error}. See that the service is "
-            "running, and that this is its address"
-        )
-    if isinstance(error, errors.AuthenticationError | errors.PermissionDeniedError):
-        said = _said(error.response).replace(key, "***")
-        return f"{address} refuses the API key ({key_source}): HTTP {error.status_code}: {said}"
-    if isinstance(error, errors.NotFoundError) and not is_absence(error):
-        return _no_fireworks(error.response, address)
-    return str(error)
-
-
-def is_absence(error: Any) -> bool:
-    """Whether a `NotFoundError` says that a resource is not there: a server of another kind, or a
-    proxy with no service behind it, answers every question with 404."""
-    body = _json_object(error.response) or {}
-    return "code" in body or "error" in body
-
-
-def _no_fireworks(answer: httpx.Response, address: FireworksAddress) -> str:
-    kind = answer.headers.get("content-type", "no content type")
-    return (
-        f"{address} is no Fireworks: {answer.request.method} {answer.request.url.path} was "
-        f"answered with HTTP {answer.status_code} ({kind}): {_said(answer)}. See that this is the "
-        "service's address"
-    )
-
-
-def _json_object(answer: httpx.Response) -> dict[str, Any] | None:
-    try:
-        body = answer.json()
-    except ValueError:
-        return None
-    return body if isinstance(body, dict) else None
-
-
-def _said(answer: httpx.Response) -> str:
-    """The message of an answer, in one short line."""
-    body = _json_object(answer) or {}
-    error = body.get("error")
-    inner = error.get("message") if isinstance(error, dict) else error
-    return _plain(str(body.get("message") or inner or answer.text))
-
-
-def _plain(text: str) -> str:
-    """One short line, without markup."""
-    return short(re.sub(r"<[^>]*>", " ", text)) or "no message"
-
-
 MAX_UPLOAD_BYTES = 150 * 10**6
 """Of one request to `:upload`, as documented."""
 UPLOAD_SECONDS = 600.0
@@ -259,8 +173,8 @@ class ControlPlane:
         """The client gives as text what is no JSON."""
         if isinstance(answer, str):
             raise ControlPlaneError(
-                f"{self.address} is no Fireworks: it answered with a page: {_plain(answer)}. See "
-                "that this is the service's address"
+                f"{self.address} is no Fireworks: it answered with a page: {plain_line(answer)}. "
+                "See that this is the service's address"
             )
         return answer
 

@@ -34,6 +34,7 @@ from eval_protocol_rft.data import OnWait, waits
 from eval_protocol_rft.loop._rollouts import RowRunner
 from eval_protocol_rft.loop._run_directory import RunFolderError
 from eval_protocol_rft.loop.fireworks import _control_plane as control
+from eval_protocol_rft.loop.fireworks._answers import ControlPlaneError, service_errors
 from eval_protocol_rft.loop.fireworks._control_plane import ControlPlane, StepSettings
 from eval_protocol_rft.loop.fireworks._waiting import left_running
 from eval_protocol_rft.rollout import RolloutError
@@ -348,8 +349,8 @@ class Run:
         """Say during what the service refused."""
         try:
             yield
-        except control.service_errors().APIError as error:
-            raise control.ControlPlaneError(
+        except service_errors().APIError as error:
+            raise ControlPlaneError(
                 f"{what}: {self.plane.problem(error)}. Start again to go on from here"
             ) from error
 

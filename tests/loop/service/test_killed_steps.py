@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import random
 import threading
 from pathlib import Path
 
@@ -11,14 +10,13 @@ import pytest
 import torch
 
 from eval_protocol_rft.loop.fireworks import StepReport
-from eval_protocol_rft.loop.fireworks._control_plane import ControlPlaneError
+from eval_protocol_rft.loop.fireworks._answers import ControlPlaneError
 from eval_protocol_rft.loop.service._store import Store
 from eval_protocol_rft.loop.service._weights import Weights
 from eval_protocol_rft.rollout import RolloutError
 from tests.programs import Zygote
 from tests.service import ServiceProcess, arithmetic_base
 from tests.sums_run import run_sums
-from tests.waiting import PATIENCE
 
 STEPS, ROWS, N = 2, 8, 4
 
@@ -60,18 +58,8 @@ def test_a_server_that_is_killed_again_and_again_ends_where_one_that_is_not_does
                 failures.append(error)
                 raise
 
-    server.start()
     thread = threading.Thread(target=run_as_often_as_needed)
-    thread.start()
-    rng = random.Random(3)
-    kills = 0
-    while thread.is_alive() and kills < 10:
-        thread.join(rng.uniform(0.2, 2.5))
-        server.kill()
-        server.start()
-        kills += 1
-    thread.join(PATIENCE)
-    server.kill()
+    kills = server.killed_during(thread, most=10, between=(0.2, 2.5), seed=3)
     assert not failures, server.said
     assert kills > 2
     assert reports == expected_reports

@@ -117,18 +117,8 @@ def test_a_killed_trainer_goes_on_to_the_last_bit(
             failures.append(error)
             raise
 
-    server.start()
     thread = threading.Thread(target=run)
-    thread.start()
-    rng = random.Random(11)
-    kills = 0
-    while thread.is_alive() and kills < 4:
-        thread.join(rng.uniform(0.1, 1.5))
-        server.kill()
-        server.start()
-        kills += 1
-    thread.join(PATIENCE)
-    server.kill()
+    server.killed_during(thread, most=4, between=(0.1, 1.5), seed=11)
     assert not failures, server.said
     assert client.retries, "nothing was asked while it was down"
     found = last_weights(tmp_path / "killed")

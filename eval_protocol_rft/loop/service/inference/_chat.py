@@ -136,12 +136,7 @@ def _read(body: bytes) -> _Asked:
     Raises:
         ApiError: 400, naming the field that is unknown, missing, mistyped or not honoured here.
     """
-    try:
-        fields = msgspec.json.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ApiError(f"The request body is not JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise ApiError("The request body must be a JSON object")
+    fields = server.read_object(body)
     if "prompt" in fields:
         raise ApiError("Extra inputs are not permitted, field: 'prompt'")
     sampled = {name: value for name, value in fields.items() if name in _OF_COMPLETIONS}
