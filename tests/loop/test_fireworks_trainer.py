@@ -21,9 +21,10 @@ from eval_protocol_rft.loop._trainer import (  # noqa: E402
 )
 from eval_protocol_rft.loop.fireworks._fireworks_trainer import FireworksTrainer  # noqa: E402
 from eval_protocol_rft.loop.service.training._calls import CALLS  # noqa: E402
+from eval_protocol_rft.training.losses._corrections import TokenTIS  # noqa: E402
 from eval_protocol_rft.training.losses._forward import token_logprobs  # noqa: E402
 from eval_protocol_rft.training.losses._objective import make_loss  # noqa: E402
-from eval_protocol_rft.training.losses._policy import LossError, TokenTIS  # noqa: E402
+from eval_protocol_rft.training.losses._tensors import LossError  # noqa: E402
 from tests.sums import arithmetic, sums_batch  # noqa: E402
 from tests.trainer_service import (  # noqa: E402
     CLIP,

@@ -20,7 +20,7 @@ sdk = pytest.importorskip("fireworks.training.sdk.client", reason="needs the ext
 types = pytest.importorskip("fireworks.training.sdk.types")
 
 from eval_protocol_rft.training.losses._objective import make_loss  # noqa: E402
-from eval_protocol_rft.training.losses._policy import LossError  # noqa: E402
+from eval_protocol_rft.training.losses._tensors import LossError  # noqa: E402
 
 
 @dataclass(frozen=True, slots=True)

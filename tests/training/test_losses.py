@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eval_protocol_rft.training.losses._objective import make_loss
-from eval_protocol_rft.training.losses._policy import GSPO, LossError, PolicyTensors
+from eval_protocol_rft.training.losses._policy import GSPO
+from eval_protocol_rft.training.losses._tensors import LossError, PolicyTensors
 from tests.training.test_losses_reference import (
     REFERENCES,
     Tokens,

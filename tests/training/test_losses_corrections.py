@@ -9,15 +9,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from eval_protocol_rft.training.losses._corrections import Correction, IcePop, SequenceTIS, TokenTIS
 from eval_protocol_rft.training.losses._objective import make_loss
-from eval_protocol_rft.training.losses._policy import (
-    Correction,
-    IcePop,
-    LossError,
-    PolicyTensors,
-    SequenceTIS,
-    TokenTIS,
-)
+from eval_protocol_rft.training.losses._tensors import LossError, PolicyTensors
 from tests.training.test_losses_reference import (
     REFERENCES,
     Tokens,

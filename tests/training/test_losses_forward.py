@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from eval_protocol_rft.training._datums import TrainingDatum
 from eval_protocol_rft.training.losses import _forward as forward
 from eval_protocol_rft.training.losses._forward import token_logprobs
-from eval_protocol_rft.training.losses._policy import LossError
+from eval_protocol_rft.training.losses._tensors import LossError
 
 torch.set_num_threads(1)
 VOCABULARY = 50

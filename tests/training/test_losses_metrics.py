@@ -8,8 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from eval_protocol_rft.training.losses._corrections import TokenTIS
 from eval_protocol_rft.training.losses._objective import make_loss
-from eval_protocol_rft.training.losses._policy import LossError, PolicyTensors, TokenTIS
+from eval_protocol_rft.training.losses._tensors import LossError, PolicyTensors
 from tests.training.test_losses_reference import REFERENCES, Tokens, draw_batch, flat
 
 torch.set_num_threads(1)

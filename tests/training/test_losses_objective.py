@@ -14,8 +14,9 @@ from fireworks.training.sdk.types import Datum, ForwardBackwardOutput, ModelInpu
 
 from eval_protocol_rft.training._algorithms import ALGORITHMS
 from eval_protocol_rft.training._datums import TrainingDatum
+from eval_protocol_rft.training.losses._corrections import TokenTIS
 from eval_protocol_rft.training.losses._objective import make_loss
-from eval_protocol_rft.training.losses._policy import LossError, TokenTIS
+from eval_protocol_rft.training.losses._tensors import LossError
 from tests.training.test_losses_reference import REFERENCES, draw_batch, flat
 
 torch.set_num_threads(1)

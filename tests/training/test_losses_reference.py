@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from eval_protocol_rft.training.losses._policy import PolicyTensors
+from eval_protocol_rft.training.losses._tensors import PolicyTensors
 
 Floats = list[float]
 

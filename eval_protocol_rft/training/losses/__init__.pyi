@@ -1,3 +1,7 @@
+from ._corrections import Correction as Correction
+from ._corrections import IcePop as IcePop
+from ._corrections import SequenceTIS as SequenceTIS
+from ._corrections import TokenTIS as TokenTIS
 from ._forward import TokenLogprobs as TokenLogprobs
 from ._forward import token_logprobs as token_logprobs
 from ._objective import POLICY_LOSSES as POLICY_LOSSES
@@ -8,19 +12,15 @@ from ._policy import DAPO as DAPO
 from ._policy import DRO as DRO
 from ._policy import GSPO as GSPO
 from ._policy import PPO as PPO
-from ._policy import Correction as Correction
-from ._policy import IcePop as IcePop
 from ._policy import ImportanceSampling as ImportanceSampling
-from ._policy import LossError as LossError
 from ._policy import PolicyLoss as PolicyLoss
 from ._policy import Reinforce as Reinforce
-from ._policy import SequenceTIS as SequenceTIS
 from ._policy import TokenLoss as TokenLoss
-from ._policy import TokenTIS as TokenTIS
+from ._tensors import LossError as LossError
 
 # For other rooms alone: these may change.
 # isort: split
 from ._forward import bundled as bundled
 from ._forward import can_share_prompts as can_share_prompts
 from ._objective import check_same_targets as check_same_targets
-from ._policy import PolicyTensors as PolicyTensors
+from ._tensors import PolicyTensors as PolicyTensors

@@ -25,7 +25,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 from eval_protocol_rft.training._datums import TrainingDatum
-from eval_protocol_rft.training.losses._policy import LossError
+from eval_protocol_rft.training.losses._tensors import LossError
 
 SHARED_WIDTH = 1024
 """Most columns of a row whose datums share their prompt: attention costs the square of it."""

@@ -30,7 +30,8 @@ from torch import Tensor
 
 from eval_protocol_rft.training._datums import TrainingDatum
 from eval_protocol_rft.training.losses import _policy as policy
-from eval_protocol_rft.training.losses._policy import Correction, LossError, PolicyTensors
+from eval_protocol_rft.training.losses._corrections import Correction, CorrectionWeights
+from eval_protocol_rft.training.losses._tensors import LossError, PolicyTensors, k3, reference_kl
 
 TokenValues: TypeAlias = Tensor | npt.NDArray[np.floating[Any]] | Sequence[float]
 """[T] values of one datum, one per target token."""
@@ -111,7 +112,7 @@ def _check_lengths(name: str, lengths: Sequence[int], values: Sequence[TokenValu
 def policy_metrics(
     tensors: PolicyTensors,
     token_loss: policy.TokenLoss,
-    correction: policy.CorrectionWeights | None,
+    correction: CorrectionWeights | None,
 ) -> dict[str, Tensor]:
     """Metrics of one batch as float64 scalars, left on the device.
 
@@ -145,7 +146,7 @@ def policy_metrics(
     if tensors.entropies is not None:
         metrics["entropy:mean"] = mean(tensors.entropies)
     if tensors.reference_logprobs is not None:
-        metrics["reference_kl_k3:mean"] = mean(policy.reference_kl(tensors))
+        metrics["reference_kl_k3:mean"] = mean(reference_kl(tensors))
     if correction is not None:
         metrics["correction:mean"], metrics["correction_bounded:mean"] = map(mean, correction)
     return metrics
@@ -158,7 +159,7 @@ def _sampler_metrics(logprobs: Tensor, sampling_logprobs: Tensor) -> dict[str, T
     ratio = torch.exp(log_ratio - log_ratio.max())
     return {
         "sampler_kl_k1:mean": -log_ratio.mean(),
-        "sampler_kl_k3:mean": policy.k3(log_ratio).mean(),
+        "sampler_kl_k3:mean": k3(log_ratio).mean(),
         "effective_sample_fraction:mean": ratio.mean().square() / ratio.square().mean(),
         "sampler_entropy:mean": -sampling_logprobs.mean(),
     }
@@ -231,7 +232,7 @@ class Objective:
         per_token = token_loss.loss if correction is None else token_loss.loss * correction[0]
         parts = {"policy_loss:sum": _weighted_sum(tensors, per_token)}
         if self.kl_beta:
-            penalty = policy.reference_kl(tensors)
+            penalty = reference_kl(tensors)
             parts["kl_loss:sum"] = self.kl_beta * _weighted_sum(tensors, penalty)
         loss = torch.stack(list(parts.values())).sum()
         metrics = parts | policy_metrics(tensors, token_loss, correction)
