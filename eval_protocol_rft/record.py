@@ -62,6 +62,10 @@ class SamplingRecord(msgspec.Struct, frozen=True, kw_only=True):
     """First 16 hex digits of the SHA-256 of the chat template."""
     chat_template_kwargs: dict[str, Any] = {}
     """What the template was given beside the conversation: `reasoning_effort`, ..."""
+    raw: bool = False
+    """The prompt is the one message's text as the tokenizer reads it, with no chat template."""
+    add_special_tokens: bool = True
+    """Of raw text: whether the tokenizer put before it what it puts before every text (BOS)."""
     rendered_as: list[str] = []
     """What of the row's messages the prompt writes otherwise, as chat servers do: several text
     parts joined, the role developer as system."""

@@ -14,7 +14,6 @@ from eval_protocol_rft.rollout._prompts import (
     PromptError,
     chat_messages,
     render_chat,
-    render_prompt,
     rendered_otherwise,
 )
 from eval_protocol_rft.sampling._types import TokenIds
@@ -33,6 +32,10 @@ def loaded(template: str | None = "") -> LoadedTokenizer:
     if template != "":
         tokenizer.chat_template = template
     return LoadedTokenizer.wrap(tokenizer, "tok")
+
+
+def render_prompt(messages: Any, tools: Any, tokenizer: LoadedTokenizer, kwargs: Any) -> TokenIds:
+    return render_chat(chat_messages(messages, tokenizer), tools, tokenizer, kwargs)
 
 
 def render(*messages: Message, tools: Any = None, template: str | None = "", **kwargs: Any) -> str:

@@ -18,8 +18,9 @@ from eval_protocol.models import Message
 from transformers import AutoTokenizer
 
 from eval_protocol_rft.local._tokenizer import LoadedTokenizer
-from eval_protocol_rft.rollout._prompts import PromptError, render_prompt
+from eval_protocol_rft.rollout._prompts import PromptError
 from tests.rollouts import TOOLS
+from tests.test_prompts import render_prompt
 
 pytestmark = pytest.mark.real_tokenizers
 

@@ -109,9 +109,13 @@ def serve(
     )
 
 
+_CHATS: dict[str, Any] = {"n": ..., "raw": ..., "add_special_tokens": ...}
+"""Turns of a conversation: no raw text."""
+
+
 def gateway(
     params: Annotated[dict[str, Any], Takes(sampling.SamplingParams)],
-    request: Annotated[dict[str, Any], Takes(rollout.RolloutRequest, {"n": ...})],
+    request: Annotated[dict[str, Any], Takes(rollout.RolloutRequest, _CHATS)],
     server: Annotated[dict[str, Any], Takes(sampling.Endpoint, {"base_url": None})],
     settings: Annotated[dict[str, Any], Takes(agents.SessionSettings)],
     limits: agents.SessionLimits,
@@ -146,6 +150,8 @@ def gateway(
     if "extra" in params:
         params["extra_body"] = params.pop("extra")
     asked = rollout.parse_completion_params({**params, **request, **server})
+    if asked.raw:
+        fail("raw text is not for the gateway, whose turns a chat template renders", code=WRONG)
     endpoint = asked.endpoint
     if endpoint is not None and endpoint.is_fireworks:
         settings.setdefault("guided_decoding", True)

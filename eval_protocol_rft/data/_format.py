@@ -136,6 +136,10 @@ class SamplingSettings(msgspec.Struct, frozen=True, kw_only=True):
     chat_template_hash: str | None = None
     """First 16 hex digits of the SHA-256 of the chat template."""
     chat_template_kwargs: dict[str, Any] = {}
+    raw: bool = False
+    """The prompt is one text as the tokenizer reads it, with no chat template."""
+    add_special_tokens: bool = True
+    """Of raw text: whether the tokenizer put before it what it puts before every text (BOS)."""
     system: str | None = None
     """System message put before prompts that have none."""
     temperature: float

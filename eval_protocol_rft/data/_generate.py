@@ -172,6 +172,12 @@ async def agenerate(
     if engine == "ray" and sampler is not None:
         raise ValueError("a sampler of your own lives in this process: use the local engine")
     request = parse_completion_params(completion_params)
+    if request.raw and (episodes is not None or system is not None):
+        what = "a system message" if episodes is None else "turns of an episode"
+        raise JobError(
+            f"raw text has no place for {what}: name a chat template (--chat-template chatml), or "
+            "leave --raw out"
+        )
     episodes_job: EpisodeJob | None = None
     if episodes is not None:
         from eval_protocol_rft.data._generate_episodes import RowEpisodes, episode_job
@@ -254,7 +260,7 @@ async def agenerate(
                     SamplingRun,
                     sampler=remote or chosen,
                     tokenizer=own_tokenizer,
-                    params=request.params,
+                    request=output_job.request,
                     retry=retry or RetryPolicy(),
                     limit=bound,
                     highest=most or sampling.HIGHEST,
@@ -357,7 +363,19 @@ def _opening(output: Output, missing: int) -> str:
         f"{f', of which {there:,} are there' if there else ''}; from {params.model}"
         f"{f' at {server.place}' if server else ''}. Until all are there they lie in "
         f"{output.store.folder}, and the same command goes on after any stop"
+        f"{_raw_prompts(job) if job.request.raw else ''}"
     )
+
+
+def _raw_prompts(job: OutputJob) -> str:
+    """What stands around raw text."""
+    plain, whole = (
+        job.tokenizer.encode_raw("a", add_special_tokens=added)
+        for added in (False, job.request.add_special_tokens)
+    )
+    if plain == whole:
+        return ". Prompts are raw text, with no special tokens around it"
+    return f". Prompts are raw text, tokenized as in {job.tokenizer.decode(whole)!r}"
 
 
 def _may_succeed(kind: str | None, status: int | None) -> bool:

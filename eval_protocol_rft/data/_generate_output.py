@@ -38,7 +38,14 @@ from eval_protocol_rft.sampling import TokenIds, support_truncated
 
 logger = logging.getLogger(__name__)
 _FREE_TO_CHANGE = frozenset(
-    {"data.name", "sampling.seed_given", "schema_version", "package_version", "rewards"}
+    {
+        "data.name",
+        "sampling.seed_given",
+        "sampling.split_reasoning",  # follows from `raw`
+        "schema_version",
+        "package_version",
+        "rewards",
+    }
 )
 """What two jobs may differ in and still be one."""
 
@@ -69,7 +76,10 @@ def job_schema(
             model=params.model,
             model_fingerprint=model_fingerprint(params.model),
             tokenizer=tokenizer.name,
-            chat_template_hash=tokenizer.chat_template_hash,
+            chat_template_hash=None if request.raw else tokenizer.chat_template_hash,
+            raw=request.raw,
+            add_special_tokens=request.add_special_tokens,
+            split_reasoning=not request.raw,
             chat_template_kwargs=redact_params(request.chat_template_kwargs),
             system=questions.system,
             temperature=params.temperature,

@@ -253,7 +253,7 @@ class Questions:
             value = _value(self.source, row, self.data.prompt_key)
             return rollout.given_prompt(value, tokenizer)
         messages = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
-        return rollout.render_chat(messages, self._tools(row), tokenizer, options)
+        return rollout.render_request(messages, self._tools(row), tokenizer, request)
 
 
 def _check_parts(row: SourceRow, key: str) -> None:

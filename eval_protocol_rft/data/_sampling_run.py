@@ -76,7 +76,7 @@ class SamplingRun:
 
     sampler: sampling.Sampler
     tokenizer: LoadedTokenizer
-    params: sampling.SamplingParams
+    request: RolloutRequest
     store: JobStore
     retry: sampling.RetryPolicy
     limit: sampling.ConcurrencyLimit
@@ -189,7 +189,7 @@ class SamplingRun:
         elif run_episode is not None:
             await run_episode(row, ask, self._fill)
         elif prompt.ids is not None:
-            outcome = await ask(prompt.ids, self.params, seed, lambda: None)
+            outcome = await ask(prompt.ids, self.request.params, seed, lambda: None)
             self._fill(row, outcome, prompt.ids)
         self._finished.put_nowait(row)
 
@@ -209,9 +209,9 @@ class SamplingRun:
         completion = outcome.completion
         raw = completion.raw_logprobs
         row.response = completion.text or ""
-        row.message = AnswerReader(prompt, self.tokenizer, tools=row.tools).read_to_record(
-            row.response
-        )
+        if not self.request.raw:  # else plain text
+            reader = AnswerReader(prompt, self.tokenizer, tools=row.tools)
+            row.message = reader.read_to_record(row.response)
         row.completion_ids = np.array(completion.token_ids, np.int32)
         row.logprobs = np.array(completion.logprobs, np.float32)
         row.raw_logprobs = None if raw is None else np.array(raw, np.float32)

@@ -80,9 +80,7 @@ async def _examined(setup: Setup, probe: Probe, tokenizer: LoadedTokenizer) -> l
     try:
         findings = [
             await asyncio.to_thread(tokens.round_trip, tokenizer),
-            *await asyncio.to_thread(
-                tokens.template_checks, tokenizer, request.chat_template_kwargs
-            ),
+            *await asyncio.to_thread(tokens.template_checks, tokenizer, request),
         ]
         prompts = _prompts(tokenizer, setup)
         at_one = replace(request.params, temperature=1.0, logprobs_mode=None)
@@ -105,10 +103,10 @@ async def _examined(setup: Setup, probe: Probe, tokenizer: LoadedTokenizer) -> l
 def _prompts(tokenizer: LoadedTokenizer, setup: Setup) -> list[sampling.TokenIds]:
     """What is asked. Probabilities can be tested after any ids, so a tokenizer whose template
     fails, which is a finding of its own, is asked plain text."""
-    kwargs = setup.request.chat_template_kwargs
+    request = setup.request
     try:
         return [
-            rollout.render_chat([{"role": "user", "content": text}], None, tokenizer, kwargs)
+            rollout.render_request([{"role": "user", "content": text}], None, tokenizer, request)
             for text in PROMPTS
         ]
     except rollout.PromptError:

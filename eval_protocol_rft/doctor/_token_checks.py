@@ -21,7 +21,7 @@ import numpy as np
 
 from eval_protocol_rft.doctor._findings import Finding, Verdict, p_value_finding, skipped
 from eval_protocol_rft.local import LoadedTokenizer
-from eval_protocol_rft.rollout import PromptError, render_chat
+from eval_protocol_rft.rollout import PromptError, RolloutRequest, render_chat
 from eval_protocol_rft.sampling import Completion, SamplingParams
 
 ROUND_TRIP = "tokenizer round trip"
@@ -129,8 +129,11 @@ _MULTI_TURN = (
 )
 
 
-def template_checks(tokenizer: LoadedTokenizer, kwargs: Mapping[str, Any]) -> list[Finding]:
+def template_checks(tokenizer: LoadedTokenizer, request: RolloutRequest) -> list[Finding]:
     """Render a conversation at every length, and compare."""
+    kwargs = request.chat_template_kwargs
+    if request.raw:
+        return [skipped(name, "prompts are raw text (--raw)") for name in (HISTORY, NEXT_TURN)]
     try:
         return [_history(tokenizer, kwargs), _next_turn(tokenizer, kwargs)]
     except PromptError as error:
@@ -139,7 +142,8 @@ def template_checks(tokenizer: LoadedTokenizer, kwargs: Mapping[str, Any]) -> li
             verdict="fail",
             measured=str(error),
             bar="a conversation of three turns renders",
-            advice="Use the tokenizer of a chat model, or set tokenizer.chat_template.",
+            advice="Use the tokenizer of a chat model, name a template (--chat-template), or send "
+            "raw text (--raw).",
         )
         return [failed, skipped(NEXT_TURN, "the template renders no conversation")]
 

@@ -51,6 +51,7 @@ class EpisodeRolloutProcessor(rollout.FireworksTrainingRolloutProcessor):
 
     has_environments = True
     takes_mcp = True
+    takes_raw = False
 
     def __init__(
         self,

@@ -8,4 +8,6 @@ from ._cache import spare_threads as spare_threads
 from ._sampler import load_local_sampler as load_local_sampler
 from ._sampler import no_loading_bar as no_loading_bar
 from ._tokenizer import LoadedTokenizer as LoadedTokenizer
+from ._tokenizer import chat_template_text as chat_template_text
+from ._tokenizer import unknown_marks as unknown_marks
 from .models import local_model_folder as local_model_folder

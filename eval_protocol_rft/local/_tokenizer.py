@@ -6,13 +6,16 @@ only the token that ended the turn and a stop string, which are in the ids and n
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
+import re
 import threading
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eval_protocol_rft._errors import EvalProtocolRftError
@@ -86,6 +89,18 @@ class LoadedTokenizer:
                 return ids
         read = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return [int(token) for token in read]
+
+    def encode_raw(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Ids of a text that no template rendered, exactly as `tokenizer(text)` reads it: control
+        tokens that are written in it are read as such."""
+        read = self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
+        return [int(token) for token in read]
+
+    def with_template(self, template: str) -> LoadedTokenizer:
+        """The same with another chat template."""
+        other = copy.copy(self.tokenizer)
+        other.chat_template = template
+        return replace(self, tokenizer=other, chat_template_hash=_hash(template))
 
     def read(
         self,
@@ -221,6 +236,57 @@ class LoadedTokenizer:
             ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
         return text if isinstance(text, str) else "".join(text)
+
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""The chat template `chatml`: roles and contents, no tools."""
+_TEMPLATES = {"chatml": CHATML}
+
+
+def chat_template_text(name: str, *, trust_remote_code: bool = False) -> str:
+    """The chat template that `name` means: a template itself, the path of one, `chatml`, or the
+    folder or hub id (also `local/...`) of a tokenizer that has one. Blocks: call it in a thread.
+
+    Raises:
+        TokenizerError: it means none.
+    """
+    if name in _TEMPLATES:
+        return _TEMPLATES[name]
+    if "{{" in name or "{%" in name:
+        return name
+    path = Path(name).expanduser()
+    if path.is_file():
+        try:
+            return path.read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise TokenizerError(f"cannot read the chat template {name}: {error}") from error
+    known = f"name a Jinja file, {' or '.join(_TEMPLATES)}, or a tokenizer that has one"
+    if path.suffix in (".jinja", ".jinja2", ".j2", ".txt"):
+        raise TokenizerError(f"chat template {name}: there is no such file: {known}")
+    try:
+        tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code, patient=False)
+    except TokenizerError as error:
+        raise TokenizerError(
+            f"chat template {name!r}: neither a file nor a tokenizer that can be loaded: {known}"
+        ) from error
+    template = getattr(tokenizer.tokenizer, "chat_template", None)
+    if not isinstance(template, str):
+        raise TokenizerError(f"chat template {name!r}: that tokenizer has none itself: {known}")
+    return template
+
+
+_MARK = re.compile(r"<\|[^|<>{}\s]+\|>|<(?:start|end)_of_turn>")
+
+
+def unknown_marks(tokenizer: LoadedTokenizer) -> list[str]:
+    """What its chat template writes to mark turns, and is no token of the tokenizer."""
+    template = str(getattr(tokenizer.tokenizer, "chat_template", None) or "")
+    marks = dict.fromkeys(_MARK.findall(template))
+    return [mark for mark in marks if len(tokenizer.encode(mark)) > 1]
 
 
 FAILURE_SECONDS = 10.0

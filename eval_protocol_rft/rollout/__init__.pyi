@@ -46,6 +46,7 @@ from ._prompts import given_prompt as given_prompt
 from ._prompts import knows_later_system as knows_later_system
 from ._prompts import prompt_ids_of as prompt_ids_of
 from ._prompts import render_chat as render_chat
+from ._prompts import render_request as render_request
 from ._prompts import rendered_otherwise as rendered_otherwise
 from ._prompts import text_of as text_of
 from ._prompts import with_one_call as with_one_call

@@ -20,6 +20,7 @@ import ast
 import asyncio
 import inspect
 import json
+import logging
 import os
 import re
 import textwrap
@@ -30,11 +31,18 @@ from urllib.parse import unquote, urlsplit
 import aiohttp
 
 from eval_protocol_rft import sampling
-from eval_protocol_rft.local import LoadedTokenizer, TokenizerError, load_tokenizer
+from eval_protocol_rft.local import (
+    LoadedTokenizer,
+    TokenizerError,
+    chat_template_text,
+    load_tokenizer,
+    unknown_marks,
+)
 from eval_protocol_rft.local.models import LOCAL_PREFIX
 from eval_protocol_rft.local.server import is_loopback
 from eval_protocol_rft.rollout._params import RolloutRequest, model_name
 
+logger = logging.getLogger(__name__)
 SECONDS = 20.0
 """For all questions about one model."""
 _MOST_BYTES = 1 << 20
@@ -149,6 +157,8 @@ class Backends:
         self._local: dict[str, LoadedTokenizer] = {}
         self._alike: set[tuple[int, int]] = set()
         """Tokenizers, by identity, that were compared."""
+        self._templated: dict[tuple[int, str], LoadedTokenizer] = {}
+        """With the chat template of that name, by identity."""
         self._asked: dict[str, asyncio.Future[tuple[str | None, str]]] = {}
         """Models of Fireworks -> what the service says of their tokenizers."""
 
@@ -235,6 +245,8 @@ class Backends:
         if chosen is None:
             chosen = await self._by_model(request)
         loaded = await self._loaded(chosen)
+        if request.chat_template is not None:
+            loaded = await asyncio.to_thread(self._with_template, loaded, request.chat_template)
         if sampler_tokenizer is not None and chosen is not sampler_tokenizer:
             await asyncio.to_thread(self._refuse_other, loaded, sampler_tokenizer)
         return loaded
@@ -265,6 +277,21 @@ class Backends:
         if id(chosen) not in self._wrapped:
             self._wrapped[id(chosen)] = LoadedTokenizer.wrap(chosen)
         return self._wrapped[id(chosen)]
+
+    def _with_template(self, loaded: LoadedTokenizer, name: str) -> LoadedTokenizer:
+        key = (id(loaded.tokenizer), name)
+        if key not in self._templated:
+            trust = self._trust_remote_code
+            text = chat_template_text(name, trust_remote_code=trust)
+            self._templated[key] = other = loaded.with_template(text)
+            if marks := unknown_marks(other):
+                logger.warning(
+                    "the chat template writes %s, and to tokenizer %r that is ordinary text, of "
+                    "several tokens: such a mark ends no turn unless it is a stop string (stop)",
+                    ", ".join(marks),
+                    loaded.name,
+                )
+        return self._templated[key]
 
     def _refuse_other(self, loaded: LoadedTokenizer, tokenizer: Any) -> None:
         """A sampler that brings its tokenizer says which ids its model has: they mean the same."""

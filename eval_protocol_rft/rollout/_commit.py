@@ -49,17 +49,20 @@ def commit_group(
 ) -> None:
     """Put the group on its row. `messages` are the ones that were rendered, with the row's tools;
     the first survivor follows them as the assistant's. `stragglers` is what the group was sampled
-    with."""
+    with. An answer to raw text is plain text: no template says how its model thinks or calls."""
+    reader = None
+    if not request.raw:
+        reader = _answers.AnswerReader(
+            prompt, tokenizer, tools=row.tools, split_reasoning=split_reasoning
+        )
     record = build_record(
         group,
         prompt,
         request,
         tokenizer,
-        reader=_answers.AnswerReader(
-            prompt, tokenizer, tools=row.tools, split_reasoning=split_reasoning
-        ),
+        reader=reader,
         asked=messages,
-        split_reasoning=split_reasoning,
+        split_reasoning=split_reasoning and not request.raw,
         began_at=began_at,
         stragglers=stragglers,
     )
@@ -219,7 +222,9 @@ def build_record(
         sampling=SamplingRecord(
             model=params.model,
             tokenizer=tokenizer.name,
-            chat_template_hash=tokenizer.chat_template_hash,
+            chat_template_hash=None if request.raw else tokenizer.chat_template_hash,
+            raw=request.raw,
+            add_special_tokens=request.add_special_tokens,
             chat_template_kwargs=redact_params(request.chat_template_kwargs),
             rendered_as=rendered_otherwise(asked, tokenizer),
             temperature=params.temperature,

@@ -98,7 +98,6 @@ _REFUSED_KEYS: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "system": ((), "put a system message first in the row"),
     "system_prompt": ((), "put a system message first in the row"),
     "instructions": ((), "put a system message first in the row"),
-    "chat_template": ((), "set it on the tokenizer: tokenizer.chat_template"),
     "chat_template_args": ((), "write chat_template_kwargs"),
     "template_kwargs": ((), "write chat_template_kwargs"),
     "add_generation_prompt": ((True,), _ENDS),
@@ -106,7 +105,6 @@ _REFUSED_KEYS: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "echo": ((False,), "it would put the prompt into the completion"),
     "echo_last": ((False, 0), "it would put the prompt into the completion"),
     "suffix": (("",), _IDS),
-    "add_special_tokens": ((False,), _IDS),
     "truncate_prompt_tokens": ((), _IDS),
     "truncation_side": ((), _IDS),
     "prompt_truncate_len": ((), _IDS),
@@ -147,6 +145,14 @@ class RolloutRequest:
     """Folder or hub id."""
     chat_template_kwargs: Annotated[Mapping[str, Any], SAMPLING()] = field(default_factory=dict)
     """E.g. '{"enable_thinking": false}'."""
+    chat_template: Annotated[str | None, SAMPLING(metavar="FILE|NAME", unset="the tokenizer's")] = (
+        None
+    )
+    """A Jinja file, `chatml`, or the folder or hub id of a tokenizer that has one."""
+    raw: Annotated[bool, SAMPLING()] = False
+    """Prompts are text as it is, for base models: no chat template, and an answer is plain text."""
+    add_special_tokens: Annotated[bool, SAMPLING()] = True
+    """Let the tokenizer put before raw text what it puts before every text (BOS), as it does."""
 
 
 def refuse_unused(
@@ -210,16 +216,10 @@ def parse_completion_params(
             "completion_params['tokenizer'] must be a folder or hub id; pass a tokenizer object "
             "to FireworksTrainingRolloutProcessor(tokenizer=...)"
         )
-    template_kwargs = _template_kwargs(keys)
+    prompts = _prompt_settings(keys)
     seed = keys.integer("seed")
-    stream = keys.take("stream")
-    if stream is not None and not isinstance(stream, bool):
-        raise ParamsError(f"completion_params['stream'] must be true or false, got {stream!r}")
-    affinity = keys.take("prompt_cache_affinity")
-    if affinity is not None and not isinstance(affinity, bool):
-        raise ParamsError(
-            f"completion_params['prompt_cache_affinity'] must be true or false, got {affinity!r}"
-        )
+    stream = keys.flag("stream")
+    affinity = keys.flag("prompt_cache_affinity")
     local = model.startswith(LOCAL_PREFIX)
     server_keys = [key for key, value in endpoint_keys.items() if value]
     if local and server_keys:
@@ -250,7 +250,7 @@ def parse_completion_params(
         seed=seed,
         endpoint=None if local else resolve_endpoint(model, endpoint_keys, env=env),
         tokenizer=tokenizer,
-        chat_template_kwargs=template_kwargs,
+        **prompts,
     )
 
 
@@ -280,6 +280,12 @@ class _Keys:
             raise ParamsError(
                 f"completion_params[{key!r}] must be at least {at_least}, got {value}"
             )
+        return value
+
+    def flag(self, key: str) -> bool | None:
+        value = self.take(key)
+        if value is not None and not isinstance(value, bool):
+            raise ParamsError(f"completion_params[{key!r}] must be true or false, got {value!r}")
         return value
 
     def number(
@@ -363,6 +369,31 @@ def _template_kwargs(keys: _Keys) -> dict[str, Any]:
             )
         kwargs[key] = _plain_json(key, value)
     return kwargs
+
+
+def _prompt_settings(keys: _Keys) -> dict[str, Any]:
+    """How messages, or raw text, become token ids."""
+    kwargs, template = _template_kwargs(keys), keys.take("chat_template")
+    if template is not None and (not isinstance(template, str) or not template.strip()):
+        raise ParamsError(
+            "completion_params['chat_template'] must be a template, the path of one, or a name, "
+            f"got {template!r}"
+        )
+    raw, added = keys.flag("raw") or False, keys.flag("add_special_tokens")
+    if raw and (template is not None or kwargs):
+        unread = "chat_template" if template is not None else ", ".join(kwargs)
+        raise ParamsError(
+            "completion_params['raw'] sends prompts as plain text, which no chat template renders: "
+            f"leave out either raw or {unread}"
+        )
+    if added and not raw:
+        raise ParamsError(f"completion_params['add_special_tokens'] is not accepted: {_IDS}")
+    return {
+        "chat_template_kwargs": kwargs,
+        "chat_template": template,
+        "raw": raw,
+        "add_special_tokens": added is not False or not raw,
+    }
 
 
 def _refuse_keys(keys: _Keys) -> None:

@@ -54,7 +54,7 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
     Give it to `@evaluation_test(rollout_processor=...)`. What to sample comes from
     `completion_params`, read anew on every call: `model` (`local/...` samples in this process,
     everything else over HTTP), `n`, `temperature`, `max_tokens`, `top_p`, `top_k`, `stop`, `seed`,
-    `api_base`, `tokenizer`, ... (see docs/processor.md).
+    `api_base`, `tokenizer`, `raw`, `chat_template`, ... (see docs/processor.md).
 
     Args:
         tokenizer: folder or hub id, or a tokenizer object, that renders the prompts; for several
@@ -89,6 +89,9 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
     has_environments = False
     """Whether a rollout holds more than requests: what runs at once is bounded by the user's word
     even where the sampler has a queue of its own."""
+
+    takes_raw = True
+    """Whether a prompt may be raw text: not where several turns are rendered."""
 
     takes_mcp = False
     """Whether `mcp_config_path` of `@evaluation_test` is for it."""
@@ -341,6 +344,17 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
         if request.params.logprobs_mode is None and self.logprobs_mode is not None:
             params = replace(request.params, logprobs_mode=self.logprobs_mode)
             request = replace(request, params=params)
+        if request.raw and not self.takes_raw:
+            raise _params.ParamsError(
+                f"completion_params['raw'] is not for {type(self).__name__}: a conversation of "
+                "several turns needs a chat template: name one as chat_template (chatml), or leave "
+                "raw out"
+            )
+        if request.raw and self.chat_template_kwargs:
+            raise _params.ParamsError(
+                "completion_params['raw'] sends prompts as plain text, and chat_template_kwargs of "
+                "the processor would reach no chat template: leave out either"
+            )
         kwargs = {**self.chat_template_kwargs, **request.chat_template_kwargs}
         if request.n < self.min_completions:
             raise ValueError(
@@ -354,9 +368,8 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
         try:
             if ids is not None:
                 return _prompts.given_prompt(ids, job.tokenizer)
-            return _prompts.render_prompt(
-                job.messages, row.tools, job.tokenizer, job.request.chat_template_kwargs
-            )
+            chat = _prompts.chat_messages(job.messages, job.tokenizer)
+            return _prompts.render_request(chat, row.tools, job.tokenizer, job.request)
         except _prompts.PromptError as error:
             raise _prompts.PromptError(f"row {row.input_metadata.row_id}: {error}") from error
 

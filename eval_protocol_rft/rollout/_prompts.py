@@ -1,12 +1,14 @@
 """Messages and tools in, exact prompt token ids out.
 
-Invariant: a prompt is what the model's own chat template renders, or the ids that the row brings,
-or it is an error that names the cause. There is no other way to write it down.
+Invariant: a prompt is what the chat template renders, or the ids that the row brings, or, where it
+is asked for, one text as the tokenizer reads it; else it is an error that names the cause. There is
+no other way to write it down.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
@@ -20,6 +22,9 @@ from eval_protocol_rft.sampling import TokenIds
 if TYPE_CHECKING:
     from eval_protocol.models import EvaluationRow, Message
 
+    from eval_protocol_rft.rollout._params import RolloutRequest
+
+logger = logging.getLogger(__name__)
 _OWN_ARGUMENTS = frozenset(
     {
         "conversation", "tools", "add_generation_prompt", "continue_final_message",
@@ -40,19 +45,67 @@ class PromptError(EvalProtocolRftError, ValueError):
     """The prompt of a row cannot be rendered exactly."""
 
 
-def render_prompt(
-    messages: Sequence[Message],
+def render_request(
+    messages: Sequence[Mapping[str, Any]],
     tools: Sequence[Mapping[str, Any]] | None,
     tokenizer: LoadedTokenizer,
-    chat_template_kwargs: Mapping[str, Any],
+    request: RolloutRequest,
 ) -> TokenIds:
-    """Token ids of Eval Protocol's messages; see `render_chat`.
+    """Token ids of a conversation, as `chat_messages` gives it, in the way that the request asks
+    for: by the chat template, or as raw text.
 
     Raises:
-        PromptError: as `chat_messages` and `render_chat`.
+        PromptError: as `render_chat` and `render_raw`.
     """
-    chat = chat_messages(messages, tokenizer)
-    return render_chat(chat, tools, tokenizer, chat_template_kwargs)
+    if request.raw:
+        added = request.add_special_tokens
+        return render_raw(messages, tools, tokenizer, add_special_tokens=added)
+    return render_chat(messages, tools, tokenizer, request.chat_template_kwargs)
+
+
+def render_raw(
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]] | None,
+    tokenizer: LoadedTokenizer,
+    *,
+    add_special_tokens: bool = True,
+) -> TokenIds:
+    """Token ids of one user message's text, exactly those of `tokenizer(text)`.
+
+    Raises:
+        PromptError: it is not one text: there are tools, or other messages.
+    """
+    if tools:
+        raise PromptError(f"raw text has no place for tools, and the row has some: {_NOT_RAW}")
+    roles = [str(message["role"]) for message in messages]
+    if roles != ["user"]:
+        has = (
+            f"{len(roles)} messages ({', '.join(roles)})" if len(roles) != 1 else f"a {roles[0]}'s"
+        )
+        raise PromptError(f"raw text is one text of a user, and the row has {has}: {_NOT_RAW}")
+    ids = tokenizer.encode_raw(messages[0]["content"], add_special_tokens=add_special_tokens)
+    if not ids:
+        raise PromptError("the raw text is empty, so there is nothing to go on from")
+    _tell_double_start(tokenizer, tuple(ids[:2]))
+    return TokenIds(ids)
+
+
+_NOT_RAW = (
+    "write it as one text in the data set, or let a chat template render it (chat_template, "
+    "--chat-template chatml)"
+)
+
+
+@lru_cache(maxsize=16)
+def _tell_double_start(tokenizer: LoadedTokenizer, start: tuple[int, ...]) -> None:
+    bos = getattr(tokenizer.tokenizer, "bos_token_id", None)
+    if bos is not None and start == (bos, bos):
+        logger.warning(
+            "%s: a raw prompt begins with %s twice: its text has one, and the tokenizer adds one. "
+            "Take it out of the text, or leave the tokenizer's out (--no-add-special-tokens)",
+            tokenizer.name,
+            tokenizer.decode([bos]),
+        )
 
 
 PROMPT_IDS_KEY = "prompt_token_ids"
@@ -172,8 +225,10 @@ def render_chat(
         raise PromptError("the row has no messages to answer")
     if tokenizer.chat_template_hash is None:
         raise PromptError(
-            f"tokenizer {tokenizer.name!r} has no chat template: set tokenizer.chat_template, or "
-            "name a tokenizer that has one"
+            f"tokenizer {tokenizer.name!r} has no chat template (base models have none): send "
+            "the text as it is (--raw, completion_params['raw']), or name a template "
+            "(--chat-template, completion_params['chat_template']: a Jinja file, chatml, or a "
+            "tokenizer that has one)"
         )
     _check_template_kwargs(tokenizer, tools, chat_template_kwargs)
     chat = as_template_reads(messages, tools, tokenizer)

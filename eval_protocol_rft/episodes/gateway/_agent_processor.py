@@ -67,6 +67,7 @@ class AgentRolloutProcessor(rollout.FireworksTrainingRolloutProcessor):
     """
 
     has_environments = True
+    takes_raw = False
 
     def __init__(
         self,
