@@ -21,6 +21,7 @@ from typing import Any
 import msgspec
 
 from eval_protocol_rft.sampling import _replies, _types
+from eval_protocol_rft.sampling._event_stream import parse_stream
 from eval_protocol_rft.sampling._replies import ABSENT, Choice, Logprobs, Reply
 from eval_protocol_rft.sampling._types import Completion, ContractError, SamplingParams, TokenIds
 
@@ -69,7 +70,7 @@ def decode_stream(
 ) -> list[Completion]:
     """The same for a whole server-sent event stream. A stream that ends without `[DONE]` is cut
     off, never a completion."""
-    reply, models = _replies.parse_stream(body)
+    reply, models = parse_stream(body)
     reply.id = request_id or reply.id
     return _decode(reply, prompt, params, n, models)
 

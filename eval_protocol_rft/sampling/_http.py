@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import re
 import select
 import weakref
 from collections.abc import AsyncGenerator, Sequence
@@ -30,6 +29,7 @@ from eval_protocol_rft._text import well_formed
 from eval_protocol_rft.sampling import _endpoint, _types
 from eval_protocol_rft.sampling._clock import Deadline
 from eval_protocol_rft.sampling._endpoint import Endpoint
+from eval_protocol_rft.sampling._event_stream import is_done
 from eval_protocol_rft.sampling._exactness import decode_reply, decode_stream
 from eval_protocol_rft.sampling._limits import RunStoppedError
 from eval_protocol_rft.sampling._replies import short, status_error
@@ -120,10 +120,6 @@ connection that died would otherwise look like one that is busy."""
 STALL_SECONDS = 30.0
 """A stream that has begun and is silent for so long is dead. Servers pause for seconds at most."""
 ERROR_BYTES = 1 << 16
-_DONE = re.compile(rb"(?:\A|[\r\n])data: ?\[DONE\](?:\r\n|\n|\r){2}")
-"""The last event, whole: as a line of its own, and with the blank line that ends it. A text may
-hold the same words."""
-_LONGEST_DONE = 20
 _AFTER_DONE_SECONDS = 0.5
 """How long to wait for the end of a finished stream, so that its connection can be used again."""
 _BASE_BYTES = 1 << 20
@@ -183,7 +179,7 @@ async def read_stream(response: aiohttp.ClientResponse, *, limit: int) -> bytes:
                 body += chunk
                 if len(body) > limit:
                     raise _too_long(limit)
-                if _is_done(body, len(chunk)):
+                if is_done(body, len(chunk)):
                     break
                 silence.restart(STALL_SECONDS)
     except TimeoutError:
@@ -193,13 +189,6 @@ async def read_stream(response: aiohttp.ClientResponse, *, limit: int) -> bytes:
             f"the stream stalled for {STALL_SECONDS:g} s after {len(body)} bytes", kind="timeout"
         ) from None
     return bytes(body)
-
-
-def _is_done(body: bytearray, new: int) -> bool:
-    """Whether the last event is among the `new` last bytes."""
-    # Found by its words first: the pattern alone would cost more than parsing the events.
-    at = body.rfind(b"[DONE]", max(0, len(body) - new - _LONGEST_DONE))
-    return at >= 0 and _DONE.search(body, max(0, at - _LONGEST_DONE)) is not None
 
 
 async def read_to_the_end(response: aiohttp.ClientResponse) -> None:

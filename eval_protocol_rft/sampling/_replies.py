@@ -1,8 +1,7 @@
-"""What a server answers: HTTP statuses and error bodies to typed errors, whole JSON bodies and
-event streams to `Reply`. Pure.
+"""What a server answers: HTTP statuses and error bodies to typed errors, JSON bodies to `Reply`.
+Pure.
 
-Invariant: of a reply only the shape is judged here (types, what must be there); a stream is put
-together to what the same server would have sent whole, or it is an error.
+Invariant: of a reply only the shape is judged here: types, what must be there.
 
 Sources of the errors: Fireworks' error codes (docs.fireworks.ai, guides/inference-error-codes),
 vLLM 0.32 as recorded. Bodies seen: `{"error": {"message", "type", "code"}}`, `{"error": "text"}`,
@@ -184,7 +183,7 @@ class Entry(msgspec.Struct, gc=False):
     routing_matrix: str | None = None
 
 
-class Logprobs(msgspec.Struct):
+class Logprobs(msgspec.Struct, gc=False):
     content: list[Entry] | None = None
     token_logprobs: list[float | None] | None = None
     token_ids: list[int] | None = None
@@ -193,12 +192,12 @@ class Logprobs(msgspec.Struct):
     top_logprobs: list[dict[str, float] | None] | None = None
 
 
-class RawOutput(msgspec.Struct):
+class RawOutput(msgspec.Struct, gc=False):
     prompt_token_ids: msgspec.Raw = ABSENT
     completion_token_ids: list[int] | None = None
 
 
-class Choice(msgspec.Struct):
+class Choice(msgspec.Struct, gc=False):
     index: int
     finish_reason: str | None = None
     text: str | None = None
@@ -211,12 +210,12 @@ class Choice(msgspec.Struct):
     raw_output: RawOutput | None = None
 
 
-class Usage(msgspec.Struct):
+class Usage(msgspec.Struct, gc=False):
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
 
 
-class Reply(msgspec.Struct):
+class Reply(msgspec.Struct, gc=False):
     choices: list[Choice]
     id: str | None = None
     object: str | None = None
@@ -232,7 +231,7 @@ _HALVES = re.compile(
 )
 """Escapes of JSON: a surrogate pair, half of one, any other. A half is no text, and costs its
 character: ids and logprobs are in ASCII."""
-_DECODER = msgspec.json.Decoder(Reply)
+DECODER = msgspec.json.Decoder(Reply)
 
 
 def parse_reply(body: bytes) -> Reply:
@@ -244,7 +243,7 @@ def parse_reply(body: bytes) -> Reply:
         ContractError: it is no JSON, or not of a reply's shape.
     """
     try:
-        reply = _DECODER.decode(body)
+        reply = DECODER.decode(body)
     except msgspec.ValidationError as problem:
         error = error_in_body(body)
         if error is not None:
@@ -284,145 +283,3 @@ def _kind(body: bytes) -> str:
     value = loads(body)
     named = value.get("object") if isinstance(value, dict) else None
     return f" (its object is {named!r})" if named else ""
-
-
-_KEEPALIVES = frozenset({"ping", "keepalive", "keep-alive", "keep_alive", "heartbeat"})
-"""Names of events, and `type`s of their data, that gateways send to keep an idle connection open.
-Where one stood in place of tokens, the usage and the ids would show it."""
-_OTHER_FIELDS = frozenset({b"", b"event", b"id", b"retry"})
-"""What may stand in an event beside its data. The empty name: a comment, or a line left blank."""
-
-
-def parse_stream(body: bytes) -> tuple[Reply, dict[int, list[str]]]:
-    """Parse a whole event stream and put its chunks together.
-
-    Returns:
-        The reply, and what a whole reply could not say: choice index -> the models that the events
-        with its tokens name, in order, each as often as it took over from another.
-
-    Raises: as `parse_reply`; a stream without `[DONE]` is a failed connection, one whose
-    events contradict each other a ContractError.
-    """
-    events = _events(body)
-    if not events or events[-1] != b"[DONE]":
-        if not events and body.lstrip().startswith(b"{"):
-            # Some servers answer errors and even replies unstreamed.
-            return parse_reply(body), {}
-        raise SamplingError(
-            f"the event stream ends after {len(events)} events without [DONE]", kind="connection"
-        )
-    merged: Reply | None = None
-    models: dict[int, list[str]] = {}
-    for event in events[:-1]:
-        if _says_nothing(event):
-            continue
-        chunk = parse_reply(event)
-        if chunk.model:
-            _note_model(chunk.model, chunk.choices, models)
-        if merged is None:
-            merged = chunk
-        else:
-            _merge(merged, chunk)
-    if merged is None:
-        raise ContractError("the event stream holds no reply, only [DONE]")
-    return merged, models
-
-
-def _note_model(model: str, choices: list[Choice], models: dict[int, list[str]]) -> None:
-    for choice in choices:
-        # An event without tokens may come from weights that sampled none of them.
-        if choice.token_ids or choice.text or choice.logprobs is not None:
-            named = models.setdefault(choice.index, [])
-            if not named or named[-1] != model:
-                named.append(model)
-
-
-def _events(body: bytes) -> list[bytes]:
-    """The data of each event that has some; several `data:` lines are one payload (HTML standard,
-    9.2.6). An event that no blank line ends did not arrive whole."""
-    normal = body.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-    *whole, _unfinished = normal.split(b"\n\n")
-    return [data for data in map(_data, whole) if data.strip()]
-
-
-def _data(block: bytes) -> bytes:
-    data, event = [], b""
-    for line in block.split(b"\n"):
-        name, _, value = line.partition(b":")
-        if name == b"data":
-            data.append(value.removeprefix(b" "))
-        elif name == b"event":
-            event = value.strip()
-        elif name not in _OTHER_FIELDS:
-            # The standard lets readers skip it; it may be what is left of an event with tokens.
-            raise ContractError(
-                f"the event stream holds a line that is no field of an event: {line[:80]!r}"
-            )
-    return b"" if event.decode("latin-1").lower() in _KEEPALIVES else b"\n".join(data)
-
-
-def _says_nothing(event: bytes) -> bool:
-    """Whether it is a keep-alive under no name of its own, such as `{"type": "ping"}`."""
-    if b'"choices"' in event or b'"type"' not in event:
-        return False
-    value = loads(event)
-    return isinstance(value, dict) and str(value.get("type")) in _KEEPALIVES
-
-
-def _merge(reply: Reply, chunk: Reply) -> None:
-    reply.id = _one("id", reply.id, chunk.id)
-    reply.object = _one("object", reply.object, chunk.object)
-    reply.model = chunk.model or reply.model
-    reply.usage = chunk.usage or reply.usage
-    known = {choice.index: choice for choice in reply.choices}
-    for choice in chunk.choices:
-        if choice.index in known:
-            _merge_choice(known[choice.index], choice)
-        else:
-            reply.choices.append(choice)
-
-
-def _merge_choice(into: Choice, chunk: Choice) -> None:
-    if into.finish_reason is not None and (chunk.token_ids or _content(chunk)):
-        raise ContractError(f"choices[{into.index}]: tokens after finish_reason in the stream")
-    into.finish_reason = _one("finish_reason", into.finish_reason, chunk.finish_reason)
-    into.stop_reason = _one("stop_reason", into.stop_reason, chunk.stop_reason)
-    into.matched_stop = _one("matched_stop", into.matched_stop, chunk.matched_stop)
-    into.text = (into.text or "") + (chunk.text or "")
-    into.token_ids = _joined(into.token_ids, chunk.token_ids)
-    if into.prompt_token_ids == ABSENT:
-        into.prompt_token_ids = chunk.prompt_token_ids
-    elif chunk.prompt_token_ids not in (ABSENT, into.prompt_token_ids):
-        raise ContractError("the events of the stream tell different prompt_token_ids")
-    into.raw_output = chunk.raw_output or into.raw_output
-    if chunk.logprobs is None:
-        return
-    if into.logprobs is None:
-        into.logprobs = chunk.logprobs
-        return
-    for name in ("content", "token_logprobs", "token_ids", "tokens", "top_logprobs", "text_offset"):
-        joined = _joined(getattr(into.logprobs, name), getattr(chunk.logprobs, name))
-        setattr(into.logprobs, name, joined)
-
-
-def _one(name: str, known: Any, new: Any) -> Any:
-    """What the events say of the whole reply, where they say it; two values are one too many."""
-    if known in (None, ""):
-        return new
-    if new not in (None, "", known):
-        raise ContractError(
-            f"the events of the stream tell two values of {name}: {known!r} and {new!r}"
-        )
-    return known
-
-
-def _content(choice: Choice) -> list[Entry] | None:
-    return choice.logprobs.content if choice.logprobs is not None else None
-
-
-def _joined(into: list[Any] | None, more: list[Any] | None) -> list[Any] | None:
-    if into is None:
-        return more
-    if more is not None:
-        into.extend(more)
-    return into
