@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from eval_protocol_rft.training._types import ExportError, PromptGroup
+from eval_protocol_rft.training.export._groups import check_complete, check_segments
 
 
 def rollout_result(
@@ -38,8 +39,8 @@ def rollout_result(
             an episode has several segments, for which there is one place.
     """
     for group in groups:
-        _check_complete(group)
-        _check_segments(group)
+        check_complete(group, "TRL")
+        check_segments(group, "TRL")
     if prompts is not None:
         _check_places(groups, prompts)
     trajectories = [trajectory for group in groups for trajectory in group.trajectories]
@@ -61,26 +62,6 @@ def rollout_result(
 def recorded_reward(*, reward: Sequence[float | None], **_columns: Any) -> list[float | None]:
     """A TRL reward function: the reward that came with each completion of `rollout_result`."""
     return list(reward)
-
-
-def _check_complete(group: PromptGroup) -> None:
-    messages = [*(failure.message for failure in group.failures), *group.failed_rows]
-    if messages:
-        raise ExportError(
-            f"group {group.key!r}: {len(messages)} of its completions or rows failed, and TRL has "
-            f"no place for a missing completion; the first: {messages[0]}"
-        )
-
-
-def _check_segments(group: PromptGroup) -> None:
-    for trajectory in group.trajectories:
-        if trajectory.more:
-            raise ExportError(
-                f"{trajectory.name}: its episode has "
-                f"{len(trajectory.segments)} segments, and TRL takes one sequence per completion. "
-                "Sample with a chat template that does not rewrite history, or train where "
-                "episodes may have several (fireworks, tinker, cookbook)"
-            )
 
 
 def _check_places(groups: Sequence[PromptGroup], prompts: Sequence[Any]) -> None:
