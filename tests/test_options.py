@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from eval_protocol_rft import data, doctor, loop, report, sampling, training
 from eval_protocol_rft._options import check_options
 from eval_protocol_rft.cli import COMMANDS, app
+from eval_protocol_rft.local import Placement
 from scripts.options_page import PAGE, page
 from tests.data.servers import ep_rft
 
@@ -45,7 +46,8 @@ def flags(command: str) -> dict[str, Click]:
 
 
 FUNCTIONS: dict[str, tuple[Callable[..., Any], ...]] = {
-    "generate": (data.agenerate, sampling.SamplingParams, sampling.RetryPolicy),
+    "generate": (data.agenerate, sampling.SamplingParams, sampling.RetryPolicy, Placement),
+    "serve": (Placement,),
     "score": (data.score,),
     "filter": (data.FilterRules, data.filter_rollouts),
     "stats": (data.rollout_stats,),
@@ -53,8 +55,8 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], ...]] = {
     "datums": (data.write_datums, training.BatchOptions, training.Filters),
     "convert": (data.convert,),
     "show": (report.rollout_table,),
-    "doctor": (doctor.Setup,),
-    "train": (loop.atrain, loop.LoopOptions, loop.LocalParts, loop.Optimizer),
+    "doctor": (doctor.Setup, Placement),
+    "train": (loop.atrain, loop.LoopOptions, loop.LocalParts, loop.Optimizer, Placement),
 }
 
 

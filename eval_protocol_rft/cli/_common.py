@@ -30,6 +30,7 @@ import typer
 
 from eval_protocol_rft._durable import NO_ROOM
 from eval_protocol_rft._text import visible_lines
+from eval_protocol_rft.local import Placement
 
 
 def open_closed_streams() -> None:
@@ -72,6 +73,19 @@ Input = str | Path
 """What is only read: a path; or, as text, a URL."""
 _ATTEMPTS = "eval_protocol_rft.attempts"
 """The logger of `sampling.observing`, which is not imported for `--help`."""
+
+
+def check_placement(placement: Placement, *, here: bool, there: str) -> None:
+    """Refuse to place what is not here.
+
+    Args:
+        placement: what was asked for.
+        here: a model runs in this process.
+        there: what runs it otherwise.
+    """
+    if placement != Placement() and not here:
+        options = "--device, --dtype and --attention"
+        fail(f"{options} are of a model in this process: {there} has its own")
 
 
 def one_line(command: Callable[P, None]) -> Callable[P, None]:

@@ -19,8 +19,9 @@ from eval_protocol_rft import data as room
 from eval_protocol_rft import episodes, rollout, sampling, training
 from eval_protocol_rft._durable import NO_ROOM
 from eval_protocol_rft._options import Flag
-from eval_protocol_rft.cli._common import Input, fail, rollout_file, say
+from eval_protocol_rft.cli._common import Input, check_placement, fail, rollout_file, say
 from eval_protocol_rft.cli._flags import Takes
+from eval_protocol_rft.local import Placement
 
 if TYPE_CHECKING:
     from eval_protocol_rft.data import GenerateSummary, ScoreSummary
@@ -38,6 +39,7 @@ def generate(
     prices: Annotated[dict[str, Any], Takes(sampling.Prices, {"prompt": None, "completion": None})],
     options: Annotated[dict[str, Any], Takes(room.agenerate)],
     limits: Annotated[dict[str, Any], Takes(episodes.EpisodeLimits)],
+    placement: Placement,
     *,
     output: Annotated[Path, Flag("-o")],
     format: Annotated[  # noqa: A002
@@ -77,6 +79,7 @@ def generate(
         fail("--price-in and --price-out go together: half of a cost would pass for all of it")
     if "extra" in params:
         params["extra_body"] = params.pop("extra")
+    check_placement(placement, here=params["model"].startswith("local/"), there="the server")
     try:
         summary = room.generate(
             data,
@@ -85,6 +88,8 @@ def generate(
             retry=retry,
             prices=sampling.Prices(**prices) if prices else None,
             limits=limits or None,
+            placement=placement,
+            say=lambda text: say(f"ep-rft: {text}", err=True),
             **options,
         )
     except OSError as error:

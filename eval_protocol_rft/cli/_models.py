@@ -12,9 +12,10 @@ from annotated_types import Ge, Le
 from eval_protocol_rft import doctor as doctor_room
 from eval_protocol_rft import loop, rollout, sampling, training
 from eval_protocol_rft._options import Flag
-from eval_protocol_rft.cli._common import fail, say, say_json, say_table
+from eval_protocol_rft.cli._common import check_placement, fail, say, say_json, say_table
 from eval_protocol_rft.cli._flags import Takes, Unset
 from eval_protocol_rft.episodes import gateway as agents
+from eval_protocol_rft.local import Placement
 from eval_protocol_rft.loop import fireworks
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ def serve(
     grpc_port: Annotated[int | None, Ge(0), Le(65535), Flag(unset="--port + 1")] = None,
     state: Annotated[Path | None, Flag(unset="ep-rft-fireworks")] = None,
     log: Annotated[Literal["events", "requests", "none"] | None, Flag(unset="events")] = None,
+    placement: Placement,
 ) -> None:
     r"""Serve a local model over HTTP, in the shape of Fireworks' completions API; or be a whole
     Fireworks on this machine: inference, training, deployments and data sets, for its clients.
@@ -91,6 +93,7 @@ def serve(
             state=state or Path("ep-rft-fireworks"),
             api_key=api_key,
             log=log or "events",
+            placement=placement,
             say=say,
         )
         return
@@ -105,6 +108,7 @@ def serve(
         served_model_name=served_model_name,
         reloads=reloads,
         api_key=api_key,
+        placement=placement,
         say=say,
     )
 
@@ -184,6 +188,7 @@ def doctor(
     server: Annotated[dict[str, Any], Takes(sampling.Endpoint, {"base_url": None})],
     setup: Annotated[dict[str, Any], Takes(doctor_room.Setup)],
     run: Annotated[dict[str, Any], Takes(doctor_room.examine)],
+    placement: Placement,
     *,
     json: bool = False,
 ) -> None:
@@ -216,6 +221,7 @@ def doctor(
         )
     if weights is not None and not weights.is_dir():
         fail(f"--weights: {weights} is no folder", code=WRONG)
+    check_placement(placement, here=is_local or weights is not None, there="the server")
     if "tokenizer" not in request and weights is not None and not is_local:
         from eval_protocol_rft.local.models import has_tokenizer
 
@@ -225,7 +231,8 @@ def doctor(
     except ValueError as error:
         fail(str(error), code=WRONG)
     try:
-        diagnosis = doctor_room.examine(doctor_room.Setup(request=asked, **setup), **run)
+        to_examine = doctor_room.Setup(request=asked, placement=placement, **setup)
+        diagnosis = doctor_room.examine(to_examine, **run)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("; nothing was decided") from None
     if json:
@@ -250,6 +257,7 @@ def train(
     params: Annotated[dict[str, Any], Takes(sampling.SamplingParams, _THE_TESTS, list(_THE_TESTS))],
     here: Annotated[dict[str, Any], Takes(loop.LocalParts)],
     there: Annotated[dict[str, Any], Takes(fireworks.FireworksParts, _PLACE)],
+    placement: Placement,
     *,
     output: Annotated[Path, loop.RUN("-o")] = Path("run"),
     base_url: Annotated[str | None, loop.MODEL()] = None,
@@ -290,6 +298,8 @@ def train(
     from eval_protocol_rft.scoring.executors import load_evaluator
 
     options = loop.LoopOptions(**how, filters=filters)
+    check_placement(placement, here=not on_fireworks, there="Fireworks")
+    here |= {"placement": placement, "say": lambda text: say(f"ep-rft: {text}", err=True)}
     parts = _parts(optimizer, here, there, run.get("model"))
     try:
         result = loop.train(

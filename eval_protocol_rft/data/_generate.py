@@ -32,6 +32,7 @@ from eval_protocol_rft.data._questions import PROMPT_COLUMNS, Questions
 from eval_protocol_rft.data._sampling_run import RaySampler, RunCounts, SamplingRun
 from eval_protocol_rft.data.source._opening import aopen_source
 from eval_protocol_rft.data.source._urls import PathOrGlob
+from eval_protocol_rft.local import Placement
 from eval_protocol_rft.rollout import Backends, parse_completion_params
 from eval_protocol_rft.sampling import Prices, RetryPolicy, RunSummary, Sampler
 from eval_protocol_rft.scoring.executors import RAY_ADDRESS, Engine, check_engine
@@ -109,10 +110,12 @@ async def agenerate(
     tokenizer: Any = None,
     sampler: Sampler | None = None,
     trust_remote_code: Annotated[bool, _RUN()] = False,
+    placement: Placement | None = None,
     engine: Annotated[Engine, _RUN()] = "local",
     ray_address: Annotated[str | None, _RUN(unset=RAY_ADDRESS)] = None,
     prices: Prices | None = None,
     progress: bool | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> GenerateSummary:
     """Sample n completions for every row of a data set.
 
@@ -142,10 +145,12 @@ async def agenerate(
             there; what was begun with the same settings is continued all the same.
         tokenizer, sampler: as for the processor.
         trust_remote_code: let tokenizer and model folders run their own code.
+        placement: device and dtype of a `local/...` model, see `local.Placement`.
         engine: with ray, sample on every node of a Ray cluster; they share `concurrency`.
         ray_address: HOST:PORT of the cluster, or auto.
         prices: of the model, for the cost in `GenerateSummary.attempts`.
         progress: show a bar; None: where stderr is a terminal.
+        say: told where a `local/...` model will lie, when it is loaded.
 
     Raises:
         SourceError: the data set, or a row of it, is wrong; nothing was asked yet.
@@ -200,7 +205,13 @@ async def agenerate(
             "episode renders its turns from messages: name a column of text or messages with "
             "--prompt-key"
         )
-    backends = Backends(tokenizer=tokenizer, sampler=sampler, trust_remote_code=trust_remote_code)
+    backends = Backends(
+        tokenizer=tokenizer,
+        sampler=sampler,
+        trust_remote_code=trust_remote_code,
+        placement=placement,
+        say=say,
+    )
     clients: dict[sampling.Endpoint, sampling.HttpSampler] = {}
     remote: RaySampler | None = None
     endpoint = request.endpoint
@@ -234,7 +245,11 @@ async def agenerate(
             )
         if engine == "ray":
             remote = RaySampler(
-                request, trust_remote_code, concurrency or DEFAULT_CONCURRENCY, ray_address
+                request,
+                trust_remote_code,
+                concurrency or DEFAULT_CONCURRENCY,
+                ray_address,
+                placement,
             )
             await remote.start()
         own = request.endpoint is None or sampler is not None or engine == "ray"

@@ -29,7 +29,7 @@ from eval_protocol_rft import sampling
 from eval_protocol_rft.data._format import CompletionRow
 from eval_protocol_rft.data._job_store import JobStore
 from eval_protocol_rft.data._row_groups import to_record_batch
-from eval_protocol_rft.local import LoadedTokenizer
+from eval_protocol_rft.local import LoadedTokenizer, Placement
 from eval_protocol_rft.local.models import LOCAL_PREFIX
 from eval_protocol_rft.rollout import AnswerReader, PromptError, RolloutRequest, VocabularyWitness
 from eval_protocol_rft.sampling import Failure, SamplingError, Survivor, TokenIds, sample_one
@@ -316,10 +316,13 @@ class RunCounts:
 class RolloutActor:
     """Lives on a node, and samples there."""
 
-    def __init__(self, request: RolloutRequest, trust_remote_code: bool) -> None:
+    def __init__(
+        self, request: RolloutRequest, trust_remote_code: bool, placement: Placement | None = None
+    ) -> None:
         # No more than this: what an actor raises here reaches the driver as its death.
         self._request = request
         self._trust_remote_code = trust_remote_code
+        self._placement = placement
         self._sampler: sampling.Sampler
 
     async def ready(self) -> None:
@@ -336,6 +339,7 @@ class RolloutActor:
         self._sampler = await asyncio.to_thread(
             load_local_sampler,
             self._request.params.model.removeprefix(LOCAL_PREFIX),
+            placement=self._placement,
             trust_remote_code=self._trust_remote_code,
         )
 
@@ -358,6 +362,7 @@ class RaySampler:
         trust_remote_code: let local models run their own code.
         concurrency: most requests in flight, over all nodes.
         address: see `NodeActors`.
+        placement: of models on the nodes.
 
     Raises:
         RayEngineError: Ray is not installed.
@@ -369,8 +374,11 @@ class RaySampler:
         trust_remote_code: bool,
         concurrency: int,
         address: str | None,
+        placement: Placement | None = None,
     ) -> None:
-        arguments = {"request": request, "trust_remote_code": trust_remote_code}
+        arguments = {
+            "request": request, "trust_remote_code": trust_remote_code, "placement": placement,
+        }  # fmt: skip
         work = Work(RolloutActor, arguments, cpus=1, calls=concurrency)
         self._actors = NodeActors(address, lambda _: work)
 

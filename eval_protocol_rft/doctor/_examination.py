@@ -46,7 +46,10 @@ async def aexamine(
     request = setup.request
     clients: dict[sampling.Endpoint, sampling.HttpSampler] = {}
     backends = rollout.Backends(
-        tokenizer=None, sampler=sampler, trust_remote_code=setup.trust_remote_code
+        tokenizer=None,
+        sampler=sampler,
+        trust_remote_code=setup.trust_remote_code,
+        placement=setup.placement,
     )
     try:
         chosen, tokenizer = await backends.resolve(request, clients)
@@ -222,6 +225,7 @@ class Stages:
             self.setup.trainer_weights,
             samples,
             temperature=self._params.temperature,
+            placement=self.setup.placement,
             trust_remote_code=self.setup.trust_remote_code,
         )
 

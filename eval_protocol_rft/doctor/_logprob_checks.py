@@ -31,8 +31,14 @@ from numpy.typing import NDArray
 from eval_protocol_rft import sampling, training
 from eval_protocol_rft.doctor import _findings as findings
 from eval_protocol_rft.doctor._findings import Finding, Verdict, skipped
-from eval_protocol_rft.local import no_loading_bar
-from eval_protocol_rft.sampling import Completion, FirstTokens, LogprobsMode, TokenIds
+from eval_protocol_rft.local import Placement, load_model
+from eval_protocol_rft.sampling import (
+    Completion,
+    FirstTokens,
+    LogprobsMode,
+    RefusedError,
+    TokenIds,
+)
 
 FREQUENCY = "token frequency"
 SIMULATIONS = 20_000
@@ -269,31 +275,29 @@ def trainer_checks(
     samples: Sequence[tuple[TokenIds, Completion]],
     *,
     temperature: float,
+    placement: Placement | None = None,
     trust_remote_code: bool = False,
 ) -> list[Finding]:
-    """Compare the sampler's logprobs with those under the weights in a folder, in float32. Blocks.
+    """Compare the sampler's logprobs with those under the weights in a folder. Blocks.
 
     Args:
         weights: what a trainer would load; None: nothing is known of it.
         samples: prompts, and what was sampled behind them.
         temperature: of both sides.
+        placement: of the weights; by default as `LocalSampler` places a model.
         trust_remote_code: let the folder run its own code.
     """
     if weights is None:
         advice = "Give the folder that the server loaded: --weights FOLDER."
         return _skipped("no weights at hand", advice)
     try:
-        import torch
-        from transformers import AutoModelForCausalLM
+        import torch  # noqa: F401 - whether it is there
     except ImportError:
         return _skipped("torch is missing", "pip install 'eval-protocol-rft[local]'")
     try:
-        with no_loading_bar():
-            model = AutoModelForCausalLM.from_pretrained(
-                weights, dtype=torch.float32, trust_remote_code=trust_remote_code
-            )
-    except (OSError, ValueError) as error:
-        return _skipped(f"cannot load {str(weights)!r}: {error}", _OTHER_WEIGHTS)
+        model: Any = load_model(weights, placement=placement, trust_remote_code=trust_remote_code)
+    except RefusedError as error:
+        return _skipped(str(error), _OTHER_WEIGHTS)
     size = model.get_input_embeddings().num_embeddings
     for prompt, completion in samples:
         highest = max(*prompt, *completion.token_ids)
@@ -369,5 +373,5 @@ def _pairs(model: Any, samples: Sequence[tuple[TokenIds, Completion]], temperatu
         for start in range(0, len(datums), _AT_ONCE):
             part = datums[start : start + _AT_ONCE]
             values = token_logprobs(model, part, temperature=temperature).logprobs
-            logprobs += [value.numpy() for value in values]
+            logprobs += [value.cpu().numpy() for value in values]
     return training.sampled_pairs(datums, logprobs, {0})

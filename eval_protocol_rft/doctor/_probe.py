@@ -13,7 +13,7 @@ import contextlib
 import functools
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,6 +26,7 @@ from eval_protocol_rft._options import Flag
 from eval_protocol_rft.data import Reporter
 from eval_protocol_rft.doctor._findings import Finding, skipped
 from eval_protocol_rft.doctor._token_checks import PROMPT_ECHO, prompt_echo
+from eval_protocol_rft.local import Placement
 from eval_protocol_rft.local.models import LOCAL_PREFIX, local_model_folder
 from eval_protocol_rft.rollout import RolloutRequest
 
@@ -57,6 +58,8 @@ class Setup:
     """Requests in flight."""
     trust_remote_code: Annotated[bool, _RUN()] = False
     """Let tokenizer and model folders run their own code."""
+    placement: Placement = field(default_factory=Placement)
+    """Of a model in this process, sampled or as the trainer."""
 
     @property
     def in_flight(self) -> int:

@@ -18,11 +18,18 @@ import math
 import secrets
 import threading
 import weakref
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eval_protocol_rft import sampling
+from eval_protocol_rft.local._placement import (
+    Placement,
+    keep_float32_head,
+    load_model,
+    load_tokenizer_of,
+    with_float32_head,
+)
 from eval_protocol_rft.local._tokenizer import LoadedTokenizer
 from eval_protocol_rft.local.models import NoSuchModelError, local_model_folder
 from eval_protocol_rft.sampling import Completion, Deadline, RefusedError, SamplingParams
@@ -125,7 +132,7 @@ DEFAULT_MAX_BATCH_TOKENS = 32768
 """Some 80 MB of caches for the bundled model, 1.5 GB for one of 135M parameters (SmolLM2)."""
 
 _SEED_MASK = 2**64 - 1
-_LOADED: dict[tuple[str, bool], LocalSampler] = {}
+_LOADED: dict[tuple[str, bool, Placement], LocalSampler] = {}
 _LOADING = threading.Lock()
 
 
@@ -145,7 +152,8 @@ class LocalSampler:
         max_batch_tokens: int = DEFAULT_MAX_BATCH_TOKENS,
         policy_version: str | None = None,
     ) -> None:
-        """Wrap a loaded model. It is used where it lies (device, dtype), in evaluation mode.
+        """Wrap a loaded model. It is used where it lies (device, dtype), in evaluation mode, with
+        its output layer in float32.
 
         Args:
             max_batch_tokens: bounds the caches: completions that run together, times the tokens
@@ -161,7 +169,8 @@ class LocalSampler:
 
         if max_batch_tokens < 1:
             raise ValueError(f"max_batch_tokens is {max_batch_tokens}, must be at least 1")
-        self._model = LocalModel(model)
+        self._model = LocalModel(with_float32_head(model))
+        keep_float32_head(model)
         self._tokenizer = tokenizer
         self._eos_token_ids = _eos_token_ids(model, tokenizer)
         self._worker = Worker(
@@ -178,33 +187,25 @@ class LocalSampler:
         cls,
         name: str | Path,
         *,
+        placement: Placement | None = None,
         trust_remote_code: bool = False,
         max_batch_tokens: int = DEFAULT_MAX_BATCH_TOKENS,
         policy_version: str | None = None,
+        say: Callable[[str], None] = lambda line: None,
     ) -> LocalSampler:
-        """Load a model and its tokenizer in float32 on the CPU, from a folder or by hub id.
+        """Load a model and its tokenizer from a folder or by hub id.
+
+        Args:
+            placement: device, dtype and attention; by default on the CPU in float32, or on a GPU,
+                where torch sees one, in the dtype of the weights.
+            say: told, before weights are read, where the model will lie.
 
         Raises:
-            RefusedError: torch is not installed, there is no such model, or its state is more than
-                keys and values.
+            RefusedError: torch is not installed, there is no such model, it cannot be placed so,
+                or its state is more than keys and values.
         """
-        try:
-            import torch
-        except ImportError as error:
-            raise RefusedError(
-                f"sampling from {str(name)!r} in this process needs torch: "
-                "pip install 'eval-protocol-rft[local]'"
-            ) from error
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-            with no_loading_bar():
-                model = AutoModelForCausalLM.from_pretrained(
-                    name, trust_remote_code=trust_remote_code, dtype=torch.float32
-                )
-        except (OSError, ValueError) as error:
-            raise RefusedError(f"cannot load the local model {str(name)!r}: {error}") from error
+        tokenizer = load_tokenizer_of(name, trust_remote_code=trust_remote_code)
+        model = load_model(name, placement=placement, trust_remote_code=trust_remote_code, say=say)
         return cls(
             model, tokenizer, max_batch_tokens=max_batch_tokens, policy_version=policy_version
         )
@@ -330,38 +331,31 @@ class LocalSampler:
         await asyncio.to_thread(self._worker.stop)
 
 
-def load_local_sampler(name: str, *, trust_remote_code: bool = False) -> LocalSampler:
-    """The sampler of a bundled model ("arithmetic"), a folder or a hub id: one per process and
-    name, safe to call from any thread. Blocks while it loads: call it in `asyncio.to_thread`.
+def load_local_sampler(
+    name: str,
+    *,
+    placement: Placement | None = None,
+    trust_remote_code: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> LocalSampler:
+    """The sampler of a bundled model ("arithmetic"), a folder or a hub id: one per process, name
+    and placement, safe to call from any thread. Blocks while it loads: call it in
+    `asyncio.to_thread`. `say` is told where the model will lie, if it is not there already.
 
     Raises:
-        RefusedError: torch is not installed, there is no such model, or its state is more than
-            keys and values.
+        RefusedError: as `LocalSampler.from_pretrained`.
     """
     with _LOADING:
-        key = (name, trust_remote_code)
+        key = (name, trust_remote_code, placement or Placement())
         if key not in _LOADED:
             try:
                 folder = local_model_folder(name)
             except NoSuchModelError as error:
                 raise RefusedError(str(error)) from error
-            _LOADED[key] = LocalSampler.from_pretrained(folder, trust_remote_code=trust_remote_code)
+            _LOADED[key] = LocalSampler.from_pretrained(
+                folder, placement=placement, trust_remote_code=trust_remote_code, say=say
+            )
         return _LOADED[key]
-
-
-@contextlib.contextmanager
-def no_loading_bar() -> Iterator[None]:
-    """Keep transformers from drawing a bar per shard into a command's or a test's output."""
-    from transformers.utils import logging
-
-    bars: Any = logging  # untyped
-    shown = bars.is_progress_bar_enabled()
-    bars.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            bars.enable_progress_bar()
 
 
 def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

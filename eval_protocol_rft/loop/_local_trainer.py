@@ -2,12 +2,8 @@
 
 Invariant: what is trained is a copy of its own; the sampler's weights change in `publish` alone.
 The same calls on the same state give the same bits on one torch thread, and `load` goes back to
-all of the state that `save` wrote.
-
-LoRA adapters (peft) are put on, and merged for sampling: the merged weights, in the base model, are
-the policy in training. So a layer whose weight another one shares takes no adapter: merged into the
-one, it would change the other as well. Merging never touches the weights in training, and copies
-only those that have adapters.
+all of the state that `save` wrote. A model in bfloat16 runs in it, forward and backward, as it does
+where it is sampled; what is learnt gathers in float32.
 """
 
 from __future__ import annotations
@@ -16,10 +12,7 @@ import asyncio
 import contextlib
 import copy
 import pickle
-import threading
-import warnings
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -27,8 +20,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from eval_protocol_rft.local import no_loading_bar, spare_threads
+from eval_protocol_rft.local import no_loading_bar, spare_threads, with_float32_head
 from eval_protocol_rft.loop import _trainer as trainer
+from eval_protocol_rft.loop._lora import add_lora, merged_names, merged_weights
 from eval_protocol_rft.loop._metrics import reduce_metrics
 from eval_protocol_rft.loop._run_options import LoraSettings, Optimizer
 from eval_protocol_rft.loop._trainer import ForwardBackward, LossFunction, NamedLoss, TrainerError
@@ -39,8 +33,6 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 
-_SEEDING = threading.Lock()
-
 _UNREADABLE = (OSError, RuntimeError, ValueError, EOFError, LookupError, pickle.UnpicklingError)
 """What torch raises of files that are cut off, empty or of something else."""
 
@@ -49,8 +41,9 @@ class LocalTrainer:
     """AdamW on all parameters of a causal language model, or on LoRA adapters (peft).
 
     Args:
-        model: what to train; copied, in float32. It runs in evaluation mode: with dropout its
-            logprobs would be those of another policy than the one that sampled.
+        model: what to train, where it lies and in its dtype, float32 or bfloat16. It runs in
+            evaluation mode: with dropout its logprobs would be those of another policy than the
+            one that sampled.
         sink: where `publish` sends weights.
         temperature: the one that completions were sampled with.
         lora: train adapters instead of all parameters.
@@ -58,6 +51,10 @@ class LocalTrainer:
         keep_reference: hold a frozen copy of `model`, for a penalty on the distance to it. With
             LoRA it costs nothing and is always there.
         entropies: measure the policy's entropy with every pass.
+        in_place: train `model` itself, which nobody samples from, and not a copy.
+
+    Raises:
+        TrainerError: the model is in float16, whose range gradients leave.
     """
 
     def __init__(
@@ -70,17 +67,18 @@ class LocalTrainer:
         optimizer: Optimizer | None = None,
         keep_reference: bool = False,
         entropies: bool = True,
+        in_place: bool = False,
     ) -> None:
         adam = optimizer or Optimizer()
         self.temperature = temperature
         self._sink = sink
-        self._base = _frozen(model).requires_grad_(lora is None)
+        self._reference = _frozen(model) if keep_reference and lora is None else None
+        self._base = _frozen(model, copied=not in_place).requires_grad_(lora is None)
         self._module: torch.nn.Module = self._base if lora is None else add_lora(self._base, lora)
         self._lora = lora
-        self._reference = _frozen(model) if keep_reference and lora is None else None
-        self._parameters = [p for p in self._module.parameters() if p.requires_grad]
+        self._masters = Masters(self._module)
         self._optimizer = torch.optim.AdamW(
-            _decaying(self._parameters, adam.weight_decay),
+            _decaying(self._masters.weights.values(), adam.weight_decay),
             lr=0.0,
             betas=(adam.beta1, adam.beta2),
             eps=adam.eps,
@@ -226,7 +224,8 @@ class LocalTrainer:
     def _optim_step(self, learning_rate: float) -> dict[str, float]:
         if not self._gathered:
             raise TrainerError("optim_step without a forward_backward: there is no gradient")
-        norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._max_grad_norm)
+        weights = list(self._masters.weights.values())
+        norm = torch.nn.utils.clip_grad_norm_(weights, self._max_grad_norm)
         if not torch.isfinite(norm):
             raise TrainerError(
                 f"the gradient's norm is {norm.item()}: lower the learning rate, or look at the "
@@ -235,34 +234,46 @@ class LocalTrainer:
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         self._optimizer.step()
+        self._masters.write()
         self._optimizer.zero_grad(set_to_none=True)
         self._gathered = False
         return {"grad_norm": norm.item(), "learning_rate": learning_rate}
 
     def _save(self, folder: Path) -> None:
-        trained = {n: p.detach() for n, p in self._module.named_parameters() if p.requires_grad}
-        state = {"parameters": trained, "optimizer": self._optimizer.state_dict()}
+        trained = {name: weight.detach() for name, weight in self._masters.weights.items()}
+        state = {
+            "parameters": trained,
+            "optimizer": self._optimizer.state_dict(),
+            "dtype": str(self._base.dtype),
+        }
         with _writing(folder / "trainer.pt"):
             torch.save(state, folder / "trainer.pt")
 
     def _load(self, folder: Path) -> None:
         path = folder / "trainer.pt"
         try:
-            state = torch.load(path, weights_only=True)
-            saved, optimizer = state["parameters"], state["optimizer"]
+            state = torch.load(path, weights_only=True, map_location="cpu")
+            saved, optimizer, dtype = state["parameters"], state["optimizer"], state["dtype"]
         except _UNREADABLE as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise trainer.DamagedCheckpointError(
                 f"{path} cannot be read ({reason[:200]})"
             ) from error
-        trainable = {n: p for n, p in self._module.named_parameters() if p.requires_grad}
+        trainable = self._masters.weights
         if trainable.keys() != saved.keys() or any(
             trainable[n].shape != saved[n].shape for n in trainable
         ):
             raise TrainerError(f"{folder} holds other parameters than this model's")
+        if dtype != str(self._base.dtype):
+            here, there = (name.removeprefix("torch.") for name in (str(self._base.dtype), dtype))
+            raise TrainerError(
+                f"{folder} was trained in {there}, and this is in {here}: go on with "
+                f'Placement(dtype="{there}") (--dtype {there})'
+            )
         with torch.no_grad():
             for name, parameter in trainable.items():
                 parameter.copy_(saved[name])
+        self._masters.write()
         self._optimizer.load_state_dict(optimizer)
         self._optimizer.zero_grad(set_to_none=True)
         self._gathered = False
@@ -291,10 +302,58 @@ def _width(bundle: Sequence[TrainingDatum]) -> int:
     return prompt + sum(len(datum) - prompt for datum in bundle)
 
 
-def _frozen(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy in float32 that nothing trains."""
-    frozen: Any = copy.deepcopy(model)
-    return frozen.float().train(False).requires_grad_(False)  # type: ignore[no-any-return]
+class Masters:
+    """The trainable weights of a module, in float32: gradients gather in them and the optimiser
+    changes them. Weights in half precision are these, rounded: a step of a millionth of a weight,
+    which bfloat16 cannot hold (its steps are a 256th), is not lost.
+
+    A weight that is in float32 is its own master. Of others the gradient leaves with every backward
+    pass: there is none in half precision, in which those of several passes would not add up.
+
+    Raises:
+        TrainerError: weights are in float16.
+    """
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self._rounded: list[tuple[Tensor, Tensor]] = []
+        self.weights: dict[str, Tensor] = {}
+        """By the names of the module's parameters."""
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad:
+                self.weights[name] = self._master_of(name, parameter)
+
+    def _master_of(self, name: str, parameter: Any) -> Tensor:
+        if parameter.dtype == torch.float16:
+            raise TrainerError(
+                f"{name} is in float16, whose range gradients leave: train in bfloat16 or float32"
+            )
+        if parameter.dtype != torch.bfloat16:
+            return parameter  # type: ignore[no-any-return]
+        master: Tensor = parameter.detach().float().requires_grad_()
+
+        def gather(parameter: Tensor) -> None:
+            gradient, parameter.grad = parameter.grad, None
+            if gradient is not None:
+                if master.grad is None:
+                    master.grad = gradient.float()
+                else:
+                    master.grad += gradient
+
+        parameter.register_post_accumulate_grad_hook(gather)
+        self._rounded.append((parameter, master))
+        return master
+
+    @torch.no_grad()
+    def write(self) -> None:
+        """Give the module the weights that these have become."""
+        for parameter, master in self._rounded:
+            parameter.copy_(master)
+
+
+def _frozen(model: PreTrainedModel, *, copied: bool = True) -> PreTrainedModel:
+    """A copy that nothing trains."""
+    frozen: Any = copy.deepcopy(model) if copied else model
+    return with_float32_head(frozen.train(False).requires_grad_(False))
 
 
 def _objective(loss: NamedLoss | LossFunction) -> Callable[..., tuple[Tensor, dict[str, float]]]:
@@ -305,8 +364,9 @@ def _objective(loss: NamedLoss | LossFunction) -> Callable[..., tuple[Tensor, di
     )
 
 
-def _decaying(parameters: Sequence[Tensor], weight_decay: float) -> list[dict[str, object]]:
+def _decaying(weights: Iterable[Tensor], weight_decay: float) -> list[dict[str, object]]:
     """Norms and biases are not pulled to zero."""
+    parameters = list(weights)
     return [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
@@ -326,120 +386,3 @@ def _writing(path: Path) -> Iterator[None]:
             f"{path} cannot be written; is there room on its disk? Earlier checkpoints are whole, "
             f"and the same command goes on from the newest of them ({reason})"
         ) from error
-
-
-@contextlib.contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Torch's random numbers from `seed` inside, as they were before behind it. They are of the
-    whole process: of several threads, one at a time is inside."""
-    with _SEEDING, torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield
-
-
-def add_lora(model: PreTrainedModel, settings: LoraSettings) -> torch.nn.Module:
-    """Put adapters on `model`, which they then share.
-
-    Raises:
-        TrainerError: peft is not installed, or finds no such layers.
-    """
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise TrainerError("LoRA needs peft: pip install 'eval-protocol-rft[lora]'") from error
-    modules = settings.target_modules
-    try:
-        with warnings.catch_warnings():
-            # Between peft and transformers, and nothing that a user can do anything about.
-            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
-            adapted: Any = get_peft_model(
-                model,
-                LoraConfig(
-                    r=settings.rank,
-                    lora_alpha=settings.alpha,
-                    target_modules=modules if isinstance(modules, str) else list(modules),
-                    lora_dropout=0.0,
-                    bias="none",
-                    task_type="CAUSAL_LM",
-                ),
-            )
-    except ValueError as error:
-        raise TrainerError(f"LoRA on {type(model).__name__}: {error}") from error
-    check_mergeable(adapted)
-    adapted.train(False)
-    return adapted  # type: ignore[no-any-return]
-
-
-def check_mergeable(adapted: torch.nn.Module) -> None:
-    """Whether `merged_weights` of a peft model are the policy in training.
-
-    Raises:
-        TrainerError: an adapted layer shares its weight, or an adapter is no plain LoRA.
-    """
-    base: Any = adapted.get_base_model()  # type: ignore[operator]
-    if tied := _tied_targets(base):
-        raise TrainerError(
-            f"LoRA on {', '.join(tied)}: the weight belongs to another layer of "
-            f"{type(base).__name__} as well (tied embeddings), so what is sampled would not be "
-            "what was trained: leave it out of target_modules, or untie the model "
-            "(tie_word_embeddings=False in its config) first"
-        )
-    layers = _adapted_layers(base)
-    variants = [name for name, layer in layers.items() if getattr(layer, "lora_variant", None)]
-    if variants or not layers:
-        raise TrainerError(
-            f"the adapters of {variants[0] if variants else type(adapted).__name__} are no plain "
-            "LoRA, and others are not merged here: use LoraConfig without use_dora"
-        )
-
-
-@torch.no_grad()
-def merged_weights(adapted: torch.nn.Module) -> dict[str, Tensor]:
-    """The weights of the base model with the adapters added in, by the base model's names. Those
-    without an adapter are the base model's own tensors, no copies."""
-    base: Any = adapted.get_base_model()  # type: ignore[operator]
-    layers = _adapted_layers(base)
-    weights: dict[str, Tensor] = {}
-    for name, value in base.state_dict().items():
-        layer = next((path for path in _parents(name) if path in layers), None)
-        if layer is None:
-            weights[name] = value
-        elif name.startswith(f"{layer}.base_layer."):
-            weights[name.replace(f"{layer}.base_layer.", f"{layer}.", 1)] = value
-    for name, layer in layers.items():
-        for adapter in layer.active_adapters:
-            key = f"{name}.weight"
-            weights[key] = weights[key] + layer.get_delta_weight(adapter).to(weights[key].dtype)
-    return weights
-
-
-def merged_names(adapted: torch.nn.Module) -> frozenset[str]:
-    """Names of the base model's weights that adapters change."""
-    base: Any = adapted.get_base_model()  # type: ignore[operator]
-    return frozenset(f"{name}.weight" for name in _adapted_layers(base))
-
-
-def _adapted_layers(base: torch.nn.Module) -> dict[str, Any]:
-    from peft.tuners.lora import LoraLayer
-
-    return {name: layer for name, layer in base.named_modules() if isinstance(layer, LoraLayer)}
-
-
-def _tied_targets(base: torch.nn.Module) -> list[str]:
-    """Adapted layers whose weight has a second place in the model, under its own name or as the
-    same layer twice."""
-    layers = _adapted_layers(base)
-    places: defaultdict[int, set[str]] = defaultdict(set)
-    for name, parameter in base.named_parameters(remove_duplicate=False):
-        places[parameter.data_ptr()].add(name)
-    return [
-        n
-        for n, layer in layers.items()
-        if len(places[layer.get_base_layer().weight.data_ptr()]) > 1
-    ]
-
-
-def _parents(name: str) -> list[str]:
-    """`a.b.c` of `a`, `a.b`."""
-    parts = name.split(".")
-    return [".".join(parts[:end]) for end in range(1, len(parts))]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 from eval_protocol_rft import rollout, sampling
+from eval_protocol_rft.local import Placement
 from eval_protocol_rft.local.models import NoSuchModelError, has_tokenizer, local_model_folder
 from eval_protocol_rft.loop import _trainer as trainers
 from eval_protocol_rft.loop._run_options import (
@@ -163,14 +164,23 @@ class LocalParts:
     lora: LoraSettings | None = None
     """Train adapters instead of all parameters."""
     optimizer: Optimizer = field(default_factory=Optimizer)
+    placement: Placement = field(default_factory=Placement)
+    """Device and dtype of the model, sampled and trained."""
     trust_remote_code: Annotated[bool, MODEL()] = False
     """Let the model's folder run its own code."""
+    say: Callable[[str], None] = field(default=lambda line: None)
+    """Told where the model will lie, before it is loaded."""
 
     def settings(self) -> dict[str, Any]:
         return {
             "weights": None if self.weights is None else str(self.weights),
             "lora": None if self.lora is None else asdict(self.lora),
             "optimizer": self.optimizer.settings(),
+            # Another GPU of the same machine draws the same curve.
+            "placement": {
+                **asdict(self.placement),
+                "device": self.placement.device.partition(":")[0],
+            },
         }
 
     async def make(
@@ -197,7 +207,11 @@ class LocalParts:
         request = rollout.parse_completion_params(params)
         local = request.endpoint is None
         loaded = LocalSampler.from_pretrained(
-            source, trust_remote_code=self.trust_remote_code, policy_version="step-0"
+            source,
+            placement=self.placement,
+            trust_remote_code=self.trust_remote_code,
+            policy_version="step-0",
+            say=self.say,
         )
         sink: trainers.WeightSink
         if request.endpoint is None:
@@ -212,6 +226,7 @@ class LocalParts:
             lora=self.lora,
             optimizer=self.optimizer,
             keep_reference=options.kl_beta > 0,
+            in_place=not local,
         )
         return Parts(
             trainer=trainer,

@@ -388,7 +388,7 @@ def _own_weights(model: Any) -> tuple[Any, dict[str, Tensor]]:
     """A transformers model and its weights by its own names, adapters merged in."""
     if not hasattr(model, "peft_config"):
         return model, model.state_dict()
-    from eval_protocol_rft.loop._local_trainer import check_mergeable, merged_weights
+    from eval_protocol_rft.loop._lora import check_mergeable, merged_weights
 
     check_mergeable(model)
     return model.get_base_model(), merged_weights(model)

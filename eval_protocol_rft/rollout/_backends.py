@@ -33,6 +33,7 @@ import aiohttp
 from eval_protocol_rft import sampling
 from eval_protocol_rft.local import (
     LoadedTokenizer,
+    Placement,
     TokenizerError,
     chat_template_text,
     load_tokenizer,
@@ -144,14 +145,23 @@ class Backends:
             mapping from the names of models to them.
         sampler: used for every request in place of what it names.
         trust_remote_code: let tokenizer and model folders run their own code.
+        placement: of models in this process.
+        say: told where such a model will lie, when it is loaded.
     """
 
     def __init__(
-        self, *, tokenizer: Any, sampler: sampling.Sampler | None, trust_remote_code: bool
+        self,
+        *,
+        tokenizer: Any,
+        sampler: sampling.Sampler | None,
+        trust_remote_code: bool,
+        placement: Placement | None = None,
+        say: Callable[[str], None] = lambda line: None,
     ) -> None:
         self._tokenizer = tokenizer
         self._sampler = sampler
         self._trust_remote_code = trust_remote_code
+        self._placement, self._say = placement, say
         self._wrapped: dict[int, LoadedTokenizer] = {}
         """Tokenizer objects of the caller's, by identity."""
         self._local: dict[str, LoadedTokenizer] = {}
@@ -190,7 +200,10 @@ class Backends:
     def sampling_from(self, sampler: sampling.Sampler) -> Backends:
         """The same with another sampler."""
         return Backends(
-            tokenizer=self._tokenizer, sampler=sampler, trust_remote_code=self._trust_remote_code
+            tokenizer=self._tokenizer,
+            sampler=sampler,
+            trust_remote_code=self._trust_remote_code,
+            placement=self._placement,
         )
 
     def seeds_are_free(self, request: RolloutRequest) -> bool:
@@ -222,7 +235,9 @@ class Backends:
         local = await asyncio.to_thread(
             load_local_sampler,
             request.params.model.removeprefix(LOCAL_PREFIX),
+            placement=self._placement,
             trust_remote_code=self._trust_remote_code,
+            say=self._say,
         )
         # Named as the user named it: a folder of this machine would tell nobody else anything.
         if request.params.model not in self._local:

@@ -22,7 +22,7 @@ from eval_protocol.pytest.types import RolloutProcessorConfig
 
 from eval_protocol_rft import sampling
 from eval_protocol_rft._errors import EvalProtocolRftError
-from eval_protocol_rft.local import TokenizerError
+from eval_protocol_rft.local import Placement, TokenizerError
 from eval_protocol_rft.rollout import _evaluation_run, _loop_states, _params, _prompts
 from eval_protocol_rft.rollout._backends import REPLACED, Backends, is_replacement
 from eval_protocol_rft.rollout._commit import commit_group, messages_to_answer, redact_params
@@ -76,6 +76,7 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
             ended by then is cancelled and becomes a failure of kind `cancelled`. Favours short
             completions.
         trust_remote_code: let tokenizer and model folders run their own code.
+        placement: device and dtype of a `local/...` model, see `local.Placement`.
         sampler: sample from this one, whatever `model` says; it stays the caller's to close.
 
     Raises (from a row's task, so that the row fails and not the run):
@@ -109,6 +110,7 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
         over_sample: int = 0,
         straggler_seconds: float | None = None,
         trust_remote_code: bool = False,
+        placement: Placement | None = None,
         sampler: Sampler | None = None,
     ) -> None:
         if min_completions < 1:
@@ -123,7 +125,10 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
             over_sample=over_sample, straggler_seconds=straggler_seconds
         )
         self._backends = Backends(
-            tokenizer=tokenizer, sampler=sampler, trust_remote_code=trust_remote_code
+            tokenizer=tokenizer,
+            sampler=sampler,
+            trust_remote_code=trust_remote_code,
+            placement=placement,
         )
         self._states = LoopStates()
         self._runs = _evaluation_run.RunNames()

@@ -9,12 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from eval_protocol_rft.loop._local_trainer import (
-    LocalTrainer,
-    add_lora,
-    merged_names,
-    merged_weights,
-)
+from eval_protocol_rft.loop._local_trainer import LocalTrainer
+from eval_protocol_rft.loop._lora import add_lora, merged_names, merged_weights
 from eval_protocol_rft.loop._run_options import LoraSettings, Optimizer
 from eval_protocol_rft.loop._trainer import NamedLoss, SamplerWeights, Trainer, TrainerError
 from tests.loop.policies import (

@@ -23,6 +23,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from eval_protocol_rft._errors import EvalProtocolRftError
+from eval_protocol_rft.local._placement import Placement, placement_of
 from eval_protocol_rft.local._sampler import LocalSampler, load_local_sampler
 from eval_protocol_rft.local.models import LOCAL_PREFIX, NoSuchModelError, local_model_folder
 from eval_protocol_rft.local.server._access import Access, is_loopback
@@ -71,6 +72,7 @@ def serve_local(
     served_model_name: str | None,
     reloads: bool,
     api_key: str | None,
+    placement: Placement | None = None,
     say: Callable[[str], None] = print,
 ) -> None:
     """Load a local model and serve it until Ctrl-C or SIGTERM. `say` prints a line.
@@ -84,7 +86,7 @@ def serve_local(
     name = served_model_name or model.removeprefix(LOCAL_PREFIX)
     access = Access(loopback_only=is_loopback(host), api_key=api_key or None)
     with claim_port(host, port) as listener:
-        sampler = _load(model, reloads=reloads)
+        sampler = _load(model, placement, reloads=reloads)
         app = create_app(
             ReloadingSampler(sampler) if reloads else sampler,
             sampler.tokenizer,
@@ -93,7 +95,14 @@ def serve_local(
         )
         app.add_middleware(AccessMiddleware, access=access)
         url = server_url(host, listener.getsockname()[1])
-        greeting = _greeting(name, url, sampler.tokenizer, access=access, reloads=reloads)
+        greeting = _greeting(
+            name,
+            url,
+            sampler.tokenizer,
+            place=placement_of(sampler.model),
+            access=access,
+            reloads=reloads,
+        )
         try:
             Server(app, greeting=greeting, say=say).run(sockets=[listener])
         except KeyboardInterrupt:
@@ -148,7 +157,7 @@ def claim_port(host: str, port: int) -> socket.socket:
         raise ServeError(f"cannot listen on {host} port {port}: {reason}; {hint}") from error
 
 
-def _load(model: str, *, reloads: bool) -> LocalSampler:
+def _load(model: str, placement: Placement | None, *, reloads: bool) -> LocalSampler:
     name = model.removeprefix(LOCAL_PREFIX)
     try:
         try:
@@ -159,8 +168,10 @@ def _load(model: str, *, reloads: bool) -> LocalSampler:
             source = name  # a hub id, which is downloaded
         if reloads or source == name:
             # One of its own: weights of a sampler that others share must not change.
-            return LocalSampler.from_pretrained(source, policy_version=FIRST_VERSION)
-        return load_local_sampler(name)
+            return LocalSampler.from_pretrained(
+                source, placement=placement, policy_version=FIRST_VERSION
+            )
+        return load_local_sampler(name, placement=placement)
     except (SamplingError, ValueError) as error:
         raise ServeError(str(error)) from error
 
@@ -171,11 +182,17 @@ def server_url(host: str, port: int) -> str:
 
 
 def _greeting(
-    name: str, url: str, tokenizer: PreTrainedTokenizerBase, *, access: Access, reloads: bool
+    name: str,
+    url: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    place: str,
+    access: Access,
+    reloads: bool,
 ) -> str:
-    """What is served and to whom, and a request to paste, with a chat prompt where the tokenizer
-    can make one."""
-    facts = [f"Serving {name} on {url} (Ctrl-C stops it)."]
+    """What is served, where it runs and to whom, and a request to paste, with a chat prompt where
+    the tokenizer can make one."""
+    facts = [f"Serving {name} on {url} (Ctrl-C stops it). It runs on {place}."]
     if reloads:
         facts.append("It takes new weights from whoever reaches it.")
     if not access.loopback_only and access.api_key is None:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
+from eval_protocol_rft.local import Placement
 from eval_protocol_rft.local.models import NoSuchModelError, local_model_folder
 from eval_protocol_rft.local.server import (
     Access,
@@ -39,6 +40,7 @@ def serve_fireworks(
     state: Path,
     api_key: str | None,
     log: Literal["events", "requests", "none"],
+    placement: Placement | None = None,
     say: Callable[[str], None] = print,
 ) -> None:
     """Be a Fireworks until Ctrl-C or SIGTERM. `say` prints a line.
@@ -49,7 +51,7 @@ def serve_fireworks(
         ServeError: the address cannot be used, or there is no such model.
         StateError: the state folder cannot be used.
     """
-    bases = list(base_models(models))
+    bases = list(base_models(models, placement))
     access = Access(
         loopback_only=is_loopback(host),
         api_key=api_key or None,
@@ -83,7 +85,7 @@ def serve_fireworks(
             return  # uvicorn raises the signal again once everything is closed
 
 
-def base_models(places: Sequence[str]) -> Iterator[BaseModel]:
+def base_models(places: Sequence[str], placement: Placement | None = None) -> Iterator[BaseModel]:
     """`NAME=PLACE`, or a place alone, whose last part is the name then.
 
     Raises:
@@ -107,7 +109,7 @@ def base_models(places: Sequence[str]) -> Iterator[BaseModel]:
                 + ": write NAME=PLACE"
             )
         seen.add(key)
-        yield BaseModel(key, folder)
+        yield BaseModel(key, folder, placement)
 
 
 def _other_name(place: str) -> str:

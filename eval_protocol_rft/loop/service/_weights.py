@@ -31,11 +31,13 @@ class BaseModel:
     Args:
         key: the last part of its name, `accounts/fireworks/models/<key>`.
         folder: weights, config, tokenizer and chat template, as transformers writes them.
+        placement: where it is sampled and trained.
     """
 
-    def __init__(self, key: str, folder: Path) -> None:
+    def __init__(self, key: str, folder: Path, placement: local.Placement | None = None) -> None:
         self.name = f"{PUBLIC}/{key}"
         self.folder = folder
+        self._placement = placement
         self.weights_id = f"base:{key}"
         """The id of its own weights."""
         self._lock = threading.Lock()
@@ -44,12 +46,14 @@ class BaseModel:
     def _load(self) -> local.LocalSampler:
         with self._lock:
             if self._loaded is None:
-                self._loaded = local.LocalSampler.from_pretrained(self.folder)
+                self._loaded = local.LocalSampler.from_pretrained(
+                    self.folder, placement=self._placement
+                )
             return self._loaded
 
     @property
     def module(self) -> PreTrainedModel:
-        """Float32, on the CPU; nobody may change it."""
+        """Nobody may change it."""
         return self._load().model
 
     @property

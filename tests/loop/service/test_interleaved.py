@@ -12,7 +12,7 @@ import httpx
 import pytest
 import torch
 
-from eval_protocol_rft.loop._local_trainer import seeded
+from eval_protocol_rft.loop._lora import seeded
 from eval_protocol_rft.loop.service import _requests as requests
 from eval_protocol_rft.loop.service.control import _datasets as datasets
 from eval_protocol_rft.loop.service.control._steps import StepRunner

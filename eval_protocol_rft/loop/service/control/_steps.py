@@ -213,7 +213,8 @@ class StepRunner:
         return batches, dropped
 
     def _trainer(self, row: Resource) -> LocalTrainer:
-        from eval_protocol_rft.loop._local_trainer import LocalTrainer, seeded
+        from eval_protocol_rft.loop._local_trainer import LocalTrainer
+        from eval_protocol_rft.loop._lora import seeded
 
         config = row["trainingConfig"]
         rank = config["loraRank"]

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from eval_protocol_rft.local import spare_threads
-from eval_protocol_rft.loop._local_trainer import add_lora, merged_weights, seeded
+from eval_protocol_rft.loop._local_trainer import Masters
+from eval_protocol_rft.loop._lora import add_lora, merged_weights, seeded
 from eval_protocol_rft.loop._run_options import LoraSettings
 from eval_protocol_rft.loop.service._errors import Code, ServiceError
 from eval_protocol_rft.loop.service.training._wire_losses import Example, WireLoss
@@ -67,14 +68,15 @@ class ModelInTraining:
     ) -> None:
         spare_threads(module)
         base: Any = module
-        self._base = base.float().train(False).requires_grad_(lora is None)
+        self._base = base.train(False).requires_grad_(lora is None)
         self._module: torch.nn.Module = self._base
         if lora is not None:
             with seeded(seed):
                 self._module = add_lora(self._base, lora)
         self._lora = lora
         self._kind = {} if lora is None else {"start": start, "alpha": lora.alpha}
-        self._parameters = {n: p for n, p in self._module.named_parameters() if p.requires_grad}
+        self._masters = Masters(self._module)
+        self._parameters = self._masters.weights
         self._optimizer = torch.optim.AdamW(self._parameters.values(), lr=0.0, foreach=False)
         self._tokens = self._sequences = 0
         self.gathered_loss = 0.0
@@ -94,7 +96,7 @@ class ModelInTraining:
         Raises:
             ServiceError: one is not finite.
         """
-        logprobs = [self._forward(example).numpy() for example in examples]
+        logprobs = [self._forward(example).cpu().numpy() for example in examples]
         for i, values in enumerate(logprobs):
             if not np.isfinite(values).all():
                 raise ServiceError(
@@ -136,7 +138,7 @@ class ModelInTraining:
         if not (value.isfinite() and gradient.isfinite().all()):
             raise ServiceError(f"datum {i}: its loss is {value.item()}, or its gradient not finite")
         torch.autograd.backward(logprobs, gradient)
-        return leaf.detach().numpy(), value.item(), int(gradient.count_nonzero())
+        return leaf.detach().cpu().numpy(), value.item(), int(gradient.count_nonzero())
 
     def _forward(self, example: Example) -> Tensor:
         (logprobs,) = losses.token_logprobs(self._module, [example.as_datum()]).logprobs
@@ -170,6 +172,7 @@ class ModelInTraining:
                     "weight_decay": adam.weight_decay,
                 }
             self._optimizer.step()
+            self._masters.write()
             self.steps += 1
         self._forget_gradient()
         if not norm.isfinite():
@@ -212,7 +215,7 @@ class ModelInTraining:
         Raises:
             ServiceError: it is of another model, or of other adapters.
         """
-        state = torch.load(path, weights_only=True)
+        state = torch.load(path, weights_only=True, map_location="cpu")
         saved = state["parameters"]
         shapes = {n: tuple(p.shape) for n, p in self._parameters.items()}
         alike = shapes == {n: tuple(p.shape) for n, p in saved.items()}
@@ -224,6 +227,7 @@ class ModelInTraining:
         with torch.no_grad():
             for name, parameter in self._parameters.items():
                 parameter.copy_(saved[name])
+        self._masters.write()
         if optimizer:
             self._optimizer.load_state_dict(state["optimizer"])
         else:
