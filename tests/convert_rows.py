@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import datasets
 import msgspec
 import numpy as np
 import pyarrow as pa
 from hypothesis import strategies as st
 
+from eval_protocol_rft.data._files import write_rows
 from eval_protocol_rft.data._format import (
     CompletionRow,
     DataSettings,
@@ -48,6 +51,52 @@ PROMPTS: list[list[dict[str, Any]]] = [
     ],
     [{"role": "user", "content": "q"}, {"role": "assistant", "content": "<think>prefill"}],
 ]
+
+
+METADATA = FileMetadata(
+    prompt_kind="messages",
+    sampling=SAMPLING,
+    data=DataSettings(name="openai/gsm8k", fingerprint="f", num_rows=2, prompt_key="q"),
+    rewards={"reward_b": REWARD_B},
+)
+
+
+def completion(
+    data_idx: int, sample_idx: int, reward: float | None = None, **fields: Any
+) -> CompletionRow:
+    values: dict[str, Any] = {
+        "row_id": f"r{data_idx}", "data_idx": data_idx, "sample_idx": sample_idx,
+        "prompt": PROMPTS[0], "ground_truth": str(data_idx),
+        "response": f"{data_idx}.{sample_idx}", "prompt_ids": np.array([1, 2], np.int32),
+        "completion_ids": np.array([10 + sample_idx, 5], np.int32),
+        "logprobs": np.array([-0.5, -sample_idx], np.float32), "finish_reason": "stop",
+        "truncated": False, "temperature": 0.7, "top_p": 1.0, "top_k": 0,
+        "scores": {} if reward is None else {"reward": Score(reward=reward)},
+    }  # fmt: skip
+    return CompletionRow(**(values | fields))
+
+
+def failure(data_idx: int, sample_idx: int) -> CompletionRow:
+    nothing = dict.fromkeys(
+        ("response", "completion_ids", "logprobs", "finish_reason", "truncated")
+    )
+    return completion(data_idx, sample_idx, error="late", error_kind="timeout", **nothing)
+
+
+def rollouts(
+    path: Path, *rows: CompletionRow, metadata: FileMetadata = METADATA, **types: pa.DataType
+) -> Path:
+    write_rows(path, schema(metadata, types), rows)
+    return path
+
+
+def loaded(path: Path) -> list[dict[str, Any]]:
+    """As `datasets` loads it, which both trainers use."""
+    kind = "parquet" if path.suffix == ".parquet" else "json"
+    found = datasets.load_dataset(
+        kind, data_files=str(path), cache_dir=str(path.parent / "cache"), split="train"
+    )
+    return [dict(row) for row in found]
 
 
 def same(a: CompletionRow, b: CompletionRow) -> bool:

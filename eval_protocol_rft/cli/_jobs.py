@@ -243,12 +243,16 @@ def filter(  # noqa: A001
 def convert(
     source: Annotated[Input, Flag(metavar="IN")],
     target: Annotated[Path, Flag(metavar="OUT")],
+    rules: room.ExampleRules,
     options: Annotated[dict[str, Any], Takes(room.convert)],
 ) -> None:
     r"""Convert rollouts: our Parquet or JSON lines, rows of Eval Protocol, files for verl and TRL.
 
     What OUT has no place for is listed. Text is never made into tokens: files of verl and TRL can
     be converted back only where `ep-rft convert` wrote them as Parquet.
+
+    Of scored rollouts, --to sft, dpo, kto and reward choose examples for TRL's trainers: the best
+    completions of a prompt, pairs of them, or those beyond thresholds.
 
     Args:
         source: File to convert, or its URL.
@@ -260,9 +264,11 @@ def convert(
       ep-rft convert results/run.jsonl rollouts.parquet --drop-failed-rows
       ep-rft convert rollouts.parquet train.parquet --to verl \
         --data-source openai/gsm8k
-      ep-rft convert rollouts.parquet sft.parquet --to trl
+      ep-rft convert rollouts.parquet trl.parquet --to trl
+      ep-rft convert rollouts.parquet sft.parquet --to sft --best 2 --reward-min 1
+      ep-rft convert rollouts.parquet dpo.parquet --to dpo --margin 0.5
     """
-    say(room.convert(source, target, **options))
+    say(room.convert(source, target, rules=rules, **options))
 
 
 def datums(

@@ -2,6 +2,7 @@ from ._convert import ConvertSummary as ConvertSummary
 from ._convert import convert as convert
 from ._dataset import RolloutDataset as RolloutDataset
 from ._datum_files import write_datums as write_datums
+from ._example_rules import ExampleRules as ExampleRules
 from ._files import JobError as JobError
 from ._filter import FilterRules as FilterRules
 from ._filter import filter_rollouts as filter_rollouts

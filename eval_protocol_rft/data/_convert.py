@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import msgspec
 import numpy as np
@@ -21,9 +21,11 @@ import pyarrow.compute as pc
 
 from eval_protocol_rft._options import Flag
 from eval_protocol_rft.data import _convert_ep as ep
+from eval_protocol_rft.data import _convert_examples as examples
 from eval_protocol_rft.data import _convert_trainers as trainers
 from eval_protocol_rft.data._dataset import RolloutDataset, in_order
 from eval_protocol_rft.data._episodes import checked_episode
+from eval_protocol_rft.data._example_rules import ExampleKind, ExampleRules
 from eval_protocol_rft.data._files import JobError, check_target, write_file
 from eval_protocol_rft.data._format import EPISODE_COLUMNS, METADATA_KEY, FileMetadata, FormatError
 from eval_protocol_rft.data._job_store import parts_folder
@@ -36,11 +38,18 @@ from eval_protocol_rft.data.source._urls import shown
 from eval_protocol_rft.record import RecordError
 from eval_protocol_rft.sampling import LOGPROB_NOISE, LOWEST_LOGPROB, token_data_problem
 
-_ENDINGS: dict[Format, tuple[str, ...]] = {
+Format = Literal["rollouts", "ep", "verl", "trl"]
+"""What rollouts are read from."""
+Target = Literal[Format, ExampleKind]
+"""What they are written to."""
+_EXAMPLES: tuple[ExampleKind, ...] = get_args(ExampleKind)
+
+_ENDINGS: dict[Target, tuple[str, ...]] = {
     "rollouts": (".parquet", ".jsonl", ".ndjson"),
     "ep": (".jsonl",),
     "verl": (".parquet", ".json"),
     "trl": (".parquet", ".jsonl", ".json"),
+    **dict.fromkeys(_EXAMPLES, (".parquet", ".jsonl", ".json")),
 }
 """What the readers of a format take. verl reads JSON lines, from files called .json alone."""
 
@@ -50,7 +59,8 @@ def convert(
     target: str | os.PathLike[str],
     *,
     from_format: Annotated[Literal["auto"] | Format | None, Flag("--from", only=True)] = "auto",
-    to_format: Annotated[Format, Flag("--to", only=True)] = "rollouts",
+    to_format: Annotated[Target, Flag("--to", only=True)] = "rollouts",
+    rules: ExampleRules | None = None,
     drop_failed_rows: Annotated[bool, Flag()] = False,
     tokenizer: Annotated[str | None, Flag(unset="what completion_params name")] = None,
     data_source: Annotated[str | None, Flag(unset="the data set's name")] = None,
@@ -64,7 +74,9 @@ def convert(
             Parquet for verl or TRL that this function wrote; also compressed lines, or a URL.
         target: the file to write; its ending says Parquet or JSON lines.
         from_format: format of the first file; auto: by its content.
-        to_format: format of the second file.
+        to_format: format of the second file; sft, dpo, kto and reward are examples for TRL's
+            trainers.
+        rules: which completions become examples for sft, dpo, kto and reward.
         drop_failed_rows: leave out Eval Protocol rows without a rollout, instead of refusing them.
         tokenizer: folder or hub id, for Eval Protocol rows that its remote processors brought back.
         data_source: for verl: what it chooses its reward function by.
@@ -81,6 +93,8 @@ def convert(
     output = check_target(target, source, suffixes=_ENDINGS[to_format], overwrite=overwrite)
     if data_source is not None and to_format != "verl":
         raise JobError("data_source is verl's: convert to verl, or leave it out")
+    rules = rules or ExampleRules()
+    rules.check_for(to_format)
     with one_place(source).here(METADATA_SUFFIX) as path:
         if from_format is None or from_format == "auto":
             from_format = detect_format(path)
@@ -93,7 +107,12 @@ def convert(
                 tokenizer=tokenizer,
                 reading=reading,
             )
-            if to_format == "ep":
+            number = None
+            if to_format in _EXAMPLES:
+                data_rows, completions, notes, number = examples.write_examples(
+                    rollouts, output, to_format, rules
+                )
+            elif to_format == "ep":
                 data_rows, completions, notes = ep.write(rollouts, output)
             elif to_format == "verl":
                 data_rows, completions, notes = trainers.write_verl(
@@ -110,6 +129,7 @@ def convert(
         to_format=to_format,
         data_rows=data_rows,
         completions=completions,
+        examples=number,
         notes=(*rollouts.notes, *notes),
     )
 
@@ -170,10 +190,7 @@ def _write_rollouts(rollouts: Rollouts, target: Path) -> Written:
     return data_rows, completions, ()
 
 
-Format = Literal["rollouts", "ep", "verl", "trl"]
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ConvertSummary:
     """What a conversion did."""
 
@@ -181,16 +198,20 @@ class ConvertSummary:
     """As it was named, without what is secret of a URL."""
     target: Path
     from_format: Format
-    to_format: Format
+    to_format: Target
     data_rows: int
     """Written to the target."""
     completions: int
     """Written to the target; of a rollout file and of rows, failed ones too."""
+    examples: int | None = None
+    """Rows of the target, where it is for sft, dpo, kto or reward."""
     notes: tuple[str, ...]
     """What the target does not hold, and what was changed."""
 
     def __str__(self) -> str:
         done = f"{self.completions} completions of {self.data_rows} data rows"
+        if self.examples is not None:
+            done = f"{self.examples} examples of {done}"
         return "\n".join([f"{self.target} ({self.to_format}): {done}", *self.notes])
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,52 +15,23 @@ from eval_protocol_rft.data._convert import convert
 from eval_protocol_rft.data._dataset import RolloutDataset
 from eval_protocol_rft.data._files import JobError, write_rows
 from eval_protocol_rft.data._format import (
-    CompletionRow,
-    DataSettings,
     FileMetadata,
     metadata_of,
-    schema,
 )
 from eval_protocol_rft.record import Score
 from eval_protocol_rft.training._batch import build_batch
-from tests.convert_rows import CALL, PROMPTS, REWARD_B, SAMPLING, TOOL, files, same
-
-METADATA = FileMetadata(
-    prompt_kind="messages",
-    sampling=SAMPLING,
-    data=DataSettings(name="openai/gsm8k", fingerprint="f", num_rows=2, prompt_key="q"),
-    rewards={"reward_b": REWARD_B},
+from tests.convert_rows import (
+    CALL,
+    PROMPTS,
+    SAMPLING,
+    TOOL,
+    completion,
+    failure,
+    files,
+    loaded,
+    rollouts,
+    same,
 )
-
-
-def completion(
-    data_idx: int, sample_idx: int, reward: float | None = None, **fields: Any
-) -> CompletionRow:
-    values: dict[str, Any] = {
-        "row_id": f"r{data_idx}", "data_idx": data_idx, "sample_idx": sample_idx,
-        "prompt": PROMPTS[0], "ground_truth": str(data_idx),
-        "response": f"{data_idx}.{sample_idx}", "prompt_ids": np.array([1, 2], np.int32),
-        "completion_ids": np.array([10 + sample_idx, 5], np.int32),
-        "logprobs": np.array([-0.5, -sample_idx], np.float32), "finish_reason": "stop",
-        "truncated": False, "temperature": 0.7, "top_p": 1.0, "top_k": 0,
-        "scores": {} if reward is None else {"reward": Score(reward=reward)},
-    }  # fmt: skip
-    return CompletionRow(**(values | fields))
-
-
-def failure(data_idx: int, sample_idx: int) -> CompletionRow:
-    nothing = dict.fromkeys(
-        ("response", "completion_ids", "logprobs", "finish_reason", "truncated")
-    )
-    return completion(data_idx, sample_idx, error="late", error_kind="timeout", **nothing)
-
-
-def rollouts(
-    path: Path, *rows: CompletionRow, metadata: FileMetadata = METADATA, **types: pa.DataType
-) -> Path:
-    write_rows(path, schema(metadata, types), rows)
-    return path
-
 
 GROUPS = (
     completion(0, 0, 1.0),
@@ -70,15 +40,6 @@ GROUPS = (
     failure(1, 0),
     completion(2, 0, finish_reason="length", truncated=True),
 )
-
-
-def loaded(path: Path) -> list[dict[str, Any]]:
-    """As `datasets` loads it, which both trainers use."""
-    kind = "parquet" if path.suffix == ".parquet" else "json"
-    found = datasets.load_dataset(
-        kind, data_files=str(path), cache_dir=str(path.parent / "cache"), split="train"
-    )
-    return [dict(row) for row in found]
 
 
 @pytest.mark.parametrize("name", ["b.parquet", "b.json"])

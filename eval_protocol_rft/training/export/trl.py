@@ -8,11 +8,14 @@ out of the baseline.
 TRL repeats each prompt `num_generations` times and computes advantages, masks and division by
 itself. It uses the sampling logprobs where it corrects for them
 (`vllm_importance_sampling_correction`).
+
+`DPOTrainer` and `KTOTrainer` tokenize the messages of their data set whatever stands beside them;
+`use_sampled_tokens` puts the tokens that were sampled in their place.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from eval_protocol_rft.training._types import ExportError, PromptGroup
@@ -62,6 +65,62 @@ def rollout_result(
 def recorded_reward(*, reward: Sequence[float | None], **_columns: Any) -> list[float | None]:
     """A TRL reward function: the reward that came with each completion of `rollout_result`."""
     return list(reward)
+
+
+def use_sampled_tokens(trainer: Any, dataset: Any) -> None:
+    """Let a `DPOTrainer` or `KTOTrainer` train on the tokens that were sampled.
+
+        data = load_dataset("parquet", data_files="dpo.parquet", split="train")
+        trainer = DPOTrainer(..., train_dataset=data)
+        use_sampled_tokens(trainer, data)
+
+    Examples whose prompt alone fills `max_length` are left out, as the trainer does.
+
+    Args:
+        trainer: made, and not trained yet.
+        dataset: what `ep-rft convert --to dpo` or `--to kto` wrote, which the trainer was given.
+
+    Raises:
+        ExportError: the data set has no sampled tokens for this trainer, the trainer takes none
+            (TRL's older KTOTrainer), or it computed reference logprobs of its own tokens already.
+    """
+    prepared = set(trainer.train_dataset.column_names)
+    own = set(dataset.column_names)
+    names = {"prompt_ids", "chosen_ids", "rejected_ids"}
+    if "label" in own:
+        names = {"prompt_ids", "completion_ids"}
+    if missing := names - own:
+        raise ExportError(
+            f"the data set has no column {', '.join(sorted(missing))}: it is of no `ep-rft convert "
+            "--to dpo` or `--to kto`"
+        )
+    if missing := names - prepared:
+        raise ExportError(
+            f"{type(trainer).__name__} made no {', '.join(sorted(missing))} of its data set, so it "
+            "would not read them: this is for DPOTrainer of TRL 1.0 and KTOTrainer of 1.16, or "
+            "newer"
+        )
+    if known := sorted(name for name in prepared if name.startswith("ref_")):
+        raise ExportError(
+            f"the trainer has {', '.join(known)} of the tokens that it made itself: leave "
+            "precompute_ref_log_probs out"
+        )
+    longest = trainer.args.max_length
+    if longest is not None:
+        dataset = dataset.filter(lambda example: len(example["prompt_ids"]) < longest)
+    if _KL in prepared:
+        size = trainer.args.per_device_train_batch_size
+        dataset = dataset.map(_with_mismatched, batched=True, batch_size=size)
+    trainer.train_dataset = dataset
+
+
+_KL = "KL_completion_ids"
+
+
+def _with_mismatched(examples: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
+    """Of each batch, the completions one place further: KTO's estimate of the KL is over them."""
+    ids = list(examples["completion_ids"])
+    return {_KL: ids[-1:] + ids[:-1]}
 
 
 def _check_places(groups: Sequence[PromptGroup], prompts: Sequence[Any]) -> None:
