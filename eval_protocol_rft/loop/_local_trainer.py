@@ -193,6 +193,10 @@ class LocalTrainer:
         objective = _objective(loss)
         by_datum: dict[int, FloatArray] = {}
         parts: list[dict[str, float]] = []
+        slopes: list[Tensor] | None = None
+        if isinstance(objective, losses.Objective) and objective.whole_batch:
+            slopes, of_all = self._slopes(datums, objective, old, reference)
+            parts.append(of_all)
         for places in self._microbatches(datums):
             chosen = [datums[i] for i in places]
             values = losses.token_logprobs(
@@ -202,7 +206,11 @@ class LocalTrainer:
                 entropies=self._entropies,
                 share_prompts=self._share_prompts,
             )
-            if isinstance(loss, NamedLoss):
+            if slopes is not None:
+                pairs = zip(values.logprobs, places, strict=True)
+                total = torch.stack([(lp * slopes[i].to(lp)).sum() for lp, i in pairs]).sum()
+                metrics = None
+            elif isinstance(loss, NamedLoss):
                 total, metrics = objective(
                     chosen,
                     values.logprobs,
@@ -216,10 +224,26 @@ class LocalTrainer:
                 total, metrics = objective(chosen, values.logprobs)
             torch.autograd.backward(total)
             self._gathered = True
-            parts.append(metrics)
+            if metrics is not None:
+                parts.append(metrics)
             for i, logprobs in zip(places, values.logprobs, strict=True):
                 by_datum[i] = logprobs.detach().cpu().numpy()
         return ForwardBackward([by_datum[i] for i in range(len(datums))], reduce_metrics(parts))
+
+    def _slopes(
+        self,
+        datums: Sequence[TrainingDatum],
+        objective: losses.Objective,
+        old: Sequence[FloatArray] | None,
+        reference: Sequence[FloatArray] | None,
+    ) -> tuple[list[Tensor], dict[str, float]]:
+        """[T_i] per datum, the derivative of a loss of the whole batch by each logprob, and its
+        metrics: the sum of logprobs times these has the gradient of the loss, in any parts."""
+        with torch.no_grad():
+            values = self._logprobs(self._module, datums, self.temperature)
+        logprobs = [torch.from_numpy(value).requires_grad_() for value in values]
+        total, metrics = objective(datums, logprobs, old_logprobs=old, reference_logprobs=reference)
+        return list(torch.autograd.grad(total, logprobs)), metrics
 
     def _optim_step(self, learning_rate: float) -> dict[str, float]:
         if not self._gathered:

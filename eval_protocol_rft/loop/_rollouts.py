@@ -250,13 +250,22 @@ def give_id(row: EvaluationRow) -> str:
     return row.input_metadata.row_id
 
 
-async def roll_out(runner: RowRunner, row: EvaluationRow, *, run: int) -> training.PromptGroup:
-    """Sample and score one row; `run` numbers its repetitions, and is part of the seeds.
+async def roll_out(
+    runner: RowRunner, row: EvaluationRow, *, run: int, greedy: RowRunner | None = None
+) -> training.PromptGroup:
+    """Sample and score one row; `run` numbers its repetitions, and is part of the seeds. `greedy`
+    samples the completion that the others are compared with, where there is one.
 
     Raises:
         RunStoppedError: the server refuses everything, or answers nothing.
         TrainingDataError: the processor left no rollout record.
     """
+    if greedy is not None:
+        group, compared = await asyncio.gather(
+            roll_out(runner, row, run=run), roll_out(greedy, row, run=run)
+        )
+        (joined,) = training.group_rows([group, replace(compared, key=group.key)])
+        return joined
     try:
         scored = await runner(row, run=run)
     except sampling.RunStoppedError:

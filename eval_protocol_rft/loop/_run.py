@@ -34,7 +34,7 @@ from eval_protocol_rft.loop._setup import Parts, Slots
 from eval_protocol_rft.loop._step import StepRunner
 from eval_protocol_rft.loop._watch import NothingToTrainOnError, why_fruitless
 from eval_protocol_rft.scoring import parameters_of
-from eval_protocol_rft.training import BiasedSamplingWarning, PromptGroup, filter_group
+from eval_protocol_rft.training import BiasedSamplingWarning, PromptGroup
 
 if TYPE_CHECKING:
     from eval_protocol.models import EvaluationRow
@@ -66,6 +66,8 @@ class Run:
         self.folder = folder
         self._options, self._steps, self._rows, self._on_line = options, steps, rows, on_line
         self._runner = row_runner(evaluator, parts)
+        compares = "baselines" in options.batch.estimator_inputs
+        self._greedy = greedy_runner(evaluator, parts) if compares else None
         self._step = StepRunner(parts=parts, options=options, steps=steps, warn=warn)
         self._evaluation = (
             Evaluation(evaluator, held_out, parts, options, warn=warn) if held_out else None
@@ -145,7 +147,7 @@ class Run:
                 groups = await wave(
                     [self._rollout(number) for number in started],
                     sampler=self.parts.sampler,
-                    per_row=self.parts.request.n,
+                    per_row=self.parts.request.n + (self._greedy is not None),
                     slots=self.parts.max_concurrency,
                 )
                 self._waited += time.perf_counter() - began
@@ -201,11 +203,12 @@ class Run:
 
     async def _rollout(self, number: int) -> PromptGroup:
         draw = self._draws[number]
-        return await roll_out(self._runner, self._rows[draw.place], run=draw.epoch)
+        row = self._rows[draw.place]
+        return await roll_out(self._runner, row, run=draw.epoch, greedy=self._greedy)
 
     def _arrived(self, number: int, group: PromptGroup) -> None:
         options = self._options.batch
-        trains = filter_group(group, options.filters, relative=options.relative)[0] is not None
+        trains = options.filtered(group)[0] is not None
         self._scheduler.sampled(number, trains=trains)
         (self._ready if trains else self._dropped)[number] = group
         self._step.watch.group(group, trains=trains)
@@ -286,6 +289,13 @@ def row_runner(evaluator: Callable[..., Any], parts: Parts, **changes: Any) -> R
     )
 
 
+def greedy_runner(evaluator: Callable[..., Any], parts: Parts) -> RowRunner:
+    """Rolls out one greedy completion a row, which is not trained on."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", BiasedSamplingWarning)
+        return row_runner(evaluator, parts, temperature=0.0, n=1)
+
+
 class Evaluation:
     """Evaluates the policy as it is now on held-out rows; `await evaluation(step)`."""
 
@@ -300,10 +310,10 @@ class Evaluation:
     ) -> None:
         self._rows, self._parts, self._options, self._warn = rows, parts, options, warn
         n = options.eval_completions
+        self._greedy = greedy_runner(evaluator, parts)
         with warnings.catch_warnings():
-            # Greedy completions are not trained on.
+            # Said once, of the rollouts that train.
             warnings.simplefilter("ignore", BiasedSamplingWarning)
-            self._greedy = row_runner(evaluator, parts, temperature=0.0, n=1)
             self._sampled = row_runner(evaluator, parts, n=n) if n else None
 
     async def __call__(self, step: int) -> Line:

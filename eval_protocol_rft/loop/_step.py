@@ -194,10 +194,7 @@ class StepRunner:
         behind = iter(staleness)
         options = self._options.batch
         for group in groups:
-            if (
-                training.filter_group(group, options.filters, relative=options.relative)[0]
-                is not None
-            ):
+            if options.filtered(group)[0] is not None:
                 oldest = step - 1 - next(behind)
                 self._say(self.watch.versions(step, group.trajectories, oldest))
 

@@ -3,8 +3,9 @@
 Invariant: every threshold that the wire knows is sent explicitly, as an absolute bound on the
 ratio: eps = 0.2 is `clip_low_threshold` 0.8 and `clip_high_threshold` 1.2.
 
-An algorithm here is an advantage estimator and a server-side loss. The paper's normalisation is
-stated, not applied: see `datums` for who divides, and when.
+An algorithm here is an advantage estimator and a loss. A server is given some losses by name; the
+others are computed here, and reach it as a custom loss. The paper's normalisation is stated, not
+applied: see `datums` for who divides, and when.
 
 The choices behind a batch, checked together before any row is read.
 
@@ -14,7 +15,9 @@ Invariant: options that contradict each other are an error here, not a surprise 
 from __future__ import annotations
 
 import functools
+import inspect
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypedDict
@@ -25,16 +28,19 @@ from numpy.typing import NDArray
 from eval_protocol_rft._options import Flag, check_options
 from eval_protocol_rft.training import advantages
 from eval_protocol_rft.training._datums import Normalization
-from eval_protocol_rft.training._filters import Filters
-from eval_protocol_rft.training._types import TrainingDataError
+from eval_protocol_rft.training._filters import Filters, filter_group
+from eval_protocol_rft.training._types import PromptGroup, TrainingDataError
 
-Estimator = Callable[[NDArray[Any]], NDArray[Any]]
+Estimator = Callable[..., NDArray[Any]]
 """[P, G] rewards (NaN: missing) to [P, G] advantages; [P, G, K] in where components are used.
-A function of `advantages`, one with its arguments bound (`functools.partial`), or your own."""
+A function of `advantages`, one with its arguments bound (`functools.partial`), or your own. One
+with a parameter `lengths` that has no default is given the sampled tokens [P, G] of each
+completion, one with `baselines` the mean reward [P] of each prompt's greedy completions, which
+then do not train."""
 
 ConfigValue = float | str | bool
 
-_COUNT_ALONE = (advantages.reinforce, advantages.reinforce_pp)
+_COUNT_ALONE = (advantages.reinforce, advantages.reinforce_pp, advantages.remax)
 """Estimators under which a completion trains without others in its group."""
 
 
@@ -44,7 +50,7 @@ class Algorithm:
 
     estimator: Estimator
     loss_fn: str
-    """Name of the loss on the wire."""
+    """Name of the loss, a key of `losses.POLICY_LOSSES`: the wire's, where the wire has it."""
     loss_fn_config: Mapping[str, float]
     """Its thresholds, absolute."""
     paper_normalization: Normalization
@@ -119,6 +125,92 @@ ALGORITHMS: Mapping[str, Algorithm] = {
         paper_normalization="none",
         source="Richemond et al. 2024, arXiv:2405.19107, with the group mean as value",
     ),
+    "gmpo": Algorithm(
+        estimator=advantages.grpo,
+        loss_fn="geo_mean",
+        loss_fn_config={
+            "clip_low_threshold": math.exp(-0.4),
+            "clip_high_threshold": math.exp(0.4),
+        },
+        paper_normalization="sequence",
+        source="Zhao et al. 2025, arXiv:2507.20673; its bounds are e^-0.4 and e^0.4",
+    ),
+    "sapo": Algorithm(
+        estimator=advantages.grpo,
+        loss_fn="sapo",
+        loss_fn_config={"tau_pos": 1.0, "tau_neg": 1.05},
+        paper_normalization="sequence",
+        source="Gao et al. 2025, arXiv:2511.20347",
+    ),
+    "dppo_tv": Algorithm(
+        estimator=advantages.dr_grpo,
+        loss_fn="dppo_tv",
+        loss_fn_config={
+            "divergence_low_threshold": 0.15,
+            "divergence_high_threshold": 0.15,
+            "ratio_cap": 20.0,
+        },
+        paper_normalization="constant",
+        source="Qi et al. 2026, arXiv:2602.04879, binary TV; settings of verl's example",
+    ),
+    "dppo_kl": Algorithm(
+        estimator=advantages.dr_grpo,
+        loss_fn="dppo_kl",
+        loss_fn_config={
+            "divergence_low_threshold": 0.05,
+            "divergence_high_threshold": 0.05,
+            "ratio_cap": 20.0,
+        },
+        paper_normalization="constant",
+        source="Qi et al. 2026, arXiv:2602.04879, binary KL; settings of verl's example",
+    ),
+    "clip_cov": Algorithm(
+        estimator=advantages.grpo,
+        loss_fn="clip_cov",
+        loss_fn_config={
+            **_CLIP,
+            "clip_cov_ratio": 2e-4,
+            "clip_cov_lb": 1.0,
+            "clip_cov_ub": 5.0,
+        },
+        paper_normalization="token",
+        source="Cui et al. 2025, arXiv:2505.22617, Clip-Cov; settings of verl",
+    ),
+    "kl_cov": Algorithm(
+        estimator=advantages.grpo,
+        loss_fn="kl_cov",
+        loss_fn_config={"kl_cov_ratio": 2e-4, "ppo_kl_coef": 1.0},
+        paper_normalization="token",
+        source="Cui et al. 2025, arXiv:2505.22617, KL-Cov",
+    ),
+    "gpg": Algorithm(
+        estimator=advantages.gpg,
+        loss_fn="reinforce",
+        loss_fn_config={},
+        paper_normalization="token",
+        source="Chu et al. 2025, arXiv:2504.02546",
+    ),
+    "opo": Algorithm(
+        estimator=advantages.opo,
+        loss_fn="importance_sampling",
+        loss_fn_config={},
+        paper_normalization="none",
+        source="Hao et al. 2025, arXiv:2505.23585; on-policy, where the ratio is 1",
+    ),
+    "remax": Algorithm(
+        estimator=advantages.remax,
+        loss_fn="importance_sampling",
+        loss_fn_config={},
+        paper_normalization="none",
+        source="Li et al. 2023, arXiv:2310.10505, algorithm 1; needs greedy completions",
+    ),
+    "grpo_passk": Algorithm(
+        estimator=advantages.grpo_passk,
+        loss_fn="ppo",
+        loss_fn_config=_CLIP,
+        paper_normalization="none",
+        source="Tang et al. 2025, arXiv:2503.19595; divided and clipped as in verl",
+    ),
 }
 
 
@@ -144,7 +236,7 @@ class BatchOptions:
     """How rows become a batch; each is documented at `build_batch`."""
 
     algorithm: Annotated[str, Flag()] = "grpo"
-    """grpo, dapo, dr_grpo, cispo, gspo, rloo, importance_sampling, reinforce or dro."""
+    """grpo, dapo, dr_grpo, cispo, gspo, rloo, ... (docs/training.md)"""
     estimator: Estimator | None = None
     components: tuple[str, ...] = ()
     loss_fn_config: Mapping[str, ConfigValue] | None = None
@@ -203,8 +295,31 @@ class BatchOptions:
         return function not in _COUNT_ALONE
 
     @property
+    def estimator_inputs(self) -> frozenset[str]:
+        """What the estimator wants besides rewards: `lengths`, `baselines`; see `Estimator`."""
+        try:
+            parameters = inspect.signature(self.advantage).parameters
+        except ValueError:  # a compiled function, of which nothing more is known
+            return frozenset()
+        return frozenset(
+            name
+            for name in ("lengths", "baselines")
+            if name in parameters and parameters[name].default is inspect.Parameter.empty
+        )
+
+    def filtered(self, group: PromptGroup) -> tuple[PromptGroup | None, Counter[str]]:
+        """What the filters leave of a group, and what they drop; see `filter_group`."""
+        return filter_group(
+            group,
+            self.filters,
+            relative=self.relative,
+            components=self.components,
+            baseline="baselines" in self.estimator_inputs,
+        )
+
+    @property
     def loss_fn(self) -> str:
-        """The loss on the wire."""
+        """Name of the loss."""
         return ALGORITHMS[self.algorithm].loss_fn
 
     @property

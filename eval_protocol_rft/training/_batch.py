@@ -26,7 +26,6 @@ from numpy.typing import NDArray
 from eval_protocol_rft import _statistics as statistics
 from eval_protocol_rft.training._algorithms import BatchArguments, BatchOptions, ConfigValue
 from eval_protocol_rft.training._datums import Normalization, TrainingDatum, pack, target_count
-from eval_protocol_rft.training._filters import filter_group
 from eval_protocol_rft.training._prompt_groups import GroupKey, Row, group_rows, iter_groups
 from eval_protocol_rft.training._types import (
     BiasedSamplingWarning,
@@ -130,10 +129,7 @@ class Collector:
 
     def filtered(self, group: PromptGroup) -> tuple[PromptGroup | None, Counter[str]]:
         """What the filters leave of a group, and what they drop."""
-        options = self._options
-        return filter_group(
-            group, options.filters, relative=options.relative, components=options.components
-        )
+        return self._options.filtered(group)
 
     def add(self, group: PromptGroup, left: PromptGroup | None, dropped: Counter[str]) -> None:
         """Take in a group and what the filters left of it.
@@ -150,6 +146,8 @@ class Collector:
                 )
             self._named = self._named or group
         rewards = group.rewards
+        if "baselines" in self._options.estimator_inputs:  # greedy ones are no samples
+            rewards = rewards[[not trajectory.greedy for trajectory in group.trajectories]]
         self._rewards.append(rewards[~np.isnan(rewards)])
         self._sampled += len(group)
         self._truncated += sum(t.truncated for t in group.trajectories)
@@ -170,6 +168,12 @@ class Collector:
             TrainingDataError: the estimator cannot work with these groups.
         """
         if not self._kept:
+            if self._dropped["no_baseline"]:
+                raise TrainingDataError(
+                    "no prompt has a greedy completion with a reward, which the estimator compares "
+                    "with (remax): roll each row out once more with temperature 0 and n=1, and "
+                    "pass both rows with key=, which names the group of a row"
+                )
             raise EmptyBatchError(self._dropped)
         options = self._options
         rows = self._advantages().tolist()  # padded where a group is smaller than the largest
@@ -235,7 +239,7 @@ class Collector:
     def _advantages(self) -> NDArray[np.float64]:
         """[P, G] for the largest G; NaN went in beyond the end of a smaller group."""
         rewards = self._scores()
-        given = self._options.advantage(rewards)
+        given = self._options.advantage(rewards, **self._inputs(rewards.shape[:2]))
         advantages = np.asarray(given, dtype=np.float64)
         if advantages.shape != rewards.shape[:2]:
             raise TrainingDataError(
@@ -251,6 +255,18 @@ class Collector:
                     f", with rewards {kept.rewards.tolist()} in its group"
                 )
         return advantages
+
+    def _inputs(self, shape: tuple[int, ...]) -> dict[str, NDArray[np.float64]]:
+        """What the estimator wants besides scores."""
+        inputs = {}
+        for name in self._options.estimator_inputs:
+            if name == "baselines":
+                inputs[name] = np.array([kept.baseline for kept in self._kept], np.float64)
+                continue
+            inputs[name] = np.full(shape, np.nan)
+            for p, kept in enumerate(self._kept):
+                inputs[name][p, : len(kept)] = [t.total_sampled for t in kept.trajectories]
+        return inputs
 
     def _scores(self) -> NDArray[np.float64]:
         """[P, G] rewards or [P, G, K] components."""

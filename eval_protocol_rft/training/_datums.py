@@ -219,6 +219,9 @@ FOLDED_LOSSES = frozenset(
     {"ppo", "cispo", "importance_sampling", "gspo", "dapo", "reinforce"},
 )
 """Losses without weights that scale with a positive factor on the advantage."""
+WIRE_LOSSES = FOLDED_LOSSES | {"cross_entropy", "dro"}
+"""Losses that have a name on the wire, and a formula that is published or known from the service's
+cookbook. Its `dppo` has none."""
 
 
 def loss_fn_inputs(datum: TrainingDatum, loss_fn: str) -> dict[str, NDArray[Any]]:
@@ -242,8 +245,10 @@ def loss_fn_inputs(datum: TrainingDatum, loss_fn: str) -> dict[str, NDArray[Any]
         _check_dro(datum)
         return {**inputs, "advantages": datum.advantages}
     raise ExportError(
-        f"loss_fn {loss_fn!r} is unknown: "
-        f"one of {', '.join(sorted({*FOLDED_LOSSES, 'cross_entropy', 'dro'}))}"
+        f"loss_fn {loss_fn!r} has no name on the wire, which knows "
+        f"{', '.join(sorted(WIRE_LOSSES))}: use forward_backward_custom(to_datums(batch, "
+        'loss_fn="cross_entropy"), make_loss(batch.loss_fn, batch.loss_fn_config)'
+        ".for_sdk(batch.datums))"
     )
 
 

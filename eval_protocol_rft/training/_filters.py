@@ -25,6 +25,8 @@ DROP_REASONS = {
     "failed": "the sampler got no completion",
     "failed_row": "the whole rollout failed; counts rows, not completions",
     "cancelled": "asked for beyond n (over_sample), and given up once n were there",
+    "baseline": "greedy, where the estimator compares with the greedy completion (remax)",
+    "no_baseline": "no greedy completion of its prompt has a reward, where the estimator needs one",
     "unscored": "the evaluator gave no valid score",
     "stale": "sampled by weights more than max_staleness versions old",
     "unknown_version": "max_staleness is set and its policy version is not in policy_versions",
@@ -105,7 +107,12 @@ class Filters:
 
 
 def filter_group(
-    group: PromptGroup, filters: Filters, *, relative: bool, components: tuple[str, ...] = ()
+    group: PromptGroup,
+    filters: Filters,
+    *,
+    relative: bool,
+    components: tuple[str, ...] = (),
+    baseline: bool = False,
 ) -> tuple[PromptGroup | None, Counter[str]]:
     """Apply `filters` to one group.
 
@@ -114,12 +121,25 @@ def filter_group(
         filters: what to keep.
         relative: the estimator compares completions within the group; decides the defaults.
         components: the scores that the estimator will read; default the reward alone.
+        baseline: the estimator compares with the greedy completions, which are taken out.
 
     Returns:
         What is left, all of it scored, with shaped rewards, None where nothing trains; and the
         completions dropped, by reason.
     """
     reasons = [_reason(trajectory, filters) for trajectory in group.trajectories]
+    if baseline:
+        rewards = [
+            t.reward + _penalty(t, filters)
+            for t in group.trajectories
+            if t.greedy and t.reward is not None
+        ]
+        if rewards:
+            group = dataclasses.replace(group, baseline=float(np.mean(rewards)))
+        reasons = [
+            "baseline" if t.greedy else reason if reason or rewards else "no_baseline"
+            for t, reason in zip(group.trajectories, reasons, strict=True)
+        ]
     left = tuple(t for t, reason in zip(group.trajectories, reasons, strict=True) if not reason)
     dropped = Counter(reason for reason in reasons if reason)
     dropped.update(
@@ -133,16 +153,21 @@ def filter_group(
         dropped[group_reason] += len(kept)
         return None, +dropped
     if filters.soft_overlong is not None:
-        shaped = kept.rewards + filters.soft_overlong.penalty([t.total_sampled for t in left])
         left = tuple(
-            msgspec.structs.replace(trajectory, reward=reward)
-            for trajectory, reward in zip(left, shaped.tolist(), strict=True)
+            msgspec.structs.replace(t, reward=(t.reward or 0.0) + _penalty(t, filters))
+            for t in left
         )
     if filters.truncated == "mask":
         left = tuple(msgspec.structs.replace(t, trains=not t.truncated) for t in left)
         dropped["masked"] += sum(not trajectory.trains for trajectory in left)
     trains = any(trajectory.trains for trajectory in left)
     return (dataclasses.replace(kept, trajectories=left) if trains else None), +dropped
+
+
+def _penalty(trajectory: Trajectory, filters: Filters) -> float:
+    """What its length adds to the reward."""
+    shaping = filters.soft_overlong
+    return 0.0 if shaping is None else float(shaping.penalty(trajectory.total_sampled))
 
 
 def _reason(trajectory: Trajectory, filters: Filters) -> str | None:

@@ -297,6 +297,7 @@ def group_of(
                 first_policy_version=firsts[i] if firsts else None,
                 row_id=row_id,
                 completion=sampling.indices[i],
+                greedy=sampling.temperature == 0,
                 bias=bias,
                 routing_matrices=first.routing_matrices,
                 prompt_length=first.prompt_length,

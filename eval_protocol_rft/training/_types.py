@@ -60,6 +60,8 @@ class Trajectory(Segment, frozen=True, kw_only=True, eq=False, gc=False):
     row_id: str | None = None
     completion: int = 0
     """Place among the completions asked for in its row's rollout."""
+    greedy: bool = False
+    """Drawn at temperature 0: no sample of the policy, but what `remax` compares with."""
     bias: str | None = None
     """Why `logprobs` are not full-vocabulary sampling logprobs (truncated support, greedy, raw);
     None where they are."""
@@ -118,6 +120,8 @@ class PromptGroup:
     """How messages call it."""
     question: tuple[Any, ...] | None = None
     """What was rendered into its prompt, for groups of several rows; see `_rows.question_of`."""
+    baseline: float | None = None
+    """Mean reward of its greedy completions, where `filter_group` took them out."""
 
     def __len__(self) -> int:
         """G, the number of completions that were sampled."""

@@ -14,6 +14,7 @@ All work in float64. The scale is that of the policy gradient written as a mean 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -226,6 +227,174 @@ def _subset_shares(n: Array, size: int, k: int) -> Array:
     for i in range(k - 2):
         share = share * np.maximum(ranks - i, 0) / (safe - 2 - i)
     return np.where(n < k, 0.0, share)
+
+
+def opo(rewards: ArrayLike, *, lengths: ArrayLike) -> Array:
+    """r_i minus the group's mean reward weighted by length, sum(l r) / sum(l).
+
+    Hao et al. 2025, "On-Policy RL with Optimal Reward Baseline" (arXiv:2505.23585): the baseline of
+    least variance where the squared norm of a completion's gradient grows with its length. With
+    equal lengths it is `dr_grpo`. As in verl (`opo`), but for groups of one, which have 0.0 here.
+
+    Args:
+        rewards: [..., G], None or NaN where missing.
+        lengths: [..., G] sampled tokens of each, above 0; not read where the reward is missing.
+
+    Returns:
+        [..., G] float64; sums to zero in each group when weighted by length.
+
+    Raises:
+        ValueError: lengths of another shape, or one that is not above 0; the message names it.
+    """
+    values = stats.read_rewards(rewards)
+    tokens = np.asarray(lengths, dtype=np.float64)
+    if tokens.shape != values.shape:
+        raise ValueError(f"opo needs a length per reward: {tokens.shape} for {values.shape}")
+    tokens = np.where(np.isnan(values), 0.0, tokens)
+    wrong = ~np.isnan(values) & ~((tokens > 0) & np.isfinite(tokens))
+    if wrong.any():
+        place = [int(i) for i in np.argwhere(wrong)[0]]
+        raise ValueError(
+            f"lengths are numbers of sampled tokens, above 0: lengths{place} is "
+            f"{tokens[tuple(place)]}"
+        )
+    centered = stats.center(values)
+    total = tokens.sum(axis=-1, keepdims=True)
+    # Of centred rewards, so that equal ones leave exactly nothing.
+    shift = stats.divide((tokens * centered).sum(axis=-1, keepdims=True), total)
+    return np.where(np.isnan(values), 0.0, centered - shift)
+
+
+def remax(rewards: ArrayLike, *, baselines: ArrayLike) -> Array:
+    """r_i minus the reward of the prompt's greedy completion.
+
+    Li et al. 2023, "ReMax" (arXiv:2310.10505), algorithm 1; as in verl (`remax`). Not relative to
+    the group: groups of one and groups of equal rewards train. The greedy completion itself is no
+    sample of the policy and is not among the rewards.
+
+    Args:
+        rewards: [..., G], None or NaN where missing.
+        baselines: [...] the greedy completion's reward, one per group.
+
+    Returns:
+        [..., G] float64.
+
+    Raises:
+        ValueError: baselines of another shape, or none where a completion has a reward.
+    """
+    values = stats.read_rewards(rewards)
+    greedy = np.asarray(baselines, dtype=np.float64)
+    if greedy.shape != values.shape[:-1]:
+        raise ValueError(f"remax needs a baseline per group: {greedy.shape} for {values.shape}")
+    missing = ~np.isnan(values).all(axis=-1) & ~np.isfinite(greedy)
+    if missing.any():
+        place = [int(i) for i in np.argwhere(missing)[0]]
+        raise ValueError(f"baselines{place} is {greedy[tuple(place)]}: no reward to compare with")
+    same = stats.equal(np.minimum(values, greedy[..., None]), np.maximum(values, greedy[..., None]))
+    return np.where(same, 0.0, stats.zero_missing(values - greedy[..., None]))
+
+
+def gpg(
+    rewards: ArrayLike, *, by_std: bool = False, valid: Literal["groups", "rewards"] = "groups"
+) -> Array:
+    """alpha (r_i - mean), with alpha = all completions / those that have a gradient.
+
+    Chu et al. 2025, "GPG" (arXiv:2504.02546): a group whose rewards are all equal adds nothing to
+    the sum and counts in the mean over the batch, and alpha makes up for it. Where a filter drops
+    such groups, as is the default, they do not count either and alpha is 1.
+
+    Args:
+        rewards: [..., G], None or NaN where missing; all of it is one batch.
+        by_std: divide by the group's deviation too (F_norm of the paper; 1 by default).
+        valid: what counts as having a gradient: "groups", completions of groups whose rewards
+            differ; "rewards", completions with a reward other than 0, which is what verl counts.
+
+    Returns:
+        [..., G] float64; sums to zero in each group.
+    """
+    values = stats.read_rewards(rewards)
+    centered = stats.center(values)
+    there = ~np.isnan(values)
+    differ = ~stats.equal(stats.low(values), stats.high(values))
+    counted = there & (differ if valid == "groups" else values != 0)
+    if by_std:
+        centered = stats.divide(centered, stats.deviation(centered, values, ddof=1))
+    return np.asarray(centered * (there.sum() / max(int(counted.sum()), 1)))
+
+
+def grpo_passk(
+    rewards: ArrayLike, *, by_std: bool = True, ddof: int = 1, eps: float = 1e-6
+) -> Array:
+    """The best of the group gets its lead over the second best, (r_1 - r_2) / (std + eps); all
+    others get 0.0, and so does a best that is not alone.
+
+    Tang et al. 2025, "Optimizing Language Models for Inference Time Objectives using Reinforcement
+    Learning" (arXiv:2503.19595): the leave-one-out gradient of the best of all G completions, which
+    is `pkpo` with k = G but for a factor of 1/G; as in verl (`grpo_passk`), with its division.
+
+    Args:
+        rewards: [..., G], None or NaN where missing.
+        by_std: divide by the group's deviation.
+        ddof: 0 or 1, subtracted from the number of scored completions.
+        eps: added to the deviation.
+
+    Returns:
+        [..., G] float64, never negative. 0.0 throughout a group of one.
+    """
+    values = stats.read_rewards(rewards)
+    best = stats.high(values)
+    is_best = stats.equal(values, best)
+    second = stats.high(np.where(is_best, np.nan, values))
+    alone = (is_best.sum(axis=-1, keepdims=True) == 1) & np.isfinite(second)
+    lead = np.where(is_best & alone, best - np.where(alone, second, 0.0), 0.0)
+    if by_std:
+        lead = stats.divide(lead, stats.deviation(stats.center(values), values, ddof=ddof) + eps)
+    return stats.zero_missing(lead)
+
+
+def passk(rewards: ArrayLike, *, k: int, eps: float = 1e-6) -> Array:
+    """The mean, over all k-subsets with the completion, of the subset's normalised pass@k.
+
+    Chen et al. 2025, "Pass@k Training" (arXiv:2508.10751), the analytical advantages: with n
+    completions, c of them correct, and p = 1 - C(n-c, k) / C(n, k),
+
+        right: (1 - p) / s,  wrong: (1 - p - C(n-c-1, k-1) / C(n-1, k-1)) / s,
+        s = sqrt(p (1 - p)).
+
+    For k = 1 it is `grpo` with ddof 0. Where c > n - k every subset holds a correct one, and all
+    advantages are 0.0. `eps` is that of the authors' code.
+
+    Args:
+        rewards: [..., G] 0 or 1, None or NaN where missing.
+        k: size of the subsets, at least 1.
+        eps: added to s.
+
+    Returns:
+        [..., G] float64; sums to zero in each group. 0.0 throughout a group with fewer than k
+        scored completions.
+
+    Raises:
+        ValueError: k is below 1, or a reward is neither 0 nor 1; the message names it.
+    """
+    if k < 1:
+        raise ValueError(f"passk needs k >= 1, got {k}")
+    values = stats.read_rewards(rewards)
+    wrong = ~np.isnan(values) & (values != 0) & (values != 1)
+    if wrong.any():
+        place = [int(i) for i in np.argwhere(wrong)[0]]
+        raise ValueError(
+            f"passk needs rewards of 0 or 1: rewards{place} is {values[tuple(place)]}; pkpo takes "
+            "any"
+        )
+    scored = np.sum(~np.isnan(values), axis=-1, keepdims=True)
+    correct = np.sum(values == 1, axis=-1, keepdims=True)
+    signal = (scored >= k) & (correct > 0) & (correct < scored)
+    n, c = np.where(signal, scored, k + 1), np.where(signal, correct, 1)
+    share = stats.pass_at_k(n, c, k)
+    others = 1.0 if k == 1 else 1.0 - stats.pass_at_k(n - 1, c, k - 1)
+    spread = np.sqrt(share * (1.0 - share)) + eps
+    right, miss = (1.0 - share) / spread, (1.0 - share - others) / spread
+    return np.where(signal & ~np.isnan(values), np.where(values == 1, right, miss), 0.0)
 
 
 def _normalize_batch(values: Array, *, ddof: int, eps: float) -> Array:

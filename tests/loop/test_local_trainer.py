@@ -13,6 +13,7 @@ from eval_protocol_rft.loop._local_trainer import LocalTrainer
 from eval_protocol_rft.loop._lora import add_lora, merged_names, merged_weights
 from eval_protocol_rft.loop._run_options import LoraSettings, Optimizer
 from eval_protocol_rft.loop._trainer import NamedLoss, SamplerWeights, Trainer, TrainerError
+from eval_protocol_rft.training.losses import make_loss
 from tests.loop.policies import (
     KeptWeights,
     arithmetic_sampler,
@@ -64,6 +65,35 @@ async def test_one_step_is_adamw_on_the_sum_of_the_weighted_losses(microbatch_to
         torch.testing.assert_close(trainer.weights()[name], value, rtol=1e-3, atol=1e-5)
     assert torch.equal(model.lm_head.weight, tiny_model().lm_head.weight)  # its own copy
     await trainer.aclose()
+
+
+@pytest.mark.parametrize("name", ["clip_cov", "kl_cov"])
+async def test_a_loss_of_the_whole_batch_does_not_depend_on_its_parts(name: str) -> None:
+    config = {
+        "clip_cov": {
+            "clip_low_threshold": 0.8,
+            "clip_high_threshold": 1.2,
+            "clip_cov_ratio": 0.3,
+            "clip_cov_lb": 0.0,
+            "clip_cov_ub": 50.0,
+        },
+        "kl_cov": {"kl_cov_ratio": 0.3, "ppo_kl_coef": 0.5},
+    }[name]
+    model, batch = tiny_model(), datums(7)
+    reference = copy.deepcopy(model)
+    loss, expected = make_loss(name, config)(
+        batch, [plain_logprobs(reference, datum) for datum in batch]
+    )
+    loss.backward()
+    gradient = torch.cat([p.grad.flatten() for p in reference.parameters()])
+    for microbatch_tokens in (1, 40, 10_000):
+        trainer = trainer_of(model, optimizer=Optimizer(microbatch_tokens=microbatch_tokens))
+        told = await trainer.forward_backward(batch, NamedLoss(loss_fn=name, config=config))
+        assert told.metrics["policy_loss:sum"] == pytest.approx(loss.item(), rel=1e-4)
+        assert told.metrics["clip_fraction:mean"] == pytest.approx(expected["clip_fraction:mean"])
+        norm = (await trainer.optim_step(learning_rate=0.01))["grad_norm"]
+        assert norm == pytest.approx(gradient.norm().item(), rel=1e-4)
+        await trainer.aclose()
 
 
 async def test_gradients_gather_over_calls() -> None:

@@ -21,13 +21,16 @@ RELATIVE = {
     "rloo": advantages.rloo,
     "maxrl": advantages.maxrl,
     "pkpo": partial(advantages.pkpo, k=2),
+    "grpo_passk": advantages.grpo_passk,
+    "opo": lambda rewards: advantages.opo(rewards, lengths=np.ones(np.shape(rewards))),
 }
 BATCH = {
     "reinforce_pp": advantages.reinforce_pp,
     "reinforce_pp with baseline": partial(advantages.reinforce_pp, group_baseline=True),
+    "gpg": advantages.gpg,
 }
 EVERY = {**RELATIVE, **BATCH, "reinforce": advantages.reinforce}
-CENTERED = ("grpo", "grpo, population", "dr_grpo", "rloo", "maxrl")
+CENTERED = ("grpo", "grpo, population", "dr_grpo", "rloo", "maxrl", "opo", "gpg")
 
 rewards_with_gaps = hnp.arrays(
     np.float64,

@@ -70,8 +70,13 @@ def test_the_statistics_describe_what_was_sampled_and_what_is_trained():
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_each_algorithm_has_its_estimator_and_absolute_thresholds(algorithm):
-    batch = build_batch([scored("a", 1.0, 0.0, 0.5)], algorithm=algorithm)
-    expected = ALGORITHMS[algorithm].estimator(np.array([[1.0, 0.0, 0.5]]))[0]
+    greedy = scored("a", 0.25, temperature=0.0)
+    rows = [scored("a", 1.0, 0.0, 0.5), *([greedy] if algorithm == "remax" else [])]
+    batch = build_batch(rows, algorithm=algorithm)
+    inputs = {"opo": {"lengths": np.full((1, 3), 2.0)}, "remax": {"baselines": [0.25]}}
+    expected = ALGORITHMS[algorithm].estimator(
+        np.array([[1.0, 0.0, 0.5]]), **inputs.get(algorithm, {})
+    )[0]
     got = [float(d.advantages[-1]) for d in batch.datums]
     assert got == pytest.approx(expected, rel=1e-6)
     assert (batch.loss_fn, batch.loss_fn_config) == (

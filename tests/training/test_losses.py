@@ -25,7 +25,7 @@ from tests.training.test_losses_reference import (
 
 torch.set_num_threads(1)
 SEEDS = (0, 1, 2)
-CLIPPED = ("ppo", "grpo", "dapo", "cispo", "gspo")
+CLIPPED = ("ppo", "grpo", "dapo", "cispo", "gspo", "dppo_tv", "dppo_kl")
 
 
 def value_and_gradient(name: str, tensors: PolicyTensors) -> tuple[float, torch.Tensor]:
@@ -53,7 +53,10 @@ def test_gradient_is_the_finite_difference_of_the_formula(name: str, seed: int) 
     torch.testing.assert_close(gradient, torch.tensor(expected).double(), rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize("name", ["ppo", "dapo", "dro", "importance_sampling", "reinforce"])
+SMOOTH = ("ppo", "dapo", "dro", "importance_sampling", "reinforce", "geo_mean", "sapo")
+
+
+@pytest.mark.parametrize("name", SMOOTH)
 def test_losses_without_stop_gradients_pass_gradcheck(name: str) -> None:
     tensors = flat(draw_batch(0), "old")
     loss_fn = make_loss(name, REFERENCES[name][0])

@@ -116,7 +116,7 @@ def test_half_precision_logprobs_do_not_pull_the_sampling_logprobs_down() -> Non
 @pytest.mark.parametrize(
     ("name", "config", "message"),
     [
-        ("pppo", {}, "unknown loss_fn 'pppo': one of cispo, dapo,"),
+        ("pppo", {}, "unknown loss_fn 'pppo': one of cispo, clip_cov, dapo,"),
         ("cross_entropy", {}, "unknown loss_fn"),
         ("ppo", {}, "missing: clip_low_threshold, clip_high_threshold"),
         ("ppo", {**PPO, "eps": 0.2}, "unknown: eps "),

@@ -163,6 +163,42 @@ def dro(beta: float) -> TokenReference:
     return loss
 
 
+def geo_mean(low: float, high: float) -> TokenReference:
+    def loss(s: Tokens, lp: Floats, fixed: Floats, q: Floats, t: int) -> float:
+        logs = []
+        for k in s.sampled():
+            x, a = lp[k] - q[k], s.advantages[k]
+            logs.append(max(x, math.log(low)) if a < 0 else min(x, math.log(high)))
+        return -math.exp(sum(logs) / len(logs)) * s.advantages[t]
+
+    return loss
+
+
+def sapo(pos: float, neg: float) -> TokenReference:
+    def loss(s: Tokens, lp: Floats, fixed: Floats, q: Floats, t: int) -> float:
+        r, a = math.exp(lp[t] - q[t]), s.advantages[t]
+        tau = pos if a > 0 else neg
+        # The logistic function in the form that cannot overflow.
+        return -a * (4.0 / tau) * 0.5 * (1.0 + math.tanh(tau * (r - 1.0) / 2.0))
+
+    return loss
+
+
+def dppo(low: float, high: float, cap: float, *, kl: bool) -> TokenReference:
+    def loss(s: Tokens, lp: Floats, fixed: Floats, q: Floats, t: int) -> float:
+        p, p_q, a = math.exp(fixed[t]), math.exp(q[t]), s.advantages[t]
+        weight, distance = min(p / p_q, cap), abs(p - p_q)
+        if kl:
+            p, p_q = min(p, 1.0), min(p_q, 1.0)  # these batches hold logprobs above 0
+            distance = p_q * math.log(p_q / p)
+            if p_q < 1.0:
+                distance += (1.0 - p_q) * math.log((1.0 - p_q) / max(1.0 - p, 1e-300))
+        pushed_out = (p > p_q and distance > high) if a > 0 else (p < p_q and distance > low)
+        return 0.0 if pushed_out else -weight * lp[t] * a
+
+    return loss
+
+
 def total(
     batch: Sequence[Tokens],
     token_loss: TokenReference,
@@ -214,6 +250,27 @@ REFERENCES: dict[str, tuple[dict[str, float | None], TokenReference]] = {
     "dro": ({"beta": 0.05}, dro(0.05)),
     "importance_sampling": ({}, importance_sampling),
     "reinforce": ({}, reinforce),
+    "geo_mean": (
+        {"clip_low_threshold": 0.7, "clip_high_threshold": 1.4},
+        geo_mean(0.7, 1.4),
+    ),
+    "sapo": ({"tau_pos": 1.0, "tau_neg": 1.05}, sapo(1.0, 1.05)),
+    "dppo_tv": (
+        {
+            "divergence_low_threshold": 0.1,
+            "divergence_high_threshold": 0.15,
+            "ratio_cap": 3.0,
+        },
+        dppo(0.1, 0.15, 3.0, kl=False),
+    ),
+    "dppo_kl": (
+        {
+            "divergence_low_threshold": 0.04,
+            "divergence_high_threshold": 0.05,
+            "ratio_cap": 3.0,
+        },
+        dppo(0.04, 0.05, 3.0, kl=True),
+    ),
 }
 """Loss name to its config and the reference with that config."""
 
@@ -238,6 +295,15 @@ def one_token(lp: float, q: float, advantage: float) -> list[Tokens]:
         (importance_sampling, 5.0, 2.0, -10.0),
         (reinforce, 5.0, 2.0, 4.0),
         (gspo(0.9, 1.1), 2.0, 1.0, -1.1),
+        (geo_mean(0.9, 1.1), 2.0, 1.0, -1.1),
+        (geo_mean(0.9, 1.1), 0.5, 1.0, -0.5),
+        (sapo(1.0, 2.0), 1.0, 1.0, -2.0),
+        (sapo(1.0, 2.0), 1.0, -1.0, 1.0),
+        # From e^-2 / 2 = 0.068 to e^-2 = 0.135.
+        (dppo(0.1, 0.1, 9.0, kl=False), 2.0, 1.0, 4.0),
+        (dppo(0.1, 0.05, 9.0, kl=False), 2.0, 1.0, 0.0),
+        (dppo(0.1, 0.05, 9.0, kl=False), 2.0, -1.0, -4.0),
+        (dppo(0.1, 0.1, 1.5, kl=False), 2.0, 1.0, 3.0),
     ],
 )
 def test_the_references_give_the_values_worked_out_by_hand(

@@ -7,8 +7,9 @@ the training SDK.
 
 Or, on a remote trainer: `client.forward_backward_custom(sdk_datums, loss_fn.for_sdk(datums))`.
 
-`_policy` holds the losses and truncated importance sampling, `_objective` their sum and what is
-reported of it, `_forward` the way from datums to log-probabilities.
+`_tensors` is what they are computed from, `_policy` holds the losses, `_corrections` the weights
+for a trainer and a sampler that disagree, `_objective` their sum and what is reported of it,
+`_forward` the way from datums to log-probabilities.
 """
 
 import lazy_loader

@@ -9,10 +9,16 @@ from ._objective import Objective as Objective
 from ._objective import make_loss as make_loss
 from ._policy import CISPO as CISPO
 from ._policy import DAPO as DAPO
+from ._policy import DPPOKL as DPPOKL
+from ._policy import DPPOTV as DPPOTV
 from ._policy import DRO as DRO
+from ._policy import GMPO as GMPO
 from ._policy import GSPO as GSPO
 from ._policy import PPO as PPO
+from ._policy import SAPO as SAPO
+from ._policy import ClipCov as ClipCov
 from ._policy import ImportanceSampling as ImportanceSampling
+from ._policy import KLCov as KLCov
 from ._policy import PolicyLoss as PolicyLoss
 from ._policy import Reinforce as Reinforce
 from ._policy import TokenLoss as TokenLoss

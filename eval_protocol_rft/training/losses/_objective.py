@@ -174,8 +174,15 @@ POLICY_LOSSES: Mapping[str, type[Any]] = {
     "dro": policy.DRO,
     "importance_sampling": policy.ImportanceSampling,
     "reinforce": policy.Reinforce,
+    "geo_mean": policy.GMPO,
+    "sapo": policy.SAPO,
+    "dppo_tv": policy.DPPOTV,
+    "dppo_kl": policy.DPPOKL,
+    "clip_cov": policy.ClipCov,
+    "kl_cov": policy.KLCov,
 }
-"""By the name that `TrainingBatch.loss_fn` and the wire use. GRPO's loss is PPO's."""
+"""By the name that `TrainingBatch.loss_fn` uses: the wire's where it has the loss, else verl's.
+GRPO's loss is PPO's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -189,6 +196,12 @@ class Objective:
     def __post_init__(self) -> None:
         if not 0.0 <= self.kl_beta < math.inf:
             raise LossError(f"kl_beta is finite and not negative, got {self.kl_beta}")
+
+    @property
+    def whole_batch(self) -> bool:
+        """Whether a token's loss depends on the others of its batch, so that the losses of two
+        halves are not that of the whole."""
+        return bool(getattr(self.policy_loss, "whole_batch", False))
 
     def __call__(
         self,
