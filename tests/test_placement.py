@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import os
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from typer.testing import CliRunner
 
 from eval_protocol_rft import training
 from eval_protocol_rft.cli import app
-from eval_protocol_rft.local import LocalSampler, Placement
+from eval_protocol_rft.local import LocalSampler, Placement, load_model
 from eval_protocol_rft.local._sampler import load_local_sampler
 from eval_protocol_rft.local.models import bundled_model_path
 from eval_protocol_rft.loop._local_trainer import LocalTrainer
@@ -110,6 +111,22 @@ def test_flash_attention_needs_a_gpu_bfloat16_and_its_package(gpus) -> None:
 def test_a_device_is_checked_before_anything_is_loaded(device: str) -> None:
     with pytest.raises(ValueError, match="device must be auto, cpu, cuda"):
         Placement(device=device)
+
+
+def test_deterministic_is_what_torch_has_for_it(monkeypatch) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    path = bundled_model_path("arithmetic")
+    said: list[str] = []
+    try:
+        load_model(path, placement=Placement(device="cpu", deterministic=True), say=said.append)
+        assert torch.are_deterministic_algorithms_enabled()
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        assert torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction is False
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = True
+    assert said == ["arithmetic: cpu, float32, deterministic"]
 
 
 def bfloat16_model():

@@ -84,7 +84,7 @@ def check_placement(placement: Placement, *, here: bool, there: str) -> None:
         there: what runs it otherwise.
     """
     if placement != Placement() and not here:
-        options = "--device, --dtype and --attention"
+        options = "--device, --dtype, --attention and --deterministic"
         fail(f"{options} are of a model in this process: {there} has its own")
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import os
 import re
 import weakref
 from collections.abc import Callable, Iterator
@@ -47,6 +48,11 @@ class Placement:
         Literal["sdpa", "eager", "flash_attention_2"] | None, _PLACE(unset="the model's own")
     ] = None
     """How it computes attention."""
+    deterministic: Annotated[bool, _PLACE()] = False
+    """On a GPU, the same bits for the same batches, at some speed.
+
+    For the whole process: torch's deterministic algorithms where it has them (it warns of others),
+    and no split sums in matrix products of bfloat16."""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
@@ -57,7 +63,8 @@ class Placement:
 
     def __str__(self) -> str:
         attention = f", {self.attention} attention" if self.attention else ""
-        return f"{self.device}, {self.dtype}{attention}"
+        repeatable = ", deterministic" if self.deterministic else ""
+        return f"{self.device}, {self.dtype}{attention}{repeatable}"
 
     def chosen(self, weights_dtype: torch.dtype | str | None = None) -> Placement:
         """The same with a device and a dtype in the place of `auto`.
@@ -149,6 +156,8 @@ def load_model(
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
         place = (placement or Placement()).chosen(getattr(config, "dtype", None))
         say(f"{Path(name).name}: {place}")
+        if place.deterministic:
+            _be_deterministic()
         with no_loading_bar():
             model = AutoModelForCausalLM.from_pretrained(
                 name,
@@ -174,6 +183,19 @@ def load_tokenizer_of(name: str | Path, *, trust_remote_code: bool) -> PreTraine
         return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise RefusedError(f"cannot load the local model {str(name)!r}: {error}") from error
+
+
+def _be_deterministic() -> None:
+    import torch
+
+    # Read when the first matrix product runs on a GPU; without it those may differ from run to run.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    products: Any = torch.backends.cuda.matmul
+    try:
+        products.allow_bf16_reduced_precision_reduction = (False, False)  # nor split along K
+    except (TypeError, RuntimeError):  # an older torch has one flag for both
+        products.allow_bf16_reduced_precision_reduction = False
 
 
 def placement_of(model: torch.nn.Module) -> str:

@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import copy
 import pickle
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -24,6 +24,7 @@ from eval_protocol_rft.local import no_loading_bar, spare_threads, with_float32_
 from eval_protocol_rft.loop import _trainer as trainer
 from eval_protocol_rft.loop._lora import add_lora, merged_names, merged_weights
 from eval_protocol_rft.loop._metrics import reduce_metrics
+from eval_protocol_rft.loop._optimizer import Masters, adamw, recompute_layers
 from eval_protocol_rft.loop._run_options import LoraSettings, Optimizer
 from eval_protocol_rft.loop._trainer import ForwardBackward, LossFunction, NamedLoss, TrainerError
 from eval_protocol_rft.training import FloatArray, TrainingDatum, losses
@@ -47,14 +48,15 @@ class LocalTrainer:
         sink: where `publish` sends weights.
         temperature: the one that completions were sampled with.
         lora: train adapters instead of all parameters.
-        optimizer: AdamW's settings; only matrices decay.
+        optimizer: AdamW's settings, and what a pass may take.
         keep_reference: hold a frozen copy of `model`, for a penalty on the distance to it. With
             LoRA it costs nothing and is always there.
         entropies: measure the policy's entropy with every pass.
         in_place: train `model` itself, which nobody samples from, and not a copy.
 
     Raises:
-        TrainerError: the model is in float16, whose range gradients leave.
+        TrainerError: the model is in float16, whose range gradients leave; a package is missing;
+            gradient checkpointing is not known of this model.
     """
 
     def __init__(
@@ -77,13 +79,9 @@ class LocalTrainer:
         self._module: torch.nn.Module = self._base if lora is None else add_lora(self._base, lora)
         self._lora = lora
         self._masters = Masters(self._module)
-        self._optimizer = torch.optim.AdamW(
-            _decaying(self._masters.weights.values(), adam.weight_decay),
-            lr=0.0,
-            betas=(adam.beta1, adam.beta2),
-            eps=adam.eps,
-            foreach=False,
-        )
+        self._optimizer = adamw(self._masters.weights.values(), adam)
+        if adam.gradient_checkpointing:
+            recompute_layers(self._base)
         self._max_grad_norm = adam.max_grad_norm or float("inf")
         self._microbatch_tokens = adam.microbatch_tokens
         self._entropies = entropies
@@ -326,54 +324,6 @@ def _width(bundle: Sequence[TrainingDatum]) -> int:
     return prompt + sum(len(datum) - prompt for datum in bundle)
 
 
-class Masters:
-    """The trainable weights of a module, in float32: gradients gather in them and the optimiser
-    changes them. Weights in half precision are these, rounded: a step of a millionth of a weight,
-    which bfloat16 cannot hold (its steps are a 256th), is not lost.
-
-    A weight that is in float32 is its own master. Of others the gradient leaves with every backward
-    pass: there is none in half precision, in which those of several passes would not add up.
-
-    Raises:
-        TrainerError: weights are in float16.
-    """
-
-    def __init__(self, module: torch.nn.Module) -> None:
-        self._rounded: list[tuple[Tensor, Tensor]] = []
-        self.weights: dict[str, Tensor] = {}
-        """By the names of the module's parameters."""
-        for name, parameter in module.named_parameters():
-            if parameter.requires_grad:
-                self.weights[name] = self._master_of(name, parameter)
-
-    def _master_of(self, name: str, parameter: Any) -> Tensor:
-        if parameter.dtype == torch.float16:
-            raise TrainerError(
-                f"{name} is in float16, whose range gradients leave: train in bfloat16 or float32"
-            )
-        if parameter.dtype != torch.bfloat16:
-            return parameter  # type: ignore[no-any-return]
-        master: Tensor = parameter.detach().float().requires_grad_()
-
-        def gather(parameter: Tensor) -> None:
-            gradient, parameter.grad = parameter.grad, None
-            if gradient is not None:
-                if master.grad is None:
-                    master.grad = gradient.float()
-                else:
-                    master.grad += gradient
-
-        parameter.register_post_accumulate_grad_hook(gather)
-        self._rounded.append((parameter, master))
-        return master
-
-    @torch.no_grad()
-    def write(self) -> None:
-        """Give the module the weights that these have become."""
-        for parameter, master in self._rounded:
-            parameter.copy_(master)
-
-
 def _frozen(model: PreTrainedModel, *, copied: bool = True) -> PreTrainedModel:
     """A copy that nothing trains."""
     frozen: Any = copy.deepcopy(model) if copied else model
@@ -386,15 +336,6 @@ def _objective(loss: NamedLoss | LossFunction) -> Callable[..., tuple[Tensor, di
     return losses.make_loss(
         loss.loss_fn, loss.config, correction=loss.correction, kl_beta=loss.kl_beta
     )
-
-
-def _decaying(weights: Iterable[Tensor], weight_decay: float) -> list[dict[str, object]]:
-    """Norms and biases are not pulled to zero."""
-    parameters = list(weights)
-    return [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
 
 
 @contextlib.contextmanager

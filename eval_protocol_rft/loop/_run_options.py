@@ -31,7 +31,8 @@ class SetupError(EvalProtocolRftError, ValueError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Optimizer:
-    """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101), wherever it runs."""
+    """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101), wherever it runs; and what a step in
+    this process may take."""
 
     beta1: Annotated[float, Ge(0), Lt(1)] = 0.9
     beta2: Annotated[float, Ge(0), Lt(1), HOW()] = 0.99
@@ -41,8 +42,12 @@ class Optimizer:
     """Of AdamW, on matrices."""
     max_grad_norm: Annotated[float | None, Ge(0), HOW()] = 1.0
     """Longer gradients are cut; 0: never."""
-    microbatch_tokens: Annotated[int, Ge(1)] = 16384
+    microbatch_tokens: Annotated[int, Ge(1), HOW()] = 16384
     """Most tokens, padding included, of one forward pass in this process."""
+    gradient_checkpointing: Annotated[bool, HOW()] = False
+    """Keep less of the forward pass in this process, and compute layers again: a third slower."""
+    variant: Annotated[Literal["adamw", "adamw_8bit"], HOW("--optimizer", only=True)] = "adamw"
+    """In this process; adamw_8bit keeps its state in a quarter of the memory (extra `8bit`)."""
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -51,7 +56,15 @@ class Optimizer:
         """As a run's settings have them."""
         values = asdict(self)
         betas = (values.pop("beta1"), values.pop("beta2"))
+        del values["gradient_checkpointing"]
         return {"betas": betas, **values, "max_grad_norm": self.max_grad_norm or None}
+
+    @property
+    def is_for_this_process(self) -> bool:
+        """Whether it says anything that a trainer elsewhere decides by itself."""
+        usual = Optimizer()
+        here = ("microbatch_tokens", "gradient_checkpointing", "variant")
+        return any(getattr(self, name) != getattr(usual, name) for name in here)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -242,9 +242,16 @@ class FireworksParts:
         """Start what there is not, and connect.
 
         Raises:
-            SetupError: the test samples a model of this process, or keeps no tokens.
+            SetupError: the test samples a model of this process, or keeps no tokens; the optimizer
+                says what the service decides.
             TrainerError: as for `connect`.
         """
+        if self.optimizer.is_for_this_process:
+            raise SetupError(
+                "microbatch_tokens, gradient_checkpointing and variant of the optimizer "
+                "(--microbatch-tokens, --gradient-checkpointing, --optimizer) are for training in "
+                "this process: Fireworks decides them by its training shape"
+            )
         request = rollout.parse_completion_params(params)
         if request.endpoint is None:
             raise SetupError(

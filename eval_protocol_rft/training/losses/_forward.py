@@ -12,7 +12,7 @@ stand before it in its datum. Shapes: D datums, B rows of W columns, M sampled t
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -227,7 +227,7 @@ def can_share_prompts(model: torch.nn.Module) -> bool:
         and not by_column
         and kinds <= {"full_attention"}
         and getattr(text, "_attn_implementation", None) in ("sdpa", "eager")
-        and "position_ids" in inspect.signature(model.forward).parameters
+        and "position_ids" in _arguments(model)
     )
 
 
@@ -236,8 +236,12 @@ def _logits(model: torch.nn.Module, layout: Layout, device: torch.device) -> Ten
     # Where all rows begin with unsampled tokens (a prompt), their logits are not even computed.
     first = layout.first_column
     options: dict[str, Any] = {}
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+    taken = _arguments(model)
+    if "logits_to_keep" in taken:
         options["logits_to_keep"] = layout.input_ids.shape[1] - first
+    if "use_cache" in taken:
+        # Keys and values for a next token that never comes.
+        options["use_cache"] = False
     if layout.positions is not None:
         options["position_ids"] = torch.from_numpy(layout.positions).to(device)
         seen = torch.from_numpy(layout.attended).to(device)
@@ -253,6 +257,13 @@ def _logits(model: torch.nn.Module, layout: Layout, device: torch.device) -> Ten
     skipped = layout.input_ids.shape[1] - logits.shape[1]
     rows, columns = torch.from_numpy(layout.rows), torch.from_numpy(layout.columns - skipped)
     return logits[rows.to(device), columns.to(device)]
+
+
+def _arguments(model: torch.nn.Module) -> Collection[str]:
+    """What the model's forward takes by name; of one with adapters (peft), whose own takes all that
+    the model within takes."""
+    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    return inspect.signature(inner.forward).parameters
 
 
 def _logprobs(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from eval_protocol_rft.local import spare_threads
-from eval_protocol_rft.loop._local_trainer import Masters
 from eval_protocol_rft.loop._lora import add_lora, merged_weights, seeded
+from eval_protocol_rft.loop._optimizer import Masters
 from eval_protocol_rft.loop._run_options import LoraSettings
 from eval_protocol_rft.loop.service._errors import Code, ServiceError
 from eval_protocol_rft.loop.service.training._wire_losses import Example, WireLoss
