@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eval_protocol_rft.sampling._event_stream import parse_stream
+from eval_protocol_rft.sampling import _event_stream
+from eval_protocol_rft.sampling._event_stream import EventStream
 from eval_protocol_rft.sampling._exactness import decode_reply, decode_stream
-from eval_protocol_rft.sampling._replies import Choice
+from eval_protocol_rft.sampling._replies import Choice, Reply
 from eval_protocol_rft.sampling._types import ContractError, SamplingParams, TokenIds
 from tests.hostile.replies import DONE, chunks_of, dumps, event, truth_of, whole_reply
 
@@ -24,6 +26,12 @@ SILENT = (
     b"event: ping\ndata: {}\n\n",
     b'data: {"type": "ping"}\n\n',
 )
+
+
+def parse_stream(body: bytes) -> tuple[Reply, dict[int, list[str]]]:
+    stream = EventStream()
+    stream.feed(body)
+    return stream.reply()
 
 
 def reply_of(dialect: Any, seed: int, index: int = 0) -> dict[str, Any]:
@@ -62,6 +70,41 @@ def test_two_choices_between_each_other_and_among_silent_events(
             stream.append(data.draw(st.sampled_from(SILENT)))
     body = b"".join([*stream, DONE]).replace(b"\n", line_end)
     assert decode_stream(body, PROMPT, PARAMS, n=2) == expected
+
+
+@pytest.mark.parametrize("batch", [1, 300])
+@given(st.integers(0, 9999), st.sampled_from([b"\n", b"\r\n", b"\r"]))
+@settings(max_examples=30)
+def test_how_the_bytes_arrive_makes_no_difference(batch: int, seed: int, line_end: bytes) -> None:
+    rng = random.Random(seed)
+    body = b"".join([SILENT[0], *events_of(reply_of("fireworks", 7)), SILENT[4], DONE])
+    body = body.replace(b"\n", line_end)
+    [expected] = decode_stream(body, PROMPT, PARAMS)
+    stream, at, done = EventStream(), 0, False
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_event_stream, "BATCH_BYTES", batch)
+        while at < len(body):
+            assert not done
+            size = rng.choice([1, 2, 3, 50, 400])
+            done = stream.feed(body[at : at + size])
+            at += size
+    assert done
+    assert stream.size == len(body)
+    assert decode_stream(stream, PROMPT, PARAMS) == [expected]
+
+
+def test_a_long_stream_is_read_while_it_arrives() -> None:
+    """Neither its bytes nor an object per event wait for the end."""
+    token = {"index": 0, "text": "a", "token_ids": [7], "logprobs": {"token_logprobs": [-0.5]}}
+    one, stream, most = event({"model": "m", "choices": [token]}), EventStream(), 0
+    for _ in range(2000):
+        stream.feed(one)
+        most = max(most, len(stream._unread))
+    assert most < _event_stream.BATCH_BYTES + len(one)
+    stream.feed(event({"choices": [{"index": 0, "finish_reason": "length"}]}) + DONE)
+    [completion] = decode_stream(stream, PROMPT, SamplingParams(model="m", max_tokens=2000))
+    assert completion.token_ids == [7] * 2000
+    assert completion.logprobs == [-0.5] * 2000
 
 
 @given(st.integers(0, 50), st.data())

@@ -21,7 +21,7 @@ from typing import Any
 import msgspec
 
 from eval_protocol_rft.sampling import _replies, _types
-from eval_protocol_rft.sampling._event_stream import parse_stream
+from eval_protocol_rft.sampling._event_stream import EventStream
 from eval_protocol_rft.sampling._replies import ABSENT, Choice, Logprobs, Reply
 from eval_protocol_rft.sampling._types import Completion, ContractError, SamplingParams, TokenIds
 
@@ -61,16 +61,19 @@ def decode_reply(
 
 
 def decode_stream(
-    body: bytes,
+    stream: EventStream | bytes,
     prompt: TokenIds,
     params: SamplingParams,
     *,
     n: int = 1,
     request_id: str | None = None,
 ) -> list[Completion]:
-    """The same for a whole server-sent event stream. A stream that ends without `[DONE]` is cut
-    off, never a completion."""
-    reply, models = parse_stream(body)
+    """The same for an event stream that has arrived. One that ends without `[DONE]` is cut off,
+    never a completion."""
+    if isinstance(stream, bytes):
+        body, stream = stream, EventStream()
+        stream.feed(body)
+    reply, models = stream.reply()
     reply.id = request_id or reply.id
     return _decode(reply, prompt, params, n, models)
 
@@ -82,7 +85,7 @@ def _decode(
     n: int,
     models: Mapping[int, Sequence[str]] = _NO_MODELS,
 ) -> list[Completion]:
-    """`models`: choice index -> the models that its tokens' events name, see `parse_stream`."""
+    """`models`: choice index -> the models that its events name, see `EventStream.reply`."""
     if reply.object not in (None, "text_completion"):
         raise ContractError(f"object is {reply.object!r}, expected 'text_completion'")
     choices = sorted(reply.choices, key=attrgetter("index"))
@@ -303,7 +306,7 @@ def _check_usage(
 
 
 def _all_null(values: Sequence[float | None]) -> bool:
-    return values.count(None) == len(values)
+    return list(values) == [None] * len(values)
 
 
 def _complete(name: str, values: Sequence[float | None]) -> list[float]:

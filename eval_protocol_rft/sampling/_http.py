@@ -29,7 +29,7 @@ from eval_protocol_rft._text import well_formed
 from eval_protocol_rft.sampling import _endpoint, _types
 from eval_protocol_rft.sampling._clock import Deadline
 from eval_protocol_rft.sampling._endpoint import Endpoint
-from eval_protocol_rft.sampling._event_stream import is_done
+from eval_protocol_rft.sampling._event_stream import EventStream
 from eval_protocol_rft.sampling._exactness import decode_reply, decode_stream
 from eval_protocol_rft.sampling._limits import RunStoppedError
 from eval_protocol_rft.sampling._replies import short, status_error
@@ -162,33 +162,32 @@ async def read_body(response: aiohttp.ClientResponse, *, limit: int) -> bytes:
     return b"".join(parts)
 
 
-async def read_stream(response: aiohttp.ClientResponse, *, limit: int) -> bytes:
+async def read_stream(response: aiohttp.ClientResponse, *, limit: int) -> EventStream:
     """A whole event stream, up to its `[DONE]`, or what arrived before it ended otherwise.
 
     Raises:
         SamplingError: of kind `timeout`, it had begun, and then nothing came for `STALL_SECONDS`.
-        ContractError: it is longer than `limit` bytes.
+        ContractError: it is longer than `limit` bytes, or no event stream.
         aiohttp.ClientError, OSError, TimeoutError: it broke off.
     """
-    body = bytearray()
+    stream = EventStream()
     # Before the first event the request may be waiting in the server's queue.
     silence = Deadline(None)
     try:
         async with silence:
             while chunk := await response.content.readany():
-                body += chunk
-                if len(body) > limit:
+                if stream.size + len(chunk) > limit:
                     raise _too_long(limit)
-                if is_done(body, len(chunk)):
+                if stream.feed(chunk):
                     break
                 silence.restart(STALL_SECONDS)
     except TimeoutError:
         if not silence.expired():
             raise
         raise SamplingError(
-            f"the stream stalled for {STALL_SECONDS:g} s after {len(body)} bytes", kind="timeout"
+            f"the stream stalled for {STALL_SECONDS:g} s after {stream.size} bytes", kind="timeout"
         ) from None
-    return bytes(body)
+    return stream
 
 
 async def read_to_the_end(response: aiohttp.ClientResponse) -> None:
@@ -292,7 +291,7 @@ class HttpSampler:
                 if response.status != 200:
                     body = await read_body(response, limit=ERROR_BYTES)
                 elif streamed:
-                    body = await read_stream(response, limit=reply_limit(prompt, params))
+                    stream = await read_stream(response, limit=reply_limit(prompt, params))
                     # The reply is there: what is left concerns its connection alone.
                     limit.stop()
                     await read_to_the_end(response)
@@ -319,9 +318,13 @@ class HttpSampler:
             raise status_error(
                 response.status, text.encode(), response.headers, now=datetime.now(UTC)
             )
-        decode = decode_stream if streamed else decode_reply
+        request_id = _request_id(response)
         try:
-            [completion] = decode(body, prompt, params, request_id=_request_id(response))
+            [completion] = (
+                decode_stream(stream, prompt, params, request_id=request_id)
+                if streamed
+                else decode_reply(body, prompt, params, request_id=request_id)
+            )
         except ContractError:
             # It may be the reply to another request: then ours is still to come over this
             # connection, and whoever asked next would take it for theirs.
