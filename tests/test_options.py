@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from eval_protocol_rft import data, doctor, loop, report, sampling, training
 from eval_protocol_rft._options import check_options
 from eval_protocol_rft.cli import COMMANDS, app
+from eval_protocol_rft.cli._bulk_script import FLAGS
 from eval_protocol_rft.local import Placement
 from scripts.options_page import PAGE, page
 from tests.data.servers import ep_rft
@@ -99,6 +100,7 @@ def test_every_command_in_the_documentation_takes_its_flags(document: Path) -> N
         if command not in COMMANDS:
             continue
         known = {name for flag in flags(command).values() for name in flag.names} | {"--help"}
+        known |= set(FLAGS) if command == "generate" else set()
         typed = set(
             re.findall(r"(?<=\s)(--?[a-z][-\w]*)", rest.partition(" | ")[0].partition("# ")[0])
         )

@@ -160,6 +160,13 @@ def test_a_reply_has_every_field_of_fireworks_shape(client):
     }
 
 
+def test_tokens_are_written_as_ids_where_that_is_asked(client):
+    reply = ask(client, logprobs=True, return_tokens_as_token_ids=True, max_tokens=8).json()
+    content = reply["choices"][0]["logprobs"]["content"]
+    assert [token["token"] for token in content] == [f"token_id:{t['token_id']}" for t in content]
+    assert content
+
+
 def test_what_was_not_asked_for_is_not_in_the_reply(client):
     choice = ask(client).json()["choices"][0]
     assert choice == {"index": 0, "text": "4", "finish_reason": "stop", "logprobs": None}

@@ -16,6 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from eval_protocol_rft._text import visible_lines
+from eval_protocol_rft.cli._bulk_script import in_our_flags
 from eval_protocol_rft.cli._common import fail, open_closed_streams, say
 from eval_protocol_rft.cli._flags import for_typer, help_text
 from eval_protocol_rft.cli._inspection import report, show, sql, stats
@@ -57,6 +58,7 @@ class _Commands(TyperGroup):
         if name in COMMANDS:
             try:
                 command = _with_flags(COMMANDS[name])
+                rest = in_our_flags(rest) if name == generate.__name__ else rest
             except KeyboardInterrupt:
                 fail("stopped", code=130)
         return name, command, rest

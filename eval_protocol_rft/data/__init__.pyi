@@ -18,6 +18,7 @@ from ._stats import rollout_stats as rollout_stats
 
 # For other rooms alone: these may change.
 # isort: split
+from ._column_roles import messages_in as messages_in
 from ._convert_ep import read_rows as read_rows
 from ._episodes import checked_episode as checked_episode
 from ._files import output_path as output_path
@@ -38,7 +39,6 @@ from ._progress import Reporter as Reporter
 from ._progress import Waiting as Waiting
 from ._progress import reporter as reporter
 from ._progress import waits as waits
-from ._questions import messages_in as messages_in
 from ._sql import plain_rows as plain_rows
 from ._sql import run_query as run_query
 from ._stats import PromptStats as PromptStats

@@ -23,12 +23,14 @@ from annotated_types import Ge
 from eval_protocol_rft import sampling
 from eval_protocol_rft._options import Flag, check_arguments
 from eval_protocol_rft.data import _files as files
+from eval_protocol_rft.data._column_roles import PROMPT_COLUMNS
+from eval_protocol_rft.data._context import context_length, tell_what_does_not_fit
 from eval_protocol_rft.data._files import JobError
 from eval_protocol_rft.data._format import CompletionRow
 from eval_protocol_rft.data._generate_output import Output, OutputJob, find_job
 from eval_protocol_rft.data._job_store import parts_folder
 from eval_protocol_rft.data._progress import repeating, reporter
-from eval_protocol_rft.data._questions import PROMPT_COLUMNS, Questions
+from eval_protocol_rft.data._questions import Questions
 from eval_protocol_rft.data._sampling_run import RaySampler, RunCounts, SamplingRun
 from eval_protocol_rft.data.source._opening import aopen_source
 from eval_protocol_rft.data.source._urls import PathOrGlob
@@ -284,6 +286,7 @@ async def agenerate(
                 retry_failed=retry_failed,
                 prices=prices,
                 progress=progress,
+                context=await context_length(chosen, output_job.request),
             )
     finally:
         if remote is not None:
@@ -299,8 +302,9 @@ async def _run(
     retry_failed: bool,
     prices: Prices | None,
     progress: bool | None,
+    context: int | None,
 ) -> GenerateSummary:
-    """Sample what is missing, and finish the file."""
+    """Sample what is missing, and finish the file. `context`: the model's, where it is known."""
     counts = RunCounts()
     attempts = RunSummary(prices=prices)
     began = time.perf_counter()
@@ -308,7 +312,12 @@ async def _run(
         total, before = job.total, output.done.done + output.done.failed
         if retry_failed:
             before = output.done.done
+        missing = functools.partial(output.done.missing, retry_failed=retry_failed)
         warned = _warn_of_room(output)
+        if before < total and job.episodes is None:
+            await tell_what_does_not_fit(
+                job.questions, missing, job.tokenizer, job.request, context
+            )
         opening = _opening(output, total - before) if before < total else ""
         with reporter("generate", total, done=before, show=progress, opening=opening) as bar:
 
@@ -325,11 +334,12 @@ async def _run(
             if before < total and job.episodes is None:
                 output.warn_of_other_prompts()
             prompts = job.questions.prompts(
-                functools.partial(output.done.missing, retry_failed=retry_failed),
+                missing,
                 job.tokenizer,
                 job.request,
                 name=job.data_name,
                 rendered=job.episodes is None,
+                context=context,
             )
             run = make_run(
                 store=output.store,

@@ -10,25 +10,25 @@ on.
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from eval_protocol_rft import rollout
+from eval_protocol_rft.data._column_roles import (
+    SourceKind,
+    check_prompt,
+    messages_in,
+    prompt_column,
+    tools_in,
+    without_absent,
+)
 from eval_protocol_rft.data._format import CompletionRow, DataSettings, PromptKind
 from eval_protocol_rft.data._sampling_run import Prompt
-from eval_protocol_rft.data.source._columns import (
-    Source,
-    SourceRow,
-    listed_columns,
-    type_name,
-    without_nulls,
-)
+from eval_protocol_rft.data.source._columns import Source, SourceRow
 from eval_protocol_rft.data.source._urls import SourceError
 from eval_protocol_rft.local import LoadedTokenizer
 from eval_protocol_rft.rollout import PROMPT_IDS_KEY, PromptError, RolloutRequest, text_of
@@ -37,8 +37,6 @@ from eval_protocol_rft.sampling import TokenIds, derive_seeds
 logger = logging.getLogger(__name__)
 
 _TRIED_ROWS = 16
-SourceKind = Literal["text", "messages", "ids"]
-"""What a data set has in its prompt column."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +158,24 @@ class Questions:
                     changed.append(row.data_idx)
         return changed
 
+    def lengths(
+        self,
+        missing: Callable[[int], list[int]],
+        tokenizer: LoadedTokenizer,
+        request: RolloutRequest,
+        least: int,
+    ) -> Iterator[tuple[str, int | None]]:
+        """(place, tokens) of the prompts of which completions are missing; None of those that are
+        too short to have `least`, which are not rendered for it, or cannot be rendered."""
+        for row in self.rows():
+            if not missing(row.data_idx):
+                continue
+            length = None
+            if _most_tokens(row.values[self.data.prompt_key], self._tools(row)) >= least:
+                ids = self._render(row, tokenizer, request)
+                length = None if isinstance(ids, PromptError) else len(ids)
+            yield row.where, length
+
     def prompts(
         self,
         missing: Callable[[int], list[int]],
@@ -168,9 +184,11 @@ class Questions:
         *,
         name: str,
         rendered: bool,
+        context: int | None = None,
     ) -> Iterator[Prompt]:
         """The rows of which completions are missing, by their `data_idx`, rendered one by one if
-        they are to be; `name` goes into their `row_id`.
+        they are to be; `name` goes into their `row_id`. `max_tokens` is at most what `context`, if
+        it is known, leaves; a prompt that it does not hold is an error.
 
         Raises:
             SourceError: a file of the data set has changed meanwhile.
@@ -183,10 +201,12 @@ class Questions:
             # Without messages where they are none that the file could hold.
             asked: Any = "" if self.kind == "ids" else []
             ids: TokenIds | PromptError | None = None
+            most = params.max_tokens
             try:
                 asked = self._prompt(row, tokenizer)
                 if rendered:
                     ids = self._ids(row, asked, tokenizer, request)
+                    most = _room(len(ids), most, context)
             except PromptError as error:
                 ids = PromptError(f"{row.where}: {error}")
             shared = CompletionRow(
@@ -200,7 +220,7 @@ class Questions:
                 temperature=params.temperature,
                 top_p=params.top_p,
                 top_k=params.top_k,
-                max_tokens=params.max_tokens,
+                max_tokens=most,
                 original=row.values,
             )
             seeds = derive_seeds(request.seed, str(row.data_idx), request.n)
@@ -256,6 +276,33 @@ class Questions:
         return rollout.render_request(messages, self._tools(row), tokenizer, request)
 
 
+_AROUND = 1024
+"""Tokens that a chat template may put around a conversation."""
+
+
+def _most_tokens(asked: Any, tools: Any) -> int:
+    """No prompt of this has more tokens: one is a byte at least."""
+    if isinstance(asked, list) and not (asked and isinstance(asked[0], dict)):
+        return len(asked)
+    return len(f"{asked}{tools or ''}".encode(errors="replace")) + _AROUND
+
+
+def _room(prompt_tokens: int, max_tokens: int | None, context: int | None) -> int | None:
+    """`max_tokens`, or what the context leaves.
+
+    Raises:
+        PromptError: it leaves nothing.
+    """
+    if context is None:
+        return max_tokens
+    if prompt_tokens >= context:
+        raise PromptError(
+            f"the prompt has {prompt_tokens} tokens, and the model's context of {context} must "
+            "hold at least one more"
+        )
+    return None if max_tokens is None else min(max_tokens, context - prompt_tokens)
+
+
 def _check_parts(row: SourceRow, key: str) -> None:
     """Images and sounds are refused here: asked row by row, they would come up after much was paid
     for."""
@@ -278,158 +325,3 @@ def _tools(source: Source, row: SourceRow, key: str | None) -> list[dict[str, An
 def _value(source: Source, row: SourceRow, key: str) -> Any:
     (column,) = (column for column in source.columns if column.name == key)
     return without_absent(row.values[key], column.type)
-
-
-PROMPT_COLUMNS = (
-    PROMPT_IDS_KEY,
-    "prompt",
-    "messages",
-    "question",
-    "problem",
-    "instruction",
-)
-"""What prompt columns are usually called; the first that exists is taken."""
-
-
-def prompt_column(source: Source, key: str | None = None) -> str:
-    """The column that holds the prompt: `key`, or the first of `PROMPT_COLUMNS` that exists.
-
-    Raises:
-        SourceError: there is no such column.
-    """
-    names = [column.name for column in source.columns]
-    if key is not None:
-        if key not in names:
-            raise SourceError(f"{source.name}: no column {key!r}; {listed_columns(names)}")
-        return key
-    for name in PROMPT_COLUMNS:
-        if name in names:
-            return name
-    raise SourceError(
-        f"{source.name}: which column holds the prompt? None is called "
-        f"{', '.join(PROMPT_COLUMNS)}; {listed_columns(names)}. Name it with --prompt-key"
-    )
-
-
-def check_prompt(row: SourceRow, column: str, expected: SourceKind | None) -> SourceKind:
-    """What kind of prompt a row has. A message list written as JSON text is one of messages, unless
-    the rows before have text.
-
-    Args:
-        row: the row.
-        column: the column that holds its prompt.
-        expected: kind of the data set's other prompts; None for the first row.
-
-    Returns:
-        "messages" for a list of objects, each with a `role` and `content` (or, for a call of tools,
-        `tool_calls`); "text" for text; "ids" for a list of token ids, in the column of that name.
-
-    Raises:
-        SourceError: the prompt is empty, of neither kind, or of another kind than `expected`.
-    """
-    prompt = row.values[column]
-    place = f"{row.where}: the prompt in {column!r}"
-    if isinstance(prompt, str) and expected != "text" and column != PROMPT_IDS_KEY:
-        prompt = messages_in(prompt) or prompt
-    kind: SourceKind
-    if column == PROMPT_IDS_KEY:
-        if not isinstance(prompt, list) or not all(type(token) is int for token in prompt):
-            raise SourceError(f"{place} is {type_name(prompt)}, not a list of token ids")
-        kind = "ids"
-    elif isinstance(prompt, str):
-        kind = "text"
-    elif isinstance(prompt, list):
-        kind = "messages"
-    else:
-        raise SourceError(f"{place} is {type_name(prompt)}, not text or a list of messages")
-    if not prompt:
-        raise SourceError(f"{place} is empty")
-    if kind == "messages":
-        for i, message in enumerate(prompt):
-            _check_message(message, f"{place}: message {i}")
-    if expected is not None and kind != expected:
-        raise SourceError(
-            f"{place} is {_NAMES[kind]}, but the rows before have {_NAMES[expected]}: a data set "
-            "must be of one kind"
-        )
-    return kind
-
-
-def messages_in(text: str) -> list[dict[str, Any]] | None:
-    """The messages of a list of them that was written as JSON text; None: it is text."""
-    if not text.lstrip().startswith("["):
-        return None
-    try:
-        values = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    is_chat = values and all(
-        isinstance(value, dict)
-        and isinstance(value.get("role"), str)
-        and ("content" in value or "tool_calls" in value)
-        for value in values
-    )
-    return values if is_chat else None
-
-
-def without_absent(value: Any, type_: pa.DataType) -> Any:
-    """A value of an Arrow column without the keys that other rows have. A struct has the fields of
-    all rows, so a key that a row lacks reads as a null; a null that was meant reads the same, and
-    in a message or a schema says as much as no key.
-
-    Args:
-        type_: of the column. What is not nested (JSON's columns are text) stays as it is.
-    """
-    return without_nulls(value) if pa.types.is_nested(type_) else value
-
-
-def tools_in(value: Any, place: str) -> list[dict[str, Any]] | None:
-    """The tools of a row, in the chat API's form: a list of objects, or JSON text of the list or of
-    each of them. None where there are none.
-
-    Raises:
-        SourceError: it is something else; the message begins with `place`.
-    """
-    value = _decoded(value, place)
-    tools = [_decoded(tool, place) for tool in value] if isinstance(value, list) else value
-    if not tools:
-        return None
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise SourceError(f"{place} {_TOOLS}")
-    return tools
-
-
-def _decoded(value: Any, place: str) -> Any:
-    if not isinstance(value, str) or not value.strip():
-        return value or None
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError) as error:
-        raise SourceError(f"{place} {_TOOLS}; its text is no JSON: {error}") from error
-
-
-_TOOLS = "must be a list of tools, objects of the chat API, or the JSON text of one"
-
-_NAMES: dict[SourceKind, str] = {
-    "text": "text",
-    "messages": "a list of messages",
-    "ids": "a list of token ids",
-}
-
-
-def _check_message(message: Any, place: str) -> None:
-    if not isinstance(message, dict):
-        raise SourceError(f"{place} is {type_name(message)}, not an object with role and content")
-    role, content = message.get("role"), message.get("content")
-    if "role" not in message:
-        raise SourceError(f"{place} has no role (its keys: {', '.join(message) or 'none'})")
-    if not isinstance(role, str) or not role:
-        found = "empty" if role == "" else type_name(role)
-        raise SourceError(f"{place} has a role that is {found}, not text like 'user'")
-    if content is None and not message.get("tool_calls"):
-        found = "null as its content" if "content" in message else "no content"
-        raise SourceError(f"{place} has {found}")
-    if content is not None and not isinstance(content, (str, list)):
-        raise SourceError(
-            f"{place} has content that is {type_name(content)}, not text or a list of parts"
-        )

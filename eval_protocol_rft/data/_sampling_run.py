@@ -189,7 +189,8 @@ class SamplingRun:
         elif run_episode is not None:
             await run_episode(row, ask, self._fill)
         elif prompt.ids is not None:
-            outcome = await ask(prompt.ids, self.request.params, seed, lambda: None)
+            params = replace(self.request.params, max_tokens=row.max_tokens)
+            outcome = await ask(prompt.ids, params, seed, lambda: None)
             self._fill(row, outcome, prompt.ids)
         self._finished.put_nowait(row)
 

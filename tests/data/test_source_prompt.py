@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from eval_protocol_rft.data._questions import check_prompt, prompt_column
+from eval_protocol_rft.data._column_roles import check_prompt, prompt_column
 from eval_protocol_rft.data.source._columns import Source, SourceRow
 from eval_protocol_rft.data.source._opening import open_source
 from eval_protocol_rft.data.source._urls import SourceError

@@ -157,6 +157,8 @@ class CompletionRequest(msgspec.Struct, frozen=True, kw_only=True):
     logprobs: bool | Annotated[int, Meta(ge=0, le=5)] | None = None
     """True: `content[]`. An integer: the legacy format, holding the sampled token alone."""
     return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+    """vLLM's: tokens of `logprobs` are written as `token_id:7`, not as their text."""
     raw_output: bool | None = None
     perf_metrics_in_response: bool | None = None
     stream: bool | None = None

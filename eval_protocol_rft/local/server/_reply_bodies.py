@@ -266,6 +266,8 @@ def _logprobs(request: CompletionRequest, sampled: Sampled, start: int, stop: in
     ids = sampled.completion.token_ids[start:stop]
     raw = _raw_logprobs(sampled)[start:stop]
     tokens, offsets = spelling.tokens[start:stop], spelling.offsets[start:stop]
+    if request.return_tokens_as_token_ids:
+        tokens = [f"token_id:{token}" for token in ids]
     if request.logprobs is not True:
         return {
             "tokens": tokens,
