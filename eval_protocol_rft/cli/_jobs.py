@@ -21,7 +21,7 @@ from eval_protocol_rft._durable import NO_ROOM
 from eval_protocol_rft._options import Flag
 from eval_protocol_rft.cli._common import Input, check_placement, fail, rollout_file, say
 from eval_protocol_rft.cli._flags import Takes
-from eval_protocol_rft.local import Placement
+from eval_protocol_rft.local import Placement, engine
 
 if TYPE_CHECKING:
     from eval_protocol_rft.data import GenerateSummary, ScoreSummary
@@ -40,6 +40,7 @@ def generate(
     options: Annotated[dict[str, Any], Takes(room.agenerate)],
     limits: Annotated[dict[str, Any], Takes(episodes.EpisodeLimits)],
     placement: Placement,
+    vllm: engine.VllmOptions,
     *,
     output: Annotated[Path, Flag("-o")],
     format: Annotated[  # noqa: A002
@@ -67,6 +68,8 @@ def generate(
       ep-rft generate math.jsonl -o rollouts.parquet -n 8 --prompt-key problem \
         --model Qwen/Qwen3-8B --base-url http://localhost:8000 \
         --where "level >= 3"
+      ep-rft generate math.jsonl -o rollouts.parquet -n 8 --prompt-key problem \
+        --model vllm/Qwen/Qwen3-8B
       ep-rft generate easy.jsonl.gz 'shards/*.jsonl' -o rollouts.parquet \
         --model local/arithmetic
       ep-rft generate starts.jsonl -o episodes.parquet -n 8 \
@@ -90,6 +93,7 @@ def generate(
             limits=limits or None,
             placement=placement,
             say=lambda text: say(f"ep-rft: {text}", err=True),
+            vllm=vllm,
             **options,
         )
     except OSError as error:

@@ -35,6 +35,7 @@ from eval_protocol_rft.data._sampling_run import RaySampler, RunCounts, Sampling
 from eval_protocol_rft.data.source._opening import aopen_source
 from eval_protocol_rft.data.source._urls import PathOrGlob
 from eval_protocol_rft.local import Placement
+from eval_protocol_rft.local.engine import VllmOptions
 from eval_protocol_rft.rollout import Backends, parse_completion_params
 from eval_protocol_rft.sampling import Prices, RetryPolicy, RunSummary, Sampler
 from eval_protocol_rft.scoring.executors import RAY_ADDRESS, Engine, check_engine
@@ -115,6 +116,7 @@ async def agenerate(
     placement: Placement | None = None,
     engine: Annotated[Engine, _RUN()] = "local",
     ray_address: Annotated[str | None, _RUN(unset=RAY_ADDRESS)] = None,
+    vllm: VllmOptions | None = None,
     prices: Prices | None = None,
     progress: bool | None = None,
     say: Callable[[str], None] = lambda line: None,
@@ -150,6 +152,7 @@ async def agenerate(
         placement: device and dtype of a `local/...` model, see `local.Placement`.
         engine: with ray, sample on every node of a Ray cluster; they share `concurrency`.
         ray_address: HOST:PORT of the cluster, or auto.
+        vllm: options of the engine of a model `vllm/...`.
         prices: of the model, for the cost in `GenerateSummary.attempts`.
         progress: show a bar; None: where stderr is a terminal.
         say: told where a `local/...` model will lie, when it is loaded.
@@ -207,12 +210,19 @@ async def agenerate(
             "episode renders its turns from messages: name a column of text or messages with "
             "--prompt-key"
         )
+    if engine == "ray" and request.needs_engine:
+        raise JobError(
+            f"{request.params.model}: an engine is started on this machine, for this process. For "
+            "a cluster serve the model with vLLM there, and name it as that does, with --base-url"
+        )
     backends = Backends(
         tokenizer=tokenizer,
         sampler=sampler,
         trust_remote_code=trust_remote_code,
         placement=placement,
         say=say,
+        vllm=vllm,
+        progress=progress,
     )
     clients: dict[sampling.Endpoint, sampling.HttpSampler] = {}
     remote: RaySampler | None = None
@@ -221,6 +231,7 @@ async def agenerate(
         # A service is there, or its address is wrong; servers of one's own may still be loading.
         await sampling.reach(endpoint)
     try:
+        request = await backends.placed(request)
         chosen, own_tokenizer = await backends.resolve(request, clients)
         if episodes_job is None:
             questions.render_first(own_tokenizer, request)
@@ -233,7 +244,8 @@ async def agenerate(
             overwrite=overwrite,
             episodes=None if episodes_job is None else episodes_job.settings,
         )
-        if isinstance(chosen, sampling.HttpSampler) and sampling.needs_check(request.params):
+        asks_server = isinstance(chosen, sampling.HttpSampler) and not chosen.knows_logprobs
+        if asks_server and sampling.needs_check(request.params):
             await sampling.check_logprobs_mode(
                 chosen,
                 [

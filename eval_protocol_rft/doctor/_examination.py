@@ -52,6 +52,8 @@ async def aexamine(
         placement=setup.placement,
     )
     try:
+        request = await backends.placed(request)
+        setup = replace(setup, request=request)
         chosen, tokenizer = await backends.resolve(request, clients)
         seed = DEFAULT_SEED if request.seed is None else request.seed
         with reporter("doctor", setup.total, show=progress) as bar:

@@ -19,7 +19,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eval_protocol_rft._errors import EvalProtocolRftError
-from eval_protocol_rft.local.models import LOCAL_PREFIX, NoSuchModelError, local_model_folder
+from eval_protocol_rft.local.models import (
+    LOCAL_PREFIX,
+    VLLM_PREFIX,
+    NoSuchModelError,
+    local_model_folder,
+    vllm_source,
+)
 from eval_protocol_rft.sampling import TOKEN_ID_LIMIT, Completion, SamplingParams
 
 if TYPE_CHECKING:
@@ -305,8 +311,8 @@ _LOADING = threading.Lock()
 def load_tokenizer(
     name: str, *, trust_remote_code: bool = False, patient: bool = True
 ) -> LoadedTokenizer:
-    """Load a tokenizer by folder, hub id, or as `local/...` names models, once per process. Blocks:
-    call it in a thread.
+    """Load a tokenizer by folder, hub id, or as `local/...` and `vllm/...` name models, once per
+    process. Blocks: call it in a thread.
 
     Args:
         patient: try a hub that cannot be reached for as long as its own client does, which is most
@@ -323,7 +329,11 @@ def load_tokenizer(
         if time.monotonic() - failed_at < FAILURE_SECONDS:
             raise TokenizerError(message)
         try:
-            folder = str(local_model_folder(name)) if name.startswith(LOCAL_PREFIX) else name
+            folder = name
+            if name.startswith(LOCAL_PREFIX):
+                folder = str(local_model_folder(name))
+            elif name.startswith(VLLM_PREFIX):
+                folder = vllm_source(name)
             tokenizer = _from_pretrained(folder, trust_remote_code, patient=patient)
             _LOADED[key] = LoadedTokenizer.wrap(tokenizer, name)
         except NoSuchModelError as error:

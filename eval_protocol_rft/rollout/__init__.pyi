@@ -18,8 +18,6 @@ from ._answers import parse_tool_calls as parse_tool_calls
 from ._answers import recorded_answers as recorded_answers
 from ._answers import tool_format as tool_format
 from ._backends import Backends as Backends
-from ._backends import lost_tokenizer as lost_tokenizer
-from ._backends import untold_tokenizer as untold_tokenizer
 from ._commit import ASKED_KEY as ASKED_KEY
 from ._commit import build_record as build_record
 from ._commit import messages_to_answer as messages_to_answer
@@ -52,6 +50,8 @@ from ._prompts import text_of as text_of
 from ._prompts import with_one_call as with_one_call
 from ._remote_rows import GATEWAY_KEY as GATEWAY_KEY
 from ._remote_rows import RemoteRows as RemoteRows
+from ._replaced_params import lost_tokenizer as lost_tokenizer
+from ._replaced_params import untold_tokenizer as untold_tokenizer
 from ._tagged_calls import ToolFormat as ToolFormat
 from ._tagged_calls import read_harmony as read_harmony
 from ._template_reads import fields_read as fields_read

@@ -4,29 +4,21 @@ of Fireworks that is the one which the service names.
 Invariant: HTTP clients belong to one event loop and are cached by endpoint alone; weights and
 tokenizers are loaded once per process, off the loop. No tokenizer is guessed from a name of
 Fireworks: either the service names a model on the Hugging Face hub, for the model itself or for the
-one that it was made of, or there is no answer. A tokenizer that is seen to be lost is refused by
-name; where that cannot be seen, it is told which one is used.
-
-It may get lost with `EP_COMPLETION_PARAMS` (`pytest --ep-completion-params`), a JSON list, with
-which Eval Protocol replaces the completion_params of a test whole where the test is decorated;
-anything else in it is ignored. The test's own are gone then, with the `tokenizer` that they may
-name, and what the replacement names none for is rendered with the tokenizer of the model.
-(`EP_INPUT_PARAMS_JSON` is merged into each set, and loses none.)
+one that it was made of, or there is no answer.
 """
 
 from __future__ import annotations
 
-import ast
 import asyncio
-import inspect
 import json
 import logging
 import os
 import re
-import textwrap
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 from urllib.parse import unquote, urlsplit
+from weakref import WeakKeyDictionary
 
 import aiohttp
 
@@ -39,6 +31,7 @@ from eval_protocol_rft.local import (
     load_tokenizer,
     unknown_marks,
 )
+from eval_protocol_rft.local import engine as engines
 from eval_protocol_rft.local.models import LOCAL_PREFIX
 from eval_protocol_rft.local.server import is_loopback
 from eval_protocol_rft.rollout._params import RolloutRequest, model_name
@@ -147,6 +140,9 @@ class Backends:
         trust_remote_code: let tokenizer and model folders run their own code.
         placement: of models in this process.
         say: told where such a model will lie, when it is loaded.
+        vllm: options of the engines that models `vllm/...` are sampled with; or the engine itself,
+            for all of them.
+        progress: show how far an engine is that is started; None: where stderr is a terminal.
     """
 
     def __init__(
@@ -157,11 +153,18 @@ class Backends:
         trust_remote_code: bool,
         placement: Placement | None = None,
         say: Callable[[str], None] = lambda line: None,
+        vllm: engines.VllmOptions | engines.Engine | None = None,
+        progress: bool | None = None,
     ) -> None:
         self._tokenizer = tokenizer
         self._sampler = sampler
         self._trust_remote_code = trust_remote_code
         self._placement, self._say = placement, say
+        self._vllm, self._progress = vllm, progress
+        self._engines: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, engines.Engine]] = (
+            WeakKeyDictionary()
+        )
+        """By event loop and model: what began with an engine does not go on with another."""
         self._wrapped: dict[int, LoadedTokenizer] = {}
         """Tokenizer objects of the caller's, by identity."""
         self._local: dict[str, LoadedTokenizer] = {}
@@ -206,12 +209,54 @@ class Backends:
             placement=self._placement,
         )
 
+    def with_engine(self, engine: engines.Engine) -> Backends:
+        """The same with an engine of the caller's for what vLLM samples."""
+        return Backends(
+            tokenizer=self._tokenizer,
+            sampler=self._sampler,
+            trust_remote_code=self._trust_remote_code,
+            placement=self._placement,
+            vllm=engine,
+        )
+
+    async def placed(self, request: RolloutRequest) -> RolloutRequest:
+        """`request` with the endpoint of its engine, where it needs one; it is started and waited
+        for. Others stay as they are.
+
+        Raises:
+            RefusedError: there is no such model, or no vLLM.
+            RunStoppedError: the engine has ended.
+        """
+        if not request.needs_engine or self._sampler is not None:
+            return request
+        engine = await self._engine(request.params.model)
+        await asyncio.wrap_future(engine.ready)
+        return replace(request, endpoint=engine.endpoint)
+
+    async def _engine(self, model: str) -> engines.Engine:
+        if isinstance(self._vllm, engines.Engine):
+            return self._vllm
+        known = self._engines.setdefault(asyncio.get_running_loop(), {})
+        if model not in known:
+            loaded = await asyncio.to_thread(
+                engines.load_engine,
+                model,
+                options=self._vllm,
+                placement=self._placement,
+                trust_remote_code=self._trust_remote_code,
+                show=self._progress,
+            )
+            known.setdefault(model, loaded)
+        return known[model]
+
     def seeds_are_free(self, request: RolloutRequest) -> bool:
         """Whether to seed completions although the user gave no seed. Not on servers that are not
         known to be Fireworks: vLLM draws seeded requests one by one, and its CPU engine (0.32) dies
         of a seed when it splits a prefill."""
         endpoint = request.endpoint
-        return self._sampler is not None or endpoint is None or endpoint.is_fireworks
+        if self._sampler is not None or endpoint is None:
+            return not request.needs_engine or self._sampler is not None
+        return endpoint.is_fireworks
 
     async def resolve(
         self, request: RolloutRequest, clients: dict[sampling.Endpoint, sampling.HttpSampler]
@@ -221,13 +266,15 @@ class Backends:
         Raises:
             TokenizerError: there is no tokenizer, or it cannot be loaded.
             RefusedError: the local model cannot be loaded or sampled.
+            RunStoppedError: the engine that samples it has ended.
         """
+        request = await self.placed(request)
         if self._sampler is not None:
             sampler_tokenizer = getattr(self._sampler, "tokenizer", None)
             return self._sampler, await self._tokenizer_for(request, sampler_tokenizer)
         if request.endpoint is not None:
             if request.endpoint not in clients:
-                clients[request.endpoint] = sampling.HttpSampler(request.endpoint)
+                clients[request.endpoint] = engines.sampler_at(request.endpoint)
             return clients[request.endpoint], await self._tokenizer_for(request, None)
 
         from eval_protocol_rft.local import load_local_sampler
@@ -351,89 +398,3 @@ class Backends:
 def _weights_of(request: RolloutRequest) -> str:
     """The model's name without the deployment that it runs on."""
     return request.params.model.partition("#")[0]
-
-
-_VARIABLE = "EP_COMPLETION_PARAMS"
-_KEY = "tokenizer"
-REPLACED = (
-    f"{_VARIABLE} replaces the completion_params of evaluation tests whole, and with them a "
-    f'"{_KEY}" that they name'
-)
-_ADVICE = (
-    f'Put "{_KEY}" into {_VARIABLE} (pytest --ep-completion-params) too, or name it as '
-    f"FireworksTrainingRolloutProcessor({_KEY}=...), which nothing replaces"
-)
-
-
-def is_replacement(completion_params: Mapping[str, Any] | None) -> bool:
-    """Whether these are of the environment, not of the test."""
-    return completion_params in (_replacements() or ())
-
-
-def lost_tokenizer(test: Callable[..., Any], sets: Any) -> str | None:
-    """Why `sets`, the completion_params in force, cannot be used for the evaluation test; None
-    where they are its own, or where all name a tokenizer, or the test is not seen to name one."""
-    if not _is_silent(sets) or not _names_tokenizer(test):
-        return None
-    return f"{REPLACED}, as those of this test do. {_ADVICE}"
-
-
-def untold_tokenizer(test: Callable[..., Any], sets: Any) -> str | None:
-    """What to tell where it cannot be seen whether a tokenizer was lost; else None."""
-    if not _is_silent(sets) or _names_tokenizer(test) is not None:
-        return None
-    return f"{REPLACED}: here the model's own was used, as it names none. {_ADVICE}"
-
-
-def _replacements() -> list[Any] | None:
-    """As Eval Protocol reads them."""
-    try:
-        sets = json.loads(os.environ.get(_VARIABLE) or "null")
-    except ValueError:
-        return None
-    return sets if isinstance(sets, list) else None
-
-
-def _is_silent(sets: Any) -> bool:
-    """Whether they are of the environment, and one of them names no tokenizer."""
-    return bool(sets) and sets == _replacements() and not all(map(_holds_tokenizer, sets))
-
-
-def _names_tokenizer(test: Callable[..., Any]) -> bool | None:
-    """Whether the test's own completion_params name a tokenizer, as its decorator is written; None
-    where that does not say."""
-    function = inspect.unwrap(test)
-    try:
-        (definition,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
-    except (OSError, TypeError, ValueError, SyntaxError):
-        return None
-    written = [
-        keyword.value
-        for decorator in getattr(definition, "decorator_list", ())
-        for keyword in getattr(decorator, "keywords", ())
-        if keyword.arg == "completion_params"
-    ]
-    if not written:
-        return None
-    known = getattr(function, "__globals__", {})
-    nodes = [node for value in written for node in ast.walk(value)]
-    if any(_is_key(node) for node in nodes):
-        return True
-    names = [node.id for node in nodes if isinstance(node, ast.Name)]
-    if any(_holds_tokenizer(known.get(name)) for name in names):
-        return True
-    computed = any(isinstance(node, ast.Call | ast.Attribute | ast.comprehension) for node in nodes)
-    return None if computed or any(name not in known for name in names) else False
-
-
-def _is_key(node: ast.AST) -> bool:
-    if isinstance(node, ast.Dict):
-        return any(isinstance(key, ast.Constant) and key.value == _KEY for key in node.keys)
-    return isinstance(node, ast.keyword) and node.arg == _KEY
-
-
-def _holds_tokenizer(value: Any) -> bool:
-    """Whether completion_params, or one of several, name one."""
-    if isinstance(value, Mapping):
-        return value.get(_KEY) is not None or _holds_tokenizer(value.get("extra_body"))
-    return isinstance(value, list | tuple) and any(map(_holds_tokenizer, value))

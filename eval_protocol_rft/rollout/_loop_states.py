@@ -138,8 +138,10 @@ class LoopState:
         retry: sampling.RetryPolicy,
     ) -> None:
         """What the user says of a server's logprobs is seen once before its first completion."""
-        params = job.request.params
-        if not (isinstance(job.sampler, sampling.HttpSampler) and sampling.needs_check(params)):
+        params, sampler = job.request.params, job.sampler
+        if not (isinstance(sampler, sampling.HttpSampler) and sampling.needs_check(params)):
+            return
+        if sampler.knows_logprobs:
             return
         key = (job.request.endpoint, params.model)
         check = self.checks.get(key)

@@ -18,7 +18,7 @@ from annotated_types import Ge
 
 from eval_protocol_rft._errors import EvalProtocolRftError
 from eval_protocol_rft._options import Flag
-from eval_protocol_rft.local.models import LOCAL_PREFIX
+from eval_protocol_rft.local.models import LOCAL_PREFIX, VLLM_PREFIX
 from eval_protocol_rft.sampling import SAMPLING, Endpoint, SamplingParams, resolve_endpoint
 
 DEFAULT_MAX_TOKENS = 2048
@@ -140,7 +140,8 @@ class RolloutRequest:
     seed: Annotated[int | None, SAMPLING(unset="drawn and recorded where seeds are free")] = None
     """What each completion's own seed is derived from."""
     endpoint: Endpoint | None = None
-    """Where to sample; None: in this process, model `params.model` without its `local/`."""
+    """Where to sample; None: in this process, model `params.model` without its `local/`; or with
+    an engine that is yet to be started, see `needs_engine`."""
     tokenizer: Annotated[str | None, SAMPLING(unset="the model's")] = None
     """Folder or hub id."""
     chat_template_kwargs: Annotated[Mapping[str, Any], SAMPLING()] = field(default_factory=dict)
@@ -154,32 +155,11 @@ class RolloutRequest:
     add_special_tokens: Annotated[bool, SAMPLING()] = True
     """Let the tokenizer put before raw text what it puts before every text (BOS), as it does."""
 
-
-def refuse_unused(
-    *,
-    mcp_config_path: str | None,
-    server_script_path: str | None,
-    steps: int,
-) -> None:
-    """Refuse what `@evaluation_test` hands to every rollout processor and this one has no use for.
-
-    Raises:
-        ParamsError: one of them is given; the message names it and what to do instead.
-    """
-    servers = {"mcp_config_path": mcp_config_path, "server_script_path": server_script_path}
-    for name, value in servers.items():
-        if value:
-            raise ParamsError(
-                f"@evaluation_test({name}=...) is not used by this rollout processor, so the model "
-                "would not have its tools: give EpisodeRolloutProcessor a ToolLoop with the tools "
-                f"(it takes mcp_config_path too), or leave {name} away"
-            )
-    if steps not in (SINGLE_STEP, DEFAULT_STEPS):
-        raise ParamsError(
-            f"@evaluation_test(steps={steps}) is not used by this rollout processor: bound the "
-            "turns of an episode with EpisodeRolloutProcessor(limits=EpisodeLimits(turns=...)), or "
-            "leave steps away"
-        )
+    @property
+    def needs_engine(self) -> bool:
+        """Whether it names `vllm/...`, and no engine is known yet that this process has started for
+        it."""
+        return self.endpoint is None and self.params.model.startswith(VLLM_PREFIX)
 
 
 def parse_completion_params(
@@ -220,21 +200,28 @@ def parse_completion_params(
     seed = keys.integer("seed")
     stream = keys.flag("stream")
     affinity = keys.flag("prompt_cache_affinity")
-    local = model.startswith(LOCAL_PREFIX)
+    local, vllm = model.startswith(LOCAL_PREFIX), model.startswith(VLLM_PREFIX)
     server_keys = [key for key, value in endpoint_keys.items() if value]
-    if local and server_keys:
+    if (local or vllm) and server_keys:
+        how = "in this process and asks no server" if local else "with an engine of this process"
         raise ParamsError(
             f"completion_params[{server_keys[0]!r}] is given with the model {model!r}, which is "
-            f"sampled in this process and asks no server: leave {', '.join(server_keys)} out, or "
-            "name the model as the server does"
+            f"sampled {how}: leave {', '.join(server_keys)} out, or name the model as the server "
+            "does"
         )
-    asked = {
+    logprobs_mode = _logprobs_mode(keys.take("logprobs_mode"))
+    if vllm and logprobs_mode == "raw_logprobs":
+        raise ParamsError(
+            f"completion_params['logprobs_mode'] is 'raw_logprobs', and the engine of {model!r} is "
+            "started with processed_logprobs: leave it out"
+        )
+    asked: dict[str, Any] = {
         "max_tokens": _max_tokens(keys) or (None if local else DEFAULT_MAX_TOKENS),
         "temperature": temperature,
         "top_p": keys.number("top_p", above=0.0, high=1.0),
         "top_k": keys.integer("top_k", at_least=-1),
         "stop": _stop(keys.take("stop")),
-        "logprobs_mode": _logprobs_mode(keys.take("logprobs_mode")),
+        "logprobs_mode": "processed_logprobs" if vllm else logprobs_mode,
         "stream": stream,
         "prompt_cache_affinity": affinity,
         "timeout": next((value for value in timeouts if value is not None), None),
@@ -248,7 +235,7 @@ def parse_completion_params(
         params=params,
         n=n,
         seed=seed,
-        endpoint=None if local else resolve_endpoint(model, endpoint_keys, env=env),
+        endpoint=None if local or vllm else resolve_endpoint(model, endpoint_keys, env=env),
         tokenizer=tokenizer,
         **prompts,
     )

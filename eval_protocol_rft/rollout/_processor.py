@@ -23,10 +23,12 @@ from eval_protocol.pytest.types import RolloutProcessorConfig
 from eval_protocol_rft import sampling
 from eval_protocol_rft._errors import EvalProtocolRftError
 from eval_protocol_rft.local import Placement, TokenizerError
+from eval_protocol_rft.local.engine import Engine, VllmOptions
 from eval_protocol_rft.rollout import _evaluation_run, _loop_states, _params, _prompts
-from eval_protocol_rft.rollout._backends import REPLACED, Backends, is_replacement
+from eval_protocol_rft.rollout._backends import Backends
 from eval_protocol_rft.rollout._commit import commit_group, messages_to_answer, redact_params
 from eval_protocol_rft.rollout._loop_states import LoopState, LoopStates, RowJob
+from eval_protocol_rft.rollout._replaced_params import REPLACED, is_replacement
 from eval_protocol_rft.rollout._vocabulary import VocabularyWitness
 from eval_protocol_rft.sampling import LogprobsMode, RetryPolicy, Sampler
 
@@ -53,8 +55,9 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
 
     Give it to `@evaluation_test(rollout_processor=...)`. What to sample comes from
     `completion_params`, read anew on every call: `model` (`local/...` samples in this process,
-    everything else over HTTP), `n`, `temperature`, `max_tokens`, `top_p`, `top_k`, `stop`, `seed`,
-    `api_base`, `tokenizer`, `raw`, `chat_template`, ... (see docs/processor.md).
+    `vllm/...` with an engine that it starts, everything else over HTTP), `n`, `temperature`,
+    `max_tokens`, `top_p`, `top_k`, `stop`, `seed`, `api_base`, `tokenizer`, `raw`, `chat_template`,
+    ... (see docs/processor.md).
 
     Args:
         tokenizer: folder or hub id, or a tokenizer object, that renders the prompts; for several
@@ -77,6 +80,7 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
             completions.
         trust_remote_code: let tokenizer and model folders run their own code.
         placement: device and dtype of a `local/...` model, see `local.Placement`.
+        vllm: options of the engines that models `vllm/...` are sampled with.
         sampler: sample from this one, whatever `model` says; it stays the caller's to close.
 
     Raises (from a row's task, so that the row fails and not the run):
@@ -111,6 +115,7 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
         straggler_seconds: float | None = None,
         trust_remote_code: bool = False,
         placement: Placement | None = None,
+        vllm: VllmOptions | None = None,
         sampler: Sampler | None = None,
     ) -> None:
         if min_completions < 1:
@@ -129,6 +134,7 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
             sampler=sampler,
             trust_remote_code=trust_remote_code,
             placement=placement,
+            vllm=vllm,
         )
         self._states = LoopStates()
         self._runs = _evaluation_run.RunNames()
@@ -159,6 +165,14 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
         """This processor, but for what it samples from; `sampler` stays the caller's to close."""
         other = copy.copy(self)
         other._backends = self._backends.sampling_from(sampler)
+        other._states = LoopStates()
+        other._runs = _evaluation_run.RunNames()
+        return other
+
+    def with_engine(self, engine: Engine) -> FireworksTrainingRolloutProcessor:
+        """This processor, with an engine of the caller's for what vLLM samples."""
+        other = copy.copy(self)
+        other._backends = self._backends.with_engine(engine)
         other._states = LoopStates()
         other._runs = _evaluation_run.RunNames()
         return other
@@ -255,6 +269,7 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
         """Everything that is known before the first request for a row."""
         request = self._request(config)
         self._refuse_shared_tokenizer(row, request)
+        request = await self._backends.placed(request)
         try:
             sampler, tokenizer = await self._backends.resolve(request, state.clients)
         except TokenizerError as error:
@@ -290,7 +305,7 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
         return replace(job, row_key=row_key, seeds=seeds)
 
     def _request(self, config: RolloutProcessorConfig) -> _params.RolloutRequest:
-        _params.refuse_unused(
+        _refuse_unused(
             mcp_config_path=None if self.takes_mcp else config.mcp_config_path,
             server_script_path=config.server_script_path,
             steps=config.steps,
@@ -389,4 +404,31 @@ class FireworksTrainingRolloutProcessor(RolloutProcessor):
             f"survived, {self.min_completions} are needed; completion {first.index} failed "
             f"({first.kind}, {first.attempts} attempts): {first.message}",
             failures=group.failures,
+        )
+
+
+def _refuse_unused(
+    *,
+    mcp_config_path: str | None,
+    server_script_path: str | None,
+    steps: int,
+) -> None:
+    """Refuse what `@evaluation_test` hands to every rollout processor and this one has no use for.
+
+    Raises:
+        ParamsError: one of them is given; the message names it and what to do instead.
+    """
+    servers = {"mcp_config_path": mcp_config_path, "server_script_path": server_script_path}
+    for name, value in servers.items():
+        if value:
+            raise _params.ParamsError(
+                f"@evaluation_test({name}=...) is not used by this rollout processor, so the model "
+                "would not have its tools: give EpisodeRolloutProcessor a ToolLoop with the tools "
+                f"(it takes mcp_config_path too), or leave {name} away"
+            )
+    if steps not in (_params.SINGLE_STEP, _params.DEFAULT_STEPS):
+        raise _params.ParamsError(
+            f"@evaluation_test(steps={steps}) is not used by this rollout processor: bound the "
+            "turns of an episode with EpisodeRolloutProcessor(limits=EpisodeLimits(turns=...)), or "
+            "leave steps away"
         )

@@ -23,6 +23,7 @@ from ._endpoint import FireworksAddress as FireworksAddress
 from ._endpoint import endpoint_headers as endpoint_headers
 from ._endpoint import fireworks_address as fireworks_address
 from ._endpoint import is_direct_route as is_direct_route
+from ._endpoint import never_proxy as never_proxy
 from ._endpoint import proxy_for as proxy_for
 from ._endpoint import request_body as request_body
 from ._endpoint import resolve_endpoint as resolve_endpoint

@@ -245,6 +245,14 @@ def endpoint_headers(endpoint: Endpoint) -> dict[str, str]:
     return headers | {name.lower(): value for name, value in endpoint.headers}
 
 
+_OWN_SERVERS: set[str] = set()
+
+
+def never_proxy(netloc: str) -> None:
+    """A server that this process started, on loopback: a proxy would look for it elsewhere."""
+    _OWN_SERVERS.add(netloc)
+
+
 def proxy_for(url: str) -> str | None:
     """The proxy that the environment names for `url`: `HTTP_PROXY` or `HTTPS_PROXY` by its scheme,
     else `ALL_PROXY`, unless `NO_PROXY` has its host. Look it up once, not for every request.
@@ -253,6 +261,8 @@ def proxy_for(url: str) -> str | None:
         RefusedError: it is no HTTP proxy.
     """
     parts = urlsplit(url)
+    if parts.netloc in _OWN_SERVERS:
+        return None
     named = urllib.request.getproxies()
     scheme = parts.scheme if named.get(parts.scheme) else "all"
     proxy = named.get(scheme)

@@ -218,6 +218,9 @@ _REQUEST_ID_HEADERS = ("x-request-id", "x-fireworks-request-id", "cf-ray")
 class HttpSampler:
     """Samples from one endpoint's `/completions`. Belongs to the event loop that first uses it."""
 
+    knows_logprobs = False
+    """Whether what `logprobs_mode` says of the server needs no check."""
+
     def __init__(self, endpoint: Endpoint) -> None:
         self._endpoint = endpoint
         self._url = f"{endpoint.base_url}/completions"

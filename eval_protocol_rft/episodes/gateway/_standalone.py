@@ -347,6 +347,7 @@ async def _serve(
 ) -> None:
     clients: dict[sampling.Endpoint, sampling.HttpSampler] = {}
     backends = rollout.Backends(tokenizer=None, sampler=None, trust_remote_code=trust_remote_code)
+    request = await backends.placed(request)
     sampler, tokenizer = await backends.resolve(request, clients)
     if request.seed is None and backends.seeds_are_free(request):
         request = replace(request, seed=secrets.randbits(31))

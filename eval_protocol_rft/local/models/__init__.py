@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -20,6 +21,8 @@ BUNDLED = ("arithmetic",)
 
 
 LOCAL_PREFIX = "local/"
+VLLM_PREFIX = "vllm/"
+"""Before what vLLM samples, in an engine that this process starts."""
 VERSION_KEY = "weight_version"
 """In the metadata of a file of weights: what to call them. Other readers pass over it."""
 
@@ -57,6 +60,31 @@ def local_model_folder(name: str) -> Path:
         f"{LOCAL_PREFIX}{_smollm2.NAME}, which another package brings, {LOCAL_PREFIX}<folder> with "
         f"a model's files, or {LOCAL_PREFIX}<hub id> of a model that was downloaded before "
         "(hf download <hub id>)"
+    )
+
+
+_HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
+
+
+def vllm_source(name: str) -> str:
+    """What vLLM is to load for `name` (with or without `vllm/`): a folder, a model that
+    `local/<name>` has by that name, or a hub id, which vLLM looks for itself.
+
+    Raises:
+        NoSuchModelError: it is none of them.
+    """
+    name = name.removeprefix(VLLM_PREFIX)
+    if name in (*BUNDLED, _smollm2.NAME) or Path(name).expanduser().is_dir():
+        folder = local_model_folder(name)
+        if not any((folder / file).is_file() for file in ("config.json", "params.json")):
+            raise NoSuchModelError(f"{VLLM_PREFIX}{name}: the folder has no config.json of a model")
+        return str(folder)
+    if _HUB_ID.fullmatch(name):
+        return name
+    raise NoSuchModelError(
+        f"{VLLM_PREFIX}{name}: there is no such folder, and it is no hub id. Write "
+        f"{VLLM_PREFIX}<folder> with a model's files, {VLLM_PREFIX}<hub id>, which vLLM downloads "
+        f"where it is not on this machine, or {VLLM_PREFIX}{_smollm2.NAME}"
     )
 
 
