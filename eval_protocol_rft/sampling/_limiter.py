@@ -29,6 +29,9 @@ from eval_protocol_rft.sampling._retry import Attempt, failed_attempt
 from eval_protocol_rft.sampling._types import Completion, RefusedError, SamplingError
 
 _NO_LIMIT = 1 << 30
+_SHORTEST_WAIT = 1e-4
+"""Seconds. A date that is nearer may have come by the time that it is looked at, but for a
+rounding."""
 _NUMBER = re.compile(r"[0-9]+")
 _MOST_MET = 256
 """Kinds of failures that are kept in mind."""
@@ -87,7 +90,9 @@ class RunLimiter:
             budget=_limits.RetryBudget(began=sampling_time()),
         )
         self._met: set[str] = set()
-        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._waiting: dict[bool, deque[asyncio.Future[None]]] = {True: deque(), False: deque()}
+        """Who waits, first come first served: completions that were begun already, and others."""
+        self._timer: asyncio.TimerHandle | None = None
 
     @contextlib.asynccontextmanager
     async def turn(
@@ -147,12 +152,29 @@ class RunLimiter:
         Raises:
             RunStoppedError: none ever will.
         """
+        queue = self._waiting[retry]
+        if not queue and self._earliest(retry) <= sampling_time():
+            return
+        woken = asyncio.get_running_loop().create_future()
+        queue.append(woken)
+        self._wake()
         while True:
-            now = sampling_time()
-            at = self.limits.earliest(now, retry=retry)
-            if at <= now:
+            try:
+                await woken
+            except asyncio.CancelledError:
+                if not woken.cancelled():
+                    self._wake()  # it was our turn; let another have it
+                raise
+            if self._earliest(retry) <= sampling_time():
+                # Once we have started, or wait for a slot.
+                asyncio.get_running_loop().call_soon(self._wake)
                 return
-            await self._until(at)
+            woken = asyncio.get_running_loop().create_future()
+            queue.appendleft(woken)
+            self._wake()
+
+    def _earliest(self, retry: bool) -> float:
+        return self.limits.earliest(sampling_time(), retry=retry)
 
     def _start(self, retry: bool, prompt: Hashable) -> Turn | None:
         now = sampling_time()
@@ -160,33 +182,42 @@ class RunLimiter:
             return None
         return Turn(now, self.limits.started(now, retry=retry), prompt)
 
-    async def _until(self, when: float) -> None:
-        """Sleep until `when` (seconds of the loop's clock), or until something ends."""
-        woken = asyncio.get_running_loop().create_future()
-        self._waiting.append(woken)
-        seconds = None if when == math.inf else max(0.0, when - sampling_time())
-        try:
-            await asyncio.wait_for(woken, seconds)
-        except TimeoutError:
-            pass
-        except asyncio.CancelledError:
-            if woken.done() and not woken.cancelled():
-                self._wake()  # it was our turn; let another have it
-            raise
-        finally:
-            if not woken.done() or woken.cancelled():
-                with contextlib.suppress(ValueError):
-                    self._waiting.remove(woken)
-
     def _wake(self) -> None:
-        """Wake as many as there is room for; when the run is over, all."""
-        stopped = self.limits.breaker.stopped is not None
-        room = max(1, self.limits.limit.limit - self.limits.in_flight)
-        while self._waiting and (stopped or room > 0):
-            future = self._waiting.popleft()
-            if not future.done():
-                future.set_result(None)
-                room -= 1
+        """Wake the first who may start now, or see to it that the first is woken when he may.
+
+        One at a time: who was woken calls this again. To wake all who might start, for each to find
+        that only one can, takes the square of their number: with 2,000 requests in flight, two
+        minutes without a server took minutes of CPU.
+        """
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self.limits.breaker.stopped is not None:
+            self._wake_all()
+            return
+        now = sampling_time()
+        at = math.inf
+        # What was begun first: how many of these there may be is the budget's to say.
+        for retry in (True, False):
+            queue = self._waiting[retry]
+            while queue and queue[0].done():
+                queue.popleft()  # cancelled
+            if queue:
+                own = self.limits.earliest(now, retry=retry)
+                if own <= now:
+                    queue.popleft().set_result(None)
+                    return
+                at = min(at, own)
+        if at < math.inf:
+            seconds = max(_SHORTEST_WAIT, at - now)
+            self._timer = asyncio.get_running_loop().call_later(seconds, self._wake)
+
+    def _wake_all(self) -> None:
+        for queue in self._waiting.values():
+            while queue:
+                woken = queue.popleft()
+                if not woken.done():
+                    woken.set_result(None)
 
 
 POLL_SECONDS = 2.0
