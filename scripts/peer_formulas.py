@@ -27,7 +27,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from eval_protocol_rft.training import advantages
-from eval_protocol_rft.training.losses import PolicyTensors, make_loss
+from eval_protocol_rft.training.losses import (
+    Combined,
+    Correction,
+    IcePop,
+    PolicyTensors,
+    Rejection,
+    SequenceTIS,
+    TokenTIS,
+    make_loss,
+)
 
 RECORD = Path(__file__).parents[1] / "tests" / "fixtures" / "peer_formulas.json"
 SEEDS = range(20)
@@ -236,6 +245,51 @@ def verl_advantage(name: str, *, lengths: bool = False, **given: Any) -> Callabl
     return value
 
 
+# Corrections: [B T] the weights of the sampled tokens, 0 elsewhere.
+
+
+def our_correction(correction: Correction) -> Callable[[Batch], Array]:
+    def value(batch: Batch) -> Array:
+        mask, current, old, spread = _tensors(batch)
+        tensors = PolicyTensors(
+            logprobs=current,
+            sampling_logprobs=torch.tensor(batch["sampler"], dtype=torch.float64),
+            advantages=spread,
+            weights=mask.double(),
+            old_logprobs=old,
+        )
+        return (correction(tensors)[0] * mask).numpy().ravel()
+
+    return value
+
+
+def verl_correction(**options: Any) -> Callable[[Batch], Array]:
+    def value(batch: Batch) -> Array:
+        from verl.trainer.ppo.rollout_corr_helper import (
+            compute_rollout_correction_and_rejection_mask as compute,
+        )
+
+        mask, _, old, _ = _tensors(batch)
+        sampler = torch.tensor(batch["sampler"], dtype=torch.float64)
+        weights, left, _ = compute(old, sampler, mask.double(), **options)
+        factor = weights.batch["rollout_is_weights"] if weights is not None else 1.0
+        return (factor * left).numpy().ravel()
+
+    return value
+
+
+def _correction(correction: Correction, **options: Any) -> Pair:
+    function = ", ".join(f"{key}={value}" for key, value in options.items())
+    return Pair(our_correction(correction), verl_correction(**options), VERL, function)
+
+
+def _rejection(kind: str, low: float | None, high: float) -> Pair:
+    bounds = f"{1 / high}_{1 / low}" if low is not None else str(high)
+    return _correction(
+        Rejection(kind=kind, low=low, high=high), rollout_rs=kind, rollout_rs_threshold=bounds
+    )
+
+
 def passk_in_words(batch: Batch) -> Array:
     """The advantages of Pass@k Training from its definition: all subsets of 2."""
     import itertools
@@ -343,6 +397,48 @@ PAIRS: Mapping[str, Pair] = {
     "advantages.remax": _estimator(ours_of(advantages.remax, baselines="baselines"), "remax"),
     "advantages.gpg": _estimator(ours_of(partial(advantages.gpg, valid="rewards")), "gpg"),
     "advantages.grpo_passk": _estimator(ours_of(advantages.grpo_passk), "grpo_passk"),
+    "TokenTIS": _correction(TokenTIS(cap=1.2), rollout_is="token", rollout_is_threshold=1.2),
+    "TokenTIS, normalized": _correction(
+        TokenTIS(cap=1.2, normalized=True),
+        rollout_is="token",
+        rollout_is_threshold=1.2,
+        rollout_is_batch_normalize=True,
+    ),
+    "SequenceTIS": _correction(
+        SequenceTIS(cap=1.5), rollout_is="sequence", rollout_is_threshold=1.5
+    ),
+    "SequenceTIS, normalized": _correction(
+        SequenceTIS(cap=1.5, normalized=True),
+        rollout_is="sequence",
+        rollout_is_threshold=1.5,
+        rollout_is_batch_normalize=True,
+    ),
+    "IcePop": _correction(
+        IcePop(low=0.8, high=1.3), rollout_is="token", rollout_is_threshold="0.8_1.3"
+    ),
+    "IcePop, sequence": _correction(
+        IcePop(low=0.5, high=1.9, sequence=True),
+        rollout_is="sequence",
+        rollout_is_threshold="0.5_1.9",
+    ),
+    "Rejection, token_k1": _rejection("token_k1", 0.7, 1.3),
+    "Rejection, token_k2": _rejection("token_k2", None, 0.05),
+    "Rejection, token_k3": _rejection("token_k3", None, 0.04),
+    "Rejection, seq_sum_k1": _rejection("seq_sum_k1", 0.6, 1.8),
+    "Rejection, seq_sum_k2": _rejection("seq_sum_k2", None, 0.25),
+    "Rejection, seq_sum_k3": _rejection("seq_sum_k3", None, 0.2),
+    "Rejection, seq_mean_k1": _rejection("seq_mean_k1", 0.9, 1.05),
+    "Rejection, seq_mean_k2": _rejection("seq_mean_k2", None, 0.04),
+    "Rejection, seq_mean_k3": _rejection("seq_mean_k3", None, 0.035),
+    "Rejection, seq_max_k2": _rejection("seq_max_k2", None, 0.13),
+    "Rejection, seq_max_k3": _rejection("seq_max_k3", None, 0.1),
+    "Combined": _correction(
+        Combined(parts=(SequenceTIS(cap=1.5), Rejection(kind="token_k2", high=0.05))),
+        rollout_is="sequence",
+        rollout_is_threshold=1.5,
+        rollout_rs="token_k2",
+        rollout_rs_threshold=0.05,
+    ),
     "advantages.passk": Pair(
         ours_of(partial(advantages.passk, k=2), rewards="passes"),
         passk_in_words,

@@ -182,6 +182,8 @@ _NAMES = {
     "sampler_kl_k1:mean": "sampler_kl_k1",
     "sampler_kl_k3:mean": "sampler_kl_k3",
     "reference_kl_k3:mean": "reference_kl",
+    "correction:mean": "correction",
+    "correction_bounded:mean": "correction_bounded",
     "server_loss_difference:max": "server_loss_difference",
 }
 

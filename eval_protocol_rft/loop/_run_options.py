@@ -9,13 +9,16 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import asdict, dataclass, field, fields
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Lt
 
 from eval_protocol_rft._errors import EvalProtocolRftError
 from eval_protocol_rft._options import Flag, check_options
-from eval_protocol_rft.training import BatchOptions, ConfigValue, Filters
+from eval_protocol_rft.training import BatchOptions, ConfigValue, Filters, require
+
+if TYPE_CHECKING:
+    from eval_protocol_rft.training.losses import Objective
 
 RUN = functools.partial(Flag, panel="What to run")
 HOW = functools.partial(Flag, panel="How to train")
@@ -112,6 +115,11 @@ class LoopOptions:
     filters: Filters = field(default_factory=Filters)
     kl_beta: Annotated[float, Ge(0), HOW()] = 0.0
     """Penalty on the distance (k3) to the first weights."""
+    correction: Annotated[str | None, HOW()] = None
+    """Where trainer and sampler differ: token:2, sequence:2, icepop:0.5:5, seq_mean_k3:0.01, ...
+
+    Importance weights, rejection, or both, joined by commas (docs/training.md). Costs one forward
+    pass more: ratios are then against the trainer's own logprobs."""
     learning_rate: Annotated[float, Gt(0), HOW("--lr")] = 1e-5
     """Of AdamW, at its peak."""
     schedule: Annotated[Literal["constant", "linear", "cosine"], HOW()] = "constant"
@@ -166,6 +174,26 @@ class LoopOptions:
             pass_threshold=self.pass_threshold,
         )
 
+    def objective(self) -> Objective:
+        """The loss that a step differentiates, wherever it is computed.
+
+        Raises:
+            SetupError: an option of the loss is unknown, missing or out of range, or `correction`
+                names none.
+            MissingPackageError: torch is not installed.
+        """
+        losses = require("eval_protocol_rft.training.losses", install="eval-protocol-rft[local]")
+        try:
+            objective: Objective = losses.make_loss(
+                self.batch.loss_fn,
+                self.batch.thresholds,
+                correction=self.correction and losses.parse_correction(self.correction),
+                kl_beta=self.kl_beta,
+            )
+        except losses.LossError as error:
+            raise SetupError(str(error)) from error
+        return objective
+
     def learning_rate_at(self, step: int, steps: int) -> float:
         """The learning rate of step `step` (from 1) of `steps`."""
         peak, low = self.learning_rate, self.min_learning_rate
@@ -183,4 +211,6 @@ class LoopOptions:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         for name in ("checkpoint_every", "keep_checkpoints", "on_mismatch", "on_unscored"):
             del values[name]
+        if self.correction is None:
+            del values["correction"]  # runs from before there was one go on
         return {**values, "filters": asdict(self.filters)}

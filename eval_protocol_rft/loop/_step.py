@@ -51,6 +51,7 @@ class StepRunner:
     ) -> None:
         """`steps`: of the whole run, for the learning rate's schedule."""
         self._parts, self._options, self._steps, self._warn = parts, options, steps, warn
+        self._correction = options.objective().correction
         self.watch = Watch(options.groups_per_step)
         self._probe: asyncio.Task[list[training.Trajectory]] | None = None
         """Completions of the weights in training, for the next step: where sampling runs ahead, a
@@ -78,16 +79,21 @@ class StepRunner:
         with timed(seconds, "batch"):
             batch = self._batch(groups)
         loss = NamedLoss(
-            loss_fn=batch.loss_fn, config=batch.loss_fn_config, kl_beta=self._options.kl_beta
+            loss_fn=batch.loss_fn,
+            config=batch.loss_fn_config,
+            kl_beta=self._options.kl_beta,
+            correction=self._correction,
         )
         with timed(seconds, "train"):
-            reference = None
+            old = reference = None
+            if self._correction is not None:
+                old = await trainer.forward(batch.datums)
             if self._options.kl_beta:
                 reference = await trainer.forward(batch.datums, reference=True)
             passes: list[ForwardBackward] = []
             for number in range(self._options.passes):
                 result = await trainer.forward_backward(
-                    batch.datums, loss, reference_logprobs=reference
+                    batch.datums, loss, old_logprobs=old, reference_logprobs=reference
                 )
                 if not number:
                     difference = await self._compare(step, batch, result, staleness)

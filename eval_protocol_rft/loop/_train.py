@@ -111,6 +111,7 @@ async def atrain(
     from eval_protocol_rft.scoring.executors import code_fingerprints
 
     require_sinks(log_to)
+    options.objective()  # what is wrong with the loss is said before anything is paid for
     rows = load_rows(evaluator, None if data is None else await aopen_source(data))
     if eval_data is not None:
         train_rows = rows

@@ -9,7 +9,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from eval_protocol_rft.training.losses._corrections import Correction, IcePop, SequenceTIS, TokenTIS
+from eval_protocol_rft.training.losses._corrections import (
+    Combined,
+    Correction,
+    IcePop,
+    Rejection,
+    SequenceTIS,
+    TokenTIS,
+    parse_correction,
+)
 from eval_protocol_rft.training.losses._objective import make_loss
 from eval_protocol_rft.training.losses._tensors import LossError, PolicyTensors
 from tests.training.test_losses_reference import (
@@ -50,7 +58,62 @@ def icepop(low: float, high: float) -> Weight:
     return weight
 
 
+def sequence_icepop(low: float, high: float) -> Weight:
+    def weight(s: Tokens, t: int) -> float:
+        ratio = math.prod(math.exp(s.old[k] - s.q[k]) for k in s.sampled())
+        return ratio if low <= ratio <= high else 0.0
+
+    return weight
+
+
+ESTIMATES: dict[str, Callable[[float], float]] = {
+    "k1": abs,  # whose bounds here are symmetric
+    "k2": lambda x: x * x / 2,
+    "k3": lambda x: math.exp(x) - 1 - x,
+}
+
+
+def rejection(kind: str, high: float) -> Weight:
+    over, estimate = kind.rsplit("_", 1)
+
+    def weight(s: Tokens, t: int) -> float:
+        logs = [s.old[k] - s.q[k] for k in s.sampled()]
+        values = logs if estimate == "k1" else [ESTIMATES[estimate](x) for x in logs]
+        told = {
+            "token": lambda: values[s.sampled().index(t)],
+            "seq_sum": lambda: sum(values),
+            "seq_mean": lambda: sum(values) / len(values),
+            "seq_max": lambda: max(values),
+        }[over]()
+        return float(abs(told) <= math.log(high) if estimate == "k1" else told <= high)
+
+    return weight
+
+
+REJECTIONS = {
+    "token_k1": 1.2,
+    "token_k2": 0.03,
+    "token_k3": 0.03,
+    "seq_sum_k1": 1.5,
+    "seq_sum_k2": 0.25,
+    "seq_sum_k3": 0.25,
+    "seq_mean_k1": 1.1,
+    "seq_mean_k2": 0.05,
+    "seq_mean_k3": 0.05,
+    "seq_max_k2": 0.15,
+    "seq_max_k3": 0.15,
+}
+
 CORRECTIONS: dict[str, tuple[Correction, Weight]] = {
+    "icepop, sequence": (IcePop(low=0.6, high=1.5, sequence=True), sequence_icepop(0.6, 1.5)),
+    "combined": (
+        Combined(parts=(TokenTIS(cap=1.1), Rejection(kind="token_k3", high=0.03))),
+        lambda s, t: token_tis(1.1)(s, t) * rejection("token_k3", 0.03)(s, t),
+    ),
+    **{
+        kind: (Rejection(kind=kind, high=high), rejection(kind, high))
+        for kind, high in REJECTIONS.items()
+    },
     "token": (TokenTIS(cap=1.1), token_tis(1.1)),
     "sequence": (SequenceTIS(cap=1.2), sequence_tis(1.2)),
     "geometric": (SequenceTIS(cap=1.05, geometric=True), geometric_tis(1.05)),
@@ -59,7 +122,7 @@ CORRECTIONS: dict[str, tuple[Correction, Weight]] = {
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-@pytest.mark.parametrize("name", ["ppo", "cispo", "gspo", "dro", "reinforce"])
+@pytest.mark.parametrize("name", ["ppo", "gspo", "reinforce"])
 @pytest.mark.parametrize("kind", CORRECTIONS)
 def test_a_correction_multiplies_the_policy_loss_of_each_token(
     kind: str, name: str, seed: int
@@ -96,6 +159,85 @@ def test_a_correction_carries_no_gradient_even_when_the_old_policy_is_the_curren
     (gradient,) = torch.autograd.grad(loss, tensors.logprobs)
     expected = -correction(tensors)[0] * tensors.weights * tensors.advantages
     torch.testing.assert_close(gradient, torch.where(tensors.sampled, expected, 0.0))
+
+
+def test_every_kind_of_rejection_is_tried() -> None:
+    assert set(REJECTIONS) == set(Rejection.KINDS)
+
+
+@pytest.mark.parametrize("correction", [TokenTIS, SequenceTIS])
+def test_normalised_weights_are_one_in_the_mean(correction: type[TokenTIS | SequenceTIS]) -> None:
+    tensors = flat([s for seed in range(3) for s in draw_batch(seed)])
+    plain, _ = correction(cap=1.1)(tensors)
+    weights, _ = correction(cap=1.1, normalized=True)(tensors)
+    sampled, ids = tensors.sampled, tensors.sequence_ids
+    assert ids is not None
+    if correction is TokenTIS:
+        assert weights[sampled].mean().item() == pytest.approx(1.0)
+    else:
+        each = [weights[sampled & (ids == i)][0].item() for i in range(int(ids.max()) + 1)]
+        assert sum(each) / len(each) == pytest.approx(1.0)
+    factors = (weights / plain)[sampled]
+    torch.testing.assert_close(factors, factors[0].expand_as(factors))
+    assert make_loss("ppo", REFERENCES["ppo"][0], correction=correction(cap=2.0)).whole_batch is (
+        False
+    )
+    whole = Combined(parts=(correction(cap=2.0, normalized=True),))
+    assert make_loss("ppo", REFERENCES["ppo"][0], correction=whole).whole_batch
+
+
+def test_rejection_by_the_current_policy_needs_no_old_logprobs() -> None:
+    """As in verl's bypass mode: ratios against the sampler, and what is far from it left out."""
+    batch = draw_batch(1)
+    tensors = flat(batch, "old")
+    correction = Rejection(kind="token_k1", low=0.7, high=1.5, current=True)
+    loss, _ = make_loss("ppo", REFERENCES["ppo"][0], correction=correction).on_tensors(tensors)
+    kept = lambda s, t: float(0.7 <= math.exp(s.lp[t] - s.q[t]) <= 1.5)  # noqa: E731
+    expected = total(batch, REFERENCES["ppo"][1], correction=kept)
+    assert loss.item() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("token:2", TokenTIS(cap=2.0)),
+        ("sequence:5", SequenceTIS(cap=5.0)),
+        ("geometric:2", SequenceTIS(cap=2.0, geometric=True)),
+        ("icepop:0.5:5", IcePop(low=0.5, high=5.0)),
+        ("icepop_sequence:0.5:5", IcePop(low=0.5, high=5.0, sequence=True)),
+        ("seq_mean_k3:0.01", Rejection(kind="seq_mean_k3", high=0.01)),
+        ("token_k1:0.5:3", Rejection(kind="token_k1", low=0.5, high=3.0)),
+        (
+            "token:2, seq_max_k2:0.1",
+            Combined(parts=(TokenTIS(cap=2.0), Rejection(kind="seq_max_k2", high=0.1))),
+        ),
+    ],
+)
+def test_corrections_have_a_short_form(text: str, expected: Correction) -> None:
+    assert parse_correction(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "a name and one or two numbers"),
+        ("token", "a name and one or two numbers"),
+        ("token:x", "a name and one or two numbers"),
+        ("token:1:2:3", "a name and one or two numbers"),
+        ("token:1:2", "none of token:CAP"),
+        ("tokens:2", "none of token:CAP"),
+        ("icepop:2", "none of token:CAP"),
+        ("token:0.5", "below 1"),
+        ("token:nan", "cap is nan"),
+        ("seq_mean_k3:0.1:0.2", "bounded by high alone"),
+        ("token_k1:0.5", "between 0 < low"),
+        ("token_k1:0:2", "between 0 < low"),
+        ("token:2,", "a name and one or two numbers"),
+    ],
+)
+def test_what_is_no_correction_is_refused(text: str, message: str) -> None:
+    with pytest.raises(LossError, match=message):
+        parse_correction(text)
 
 
 @pytest.mark.parametrize("name", ["ppo", "importance_sampling", "gspo", "cispo", "dro"])

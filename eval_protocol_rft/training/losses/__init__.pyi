@@ -1,7 +1,10 @@
+from ._corrections import Combined as Combined
 from ._corrections import Correction as Correction
 from ._corrections import IcePop as IcePop
+from ._corrections import Rejection as Rejection
 from ._corrections import SequenceTIS as SequenceTIS
 from ._corrections import TokenTIS as TokenTIS
+from ._corrections import parse_correction as parse_correction
 from ._forward import TokenLogprobs as TokenLogprobs
 from ._forward import token_logprobs as token_logprobs
 from ._objective import POLICY_LOSSES as POLICY_LOSSES

@@ -201,7 +201,8 @@ class Objective:
     def whole_batch(self) -> bool:
         """Whether a token's loss depends on the others of its batch, so that the losses of two
         halves are not that of the whole."""
-        return bool(getattr(self.policy_loss, "whole_batch", False))
+        parts = (self.policy_loss, self.correction)
+        return any(getattr(part, "whole_batch", False) for part in parts)
 
     def __call__(
         self,
@@ -297,8 +298,8 @@ def make_loss(
     Args:
         loss_fn: a key of `POLICY_LOSSES`.
         config: that loss's own options, no more and no less; thresholds have no defaults.
-        correction: `TokenTIS`, `SequenceTIS`, `IcePop`, or any function of their shape; needs
-            old logprobs with every batch.
+        correction: `TokenTIS`, `SequenceTIS`, `IcePop`, `Rejection`, several in `Combined`, or any
+            function of their shape; needs old logprobs with every batch.
         kl_beta: weight of the k3 penalty to a reference policy, per token, under `weights`.
 
     Raises:

@@ -87,18 +87,30 @@ class PolicyTensors:
         """The sum of `values` over each token's sequence, at every token of it."""
         if values.ndim == 2:
             return values.sum(dim=-1, keepdim=True).expand_as(values)
+        ids, zeros = self._sequences(values)
+        return zeros.index_add(0, ids, values)[ids]
+
+    def sequence_max(self, values: Tensor) -> Tensor:
+        """The largest of `values`, none of them negative, over each token's sequence."""
+        if values.ndim == 2:
+            return values.amax(dim=-1, keepdim=True).expand_as(values)
+        ids, zeros = self._sequences(values)
+        return zeros.scatter_reduce(0, ids, values, "amax")[ids]
+
+    def sequence_mean(self, values: Tensor) -> Tensor:
+        """The mean of `values` over the sampled tokens of each token's sequence."""
+        count = self.sequence_sum(self.sampled.to(values.dtype))
+        return self.sequence_sum(self.masked(values)) / count.clamp(min=1.0)
+
+    def _sequences(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """[N] which sequence each token of a flat batch belongs to, and a zero for each [S]."""
         if self.sequence_ids is None:
             raise LossError(
                 "a sequence-level quantity over a flat batch needs sequence_ids "
                 "(or pass padded [B, T] tensors)"
             )
         size = int(self.sequence_ids.max()) + 1 if values.numel() else 0
-        return values.new_zeros(size).index_add(0, self.sequence_ids, values)[self.sequence_ids]
-
-    def sequence_mean(self, values: Tensor) -> Tensor:
-        """The mean of `values` over the sampled tokens of each token's sequence."""
-        count = self.sequence_sum(self.sampled.to(values.dtype))
-        return self.sequence_sum(self.masked(values)) / count.clamp(min=1.0)
+        return self.sequence_ids, values.new_zeros(size)
 
     def first_non_finite(self) -> str | None:
         """Name the first sampled token at which an input is NaN or infinite, or None."""
