@@ -17,7 +17,13 @@ import pytest
 from eval_protocol_rft.doctor._probe import ask_echo
 from eval_protocol_rft.episodes._calling import call
 from eval_protocol_rft.sampling import _http as bodies
-from eval_protocol_rft.sampling._clock import LONGEST_PASS, Deadline, loop_clock, sampling_time
+from eval_protocol_rft.sampling._clock import (
+    LONGEST_PASS,
+    Alarm,
+    Deadline,
+    loop_clock,
+    sampling_time,
+)
 from eval_protocol_rft.sampling._endpoint import Endpoint
 from eval_protocol_rft.sampling._fanout import StragglerPolicy, Survivor, sample_group
 from eval_protocol_rft.sampling._http import HttpSampler, TrustingConnector
@@ -105,6 +111,46 @@ async def test_a_reply_that_arrives_while_the_loop_is_blocked_is_no_timeout(
         completion = await asked
         await sampler.aclose()
     assert completion.request_id == "cmpl-1"
+
+
+@pytest.mark.parametrize("what", ["attempt", "stall"])
+async def test_a_stream_that_is_let_pile_up_is_read_before_a_deadline_is_judged(
+    what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bodies, "STALL_SECONDS", SECONDS if what == "stall" else 60.0)
+    # From its first event on it would not be looked at for a minute.
+    monkeypatch.setattr(bodies, "LONGEST_NAP", 60.0)
+    monkeypatch.setattr(bodies, "_NAP_SHARE", 1e12)
+    with Gated(stream=True) as server:
+        sampler = HttpSampler(Endpoint(server.url))
+        timeout = SECONDS if what == "attempt" else 60.0
+        params = SamplingParams(model="m", max_tokens=64, stream=True, timeout=timeout)
+        asked = asyncio.ensure_future(sampler.sample(PROMPT, params, seed=1))
+        while not loop_clock()._naps:  # noqa: ASYNC110 - nothing tells of it
+            await asyncio.sleep(0.001)
+        await asyncio.to_thread(server.send)
+        completion = await asked
+        await sampler.aclose()
+    assert completion.request_id == "cmpl-1"
+
+
+async def test_nobody_naps_while_a_deadline_is_judged_and_everybody_may_afterwards() -> None:
+    clock = loop_clock()
+    with clock.runs():
+        napping = asyncio.ensure_future(clock.nap(60))
+        await asyncio.sleep(0)
+        alarm = Alarm(0, lambda: None)
+        await napping
+        assert clock._judgements == 1
+        await clock.nap(60)
+        alarm.restart(60)
+        again = asyncio.ensure_future(clock.nap(60))
+        await asyncio.sleep(0)
+        alarm.cancel()
+        assert not again.done()
+        again.cancel()
+        await asyncio.wait([again])
+        assert (clock._naps, clock._judgements) == (set(), 0)
 
 
 async def test_the_doctors_own_question_goes_by_the_same_clock() -> None:

@@ -7,7 +7,9 @@ kernel. By the wall clock those are late, and would be thrown away and paid for 
 1. time counts only while the loop turns: of a pass that takes longer than `LONGEST_PASS` no more
    than that counts;
 2. a deadline that has come is judged after `LAST_LOOKS` further passes, each of which reads what
-   has arrived.
+   has arrived;
+3. whoever lets data pile up in the kernel, to read it at once, does so in a `nap`, from which every
+   deadline that has come wakes all before it is judged.
 
 A clock belongs to a loop, and runs while something waits by it.
 """
@@ -39,6 +41,9 @@ class LoopClock:
         self._counted = self._seen = time.monotonic()
         self._users = 0
         self._tick_handle: asyncio.TimerHandle | None = None
+        self._naps: set[asyncio.Future[None]] = set()
+        self._judgements = 0
+        """Alarms that have come due and look for the last time."""
 
     def now(self) -> float:
         """Seconds that count by now."""
@@ -66,11 +71,38 @@ class LoopClock:
             self._tick_handle.cancel()
             self._tick_handle = None
 
+    async def nap(self, seconds: float) -> None:
+        """Read nothing for `seconds`, or until an alarm is due."""
+        if self._judgements:
+            return
+        woken = asyncio.get_running_loop().create_future()
+        handle = woken.get_loop().call_later(seconds, _wake, woken)
+        self._naps.add(woken)
+        try:
+            await woken
+        finally:
+            handle.cancel()
+            self._naps.discard(woken)
+
+    def begin_judgement(self) -> None:
+        """Nobody naps until as many `end_judgement()`."""
+        self._judgements += 1
+        for woken in self._naps:
+            _wake(woken)
+
+    def end_judgement(self) -> None:
+        self._judgements -= 1
+
     def _tick(self) -> None:
         seen = time.monotonic()
         self._counted += min(seen - self._seen, LONGEST_PASS)
         self._seen = seen
         self._tick_handle = asyncio.get_running_loop().call_later(TICK_SECONDS, self._tick)
+
+
+def _wake(napping: asyncio.Future[None]) -> None:
+    if not napping.done():
+        napping.set_result(None)
 
 
 _CLOCKS: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, LoopClock] = (
@@ -103,6 +135,7 @@ class Alarm:
         self._clock = loop_clock()
         self._callback = callback
         self._handle: asyncio.Handle | None = None
+        self._looks = 0
         self._clock.hold()
         self._at = self._clock.now() + seconds
         self._wait()
@@ -121,10 +154,12 @@ class Alarm:
         if self._handle is not None:
             self._handle.cancel()
             self._handle = None
+            self._stop_looking()
             self._clock.release()
 
     def _wait(self) -> None:
-        self._looks, self._wakes = 0, self._at
+        self._stop_looking()
+        self._wakes = self._at
         seconds = max(0.0, self._at - self._clock.now())
         self._handle = self._loop.call_later(seconds, self._due)
 
@@ -132,11 +167,18 @@ class Alarm:
         if self._clock.now() < self._at:
             self._wait()
         elif self._looks < LAST_LOOKS:
+            if not self._looks:
+                self._clock.begin_judgement()
             self._looks += 1
             self._handle = self._loop.call_soon(self._due)
         else:
             self.cancel()
             self._callback()
+
+    def _stop_looking(self) -> None:
+        if self._looks:
+            self._looks = 0
+            self._clock.end_judgement()
 
 
 class Deadline:
