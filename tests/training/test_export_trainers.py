@@ -149,15 +149,13 @@ def test_skyrl_by_hand() -> None:
 
 def test_segments_of_an_episode_are_steps_of_skyrl() -> None:
     more = Segment(tokens=[20, 21], logprobs=[0, -0.25], loss_mask=[0, 1])
-    output = skyrl.to_samples([group(two_turns(more=(more,)), one_turn(1))], types=SKYRL)
-    assert output["prompt_token_ids"] == [[4], [20], [1, 2]]
-    assert output["response_ids"] == [[5, 6, 7, 8], [21], [3]]
-    assert output["rewards"] == [0.0, 0.0, 1.0]
-    assert output["stop_reasons"] == ["stop", "length", "stop"]
-    assert output["is_last_step"] == [False, True, True]
-    first, second, third = output["trajectory_ids"]
-    assert first is second
-    assert third.repetition_id == 1
+    output = skyrl.to_samples([group(two_turns(more=(more, more)), one_turn(1))], types=SKYRL)
+    assert output["prompt_token_ids"] == [[4], [20], [20], [1, 2]]
+    assert output["response_ids"] == [[5, 6, 7, 8], [21], [21], [3]]
+    assert output["rewards"] == [0.0, 0.0, 0.0, 1.0]
+    assert output["stop_reasons"] == ["stop", "stop", "length", "stop"]
+    assert output["is_last_step"] == [False, False, True, True]
+    assert [each.repetition_id for each in output["trajectory_ids"]] == [0, 0, 0, 1]
 
 
 def test_skyrl_gets_the_ids_back_that_it_asked_with() -> None:

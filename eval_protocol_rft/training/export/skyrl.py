@@ -81,11 +81,12 @@ _LISTS = (
 
 def _append(output: dict[str, Any], trajectory: Trajectory, trajectory_id: Any) -> None:
     assert trajectory.reward is not None  # noqa: S101 - check_groups refuses it
-    last = trajectory.segments[-1]
-    for segment in trajectory.segments:
+    segments = trajectory.segments
+    for place, segment in enumerate(segments, start=1):
         response = response_of(segment)
         # A turn that is cut off is the last of its episode: earlier segments ended by themselves.
-        stop_reason = trajectory.finish_reason if segment is last else "stop"
+        last = place == len(segments)
+        stop_reason = trajectory.finish_reason if last else "stop"
         values = (
             response.prompt_ids,
             response.ids,
@@ -94,7 +95,7 @@ def _append(output: dict[str, Any], trajectory: Trajectory, trajectory_id: Any) 
             stop_reason,
             response.logprobs,
             trajectory_id,
-            segment is last,
+            last,
         )
         for name, value in zip(_LISTS, values, strict=True):
             output[name].append(value)
