@@ -30,6 +30,7 @@ from eval_protocol_rft.data._format import CompletionRow, FileMetadata, schema
 from eval_protocol_rft.data._generate_output import DoneIndex
 from eval_protocol_rft.data._job_store import failed_rows, row_keys
 from eval_protocol_rft.data._sampling_run import Prompt, SamplingRun
+from eval_protocol_rft.rollout import parse_completion_params
 from eval_protocol_rft.sampling import ConcurrencyLimit, RetryPolicy, _clock
 from eval_protocol_rft.sampling._fanout import derive_seeds
 from eval_protocol_rft.sampling._telemetry import AttemptEvent
@@ -45,7 +46,9 @@ ROUND_TRIP = 0.05
 N = 8
 """Completions of a prompt."""
 PROMPT = TokenIds(range(150))
-PARAMS = SamplingParams(model="simulated", max_tokens=8192)
+REQUEST = parse_completion_params(
+    {"model": "simulated", "api_base": "http://nowhere", "n": N, "max_tokens": 8192}
+)
 SCHEMA = schema(FileMetadata(), {})
 
 
@@ -295,8 +298,9 @@ def prompts(done: DoneIndex, count: int) -> Iterator[Prompt]:
         samples = done.missing(number, retry_failed=False)
         if samples:
             row = CompletionRow(
-                row_id=f"data-{number}", data_idx=number, sample_idx=0, prompt="", prompt_ids=ids
-            )
+                row_id=f"data-{number}", data_idx=number, sample_idx=0, prompt="", prompt_ids=ids,
+                max_tokens=8192,
+            )  # fmt: skip
             yield Prompt(row, PROMPT, samples, derive_seeds(0, str(number), N))
 
 
@@ -363,7 +367,7 @@ def simulate(
             run = SamplingRun(
                 sampler=cluster,
                 tokenizer=PlainTokenizer(),  # type: ignore[arg-type]
-                params=PARAMS,
+                request=REQUEST,
                 store=store,  # type: ignore[arg-type]
                 retry=RetryPolicy(),
                 limit=limit(),
