@@ -155,8 +155,8 @@ def score(
 
     Args:
         rollouts: A rollout file; or what a test wrote, or a URL (then with -o).
-        evaluator: tests/test_x.py::test_x (an evaluation test or a plain function of `row`), or
-            package.module:function.
+        evaluator: tests/test_x.py::test_x (an evaluation test, a plain function of `row`, or a
+            reward function of Eval Protocol, verl or TRL), or package.module:function.
         allow_unscored: Exit with 0 though no completion has a reward.
 
     Examples:
@@ -165,6 +165,7 @@ def score(
         -e my_package.rewards:short_answer --name short
       ep-rft score rollouts.parquet -e judge.py::judge --concurrency 16 \
         -o judged.parquet
+      ep-rft score rollouts.parquet -e eval_protocol.rewards.math:math_reward
     """
     with rollout_file(rollouts) as source:
         if str(source) != room.one_place(rollouts).name and "output" not in options:

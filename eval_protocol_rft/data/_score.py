@@ -14,22 +14,28 @@ import hashlib
 import inspect
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 import pyarrow as pa
 import pyarrow.compute as pc
 from annotated_types import Ge
 
+from eval_protocol_rft import scoring
 from eval_protocol_rft._options import Flag, check_arguments
 from eval_protocol_rft.data import _files as files
 from eval_protocol_rft.data import _score_file as score_file
 from eval_protocol_rft.data._dataset import RolloutDataset
 from eval_protocol_rft.data._files import JobError
-from eval_protocol_rft.data._format import RewardSettings, reward_column, reward_columns
+from eval_protocol_rft.data._format import (
+    ORIGINAL_PREFIX,
+    RewardSettings,
+    reward_column,
+    reward_columns,
+)
 from eval_protocol_rft.data._job_file import BusyError
 from eval_protocol_rft.data._job_store import JobStore, lock_folder, parts_folder, read_schema
 from eval_protocol_rft.data._jsonl import is_jsonl
@@ -139,6 +145,7 @@ def score(
         str | os.PathLike[str] | None, Flag("-o", unset="the rollout file is replaced")
     ] = None,
     name: Annotated[str | None, Flag(unset="reward")] = None,
+    evaluator_args: Annotated[Mapping[str, Any] | None, Flag()] = None,
     workers: Annotated[int | None, Ge(1), Flag(unset="processors; async evaluators: 1")] = None,
     timeout: Annotated[float | None, Ge(0), Flag()] = 60.0,
     max_concurrency: Annotated[int, Ge(1), Flag("--concurrency", only=True)] = 96,
@@ -155,9 +162,12 @@ def score(
         path: a finished rollout file, also compressed JSON lines or a URL.
         evaluator: `tests/test_x.py::test_x`, under `@evaluation_test` or plain, or
             `package.module:function`; it takes `row` (or `rows`) and returns the row, an
-            `EvaluateResult` or a number.
+            `EvaluateResult` or a number. Or a reward function of Eval Protocol
+            (`eval_protocol.rewards.math:math_reward`), verl (`compute_score`) or TRL, by its
+            parameters.
         output: a new file.
         name: column reward_NAME, beside other rewards.
+        evaluator_args: further arguments of the evaluator.
         workers: worker processes; with Ray, on each of its nodes.
         timeout: seconds for one completion; 0: any time.
         max_concurrency: calls in flight of an async evaluator.
@@ -188,7 +198,8 @@ def score(
     if output is None and dataset.is_copy:
         raise JobError(f"{dataset.where} is only read: name a new file for the output (-o)")
     target = dataset.path if output is None else files.output_path(output)
-    loaded = executors.load_evaluator(evaluator)
+    loaded = executors.load_evaluator(executors.with_arguments(evaluator, evaluator_args))
+    _check_columns(dataset, loaded)
     column = reward_column(name)
     folders = [parts_folder(target), parts_folder(target, column)]
     files.check_rollout_file(target, folders=folders)
@@ -237,6 +248,21 @@ def score(
                 files.write_file(target, wanted, tables)
             store.remove()
     return summarize_rewards(target, column, graded, loaded, adapt=adapt)
+
+
+def _check_columns(dataset: RolloutDataset, evaluator: LoadedEvaluator) -> None:
+    """See that the data set has what a reward function has no default for; of rows of Eval Protocol
+    the calls find that out."""
+    names = [name for name in dataset.schema.names if name.startswith(ORIGINAL_PREFIX)]
+    columns = [name.removeprefix(ORIGINAL_PREFIX) for name in names]
+    needed = scoring.columns_needed(evaluator.function)
+    missing = [name for name in needed if name not in (*columns, *evaluator.kwargs)]
+    if missing and (columns or dataset.metadata.data is not None):
+        raise JobError(
+            f"{evaluator.name} has parameters without a default that no column of the data set is: "
+            f"{', '.join(missing)}. The columns are {', '.join(columns) or 'none'}. Give them as "
+            "--evaluator-args (evaluator_args=), or sample from a data set that has them"
+        )
 
 
 @contextlib.contextmanager

@@ -22,6 +22,8 @@ from ._results import Place as Place
 from ._results import read_result as read_result
 from ._results import sort_answers as sort_answers
 from ._results import unscored as unscored
+from ._reward_functions import columns_needed as columns_needed
+from ._reward_functions import may_be_evaluator as may_be_evaluator
 from ._scored_rows import ScoringOptions as ScoringOptions
 from ._scored_rows import completion_views as completion_views
 from ._scored_rows import episode_view as episode_view

@@ -28,6 +28,7 @@ import pytest
 
 from eval_protocol_rft._errors import EvalProtocolRftError
 from eval_protocol_rft._text import end_copy_of, text_of
+from eval_protocol_rft.scoring._reward_functions import FORMS, as_row_function
 
 if TYPE_CHECKING:
     from eval_protocol.models import EPParameters, EvaluationRow
@@ -154,21 +155,26 @@ class Evaluator:
 
     @classmethod
     def of(cls, function: Callable[..., Any]) -> Evaluator:
-        """Look at `function`.
+        """Look at `function`, which may be a reward function of another library too.
 
         Raises:
             EvaluatorError: it is no Python function, has not exactly one of the parameters `row`
-                and `rows`, or that parameter's annotation cannot be resolved.
+                and `rows` nor the form of a reward function, or that parameter's annotation cannot
+                be resolved.
         """
         code = getattr(inspect.unwrap(function), "__code__", None)
         if not isinstance(code, CodeType):
             raise EvaluatorError(f"{function!r} is not a Python function: wrap it in a `def`")
         name = getattr(function, "__name__", repr(function))
-        names = {"row", "rows"}.intersection(inspect.signature(function).parameters)
+        parameters = inspect.signature(function).parameters
+        names = {"row", "rows"}.intersection(parameters)
+        if not names and (of_row := as_row_function(function)) is not None:
+            return cls.of(of_row)
         if len(names) != 1:
+            there = f"neither, but {', '.join(parameters) or 'none'}: nor has it {FORMS}"
             raise EvaluatorError(
                 f"evaluator {name} must have one parameter named `row` (pointwise) or `rows` "
-                f"(groupwise, all), it has {'both' if names else 'neither'}"
+                f"(groupwise, all), it has {'both' if names else there}"
             )
         parameter: Parameter = "row" if "row" in names else "rows"
         return cls(

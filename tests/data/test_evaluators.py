@@ -150,9 +150,11 @@ def test_a_missing_file_is_named_in_full(project, tmp_path):
     assert str(caught.value) == f"sub/judges.py::f: there is no file {tmp_path}/sub/judges.py"
 
 
-def test_one_colon_after_a_file_is_one_too_few(project):
-    with pytest.raises(EvaluatorNotFoundError, match=r"takes two colons: judges\.py::f"):
-        load_evaluator("judges.py:f")
+def test_one_colon_after_a_file_will_do(project):
+    folder = project(judges="def f(row):\n    return 1.0\n")
+    assert load_evaluator("judges.py:f").spec == f"{folder}/judges.py::f"
+    with pytest.raises(EvaluatorNotFoundError, match=r"a file ends in \.py: sub/judges\.py::f"):
+        load_evaluator("sub/judges:f")
 
 
 def test_a_method_is_no_function_of_a_module(project):
@@ -223,7 +225,7 @@ def test_a_module_name_that_is_taken_is_not_mistaken_for_the_file(project):
     [
         ("def f(sample): ...\n", "must have one parameter named `row`"),
         ("def f(rows): ...\n", "needs mode='groupwise' or mode='all'"),
-        ("def f(row, judge): ...\n", r"evaluation_test_kwargs \(none\): missing .* 'judge'"),
+        ("def f(row, judge): ...\n", r"and its arguments \(none\): missing .* 'judge'"),
         ("class f:\n    def __call__(self, row): ...\nf = f()\n", "not a Python function"),
         (
             HEADER

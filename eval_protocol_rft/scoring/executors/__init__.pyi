@@ -5,6 +5,7 @@ from ._loading import LoadedEvaluator as LoadedEvaluator
 from ._loading import code_fingerprints as code_fingerprints
 from ._loading import load_evaluator as load_evaluator
 from ._loading import load_named as load_named
+from ._loading import with_arguments as with_arguments
 from ._messages import ScoredItem as ScoredItem
 from ._messages import ScoringItem as ScoringItem
 from ._pool import score_items as score_items

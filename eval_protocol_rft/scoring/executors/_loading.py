@@ -16,6 +16,7 @@ import hashlib
 import importlib
 import importlib.machinery
 import inspect
+import json
 import os
 import sys
 import sysconfig
@@ -199,7 +200,7 @@ class LoadedEvaluator:
     mode: Literal["pointwise", "groupwise", "all"]
     is_async: bool
     kwargs: Mapping[str, Any]
-    """What `@evaluation_test` gives it besides rows."""
+    """What it gets besides rows: from `@evaluation_test`, and from the spec."""
     dataset_adapter: Callable[..., Any] | None
     """That of the evaluation test; None where it is Eval Protocol's default."""
     fingerprint: str
@@ -216,7 +217,8 @@ def load_evaluator(spec: str) -> LoadedEvaluator:
     loaded. For a module the current folder goes first on `sys.path`, as with `python -m`.
 
     Args:
-        spec: `path/to/test_file.py::function` or `package.module:function`.
+        spec: `path/to/test_file.py::function` (or with one colon) or `package.module:function`;
+            behind a `?`, further arguments as a JSON object.
 
     Raises:
         EvaluatorNotFoundError: no such file, module or function, the import raises, or the name
@@ -235,7 +237,7 @@ def load_named(spec: str, what: str) -> Any:
     Raises:
         EvaluatorNotFoundError: no such file, module or name, or the import raises.
     """
-    place = _parse(spec, what)
+    place = _place_of(spec, what)
     module = _import(place)
     if not hasattr(module, place.function):
         raise EvaluatorNotFoundError(f"{spec}: {place.module} has no {place.function!r}")
@@ -255,17 +257,49 @@ class _Place(NamedTuple):
     """None where the module was named, not its file."""
     root: Path
     """What goes on `sys.path`."""
+    arguments: Mapping[str, Any] = {}
+    """Behind the `?`."""
 
 
-def _parse(spec: str, what: str = "evaluator") -> _Place:
+def with_arguments(spec: str, arguments: Mapping[str, Any] | None) -> str:
+    """The spec of an evaluator that is called with these arguments besides its row.
+
+    Raises:
+        EvaluatorNotFoundError: they are not JSON.
+    """
+    if not arguments:
+        return spec
+    try:
+        return f"{spec}?{json.dumps(dict(arguments), sort_keys=True, allow_nan=False)}"
+    except (TypeError, ValueError) as error:
+        raise EvaluatorNotFoundError(f"{spec}: its arguments are no JSON: {error}") from error
+
+
+def _parse(spec: str) -> _Place:
+    named, mark, text = spec.partition("?")
+    if not mark:
+        return _place_of(spec)
+    try:
+        arguments = json.loads(text)
+    except ValueError as error:
+        raise EvaluatorNotFoundError(f"{spec}: behind the ? is no JSON: {error}") from error
+    if not isinstance(arguments, dict):
+        raise EvaluatorNotFoundError(f"{spec}: behind the ? is no JSON object")
+    place = _place_of(named)
+    return place._replace(spec=f"{place.spec}?{text}", name=spec, arguments=arguments)
+
+
+def _place_of(spec: str, what: str = "evaluator") -> _Place:
     if "::" in spec:
         path, _, function = spec.partition("::")
         return _file_place(spec, Path(path), function)
     module, colon, function = spec.partition(":")
     if not colon or not module or not function:
         raise EvaluatorNotFoundError(f"{spec!r} names no {what}: write {FORMS}")
-    if module.endswith(".py") or os.sep in module:
-        raise EvaluatorNotFoundError(f"{spec!r}: a file takes two colons: {module}::{function}")
+    if module.endswith(".py"):
+        return _file_place(spec, Path(module), function)
+    if os.sep in module:
+        raise EvaluatorNotFoundError(f"{spec!r}: a file ends in .py: {module}.py::{function}")
     return _Place(spec, spec, module, function, None, Path.cwd())
 
 
@@ -339,7 +373,7 @@ def _function(place: _Place, module: ModuleType) -> Callable[..., Any]:
 
 
 def _evaluators_in(module: ModuleType) -> list[str]:
-    """Names of the module's own functions that take `row` or `rows`, and evaluation tests."""
+    """Names of the module's own functions that can be evaluators, and of evaluation tests."""
     return sorted(
         name
         for name, value in vars(module).items()
@@ -347,24 +381,27 @@ def _evaluators_in(module: ModuleType) -> list[str]:
         or (
             inspect.isfunction(value)
             and value.__module__ == module.__name__
-            and {"row", "rows"}.intersection(inspect.signature(value).parameters)
+            and scoring.may_be_evaluator(value)
         )
     )
 
 
 def _look_at(place: _Place, function: Callable[..., Any]) -> LoadedEvaluator:
+    test = scoring.parameters_of(function)
     try:
         inner = scoring.inner_evaluator(function)
         mode = scoring.mode_of(function, inner)
-        kwargs = scoring.own_kwargs(function)
+        kwargs = place.arguments
+        if not kwargs or len(scoring.sets_of(test, "evaluation_test_kwargs")) < 2:
+            kwargs = {**scoring.own_kwargs(function), **kwargs}
         inner.bind(**{inner.parameter: None}, **kwargs)
     except scoring.EvaluatorError as error:
         raise scoring.EvaluatorError(f"{place.name}: {error}") from error
     except TypeError as error:
         names = ", ".join(kwargs) or "none"
         raise scoring.EvaluatorError(
-            f"{place.name}: it cannot be called with `{inner.parameter}` and its "
-            f"evaluation_test_kwargs ({names}): {error}"
+            f"{place.name}: it cannot be called with `{inner.parameter}` and its arguments "
+            f"({names}): {error}"
         ) from error
     return LoadedEvaluator(
         spec=place.spec,
@@ -373,7 +410,7 @@ def _look_at(place: _Place, function: Callable[..., Any]) -> LoadedEvaluator:
         mode=mode,
         is_async=inner.is_async,
         kwargs=kwargs,
-        dataset_adapter=scoring.adapter_of(scoring.parameters_of(function)),
+        dataset_adapter=scoring.adapter_of(test),
         fingerprint=_fingerprint(place),
         code=code_fingerprints(inner.function, name=place.function),
     )
