@@ -24,9 +24,10 @@ from eval_protocol_rft.sampling._clock import (
     loop_clock,
     sampling_time,
 )
+from eval_protocol_rft.sampling._connections import TrustingConnector, last_connection
 from eval_protocol_rft.sampling._endpoint import Endpoint
 from eval_protocol_rft.sampling._fanout import StragglerPolicy, Survivor, sample_group
-from eval_protocol_rft.sampling._http import HttpSampler, TrustingConnector
+from eval_protocol_rft.sampling._http import HttpSampler
 from eval_protocol_rft.sampling._retry import RetryPolicy
 from eval_protocol_rft.sampling._types import Completion, SamplingError, SamplingParams, TokenIds
 from tests.stub_server import reply_to
@@ -174,6 +175,25 @@ async def test_a_reply_over_a_connection_that_nobody_looked_at_is_refused(
         params = SamplingParams(model="m", max_tokens=64)
         with pytest.raises(RuntimeError, match=r"aiohttp \S+ does not give out connections"):
             await sampler.sample(PROMPT, params, seed=1)
+        await sampler.aclose()
+
+
+async def test_tcp_asks_a_silent_connection_whether_the_other_end_is_there() -> None:
+    """Whole replies are silent for as long as they take: a host that is gone shows in 30 s."""
+    with Gated(stream=False) as server:
+        sampler = HttpSampler(Endpoint(server.url))
+        asked = sampler.sample(PROMPT, SamplingParams(model="m", max_tokens=64), seed=1)
+        server._open.set()
+        await asked
+        transport = last_connection.get()
+        assert transport is not None
+        connection = transport.get_extra_info("socket")
+        assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        idle, pause, count = (
+            connection.getsockopt(socket.IPPROTO_TCP, option)
+            for option in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
+        )
+        assert idle + pause * count == 30
         await sampler.aclose()
 
 

@@ -532,6 +532,20 @@ def test_a_stream_carries_exactly_what_the_whole_reply_has(sampler, client):
     assert {chunk["id"] for chunk in chunks} == {chunks[0]["id"]}
 
 
+@pytest.mark.parametrize(("interval", "sizes"), [(None, [1] * 7), (1, [1] * 7), (3, [3, 3, 1])])
+def test_a_chunk_has_as_many_tokens_as_were_asked_for(sampler, client, interval, sizes):
+    ids = [*ids_of("4+4=8."), EOS_ID]
+    sampler.script = lambda *_: completion_of("4+4=8.")
+    wanted = {"stream": True, "return_token_ids": True, "logprobs": True}
+    chunks = events(ask(client, **wanted, stream_interval=interval))
+    parts = [chunk["choices"][0] for chunk in chunks]
+    assert [len(part["token_ids"]) for part in parts] == sizes
+    assert [len(part["logprobs"]["content"]) for part in parts] == sizes
+    assert [token for part in parts for token in part["token_ids"]] == ids
+    assert "".join(part["text"] for part in parts) == "4+4=8."
+    assert [part["finish_reason"] for part in parts] == [None] * (len(sizes) - 1) + ["stop"]
+
+
 def test_the_first_chunk_has_the_prompt_and_the_last_one_how_it_ended(client):
     first, last = events(
         ask(
@@ -565,6 +579,14 @@ def test_streams_name_the_policy_version_and_whole_replies_the_model(sampler, cl
     sampler.script = lambda *_: completion_of("4", policy_version="step-7")
     assert {chunk["model"] for chunk in events(ask(client, stream=True))} == {"m@step-7"}
     assert ask(client).json()["model"] == "m"
+
+
+def test_a_chunk_has_no_tokens_of_two_versions(sampler, client):
+    versions = {"policy_version": "b", "first_policy_version": "a"}
+    sampler.script = lambda *_: completion_of("4+4=8", **versions)
+    chunks = events(ask(client, stream=True, stream_interval=100, return_token_ids=True))
+    told = [(chunk["model"], len(chunk["choices"][0]["token_ids"])) for chunk in chunks]
+    assert told == [("m@a", 1), ("m", 4), ("m@b", 1)]
 
 
 # Clients that go away, servers that stop

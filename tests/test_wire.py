@@ -479,6 +479,21 @@ def test_the_request_asks_for_exact_data_and_full_support() -> None:
     }  # fmt: skip
 
 
+def test_a_stream_is_asked_for_counts_and_for_few_events_but_not_where_that_is_refused() -> None:
+    params = SamplingParams(model="m", max_tokens=9)
+    plain = json.loads(request_body(PROMPT, params, seed=None))
+    asked = json.loads(request_body(PROMPT, params, seed=None, stream=True))
+    assert {key: asked[key] for key in asked.keys() - plain.keys()} == {
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "stream_interval": 32,
+    }
+    of_fireworks = request_body(PROMPT, params, seed=None, stream=True, is_fireworks=True)
+    assert json.loads(of_fireworks) == {**plain, "stream": True}
+    own = SamplingParams(model="m", max_tokens=9, extra={"stream_interval": 1})
+    assert json.loads(request_body(PROMPT, own, seed=None, stream=True))["stream_interval"] == 1
+
+
 def test_what_the_user_adds_travels_and_wins() -> None:
     params = SamplingParams(
         model="m",

@@ -1,3 +1,5 @@
+from ._connections import NO_CLOCKS as NO_CLOCKS
+from ._connections import TrustingConnector as TrustingConnector
 from ._endpoint import Endpoint as Endpoint
 from ._http import HttpSampler as HttpSampler
 from ._limits import RunStoppedError as RunStoppedError
@@ -36,8 +38,6 @@ from ._fanout import Survivor as Survivor
 from ._fanout import derive_seeds as derive_seeds
 from ._fanout import sample_group as sample_group
 from ._fanout import sample_one as sample_one
-from ._http import NO_CLOCKS as NO_CLOCKS
-from ._http import TrustingConnector as TrustingConnector
 from ._http import error_text as error_text
 from ._http import reach as reach
 from ._http import read_body as read_body

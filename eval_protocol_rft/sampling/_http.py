@@ -4,30 +4,29 @@ Invariant: one call of `sample` is one HTTP request. It retries nothing, follows
 whatever goes wrong leaves as a `SamplingError` in which no secret appears. No reply, whatever a
 server sends, takes more memory than its request could explain, and a body that was not read to its
 end is never returned.
-
-Invariant: a connection on which something came in unasked, or over which a reply came that was not
-ours, is closed: HTTP/1.1 has nothing else to tell one request's reply from another's. Of aiohttp
-this needs `BaseConnector.connect`, which gives out a connection for each request, and of a
-connection's protocol `should_close`, which also says whether something came in unasked.
 """
 
 from __future__ import annotations
 
 import asyncio
 import math
-import select
-import weakref
 from collections.abc import AsyncGenerator, Sequence
-from contextvars import ContextVar
 from dataclasses import replace
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
 
 import aiohttp
 
 from eval_protocol_rft._text import well_formed
 from eval_protocol_rft.sampling import _endpoint, _types
 from eval_protocol_rft.sampling._clock import Deadline, loop_clock
+from eval_protocol_rft.sampling._connections import (
+    KEEPALIVE_SECONDS,
+    NO_CLOCKS,
+    TrustingConnector,
+    distrust,
+    last_connection,
+    require_looked_at,
+)
 from eval_protocol_rft.sampling._endpoint import Endpoint
 from eval_protocol_rft.sampling._event_stream import EventStream
 from eval_protocol_rft.sampling._exactness import decode_reply, decode_stream
@@ -40,83 +39,10 @@ from eval_protocol_rft.sampling._types import (
     SamplingParams,
 )
 
-if TYPE_CHECKING:
-    from aiohttp.connector import Connection
-
-CONNECT_SECONDS = 30.0
-"""To connect, with what TLS and a proxy need to say first."""
-
-last_connection: ContextVar[asyncio.Transport | None] = ContextVar("last_connection", default=None)
-"""What the newest request of this task goes over. A reply forgets its connection at its end."""
-
-
-class TrustingConnector(aiohttp.TCPConnector):
-    """Looks at a connection before it gives it out; the clock of connecting is the loop's own."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self._known: weakref.WeakSet[asyncio.Transport] = weakref.WeakSet()
-        """Carried a request before."""
-
-    async def connect(self, *request: Any, **more: Any) -> Connection:
-        """A connection, from the pool or new, on which nothing has come in unasked.
-
-        Raises:
-            TimeoutError: there was none within `CONNECT_SECONDS`.
-            aiohttp.ClientConnectionError: it could not be made, or the server spoke first.
-        """
-        while True:
-            async with Deadline(CONNECT_SECONDS):
-                connection = await super().connect(*request, **more)
-            transport, protocol = connection.transport, connection.protocol
-            was_used = transport in self._known
-            spoke = protocol is not None and protocol.should_close
-            if not spoke and not (was_used and _says_something(transport)):
-                if transport is not None:
-                    self._known.add(transport)
-                last_connection.set(transport)
-                return connection
-            connection.close()
-            if not was_used:
-                raise aiohttp.ClientConnectionError(
-                    "the server disconnected, or said something, before it was asked"
-                )
-
-
-def require_looked_at() -> None:
-    """Check that this task's newest reply came over a connection that was looked at.
-
-    Raises:
-        RuntimeError: aiohttp gives connections out elsewhere; no reply can be trusted then.
-    """
-    if last_connection.get() is None:
-        raise RuntimeError(
-            f"aiohttp {aiohttp.__version__} does not give out connections by "
-            "BaseConnector.connect, so replies cannot be told apart: install an older one, and "
-            "please report it to the authors of eval-protocol-rft"
-        )
-
-
-def distrust(transport: asyncio.Transport | None) -> None:
-    """Close the connection that a reply came over; a request that is on it already fails, and is
-    made again."""
-    if transport is not None:
-        transport.close()
-
-
-def _says_something(transport: asyncio.Transport | None) -> bool:
-    """Whether something waits in the kernel that the event loop has not seen yet. Not for a new
-    connection, where it may be what resumes a TLS session later."""
-    if transport is None:
-        return False
-    poll = select.poll()
-    poll.register(transport.get_extra_info("socket"), select.POLLIN)
-    return bool(poll.poll(0))
-
-
 STREAM_FROM_TOKENS = 4096
-"""From this max_tokens on replies are streamed: such a generation takes minutes, in which a
-connection that died would otherwise look like one that is busy."""
+"""From this max_tokens on replies are streamed: such a generation takes minutes, in which a server
+that hangs, or died behind a gateway or tunnel that did not, looks like one that is busy (TCP's
+probes see the next hop alone), and in which gateways cut silent connections."""
 STALL_SECONDS = 30.0
 """A stream that has begun and is silent for so long is dead. Servers pause for seconds at most."""
 LONGEST_NAP = 0.5
@@ -225,10 +151,6 @@ def _too_long(limit: int) -> ContractError:
     return ContractError(f"the reply is longer than {limit} bytes, more than was asked for")
 
 
-KEEPALIVE_SECONDS = 4.0
-"""uvicorn, and so vLLM and SGLang, closes an idle connection after 5 s, under the next request."""
-NO_CLOCKS = aiohttp.ClientTimeout(total=None, sock_connect=None)
-"""aiohttp's run on while the loop is blocked; ours are `Deadline`s."""
 _QUEUE_HEADERS = ("fireworks-prefill-queue-duration", "fireworks-generation-queue-duration")
 _LONGEST_REQUEST_ID = 256
 _LONGEST_UNREADABLE = 120
@@ -302,7 +224,7 @@ class HttpSampler:
                         params,
                         seed,
                         stream=streamed,
-                        ask_usage=not self._endpoint.is_fireworks,
+                        is_fireworks=self._endpoint.is_fireworks,
                         prompt_cache_key=affinity if self._endpoint.is_fireworks else None,
                     ),
                     headers={_endpoint.AFFINITY_HEADER: affinity} if affinity else None,

@@ -23,8 +23,8 @@ import aiohttp
 from eval_protocol_rft.sampling import _limits
 from eval_protocol_rft.sampling._adaptive import AdaptiveLimit, ServerLoad
 from eval_protocol_rft.sampling._clock import Deadline, loop_clock, sampling_time
+from eval_protocol_rft.sampling._connections import NO_CLOCKS
 from eval_protocol_rft.sampling._endpoint import Endpoint, endpoint_headers, proxy_for
-from eval_protocol_rft.sampling._http import NO_CLOCKS
 from eval_protocol_rft.sampling._retry import Attempt, failed_attempt
 from eval_protocol_rft.sampling._types import Completion, RefusedError, SamplingError
 

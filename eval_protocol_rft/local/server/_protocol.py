@@ -163,6 +163,8 @@ class CompletionRequest(msgspec.Struct, frozen=True, kw_only=True):
     perf_metrics_in_response: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    stream_interval: Annotated[int, Meta(ge=1)] | None = None
+    """vLLM's: most tokens of one chunk of a stream."""
 
     user: str | None = None
     metadata: dict[str, str] | None = None

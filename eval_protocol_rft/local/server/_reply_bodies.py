@@ -194,23 +194,34 @@ def whole_reply(
 def chunks(
     head: Json, request: CompletionRequest, samples: Sequence[Sampled], metrics: dict[str, str]
 ) -> Iterator[Json]:
-    """The same reply in pieces of one token, choice after choice. The last chunk of each choice has
-    its finish reason and raw output, the very last one usage and metrics. Where the sampler tells
-    which weights drew a token, its chunk's model reads `name@version`."""
+    """The same reply in pieces of `stream_interval` tokens (one), choice after choice. The last
+    chunk of each choice has its finish reason and raw output, the very last one usage and metrics.
+    Where the sampler tells which weights drew a token, its chunk's model reads `name@version`, and
+    a chunk has no tokens of two."""
     final = len(samples) - 1
     for index, sampled in enumerate(samples):
-        last = len(sampled.completion.token_ids) - 1
-        for at in range(last + 1):
+        length = len(sampled.completion.token_ids)
+        models = [model_of_token(head["model"], sampled.completion, at) for at in range(length)]
+        for start, stop in _pieces(models, request.stream_interval or 1):
             chunk = {
                 **head,
-                "model": model_of_token(head["model"], sampled.completion, at),
-                "choices": [choice_body(request, index, sampled, at, at + 1)],
+                "model": models[start],
+                "choices": [choice_body(request, index, sampled, start, stop)],
             }
-            if index == final and at == last:
+            if index == final and stop == length:
                 chunk["usage"] = usage(request, samples)
                 if request.perf_metrics_in_response:
                     chunk["perf_metrics"] = metrics
             yield chunk
+
+
+def _pieces(models: list[str], longest: int) -> Iterator[tuple[int, int]]:
+    """Where each piece of consecutive tokens of one model begins and ends."""
+    start = 0
+    for at in range(1, len(models) + 1):
+        if at == len(models) or at - start == longest or models[at] != models[start]:
+            yield start, at
+            start = at
 
 
 def model_of_token(name: str, completion: Completion, at: int) -> str:
