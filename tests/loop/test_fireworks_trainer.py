@@ -21,7 +21,7 @@ from eval_protocol_rft.loop._trainer import (  # noqa: E402
 )
 from eval_protocol_rft.loop.fireworks._fireworks_trainer import FireworksTrainer  # noqa: E402
 from eval_protocol_rft.loop.service.training._calls import CALLS  # noqa: E402
-from eval_protocol_rft.training.losses._corrections import TokenTIS  # noqa: E402
+from eval_protocol_rft.training.losses._corrections import Rejection, TokenTIS  # noqa: E402
 from eval_protocol_rft.training.losses._forward import token_logprobs  # noqa: E402
 from eval_protocol_rft.training.losses._objective import make_loss  # noqa: E402
 from eval_protocol_rft.training.losses._tensors import LossError  # noqa: E402
@@ -135,6 +135,10 @@ async def test_ratios_can_be_taken_against_old_logprobs_by_the_server(
         ("dro", {"beta": 0.05}, 0.0, None),
         ("gspo", CLIP, 0.0, None),
         ("reinforce", {}, 0.0, None),
+        ("sapo", {"tau_pos": 1.0, "tau_neg": 1.05}, 0.0, None),
+        ("geo_mean", CLIP, 0.0, None),
+        ("kl_cov", {"kl_cov_ratio": 0.1, "ppo_kl_coef": 1.0}, 0.0, None),
+        ("ppo", CLIP, 0.0, Rejection(kind="token_k3", high=0.01)),
     ],
 )
 async def test_any_other_loss_is_differentiated_here_and_trained_there(
