@@ -183,8 +183,10 @@ def truncated_log_likelihood(terms: int, p: np.ndarray, rewards: np.ndarray) -> 
     return sum((1 - (1 - success) ** k) / k for k in range(1, terms + 1))
 
 
-@pytest.mark.parametrize("estimate", [advantages.rloo, advantages.reinforce])
-def test_rloo_and_reinforce_estimate_the_gradient_of_the_mean_reward(estimate):
+@pytest.mark.parametrize(
+    "estimate", [advantages.rloo, advantages.reinforce, partial(advantages.remax, baselines=0.7)]
+)
+def test_rloo_reinforce_and_remax_estimate_the_gradient_of_the_mean_reward(estimate):
     rewards = np.array([0.2, 1.0, -0.5])
     assert expected_gradient(estimate, rewards, 4) == pytest.approx(
         exact_gradient(mean_reward, rewards), abs=1e-7
@@ -203,6 +205,18 @@ def test_pkpo_estimates_the_gradient_of_the_best_of_k(k):
     rewards = np.array([0.2, 1.0, -0.5])
     assert expected_gradient(partial(advantages.pkpo, k=k), rewards, 4) == pytest.approx(
         exact_gradient(partial(best_of, k), rewards), abs=1e-7
+    )
+
+
+@pytest.mark.parametrize("n", [2, 4])
+def test_grpo_passk_estimates_the_gradient_of_the_best_of_all(n):
+    rewards = np.array([0.2, 1.0, -0.5])
+
+    def summed(group):
+        return n * advantages.grpo_passk(group, by_std=False)
+
+    assert expected_gradient(summed, rewards, n) == pytest.approx(
+        exact_gradient(partial(best_of, n), rewards), abs=1e-7
     )
 
 

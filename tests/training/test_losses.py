@@ -123,6 +123,66 @@ def test_gspo_has_the_gradient_of_the_sequence_level_loss() -> None:
     assert (gradient == 0).sum() > (~tensors.sampled).sum(), "some sequence must be clipped"
 
 
+def gradient_of(name: str, tensors: PolicyTensors, **config: float) -> torch.Tensor:
+    loss, _ = make_loss(name, config).on_tensors(tensors)
+    return torch.autograd.grad(loss, tensors.logprobs)[0]
+
+
+def test_gmpo_of_one_token_is_ppo() -> None:
+    batch = [
+        Tokens([s.lp[t]], [s.q[t]], [s.advantages[t]], [s.weights[t]], [True], [0.0], [0.0])
+        for s in draw_batch(1)
+        for t in s.sampled()
+    ]
+    tensors = flat(batch, "old")
+    bounds = {"clip_low_threshold": 0.8, "clip_high_threshold": 1.25}
+    torch.testing.assert_close(
+        gradient_of("geo_mean", tensors, **bounds), gradient_of("ppo", tensors, **bounds)
+    )
+
+
+def test_gmpo_without_bounds_is_gspo_without_them() -> None:
+    """The gradient of one geometric mean of ratios, spread over the tokens of equal weight."""
+    batch = [replace(s, weights=[float(m) for m in s.mask]) for s in draw_batch(3)]
+    tensors = flat(batch, "old")
+    far = {"clip_low_threshold": 1e-6, "clip_high_threshold": 1e6}
+    torch.testing.assert_close(
+        gradient_of("geo_mean", tensors, **far), gradient_of("gspo", tensors, **far)
+    )
+
+
+def test_sapo_with_a_flat_gate_is_importance_sampling() -> None:
+    tensors = flat(draw_batch(1), "old")
+    torch.testing.assert_close(
+        gradient_of("sapo", tensors, tau_pos=1e-6, tau_neg=1e-6),
+        gradient_of("importance_sampling", tensors),
+        rtol=1e-5,
+        atol=1e-8,
+    )
+
+
+@pytest.mark.parametrize("name", ["dppo_tv", "dppo_kl"])
+def test_dppo_with_a_region_without_end_is_cispo(name: str) -> None:
+    tensors = flat(draw_batch(1), "old")
+    region = {"divergence_low_threshold": 1e6, "divergence_high_threshold": 1e6}
+    torch.testing.assert_close(
+        gradient_of(name, tensors, **region, ratio_cap=1.3),
+        gradient_of("cispo", tensors, clip_low_threshold=0.0, clip_high_threshold=1.3),
+    )
+
+
+def test_dppo_bounds_the_probability_where_ppo_bounds_the_ratio() -> None:
+    """A rare token ten times as likely moves little; a likely one at 1.15 times moves much."""
+    rare = [Tokens([math.log(0.01)], [math.log(0.001)], [1.0], [1.0], [True], [0.0], [0.0])]
+    likely = [Tokens([math.log(0.92)], [math.log(0.8)], [1.0], [1.0], [True], [0.0], [0.0])]
+    region = {"divergence_low_threshold": 0.1, "divergence_high_threshold": 0.1, "ratio_cap": 20.0}
+    bounds = {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}
+    moved = [gradient_of("dppo_tv", flat(b, "old"), **region).item() for b in (rare, likely)]
+    assert moved == [pytest.approx(-10.0), 0.0]
+    moved = [gradient_of("ppo", flat(b, "old"), **bounds).item() for b in (rare, likely)]
+    assert moved == [0.0, pytest.approx(-1.15)]
+
+
 @pytest.mark.parametrize("name", REFERENCES)
 def test_on_policy_every_loss_has_the_gradient_of_reinforce(name: str) -> None:
     tensors = flat(draw_batch(4, spread=0.0), "old")
