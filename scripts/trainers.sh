@@ -33,7 +33,7 @@ sources openrlhf OpenRLHF/OpenRLHF 3c3be6234e0cb353e76bb8019947db9dfe99fca7
 if [ ! -e "$folder/venv/done" ]; then
   "${PYTHON:-python3.12}" -m venv "$folder/venv"
   "$folder/venv/bin/pip" install --quiet torch==2.13.0
-  "$folder/venv/bin/pip" install --quiet -e "$here" pytest pytest-asyncio hypothesis \
+  "$folder/venv/bin/pip" install --quiet -e "$here[serve]" pytest pytest-asyncio hypothesis \
     transformers==5.8.0 accelerate aiofiles beartype cloudpathlib colorlog datasets einops flask \
     hydra-core jaxtyping lark loguru mlflow-skinny numba nvidia-ml-py omegaconf orjson peft pillow \
     prime-pydantic-config prometheus_client pybase64 pylatexenc pyzmq ray scipy skyrl-gym tabulate \
@@ -43,4 +43,4 @@ fi
 
 cd "$here"
 EP_RFT_TRAINERS="$folder" exec "$folder/venv/bin/python" -m pytest -m trainers \
-  tests/training/test_export_trainers_real.py "$@"
+  tests/training/test_export_trainers_real.py tests/training/test_export_snippets.py "$@"

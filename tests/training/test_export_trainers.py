@@ -290,6 +290,7 @@ def test_areal_has_versions_where_they_are_known() -> None:
     assert "versions" not in areal.to_samples([group(one_turn())])[0]
     (counted,) = areal.to_samples([group(one_turn(policy_version="step-3"))], version=3)
     assert counted["versions"].tolist() == [[-1, -1, 3]]
+    assert "versions" not in areal.to_samples([group(two_turns())], versions=False)[0]
 
 
 @pytest.mark.parametrize(

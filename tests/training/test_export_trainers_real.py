@@ -1,24 +1,16 @@
 """Trainers' own packages read what we made for them: every number comes out as it went in.
 
-`scripts/trainers.sh FOLDER` makes an environment with their sources, and runs this there. Engines
-and kernels that they import, and that need a GPU, are stood in for; none has a part in what is
-compared.
+`scripts/trainers.sh FOLDER` makes an environment with their sources, and runs this there.
 """
 
 from __future__ import annotations
 
 import asyncio
 import importlib
-import importlib.abc
-import importlib.machinery
-import importlib.util
-import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
-from unittest.mock import MagicMock
 
 import msgspec
 import numpy as np
@@ -33,66 +25,20 @@ from eval_protocol_rft.training import (
     build_batch,
 )
 from eval_protocol_rft.training.export import areal, nemo_rl, openrlhf, prime_rl, skyrl, slime
+from tests import trainers
 
 pytestmark = pytest.mark.trainers
-FOLDER = os.environ.get("EP_RFT_TRAINERS")
-if not FOLDER:
-    pytest.skip("set EP_RFT_TRAINERS (see CONTRIBUTING.md)", allow_module_level=True)
+if not trainers.FOLDER:
+    pytest.skip(trainers.MISSING, allow_module_level=True)
 torch = pytest.importorskip("torch")
 
-SOURCES = (
-    "skyrl",
-    "slime",
-    "prime-rl/src",
-    "prime-rl/packages/prime-rl-configs/src",
-    "areal",
-    "nemo-rl",
-    "openrlhf",
-)
-STOOD_IN_FOR = (
-    "sglang", "sglang_router", "vllm", "flash_attn", "deepspeed", "swanlab", "trackio", "soundfile",
-    "decord", "librosa", "math_verify", "debugpy", "tensorboardX",
-)  # fmt: skip
-"""Engines, kernels, loggers and readers of media, none of which runs here."""
 PAD = 0
-
-
-class StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Any module of `STOOD_IN_FOR` that is not installed, with whatever is asked of it."""
-
-    def find_spec(self, name: str, *_: Any) -> importlib.machinery.ModuleSpec | None:
-        if name.split(".")[0] not in STOOD_IN_FOR:
-            return None
-        return importlib.machinery.ModuleSpec(name, self, is_package=True)
-
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
-        module = StandIn(spec.name)
-        module.__path__ = []
-        return module
-
-    def exec_module(self, module: ModuleType) -> None:
-        pass
-
-
-class StandIn(ModuleType):
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return MagicMock(name=f"{self.__name__}.{name}")
 
 
 @pytest.fixture(autouse=True, scope="module")
 def sources() -> Iterator[None]:
-    paths = [str(Path(str(FOLDER)) / source) for source in SOURCES]
-    sys.path[:0] = paths
-    # It remembers that there is no flash attention, before the stand-in looks like it.
-    importlib.import_module("transformers.integrations.flash_attention")
-    finder = StandIns()
-    sys.meta_path.append(finder)
-    yield
-    sys.meta_path.remove(finder)
-    for path in paths:
-        sys.path.remove(path)
+    with trainers.sources():
+        yield
 
 
 def trajectory(rng: np.random.Generator, prompt: list[int], completion: int) -> Trajectory:
@@ -185,13 +131,13 @@ def test_steps_of_skyrl_share_the_advantage_of_their_episode() -> None:
 
 def trained_by_skyrl(output: Any, *, step_wise: bool) -> Any:
     """What SkyRL's trainer makes of it, advantages included."""
-    trainers = importlib.import_module("skyrl.train.trainer")
+    module = importlib.import_module("skyrl.train.trainer")
     config = importlib.import_module("skyrl.train.config.config").SkyRLTrainConfig()
     config.generator.step_wise_trajectories = step_wise
     config.generator.n_samples_per_prompt = len(GROUPS[0])
     config.trainer.train_batch_size = config.trainer.policy_mini_batch_size = len(GROUPS)
     config.trainer.algorithm.advantage_estimator = "grpo"
-    trainer = object.__new__(trainers.RayPPOTrainer)
+    trainer = object.__new__(module.RayPPOTrainer)
     trainer.cfg, trainer.all_metrics = config, {}
     trainer.tokenizer = SimpleNamespace(pad_token_id=PAD)
     trainer.dispatch = SimpleNamespace(get_lcm_dp_size=lambda: 1)

@@ -31,7 +31,7 @@ from eval_protocol_rft.training.export._groups import (
 
 
 def to_samples(
-    groups: Sequence[PromptGroup], *, version: int | None = None
+    groups: Sequence[PromptGroup], *, version: int | None = None, versions: bool = True
 ) -> list[dict[str, Any]]:
     """[groups] dicts of tensors, for G completions of at most T tokens.
 
@@ -40,6 +40,7 @@ def to_samples(
         version: of the weights that sampled, as `engine.get_version()` counts it. Default: the
             policy versions of the completions, where all of them are integers; where none is
             known, there are no `versions`, and AReaL does not measure staleness.
+        versions: False: without any, for completions that several versions sampled.
 
     Returns:
         `input_ids`, `loss_mask` [G, T] int32; `logprobs` [G, T] float32 (sampling, 0.0 elsewhere);
@@ -56,13 +57,14 @@ def to_samples(
     check_same_size(groups, "AReaL", "group_size")
     for group in groups:
         check_segments(group, "AReaL")
-    versions = _versions([t for group in groups for t in group.trajectories], version)
+    trajectories = [t for group in groups for t in group.trajectories]
+    known = _versions(trajectories, version) if versions else None
     size = len(groups[0])
     return [
         {
             name: torch.from_numpy(array)
             for name, array in _arrays(
-                group.trajectories, versions[g * size : (g + 1) * size] if versions else None
+                group.trajectories, known[g * size : (g + 1) * size] if known else None
             ).items()
         }
         for g, group in enumerate(groups)
@@ -101,7 +103,8 @@ def _versions(trajectories: Sequence[Trajectory], version: int | None) -> list[i
         if first is not None:
             raise ExportError(
                 f"{trajectory.name}: policy versions {first} to {last} sampled it, and AReaL wants "
-                "the version of each token, which is not known. Publish weights between rollouts"
+                "the version of each token, which is not known. Publish weights between rollouts, "
+                "or pass versions=False"
             )
     if version is not None:
         return [version] * len(trajectories)
