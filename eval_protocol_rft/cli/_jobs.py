@@ -21,7 +21,8 @@ from eval_protocol_rft._durable import NO_ROOM
 from eval_protocol_rft._options import Flag
 from eval_protocol_rft.cli._common import Input, check_placement, fail, rollout_file, say
 from eval_protocol_rft.cli._flags import Takes
-from eval_protocol_rft.local import Placement, engine
+from eval_protocol_rft.local import Placement
+from eval_protocol_rft.local.engine import VllmOptions
 
 if TYPE_CHECKING:
     from eval_protocol_rft.data import GenerateSummary, ScoreSummary
@@ -40,7 +41,7 @@ def generate(
     options: Annotated[dict[str, Any], Takes(room.agenerate)],
     limits: Annotated[dict[str, Any], Takes(episodes.EpisodeLimits)],
     placement: Placement,
-    vllm: engine.VllmOptions,
+    vllm: VllmOptions,
     *,
     output: Annotated[Path, Flag("-o")],
     format: Annotated[  # noqa: A002
@@ -82,7 +83,9 @@ def generate(
         fail("--price-in and --price-out go together: half of a cost would pass for all of it")
     if "extra" in params:
         params["extra_body"] = params.pop("extra")
-    check_placement(placement, here=params["model"].startswith("local/"), there="the server")
+    check_placement(
+        placement, here=params["model"].startswith(("local/", "vllm/")), there="the server"
+    )
     try:
         summary = room.generate(
             data,

@@ -16,6 +16,7 @@ from eval_protocol_rft.cli._common import check_placement, fail, say, say_json, 
 from eval_protocol_rft.cli._flags import Takes, Unset
 from eval_protocol_rft.episodes import gateway as agents
 from eval_protocol_rft.local import Placement
+from eval_protocol_rft.local.engine import VllmOptions
 from eval_protocol_rft.loop import fireworks
 
 if TYPE_CHECKING:
@@ -189,6 +190,7 @@ def doctor(
     setup: Annotated[dict[str, Any], Takes(doctor_room.Setup)],
     run: Annotated[dict[str, Any], Takes(doctor_room.examine)],
     placement: Placement,
+    vllm: VllmOptions,
     *,
     json: bool = False,
 ) -> None:
@@ -202,12 +204,13 @@ def doctor(
 
     Examples:
       ep-rft doctor --model local/arithmetic
+      ep-rft doctor --model vllm/Qwen/Qwen3-0.6B --dtype bfloat16
       ep-rft doctor --model Qwen/Qwen3-8B \
         --base-url http://localhost:8000 --temperature 0.7
       ep-rft doctor --model accounts/fireworks/models/qwen3-8b \
         --tokenizer Qwen/Qwen3-8B --json
     """
-    is_local = params["model"].startswith("local/")
+    is_local = params["model"].startswith(("local/", "vllm/"))
     weights = setup.get("weights")
     if params.get("temperature", 1.0) == 0:
         fail("--temperature: must be above 0: greedy completions have no policy ratio", code=WRONG)
@@ -215,7 +218,7 @@ def doctor(
         fail("--top-k: 0 or -1, as the server spells off: sample from all tokens", code=WRONG)
     if "base_url" in server and is_local:
         fail(
-            f"--base-url: {params['model']} is a model in this process, which asks no server. Name "
+            f"--base-url: {params['model']} is a model of this machine, which asks no server. Name "
             "the model as the server does: ep-rft serve --served-model-name NAME",
             code=WRONG,
         )
@@ -231,7 +234,7 @@ def doctor(
     except ValueError as error:
         fail(str(error), code=WRONG)
     try:
-        to_examine = doctor_room.Setup(request=asked, placement=placement, **setup)
+        to_examine = doctor_room.Setup(request=asked, placement=placement, vllm=vllm, **setup)
         diagnosis = doctor_room.examine(to_examine, **run)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("; nothing was decided") from None
@@ -258,6 +261,7 @@ def train(
     here: Annotated[dict[str, Any], Takes(loop.LocalParts)],
     there: Annotated[dict[str, Any], Takes(fireworks.FireworksParts, _PLACE)],
     placement: Placement,
+    vllm: VllmOptions,
     *,
     output: Annotated[Path, loop.RUN("-o")] = Path("run"),
     base_url: Annotated[str | None, loop.MODEL()] = None,
@@ -287,6 +291,8 @@ def train(
         --model accounts/fireworks/models/arithmetic \
         --deployment my-run --training-shape ts-arithmetic \
         --base-url http://localhost:8000   # ep-rft serve --fireworks
+      ep-rft train tests/test_math.py::test_math --model vllm/Qwen/Qwen3-0.6B \
+        --steps 200   # vLLM samples beside the trainer, on one GPU or more
       ep-rft train tests/test_math.py::test_math --model tiny \
         --base-url http://localhost:8000 --weights ./tiny --steps 50
     """
@@ -299,7 +305,11 @@ def train(
 
     options = loop.LoopOptions(**how, filters=filters)
     check_placement(placement, here=not on_fireworks, there="Fireworks")
-    here |= {"placement": placement, "say": lambda text: say(f"ep-rft: {text}", err=True)}
+    here |= {
+        "placement": placement,
+        "vllm": vllm,
+        "say": lambda text: say(f"ep-rft: {text}", err=True),
+    }
     parts = _parts(optimizer, here, there, run.get("model"))
     try:
         result = loop.train(
@@ -322,7 +332,7 @@ def _parts(
 ) -> MakeParts:
     """Where sampling and training happen."""
     on_fireworks = "deployment" in there
-    for name in ("weights", "trust_remote_code"):
+    for name in ("weights", "trust_remote_code", "sampler"):
         if on_fireworks and name in here:
             raise loop.SetupError(
                 f"{_flag(name)} is for training in this process, and --deployment is on Fireworks"

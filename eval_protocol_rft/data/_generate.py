@@ -231,8 +231,12 @@ async def agenerate(
         # A service is there, or its address is wrong; servers of one's own may still be loading.
         await sampling.reach(endpoint)
     try:
-        request = await backends.placed(request)
-        chosen, own_tokenizer = await backends.resolve(request, clients)
+        chosen: Sampler | None = None
+        if request.needs_engine and sampler is None:
+            # What can be refused is refused before an engine starts.
+            own_tokenizer = await backends.tokenizer(request)
+        else:
+            chosen, own_tokenizer = await backends.resolve(request, clients)
         if episodes_job is None:
             questions.render_first(own_tokenizer, request)
         output_job = find_job(
@@ -244,6 +248,9 @@ async def agenerate(
             overwrite=overwrite,
             episodes=None if episodes_job is None else episodes_job.settings,
         )
+        if chosen is None:
+            request = await backends.placed(request)
+            chosen, _ = await backends.resolve(request, clients)
         asks_server = isinstance(chosen, sampling.HttpSampler) and not chosen.knows_logprobs
         if asks_server and sampling.needs_check(request.params):
             await sampling.check_logprobs_mode(

@@ -130,12 +130,8 @@ def _difference(name: str, there: Any, here: Any) -> str:
 
 def model_fingerprint(model: str) -> str | None:
     """Tells the weights of a local folder apart; None for a model behind a server or a hub id."""
-    if not model.startswith(models.LOCAL_PREFIX):
-        return None
-    try:
-        return models.model_folder_fingerprint(models.local_model_folder(model))
-    except models.NoSuchModelError:  # of a sampler of the caller's, under any name
-        return None
+    folder = models.folder_here(model)  # None too: of a sampler of the caller's, under any name
+    return None if folder is None else models.model_folder_fingerprint(folder)
 
 
 def _check_names(columns: tuple[SourceColumn, ...]) -> None:

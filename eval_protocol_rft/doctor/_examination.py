@@ -50,6 +50,8 @@ async def aexamine(
         sampler=sampler,
         trust_remote_code=setup.trust_remote_code,
         placement=setup.placement,
+        vllm=setup.vllm,
+        progress=progress,
     )
     try:
         request = await backends.placed(request)

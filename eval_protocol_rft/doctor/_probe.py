@@ -27,7 +27,8 @@ from eval_protocol_rft.data import Reporter
 from eval_protocol_rft.doctor._findings import Finding, skipped
 from eval_protocol_rft.doctor._token_checks import PROMPT_ECHO, prompt_echo
 from eval_protocol_rft.local import Placement
-from eval_protocol_rft.local.models import LOCAL_PREFIX, local_model_folder
+from eval_protocol_rft.local.engine import VllmOptions
+from eval_protocol_rft.local.models import LOCAL_PREFIX, folder_here, local_model_folder
 from eval_protocol_rft.rollout import RolloutRequest
 
 PROMPTS = (
@@ -60,19 +61,21 @@ class Setup:
     """Let tokenizer and model folders run their own code."""
     placement: Placement = field(default_factory=Placement)
     """Of a model in this process, sampled or as the trainer."""
+    vllm: VllmOptions = field(default_factory=VllmOptions)
+    """Of the engine of a model `vllm/...`."""
 
     @property
     def in_flight(self) -> int:
         """Few over HTTP: some engines draw seeded requests one by one."""
-        return self.concurrency or (96 if self.request.endpoint is None else 16)
+        return self.concurrency or (96 if self.request.in_process else 16)
 
     @property
     def trainer_weights(self) -> str | Path | None:
         """What the trainer would load."""
         model = self.request.params.model
-        if self.weights is not None or not model.startswith(LOCAL_PREFIX):
+        if self.weights is not None:
             return self.weights
-        return local_model_folder(model)
+        return local_model_folder(model) if model.startswith(LOCAL_PREFIX) else folder_here(model)
 
     @property
     def first_tokens(self) -> int:

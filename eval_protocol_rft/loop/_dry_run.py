@@ -62,12 +62,12 @@ def dry_run(
     if len(rows) > dry_rows:
         rows = random.Random(seed).sample(rows, dry_rows)  # noqa: S311 - no secret
     params = merged_params(evaluator, completion_params)
-    endpoint = sampled_request(params).endpoint
-    if endpoint is None:
+    request = sampled_request(params)
+    if request.in_process:
         # A seed draws the same tokens here; other servers may not take one.
         params.setdefault("seed", seed)
     runner = RowRunner(evaluator, completion_params=params)
-    return asyncio.run(_measured(runner, rows, source, progress, endpoint))
+    return asyncio.run(_measured(runner, rows, source, progress, request.endpoint))
 
 
 async def _measured(

@@ -300,13 +300,7 @@ def rows_fingerprint(rows: Sequence[EvaluationRow]) -> str:
 
 def weights_fingerprint(model: str, weights: str | Path | None) -> str | None:
     """Of what training begins with, where it lies in a folder of this machine."""
-    if weights is not None:
-        folder = Path(weights)
-    elif model.startswith(models.LOCAL_PREFIX):
-        try:
-            folder = models.local_model_folder(model)
-        except models.NoSuchModelError:
-            return None
-    else:
+    folder = models.folder_here(model) if weights is None else Path(weights)
+    if folder is None or not folder.is_dir():
         return None
-    return models.model_folder_fingerprint(folder)[:_SHOWN] if folder.is_dir() else None
+    return models.model_folder_fingerprint(folder)[:_SHOWN]

@@ -8,14 +8,22 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 from eval_protocol_rft import rollout, sampling
 from eval_protocol_rft.local import Placement
-from eval_protocol_rft.local.models import NoSuchModelError, has_tokenizer, local_model_folder
+from eval_protocol_rft.local.engine import Engine, VllmOptions
+from eval_protocol_rft.local.models import (
+    LOCAL_PREFIX,
+    VLLM_PREFIX,
+    NoSuchModelError,
+    has_tokenizer,
+    local_model_folder,
+    vllm_source,
+)
 from eval_protocol_rft.loop import _trainer as trainers
 from eval_protocol_rft.loop._run_options import (
     MODEL,
@@ -24,6 +32,7 @@ from eval_protocol_rft.loop._run_options import (
     Optimizer,
     SetupError,
 )
+from eval_protocol_rft.loop._served_weights import EngineWeights, ServedWeights
 from eval_protocol_rft.scoring import parameters_of, sets_of
 
 if TYPE_CHECKING:
@@ -61,6 +70,10 @@ class Parts:
     """The sampler may hold other weights than the trainer when a run begins."""
     tokenizer: Any = None
     """A transformers tokenizer, to be saved beside the final weights."""
+    engine: Engine | None = None
+    """This run's own, to be stopped at its end."""
+    rest: Callable[[], Awaitable[None]] | None = None
+    """Has the sampler leave the device to the trainer until new weights are published."""
 
 
 def merged_params(
@@ -117,7 +130,7 @@ def rollout_params(
             f"{options.algorithm} compares the completions of a prompt, and completion_params "
             f"ask for n={request.n}: set n, or completions_per_prompt"
         )
-    if request.endpoint is None:
+    if request.in_process:
         # A seed draws the same tokens here; other servers may not take one.
         params.setdefault("seed", options.seed)
     return params
@@ -159,6 +172,8 @@ class MakeParts(Protocol):
 class LocalParts:
     """Training in this process, for `train(parts=...)`."""
 
+    sampler: Annotated[Literal["local", "vllm"] | None, MODEL(unset="as --model says")] = None
+    """What samples a model local/... or vllm/...: this process, or an engine beside it."""
     weights: Annotated[Path | None, MODEL()] = None
     """Folder of the weights that the server serves."""
     lora: LoraSettings | None = None
@@ -166,6 +181,8 @@ class LocalParts:
     optimizer: Optimizer = field(default_factory=Optimizer)
     placement: Placement = field(default_factory=Placement)
     """Device and dtype of the model, sampled and trained."""
+    vllm: VllmOptions = field(default_factory=VllmOptions)
+    """Of the engine, where vLLM samples."""
     trust_remote_code: Annotated[bool, MODEL()] = False
     """Let the model's folder run its own code."""
     say: Callable[[str], None] = field(default=lambda line: None)
@@ -173,6 +190,7 @@ class LocalParts:
 
     def settings(self) -> dict[str, Any]:
         return {
+            "sampler": self.sampler,
             "weights": None if self.weights is None else str(self.weights),
             "lora": None if self.lora is None else asdict(self.lora),
             "optimizer": self.optimizer.settings(),
@@ -189,13 +207,52 @@ class LocalParts:
         """Load the model and put sampler and trainer together.
 
         Raises:
-            SetupError: weights are missing, or superfluous.
-            RefusedError: there is no such model, or torch is missing.
+            SetupError: weights are missing, or superfluous; or --sampler is not for the model.
+            RefusedError: there is no such model, or torch or vLLM is missing.
+            RunStoppedError: vLLM does not start.
         """
-        return await asyncio.to_thread(self._make, evaluator, params, options)
+        params = self._sampled_by(params)
+        request = rollout.parse_completion_params(params)
+        if not request.needs_engine:
+            return await asyncio.to_thread(self._make, evaluator, params, options, None)
+        # Before the trainer's model is loaded: vLLM measures what memory is free.
+        engine = await asyncio.to_thread(
+            Engine.start,
+            request.params.model,
+            options=self.vllm,
+            placement=self.placement,
+            trust_remote_code=self.trust_remote_code,
+            takes_weights=True,
+            sleeps=options.max_staleness == 0,
+        )
+        self.say(f"vLLM starts for {engine.name}, its log is {engine.log}")
+        try:
+            await asyncio.wrap_future(engine.ready)
+            return await asyncio.to_thread(self._make, evaluator, params, options, engine)
+        except BaseException:
+            await asyncio.to_thread(engine.stop)
+            raise
+
+    def _sampled_by(self, params: dict[str, Any]) -> dict[str, Any]:
+        """completion_params whose model says what `sampler` does."""
+        model = str(params.get("model", ""))
+        own = next((p for p in (LOCAL_PREFIX, VLLM_PREFIX) if model.startswith(p)), None)
+        if self.sampler is None:
+            return params
+        if own is None:
+            raise SetupError(
+                f"--sampler {self.sampler} is for a model of this machine, local/... or vllm/...; "
+                f"{model!r} is a server's"
+            )
+        wanted = LOCAL_PREFIX if self.sampler == "local" else VLLM_PREFIX
+        return {**params, "model": wanted + model.removeprefix(own)}
 
     def _make(
-        self, evaluator: Callable[..., Any], params: dict[str, Any], options: LoopOptions
+        self,
+        evaluator: Callable[..., Any],
+        params: dict[str, Any],
+        options: LoopOptions,
+        engine: Engine | None,
     ) -> Parts:
         from eval_protocol_rft.local import LocalSampler
         from eval_protocol_rft.loop._local_trainer import LocalTrainer
@@ -205,7 +262,7 @@ class LocalParts:
             params, processor, self.weights, hint="(--weights), which are trained here"
         )
         request = rollout.parse_completion_params(params)
-        local = request.endpoint is None
+        local = request.in_process
         loaded = LocalSampler.from_pretrained(
             source,
             placement=self.placement,
@@ -214,7 +271,11 @@ class LocalParts:
             say=self.say,
         )
         sink: trainers.WeightSink
-        if request.endpoint is None:
+        rest = None
+        if engine is not None:
+            sink = EngineWeights(engine)
+            processor, rest = processor.with_engine(engine), sink.rest
+        elif request.endpoint is None:
             sink = trainers.SamplerWeights(loaded)
             processor = processor.sampling_from(loaded)
         else:
@@ -241,6 +302,8 @@ class LocalParts:
             max_concurrency=_UNBOUNDED if local else None,
             publish_first=not local,
             tokenizer=loaded.tokenizer,
+            engine=engine,
+            rest=rest,
         )
 
 
@@ -266,8 +329,12 @@ def first_weights(
     request = rollout.parse_completion_params(params)
     if request.endpoint is None:
         if weights is not None:
-            raise SetupError("weights= is for a server's; a local/... model names its own")
+            raise SetupError(
+                "weights= is for a server's; a model local/... or vllm/... names its own"
+            )
         try:
+            if request.needs_engine:
+                return params, vllm_source(request.params.model)
             return params, str(local_model_folder(request.params.model))
         except NoSuchModelError as error:
             raise sampling.RefusedError(str(error)) from error
@@ -299,10 +366,20 @@ def with_tokenizer_of(
     return {**params, "tokenizer": os.fspath(weights)}
 
 
-def served_weights(endpoint: sampling.Endpoint) -> trainers.ServedWeights:
+def with_engine(
+    processor: rollout.FireworksTrainingRolloutProcessor, model: str, trust_remote_code: bool
+) -> tuple[rollout.FireworksTrainingRolloutProcessor, EngineWeights]:
+    """The processor with an engine of its own for `model`, and where its weights go. Blocks until
+    it is ready; it is stopped when the process ends."""
+    engine = Engine.start(model, trust_remote_code=trust_remote_code, takes_weights=True)
+    engine.ready.result()
+    return processor.with_engine(engine), EngineWeights(engine)
+
+
+def served_weights(endpoint: sampling.Endpoint) -> ServedWeights:
     """Where the weights of the server at `endpoint` go."""
     key = {"authorization": f"Bearer {endpoint.api_key}"} if endpoint.api_key else {}
-    return trainers.ServedWeights(endpoint.base_url, headers={**key, **dict(endpoint.headers)})
+    return ServedWeights(endpoint.base_url, headers={**key, **dict(endpoint.headers)})
 
 
 _UNBOUNDED = 1 << 20

@@ -85,6 +85,8 @@ class StepRunner:
             correction=self._correction,
         )
         with timed(seconds, "train"):
+            if self._parts.rest is not None:
+                await self._parts.rest()
             old = reference = None
             if self._correction is not None:
                 old = await trainer.forward(batch.datums)

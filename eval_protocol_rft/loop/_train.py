@@ -197,6 +197,8 @@ async def atrain(
 async def _release(parts: Parts) -> None:
     await parts.trainer.aclose()
     await parts.processor.acleanup()
+    if parts.engine is not None:
+        await asyncio.to_thread(parts.engine.stop)
 
 
 async def _load_newest(

@@ -96,11 +96,8 @@ def trl_rollouts(
     if rows is None:
         chosen = data.load_rows(evaluator)
     else:
-        chosen = [
-            row
-            for given in rows
-            for row in ([given] if isinstance(given, EvaluationRow) else adapt(test, [given]))
-        ]
+        made = (adapt(test, [r]) if not isinstance(r, EvaluationRow) else [r] for r in rows)
+        chosen = [row for each in made for row in each]
     params = setup.merged_params(evaluator, completion_params, model=model)
     request = setup.sampled_request(params)
     processor = setup.own_processor(evaluator)
@@ -111,6 +108,8 @@ def trl_rollouts(
     sink: WeightSink
     if request.endpoint is not None:
         sink = setup.served_weights(request.endpoint)
+    elif request.needs_engine:
+        processor, sink = setup.with_engine(processor, request.params.model, trust_remote_code)
     else:
         from eval_protocol_rft.local import LocalSampler
 

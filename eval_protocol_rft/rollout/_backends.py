@@ -254,9 +254,9 @@ class Backends:
         known to be Fireworks: vLLM draws seeded requests one by one, and its CPU engine (0.32) dies
         of a seed when it splits a prefill."""
         endpoint = request.endpoint
-        if self._sampler is not None or endpoint is None:
-            return not request.needs_engine or self._sampler is not None
-        return endpoint.is_fireworks
+        if self._sampler is not None or request.in_process:
+            return True
+        return endpoint is not None and endpoint.is_fireworks
 
     async def resolve(
         self, request: RolloutRequest, clients: dict[sampling.Endpoint, sampling.HttpSampler]

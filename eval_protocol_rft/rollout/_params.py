@@ -156,6 +156,11 @@ class RolloutRequest:
     """Let the tokenizer put before raw text what it puts before every text (BOS), as it does."""
 
     @property
+    def in_process(self) -> bool:
+        """Whether the model is sampled in this very process."""
+        return self.endpoint is None and not self.needs_engine
+
+    @property
     def needs_engine(self) -> bool:
         """Whether it names `vllm/...`, and no engine is known yet that this process has started for
         it."""

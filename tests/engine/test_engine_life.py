@@ -53,7 +53,7 @@ class Running:
         self.pids = folder / "pids"
         file = folder / "client.py"
         file.write_text(CLIENT)
-        env = stand_in.environment(folder / "lib", self.pids, "bare")
+        env = {**stand_in.environment(folder / "lib", self.pids, "bare"), "TMPDIR": str(folder)}
         self.client: Program = zygote.start(file, *words, program="python", env=env)
 
     def ready(self) -> list[str]:

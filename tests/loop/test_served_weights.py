@@ -23,9 +23,10 @@ from eval_protocol_rft.local.server._app import create_app
 from eval_protocol_rft.local.server._weights import ReloadingSampler
 from eval_protocol_rft.loop import trl as loop_trl
 from eval_protocol_rft.loop._local_trainer import LocalTrainer
+from eval_protocol_rft.loop._served_weights import ServedWeights
 from eval_protocol_rft.loop._setup import LocalParts
 from eval_protocol_rft.loop._train import TrainResult, atrain
-from eval_protocol_rft.loop._trainer import NamedLoss, ServedWeights, TrainerError
+from eval_protocol_rft.loop._trainer import NamedLoss, TrainerError
 from eval_protocol_rft.loop._watch import TrainingStoppedError
 from eval_protocol_rft.sampling._endpoint import Endpoint
 from eval_protocol_rft.sampling._http import HttpSampler

@@ -13,9 +13,9 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from eval_protocol_rft.loop._run_options import LoopOptions, Optimizer
+from eval_protocol_rft.loop._served_weights import ServedWeights
 from eval_protocol_rft.loop._setup import LocalParts
 from eval_protocol_rft.loop._train import atrain
-from eval_protocol_rft.loop._trainer import ServedWeights
 from tests.loop import digit_sums
 
 URL = os.environ.get("EP_RFT_VLLM_URL", "")

@@ -30,6 +30,7 @@ LOOK_SECONDS = 0.2
 """Between two looks at whether the process that wanted the engine is there. Its number as our
 parent says so, and no signal: those of Linux belong to the thread that asked, and come when that
 ends; and a pipe stays open in whatever the process forked."""
+_TO_END_SECONDS = 2.0
 _SUBREAPER, _DEATH_SIGNAL = 36, 1
 """PR_SET_CHILD_SUBREAPER and PR_SET_PDEATHSIG of Linux's prctl."""
 
@@ -89,17 +90,20 @@ def _stop(command: subprocess.Popen[bytes], grace: float) -> None:
 
 def _end_group(group: int) -> None:
     """vLLM's engine and its workers outlive the server that started them. They come to us when it
-    ends; those that left its group as well."""
+    ends; those that left its group as well. Who does not hear SIGTERM is killed, but not at once:
+    Python's tracker gives shared memory back when the others are gone."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(group, signal.SIGKILL)
+        os.killpg(group, signal.SIGTERM)
+    deadline = time.monotonic() + _TO_END_SECONDS
     while True:
         try:
             pid, _ = os.waitpid(-1, os.WNOHANG)
         except ChildProcessError:
             return
         if pid == 0:
-            for child in _children():
-                os.kill(child, signal.SIGKILL)
+            if time.monotonic() > deadline:
+                for child in _children():
+                    os.kill(child, signal.SIGKILL)
             time.sleep(0.01)
 
 

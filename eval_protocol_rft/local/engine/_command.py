@@ -146,6 +146,7 @@ def command_line(
     dtype: str,
     trust_remote_code: bool = False,
     trains_beside: bool = False,
+    sleeps: bool = False,
 ) -> list[str]:
     """`vllm serve` with all that we rely on.
 
@@ -159,6 +160,7 @@ def command_line(
         dtype: of weights and activations.
         trust_remote_code: let the model's folder run its own code.
         trains_beside: a trainer needs memory of the same device.
+        sleeps: the engine is to give its own back while that trains.
     """
     memory = options.gpu_memory_utilization
     if memory is None and trains_beside and not vllm.is_cpu:
@@ -181,6 +183,8 @@ def command_line(
         "enable-prefix-caching": True,
         "disable-uvicorn-access-log": True,
         "enforce-eager": vllm.is_cpu,
+        # A CPU's memory is not split, and its build of vLLM refuses the flag.
+        "enable-sleep-mode": sleeps and not vllm.is_cpu,
         "trust-remote-code": trust_remote_code,
     }
     valued = [f"--{flag}={value}" for flag, value in flags.items() if value is not None]

@@ -68,6 +68,8 @@ class Engine:
         sampling.never_proxy(f"127.0.0.1:{number}")
         self.ready: Future[None] = Future()
         """Done when it answers. Raises RunStoppedError where it never will."""
+        self.sleeps = False
+        """Whether it can give its memory back for a while."""
         self._port, self._key, self._number = port, key, number
         self._owner = os.getpid()
         self._stopping = threading.Lock()
@@ -85,6 +87,7 @@ class Engine:
         placement: Placement | None = None,
         trust_remote_code: bool = False,
         takes_weights: bool = False,
+        sleeps: bool = False,
         show: bool | None = None,
     ) -> Engine:
         """Start one of its own. Returns at once: wait for `ready`.
@@ -96,6 +99,7 @@ class Engine:
                 weights are in.
             trust_remote_code: let the model's folder run its own code.
             takes_weights: they are to be changed while it runs, by a trainer on the same device.
+            sleeps: it is to give its memory back while they are trained, where it is on a GPU.
             show: how far it is, on stderr; None: where that is a terminal.
 
         Raises:
@@ -122,8 +126,10 @@ class Engine:
             dtype=dtype,
             trust_remote_code=trust_remote_code,
             trains_beside=takes_weights,
+            sleeps=sleeps,
         )
         engine = cls(model, command, port=port, key=key, folder=folder)
+        engine.sleeps = sleeps and not vllm.is_cpu
         if takes_weights:
             engine._weights = _folders_for_weights()
         engine._run(
@@ -180,7 +186,7 @@ class Engine:
             self._port.close()
             for folder in self._weights:
                 shutil.rmtree(folder, ignore_errors=True)
-            if failed:  # its log says why
+            if failed and self._log_text(1):  # which says why
                 (self.folder / f"{_MODULE}.py").unlink(missing_ok=True)
                 self._group_file.unlink(missing_ok=True)
             else:
@@ -304,13 +310,18 @@ def _reasons(log: str) -> str:
     return " / ".join(telling[:2])[:_LONGEST_REASON]
 
 
+_LINE_EVERY = 30.0
+"""Seconds, where stderr is no terminal."""
+
+
 class _Progress:
-    """One line of stderr, written anew."""
+    """One line of stderr, written anew; a line now and then where that is no terminal."""
 
     def __init__(self, name: str, shown: bool) -> None:
         self._name, self._shown = name, shown
         self._began = time.monotonic()
-        self._text = ""
+        self._text, self._next_line = "", 0.0
+        self._on_terminal = sys.stderr.isatty()
 
     @property
     def seconds(self) -> float:
@@ -324,10 +335,15 @@ class _Progress:
         self._write(f"vLLM is ready for {self._name}, {self.seconds:.0f} s\n" if is_ready else "")
 
     def _write(self, text: str) -> None:
-        if self._shown and text != self._text:
+        if not self._shown or text == self._text:
+            return
+        if self._on_terminal:
             sys.stderr.write("\r" + text.ljust(len(self._text)))
-            sys.stderr.flush()
-            self._text = text
+        elif self.seconds >= self._next_line or text.endswith("\n"):
+            self._next_line = self.seconds + _LINE_EVERY
+            sys.stderr.write(text.rstrip() + "\n")
+        sys.stderr.flush()
+        self._text = text
 
 
 def _hold_port() -> socket.socket:

@@ -88,6 +88,18 @@ def vllm_source(name: str) -> str:
     )
 
 
+def folder_here(model: str) -> Path | None:
+    """The folder of a model `local/...` or `vllm/...`; None for other names, and where it is not on
+    this machine."""
+    for prefix in (LOCAL_PREFIX, VLLM_PREFIX):
+        if model.startswith(prefix):
+            try:
+                return local_model_folder(model.removeprefix(prefix))
+            except NoSuchModelError:
+                return None
+    return None
+
+
 def _downloaded(hub_id: str) -> Path | None:
     """The newest snapshot in the hub's cache."""
     from huggingface_hub import try_to_load_from_cache
