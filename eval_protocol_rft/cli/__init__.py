@@ -20,7 +20,14 @@ from eval_protocol_rft.cli._bulk_script import in_our_flags
 from eval_protocol_rft.cli._common import fail, open_closed_streams, say
 from eval_protocol_rft.cli._flags import for_typer, help_text
 from eval_protocol_rft.cli._inspection import report, show, sql, stats
-from eval_protocol_rft.cli._jobs import convert, datums, filter, generate, score  # noqa: A004
+from eval_protocol_rft.cli._jobs import (
+    buckets,
+    convert,
+    datums,
+    filter,  # noqa: A004
+    generate,
+    score,
+)
 from eval_protocol_rft.cli._models import WRONG, doctor, gateway, serve, train
 from eval_protocol_rft.cli._planning import plan
 
@@ -30,6 +37,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
         generate,
         score,
         filter,
+        buckets,
         stats,
         sql,
         report,

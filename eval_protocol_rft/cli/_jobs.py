@@ -248,6 +248,45 @@ def filter(  # noqa: A001
     say(f"{output}: {what}")
 
 
+def buckets(
+    file: Input,
+    rules: room.BucketRules,
+    options: Annotated[dict[str, Any], Takes(room.bucket_rollouts)],
+    *,
+    output: Annotated[Path, Flag("-o")],
+) -> None:
+    r"""Say how hard each prompt is: a column of bands, or a file for each band.
+
+    A prompt's band is that of its pass rate, or of the percentile of its mean reward,
+    over all its scored completions. A prompt without a reward is in none.
+
+    Args:
+        file: Scored rollout file, or what a test wrote; also a URL.
+        output: Where to: .parquet or .jsonl; with --split OUTPUT-easy.parquet and so on.
+
+    Examples:
+      ep-rft buckets rollouts.parquet -o rollouts_by_difficulty.parquet
+      ep-rft buckets rollouts.parquet -o train.jsonl --prompts --only medium
+      ep-rft buckets rollouts.parquet -o train.parquet --by percentile --split
+      ep-rft buckets rollouts.parquet -o train.parquet --split \
+        --names unsolved,hard,easy,solved --edges 0.001,0.5,1
+    """
+    with rollout_file(file, progress=options["progress"]) as source:
+        summary = room.bucket_rollouts(source, output, rules, **options)
+    if not summary.finished:
+        text = "its job is not finished; this is of what is stored so far"
+        say(f"ep-rft: {source}: {text}", err=True)
+    what = "pass rate" if rules.by == "pass-rate" else "mean reward"
+    width = max(len(bucket.name) for bucket in summary.buckets)
+    for bucket in summary.buckets:
+        line = f"{bucket.name:<{width}}  {bucket.prompts} prompts, {bucket.completions} completions"
+        if bucket.low is not None:
+            line += f", {what} {bucket.low:.4g} to {bucket.high:.4g}"
+        say(line + (f": {bucket.path}" if bucket.path is not None else ""))
+    if summary.unscored:
+        say(f"{summary.unscored} prompts without a reward are in none of them")
+
+
 def convert(
     source: Annotated[Input, Flag(metavar="IN")],
     target: Annotated[Path, Flag(metavar="OUT")],

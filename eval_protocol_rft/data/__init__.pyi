@@ -1,3 +1,7 @@
+from ._buckets import Bucket as Bucket
+from ._buckets import BucketRules as BucketRules
+from ._buckets import BucketSummary as BucketSummary
+from ._buckets import bucket_rollouts as bucket_rollouts
 from ._convert import ConvertSummary as ConvertSummary
 from ._convert import convert as convert
 from ._dataset import RolloutDataset as RolloutDataset
