@@ -9,6 +9,8 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
+import numpy as np
 import pytest
 
 from eval_protocol_rft.training import (
@@ -19,7 +21,7 @@ from eval_protocol_rft.training import (
     group_rows,
 )
 from eval_protocol_rft.training._types import ExportError, MissingPackageError
-from eval_protocol_rft.training.export import areal, nemo_rl, openrlhf, prime_rl, skyrl, slime
+from eval_protocol_rft.training.export import areal, nemo_rl, openrlhf, prime_rl, skyrl, slime, trl
 from tests.training_batches import batch_of, prompt_groups
 from tests.training_rows import failed_row, scored
 
@@ -423,6 +425,27 @@ def test_the_result_of_an_agent_of_openrlhf_by_hand() -> None:
 def test_what_would_be_read_wrongly_is_refused(name: str, rows: list[Any], message: str) -> None:
     with pytest.raises(ExportError, match=message.replace("NAME", name)):
         EXPORTS[name](group_rows(rows))
+
+
+@pytest.mark.parametrize("name", [*EXPORTS, "TRL"])
+def test_groups_that_no_one_policy_sampled_are_refused(name: str) -> None:
+    export = {**EXPORTS, "TRL": trl.rollout_result}[name]
+    other = msgspec.structs.replace(one_turn(), tokens=np.array([7, 2, 3]), model="m2")
+    with pytest.raises(ExportError, match="2 models, 1 of 'm1', 1 of 'm2'"):
+        export([group(one_turn(model="m1")), group(other, key="l")])
+    one, two = group(one_turn()), group(other, key="l")
+    named = [dataclasses.replace(one, tokenizer="a"), dataclasses.replace(two, tokenizer="b")]
+    with pytest.raises(ExportError, match="'k' was tokenized with 'a', group 'l' with 'b'"):
+        export(named)
+
+
+@pytest.mark.parametrize("name", [*EXPORTS, "TRL"])
+def test_failures_that_over_sampling_made_up_for_are_none(name: str) -> None:
+    export = {**EXPORTS, "TRL": trl.rollout_result}[name]
+    (complete,) = group_rows([scored("a", 1.0, 0.0, failures=1)])
+    export([dataclasses.replace(complete, asked=2)])
+    with pytest.raises(ExportError, match=f"{name} has no place for a missing completion"):
+        export([complete])
 
 
 @pytest.mark.parametrize("name", EXPORTS)

@@ -125,6 +125,7 @@ def test_steps_of_skyrl_share_the_advantage_of_their_episode() -> None:
     with pytest.raises(AssertionError, match="Mismatch between prompts"):
         checks.validate_generator_output(len(ALL), output, step_wise=False)
     data = trained_by_skyrl(output, step_wise=True)
+    assert len(data["sequences"]) == sum(steps)
     ours = np.repeat(advantages.grpo(REWARDS, ddof=1).ravel(), steps)
     np.testing.assert_allclose(data["advantages"][:, -1], ours, atol=1e-5)
 
@@ -133,7 +134,7 @@ def trained_by_skyrl(output: Any, *, step_wise: bool) -> Any:
     """What SkyRL's trainer makes of it, advantages included."""
     module = importlib.import_module("skyrl.train.trainer")
     config = importlib.import_module("skyrl.train.config.config").SkyRLTrainConfig()
-    config.generator.step_wise_trajectories = step_wise
+    config.generator.step_wise_trajectories = config.generator.merge_stepwise_output = step_wise
     config.generator.n_samples_per_prompt = len(GROUPS[0])
     config.trainer.train_batch_size = config.trainer.policy_mini_batch_size = len(GROUPS)
     config.trainer.algorithm.advantage_estimator = "grpo"
@@ -170,6 +171,10 @@ def test_slime() -> None:
     manager.custom_convert_samples_to_train_data_func = None
     manager.custom_reward_post_process_func = None
     data = manager._convert_samples_to_train_data(flat)
+    metrics = importlib.import_module("slime.observability.rollout_metrics")
+    manager.args.log_reward_category = None
+    logged = metrics.compute_metrics_from_samples(manager.args, flat)
+    assert logged["truncated_ratio"] == sum(each.truncated for each in ALL) / len(ALL)
     for i, each in enumerate(ALL):
         response = slice(each.prompt_length, kept(each).stop)
         assert data["tokens"][i] == each.tokens[kept(each)].tolist()

@@ -7,13 +7,19 @@ each is refused by name, and never left out or made up.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from eval_protocol_rft._segments import Segment
-from eval_protocol_rft.training._types import ExportError, PromptGroup, Trajectory
+from eval_protocol_rft.training._types import (
+    ExportError,
+    PromptGroup,
+    Trajectory,
+    several_models,
+)
 
 
 class Response(NamedTuple):
@@ -53,11 +59,13 @@ def check_groups(groups: Sequence[PromptGroup], consumer: str) -> None:
     """Refuse groups that the consumer would count wrongly, or that hold what it reads wrongly.
 
     Raises:
-        ExportError: there are no groups; a completion is missing, not scored, or to count in a
-            baseline alone; its logprobs are not those of the whole distribution.
+        ExportError: there are no groups; they are of several tokenizers or models; a completion is
+            missing, not scored, or to count in a baseline alone; its logprobs are not those of the
+            whole distribution.
     """
     if not groups:
         raise ExportError(f"there are no prompt groups for {consumer}")
+    check_one_policy(groups)
     for group in groups:
         check_complete(group, consumer)
         if not group.trajectories:
@@ -66,13 +74,34 @@ def check_groups(groups: Sequence[PromptGroup], consumer: str) -> None:
             _check_trajectory(trajectory, consumer)
 
 
+def check_one_policy(groups: Sequence[PromptGroup]) -> None:
+    """Refuse what one policy cannot have sampled.
+
+    Raises:
+        ExportError: the groups are of several tokenizers, or of several models.
+    """
+    named = [group for group in groups if group.tokenizer is not None]
+    for group in named[1:]:
+        if group.tokenizer != named[0].tokenizer:
+            raise ExportError(
+                f"group {named[0].key!r} was tokenized with {named[0].tokenizer!r}, group "
+                f"{group.key!r} with {group.tokenizer!r}: their token ids mean different things"
+            )
+    if problem := several_models(
+        Counter(t.model for group in groups for t in group.trajectories if t.model)
+    ):
+        raise ExportError(problem)
+
+
 def check_complete(group: PromptGroup, consumer: str) -> None:
-    """Refuse a group of which completions failed.
+    """Refuse a group of which completions failed, unless over-sampling made up for them.
 
     Raises:
         ExportError: a completion is missing.
     """
-    messages = [*(failure.message for failure in group.failures), *group.failed_rows]
+    made_up_for = bool(group.asked) and len(group) >= group.asked
+    failures = () if made_up_for else group.failures
+    messages = [*(failure.message for failure in failures), *group.failed_rows]
     if messages:
         raise ExportError(
             f"group {group.key!r}: {len(messages)} of its completions or rows failed, and "

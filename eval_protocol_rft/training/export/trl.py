@@ -19,7 +19,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from eval_protocol_rft.training._types import ExportError, PromptGroup
-from eval_protocol_rft.training.export._groups import check_complete, check_segments
+from eval_protocol_rft.training.export._groups import (
+    check_complete,
+    check_one_policy,
+    check_segments,
+)
 
 
 def rollout_result(
@@ -39,8 +43,10 @@ def rollout_result(
 
     Raises:
         ExportError: a completion is missing, so that others would stand beside the wrong prompt;
-            an episode has several segments, for which there is one place.
+            an episode has several segments, for which there is one place; the groups are of
+            several tokenizers or models.
     """
+    check_one_policy(groups)
     for group in groups:
         check_complete(group, "TRL")
         check_segments(group, "TRL")
