@@ -3,8 +3,10 @@
     python scripts/peer_formulas.py             prints the worst difference of each
     python scripts/peer_formulas.py --record    also writes what the tests compare with
 
-verl and TRL must be installed beside this package (verl with --no-deps, and what it imports). The
-values are those of their own functions, called as their trainers call them. Of a loss, its value
+verl (github.com/volcengine/verl: `verl/trainer/ppo/core_algos.py` and `rollout_corr_helper.py`) and
+TRL (github.com/huggingface/trl: `trl/trainer/grpo_trainer.py` and `trl/experimental/gmpo`) must be
+installed beside this package, verl with --no-deps and what it imports. The values are those of
+their own functions, called as their trainers call them. Of a loss, its value
 and its gradient with respect to the logprobs are compared; all in float64.
 """
 
@@ -68,7 +70,6 @@ def draw(seed: int) -> dict[str, Any]:
         "passes": rng.integers(0, 2, (4, 5)).astype(float).tolist(),
         "lengths": rng.integers(1, 9, (4, 5)).tolist(),
         "baselines": rng.choice([0.0, 0.5, 1.0], 4).tolist(),
-        "components": rng.choice([0.0, 0.5, 1.0], (4, 5, 2)).tolist(),
     }
 
 
@@ -392,6 +393,10 @@ PAIRS: Mapping[str, Pair] = {
     "advantages.rloo": _estimator(ours_of(advantages.rloo), "rloo"),
     "advantages.reinforce_pp": _estimator(
         ours_of(partial(advantages.reinforce_pp, ddof=1)), "reinforce_plus_plus"
+    ),
+    "advantages.reinforce_pp, baseline": _estimator(
+        ours_of(partial(advantages.reinforce_pp, group_baseline=True, ddof=1)),
+        "reinforce_plus_plus_baseline",
     ),
     "advantages.opo": _estimator(ours_of(advantages.opo, lengths="lengths"), "opo", lengths=True),
     "advantages.remax": _estimator(ours_of(advantages.remax, baselines="baselines"), "remax"),
