@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from annotated_types import Ge, Le
 
 from eval_protocol_rft import data as room
 from eval_protocol_rft import episodes, rollout, sampling, training
 from eval_protocol_rft._durable import NO_ROOM
 from eval_protocol_rft._options import Flag
 from eval_protocol_rft.cli._common import Input, check_placement, fail, rollout_file, say
-from eval_protocol_rft.cli._flags import Takes
+from eval_protocol_rft.cli._flags import Takes, Unset
 from eval_protocol_rft.local import Placement
 from eval_protocol_rft.local.engine import VllmOptions
 
@@ -29,12 +30,13 @@ if TYPE_CHECKING:
 
 _SUFFIXES = {"parquet": (".parquet",), "jsonl": (".jsonl", ".ndjson")}
 _SHOWN_REASONS = 5
+_N = Unset("1; where a job is there, as it has")
 
 
 def generate(
     data: Annotated[list[Input], Flag(metavar="DATA...")],
     params: Annotated[dict[str, Any], Takes(sampling.SamplingParams)],
-    request: Annotated[dict[str, Any], Takes(rollout.RolloutRequest, {"n": 1})],
+    request: Annotated[dict[str, Any], Takes(rollout.RolloutRequest, {"n": _N})],
     server: Annotated[dict[str, Any], Takes(sampling.Endpoint, {"base_url": None})],
     retry: sampling.RetryPolicy,
     prices: Annotated[dict[str, Any], Takes(sampling.Prices, {"prompt": None, "completion": None})],
@@ -46,6 +48,9 @@ def generate(
     output: Annotated[Path, Flag("-o")],
     format: Annotated[  # noqa: A002
         Literal["parquet", "jsonl"] | None, Flag(panel="Run", unset="by the output's name")
+    ] = None,
+    min_success: Annotated[
+        float | None, Ge(0), Le(1), Flag(panel="Run", unset="fail only where all failed")
     ] = None,
     verbose: Annotated[bool, Flag(panel="Run")] = False,
 ) -> None:
@@ -59,6 +64,7 @@ def generate(
             patterns, URLs (s3://, hf://, https://...); or a folder saved by `datasets`.
         output: A .parquet or .jsonl file.
         format: What the output's name must say.
+        min_success: Share of the completions asked for, over all runs; exit with 1 below it.
         verbose: Latencies, retries and requests in flight at the end.
 
     Examples:
@@ -111,6 +117,9 @@ def generate(
     _show_generated(summary, verbose=verbose)
     if summary.failed == summary.total:
         raise typer.Exit(1)
+    there = summary.total - summary.failed
+    if min_success is not None and there < min_success * summary.total:
+        fail(f"{there} of {summary.total} completions are there: less than --min-success asks for")
 
 
 def _show_generated(summary: GenerateSummary, *, verbose: bool) -> None:

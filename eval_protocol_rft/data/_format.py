@@ -170,6 +170,10 @@ class DataSettings(msgspec.Struct, frozen=True, kw_only=True):
     prompt_key: str
     tools_key: str | None = None
     ground_truth_key: str | None = None
+    """A column, a path into its objects (`reward_model.ground_truth`), or, with `####` at its end,
+    what stands in its text behind the last of these."""
+    row_id_key: str | None = None
+    """The same of what the rows are called; None: the data set's name and their number."""
     limit: int | None = None
     shuffle_seed: int | None = None
     where: str | None = None
@@ -294,6 +298,21 @@ def as_stored(name: str, kind: pa.DataType) -> pa.DataType:
 def metadata_of(schema: pa.Schema, *, where: str = "the schema") -> FileMetadata:
     """What a file says of itself, by its schema; see `decode_metadata`."""
     return decode_metadata((schema.metadata or {}).get(METADATA_KEY), where=where)
+
+
+_NEWS = {"raw": False, "add_special_tokens": True, "row_id_key": None}
+"""Settings that earlier releases of this version did not have, with what they did."""
+
+
+def without_news(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of sampling or data, without those of `_NEWS` that say nothing new: rows of Eval
+    Protocol made of a file are those that an earlier release made of it."""
+    return {k: v for k, v in settings.items() if k not in _NEWS or v != _NEWS[k]}
+
+
+def with_metadata(schema: pa.Schema, metadata: FileMetadata) -> pa.Schema:
+    """The schema of a file that says this of itself."""
+    return schema.with_metadata({**(schema.metadata or {}), METADATA_KEY: metadata.encode()})
 
 
 _REWARD_TYPES = (pa.float64(), pa.string(), pa.string(), pa.string())

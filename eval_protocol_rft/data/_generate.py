@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from annotated_types import Ge
 
-from eval_protocol_rft import sampling
+from eval_protocol_rft import rollout, sampling
 from eval_protocol_rft._options import Flag, check_arguments
 from eval_protocol_rft.data import _files as files
 from eval_protocol_rft.data._column_roles import PROMPT_COLUMNS
@@ -92,6 +92,15 @@ async def agenerate(
     prompt_key: Annotated[
         str | None, _DATA(unset=f"the first of {', '.join(PROMPT_COLUMNS)}")
     ] = None,
+    ground_truth_key: Annotated[
+        str | None,
+        _DATA(
+            unset="ground_truth; of verl's data reward_model.ground_truth, of GSM8K's answer####"
+        ),
+    ] = None,
+    row_id_key: Annotated[
+        str | None, _DATA(unset="row_id, if there is one; else the data's name and a number")
+    ] = None,
     system: Annotated[str | None, _DATA()] = None,
     limit: Annotated[int | None, Ge(1), _DATA()] = None,
     shuffle_seed: Annotated[int | None, Ge(0), _DATA()] = None,
@@ -127,10 +136,15 @@ async def agenerate(
         data: a file, a folder, a pattern such as `shards/*.jsonl`, a URL of fsspec, or several of
             them: Parquet, JSONL, JSON, CSV or TSV, text also as .gz, .zst or .bz2, or what
             `datasets` saved; see `open_source`.
-        output: `.parquet` or `.jsonl`. Where a job for it was begun, it is continued.
-        completion_params: as for the processor: `model`, `n`, `temperature`, `max_tokens`, ...
+        output: `.parquet` or `.jsonl`. Where a job for it was begun, it is continued; with a larger
+            `limit` or `n` it grows, and only what is missing is sampled.
+        completion_params: as for the processor: `model`, `n` (default: of the job that is there,
+            else 1), `temperature`, `max_tokens`, ...
         prompt_key: column of the prompts: text, lists of chat messages, or (prompt_token_ids) ids
             that are sampled from as they are.
+        ground_truth_key: column of the ground truth, or a path into its objects such as
+            reward_model.ground_truth; with #### at its end, what stands in its text behind that.
+        row_id_key: column, or path, of what the rows are called; all different.
         system: system message for prompts that have none.
         limit: at most so many rows.
         shuffle_seed: shuffle the rows, before --limit.
@@ -199,6 +213,8 @@ async def agenerate(
         Questions.check,
         source,
         prompt_key=prompt_key,
+        ground_truth_key=ground_truth_key,
+        row_id_key=row_id_key,
         system=system,
         limit=limit,
         shuffle_seed=shuffle_seed,
@@ -244,6 +260,7 @@ async def agenerate(
             questions,
             request,
             own_tokenizer,
+            n_given=rollout.flat_params(completion_params).get("n") is not None,
             seed=secrets.randbits(31) if backends.seeds_are_free(request) else None,
             overwrite=overwrite,
             episodes=None if episodes_job is None else episodes_job.settings,

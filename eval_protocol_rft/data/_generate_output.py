@@ -1,10 +1,7 @@
-"""The output of a job: what it was asked to do, finding out what is there of it, adding to it, and
-finishing it.
+"""The output of a job: finding out what is there of it, adding to it, and finishing it.
 
-Invariant: whatever changes what is sampled is in the metadata, so a job is continued only with the
-same data, model and parameters; what does not (concurrency, timeouts, the server's address) is not.
-An output of another job is refused, with what differs, unless it may be replaced; and then only
-when the new one is complete.
+Invariant: an output of another job (see `_job_settings`) is refused, with what differs, unless it
+may be replaced; and then only when the new one is complete.
 """
 
 from __future__ import annotations
@@ -13,12 +10,10 @@ import contextlib
 import functools
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-import msgspec
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
@@ -27,130 +22,21 @@ from eval_protocol_rft.data import _format as file_format
 from eval_protocol_rft.data import _job_store as job_store
 from eval_protocol_rft.data._dataset import RolloutDataset
 from eval_protocol_rft.data._files import JobError, check_room, write_file
-from eval_protocol_rft.data._format import FileMetadata, FormatError
+from eval_protocol_rft.data._format import FormatError
+from eval_protocol_rft.data._job_settings import (
+    is_same,
+    job_schema,
+    n_of,
+    refuse_foreign_columns,
+    same_job,
+)
 from eval_protocol_rft.data._job_store import JobStore
 from eval_protocol_rft.data._questions import Questions
-from eval_protocol_rft.data.source._columns import SourceColumn
-from eval_protocol_rft.data.source._urls import SourceError
-from eval_protocol_rft.local import LoadedTokenizer, models
-from eval_protocol_rft.rollout import RolloutRequest, redact_params
-from eval_protocol_rft.sampling import TokenIds, support_truncated
+from eval_protocol_rft.local import LoadedTokenizer
+from eval_protocol_rft.rollout import RolloutRequest
+from eval_protocol_rft.sampling import TokenIds
 
 logger = logging.getLogger(__name__)
-_FREE_TO_CHANGE = frozenset(
-    {
-        "data.name",
-        "sampling.seed_given",
-        "sampling.split_reasoning",  # follows from `raw`
-        "schema_version",
-        "package_version",
-        "rewards",
-    }
-)
-"""What two jobs may differ in and still be one."""
-
-
-def job_schema(
-    questions: Questions,
-    request: RolloutRequest,
-    tokenizer: LoadedTokenizer,
-    *,
-    seed_given: bool,
-    episodes: file_format.EpisodeSettings | None,
-) -> pa.Schema:
-    """Schema and metadata of the file that the job writes.
-
-    Raises:
-        SourceError: a column cannot be stored under its name.
-    """
-    source, data = questions.source, questions.data
-    columns = {column.name: column for column in source.columns}
-    truth = columns.get(data.ground_truth_key or "")
-    json_columns = [file_format.ORIGINAL_PREFIX + c.name for c in source.columns if c.is_json]
-    if truth is not None and truth.is_json:
-        json_columns.append("ground_truth")
-    params = request.params
-    metadata = FileMetadata(
-        prompt_kind=questions.asked_kind,
-        sampling=file_format.SamplingSettings(
-            model=params.model,
-            model_fingerprint=model_fingerprint(params.model),
-            tokenizer=tokenizer.name,
-            chat_template_hash=None if request.raw else tokenizer.chat_template_hash,
-            raw=request.raw,
-            add_special_tokens=request.add_special_tokens,
-            split_reasoning=not request.raw,
-            chat_template_kwargs=redact_params(request.chat_template_kwargs),
-            system=questions.system,
-            temperature=params.temperature,
-            top_p=params.top_p,
-            top_k=params.top_k,
-            max_tokens=params.max_tokens,
-            stop=list(params.stop),
-            n=request.n,
-            seed=request.seed,
-            seed_given=seed_given,
-            support_truncated=support_truncated(params),
-            other=redact_params(params.extra),
-        ),
-        data=data,
-        episodes=episodes,
-        json_columns=json_columns,
-    )
-    _check_names(source.columns)
-    types = {column.name: column.type for column in source.columns}
-    return file_format.schema(
-        metadata,
-        types,
-        ground_truth=None if truth is None else truth.type,
-        episodes=episodes is not None,
-    )
-
-
-def differences(known: FileMetadata, asked: FileMetadata) -> list[str]:
-    """What two jobs differ in, as `temperature: 1.0 there, 0.7 asked for`. A seed that nobody gave
-    makes no difference."""
-    there, here = (_flat(msgspec.to_builtins(metadata)) for metadata in (known, asked))
-    free = set(_FREE_TO_CHANGE)
-    if not there.get("sampling.seed_given") and not here.get("sampling.seed_given"):
-        free.add("sampling.seed")
-    return [
-        _difference(name, there.get(name), here.get(name))
-        for name in dict.fromkeys([*there, *here])
-        if name not in free and there.get(name) != here.get(name)
-    ]
-
-
-def _difference(name: str, there: Any, here: Any) -> str:
-    if name == "episodes.code" and there and here:
-        changed = sorted(k for k in {*there, *here} if there.get(k) != here.get(k))
-        return f"the environment is an earlier version of it (changed: {', '.join(changed)})"
-    return f"{name.removeprefix('sampling.')}: {there!r} there, {here!r} asked for"
-
-
-def model_fingerprint(model: str) -> str | None:
-    """Tells the weights of a local folder apart; None for a model behind a server or a hub id."""
-    folder = models.folder_here(model)  # None too: of a sampler of the caller's, under any name
-    return None if folder is None else models.model_folder_fingerprint(folder)
-
-
-def _check_names(columns: tuple[SourceColumn, ...]) -> None:
-    seen = [column.name for column in columns]
-    double = {name for name in seen if seen.count(name) > 1}
-    if double:
-        raise SourceError(f"the data set has two columns called {min(double)!r}: rename one")
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if prefix == "" and isinstance(value, Mapping) and key not in _FREE_TO_CHANGE:
-            flat |= _flat(value, f"{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
-
-
 _COMPARED_ROWS = 16
 """Data rows whose prompts are rendered again when a job goes on."""
 
@@ -297,6 +183,7 @@ def find_job(
     request: RolloutRequest,
     tokenizer: LoadedTokenizer,
     *,
+    n_given: bool,
     seed: int | None,
     overwrite: bool,
     episodes: file_format.EpisodeSettings | None,
@@ -308,6 +195,7 @@ def find_job(
         questions: what is asked.
         request: how it is sampled. Without a seed, that of the job which is there is taken.
         tokenizer: what rendered the prompts.
+        n_given: whether the user gave n; else that of the job which is there is taken.
         seed: drawn for a new job that has none; None where it needs none.
         overwrite: let the job take the place of another.
         episodes: what its completions are like where they are episodes.
@@ -316,11 +204,8 @@ def find_job(
         JobError: there is another job, or something else.
     """
     version = _version(target)
-    given = request.seed is not None
-    asked = job_schema(questions, request, tokenizer, seed_given=given, episodes=episodes)
     folder = job_store.parts_folder(target)
-    begun = _same_job(folder, job_store.read_schema(folder), asked, overwrite=overwrite)
-    finished = None
+    parts, finished = job_store.read_schema(folder), None
     if target.exists():
         try:
             finished = RolloutDataset(target)
@@ -328,9 +213,20 @@ def find_job(
             if not overwrite:
                 raise JobError(f"{error}. Choose another output, or --overwrite") from error
     known = None if finished is None else finished.schema
-    base = _same_job(target, known, asked, overwrite=overwrite)
+    given = request.seed is not None
+
+    def asked_with(n: int) -> pa.Schema:
+        wanted = replace(request, n=n)
+        return job_schema(questions, wanted, tokenizer, seed_given=given, episodes=episodes)
+
+    if not n_given:
+        like_it = (n for s in (parts, known) if (n := n_of(s)) and is_same(s, asked_with(n)))
+        request = replace(request, n=max(like_it, default=request.n))
+    asked = asked_with(request.n)
+    begun = same_job(folder, parts, asked, overwrite=overwrite)
+    base = same_job(target, known, asked, overwrite=overwrite)
     if base is not None:
-        _refuse_foreign_columns(target, base, asked)
+        refuse_foreign_columns(target, base, asked)
     there = begun if base is None else base
     if there is not None:
         sampling = file_format.metadata_of(there).sampling
@@ -358,39 +254,6 @@ def _version(path: Path) -> tuple[int, ...] | None:
     except FileNotFoundError:
         return None
     return stat.st_ino, stat.st_mtime_ns, stat.st_size
-
-
-def _refuse_foreign_columns(target: Path, known: pa.Schema, asked: pa.Schema) -> None:
-    rewards = file_format.metadata_of(known).rewards
-    ours = {
-        *asked.names,
-        *(name for column in rewards for name in file_format.reward_columns(column)),
-    }
-    foreign = [name for name in known.names if name not in ours]
-    if foreign:
-        raise JobError(
-            f"{target} has columns that this job does not write: {', '.join(foreign)}. Move the "
-            "file elsewhere to keep them, or take them out to continue it"
-        )
-
-
-def _same_job(
-    where: Path, known: pa.Schema | None, asked: pa.Schema, *, overwrite: bool
-) -> pa.Schema | None:
-    """`known` where it is of the job that is asked for."""
-    if known is None:
-        return None
-    differ = differences(
-        file_format.metadata_of(known, where=str(where)), file_format.metadata_of(asked)
-    )
-    if not differ:
-        return known
-    if overwrite:
-        return None
-    raise JobError(
-        f"{where} is of another job. {'; '.join(differ)}. Ask for the same to continue it, choose "
-        "another output, or replace it with --overwrite"
-    )
 
 
 _MISSING, _DONE, _FAILED = 0, 1, 2

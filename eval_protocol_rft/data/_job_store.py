@@ -276,6 +276,11 @@ class JobStore:
         elif not known.equals(self.schema, check_metadata=False):
             raise FormatError(f"{self.folder}: its rows have other columns than this job's")
         self._connection = job_file.open_job(self._path, self.schema, begin=known is None or anew)
+        if known is not None and known.metadata != self.schema.metadata:
+            # The same job, asked for more.
+            with self._transaction():
+                data = self.schema.serialize().to_pybytes()
+                self._connection.execute("UPDATE job SET schema = ?", (data,))
         sync_folder(self.folder)
         sync_folder(self.folder.parent)
         with job_file.sqlite_errors(self._path):

@@ -19,6 +19,8 @@ import numpy as np
 
 from eval_protocol_rft import rollout
 from eval_protocol_rft.data._column_roles import (
+    GroundTruth,
+    RowIds,
     SourceKind,
     check_prompt,
     messages_in,
@@ -50,6 +52,8 @@ class Questions:
     """Of the data set's prompts."""
     count: int
     """Selected rows."""
+    truth: GroundTruth
+    row_ids: RowIds
 
     @property
     def asked_kind(self) -> PromptKind:
@@ -64,13 +68,15 @@ class Questions:
         source: Source,
         *,
         prompt_key: str | None,
+        ground_truth_key: str | None,
+        row_id_key: str | None,
         system: str | None,
         limit: int | None,
         shuffle_seed: int | None,
         where: str | None,
     ) -> Questions:
-        """Look at every selected row. `tools` and `ground_truth` are taken from columns that are
-        called so, where the data set has them.
+        """Look at every selected row. Tools are taken from a column that is called so, where the
+        data set has it; `GroundTruth` and `RowIds` say the same of theirs.
 
         Raises:
             SourceError: there is no such column, no row is selected, or a prompt or its tools are
@@ -78,17 +84,8 @@ class Questions:
         """
         names = {column.name for column in source.columns}
         key = prompt_column(source, prompt_key)
-        data = DataSettings(
-            name=source.name,
-            fingerprint=source.fingerprint,
-            num_rows=source.num_rows,
-            prompt_key=key,
-            tools_key="tools" if "tools" in names else None,
-            ground_truth_key="ground_truth" if "ground_truth" in names else None,
-            limit=limit,
-            shuffle_seed=shuffle_seed,
-            where=where,
-        )
+        tools_key = "tools" if "tools" in names else None
+        truth, row_ids = GroundTruth(source, key, ground_truth_key), RowIds(source, row_id_key)
         kind: SourceKind | None = None
         count = in_text = 0
         for row in source.rows(limit=limit, shuffle_seed=shuffle_seed, where=where):
@@ -96,7 +93,9 @@ class Questions:
             in_text += kind == "messages" and isinstance(row.values[key], str)
             if kind == "messages":
                 _check_parts(row, key)
-            _tools(source, row, data.tools_key)
+            _tools(source, row, tools_key)
+            truth.look(row)
+            row_ids.look(row)
             count += 1
         if kind is None:
             raise SourceError(f"{source.name}: no row is selected; look at --where and --limit")
@@ -115,7 +114,22 @@ class Questions:
                 count,
                 key,
             )
-        return cls(source, data, system, kind, count)
+        if said := truth.said():
+            logger.warning("%s: %s", source.name, said)
+        row_ids.check(lambda: source.rows(limit=limit, shuffle_seed=shuffle_seed, where=where))
+        data = DataSettings(
+            name=source.name,
+            fingerprint=source.fingerprint,
+            num_rows=source.num_rows,
+            prompt_key=key,
+            tools_key=tools_key,
+            ground_truth_key=None if truth.path is None else truth.path.key,
+            row_id_key=None if row_ids.path is None else row_ids.path.key,
+            limit=limit,
+            shuffle_seed=shuffle_seed,
+            where=where,
+        )
+        return cls(source, data, system, kind, count, truth, row_ids)
 
     def rows(self) -> Iterator[SourceRow]:
         """The selected rows."""
@@ -187,8 +201,8 @@ class Questions:
         context: int | None = None,
     ) -> Iterator[Prompt]:
         """The rows of which completions are missing, by their `data_idx`, rendered one by one if
-        they are to be; `name` goes into their `row_id`. `max_tokens` is at most what `context`, if
-        it is known, leaves; a prompt that it does not hold is an error.
+        they are to be; `name` goes into the `row_id` of those without their own. `max_tokens` is at
+        most what `context`, if it is known, leaves; a prompt that it does not hold is an error.
 
         Raises:
             SourceError: a file of the data set has changed meanwhile.
@@ -210,12 +224,12 @@ class Questions:
             except PromptError as error:
                 ids = PromptError(f"{row.where}: {error}")
             shared = CompletionRow(
-                row_id=f"{name}-{row.data_idx}",
+                row_id=self.row_ids.of(row) or f"{name}-{row.data_idx}",
                 data_idx=row.data_idx,
                 sample_idx=0,
                 prompt=asked,
                 tools=self._tools(row),
-                ground_truth=row.values.get(self.data.ground_truth_key or ""),
+                ground_truth=None if self.truth.path is None else self.truth.path.of(row),
                 prompt_ids=None if not isinstance(ids, tuple) else np.array(ids, np.int32),
                 temperature=params.temperature,
                 top_p=params.top_p,

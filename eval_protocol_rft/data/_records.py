@@ -194,6 +194,7 @@ def _sampling_of(
     values: dict[str, Any] = msgspec.to_builtins(metadata.sampling or _settings_of(group))
     for name in _NOT_RECORDED:
         values.pop(name)
+    values = file_format.without_news(values)
     began = [row.began_at for row in group if row.began_at is not None]
     return {**values, "n": len(group), "began_at": min(began, default=0.0)}
 

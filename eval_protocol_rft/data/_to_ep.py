@@ -21,7 +21,7 @@ from eval_protocol_rft._segments import EpisodeRecord, Segment
 from eval_protocol_rft._turn_payloads import episode_traces, turn_payloads
 from eval_protocol_rft.data import _records as records
 from eval_protocol_rft.data._episodes import EPISODE_KEYS, stored_row
-from eval_protocol_rft.data._format import CompletionRow, FileMetadata
+from eval_protocol_rft.data._format import CompletionRow, FileMetadata, without_news
 from eval_protocol_rft.record import UNSCORED, RecordError, Score, score_of_result
 from eval_protocol_rft.rollout import chat_finish_reason, recorded_answers
 
@@ -281,6 +281,8 @@ def _file_part(
     )
     values: dict[str, Any] = msgspec.to_builtins(part)
     file = {name: values["file"][name] for name in _FILE_WIDE}
+    for name in ("sampling", "data"):
+        file[name] = None if file[name] is None else without_news(file[name])
     values["file"] = {k: v for k, v in file.items() if k != "episodes" or v is not None}
     if not first:
         del values["first"]

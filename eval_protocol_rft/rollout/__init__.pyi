@@ -35,6 +35,7 @@ from ._loop_states import all_rollouts as all_rollouts
 from ._params import DEFAULT_MAX_TOKENS as DEFAULT_MAX_TOKENS
 from ._params import DEFAULT_STEPS as DEFAULT_STEPS
 from ._params import RolloutRequest as RolloutRequest
+from ._params import flat_params as flat_params
 from ._params import parse_completion_params as parse_completion_params
 from ._prompts import PROMPT_IDS_KEY as PROMPT_IDS_KEY
 from ._prompts import SEVERAL_CALLS as SEVERAL_CALLS

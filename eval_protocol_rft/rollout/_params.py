@@ -175,7 +175,7 @@ def parse_completion_params(
     Raises:
         ParamsError: a missing, wrong or contradictory value; the message names the key.
     """
-    keys = _Keys(_flatten(completion_params or {}))
+    keys = _Keys(flat_params(completion_params or {}))
     model = keys.take("model")
     if not isinstance(model, str) or not model.strip():
         raise ParamsError(f"completion_params['model'] must name a model, got {model!r}")
@@ -310,7 +310,7 @@ class _Keys:
         }
 
 
-def _flatten(params: Mapping[str, Any]) -> dict[str, Any]:
+def flat_params(params: Mapping[str, Any]) -> dict[str, Any]:
     """completion_params with `extra_body` (a dict, or a JSON string in managed jobs) folded in."""
     flat = {key: value for key, value in params.items() if key != "extra_body"}
     for key in flat:

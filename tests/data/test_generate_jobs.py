@@ -14,7 +14,7 @@ import pyarrow as pa
 import pytest
 
 from eval_protocol_rft.data._dataset import RolloutDataset
-from eval_protocol_rft.data._generate_output import model_fingerprint
+from eval_protocol_rft.data._job_settings import model_fingerprint
 from eval_protocol_rft.data._job_store import JobStore, parts_folder, row_keys
 from eval_protocol_rft.local.models import bundled_model_path
 from tests.data.servers import (
@@ -53,7 +53,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 CHANGES = {
     "temperature": (["--temperature", 0.5], "temperature: 1.0 there, 0.5 asked for"),
-    "n": (["-n", N + 1], f"n: {N} there, {N + 1} asked for"),
+    "n": (["-n", N - 1], f"n: {N} there, {N - 1} asked for"),
     "max tokens": (["--max-tokens", 4], "max_tokens: 8 there, 4 asked for"),
     "top-p": (["--top-p", 0.5], "top_p: 1.0 there, 0.5 asked for"),
     "top-k": (["--top-k", 3], "top_k: 0 there, 3 asked for"),
