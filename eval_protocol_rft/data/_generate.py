@@ -31,7 +31,7 @@ from eval_protocol_rft.data._generate_output import Output, OutputJob, find_job
 from eval_protocol_rft.data._job_store import parts_folder
 from eval_protocol_rft.data._progress import repeating, reporter
 from eval_protocol_rft.data._questions import Questions
-from eval_protocol_rft.data._sampling_run import RaySampler, RunCounts, SamplingRun
+from eval_protocol_rft.data._sampling_run import NothingToSample, RaySampler, RunCounts, SamplingRun
 from eval_protocol_rft.data.source._opening import aopen_source
 from eval_protocol_rft.data.source._urls import PathOrGlob
 from eval_protocol_rft.local import Placement
@@ -265,7 +265,9 @@ async def agenerate(
             overwrite=overwrite,
             episodes=None if episodes_job is None else episodes_job.settings,
         )
-        if chosen is None:
+        if chosen is None and output_job.is_finished(retry_failed=retry_failed):
+            chosen = NothingToSample()
+        elif chosen is None:
             request = await backends.placed(request)
             chosen, _ = await backends.resolve(request, clients)
         asks_server = isinstance(chosen, sampling.HttpSampler) and not chosen.knows_logprobs

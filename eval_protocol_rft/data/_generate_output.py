@@ -93,29 +93,44 @@ class OutputJob:
             JobError: another process just finished the file;
             the disk has no room for the file.
         """
-        data = self.questions.data
-        num_rows = data.num_rows
-        position: job_store.Keys | None = None
-        if data.shuffle_seed is not None:
-            order = np.random.default_rng(data.shuffle_seed).permutation(num_rows)
-            position = np.empty(num_rows, np.int64)
-            position[order] = np.arange(num_rows)
-        keys_of = functools.partial(job_store.row_keys, position=position)
+        keys_of = functools.partial(job_store.row_keys, position=self._position())
         store = JobStore(job_store.parts_folder(self.target), self.schema, keys_of, anew=self.anew)
         try:
             if _version(self.target) != self.version:
                 raise JobError(f"{self.target} was written just now: run the same command again")
             replaced = 0 if self.base is None else self.target.stat().st_size
             check_room(self.target, replaced + store.loose[1] + store.packed[1])
-            done = DoneIndex(num_rows, self.request.n, position)
-            if self.base is not None:
-                for table in self.base.tables([*job_store.KEY_COLUMNS, "error"]):
-                    done.add(keys_of(table), job_store.failed_rows(table))
+            done = self._finished()
             for stored in store.stored():
                 done.add(*stored)
             yield Output(self, store, done)
         finally:
             store.close()
+
+    def is_finished(self, *, retry_failed: bool) -> bool:
+        """Whether the finished file has all that is asked for: nothing is to be sampled."""
+        done = self._finished()
+        return done.done + (0 if retry_failed else done.failed) == self.total
+
+    def _finished(self) -> DoneIndex:
+        """What the finished file has."""
+        position = self._position()
+        done = DoneIndex(self.questions.data.num_rows, self.request.n, position)
+        if self.base is not None:
+            for table in self.base.tables([*job_store.KEY_COLUMNS, "error"]):
+                keys = job_store.row_keys(table, position=position)
+                done.add(keys, job_store.failed_rows(table))
+        return done
+
+    def _position(self) -> job_store.Keys | None:
+        """Where each row of the data set stands, if they are shuffled."""
+        data = self.questions.data
+        if data.shuffle_seed is None:
+            return None
+        order = np.random.default_rng(data.shuffle_seed).permutation(data.num_rows)
+        position = np.empty(data.num_rows, np.int64)
+        position[order] = np.arange(data.num_rows)
+        return position
 
 
 @dataclass(frozen=True, slots=True)

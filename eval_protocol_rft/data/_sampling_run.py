@@ -314,6 +314,18 @@ class RunCounts:
                 self.tokens += row.num_tokens
 
 
+class NothingToSample:
+    """The sampler of a job that is finished, for which no engine is started."""
+
+    async def sample(
+        self, prompt_ids: Sequence[int], params: sampling.SamplingParams, *, seed: int | None = None
+    ) -> sampling.Completion:
+        raise AssertionError("a finished job samples nothing")
+
+    async def aclose(self) -> None:
+        """There is nothing to close."""
+
+
 class RolloutActor:
     """Lives on a node, and samples there."""
 

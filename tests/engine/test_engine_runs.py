@@ -131,6 +131,18 @@ async def test_sampler_and_model_that_contradict_each_other_are_refused() -> Non
         parse_completion_params({"model": "vllm/a", "logprobs_mode": "raw_logprobs"})
 
 
+async def test_a_finished_job_starts_no_engine(pids, tmp_path) -> None:
+    data, out = tmp_path / "sums.jsonl", tmp_path / "out.parquet"
+    data.write_text('{"prompt": "1+1="}\n')
+    job = {"model": "vllm/arithmetic", "n": 2, "temperature": 0.7, "max_tokens": 4}
+    await agenerate(data, out, job, vllm=HERE, progress=False)
+    stop_engines()
+    before = len(stand_in.processes(pids))
+    again = await agenerate(data, out, job, vllm=HERE, progress=False)
+    assert (again.total, again.run.completions) == (2, 0)
+    assert len(stand_in.processes(pids)) == before
+
+
 async def test_what_is_wrong_with_a_job_is_told_before_an_engine_starts(pids, tmp_path) -> None:
     before = len(stand_in.processes(pids))
     data = tmp_path / "sums.jsonl"
