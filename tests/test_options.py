@@ -162,7 +162,8 @@ def test_what_was_typed_counts_although_it_is_the_default(tmp_path: Path) -> Non
 
 def test_an_option_without_a_flag_is_of_python_alone() -> None:
     names = {name for command in FUNCTIONS for name in flags(command)}
-    assert names.isdisjoint({"loss_fn_config", "sampler", "on_line", "warn", "progress", "filters"})
+    assert names.isdisjoint({"loss_fn_config", "parts", "on_line", "warn", "progress", "filters"})
+    assert "sampler" not in flags("generate")
     assert check_options(loop.LoopOptions(steps=1)) is None
 
 

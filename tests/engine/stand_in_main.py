@@ -64,7 +64,7 @@ def command_line() -> argparse.Namespace:
     parser.add_argument("source")
     for flag in (
         *("served-model-name", "host", "dtype", "logprobs-mode", "generation-config", "middleware"),
-        *("max-model-len", "gpu-memory-utilization"),
+        *("max-model-len", "gpu-memory-utilization", "hf-overrides"),
     ):
         parser.add_argument(f"--{flag}")
     for flag in ("port", "seed", "tensor-parallel-size"):

@@ -74,6 +74,16 @@ def test_an_engine_that_ends_stops_the_run_at_once_and_says_why(pids) -> None:
     assert load_engine("vllm/arithmetic", options=HERE) is not engine
 
 
+async def test_who_gives_up_waiting_takes_the_engine_from_nobody(pids) -> None:
+    engine = await asyncio.to_thread(load_engine, "vllm/arithmetic", options=HERE)
+    waits = [asyncio.ensure_future(asyncio.wrap_future(engine.ready)) for _ in range(2)]
+    await asyncio.sleep(0)
+    waits[0].cancel()
+    await waits[1]
+    assert waits[0].cancelled()
+    assert engine.problem() is None
+
+
 def test_what_vllm_says_when_it_fails_is_the_error(pids, monkeypatch) -> None:
     monkeypatch.setenv("STAND_IN", "broken")
     engine = load_engine("vllm/arithmetic", options=HERE)
@@ -126,6 +136,9 @@ def test_its_logprobs_are_those_of_sampling_and_its_folder_does_not_say_how_to_s
     assert "--generation-config=vllm" in flags
     assert "--host=127.0.0.1" in flags
     assert "--dtype=bfloat16" in flags
+    # As a trainer has them, whatever the layers compute in.
+    assert '--hf-overrides={"head_dtype": "float32"}' in flags
+    assert not [f for f in line(GPU, dtype="float32") if "overrides" in f]
     seeds = {next(f for f in line(GPU) if f.startswith("--seed=")) for _ in range(4)}
     assert len(seeds) == 4
 
@@ -161,12 +174,14 @@ def test_what_the_user_says_comes_last() -> None:
 
 
 def test_its_environment_has_the_key_and_one_gpu() -> None:
-    env = environment("k", modules=Path("/m"), takes_weights=False, device="cuda:1", env={})
+    second = Placement(device="cuda:1", deterministic=True)
+    env = environment("k", modules=Path("/m"), takes_weights=False, placement=second, env={})
     assert env["VLLM_API_KEY"] == "k"
+    assert env["VLLM_BATCH_INVARIANT"] == "1"
     assert env["VLLM_SERVER_DEV_MODE"] == "0"
     assert env["CUDA_VISIBLE_DEVICES"] == "1"
     seen = {"CUDA_VISIBLE_DEVICES": "4,6", "PYTHONPATH": "/mine"}
-    env = environment("k", modules=Path("/m"), takes_weights=True, device="cuda:1", env=seen)
+    env = environment("k", modules=Path("/m"), takes_weights=True, placement=second, env=seen)
     assert env["CUDA_VISIBLE_DEVICES"] == "6"
     assert env["PYTHONPATH"] == "/m:/mine"
     assert env["VLLM_SERVER_DEV_MODE"] == "1"

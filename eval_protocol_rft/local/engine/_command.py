@@ -131,6 +131,8 @@ CPU_CACHE_BYTES = 1 << 30
 """For keys and values on a CPU, where vLLM's own default is most of the machine's memory."""
 BESIDE_TRAINING = 0.4
 """Share of a GPU's memory, where the trainer needs the rest."""
+_FLOAT_LOGITS = '{"head_dtype": "float32"}'
+"""As a trainer computes them: logits near 20 are 0.06 apart in bfloat16."""
 _FURTHER_DRAWS = 31
 """Bits."""
 
@@ -174,6 +176,7 @@ def command_line(
         "generation-config": "vllm",
         "seed": secrets.randbits(_FURTHER_DRAWS),
         "middleware": middleware,
+        "hf-overrides": None if dtype == "float32" else _FLOAT_LOGITS,
         "tensor-parallel-size": options.tensor_parallel_size,
         "max-model-len": options.max_model_len,
         "gpu-memory-utilization": memory,
@@ -197,7 +200,12 @@ def command_line(
 
 
 def environment(
-    key: str, *, modules: Path, takes_weights: bool, device: str = "auto", env: Mapping[str, str]
+    key: str,
+    *,
+    modules: Path,
+    takes_weights: bool,
+    placement: Placement | None = None,
+    env: Mapping[str, str],
 ) -> dict[str, str]:
     """What vLLM runs in.
 
@@ -205,21 +213,22 @@ def environment(
         key: asked of every request.
         modules: folder of the module that asks for it.
         takes_weights: whether weights are changed while it runs.
-        device: `cuda:1` is that GPU alone.
+        placement: `cuda:1` is that GPU alone; deterministic, the same bits in every batch.
         env: ours.
     """
     paths = [str(modules), *filter(None, [env.get("PYTHONPATH")])]
-    visible = {}
-    if device.startswith("cuda:"):
+    place = placement or Placement()
+    chosen = {"VLLM_BATCH_INVARIANT": "1"} if place.deterministic else {}
+    if place.device.startswith("cuda:"):
         seen = env.get("CUDA_VISIBLE_DEVICES")
-        index = int(device.removeprefix("cuda:"))
-        visible["CUDA_VISIBLE_DEVICES"] = seen.split(",")[index] if seen else str(index)
+        index = int(place.device.removeprefix("cuda:"))
+        chosen["CUDA_VISIBLE_DEVICES"] = seen.split(",")[index] if seen else str(index)
     return {
         "VLLM_NO_USAGE_STATS": "1",
         # A file of the user's called types.py is no module of vLLM's.
         "PYTHONSAFEPATH": "1",
         **env,
-        **visible,
+        **chosen,
         KEY_VARIABLE: key,
         "PYTHONPATH": os.pathsep.join(paths),
         "VLLM_SERVER_DEV_MODE": "1" if takes_weights else "0",

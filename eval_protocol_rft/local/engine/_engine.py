@@ -68,6 +68,8 @@ class Engine:
         sampling.never_proxy(f"127.0.0.1:{number}")
         self.ready: Future[None] = Future()
         """Done when it answers. Raises RunStoppedError where it never will."""
+        # Else one who waits and is cancelled would cancel it for all others.
+        self.ready.set_running_or_notify_cancel()
         self.sleeps = False
         """Whether it can give its memory back for a while."""
         self._port, self._key, self._number = port, key, number
@@ -137,7 +139,7 @@ class Engine:
                 key,
                 modules=folder,
                 takes_weights=takes_weights,
-                device=place.device,
+                placement=place,
                 env=os.environ,
             )
         )
