@@ -38,7 +38,7 @@ from eval_protocol_rft.data._example_rules import (
 from eval_protocol_rft.data._files import JobError
 from eval_protocol_rft.data._format import CompletionRow, FormatError
 from eval_protocol_rft.data._plain_file import Rollouts, Survey
-from eval_protocol_rft.data._records import as_messages, by_prompt
+from eval_protocol_rft.data._records import by_prompt
 from eval_protocol_rft.record import UNSCORED
 
 
@@ -70,7 +70,7 @@ def write_examples(
 
 _IDS = pa.list_(pa.int32())
 _MASK = pa.list_(pa.int8())
-_ANSWER = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+_ANSWER = pa.null()  # see `talk_types`
 _COLUMNS: Mapping[ExampleKind, Mapping[str, pa.DataType]] = {
     "sft": {
         "completion": _ANSWER, "input_ids": _IDS, "completion_mask": _MASK,
@@ -133,9 +133,11 @@ class _Maker:
         sampling = rollouts.metadata.sampling
         self._template_kwargs = None if sampling is None else sampling.chat_template_kwargs or None
         episodes = "turns" in survey.held
+        asked, answered = plain_file.talk_types(survey, rollouts.metadata)
+        answers = dict.fromkeys(("completion", "chosen", "rejected"), answered)
         self.types: dict[str, pa.DataType] = {
-            "prompt": file_format.MESSAGES if episodes else survey.messages,
-            **_COLUMNS[kind],
+            "prompt": file_format.MESSAGES if episodes else asked,
+            **{name: answers.get(name, type_) for name, type_ in _COLUMNS[kind].items()},
             **({"tools": pa.string()} if "tools" in survey.held else {}),
             **self._kwargs_type(),
             "row_id": pa.string(),
@@ -267,9 +269,12 @@ class _Maker:
     def _rewards(self, rows: Sequence[CompletionRow]) -> Rewards:
         return np.array([self._reward(row) for row in rows], np.float64)
 
+    def _said(self, row: CompletionRow) -> Any:
+        return plain_file.talk(row, self._rollouts.metadata)[1]
+
     def _head(self, row: CompletionRow) -> dict[str, Any]:
         return {
-            "prompt": as_messages(row.prompt),
+            "prompt": plain_file.talk(row, self._rollouts.metadata)[0],
             "tools": None if row.tools is None else msgspec.json.encode(row.tools).decode(),
             "chat_template_kwargs": self._template_kwargs,
             "row_id": row.row_id,
@@ -285,7 +290,7 @@ class _Maker:
             assert answer is not None  # noqa: S101
             mask = np.repeat(np.array([0, 1], np.int8), [len(prompt), len(answer)])
             ids = np.concatenate([prompt, answer])
-            yield {**head, "completion": _said(row), "input_ids": ids, "completion_mask": mask}
+            yield {**head, "completion": self._said(row), "input_ids": ids, "completion_mask": mask}
             return
         assert row.episode is not None  # noqa: S101
         messages, own = row.episode["messages"], row.episode["row_messages"]
@@ -298,7 +303,7 @@ class _Maker:
         self._check_single(row)
         return {
             **self._head(row),
-            "completion": _said(row),
+            "completion": self._said(row),
             "label": label,
             "prompt_ids": row.prompt_ids,
             "completion_ids": row.completion_ids,
@@ -314,7 +319,7 @@ class _Maker:
             assert prompt is not None  # noqa: S101 - `with_token_data` has seen to it
             assert ids is not None  # noqa: S101
             values |= {
-                name: _said(row),
+                name: self._said(row),
                 f"{name}_ids": np.concatenate([prompt, ids]) if self._kind == "reward" else ids,
                 f"{name}_sample_idx": row.sample_idx,
                 f"score_{name}": self._reward(row),
@@ -329,10 +334,6 @@ class _Maker:
                 "Train on `ep-rft datums` of the file, or convert --to sft, which masks what the "
                 "model did not say"
             )
-
-
-def _said(row: CompletionRow) -> list[dict[str, Any]]:
-    return [{"role": "assistant", "content": row.response}]
 
 
 def _place(row: CompletionRow) -> str:

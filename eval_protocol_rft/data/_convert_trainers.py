@@ -9,9 +9,10 @@ docs/preparation/prepare_data.rst). Where the data set had one of these columns 
 on.
 
 TRL's conversational prompt-completion data set has one row per completion. `prompt` and
-`completion` are lists of messages, `tools` is JSON text, as TRL's trainers read them
-(huggingface.co/docs/trl/dataset_formats); `prompt_ids`, `completion_ids` and `logprobs` have the
-names of what a `rollout_func` returns. Further columns reach reward functions as they are.
+`completion` are lists of messages (of raw text, text), `tools` is JSON text, as TRL's trainers read
+them (huggingface.co/docs/trl/dataset_formats); `prompt_ids`, `completion_ids` and `logprobs` have
+the names of what a `rollout_func` returns. The data set's columns stand beside them under their own
+names, as its trainers pass them on to reward functions.
 
 Invariant: the text is as sampled; ids and logprobs beside it are exact. Where it was read as more
 than text (calls, thinking), `message` says as what. Lists of verl's rows are of one length and
@@ -160,7 +161,7 @@ def _survivors(rollouts: Rollouts, trainer: str) -> Iterator[list[CompletionRow]
 
 def _verl_row(first: CompletionRow, metadata: FileMetadata) -> dict[str, Any]:
     """What completions behind one prompt have in common."""
-    truth = _stored_truth(first.ground_truth, metadata)
+    truth = _stored(first.ground_truth, "ground_truth", metadata)
     return {
         "prompt": as_messages(first.prompt),
         "reward_model": {"style": "rule", "ground_truth": truth},
@@ -190,7 +191,7 @@ def _verl_completions(metadata: FileMetadata, row: dict[str, Any]) -> Iterator[C
         "prompt": _as_prompt(row["prompt"], metadata.prompt_kind),
         "prompt_ids": np.array(row["prompt_ids"], np.int32),
         "tools": _from_json_text(row.get("tools")),
-        "ground_truth": _read_truth(truth, metadata),
+        "ground_truth": _read(truth, "ground_truth", metadata),
         **{name: getattr(metadata.sampling, name) for name in _SAMPLED},
     }
     for i in range(len(row["response_ids"])):
@@ -245,7 +246,6 @@ _KEPT = (
     "seed", "policy_version", "first_policy_version", "past_end",
 )  # fmt: skip
 """Columns that are the same there."""
-_COMPLETION = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 _NEEDED_OF_TRL = ("prompt_ids", "completion_ids", "logprobs", "prompt", "completion", *_KEPT[:3])
 _ARRAYS = dict.fromkeys(("prompt_ids", "completion_ids", "past_end"), np.int32) | dict.fromkeys(
     ("logprobs", "raw_logprobs"), np.float32
@@ -258,10 +258,14 @@ def write_trl(rollouts: Rollouts, target: Path) -> Written:
     metadata = rollouts.metadata
     rewards = ["reward", *metadata.rewards]
     carried = [*_KEPT, "prompt", "response", "message", "tools", "ground_truth", *rewards]
-    types: dict[str, pa.DataType] = {"prompt": survey.messages, "completion": _COMPLETION}
-    known = {name: rollouts.schema.field(name).type for name in rollouts.schema.names}
+    asked, answered = plain_file.talk_types(survey, metadata)
+    fields = [pa.field("prompt", asked), pa.field("completion", answered)]
     own = [name for name in carried if name not in ("prompt", "response")]
-    types |= {name: known[name] for name in own if name in survey.held}
+    fields += [rollouts.schema.field(name) for name in own if name in survey.held]
+    columns = _data_columns(rollouts, survey.held, {*carried, "completion"})
+    for name, column in columns.items():
+        kind = rollouts.schema.field(file_format.ORIGINAL_PREFIX + column).type
+        fields.append(plain_file.data_field(name, kind, column))
     data_rows = completions = 0
 
     def rows() -> Iterator[dict[str, Any]]:
@@ -269,10 +273,40 @@ def write_trl(rollouts: Rollouts, target: Path) -> Written:
         for survivors in _survivors(rollouts, "TRL"):
             data_rows += bool(survivors)
             completions += len(survivors)
-            yield from (_trl_row(row, list(types), metadata) for row in survivors)
+            yield from (_trl_row(row, columns, metadata) for row in survivors)
 
-    lost = plain_file.write_rows(target, pa.schema(list(types.items())), metadata, rows())
-    return data_rows, completions, (*survey.notes(carried, metadata), *lost)
+    lost = plain_file.write_rows(target, pa.schema(fields), metadata, rows())
+    carried += [file_format.ORIGINAL_PREFIX + column for column in columns.values()]
+    carried += _stands_there_anyway(metadata)
+    notes = [*survey.notes(carried, metadata), *lost]
+    notes += [f"column {column} is {name}" for name, column in columns.items() if name != column]
+    texts = {file_format.ORIGINAL_PREFIX + column: column for column in columns.values()}
+    if as_text := [texts[name] for name in metadata.json_columns if name in texts]:
+        notes.append(f"columns of JSON text: {', '.join(as_text)}")
+    return data_rows, completions, tuple(notes)
+
+
+def _stands_there_anyway(metadata: FileMetadata) -> list[str]:
+    """The data set's columns that are the prompt, the tools and the ground truth by name."""
+    data = metadata.data
+    if data is None:
+        return []
+    places = {"prompt": data.prompt_key, "tools": data.tools_key}
+    places["ground_truth"] = data.ground_truth_key
+    return [file_format.ORIGINAL_PREFIX + name for name, key in places.items() if name == key]
+
+
+def _data_columns(rollouts: Rollouts, held: set[str], taken: set[str]) -> dict[str, str]:
+    """Column of the output -> column of the data set; with a prefix where its name is taken."""
+    columns: dict[str, str] = {}
+    anyway = _stands_there_anyway(rollouts.metadata)
+    for column in rollouts.schema.names:
+        if column.startswith(file_format.ORIGINAL_PREFIX) and column in held - set(anyway):
+            name = own = column.removeprefix(file_format.ORIGINAL_PREFIX)
+            while name in taken or name in columns:
+                name = file_format.ORIGINAL_PREFIX + name
+            columns[name] = own
+    return columns
 
 
 def read_trl(path: Path) -> Rollouts:
@@ -283,41 +317,62 @@ def read_trl(path: Path) -> Rollouts:
     """
     schema, metadata = plain_file.open_converted(path, needed=_NEEDED_OF_TRL)
     truth = schema.field("ground_truth").type if "ground_truth" in schema.names else None
+    columns = plain_file.data_columns(schema)
     return plain_file.rollouts_in(
-        path, metadata, lambda row: [_trl_completion(row, metadata)], ground_truth=truth
+        path,
+        metadata,
+        lambda row: [_trl_completion(row, columns, metadata)],
+        ground_truth=truth,
+        original={column: schema.field(name).type for name, column in columns.items()},
     )
 
 
-def _trl_row(row: CompletionRow, names: list[str], metadata: FileMetadata) -> dict[str, Any]:
+def _trl_row(
+    row: CompletionRow, columns: Mapping[str, str], metadata: FileMetadata
+) -> dict[str, Any]:
+    prompt, answer = plain_file.talk(row, metadata)
     return {
-        "prompt": as_messages(row.prompt),
-        "completion": [{"role": "assistant", "content": row.response}],
-        **{name: getattr(row, name) for name in _KEPT if name in names},
+        "prompt": prompt,
+        "completion": answer,
+        **{name: getattr(row, name) for name in _KEPT},
         "tools": _json_text(row.tools),
         "message": _json_text(row.message),
-        "ground_truth": _stored_truth(row.ground_truth, metadata),
+        "ground_truth": _stored(row.ground_truth, "ground_truth", metadata),
         **{name: score.reward for name, score in row.scores.items()},
+        **{
+            name: _stored(row.original.get(column), file_format.ORIGINAL_PREFIX + column, metadata)
+            for name, column in columns.items()
+        },
     }
 
 
-def _trl_completion(row: dict[str, Any], metadata: FileMetadata) -> CompletionRow:
+def _trl_completion(
+    row: dict[str, Any], columns: Mapping[str, str], metadata: FileMetadata
+) -> CompletionRow:
     values: dict[str, Any] = {name: row.get(name) for name in _KEPT}
     for name, dtype in _ARRAYS.items():
         values[name] = None if values[name] is None else np.array(values[name], dtype)
     scores = {name: Score(reward=row.get(name)) for name in ("reward", *metadata.rewards)}
+    answer = row["completion"]
     return CompletionRow(
         **values,
         prompt=_as_prompt(row["prompt"], metadata.prompt_kind),
-        response=row["completion"][0]["content"],
+        response=answer if isinstance(answer, str) else answer[0]["content"],
         message=_from_json_text(row.get("message")),
         tools=_from_json_text(row.get("tools")),
-        ground_truth=_read_truth(row.get("ground_truth"), metadata),
+        ground_truth=_read(row.get("ground_truth"), "ground_truth", metadata),
         scores={name: score for name, score in scores.items() if score != UNSCORED},
+        original={
+            column: _read(row[name], file_format.ORIGINAL_PREFIX + column, metadata)
+            for name, column in columns.items()
+        },
     )
 
 
-def _as_prompt(messages: Sequence[Mapping[str, Any]], kind: PromptKind) -> str | ChatMessages:
+def _as_prompt(messages: str | Sequence[Mapping[str, Any]], kind: PromptKind) -> str | ChatMessages:
     """`as_messages` undone, nulls of the file left out."""
+    if isinstance(messages, str):
+        return messages if kind == "text" else [{"role": "user", "content": messages}]
     if kind == "text":
         return str(messages[0]["content"])
     return [{k: v for k, v in message.items() if v is not None} for message in messages]
@@ -333,11 +388,11 @@ def _from_json_text(text: str | None) -> Any:
     return None if text is None else msgspec.json.decode(text)
 
 
-def _stored_truth(value: Any, metadata: FileMetadata) -> Any:
-    """A ground truth as the file's column holds it."""
-    return _json_text(value) if "ground_truth" in metadata.json_columns else value
+def _stored(value: Any, column: str, metadata: FileMetadata) -> Any:
+    """A value of the ground truth or of the data set as the column of the rollout file holds it."""
+    return _json_text(value) if column in metadata.json_columns else value
 
 
-def _read_truth(value: Any, metadata: FileMetadata) -> Any:
-    """`_stored_truth` undone."""
-    return _from_json_text(value) if "ground_truth" in metadata.json_columns else value
+def _read(value: Any, column: str, metadata: FileMetadata) -> Any:
+    """`_stored` undone."""
+    return _from_json_text(value) if column in metadata.json_columns else value

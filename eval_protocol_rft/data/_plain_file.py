@@ -25,6 +25,7 @@ from eval_protocol_rft._durable import DurableFile, replacing
 from eval_protocol_rft.data import _format as file_format
 from eval_protocol_rft.data._files import JobError
 from eval_protocol_rft.data._format import CompletionRow, FileMetadata
+from eval_protocol_rft.data._records import as_messages
 from eval_protocol_rft.data._row_groups import from_record_batch, in_row_groups, tables_of
 
 
@@ -223,6 +224,38 @@ def _count_tokens(value: Any) -> int:
     return len(value) if isinstance(value, np.ndarray) else 0
 
 
+_DATA_COLUMN = b"eval_protocol_rft_data_column"
+
+
+def data_field(name: str, kind: pa.DataType, column: str) -> pa.Field:
+    """A field of a converted file that is a column of the data set."""
+    return pa.field(name, kind, metadata={_DATA_COLUMN: column.encode()})
+
+
+def data_columns(schema: pa.Schema) -> dict[str, str]:
+    """Column of a converted file -> column of the data set that it is."""
+    return {
+        field.name: field.metadata[_DATA_COLUMN].decode()
+        for field in schema
+        if field.metadata and _DATA_COLUMN in field.metadata
+    }
+
+
+def talk_types(survey: Survey, metadata: FileMetadata) -> tuple[pa.DataType, pa.DataType]:
+    """Types of a prompt and of an answer: lists of messages; of raw text, text."""
+    if metadata.sampling is not None and metadata.sampling.raw:
+        return pa.string(), pa.string()
+    return survey.messages, pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+
+
+def talk(row: CompletionRow, metadata: FileMetadata) -> tuple[Any, Any]:
+    """What was asked and what was answered, in `talk_types`."""
+    if metadata.sampling is not None and metadata.sampling.raw:
+        asked = row.prompt if isinstance(row.prompt, str) else row.prompt[-1]["content"]
+        return asked, row.response
+    return as_messages(row.prompt), [{"role": "assistant", "content": row.response}]
+
+
 _PARQUET = b"PAR1"
 
 
@@ -246,8 +279,7 @@ def read_parquet_schema(path: Path) -> pa.Schema:
 
 def open_converted(path: Path, *, needed: Iterable[str]) -> tuple[pa.Schema, FileMetadata]:
     """Look at a Parquet file that `write_rows` wrote, which has to have the columns `needed`: its
-    schema, and the metadata of the rollout file, of whose `json_columns` only `ground_truth` can be
-    there.
+    schema, and the metadata of the rollout file, with those of its `json_columns` that are there.
 
     Raises:
         JobError: it is no such file; most often, it has text and no tokens.
@@ -273,7 +305,9 @@ def open_converted(path: Path, *, needed: Iterable[str]) -> tuple[pa.Schema, Fil
             "that `ep-rft convert` wrote do; whatever writes them anew leaves it out"
         )
     metadata = file_format.decode_metadata(schema.metadata[SOURCE_KEY], where=str(path))
-    json_columns = [name for name in metadata.json_columns if name == "ground_truth"]
+    there = {file_format.ORIGINAL_PREFIX + name for name in data_columns(schema).values()}
+    there.add("ground_truth")
+    json_columns = [name for name in metadata.json_columns if name in there]
     return schema, msgspec.structs.replace(metadata, json_columns=json_columns)
 
 
@@ -283,14 +317,16 @@ def rollouts_in(
     completions: Callable[[dict[str, Any]], Iterable[CompletionRow]],
     *,
     ground_truth: pa.DataType | None,
+    original: Mapping[str, pa.DataType] | None = None,
 ) -> Rollouts:
     """Rollouts of the file that `open_converted` looked at.
 
     Args:
         completions: those that a row stands for.
         ground_truth: type of that column.
+        original: column of the data set -> its type.
     """
-    fields = file_format.schema(metadata, {}, ground_truth=ground_truth)
+    fields = file_format.schema(metadata, original or {}, ground_truth=ground_truth)
 
     def data_rows() -> Iterator[CompletionRow]:
         rows = (completion for row in _rows(path) for completion in completions(row))

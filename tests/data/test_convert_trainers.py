@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,6 +23,7 @@ from eval_protocol_rft.record import Score
 from eval_protocol_rft.training._batch import build_batch
 from tests.convert_rows import (
     CALL,
+    METADATA,
     PROMPTS,
     SAMPLING,
     TOOL,
@@ -116,8 +118,63 @@ def test_what_is_left_out_is_said(tmp_path: Path, kind: Any) -> None:
     )  # fmt: skip
     source = rollouts(tmp_path / "a.parquet", row, level=pa.int64(), empty=pa.string())
     summary = convert(source, tmp_path / "b.parquet", to_format=kind)
-    left_out = "began_at, original_level, request_id, reward_reason"
+    level = "original_level, " if kind == "verl" else ""
+    left_out = f"began_at, {level}request_id, reward_reason"
     assert summary.notes == (f"columns not in the output: {left_out}",)
+
+
+@pytest.mark.parametrize("name", ["b.parquet", "b.jsonl"])
+def test_trl_gets_the_data_sets_columns_under_their_own_names(tmp_path: Path, name: str) -> None:
+    metadata = msgspec.structs.replace(
+        METADATA,
+        data=msgspec.structs.replace(METADATA.data, ground_truth_key="ground_truth"),
+        json_columns=["original_tags"],
+    )
+    types = {"q": pa.string(), "level": pa.int64(), "seed": pa.string(), "tags": pa.string()}
+    types["ground_truth"] = pa.string()
+    values = {"q": "2+2=", "level": 3, "seed": "theirs", "tags": ["a", 1], "ground_truth": "0"}
+    rows = [completion(0, i, float(i), original=values, seed=7 + i) for i in range(2)]
+    source = rollouts(tmp_path / "a.parquet", *rows, metadata=metadata, **types)
+    summary = convert(source, tmp_path / name, to_format="trl")
+    assert summary.notes == ("column seed is original_seed", "columns of JSON text: tags")
+
+    def by_columns(completions: Any, ground_truth: Any, level: Any, tags: Any, **more: Any) -> Any:
+        assert more["q"] == ["2+2="] * 2
+        assert more["original_seed"] == ["theirs"] * 2
+        assert [msgspec.json.decode(text) for text in tags] == [["a", 1]] * 2
+        return [int(truth) + depth for truth, depth in zip(ground_truth, level, strict=True)]
+
+    # As GRPOTrainer passes a batch on to reward functions.
+    batch = loaded(tmp_path / name)
+    names = [key for key in batch[0] if key not in ("prompt", "completion", "completion_ids")]
+    columns = {key: [row[key] for row in batch] for key in names}
+    assert by_columns(completions=[row["completion"] for row in batch], **columns) == [3, 3]
+    assert columns["seed"] == [7, 8]
+    if name == "b.parquet":
+        convert(tmp_path / name, tmp_path / "c.parquet", from_format="trl")
+        back = RolloutDataset(tmp_path / "c.parquet")
+        kept = {key: values[key] for key in ("q", "level", "seed", "tags")}
+        assert [row.original for row in back] == [kept] * 2
+
+
+@pytest.mark.parametrize("kind", ["trl", "sft", "dpo"])
+def test_raw_text_is_text(tmp_path: Path, kind: Any) -> None:
+    metadata = FileMetadata(
+        prompt_kind="text", sampling=msgspec.structs.replace(SAMPLING, raw=True), rewards={}
+    )
+    rows = [completion(0, i, float(i), prompt="Once", response=f"upon {i}") for i in range(2)]
+    source = rollouts(tmp_path / "a.parquet", *rows, metadata=metadata)
+    convert(source, tmp_path / "b.parquet", to_format=kind)
+    row = loaded(tmp_path / "b.parquet")[-1]
+    assert row["prompt"] == "Once"
+    assert row["chosen" if kind == "dpo" else "completion"] == "upon 1"
+    if kind == "trl":
+        convert(tmp_path / "b.parquet", tmp_path / "c.parquet")
+        found = list(RolloutDataset(tmp_path / "c.parquet"))
+        assert [(row.prompt, row.response) for row in found] == [
+            ("Once", "upon 0"),
+            ("Once", "upon 1"),
+        ]
 
 
 def test_columns_that_the_data_set_had_from_verl_are_passed_on(tmp_path: Path) -> None:
@@ -167,6 +224,7 @@ def test_what_was_written_for_a_trainer_is_made_into_rollouts_again(
         return
     assert convert(folder / "b.parquet", folder / "c.parquet").from_format == kind
     expected = [row for row in file[1] if not row.failed]
+    held = [k for k in expected[0].original if any(r.original[k] is not None for r in expected)]
     for row in expected:
         row.scores = {
             name: Score(reward=score.reward)
@@ -174,7 +232,7 @@ def test_what_was_written_for_a_trainer_is_made_into_rollouts_again(
             if score.reward is not None
         }
         row.attempts = row.seconds = row.began_at = row.request_id = None
-        row.original = {}
+        row.original = {name: row.original[name] for name in held} if kind == "trl" else {}
         if kind == "verl":
             row.max_tokens = SAMPLING.max_tokens
     found = list(RolloutDataset(folder / "c.parquet"))
