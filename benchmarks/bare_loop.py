@@ -16,9 +16,16 @@ from workload import WARM_UP_ROWS, Measurement, Meter, Workload
 
 
 async def fetch_rows(
-    session: aiohttp.ClientSession, url: str, workload: Workload, prompts: list[list[int]]
+    session: aiohttp.ClientSession,
+    url: str,
+    workload: Workload,
+    prompts: list[list[int]],
+    *,
+    stream: bool = False,
+    interval: int = 1,
 ) -> list[tuple[list[int], list[float]]]:
-    """Token ids and sampling logprobs of n completions for each prompt."""
+    """Token ids and sampling logprobs of n completions for each prompt. A stream is read to its end
+    first, and then each event: what reads line by line as they come takes twice as much."""
     slots = asyncio.Semaphore(workload.concurrency)
 
     async def fetch(prompt: list[int]) -> tuple[list[int], list[float]]:
@@ -31,15 +38,23 @@ async def fetch_rows(
             "top_k": 0,
             "logprobs": True,
         }
+        if stream:
+            # What ours ask for too, so that the streams are the same.
+            body |= {"stream": True, "stream_interval": interval, "return_token_ids": True}
         async with slots, session.post(url, data=orjson.dumps(body)) as response:
-            reply = orjson.loads(await response.read())
-        content = reply["choices"][0]["logprobs"]["content"]
-        return (
-            [entry["token_id"] for entry in content],
-            [entry["sampling_logprob"] for entry in content],
-        )
+            reply = await response.read()
+        ids, logprobs = [], []
+        for document in _events(reply) if stream else [reply]:
+            for entry in orjson.loads(document)["choices"][0]["logprobs"]["content"]:
+                ids.append(entry["token_id"])
+                logprobs.append(entry["sampling_logprob"])
+        return ids, logprobs
 
     return await asyncio.gather(*(fetch(p) for p in prompts for _ in range(workload.n)))
+
+
+def _events(stream: bytes) -> list[bytes]:
+    return [line[6:] for line in stream.split(b"\n") if line.startswith(b"data: {")]
 
 
 async def run(workload: Workload, url: str) -> Measurement:

@@ -23,7 +23,10 @@ from workload import WARM_UP_ROWS, Measurement, Meter, Workload
 PEERS: dict[str, Peer] = {
     "bare": peers_ours.bare,
     "sampler": peers_ours.sampler,
+    "bare_streamed": peers_ours.bare_streamed,
     "streamed": peers_ours.streamed,
+    "bare_streamed_32": peers_ours.bare_streamed_32,
+    "streamed_32": peers_ours.streamed_32,
     "processor": peers_ours.processor,
     "deployment_sampler": peers_others.deployment_sampler,
     "openai": peers_others.openai,

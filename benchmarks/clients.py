@@ -32,14 +32,19 @@ from eval_protocol_rft.local.models import bundled_model_path
 LABELS = {
     "bare": "bare aiohttp + orjson",
     "sampler": "ours: HttpSampler",
+    "bare_streamed": "bare, streamed",
     "streamed": "ours: HttpSampler, streamed",
+    "bare_streamed_32": "bare, streamed by 32",
+    "streamed_32": "ours: streamed by 32",
     "processor": "ours: processor",
     "deployment_sampler": "Fireworks' DeploymentSampler",
     "openai": "openai client",
     "ep_client": "Eval Protocol's client",
     "litellm": "litellm, SingleTurn",
 }
-REPEATED = ("bare", "sampler", "processor")
+FLOORS = {"streamed": "bare_streamed", "streamed_32": "bare_streamed_32"}
+"""What a peer is compared with, where that is not `bare`: the least that reads the same stream."""
+REPEATED = ("bare", "sampler", "processor", *FLOORS, *FLOORS.values())
 """Their ratios are near one, so they run in every repeat; the others differ by much more than any
 noise and run in the first."""
 WAVES = 3
@@ -62,7 +67,7 @@ class Point(msgspec.Struct, frozen=True, kw_only=True):
     cpu_ms: float
     """Of the client process, per completion."""
     speed_over_bare: float
-    """Throughput over the bare loop's in the same repeat."""
+    """Throughput over its floor's in the same repeat."""
     cpu_over_bare: float
 
 
@@ -85,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             options.tokenizer or str(bundled_model_path("arithmetic")),
             rows=WAVES * max(options.in_flight) // N,
             n=N,
-            tokens=TOKENS,
+            tokens=options.tokens,
             prompt_characters=200,
             concurrency=1,
         )
@@ -102,7 +107,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     _check(peer, level, run, workload)
                     _progress(peer, level, run)
                     runs.setdefault((peer, level.in_flight), []).append(run)
-    result = Result(seconds=options.seconds, tokens=TOKENS, points=_points(runs), machine=machine())
+    result = Result(
+        seconds=options.seconds, tokens=options.tokens, points=_points(runs), machine=machine()
+    )
     if options.json:
         options.json.write_bytes(msgspec.json.format(msgspec.json.encode(result)))
     _print_table(result)
@@ -112,6 +119,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--in-flight", type=int, nargs="+", default=[32, 128, 512, 1024])
     parser.add_argument("--seconds", type=float, default=1.0, help="latency of a reply")
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="of each completion")
+    parser.add_argument("--tokens-per-second", type=float, help="of a stream; default: all at once")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
     parser.add_argument("--tokenizer", help="folder or hub id; default: the bundled model's")
@@ -140,7 +149,9 @@ def _run(
 ) -> list[Measurement]:
     result, job = workload.with_name("result.json"), workload.with_name("job.json")
     result.unlink(missing_ok=True)
-    with slow_server(workload, "--seconds", str(options.seconds)) as url:
+    pace = options.tokens_per_second
+    paced = ["--tokens-per-second", str(pace)] if pace else []
+    with slow_server(workload, "--seconds", str(options.seconds), *paced) as url:
         job.write_bytes(
             msgspec.json.encode(
                 Job(workload=str(workload), url=url, levels=levels, result=str(result))
@@ -152,7 +163,7 @@ def _run(
 
 def _check(peer: str, level: Level, run: Measurement, workload: Workload) -> None:
     completions = level.rows * workload.n
-    if (run.completions, run.tokens) != (completions, completions * TOKENS):
+    if (run.completions, run.tokens) != (completions, completions * workload.max_tokens):
         raise BenchmarkError(f"{peer} got {run.completions} completions, {run.tokens} tokens")
     [reply] = workload.replies
     expected = completions * (sum(reply.token_ids) + sum(reply.sampling_logprobs))
@@ -163,7 +174,8 @@ def _check(peer: str, level: Level, run: Measurement, workload: Workload) -> Non
 def _points(runs: dict[tuple[str, int], list[Measurement]]) -> list[Point]:
     points = []
     for (peer, in_flight), of_peer in runs.items():
-        pairs = list(zip(of_peer, runs["bare", in_flight], strict=False))
+        floor = runs[FLOORS.get(peer, "bare"), in_flight]
+        pairs = list(zip(of_peer, floor, strict=False))
         points.append(
             Point(
                 peer=peer,
@@ -189,7 +201,7 @@ def _cpu_ms(run: Measurement) -> float:
 def _progress(peer: str, level: Level, run: Measurement) -> None:
     print(
         f"{peer:20}{level.in_flight:5} in flight, {_speed(run):6.0f} completions/s, "
-        f"{_cpu_ms(run):6.2f} ms of CPU each",
+        f"{_cpu_ms(run):6.2f} ms of CPU each, {1e6 * run.cpu_s / run.tokens:.2f} us a token",
         file=sys.stderr,
         flush=True,
     )
@@ -198,7 +210,7 @@ def _progress(peer: str, level: Level, run: Measurement) -> None:
 def _print_table(result: Result) -> None:
     table = Table(
         title=f"{result.tokens} tokens after {result.seconds:g} s: completions/s, CPU ms of each, "
-        "times the bare loop's",
+        "times its floor's",
         title_justify="left",
         box=SIMPLE_HEAD,
     )

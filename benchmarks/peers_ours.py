@@ -11,8 +11,9 @@ from workload import Workload
 
 
 @asynccontextmanager
-async def bare(workload: Workload, url: str) -> AsyncIterator[Fetch]:
-    """aiohttp and orjson, no checks: see bare_loop.py."""
+async def _bare(
+    workload: Workload, url: str, *, stream: bool = False, interval: int = 1
+) -> AsyncIterator[Fetch]:
     import aiohttp
     from bare_loop import fetch_rows
 
@@ -22,20 +23,50 @@ async def bare(workload: Workload, url: str) -> AsyncIterator[Fetch]:
 
         async def fetch(rows: range) -> list[Pair]:
             prompts = [workload.prompt_ids[row] for row in rows]
-            return list(await fetch_rows(session, f"{url}/completions", workload, prompts))
+            replies = fetch_rows(
+                session,
+                f"{url}/completions",
+                workload,
+                prompts,
+                stream=stream,
+                interval=interval,
+            )
+            return list(await replies)
 
         yield fetch
 
 
+def bare(workload: Workload, url: str) -> AbstractAsyncContextManager[Fetch]:
+    """aiohttp and orjson, no checks: see bare_loop.py."""
+    return _bare(workload, url)
+
+
+def bare_streamed(workload: Workload, url: str) -> AbstractAsyncContextManager[Fetch]:
+    """The same over event streams, one token an event."""
+    return _bare(workload, url, stream=True)
+
+
+def bare_streamed_32(workload: Workload, url: str) -> AbstractAsyncContextManager[Fetch]:
+    """And of 32 tokens an event."""
+    return _bare(workload, url, stream=True, interval=32)
+
+
 @asynccontextmanager
-async def _sampler(workload: Workload, url: str, *, stream: bool) -> AsyncIterator[Fetch]:
+async def _sampler(
+    workload: Workload, url: str, *, stream: bool, interval: int = 1
+) -> AsyncIterator[Fetch]:
     from eval_protocol_rft.sampling._endpoint import Endpoint
     from eval_protocol_rft.sampling._fanout import derive_seeds, sample_group
     from eval_protocol_rft.sampling._http import HttpSampler
     from eval_protocol_rft.sampling._retry import RetryPolicy
     from eval_protocol_rft.sampling._types import SamplingParams, TokenIds
 
-    params = SamplingParams(model=MODEL, max_tokens=workload.max_tokens, stream=stream)
+    params = SamplingParams(
+        model=MODEL,
+        max_tokens=workload.max_tokens,
+        stream=stream,
+        extra={"stream_interval": interval} if stream else {},
+    )
     sampler = HttpSampler(Endpoint(url))
     slots = asyncio.Semaphore(workload.concurrency)
 
@@ -60,8 +91,13 @@ def sampler(workload: Workload, url: str) -> AbstractAsyncContextManager[Fetch]:
 
 
 def streamed(workload: Workload, url: str) -> AbstractAsyncContextManager[Fetch]:
-    """The same over event streams."""
+    """The same over event streams, as of a server that knows no `stream_interval`."""
     return _sampler(workload, url, stream=True)
+
+
+def streamed_32(workload: Workload, url: str) -> AbstractAsyncContextManager[Fetch]:
+    """And of one that does."""
+    return _sampler(workload, url, stream=True, interval=32)
 
 
 @asynccontextmanager

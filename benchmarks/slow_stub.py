@@ -1,17 +1,20 @@
 """A completions server that takes its time and next to no CPU: replies are made before.
 
     python benchmarks/slow_stub.py WORKLOAD (--seconds 1.0 | --seconds-of-seeds FILE)
+                                            [--tokens-per-second N]
 
 It prints the port it listens on (loopback only) and ends when its standard input does. Invariant:
 a reply is written in one piece, its latency after the request arrived, and depends on nothing that
 other requests do. Three shapes, told apart by the request: a completion in JSON (see stub.py), the
-same as a stream of one event per token, and a chat completion.
+same as a stream, and a chat completion. An event of a stream has one token, or `stream_interval`
+where the request says so; with `--tokens-per-second` each is written by itself, at that pace.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import functools
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,6 +36,7 @@ class Request(msgspec.Struct):
     prompt: msgspec.Raw = msgspec.Raw(b"[]")
     messages: msgspec.Raw = msgspec.Raw()
     stream: bool = False
+    stream_interval: int = 1
     return_token_ids: bool = False
     seed: int | None = None
 
@@ -44,7 +48,7 @@ class Answers:
         self._json = Replies(workload)
         self._decode = msgspec.json.Decoder(Request).decode
         [reply] = workload.replies
-        self._streams = {ids: _stream(reply, ids=ids) for ids in (False, True)}
+        self._stream = functools.cache(functools.partial(_stream, reply))
         chat = msgspec.json.encode(_chat(reply))
         self._chat = HEAD % (b"application/json", len(chat)) + chat
 
@@ -54,7 +58,8 @@ class Answers:
         if bytes(request.messages):
             return self._chat, request.seed
         if request.stream:
-            events = bytes(request.prompt).join(self._streams[request.return_token_ids])
+            parts = self._stream(request.return_token_ids, request.stream_interval)
+            events = bytes(request.prompt).join(parts)
             return HEAD % (b"text/event-stream", len(events)) + events, request.seed
         return self._json.answer(body), request.seed
 
@@ -63,9 +68,15 @@ class Connection(asyncio.Protocol):
     """One keep-alive connection; requests come one after the other."""
 
     def __init__(
-        self, answers: Answers, seconds: float, seconds_of_seeds: Mapping[int | None, float]
+        self,
+        answers: Answers,
+        seconds: float,
+        seconds_of_seeds: Mapping[int | None, float],
+        tokens_per_second: float | None,
     ) -> None:
         self._answers = answers
+        self._tokens_per_second = tokens_per_second
+        self._writing: set[asyncio.Task[None]] = set()
         self._seconds = seconds
         self._seconds_of_seeds = seconds_of_seeds
         self._loop = asyncio.get_running_loop()
@@ -88,9 +99,22 @@ class Connection(asyncio.Protocol):
             self._loop.call_later(seconds, self._write, reply)
 
     def _write(self, reply: bytes) -> None:
+        if self._tokens_per_second and b"text/event-stream" in reply[:80]:
+            task = self._loop.create_task(self._trickle(reply, self._tokens_per_second))
+            self._writing.add(task)
+            task.add_done_callback(self._writing.discard)
         # A peer that gave up has closed its connection.
-        if not self._transport.is_closing():
+        elif not self._transport.is_closing():
             self._transport.write(reply)
+
+    async def _trickle(self, reply: bytes, tokens_per_second: float) -> None:
+        began, sent = self._loop.time(), 0
+        for event in reply.split(b"\n\n")[:-1]:
+            if self._transport.is_closing():
+                return
+            self._transport.write(event + b"\n\n")
+            sent += event.count(b'"token_id":')
+            await asyncio.sleep(began + sent / tokens_per_second - self._loop.time())
 
 
 def _entries(reply: CannedReply) -> list[dict[str, Any]]:
@@ -114,8 +138,8 @@ def _entries(reply: CannedReply) -> list[dict[str, Any]]:
     return entries
 
 
-def _stream(reply: CannedReply, *, ids: bool) -> list[bytes]:
-    """One event per token; cut where the prompt's ids go."""
+def _stream(reply: CannedReply, ids: bool, interval: int) -> list[bytes]:
+    """Events of `interval` tokens; cut where the prompt's ids go."""
     head = {
         "id": "cmpl-stub",
         "object": "text_completion",
@@ -124,16 +148,18 @@ def _stream(reply: CannedReply, *, ids: bool) -> list[bytes]:
     }
     prompt = msgspec.Raw(PROMPT.encode())
     events: list[dict[str, Any]] = []
-    for place, entry in enumerate(_entries(reply)):
+    entries = _entries(reply)
+    for start in range(0, len(entries), interval):
+        some = entries[start : start + interval]
         choice: dict[str, Any] = {
             "index": 0,
-            "text": entry["token"],
+            "text": "".join(entry["token"] for entry in some),
             "finish_reason": None,
-            "logprobs": {"content": [entry]},
+            "logprobs": {"content": some},
         }
         if ids:
-            choice["token_ids"] = [entry["token_id"]]
-            choice["prompt_token_ids"] = None if place else prompt
+            choice["token_ids"] = [entry["token_id"] for entry in some]
+            choice["prompt_token_ids"] = None if events else prompt
         events.append({**head, "choices": [choice]})
     last = events[-1]["choices"][0]
     last["finish_reason"] = "length"
@@ -173,12 +199,18 @@ def _chat(reply: CannedReply) -> dict[str, Any]:
 
 
 async def serve(
-    workload: Workload, seconds: float, seconds_of_seeds: Mapping[int | None, float]
+    workload: Workload,
+    seconds: float,
+    seconds_of_seeds: Mapping[int | None, float],
+    tokens_per_second: float | None,
 ) -> None:
     answers = Answers(workload)
     loop = asyncio.get_running_loop()
     server = await loop.create_server(
-        lambda: Connection(answers, seconds, seconds_of_seeds), "127.0.0.1", 0, backlog=BACKLOG
+        lambda: Connection(answers, seconds, seconds_of_seeds, tokens_per_second),
+        "127.0.0.1",
+        0,
+        backlog=BACKLOG,
     )
     print(server.sockets[0].getsockname()[1], flush=True)
     await asyncio.to_thread(sys.stdin.read)  # until the parent closes it or dies
@@ -190,11 +222,13 @@ def main() -> None:
     parser.add_argument("workload")
     parser.add_argument("--seconds", type=float, default=1.0, help="latency of every reply")
     parser.add_argument("--seconds-of-seeds", type=Path, help="JSON: latency by request seed")
+    parser.add_argument("--tokens-per-second", type=float, help="pace of a stream's events")
     options = parser.parse_args()
     table: dict[int | None, float] = {}
     if options.seconds_of_seeds:
         table = msgspec.json.decode(options.seconds_of_seeds.read_bytes(), type=dict[int, float])
-    asyncio.run(serve(Workload.load(options.workload), options.seconds, table))
+    workload = Workload.load(options.workload)
+    asyncio.run(serve(workload, options.seconds, table, options.tokens_per_second))
 
 
 if __name__ == "__main__":

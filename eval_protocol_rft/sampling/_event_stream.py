@@ -38,8 +38,8 @@ _OTHER_FIELDS = frozenset({b"", b"event", b"id", b"retry"})
 """What may stand in an event beside its data. The empty name: a comment, or a line left blank."""
 
 
-_choices, _id, _object, _model, _usage = map(
-    attrgetter, ("choices", "id", "object", "model", "usage")
+_choices, _id, _object, _model, _usage, _error = map(
+    attrgetter, ("choices", "id", "object", "model", "usage", "error")
 )
 _index, _text, _token_ids, _prompt_token_ids, _raw_output = map(
     attrgetter, ("index", "text", "token_ids", "prompt_token_ids", "raw_output")
@@ -50,6 +50,8 @@ _finish_reason, _stop_reason, _matched_stop = map(
 BATCH_BYTES = 1 << 15
 """So much is waited for before events are read: about a hundred of one token each, or as many
 tokens in fewer."""
+BATCH_EVENTS = 128
+"""Put together at a time: the objects of more would leave the processor's cache."""
 _COLUMNS = tuple(map(attrgetter, Logprobs.__struct_fields__))
 
 
@@ -112,13 +114,16 @@ class EventStream:
         del self._unread[:end]
         if not events:
             return
-        before = [self._newest] if self._events else []
+        if self._events:
+            events.insert(0, self._newest)
+            self._events -= 1
         self._events += len(events)
         self._newest = events.pop()
         if self._problem is not None:
             return
         try:
-            self._add(_chunks(before + events))
+            for start in range(0, len(events), BATCH_EVENTS):
+                self._add(_chunks(events[start : start + BATCH_EVENTS]))
         except SamplingError as problem:
             # A stream that breaks off is a failed connection, whatever it held.
             self._problem = problem
@@ -180,7 +185,7 @@ def _chunks(events: list[bytes]) -> list[Reply]:
         chunks = list(map(DECODER.decode, events))
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return [parse_reply(event) for event in events if not _says_nothing(event)]
-    if any(chunk.error is not ABSENT for chunk in chunks):
+    if not _all_are(list(map(_error, chunks)), ABSENT):
         return list(map(parse_reply, events))
     return chunks
 

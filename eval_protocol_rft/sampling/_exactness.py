@@ -310,14 +310,17 @@ def _all_null(values: Sequence[float | None]) -> bool:
 
 
 def _complete(name: str, values: Sequence[float | None]) -> list[float]:
-    if None in values:
-        raise ContractError(f"{name} is null at index {list(values).index(None)}")
     known: list[float] = list(values)  # type: ignore[arg-type]
-    if known and min(known) < _LOWEST:
-        index = known.index(min(known))
-        raise ContractError(
-            f"{name}[{index}] is {known[index]!r}: minus infinity in float32, no logprob of a token"
-        )
+    try:
+        # Finds a null too, and costs half of looking for one first.
+        lowest = min(known, default=0.0)
+        if lowest < _LOWEST:
+            raise ContractError(
+                f"{name}[{known.index(lowest)}] is {lowest!r}: minus infinity in float32, no "
+                "logprob of a token"
+            )
+    except TypeError:
+        raise ContractError(f"{name} is null at index {list(values).index(None)}") from None
     return known
 
 
@@ -338,8 +341,12 @@ def _check_same(name: str, got: Sequence[Any], other: str, expected: Sequence[An
 
 def _check_order(name: str, offsets: list[int | None]) -> None:
     """Offsets into the text never go back: entries or events that changed places show."""
-    known = [offset for offset in offsets if offset is not None] if None in offsets else offsets
-    if known != sorted(known):  # type: ignore[type-var]
+    try:
+        in_order = offsets == sorted(offsets)  # type: ignore[type-var]
+    except TypeError:
+        known = [offset for offset in offsets if offset is not None]
+        in_order = known == sorted(known)
+    if not in_order:
         raise ContractError(f"{name} goes back: entries are out of order")
 
 

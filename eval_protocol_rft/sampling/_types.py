@@ -247,9 +247,9 @@ def token_data_problem(
             continue
         if len(values) != len(token_ids):
             return f"{len(token_ids)} token ids but {len(values)} {name}"
-        # NaN fails every comparison, so it is looked for by itself.
-        if not (min(values) >= LOWEST_LOGPROB and max(values) <= LOGPROB_NOISE) or any(
-            map(math.isnan, values)
+        # NaN fails every comparison, so it is looked for by itself: a sum with one is one.
+        if not (min(values) >= LOWEST_LOGPROB and max(values) <= LOGPROB_NOISE) or math.isnan(
+            sum(values)
         ):
             index = next(i for i, value in enumerate(values) if logprob_problem(value))
             return f"{name}[{index}] is {values[index]!r}: {logprob_problem(values[index])}"
