@@ -6,9 +6,11 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
+from eval_protocol_rft.training import Segment
 from eval_protocol_rft.training._batch import build_batch
 from eval_protocol_rft.training._datums import loss_fn_inputs
 from eval_protocol_rft.training._prompt_groups import group_rows
@@ -46,6 +48,13 @@ def test_the_cookbook_gets_a_run_per_episode_with_all_its_segments() -> None:
         ["stop", "length"],
         ["stop"],
     ]
+
+
+def test_only_the_last_segment_of_a_run_is_cut_off_even_where_they_are_the_same() -> None:
+    more = Segment(tokens=[1, 2], logprobs=[0, -1], loss_mask=[0, 1])
+    (episode, _) = group_rows(rows())[0].trajectories
+    run = to_run([msgspec.structs.replace(episode, more=(more, more))])
+    assert [s["finish_reason"] for s in run["segments"]] == ["stop", "stop", "length"]
 
 
 def test_the_cookbook_takes_a_text_and_raw_logprobs_per_segment() -> None:

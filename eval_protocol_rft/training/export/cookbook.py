@@ -61,12 +61,12 @@ def to_sample(
             f"{trajectory.name}: its episode has {len(trajectory.segments)} segments, and a "
             "sample is one: use to_run"
         )
-    return _sample(trajectory, trajectory, types, text, raw_logprobs)
+    return _sample(trajectory, 0, types, text, raw_logprobs)
 
 
 def _sample(
     trajectory: Trajectory,
-    segment: Segment,
+    place: int,
     types: CookbookTypes,
     text: str,
     raw_logprobs: Sequence[float] | None,
@@ -76,6 +76,7 @@ def _sample(
             f"{trajectory.name}: it has no score, and a run without a reward cannot be trained "
             "on; nor is its reward 0"
         )
+    segment = trajectory.segments[place]
     routing = segment.routing_matrices
     optional: dict[str, Any] = {}
     if routing is not None:
@@ -90,7 +91,7 @@ def _sample(
         loss_mask=segment.loss_mask.astype(int).tolist(),
         reward=float(trajectory.reward),
         # A turn that is cut off is the last of its episode: earlier segments ended by themselves.
-        finish_reason=(trajectory.finish_reason if segment is trajectory.segments[-1] else "stop"),
+        finish_reason=trajectory.finish_reason if place == len(trajectory.more) else "stop",
         text=text,
     )
 
@@ -133,7 +134,7 @@ def to_run(
                 f"{segment.name}: a segment with reward {segment.reward} in a run with reward "
                 f"{segments[0].reward}; a run has one, on every segment"
             )
-    parts = [(t, segment) for t in segments for segment in t.segments]
+    parts = [(t, place) for t in segments for place in range(len(t.segments))]
     for name, values in (("texts", texts), ("raw_logprobs", raw_logprobs)):
         if values and len(values) != len(parts):
             raise ExportError(
