@@ -65,7 +65,7 @@ def write_examples(
     made = _Maker(rollouts, kind, rules)
     schema = pa.schema(list(made.types.items()))
     lost = plain_file.write_rows(target, schema, rollouts.metadata, made.rows())
-    return Examples(len(made.data_rows), made.completions, (*made.notes(), *lost), made.examples)
+    return Examples(made.data_rows, made.completions, (*made.notes(), *lost), made.examples)
 
 
 _IDS = pa.list_(pa.int32())
@@ -146,7 +146,7 @@ class _Maker:
         if episodes and kind == "sft":
             self.types["completion"] = file_format.MESSAGES
         self.examples = 0
-        self.data_rows: set[int] = set()
+        self.data_rows = 0
         self.completions = 0
         self._truncated = 0
         self._left_out: Counter[str] = Counter()
@@ -177,7 +177,7 @@ class _Maker:
                 )
                 yield row
             if used:
-                self.data_rows.add(group[0].data_idx)
+                self.data_rows += 1
                 self.completions += len(used)
                 self._truncated += sum(
                     bool(row.truncated) for row in usable if row.sample_idx in used

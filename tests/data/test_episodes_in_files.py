@@ -19,6 +19,7 @@ from eval_protocol_rft import EpisodeRolloutProcessor, score_rows
 from eval_protocol_rft.cli import app
 from eval_protocol_rft.data._convert import convert
 from eval_protocol_rft.data._dataset import RolloutDataset
+from eval_protocol_rft.data._example_rules import ExampleRules
 from eval_protocol_rft.data._files import JobError, write_rows
 from eval_protocol_rft.data._filter import FilterRules, filter_rollouts
 from eval_protocol_rft.data._format import FileMetadata, schema
@@ -308,3 +309,37 @@ def test_an_episode_is_not_converted_to_its_first_turn_with_the_reward_of_all(
     ]
     write_rows(file, RolloutDataset(file).schema, ended)
     assert convert(file, tmp_path / name, to_format=to).completions == len(ended) > 0
+
+
+def test_an_episode_is_an_example_of_what_the_model_said(file: Path, tmp_path: Path) -> None:
+    reader = {"reward": Score(reward=1.0)}
+    held = [msgspec.structs.replace(row, scores=reader) for row in RolloutDataset(file)]
+    write_rows(tmp_path / "a.parquet", RolloutDataset(file).schema, held)
+    rules = ExampleRules(best=N, dedupe="none", keep_truncated=True)
+    summary = convert(
+        tmp_path / "a.parquet", tmp_path / "b.parquet", to_format="sft", rules=rules, progress=False
+    )
+    examples = pq.read_table(tmp_path / "b.parquet").to_pylist()
+    expected = [
+        (segment["tokens"].tolist(), segment["loss_mask"].tolist())
+        for row in held
+        for segment in row.segments or ()
+    ]
+    assert [(e["input_ids"], e["completion_mask"]) for e in examples] == expected
+    assert summary.examples == len(expected) >= summary.completions == len(held)
+    for one in examples:
+        place = (one["data_idx"], one["sample_idx"])
+        [row] = [row for row in held if (row.data_idx, row.sample_idx) == place]
+        assert row.episode is not None
+        said = [message["content"] for message in one["prompt"] + one["completion"]]
+        assert said == [message["content"] for message in row.episode["messages"]]
+        assert one["completion"][0]["role"] == "assistant"
+    for kind in ("kto", "dpo"):
+        rules = ExampleRules(dedupe="none", keep_truncated=True)
+        if kind == "dpo":
+            for i, row in enumerate(held):
+                row.scores = {"reward": Score(reward=float(i))}
+            write_rows(tmp_path / "a.parquet", RolloutDataset(file).schema, held)
+        with pytest.raises(JobError, match=r"an episode of 2 turns, and an example for"):
+            convert(tmp_path / "a.parquet", tmp_path / "c.parquet", to_format=kind, rules=rules)  # type: ignore[arg-type]
+    assert not (tmp_path / "c.parquet").exists()
