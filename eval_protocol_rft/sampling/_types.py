@@ -67,8 +67,8 @@ class SamplingParams:
     """How to sample, in the wire's own words. Built and checked by `eval_protocol_rft.rollout`."""
 
     model: Annotated[str, Flag()]
-    """local/arithmetic (bundled), local/smollm2, local/FOLDER, accounts/... on Fireworks, or the
-    name that the server of --base-url knows.
+    """local/arithmetic (bundled), local/smollm2, local/FOLDER; vllm/FOLDER or vllm/HUB-ID: vLLM is
+    started for it; accounts/... on Fireworks; or the name that the server of --base-url knows.
 
     Here without `local/`; unused by samplers that hold one model."""
     max_tokens: Annotated[

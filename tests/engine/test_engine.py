@@ -13,13 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from eval_protocol_rft.local import Placement
+from eval_protocol_rft.data._generate import agenerate
+from eval_protocol_rft.local import LocalSampler, Placement, local_model_folder
 from eval_protocol_rft.local.engine import VllmOptions, load_engine, stop_engines
 from eval_protocol_rft.local.engine._command import Installed, command_line, dtype_of, environment
 from eval_protocol_rft.local.engine._engine import EngineSampler, _reasons
 from eval_protocol_rft.sampling import RefusedError, RunStoppedError, SamplingParams
 from tests.engine import stand_in
-from tests.waiting import wait_until
+from tests.waiting import until, wait_until
 
 HERE = VllmOptions(python=sys.executable)
 PARAMS = SamplingParams(model="vllm/arithmetic", max_tokens=4)
@@ -72,6 +73,26 @@ def test_an_engine_that_ends_stops_the_run_at_once_and_says_why(pids) -> None:
     asyncio.run(sample())
     # Who asks for the model then gets another engine.
     assert load_engine("vllm/arithmetic", options=HERE) is not engine
+
+
+async def test_a_job_whose_engine_dies_says_why_and_the_same_command_goes_on(
+    pids, tmp_path
+) -> None:
+    engine = await asyncio.to_thread(load_engine, "vllm/arithmetic", options=HERE)
+    await asyncio.wrap_future(engine.ready)
+    os.kill(stand_in.processes(pids)[0], signal.SIGKILL)
+    await until(lambda: engine.problem() is not None)
+    data, out = tmp_path / "sums.jsonl", tmp_path / "out.parquet"
+    data.write_text("".join(f'{{"prompt": "{i}+1="}}\n' for i in range(30)))
+    job = {"model": "vllm/arithmetic", "n": 2, "max_tokens": 4}
+    tokenizer = "local/arithmetic"
+    with pytest.raises(RunStoppedError, match="killed by signal 9"):
+        await agenerate(
+            data, out, job, sampler=EngineSampler(engine), tokenizer=tokenizer, progress=False
+        )
+    own = LocalSampler.from_pretrained(local_model_folder("arithmetic"))
+    done = await agenerate(data, out, job, sampler=own, tokenizer=tokenizer, progress=False)
+    assert (done.total, done.failed) == (60, 0)
 
 
 async def test_who_gives_up_waiting_takes_the_engine_from_nobody(pids) -> None:

@@ -16,6 +16,7 @@ import ctypes
 import hmac
 import json
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -33,6 +34,9 @@ ends; and a pipe stays open in whatever the process forked."""
 _TO_END_SECONDS = 2.0
 _SUBREAPER, _DEATH_SIGNAL = 36, 1
 """PR_SET_CHILD_SUBREAPER and PR_SET_PDEATHSIG of Linux's prctl."""
+
+
+_CHILDREN_COME_TO_US = platform.system() == "Linux"
 
 
 def main(arguments: list[str]) -> int:
@@ -70,7 +74,7 @@ def main(arguments: list[str]) -> int:
 
 def _prctl(option: int, value: int = 1) -> None:
     """Where there is one; on other systems less is promised."""
-    if sys.platform == "linux":
+    if _CHILDREN_COME_TO_US:
         ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
 
 
@@ -99,12 +103,16 @@ def _end_group(group: int) -> None:
         try:
             pid, _ = os.waitpid(-1, os.WNOHANG)
         except ChildProcessError:
-            return
+            break
         if pid == 0:
             if time.monotonic() > deadline:
                 for child in _children():
                     os.kill(child, signal.SIGKILL)
             time.sleep(0.01)
+    if not _CHILDREN_COME_TO_US:
+        time.sleep(_TO_END_SECONDS)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(group, signal.SIGKILL)
 
 
 def _children() -> list[int]:
