@@ -256,7 +256,7 @@ def write_trl(rollouts: Rollouts, target: Path) -> Written:
     """One row per completion that did not fail."""
     survey = Survey.of(rollouts)
     metadata = rollouts.metadata
-    rewards = ["reward", *metadata.rewards]
+    rewards = dict.fromkeys(("reward", *metadata.rewards))
     carried = [*_KEPT, "prompt", "response", "message", "tools", "ground_truth", *rewards]
     asked, answered = plain_file.talk_types(survey, metadata)
     fields = [pa.field("prompt", asked), pa.field("completion", answered)]

@@ -25,6 +25,7 @@ from tests.convert_rows import (
     CALL,
     METADATA,
     PROMPTS,
+    REWARD_B,
     SAMPLING,
     TOOL,
     completion,
@@ -129,6 +130,7 @@ def test_trl_gets_the_data_sets_columns_under_their_own_names(tmp_path: Path, na
         METADATA,
         data=msgspec.structs.replace(METADATA.data, ground_truth_key="ground_truth"),
         json_columns=["original_tags"],
+        rewards=dict.fromkeys(("reward", "reward_b"), REWARD_B),  # as `ep-rft score` leaves it
     )
     types = {"q": pa.string(), "level": pa.int64(), "seed": pa.string(), "tags": pa.string()}
     types["ground_truth"] = pa.string()
