@@ -13,7 +13,7 @@ import importlib.util
 import os
 import re
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -24,7 +24,7 @@ from eval_protocol_rft.sampling import RefusedError
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 _PLACE = functools.partial(Flag, panel="The model in this process")
 
@@ -136,7 +136,6 @@ def load_model(
     *,
     placement: Placement | None = None,
     trust_remote_code: bool = False,
-    say: Callable[[str], None] = lambda line: None,
 ) -> PreTrainedModel:
     """A causal language model from a folder or by hub id, in evaluation mode.
 
@@ -144,20 +143,16 @@ def load_model(
         name: of the model.
         placement: where to.
         trust_remote_code: let its folder run its own code.
-        say: told, before weights are read, where it will lie.
 
     Raises:
         RefusedError: torch is not installed, there is no such model, or it cannot be placed so.
     """
-    _torch(repr(str(name)))
-    from transformers import AutoConfig, AutoModelForCausalLM
+    _, place = config_and_place(name, placement, trust_remote_code=trust_remote_code)
+    from transformers import AutoModelForCausalLM
 
+    if place.deterministic:
+        _be_deterministic()
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-        place = (placement or Placement()).chosen(getattr(config, "dtype", None))
-        say(f"{Path(name).name}: {place}")
-        if place.deterministic:
-            _be_deterministic()
         with no_loading_bar():
             model = AutoModelForCausalLM.from_pretrained(
                 name,
@@ -169,6 +164,24 @@ def load_model(
         raise RefusedError(f"cannot load the local model {str(name)!r}: {error}") from error
     moved: Any = model
     return with_float32_head(moved.to(place.device).train(False))
+
+
+def config_and_place(
+    name: str | Path, placement: Placement | None, *, trust_remote_code: bool
+) -> tuple[PretrainedConfig, Placement]:
+    """A model's config, and where the model will lie.
+
+    Raises:
+        RefusedError: as `load_model`.
+    """
+    _torch(repr(str(name)))
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, ImportError) as error:
+        raise RefusedError(f"cannot load the local model {str(name)!r}: {error}") from error
+    return config, (placement or Placement()).chosen(getattr(config, "dtype", None))
 
 
 def load_tokenizer_of(name: str | Path, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:

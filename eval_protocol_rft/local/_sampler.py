@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from eval_protocol_rft import sampling
 from eval_protocol_rft.local._placement import (
     Placement,
+    config_and_place,
     keep_float32_head,
     load_model,
     load_tokenizer_of,
@@ -198,14 +199,21 @@ class LocalSampler:
         Args:
             placement: device, dtype and attention; by default on the CPU in float32, or on a GPU,
                 where torch sees one, in the dtype of the weights.
-            say: told, before weights are read, where the model will lie.
+            say: told, before weights are read, where the model will lie and how much memory it
+                takes.
 
         Raises:
-            RefusedError: torch is not installed, there is no such model, it cannot be placed so,
-                or its state is more than keys and values.
+            RefusedError: torch is not installed, there is no such model, it cannot be placed so or
+                takes more memory than is free, or its state is more than keys and values.
         """
         tokenizer = load_tokenizer_of(name, trust_remote_code=trust_remote_code)
-        model = load_model(name, placement=placement, trust_remote_code=trust_remote_code, say=say)
+        config, place = config_and_place(name, placement, trust_remote_code=trust_remote_code)
+        from eval_protocol_rft.local._memory import estimate, require_fit, sampling_memory
+
+        memory = estimate(lambda: sampling_memory(config, place, max_batch_tokens=max_batch_tokens))
+        require_fit(memory, place.device, smaller=_less_memory(place))
+        say(f"{Path(name).name}: {place}{memory}")
+        model = load_model(name, placement=place, trust_remote_code=trust_remote_code)
         return cls(
             model, tokenizer, max_batch_tokens=max_batch_tokens, policy_version=policy_version
         )
@@ -356,6 +364,11 @@ def load_local_sampler(
                 folder, placement=placement, trust_remote_code=trust_remote_code, say=say
             )
         return _LOADED[key]
+
+
+def _less_memory(place: Placement) -> Callable[[], str]:
+    hint = "" if place.dtype == "bfloat16" else "--dtype bfloat16 takes half of it, or "
+    return lambda: f"{hint}take a smaller model"
 
 
 def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -208,7 +208,8 @@ class LocalParts:
 
         Raises:
             SetupError: weights are missing, or superfluous; or --sampler is not for the model.
-            RefusedError: there is no such model, or torch or vLLM is missing.
+            RefusedError: there is no such model, or torch or vLLM is missing; the model takes more
+                memory than is free.
             RunStoppedError: vLLM does not start.
         """
         params = self._sampled_by(params)
@@ -263,12 +264,12 @@ class LocalParts:
         )
         request = rollout.parse_completion_params(params)
         local = request.in_process
+        place = self._place(source, request, options)
         loaded = LocalSampler.from_pretrained(
             source,
-            placement=self.placement,
+            placement=place,
             trust_remote_code=self.trust_remote_code,
             policy_version="step-0",
-            say=self.say,
         )
         sink: trainers.WeightSink
         rest = None
@@ -305,6 +306,35 @@ class LocalParts:
             engine=engine,
             rest=rest,
         )
+
+    def _place(
+        self, source: str, request: rollout.RolloutRequest, options: LoopOptions
+    ) -> Placement:
+        """Where the model will lie; says so, and that sampler and trainer fit there."""
+        from eval_protocol_rft.local import Memory, config_and_place, estimate
+        from eval_protocol_rft.loop._memory import LocalRun, long_datum, sampler_memory
+
+        config, place = config_and_place(
+            source, self.placement, trust_remote_code=self.trust_remote_code
+        )
+        sampler = Memory()
+        if request.in_process:
+            sampler = estimate(lambda: sampler_memory(config, place))
+        run = LocalRun(
+            config=config,
+            place=place,
+            lora=self.lora,
+            optimizer=self.optimizer,
+            sampler=sampler,
+            reference=options.kl_beta > 0,
+            longest=long_datum(config, request.params.max_tokens),
+            datums=options.groups_per_step * request.n,
+        )
+        # An engine that sleeps while we train holds memory now that is free then.
+        sleeps = request.needs_engine and options.max_staleness == 0
+        memory = estimate(run.memory) if sleeps else run.checked()
+        self.say(f"{Path(source).name}: {place}{memory}")
+        return place
 
 
 def first_weights(

@@ -228,4 +228,5 @@ def _mismatch_fields(mismatch: training.Mismatch | None) -> dict[str, float]:
         "mismatch_k1": mismatch.k1,
         "mismatch_k3": mismatch.k3,
         "mismatch_max": mismatch.max_difference,
+        "mismatch_beyond": mismatch.beyond,
     }

@@ -296,6 +296,9 @@ class Mismatch:
     k3: float
     max_difference: float
     """Of the logprobs of one token, nats."""
+    beyond: float
+    """Share of the tokens whose probabilities are more than 1 % apart: ratios between 0.99 and 1.01
+    are what two kernels of one precision may differ by."""
 
     @property
     def mean_ratio(self) -> float:
@@ -321,6 +324,7 @@ def measure(pairs: Sequence[tuple[FloatArray, FloatArray]]) -> Mismatch | None:
         k1=float(-difference.mean()),
         k3=float(k3.mean()),
         max_difference=float(np.abs(difference).max()),
+        beyond=float((np.abs(np.expm1(np.minimum(difference, 20.0))) > 0.01).mean()),
     )
 
 

@@ -63,9 +63,9 @@ def test_shifted_logprobs_are_known_by_their_neighbours(by: int) -> None:
     assert not looks_shifted([(values, values[::-1]) for values in trainer])
 
 
-BAD = Mismatch(tokens=100, k1=0.1, k3=0.2, max_difference=3.0)
-GOOD = Mismatch(tokens=100, k1=0.0, k3=1e-9, max_difference=1e-5)
-UNEASY = Mismatch(tokens=100, k1=0.0, k3=5e-3, max_difference=0.3)
+BAD = Mismatch(tokens=100, k1=0.1, k3=0.2, max_difference=3.0, beyond=0.9)
+GOOD = Mismatch(tokens=100, k1=0.0, k3=1e-9, max_difference=1e-5, beyond=0.0)
+UNEASY = Mismatch(tokens=100, k1=0.0, k3=5e-3, max_difference=0.3, beyond=0.5)
 
 
 def test_causes_are_told_apart() -> None:
