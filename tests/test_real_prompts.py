@@ -18,7 +18,7 @@ from eval_protocol.models import Message
 from transformers import AutoTokenizer
 
 from eval_protocol_rft.local._tokenizer import LoadedTokenizer
-from eval_protocol_rft.rollout._prompts import PromptError
+from eval_protocol_rft.rollout._prompts import PromptError, render_raw
 from tests.rollouts import TOOLS
 from tests.test_prompts import render_prompt
 
@@ -115,6 +115,15 @@ def test_template_arguments_change_the_prompt_where_the_template_knows_them(toke
     assert list(ids) == expected["input_ids"]
     known = next(iter(kwargs)) in tokenizer.chat_template
     assert (ids != render_prompt(as_messages(chat), None, wrapped, {})) is known
+
+
+@pytest.mark.parametrize("text", ["Q: 2+2?\nA:", "  naïve 😀 <|im_end|>", "<|begin_of_text|>hi"])
+def test_raw_prompts_are_those_of_the_tokenizer(tokenizer, text):
+    wrapped = LoadedTokenizer.wrap(tokenizer)
+    chat = [{"role": "user", "content": text}]
+    assert list(render_raw(chat, None, wrapped)) == tokenizer(text)["input_ids"]
+    bare = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert list(render_raw(chat, None, wrapped, add_special_tokens=False)) == bare
 
 
 def test_control_tokens_end_a_turn_and_think_tags_are_text(tokenizer):

@@ -79,6 +79,8 @@ def generate(
         --model vllm/Qwen/Qwen3-8B
       ep-rft generate easy.jsonl.gz 'shards/*.jsonl' -o rollouts.parquet \
         --model local/arithmetic
+      ep-rft generate prompts.parquet -o rollouts.parquet -n 8 --raw \
+        --model local/Qwen/Qwen3-8B-Base --stop "Question:"
       ep-rft generate starts.jsonl -o episodes.parquet -n 8 \
         --model local/arithmetic --max-turns 8 \
         --episodes examples/frozen_lake/test_frozen_lake.py::FrozenLake

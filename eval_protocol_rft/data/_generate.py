@@ -324,7 +324,7 @@ async def agenerate(
                 retry_failed=retry_failed,
                 prices=prices,
                 progress=progress,
-                context=await context_length(chosen, output_job.request),
+                context=await context_length(chosen, request),
             )
     finally:
         if remote is not None:
