@@ -16,7 +16,7 @@ from eval_protocol.models import EvaluationRow, Message
 from eval_protocol_rft import FireworksTrainingRolloutProcessor
 from eval_protocol_rft.data._dataset import RolloutDataset
 from eval_protocol_rft.data._generate import agenerate
-from eval_protocol_rft.data._generate_output import model_fingerprint
+from eval_protocol_rft.data._job_settings import model_fingerprint
 from eval_protocol_rft.local.engine import VllmOptions, _engine, load_engine, stop_engines
 from eval_protocol_rft.local.engine._engine import EngineSampler
 from eval_protocol_rft.local.models import bundled_model_path, model_folder_fingerprint
