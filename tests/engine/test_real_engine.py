@@ -135,6 +135,7 @@ def test_a_folder_that_vllm_cannot_load_is_told_in_its_words(zygote, tmp_path) -
     done = zygote.run(
         *("generate", tmp_path / "data.jsonl", "-o", tmp_path / "o.parquet", "--raw", "--quiet"),
         *("--model", f"vllm/{bad}"),
+        env={"TMPDIR": str(tmp_path)},
     )
     assert done.returncode == 1
     assert "NoSuchModel" in done.stderr

@@ -134,15 +134,15 @@ class Engine:
         engine.sleeps = sleeps and not vllm.is_cpu
         if takes_weights:
             engine._weights = _folders_for_weights()
-        engine._run(
-            _command.environment(
-                key,
-                modules=folder,
-                takes_weights=takes_weights,
-                placement=place,
-                env=os.environ,
-            )
+        env = _command.environment(
+            key, modules=folder, takes_weights=takes_weights, placement=place, env=os.environ
         )
+        try:
+            engine._run(env)
+        except OSError as error:
+            for made in (folder, *engine._weights):
+                shutil.rmtree(made, ignore_errors=True)
+            raise sampling.RefusedError(f"vLLM cannot be started for {model}: {error}") from error
         shown = sys.stderr.isatty() if show is None else show
         # A daemon: who does not want to wait any longer does not have to.
         threading.Thread(target=engine._wait, args=(shown,), name="vllm-start", daemon=True).start()
