@@ -248,6 +248,10 @@ def doctor(
 
 
 _THE_TESTS = {"temperature": Unset("the test's"), "max_tokens": Unset("the test's")}
+_READ_BY = {
+    "tokenizer": Unset("the test's, or the one beside the weights"),
+    "chat_template": Unset("the test's, or the tokenizer's"),
+}
 _PLACE = {"base_model": Unset("--model"), "deployment": None}
 
 
@@ -258,6 +262,7 @@ def train(
     filters: training.Filters,
     optimizer: loop.Optimizer,
     params: Annotated[dict[str, Any], Takes(sampling.SamplingParams, _THE_TESTS, list(_THE_TESTS))],
+    request: Annotated[dict[str, Any], Takes(rollout.RolloutRequest, _READ_BY, list(_READ_BY))],
     here: Annotated[dict[str, Any], Takes(loop.LocalParts)],
     there: Annotated[dict[str, Any], Takes(fireworks.FireworksParts, _PLACE)],
     placement: Placement,
@@ -316,7 +321,7 @@ def train(
             load_evaluator(evaluator).function,
             output,
             options=options,
-            completion_params=params or None,
+            completion_params={**params, **request} or None,
             parts=parts,
             warn=lambda text: say(f"ep-rft: {text}", err=True),
             **run,

@@ -53,6 +53,10 @@ class ServedWeights:
         self._url = url.rstrip("/").removesuffix("/v1")
         self._folder = folder
         self._headers = dict(headers or {})
+        self._held: str | None = None
+        """Name of the newest weights that the server has taken."""
+        self._sent: str | None = None
+        """Name of the newest that it was told of."""
 
     async def publish(
         self,
@@ -68,12 +72,30 @@ class ServedWeights:
         folder = await asyncio.to_thread(self._make_folder, name, size)
         try:
             await asyncio.to_thread(_write_untied, model, weights, folder, name)
+            self._sent = name
             async with self._session() as session:
                 await self._reload(session, folder)
                 await self._forget_prefixes(session)
                 await self._name(session, name)
+            self._held = name
         finally:
             await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+
+    def what_stays(self, first: Path) -> str | None:
+        """What the server holds by now and goes on with, for people; None where it was sent
+        nothing. `first`: folder of the weights that it had."""
+        if self._sent is None:
+            return None
+        call = {"method": "reload_weights", "kwargs": {"weights_path": str(first.absolute())}}
+        held = f"holds the weights of {self._sent}"
+        if self._held != self._sent:
+            before = f"those of {self._held}" if self._held else "its own"
+            held = f"may hold the weights of {self._sent}, or {before}"
+        return (
+            f"{self._url} {held}, and goes on with them. It takes those of {first} again from: "
+            f"curl {self._url}/collective_rpc -H 'content-type: application/json' "
+            f"-d '{json.dumps(call)}' && curl -X POST {self._url}/reset_prefix_cache"
+        )
 
     def _session(self) -> aiohttp.ClientSession:
         """One per version: servers close idle connections while a step is taken."""

@@ -74,6 +74,8 @@ class Parts:
     """This run's own, to be stopped at its end."""
     rest: Callable[[], Awaitable[None]] | None = None
     """Has the sampler leave the device to the trainer until new weights are published."""
+    at_end: Callable[[], None] | None = None
+    """Says what stays behind, however the run ends."""
 
 
 def merged_params(
@@ -186,7 +188,8 @@ class LocalParts:
     trust_remote_code: Annotated[bool, MODEL()] = False
     """Let the model's folder run its own code."""
     say: Callable[[str], None] = field(default=lambda line: None)
-    """Told where the model will lie, before it is loaded."""
+    """Told where the model will lie, before it is loaded, and which weights a server is left
+    with."""
 
     def settings(self) -> dict[str, Any]:
         return {
@@ -272,7 +275,7 @@ class LocalParts:
             policy_version="step-0",
         )
         sink: trainers.WeightSink
-        rest = None
+        rest = at_end = None
         if engine is not None:
             sink = EngineWeights(engine)
             processor, rest = processor.with_engine(engine), sink.rest
@@ -281,6 +284,7 @@ class LocalParts:
             processor = processor.sampling_from(loaded)
         else:
             sink = served_weights(request.endpoint)
+            at_end = self._tells_of(sink, request.endpoint.place)
         trainer = LocalTrainer(
             loaded.model,
             sink=sink,
@@ -305,6 +309,7 @@ class LocalParts:
             tokenizer=loaded.tokenizer,
             engine=engine,
             rest=rest,
+            at_end=at_end,
         )
 
     def _place(
@@ -335,6 +340,21 @@ class LocalParts:
         memory = estimate(run.memory) if sleeps else run.checked()
         self.say(f"{Path(source).name}: {place}{memory}")
         return place
+
+    def _tells_of(self, sink: ServedWeights, place: str) -> Callable[[], None]:
+        """Say at the beginning that a server's weights change, and at the end which it has."""
+        weights = self.weights
+        assert weights is not None  # noqa: S101 - narrows the type: `first_weights` wants them
+        self.say(
+            f"{place} takes the weights in {weights} now and new ones with every step, and is left "
+            "with the newest: whoever else samples from it gets them too"
+        )
+
+        def tell() -> None:
+            if stays := sink.what_stays(weights):
+                self.say(stays)
+
+        return tell
 
 
 def first_weights(

@@ -199,6 +199,8 @@ async def _release(parts: Parts) -> None:
     await parts.processor.acleanup()
     if parts.engine is not None:
         await asyncio.to_thread(parts.engine.stop)
+    if parts.at_end is not None:
+        parts.at_end()
 
 
 async def _load_newest(

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import re
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 import torch
@@ -131,14 +132,16 @@ def tiny_policy(trainer: LocalTrainer) -> torch.nn.Module:
     return model
 
 
-async def over_http(folder: Path, url: str, **changes: Any) -> TrainResult:
+async def over_http(
+    folder: Path, url: str, said: Callable[[str], None] = print, **changes: Any
+) -> TrainResult:
     return await atrain(
         example.test_arithmetic,
         folder,
         options=options(**changes),
         model="policy",
         completion_params={"api_base": url, "seed": 0},
-        parts=LocalParts(weights=FOLDER),
+        parts=LocalParts(weights=FOLDER, say=said),
         data=[sums_file(folder.parent / "sums.jsonl")],
         held_out=8,
         progress=False,
@@ -150,9 +153,11 @@ async def test_a_whole_run_over_http_trains_on_what_it_samples(
     url: str, staleness: int, tmp_path: Path
 ) -> None:
     await LocalTrainer(arithmetic_sampler().model, sink=ServedWeights(url)).publish(0)
+    said: list[str] = []
     result = await over_http(
         tmp_path / "run",
         url,
+        said.append,
         steps=6,
         learning_rate=2e-4,
         max_staleness=staleness,
@@ -164,6 +169,15 @@ async def test_a_whole_run_over_http_trains_on_what_it_samples(
         assert len(compared) == 6
         assert max(compared) < 1e-8
     assert (result.folder / "model" / "model.safetensors").exists()
+    *_, first, last = said
+    assert first.startswith(f"{url}/v1 takes the weights in {FOLDER} now")
+    assert last.startswith(f"{url} holds the weights of step-6, and goes on with them")
+    # What it says gives the first ones back.
+    call = re.search(r"-d '(.*?)'", last)[1].encode()
+    headers = {"content-type": "application/json"}
+    async with httpx.AsyncClient() as client:
+        reply = await client.post(f"{url}/collective_rpc", content=call, headers=headers)
+    assert reply.status_code == 200
 
 
 class Deaf(ReloadingSampler):
@@ -176,16 +190,20 @@ class Deaf(ReloadingSampler):
 async def test_a_server_that_ignores_the_reload_is_found_out(tmp_path: Path) -> None:
     local = arithmetic_sampler(policy_version="initial")
     app = create_app(Deaf(local), local.tokenizer, model_name="policy", context_length=256)
+    said: list[str] = []
     with running(app) as url, pytest.raises(TrainingStoppedError) as stopped:
         await over_http(
             tmp_path / "run",
             url,
+            said.append,
             steps=30,
             learning_rate=1e-3,
             eval_every=0,
             eval_completions=0,
         )
     assert stopped.value.trouble.cause == "stale_weights"
+    # Also of a run that fails: whoever samples there is told what it has.
+    assert re.search(r"holds the weights of step-\d+, and goes on with them", said[-1])
 
 
 # Servers that say no
@@ -203,6 +221,19 @@ async def test_weights_of_another_model_are_an_error_that_cites_the_server(
         await publish(url, folder=tmp_path)
     assert url in str(raised.value)
     assert not os.listdir(tmp_path)
+
+
+async def test_what_a_server_is_left_with() -> None:
+    server = Scripted(collective_rpc=[JSONResponse({}), Response("no room", 500)])
+    with running(server.app()) as url:
+        sink, model = ServedWeights(url), tiny_model()
+        assert sink.what_stays(FOLDER) is None
+        await sink.publish(model, model.state_dict(), 7)
+        assert "holds the weights of step-7, and" in str(sink.what_stays(FOLDER))
+        with pytest.raises(TrainerError):
+            await sink.publish(model, model.state_dict(), 8)
+        kept = str(sink.what_stays(FOLDER))
+    assert "may hold the weights of step-8, or those of step-7, and" in kept
 
 
 async def test_a_server_without_reloads_says_how_to_start_it() -> None:
