@@ -41,6 +41,12 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 gc.disable()
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """What tests expect of models in this process is of the CPU, unless a GPU is what they test."""
+    if "gpu" not in config.getoption("-m").replace("not gpu", ""):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def pytest_collection_finish() -> None:
     gc.freeze()
     gc.enable()

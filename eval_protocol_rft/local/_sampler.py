@@ -224,6 +224,11 @@ class LocalSampler:
         return self._model.module
 
     @property
+    def is_float32(self) -> bool:
+        """Whether the model computes in it."""
+        return str(self._model.module.dtype) == "torch.float32"
+
+    @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return self._tokenizer
 

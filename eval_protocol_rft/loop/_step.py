@@ -52,7 +52,9 @@ class StepRunner:
         """`steps`: of the whole run, for the learning rate's schedule."""
         self._parts, self._options, self._steps, self._warn = parts, options, steps, warn
         self._correction = options.objective().correction
-        self.watch = Watch(options.groups_per_step)
+        sampler = parts.sampler
+        exact = sampler is not None and sampler.is_float32
+        self.watch = Watch(options.groups_per_step, exact=exact)
         self._probe: asyncio.Task[list[training.Trajectory]] | None = None
         """Completions of the weights in training, for the next step: where sampling runs ahead, a
         batch may hold nothing that they sampled."""
@@ -177,7 +179,7 @@ class StepRunner:
         stops = bool(sampling.stop)
         missing = training.missing_eos(batch.datums, self._parts.eos_token_ids, stops=stops)
         self._say(self.watch.endings(step, missing, len(batch.datums)))
-        differs = difference is not None and difference.verdict != "pass"
+        differs = difference is not None and self.watch.differs(difference)
         raw = None
         if differs and sampling.temperature != 1.0:
             raw_logprobs = await trainer.forward(batch.datums, temperature=1.0)

@@ -22,6 +22,10 @@ WINDOW = 5
 COLLAPSED = 0.5
 """A mean reward below this share of the best one is a collapse."""
 
+EXACT_K3 = 1e-5
+"""Where sampler and trainer are one model in float32, mean k3 is that of float noise, below 1e-9: a
+tenth of a millinat would pass unseen below `WARN_K3`, and is a fault all the same."""
+
 UNSCORED_GROUPS = 64
 """So many groups in a row of which nothing could be sampled or scored end the run."""
 STUCK_STEPS = 20
@@ -97,9 +101,11 @@ class Watch:
 
     Args:
         groups_per_step: None: what has no gradient is not this run's to judge.
+        exact: sampler and trainer are one model in this process, in float32.
     """
 
-    def __init__(self, groups_per_step: int | None = None) -> None:
+    def __init__(self, groups_per_step: int | None = None, *, exact: bool = False) -> None:
+        self._warn_above = EXACT_K3 if exact else WARN_K3
         self._stuck = math.inf if groups_per_step is None else STUCK_STEPS * groups_per_step
         self._barren = self._unscored = 0
         """Groups in a row that taught nothing; and that have no score either."""
@@ -135,26 +141,31 @@ class Watch:
         """
         if difference is None:
             return None
-        if difference.verdict == "pass":
+        if not self.differs(difference):
             self._agreed = True
             return None
         fatal = difference.verdict == "fail"
         cause: Cause = "mismatch"
         if shifted:
             cause = "shifted_logprobs"
-        elif raw is not None and raw.k3 < min(difference.k3 / 10, WARN_K3):
+        elif raw is not None and raw.k3 < min(difference.k3 / 10, self._warn_above):
             cause = "raw_logprobs"
         elif self._agreed:
             cause = "stale_weights"
         # Those two are faults whatever their size, and so is all that would be learnt from them.
         fatal = fatal or cause in ("shifted_logprobs", "raw_logprobs")
-        bar = f"fail above {FAIL_K3:g}" if fatal else f"warn above {WARN_K3:g}"
+        bar = f"fail above {FAIL_K3:g}" if fatal else f"warn above {self._warn_above:g}"
         return self._trouble(
             cause,
             fatal,
             f"step {step}: sampler and trainer disagree, mean k3 {difference.k3:.2g} over "
-            f"{difference.tokens} tokens ({bar})",
+            f"{difference.tokens} tokens ({bar}), of which {difference.beyond:.0%} are more than "
+            "1 % apart",
         )
+
+    def differs(self, difference: Mismatch) -> bool:
+        """Whether sampler and trainer are further apart than their precision explains."""
+        return difference.k3 > self._warn_above
 
     def uncompared(self, step: int) -> Trouble | None:
         """No token of a step, and of its probe, was sampled by the weights in training."""

@@ -80,6 +80,26 @@ def test_causes_are_told_apart() -> None:
     assert trouble.cause == "raw_logprobs"
 
 
+def test_in_float32_in_one_process_the_bar_is_that_of_float_noise() -> None:
+    slight = Mismatch(tokens=100, k1=0.0, k3=1e-4, max_difference=0.05, beyond=0.3)
+    assert Watch().mismatch(1, slight) is None
+    watch = Watch(exact=True)
+    assert watch.mismatch(1, GOOD) is None
+    trouble = watch.mismatch(2, slight)
+    assert trouble is not None
+    assert not trouble.fatal
+    assert "warn above 1e-05" in trouble.message
+    assert "30% are more than 1 % apart" in trouble.message
+
+
+def test_tokens_beyond_a_percent_are_counted() -> None:
+    sampler = np.log(np.array([0.5, 0.5, 0.5, 0.5], np.float32))
+    trainer = np.log(np.array([0.5, 0.504, 0.506, 0.49], np.float32))
+    difference = measure([(sampler, trainer)])
+    assert difference is not None
+    assert difference.beyond == 0.5
+
+
 def test_weights_are_stale_where_the_first_step_agreed() -> None:
     watch = Watch()
     assert watch.mismatch(1, GOOD) is None
