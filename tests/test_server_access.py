@@ -99,7 +99,9 @@ def test_a_server_with_a_key_asks_for_it(sent, status):
     ("access", "reloads", "warned"), [(LOOPBACK, True, 0), (OPEN, False, 1), (WITH_KEY, False, 0)]
 )
 def test_who_serves_everybody_is_warned(access, reloads, warned):
-    said = _greeting("m", "http://x", byte_tokenizer(), access=access, reloads=reloads)
+    place = "cpu, float32"
+    said = _greeting("m", "http://x", byte_tokenizer(), place=place, access=access, reloads=reloads)
+    assert place in said
     assert said.count("WARNING") == warned
     assert ("new weights" in said) is reloads
     assert ("Bearer KEY" in said) is (access.api_key is not None)
