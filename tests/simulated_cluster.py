@@ -16,6 +16,7 @@ import itertools
 import math
 import random
 import selectors
+import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -60,6 +61,8 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         self.now = 0.0
         self.busy = 0.0
         """Seconds that were spent."""
+        self.thread_cpu = 0.0
+        """Real seconds of CPU of what threads were asked for."""
         self._thread_seconds = thread_seconds
         self._thread_free_at = 0.0
         super().__init__(_Selector(self))
@@ -74,7 +77,9 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
     def run_in_executor(self, executor: Any, function: Callable[..., Any], *args: Any) -> Any:
         """One thread for all, which does one thing after the other."""
+        began = time.process_time()
         result = function(*args)
+        self.thread_cpu += time.process_time() - began
         done = self.create_future()
         self._thread_free_at = max(self.now, self._thread_free_at) + self._thread_seconds(args)
         self.call_at(self._thread_free_at, lambda: done.cancelled() or done.set_result(result))
@@ -315,10 +320,13 @@ class Head:
     failed: int = 0
     busy: float = 0.0
     """Seconds for which the loop's thread was busy, as far as `spend` knows."""
+    thread_cpu: float = 0.0
+    """Real seconds of CPU that rows took on their way into the store."""
     most_in_flight: int = 0
     most_tasks: int = 0
     ends: list[float] = field(default_factory=list)
-    """When each hundredth completion came."""
+    """When each hundredth completion came. Of the loop: the clock of sampling stands still for one
+    that is busy."""
 
     def add(self, event: AttemptEvent) -> None:
         self.attempts += 1
@@ -327,7 +335,7 @@ class Head:
             self.completions += 1
             self.tokens += event.attempt.tokens
             if self.completions % 100 == 0:
-                self.ends.append(event.attempt.ended)
+                self.ends.append(asyncio.get_running_loop().time())
 
 
 def simulate(
@@ -380,7 +388,7 @@ def simulate(
                 break
             cluster.cut_off()
             runner.run(asyncio.sleep(restart_seconds))
-    head.seconds, head.busy = loop.now, loop.busy
+    head.seconds, head.busy, head.thread_cpu = loop.now, loop.busy, loop.thread_cpu
     head.failed = done.failed
     assert done.done + done.failed == completions
     return head

@@ -64,3 +64,12 @@ def test_a_head_that_is_killed_loses_what_was_in_flight_and_nothing_else():
     assert head.failed == 0
     # What had come and was not stored yet is sampled again.
     assert 1200 <= head.completions <= 1200 + 2 * 80
+
+
+def test_what_an_outage_cut_off_comes_back_at_once_where_no_first_attempt_follows_to_pay_for_it():
+    cluster = Cluster(nodes=4, mean_tokens=500, outages=[Outage(2, 10, range(4))])
+    head = simulate(cluster, 1200, lambda: FixedLimit(1200), highest=1200, append_seconds=DISK)
+    assert head.attempts > 2300
+    # Its own time, the outage, backoff and the ramp after it; with 512 retries and one a second
+    # more, the last of the 1,200 would begin after ten minutes.
+    assert head.seconds < 300

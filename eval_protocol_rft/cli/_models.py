@@ -337,7 +337,7 @@ def _parts(
 ) -> MakeParts:
     """Where sampling and training happen."""
     on_fireworks = "deployment" in there
-    for name in ("weights", "trust_remote_code", "sampler"):
+    for name in ("weights", "trust_remote_code", "sampler", "processes"):
         if on_fireworks and name in here:
             raise loop.SetupError(
                 f"{_flag(name)} is for training in this process, and --deployment is on Fireworks"

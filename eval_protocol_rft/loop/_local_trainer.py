@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import copy
 import pickle
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -143,7 +143,7 @@ class LocalTrainer:
         from it once a tokenizer lies beside."""
 
         def write() -> None:
-            with no_loading_bar(), _writing(folder):
+            with no_loading_bar(), writing(folder):
                 self._base.save_pretrained(folder, state_dict=self.weights())
 
         await self._run(write)
@@ -179,7 +179,19 @@ class LocalTrainer:
             )
             for i, values in zip(places, part.logprobs, strict=True):
                 by_datum[i] = values.cpu().numpy()
-        return [by_datum[i] for i in range(len(datums))]
+        return self._in_order(by_datum)
+
+    def _in_order(self, by_datum: dict[int, FloatArray]) -> list[FloatArray]:
+        everyones = {i: values for part in self._of_all(by_datum) for i, values in part.items()}
+        return [everyones[i] for i in range(len(everyones))]
+
+    def _of_all(self, own: _T) -> list[_T]:
+        """What each process that trains this model has: here it is one."""
+        return [own]
+
+    def _whole(self, value: Tensor) -> Tensor:
+        """A tensor of which this process may have a part."""
+        return value
 
     def _forward_backward(
         self,
@@ -226,7 +238,8 @@ class LocalTrainer:
                 parts.append(metrics)
             for i, logprobs in zip(places, values.logprobs, strict=True):
                 by_datum[i] = logprobs.detach().cpu().numpy()
-        return ForwardBackward([by_datum[i] for i in range(len(datums))], reduce_metrics(parts))
+        parts = [part for own in self._of_all(parts) for part in own]
+        return ForwardBackward(self._in_order(by_datum), reduce_metrics(parts))
 
     def _slopes(
         self,
@@ -247,7 +260,7 @@ class LocalTrainer:
         if not self._gathered:
             raise TrainerError("optim_step without a forward_backward: there is no gradient")
         weights = list(self._masters.weights.values())
-        norm = torch.nn.utils.clip_grad_norm_(weights, self._max_grad_norm)
+        norm = self._whole(torch.nn.utils.clip_grad_norm_(weights, self._max_grad_norm))
         if not torch.isfinite(norm):
             raise TrainerError(
                 f"the gradient's norm is {norm.item()}: lower the learning rate, or look at the "
@@ -262,14 +275,18 @@ class LocalTrainer:
         return {"grad_norm": norm.item(), "learning_rate": learning_rate}
 
     def _save(self, folder: Path) -> None:
-        trained = {name: weight.detach() for name, weight in self._masters.weights.items()}
-        state = {
-            "parameters": trained,
+        self._write(self._saved(), folder / "trainer.pt")
+
+    def _saved(self) -> dict[str, Any]:
+        return {
+            "parameters": {name: weight.detach() for name, weight in self._masters.weights.items()},
             "optimizer": self._optimizer.state_dict(),
             "dtype": str(self._base.dtype),
         }
-        with _writing(folder / "trainer.pt"):
-            torch.save(state, folder / "trainer.pt")
+
+    def _write(self, state: dict[str, Any], path: Path) -> None:
+        with writing(path):
+            torch.save(state, path)
 
     def _load(self, folder: Path) -> None:
         path = folder / "trainer.pt"
@@ -292,8 +309,11 @@ class LocalTrainer:
                 f"{folder} was trained in {there}, and this is in {here}: go on with "
                 f'Placement(dtype="{there}") (--dtype {there})'
             )
+        self._restore(saved, optimizer)
+
+    def _restore(self, saved: Mapping[str, Any], optimizer: dict[str, Any]) -> None:
         with torch.no_grad():
-            for name, parameter in trainable.items():
+            for name, parameter in self._masters.weights.items():
                 parameter.copy_(saved[name])
         self._masters.write()
         self._optimizer.load_state_dict(optimizer)
@@ -339,7 +359,7 @@ def _objective(loss: NamedLoss | LossFunction) -> Callable[..., tuple[Tensor, di
 
 
 @contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def writing(path: Path) -> Iterator[None]:
     """Where a disk is full, torch and safetensors speak of positions in their own code."""
     from safetensors import SafetensorError
 

@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
+from annotated_types import Ge
+
 from eval_protocol_rft import rollout, sampling
 from eval_protocol_rft.local import Placement
 from eval_protocol_rft.local.engine import Engine, VllmOptions
@@ -183,6 +185,8 @@ class LocalParts:
     optimizer: Optimizer = field(default_factory=Optimizer)
     placement: Placement = field(default_factory=Placement)
     """Device and dtype of the model, sampled and trained."""
+    processes: Annotated[int, Ge(1), MODEL()] = 1
+    """So many on this machine train together, each with a part of weights and optimiser."""
     vllm: VllmOptions = field(default_factory=VllmOptions)
     """Of the engine, where vLLM samples."""
     trust_remote_code: Annotated[bool, MODEL()] = False
@@ -259,7 +263,7 @@ class LocalParts:
         engine: Engine | None,
     ) -> Parts:
         from eval_protocol_rft.local import LocalSampler
-        from eval_protocol_rft.loop._local_trainer import LocalTrainer
+        from eval_protocol_rft.loop._sharded import make_trainer
 
         processor = own_processor(evaluator)
         params, source = first_weights(
@@ -285,8 +289,12 @@ class LocalParts:
         else:
             sink = served_weights(request.endpoint)
             at_end = self._tells_of(sink, request.endpoint.place)
-        trainer = LocalTrainer(
+        trainer = make_trainer(
             loaded.model,
+            source=source,
+            processes=self.processes,
+            placement=self.placement,
+            trust_remote_code=self.trust_remote_code,
             sink=sink,
             temperature=request.params.temperature,
             lora=self.lora,
@@ -337,7 +345,8 @@ class LocalParts:
         )
         # An engine that sleeps while we train holds memory now that is free then.
         sleeps = request.needs_engine and options.max_staleness == 0
-        memory = estimate(run.memory) if sleeps else run.checked()
+        # Each of several processes holds a part, most of them on other devices.
+        memory = estimate(run.memory) if sleeps or self.processes > 1 else run.checked()
         self.say(f"{Path(source).name}: {place}{memory}")
         return place
 

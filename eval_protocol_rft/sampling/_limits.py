@@ -281,8 +281,8 @@ class RetryBudget:
             extra_ratio: retries that each first attempt pays for: at most a fifth more load than
                 was asked for, for as long as the server fails. Finagle's default; Google's is 0.1.
             burst: retries that can be saved up, and what there is at the start. One interruption
-                fails every request in flight at once; twice 256 in flight come back without
-                waiting for their turn.
+                fails every request in flight at once, and all of them come back twice without
+                waiting for their turn: it grows to twice the most that were in flight.
             trickle_per_second: retries that time pays for, so that the last completions of a run,
                 which no first attempt follows, still get theirs.
         """
@@ -315,9 +315,13 @@ class RetryBudget:
             return now
         return now + (1.0 - self._tokens) / self.trickle_per_second
 
-    def started(self, now: float, *, retry: bool, probe: bool = False) -> None:
-        """One more attempt has begun."""
+    def started(self, now: float, *, retry: bool, probe: bool = False, in_flight: int = 0) -> None:
+        """One more attempt has begun, and `in_flight` are there now."""
         self._fill(now)
+        more = 2 * in_flight - self.burst
+        if more > 0:
+            self.burst += more
+            self._tokens += more
         if probe:
             self.probes += 1
         elif retry:
@@ -405,7 +409,7 @@ class RunLimits:
         the server is back."""
         self.in_flight += 1
         probe = self.breaker.started(now)
-        self.budget.started(now, retry=retry, probe=probe)
+        self.budget.started(now, retry=retry, probe=probe, in_flight=self.in_flight)
         return probe
 
     def ended(self, attempt: Attempt) -> None:
