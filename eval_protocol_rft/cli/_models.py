@@ -111,6 +111,7 @@ def serve(
         api_key=api_key,
         placement=placement,
         say=say,
+        note=lambda text: say(f"ep-rft: {text}", err=True),
     )
 
 

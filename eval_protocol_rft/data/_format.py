@@ -132,6 +132,9 @@ class SamplingSettings(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     model_fingerprint: str | None = None
     """Tells the weights of a local folder apart, hex."""
+    dtype: str | None = None
+    """What a model of this process, or an engine that it started, computed in, where that is known
+    and not float32."""
     tokenizer: str | None = None
     chat_template_hash: str | None = None
     """First 16 hex digits of the SHA-256 of the chat template."""

@@ -248,7 +248,10 @@ async def agenerate(
         await sampling.reach(endpoint)
     try:
         chosen: Sampler | None = None
+        engine_dtype = None
         if request.needs_engine and sampler is None:
+            if placement is not None and placement.dtype != "auto":
+                engine_dtype = placement.dtype
             # What can be refused is refused before an engine starts.
             own_tokenizer = await backends.tokenizer(request)
         else:
@@ -260,6 +263,7 @@ async def agenerate(
             questions,
             request,
             own_tokenizer,
+            dtype=getattr(chosen, "dtype", engine_dtype),
             n_given=rollout.flat_params(completion_params).get("n") is not None,
             seed=secrets.randbits(31) if backends.seeds_are_free(request) else None,
             overwrite=overwrite,

@@ -198,6 +198,7 @@ def find_job(
     request: RolloutRequest,
     tokenizer: LoadedTokenizer,
     *,
+    dtype: str | None,
     n_given: bool,
     seed: int | None,
     overwrite: bool,
@@ -210,6 +211,7 @@ def find_job(
         questions: what is asked.
         request: how it is sampled. Without a seed, that of the job which is there is taken.
         tokenizer: what rendered the prompts.
+        dtype: what the model computes in, where that is known.
         n_given: whether the user gave n; else that of the job which is there is taken.
         seed: drawn for a new job that has none; None where it needs none.
         overwrite: let the job take the place of another.
@@ -232,7 +234,9 @@ def find_job(
 
     def asked_with(n: int) -> pa.Schema:
         wanted = replace(request, n=n)
-        return job_schema(questions, wanted, tokenizer, seed_given=given, episodes=episodes)
+        return job_schema(
+            questions, wanted, tokenizer, dtype=dtype, seed_given=given, episodes=episodes
+        )
 
     if not n_given:
         like_it = (n for s in (parts, known) if (n := n_of(s)) and is_same(s, asked_with(n)))
@@ -249,7 +253,9 @@ def find_job(
         request = replace(request, seed=sampling.seed)
     elif seed is not None and not given:
         request = replace(request, seed=seed)
-        asked = job_schema(questions, request, tokenizer, seed_given=False, episodes=episodes)
+        asked = job_schema(
+            questions, request, tokenizer, dtype=dtype, seed_given=False, episodes=episodes
+        )
     return OutputJob(
         target=target,
         schema=asked if there is None else there,

@@ -43,6 +43,7 @@ def job_schema(
     request: RolloutRequest,
     tokenizer: LoadedTokenizer,
     *,
+    dtype: str | None,
     seed_given: bool,
     episodes: file_format.EpisodeSettings | None,
 ) -> pa.Schema:
@@ -61,6 +62,7 @@ def job_schema(
         sampling=file_format.SamplingSettings(
             model=params.model,
             model_fingerprint=model_fingerprint(params.model),
+            dtype=None if dtype == "float32" else dtype,  # as in files from before it was known
             tokenizer=tokenizer.name,
             chat_template_hash=None if request.raw else tokenizer.chat_template_hash,
             raw=request.raw,

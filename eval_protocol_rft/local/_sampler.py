@@ -243,6 +243,11 @@ class LocalSampler:
         return self._model.context_length
 
     @property
+    def dtype(self) -> str:
+        """What the model computes in, its output layer aside: `float32` or `bfloat16`."""
+        return str(next(self.model.parameters()).dtype).removeprefix("torch.")
+
+    @property
     def policy_version(self) -> str | None:
         """Of the weights that sample now."""
         return self._worker.policy_version

@@ -158,3 +158,17 @@ def test_the_share_that_must_be_there_decides_how_it_ends(
         assert result.exit_code == code
         assert ("3 of 6 completions are there: less than" in result.stderr) is bool(code)
     assert len(sampled(output)) == 6
+
+
+def test_a_job_is_continued_in_the_dtype_that_it_was_begun_in(rows: Path) -> None:
+    output = rows.parent / "o.parquet"
+    half = ("-o", output, "--model", "local/arithmetic", "--max-tokens", 2, "--dtype", "bfloat16")
+    succeed("generate", rows, *half, "--limit", 1)
+    sampling = RolloutDataset(output).metadata.sampling
+    assert sampling is not None
+    assert sampling.dtype == "bfloat16"
+    before = output.read_bytes()
+    assert "dtype: 'bfloat16' there, None asked for" in refused("generate", rows, *half[:-2])
+    assert output.read_bytes() == before
+    succeed("generate", rows, *half)
+    assert len(RolloutDataset(output)) == 6

@@ -74,8 +74,10 @@ def serve_local(
     api_key: str | None,
     placement: Placement | None = None,
     say: Callable[[str], None] = print,
+    note: Callable[[str], None] = lambda line: None,
 ) -> None:
-    """Load a local model and serve it until Ctrl-C or SIGTERM. `say` prints a line.
+    """Load a local model and serve it until Ctrl-C or SIGTERM. `say` prints a line; `note` is told,
+    before weights are read, where the model will lie and how much memory it takes.
 
     The arguments are the options of `ep-rft serve`, where they are described.
 
@@ -86,7 +88,7 @@ def serve_local(
     name = served_model_name or model.removeprefix(LOCAL_PREFIX)
     access = Access(loopback_only=is_loopback(host), api_key=api_key or None)
     with claim_port(host, port) as listener:
-        sampler = _load(model, placement, reloads=reloads)
+        sampler = _load(model, placement, reloads=reloads, note=note)
         app = create_app(
             ReloadingSampler(sampler) if reloads else sampler,
             sampler.tokenizer,
@@ -157,7 +159,9 @@ def claim_port(host: str, port: int) -> socket.socket:
         raise ServeError(f"cannot listen on {host} port {port}: {reason}; {hint}") from error
 
 
-def _load(model: str, placement: Placement | None, *, reloads: bool) -> LocalSampler:
+def _load(
+    model: str, placement: Placement | None, *, reloads: bool, note: Callable[[str], None]
+) -> LocalSampler:
     name = model.removeprefix(LOCAL_PREFIX)
     try:
         try:
@@ -169,9 +173,9 @@ def _load(model: str, placement: Placement | None, *, reloads: bool) -> LocalSam
         if reloads or source == name:
             # One of its own: weights of a sampler that others share must not change.
             return LocalSampler.from_pretrained(
-                source, placement=placement, policy_version=FIRST_VERSION
+                source, placement=placement, policy_version=FIRST_VERSION, say=note
             )
-        return load_local_sampler(name, placement=placement)
+        return load_local_sampler(name, placement=placement, say=note)
     except (SamplingError, ValueError) as error:
         raise ServeError(str(error)) from error
 
