@@ -497,7 +497,8 @@ class Driver:
             for call in entry.message["tool_calls"]
         }
         names = {call["id"] for one in sent[depth:] for call in one.get("tool_calls", ())}
-        if depth < len(sent) and (names & known or (recognised and not goes_on)):
+        # Who goes on from a whole conversation may say another one's call again: nothing changed.
+        if depth < len(sent) and not goes_on and (names & known or recognised):
             assert edits
         for edit in edits:
             assert edit.before != edit.now
