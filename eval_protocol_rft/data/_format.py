@@ -303,7 +303,7 @@ def metadata_of(schema: pa.Schema, *, where: str = "the schema") -> FileMetadata
     return decode_metadata((schema.metadata or {}).get(METADATA_KEY), where=where)
 
 
-_NEWS = {"raw": False, "add_special_tokens": True, "row_id_key": None}
+_NEWS = {"raw": False, "add_special_tokens": True, "row_id_key": None, "dtype": None}
 """Settings that earlier releases of this version did not have, with what they did."""
 
 
